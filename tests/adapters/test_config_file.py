@@ -3,7 +3,7 @@ import json
 import pytest
 from peft import TaskType
 
-from pacatune.adapters.folder import _TASK_TYPES, read_config, read_lora_config
+from pacatune.adapters.folder import AUTO_CLASSES, read_config, read_lora_config
 
 HANGS = "(([a-z_.0-9]+)+)+!"
 
@@ -120,4 +120,4 @@ def test_a_wrong_lora_configuration_is_refused(tmp_path, changes, message):
 
 
 def test_task_types_are_those_of_peft():
-    assert list(_TASK_TYPES) == [task.value for task in TaskType]
+    assert list(AUTO_CLASSES) == [task.value for task in TaskType]

@@ -121,7 +121,10 @@ def test_a_pipe_is_refused_instead_of_waited_for(adapter_copy):
 def test_tensors_of_another_rank_than_configured_are_refused(adapter_copy):
     path = adapter_copy / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
-    with pytest.raises(ValueError, match=r"has rank 4 but the configuration says 8 \(`r` = 8"):
+    with pytest.raises(ValueError, match=r"rank 4 in 1 row groups but .* 8 in 1 \(`r` = 8"):
+        read_adapter(adapter_copy)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4, "groups": 2}))
+    with pytest.raises(ValueError, match=r"in 1 row groups but .* 4 in 2 .* `groups` = 2\)"):
         read_adapter(adapter_copy)
 
 

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pacatune import pretrained
-from pacatune.adapters.folder import CONFIG_NAME, Adapter, LoraAdapter, find_tensors
+from pacatune.adapters.folder import (
+    AUTO_CLASSES,
+    CONFIG_NAME,
+    Adapter,
+    LoraAdapter,
+    find_tensors,
+)
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import check_files
 from pacatune.files.tensor_file import read_header
@@ -79,14 +85,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 DTypeName = Dtype | Literal["float64"]
 """`auto` is the dtype the base was saved in."""
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks whose head has an output for each class."""
 _TOKENIZER_FILES = (
@@ -235,8 +233,8 @@ def _config_and_class(name: str, task_type: str | None, num_labels: int | None) 
     config = pretrained.load_config(name, option="model")
     if num_labels is not None:
         config.num_labels = num_labels
-    if task_type in _AUTO_CLASSES:
-        return config, getattr(transformers, _AUTO_CLASSES[task_type])
+    if task_type in AUTO_CLASSES:
+        return config, getattr(transformers, AUTO_CLASSES[task_type])
     if not config.architectures:
         return config, transformers.AutoModel
     model_class = getattr(transformers, config.architectures[0], None)

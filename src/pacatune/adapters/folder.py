@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 CONFIG_NAME = "adapter_config.json"
 
 # PEFT's TaskType, checked here so that a file can be read without PEFT.
-_TASK_TYPES = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""What a base does -> the class of transformers that loads it."""
 
 
 def read_config(path: Path) -> PacaOptions:
@@ -68,9 +69,9 @@ def read_config(path: Path) -> PacaOptions:
                 f"it must be {must}."
             ) from error
     task = config.get("task_type")
-    if task is not None and task not in _TASK_TYPES:
+    if task is not None and task not in AUTO_CLASSES:
         raise ValueError(
-            f"{path}: Invalid task type: {task[:80]!r}; it must be one of {', '.join(_TASK_TYPES)}."
+            f"{path}: Invalid task type: {task[:80]!r}; use one of {', '.join(AUTO_CLASSES)}."
         )
     try:
         options = PacaOptions(**config)
@@ -207,8 +208,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             "Save the adapter again."
         )
     check_effort(_own_patterns(config), modules, source=f"{folder / CONFIG_NAME}: ")
-    check_ranks(config, modules, source=str(path))
-    modules = {name: _columns_second(update, config, name) for name, update in modules.items()}
+    modules = {name: _checked_update(u, config, name, str(path)) for name, u in modules.items()}
     extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
     sidecar_path = folder / SIDECAR_NAME
     sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if sidecar_path.exists() else {}
@@ -262,24 +262,6 @@ def module_alpha(config: PacaOptions, module: str) -> float:
     return float(pattern_value(config.alpha_pattern, module, config.paca_alpha))
 
 
-def check_ranks(config: PacaOptions, modules: Mapping[str, ColumnUpdate], *, source: str) -> None:
-    """Refuse tensors of other ranks or row groups than the configuration's."""
-    for module, update in modules.items():
-        rank, expected = rank_of(update.indices), module_rank(config, module)
-        if rank != expected:
-            raise ValueError(
-                f"{source}: module {module!r} has rank {rank} but the configuration says "
-                f"{expected} (`r` = {config.r}, `rank_pattern` = {config.rank_pattern}); "
-                "configuration and tensors are of different runs, or one was edited."
-            )
-        if (groups := num_groups_of(update.indices)) != config.groups:
-            raise ValueError(
-                f"{source}: module {module!r} has {groups} row groups but the configuration says "
-                f"`groups` = {config.groups}; configuration and tensors are of different runs, or "
-                "one was edited."
-            )
-
-
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that fits a module's name, else the default."""
     key = matching_key(patterns, target_of(module))
@@ -291,14 +273,26 @@ def is_parameter(config: PacaOptions, name: str) -> bool:
     return any(f".{name}".endswith(f".{target}") for target in config.target_parameters or [])
 
 
-def _columns_second(update: ColumnUpdate, config: PacaOptions, name: str) -> ColumnUpdate:
+def _checked_update(
+    update: ColumnUpdate, config: PacaOptions, name: str, source: str
+) -> ColumnUpdate:
+    """Return an update with its columns second; refuse one that the configuration does not mean."""
     delta, indices = update
+    held = rank_of(indices), num_groups_of(indices)
+    expected = module_rank(config, name), config.groups
+    if held != expected:
+        raise ValueError(
+            f"{source}: module {name!r} has rank {held[0]} in {held[1]} row groups but the "
+            f"configuration says {expected[0]} in {expected[1]} (`r` = {config.r}, `rank_pattern` "
+            f"= {config.rank_pattern}, `groups` = {config.groups}); configuration and tensors are "
+            "of different runs, or one was edited."
+        )
     if delta.ndim == 3 and is_parameter(config, name):
         delta = delta.permute(1, 2, 0)
-    if delta.shape[1] != rank_of(indices):
+    if delta.shape[1] != held[0]:
         raise ValueError(
-            f"module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which fits its "
-            f"{rank_of(indices)} `paca_indices` only as one of `target_parameters` "
+            f"{source}: module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which "
+            f"fits its {held[0]} `paca_indices` only as one of `target_parameters` "
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
     return ColumnUpdate(delta, indices)
