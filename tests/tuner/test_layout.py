@@ -130,12 +130,13 @@ def test_what_has_no_layout():
 
 
 def test_a_layer_of_peft_has_that_of_its_base():
-    from pacatune.adapters.target import find_target
+    from pacatune.adapters.target import target_of_module
 
     config = LoraConfig(target_modules=["0"])
     model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 5)))
-    assert find_target(model, "0").layout.file_shape == (5, 3)
-    assert find_target(model, "1") is None
+    assert target_of_module(model, "0").layout.file_shape == (5, 3)
+    with pytest.raises(ValueError, match=r"has no module '1'; the nearest name is"):
+        target_of_module(model, "1")
 
 
 def test_inputs_of_torchs_attention_are_query_key_and_value():

@@ -1,9 +1,7 @@
 """Turn a PaCA adapter into a LoRA adapter that says exactly the same, for any LoRA server.
 
-MosLoRA adapters are written by `export_moslora.py`.
-
 LoRA adds scaling * B A to a weight. With A (R, I) the 0/1 matrix that selects the trained columns
-and B (O, R) = delta, that is PaCA's update and nothing else.
+and B (O, R) = delta, that is PaCA's update and nothing else. MosLoRA's is A and B M.
 
 Servers stack the factors of fused layers (q, k and v; gate and up), read one rank and one alpha for
 all modules, and pass over the patterns that PEFT knows. So a module of lower rank than another is

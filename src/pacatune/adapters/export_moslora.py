@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pacatune.adapters.folder import LoraAdapter, find_tensors, module_rank, pattern_value
-from pacatune.adapters.target import find_target
+from pacatune.adapters.target import target_of_module
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.tensors import PEFT_PREFIX
 
@@ -35,9 +35,8 @@ class FoldedAdapter(LoraAdapter):
     def check_base(self, base: nn.Module) -> list[str]:
         """Refuse a base without the adapted modules, or with other sizes; return notes."""
         for name, parts in self.modules.items():
-            target, sizes = find_target(base, name), (len(parts[_B]), parts[_A].shape[1])
-            shape = "no such module" if target is None else target.layout.file_shape
-            if shape != sizes:
+            sizes = len(parts[_B]), parts[_A].shape[1]
+            if (shape := target_of_module(base, name).layout.file_shape) != sizes:
                 raise ValueError(
                     f"{self.folder}: module {name!r} has an update of {sizes}, but the base has "
                     f"{shape}; it was trained on another base."

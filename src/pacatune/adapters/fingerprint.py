@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, read_adapter
-from pacatune.adapters.target import find_target
-from pacatune.files.json_file import read_json_object
+from pacatune.adapters.target import target_of_module
 from pacatune.files.owned_folder import write_whole
-from pacatune.files.plain import find_file
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -58,11 +56,10 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
 def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
     """Store the fingerprint of a base, or of the one in a PEFT model, in an adapter's folder."""
     folder = Path(folder)
-    columns = {name: update.indices for name, update in read_adapter(folder).modules.items()}
-    path = folder / SIDECAR_NAME
-    sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if path.exists() else {}
-    sidecar[FINGERPRINT_KEY] = fingerprint(model, columns)
-    write_whole(path, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
+    adapter = read_adapter(folder)
+    columns = {name: update.indices for name, update in adapter.modules.items()}
+    sidecar = {**adapter.sidecar, FINGERPRINT_KEY: fingerprint(model, columns)}
+    write_whole(folder / SIDECAR_NAME, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 
 
 def differing_modules(
@@ -87,9 +84,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _hash_target(model: nn.Module, name: str, indices: Tensor) -> dict[str, str]:
-    found = find_target(model, name)
-    if found is None:
-        raise ValueError(f"the base ({type(model).__name__}) has no weight {name!r} to compare.")
+    found = target_of_module(model, name)
     weight = getattr(found.module, found.parameter_name, None)
     if not isinstance(weight, Tensor) or not _is_readable(weight):
         return {}

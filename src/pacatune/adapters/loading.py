@@ -32,9 +32,9 @@ from pacatune.adapters.folder import (
     open_adapter,
     read_adapter,
 )
-from pacatune.adapters.target import find_target
+from pacatune.adapters.target import target_of_module
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
-from pacatune.names import choose, nearest
+from pacatune.names import choose
 from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
@@ -85,15 +85,7 @@ def check_base(
 def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, source: str) -> None:
     """Refuse a base without the modules of the adapter `source`, or with other sizes of them."""
     for name, update in modules.items():
-        target = find_target(model, name)
-        if target is None:
-            found = dict(model.named_modules())
-            problem = "no module" if name not in found else "no adaptable layer"
-            raise ValueError(
-                f"{source}: the base ({type(model).__name__}) has {problem} {name!r}; the nearest "
-                f"name is {nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
-            )
-        _check_sizes(name, update, target.layout, source)
+        _check_sizes(name, update, target_of_module(model, name).layout, source)
 
 
 def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -> None:
@@ -402,10 +394,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         layer.replace_update(adapter_name, delta, update.indices, alpha, rates)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
-        config.groups, config.selection = adapter.config.groups, adapter.config.selection
-        config.selection_options = adapter.config.selection_options
-        config.normalize = adapter.config.normalize
-        config.column_rates = adapter.config.column_rates
+        for option in ("groups", "selection", "selection_options", "normalize", "column_rates"):
+            setattr(config, option, getattr(adapter.config, option))
         keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 
 

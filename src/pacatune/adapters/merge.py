@@ -169,9 +169,7 @@ def merge(
     output = Path(output)
     check_output(output, num_bytes=0)
     quantization = getattr(checked.config, "base_quantization", None)
-    onto = _choose_base(onto, quantization)
-    if onto == "original":
-        _refuse_quantised(name)
+    onto = _choose_base(onto, quantization, name)
     load = partial(
         load_base,
         name,
@@ -236,21 +234,27 @@ class _Merged(NamedTuple):
     notes: list[str]
 
 
-def _choose_base(onto: MergeBase | None, quantization: Quantization | None) -> MergeBase:
-    if quantization is None:
-        if onto in (None, "original"):
-            return "original"
+def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name: str) -> MergeBase:
+    if quantization is None and onto not in (None, "original"):
         raise ValueError(
             f"`onto` ({onto!r}) is for adapters of PaCA that were trained on a quantised base, and "
             "this one was not; drop it (--base)."
         )
-    if onto == "nf4" and quantization.get("type") != "nf4":
+    onto = onto or ("original" if quantization is None else "dequantized")
+    if onto == "nf4" and quantization is not None and quantization.get("type") != "nf4":
         raise ValueError(
             f"`onto` ('nf4'): the adapter's base was quantised as "
             f"{format_quantization(quantization)!r}, and would be so again; merge onto "
             "`dequantized` or `original` (--base) and quantise the result."
         )
-    return onto or "dequantized"
+    config = load_config(name, option="model")
+    if onto == "original" and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"base model {name!r} is saved quantised; merging would round every weight again. "
+            "Give the original base that is not quantised, or merge onto the dequantised one "
+            "(--base dequantized)."
+        )
+    return onto
 
 
 def _merge_in_memory(
@@ -303,12 +307,3 @@ def _declare_untied(model: Any) -> None:
         del tied[target]
     if untied:
         model.config.tie_word_embeddings = False
-
-
-def _refuse_quantised(name: str) -> None:
-    if getattr(load_config(name, option="model"), "quantization_config", None) is not None:
-        raise ValueError(
-            f"base model {name!r} is saved quantised; merging would round every weight again. "
-            "Give the original base that is not quantised, or merge onto the dequantised one "
-            "(--base dequantized)."
-        )

@@ -4,12 +4,14 @@ A layer's name stands for its weight. The fused weights of experts and the `in_p
 torch's attention have no layer of their own and are named themselves.
 """
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from pacatune.adapters.base import innermost
 from pacatune.adapters.folder import Adapter
+from pacatune.names import nearest
 from pacatune.ops.columns import adapted_columns
 from pacatune.tuner.layout import Layout, layout_of
 
@@ -25,26 +27,25 @@ class BaseWeight(NamedTuple):
     """Its sizes, and where its columns are."""
 
 
-def find_target(model: nn.Module, name: str) -> BaseWeight | None:
-    """Return the base's weight that a name means, None if there is none that can be adapted."""
-    owner, _, last = name.rpartition(".")
-    try:
+def target_of_module(model: nn.Module, name: str) -> BaseWeight:
+    """Return the base's weight that a name means; refuse a base without one to be adapted."""
+    owner, _, parameter_name = name.rpartition(".")
+    module = layout = None
+    with suppress(AttributeError):
+        module = innermost(model.get_submodule(owner))
+    with suppress(AttributeError):
         layer = model.get_submodule(name)
         module, parameter_name = innermost(layer), getattr(layer, "parameter_name", "weight")
-    except AttributeError:
-        try:
-            module, parameter_name = innermost(model.get_submodule(owner)), last
-        except AttributeError:
-            return None
-    layout = layout_of(module, parameter_name)
-    return None if layout is None else BaseWeight(module, parameter_name, layout)
-
-
-def target_of_module(model: nn.Module, name: str) -> BaseWeight:
-    """Return the same of a name that `check_shapes` has seen."""
-    found = find_target(model, name)
-    assert found is not None, "check_shapes has seen it"
-    return found
+    if module is not None:
+        layout = layout_of(module, parameter_name)
+    if layout is None:
+        found = dict(model.named_modules())
+        problem = "adaptable layer" if name in found else "module"
+        raise ValueError(
+            f"the base ({type(model).__name__}) has no {problem} {name!r}; the nearest name is "
+            f"{nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
+        )
+    return BaseWeight(module, parameter_name, layout)
 
 
 def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
