@@ -37,6 +37,8 @@ def test_greedy_answers_are_those_of_one_prompt_alone(generator, prompts):
 def test_each_row_has_its_own_seed_and_temperature(generator, prompts):
     samplings = [dataclasses.replace(GREEDY, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
     together = texts(generator, prompts, samplings)
+    alone = zip(prompts, samplings, strict=True)
+    assert [generator.generate(prompt, sampling) for prompt, sampling in alone] == together
     state = torch.get_rng_state()
     for prompt, sampling, text in zip(prompts, samplings, together, strict=True):
         assert texts(generator, [prompt], [sampling]) == [text]

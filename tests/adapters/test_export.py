@@ -318,6 +318,11 @@ def test_another_base_is_refused(model_copy, adapter_dir, tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_lora_adapter_needs_no_export(lora_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no `lora_mixer`; .* already needs no export"):
+        export_lora(None, lora_dir, tmp_path / "lora")
+
+
 def test_a_folder_in_use_is_refused(adapter_copy):
     with pytest.raises(FileExistsError, match="is not empty"):
         export_lora(None, adapter_copy, adapter_copy)
