@@ -114,7 +114,8 @@ def _check_extra(adapter: Adapter, model: nn.Module) -> None:
                 "that the adapter brings; the adapter belongs to another base or head."
             )
         shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))  # of ZeRO-3
-        if shape != tensor.shape and not _is_packed(parameters[name]):
+        # bitsandbytes keeps a quantised weight as bytes in a shape of its own.
+        if shape != tensor.shape and parameters[name].is_floating_point():
             raise ValueError(
                 f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but {shape} "
                 "in the base; the adapter belongs to another base or the vocabulary was changed."
@@ -178,11 +179,6 @@ def _check_fingerprint(stored: Any, path: Path) -> None:
             f"{path}: `{FINGERPRINT_KEY}` must be an object with `modules`, hashes by dtype and "
             "module; it is damaged. Remove the file to go without."
         )
-
-
-def _is_packed(parameter: Tensor) -> bool:
-    # bitsandbytes keeps a quantised weight as bytes in a shape of its own.
-    return not parameter.is_floating_point()
 
 
 # Put a checked adapter onto its base model, through PEFT, and see that it really is there.
