@@ -212,7 +212,8 @@ def _plan_norm(module: nn.Module) -> _Plan | None:
 def _plan_attention(module: nn.Module, level: int) -> _Plan | None:
     if isinstance(module, LeanAttention):
         return _Plan("attention", LeanAttention)
-    groups, implementation = getattr(module, "num_key_value_groups", None), _implementation(module)
+    groups = getattr(module, "num_key_value_groups", None)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if not isinstance(groups, int) or (groups < 2 and implementation != "eager" and level < 3):
         return None
     if implementation == attention.ATTENTION and attention.find_registry() is not None:
@@ -220,8 +221,10 @@ def _plan_attention(module: nn.Module, level: int) -> _Plan | None:
     if implementation == "eager":
         return _Plan("attention", reason=_EAGER)
     if implementation is not None and "flash" in implementation:
-        # Repeats nothing.
-        return None if level < 3 else _Plan("attention", reason=f"{implementation} {_UNCUT}")
+        if level < 3:  # it repeats nothing
+            return None
+        uncut = f"{implementation} keeps query, key and value: level 3 is for sdpa"
+        return _Plan("attention", reason=uncut)
     return _Plan("attention", reason=f"attention {implementation!r} repeats heads as it likes")
 
 
@@ -229,13 +232,6 @@ _EAGER = (
     "eager attention keeps the scores of all pairs of tokens; use sdpa, or for soft caps "
     "flex_attention"
 )
-
-
-_UNCUT = "keeps query, key and value: level 3 is for sdpa"
-
-
-def _implementation(module: nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def _plan_experts(module: nn.Module) -> _Plan | None:

@@ -124,8 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         places = (target != ignore_index).nonzero().squeeze(1)
         chunks = _Chunks(weight, bias, dtype, loss_of, ctx.needs_input_grad)
         for of_chunk in places.split(rows):  # one without rows, if none counts
-            x_C = x if len(of_chunk) == len(x) else x.index_select(0, of_chunk)
-            chunks.add(x_C.to(dtype), target.index_select(0, of_chunk))
+            chunks.add(of_chunk, x, target)
         losses = torch.stack(chunks.losses)
         wide = torch.promote_types(losses.dtype, torch.float32)
         loss = losses.sum(dtype=wide).to(losses.dtype)
@@ -174,12 +173,14 @@ class _Chunks:
         self.gweight = _sum_like(weight) if needs_weight else None
         self.gbias = _sum_like(bias) if needs_bias and bias is not None else None
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Compute the rows x, (C, I)."""
+    def add(self, places: Tensor, x: Tensor, target: Tensor) -> None:
+        """Compute the rows at `places`, (C,)."""
+        x = (x if len(places) == len(x) else x.index_select(0, places)).to(self._weight.dtype)
         logits = F.linear(x, self._weight, self._bias)
         # The graph of a chunk is no concern of hooks around the loss.
-        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach):
-            loss = self._loss_of(logits.requires_grad_(self._is_needed), target)
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda x: x):
+            logits.requires_grad_(self._is_needed)
+            loss = self._loss_of(logits, target.index_select(0, places))
         self.losses.append(loss.detach())
         if not self._is_needed:
             return

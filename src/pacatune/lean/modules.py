@@ -167,7 +167,7 @@ def apply_gated(parts: dict[str, Any], names: GatedNames, x: Tensor, cut: Cut) -
     if y is not None:
         return y
     h = apply_gated_product(gate, up, activation)
-    h = cut.derive(h, partial(_product_again, names))
+    h = cut.derive(h, lambda *made: activation.product(*_gate_and_up(names, *made)))
     with cut.casts():
         return down(h)
 
@@ -177,10 +177,6 @@ def _gate_and_up(names: GatedNames, *made: Tensor) -> Sequence[Tensor]:
         return made
     halves = made[0].chunk(2, dim=-1)
     return halves if names.gate_first else halves[::-1]
-
-
-def _product_again(names: GatedNames, *made: Tensor) -> Tensor:
-    return names.activation.product(*_gate_and_up(names, *made))
 
 
 class RecomputedGatedMLP(LeanGatedMLP):
@@ -193,13 +189,8 @@ class RecomputedGatedMLP(LeanGatedMLP):
             state = state_of(self)
         if state is None or not (x.requires_grad or state.trained):
             return super().forward(x, *args, **kwargs)
-        parts = self._modules
         names = replace(self.settings, activation=overwriting(self.settings.activation))
-
-        def body(x: Tensor, cut: Cut) -> Tensor:
-            return apply_gated(parts, names, x, cut)
-
-        return recompute(body, [x], state)
+        return recompute(partial(apply_gated, self._modules, names), [x], state)
 
 
 class LeanNorm(LeanModule):

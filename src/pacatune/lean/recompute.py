@@ -20,7 +20,7 @@ Function, which hands on what must be kept by `ctx.save_for_backward`. The graph
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from operator import methodcaller
 from typing import Any, NamedTuple, NoReturn
@@ -337,17 +337,15 @@ class _Kept(Cut):
         Raises:
             RuntimeError: If it does something else than in the forward pass.
         """
-        made: tuple[Tensor, ...] = ()
         leaves = [
             x.detach().requires_grad_(is_needed)
             for x, is_needed in zip(inputs, needed, strict=False)
         ]
-        # Nothing is taken out again: this graph is never differentiated.
-        with torch.enable_grad(), saved_tensors_hooks(self._note_before, _call):
-            try:
-                body(*leaves, cut=_End())
-            except _Reached as end:
-                made = tuple(x.detach() for x in end.tensors)
+        end = _End()
+        hooks = saved_tensors_hooks(lambda x: self._before.append(x.detach()), _call)
+        with torch.enable_grad(), hooks, suppress(_Reached):
+            body(*leaves, cut=end)
+        made = [x.detach() for x in end.tensors]
         kinds = [(x.shape, x.dtype) for x in self._before]
         if kinds != self._kinds or bool(made) != bool(self._of_cut):
             what = "that computes something else than in its forward pass, or was made plain since"
@@ -357,9 +355,6 @@ class _Kept(Cut):
         self._known += [None] * len(self._makers)
         self._others += others
         inputs.clear()
-
-    def _note_before(self, x: Tensor) -> None:
-        self._before.append(x.detach())
 
     def forget(self) -> list[Tensor]:
         """Hold nothing from now on; return what is to be kept beside the inputs."""
@@ -373,18 +368,18 @@ def _call(token: Callable[[], Tensor]) -> Tensor:
     return token()
 
 
-class _Reached(Exception):
-    """The cut, when the first part runs again."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-
-
 class _End(Cut):
-    """A cut at which a module stops."""
+    """A cut at which a module stops, when its first part runs again."""
+
+    tensors: tuple[Tensor, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        raise _Reached(tensors)
+        self.tensors = tensors
+        raise _Reached
+
+
+class _Reached(Exception):
+    """The cut has been reached."""
 
 
 class _Casts(TorchDispatchMode):
