@@ -121,7 +121,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
         (x,) = cut(x)
         with cut.casts():
             gate, up = parts[names.gate](x), parts[names.up](x)
-        return recompute(multiply, [gate, up], down, state_of(down))
+        return recompute(multiply, [gate, up], state_of(down))
 
     def multiply(gate: Tensor, up: Tensor, cut: Cut) -> Tensor:
         (h,) = cut(apply_gated_product(gate, up, activation))
@@ -129,7 +129,7 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
             y: Tensor = down(h)
         return y
 
-    return recompute(project, [x], module, state_of(module))
+    return recompute(project, [x], state_of(module))
 
 
 def _attention(module: nn.Module, run: Callable[..., Any], **kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ def _attention(module: nn.Module, run: Callable[..., Any], **kwargs: Any) -> Any
             y: Tensor = run(x, **kwargs)[0]
         return y
 
-    return recompute(body, [x], module, state_of(module)), None
+    return recompute(body, [x], state_of(module)), None
 
 
 def count(method: str, adapters: str, variant: str, values: dict[str, Any], seed: int) -> Row:

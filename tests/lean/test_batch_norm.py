@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pacatune import lean
-from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, frozen_batch_norm
+from pacatune.lean.batch_norm import frozen_batch_norm
 from tests.releases import has, needs
 
 SHAPES = {1: (4, 6), 2: (4, 6, 5), 3: (4, 6, 5, 3), 4: (2, 6, 3, 4, 2)}
@@ -127,15 +127,15 @@ def test_layers_keep_nothing_of_their_own(name):
     before, expected = kept_bytes(lambda: layer(x), *held)
     (want,) = torch.autograd.grad(expected.square().sum(), x)
     model = nn.Sequential(layer)
-    assert enable_batch_norm(model) == ["0"]
+    assert lean.enable(model).made == {"batch_norm": ["0"]}
     after, y = kept_bytes(lambda: layer(x), *held)
     (gx,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(y, expected)
     torch.testing.assert_close(gx, want, rtol=1e-5, atol=1e-6)
     assert before - after == x.numel() * 4
-    disable_batch_norm(model)
+    lean.disable(model)
     assert kept_bytes(lambda: layer(x), *held)[0] == before
-    assert "forward" not in layer.__dict__
+    assert type(layer) is type(build())
 
 
 def test_training_is_left_alone():
@@ -146,11 +146,11 @@ def test_training_is_left_alone():
     ):
         plain = layer_of(nn.BatchNorm2d)
         change(plain)
-        lean = copy.deepcopy(plain)
-        enable_batch_norm(lean)
+        twin = copy.deepcopy(plain)
+        lean.enable(twin)
         x = torch.randn(4, 6, 5, 3)
         results = []
-        for layer in (plain, lean):
+        for layer in (plain, twin):
             given = x.clone().requires_grad_()
             y = layer(given)
             y.square().sum().backward()
@@ -161,13 +161,13 @@ def test_training_is_left_alone():
     unknown.running_mean = unknown.running_var = None  # normalises by the batch in any mode
     x = torch.randn(4, 6, 5, 3)
     expected = unknown(x)
-    enable_batch_norm(unknown)
+    lean.enable(unknown)
     assert torch.equal(unknown(x), expected)
 
 
 def test_wrong_input_is_refused_as_before():
     layer = layer_of(nn.BatchNorm2d)
-    enable_batch_norm(layer)
+    lean.enable(layer)
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(torch.randn(2, 6, requires_grad=True))
 
@@ -193,36 +193,49 @@ def test_other_forwards_are_left_alone():
     hooked = layer_of(nn.BatchNorm2d)
     hooked.forward = lambda x: x
     model = nn.Sequential(layer_of(Own), hooked, nn.LayerNorm(6), layer_of(nn.BatchNorm2d))
-    assert enable_batch_norm(model) == ["3"]
-    assert enable_batch_norm(model) == []  # it is lean already
-    disable_batch_norm(model)
+    for _ in range(2):
+        assert lean.enable(model).made == {"batch_norm": ["3"]}
+    lean.disable(model)
     assert "forward" in hooked.__dict__
 
 
-def test_copies_are_lean_and_pickled_ones_plain():
+def test_copies_and_pickles_are_plain():
     layer = layer_of(nn.BatchNorm2d)
-    enable_batch_norm(layer)
-    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 6, 5, 3, requires_grad=True)
+    expected = layer(x)
+    lean.enable(layer)
+    others = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     with torch.no_grad():
         layer.weight.mul_(2)
+    assert not torch.equal(layer(x), expected)
+    for other in others:  # each reads its own weight
+        held = [*other.parameters(), *other.buffers()]
+        assert type(other) is nn.BatchNorm2d
+        assert torch.equal(other(x), expected)
+        assert kept_bytes(lambda other=other: other(x), *held)[0] > 0
+        assert lean.enable(other).made == {"batch_norm": [""]}
+        assert torch.equal(other(x), expected)
+        assert kept_bytes(lambda other=other: other(x), *held)[0] == 0
+
+
+def test_a_layer_that_is_frozen_later():
+    layer = nn.BatchNorm2d(6).eval()
     x = torch.randn(4, 6, 5, 3, requires_grad=True)
-    y, before = twin(x), layer(x)
-    assert not torch.equal(y, before)  # each reads its own weight
-    assert kept_bytes(lambda: twin(x), *twin.parameters(), *twin.buffers())[0] == 0
-    loaded = pickle.loads(pickle.dumps(layer))
-    assert torch.equal(loaded(x), before)
-    assert kept_bytes(lambda: loaded(x), *loaded.parameters(), *loaded.buffers())[0] > 0
-    assert enable_batch_norm(loaded) == [""]
+    held = [*layer.parameters(), *layer.buffers()]
+    assert lean.enable(layer).made == {}
+    assert kept_bytes(lambda: layer(x), *held)[0] > 0
+    layer.requires_grad_(requires_grad=False)
+    assert kept_bytes(lambda: layer(x), *held)[0] == 0
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_and_autocast(use_reentrant):
     plain = nn.Sequential(nn.Conv2d(3, 6, 1), layer_of(nn.BatchNorm2d), nn.SiLU())
-    lean = copy.deepcopy(plain)
-    enable_batch_norm(lean)
+    twin = copy.deepcopy(plain)
+    lean.enable(twin)
     x = torch.randn(2, 3, 4, 4)
     gradients = []
-    for model in (plain, lean):
+    for model in (plain, twin):
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = checkpoint(model, given, use_reentrant=use_reentrant)
@@ -239,6 +252,6 @@ def test_compiled():
     layer = layer_of(BatchNormAct2d, act_layer=nn.SiLU)
     x = torch.randn(4, 6, 5, 3, requires_grad=True)
     (want,) = torch.autograd.grad(layer(x).square().sum(), x)
-    enable_batch_norm(layer)
+    lean.enable(layer)
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], want)

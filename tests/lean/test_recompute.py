@@ -35,7 +35,7 @@ class Net(nn.Module):
         return self.b(g)
 
     def forward(self, x):
-        return recompute(lambda x, cut: self.body(x, cut), [x], self, state_of(self))
+        return recompute(lambda x, cut: self.body(x, cut), [x], state_of(self))
 
     def plain(self, x):
         before = self.a(x).sin()

@@ -9,8 +9,6 @@ torch keeps x all the same, which the gradient of `weight` alone would read. In 
 outputs of all convolutions.
 """
 
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = [
-    "disable_batch_norm",
-    "enable_batch_norm",
-    "find_batch_norm",
-    "frozen_batch_norm",
-]
+from pacatune.lean.modules import LeanModule
 
-_TIMM = "timm.layers.norm_act"
+__all__ = ["LeanBatchNorm", "find_batch_norm", "frozen_batch_norm", "is_frozen"]
+
+_TIMMS = "timm.layers.norm_act", "BatchNormAct2d"
 
 
 def frozen_batch_norm(
@@ -91,88 +86,40 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return gx, None, None, None, None, None
 
 
-def find_batch_norm(model: nn.Module) -> list[str]:
-    """Return the names of the layers that keep nothing with `enable_batch_norm`, on or not.
+class LeanBatchNorm(LeanModule):
+    """torch's BatchNorm, or timm's with an activation, keeping nothing where that is possible.
 
-    Their weights are frozen. Whether they will be in evaluation mode is not known here.
+    While the layer trains, or normalises by the batch, it does what it did before.
     """
-    return [
-        name
-        for name, layer in model.named_modules()
-        if (_is_lean(layer) or _lean_forward(layer) is not None) and _is_frozen(layer)
-    ]
+
+    settings: bool
+    """Whether it has an activation."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Normalise (B, C, *positions)."""
+        layer: Any = self
+        is_evaluating = not layer.training and layer.running_mean is not None
+        if not (is_evaluating and torch.is_grad_enabled() and is_frozen(layer)):
+            return super().forward(x)
+        layer._check_input_dim(x)
+        y = _FrozenBatchNorm.apply(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
+        )
+        return layer.act(layer.drop(y)) if self.settings else y
 
 
-def enable_batch_norm(model: nn.Module) -> list[str]:
-    """Let the BatchNorm layers of a model keep nothing whenever they are frozen and evaluate.
-
-    While a layer trains, or normalises by the batch, it does what it did before; so this never
-    changes a result. torch's classes and timm's with an activation are known; others are left
-    alone.
-
-    Returns:
-        The names of the layers.
-    """
-    names = []
-    for name, layer in model.named_modules():
-        forward = _lean_forward(layer)
-        if forward is not None:
-            # Copies of the layer get their own, and those that were pickled have the class's.
-            layer.forward = types.MethodType(forward, layer)
-            names.append(name)
-    return names
-
-
-def disable_batch_norm(model: nn.Module) -> None:
-    """Undo `enable_batch_norm`."""
-    for layer in model.modules():
-        if _is_lean(layer):
-            del layer.forward
-
-
-def _is_lean(layer: nn.Module) -> bool:
-    return getattr(layer.__dict__.get("forward"), "__func__", None) in _LEAN_FORWARDS
-
-
-def _is_frozen(layer: nn.Module) -> bool:
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether the layer's own parameters ask for no gradient."""
     return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-def _lean_forward(layer: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """Return the lean forward of a layer's class, None where there is none."""
+def find_batch_norm(layer: nn.Module) -> bool | None:
+    """Whether a BatchNorm has an activation; None if it is none of torch's or timm's."""
     kind: Any = type(layer)
-    own = layer.__dict__.get("forward")
-    if own is not None and getattr(own, "__func__", None) is not kind.forward:
-        return None  # somebody's, or ours already
+    if isinstance(layer, LeanBatchNorm):
+        return layer.settings
+    if "forward" in vars(layer):
+        return None
     if isinstance(layer, _BatchNorm) and kind.forward is _BatchNorm.forward:
-        return _forward
-    is_timms = kind.__name__ == "BatchNormAct2d" and kind.__module__ == _TIMM
-    return _forward_with_activation if is_timms else None
-
-
-def _normalise(layer: Any, x: Tensor) -> Tensor | None:
-    """Return what the layer normalises x to, None where it is not frozen or not evaluating."""
-    if layer.training or layer.running_mean is None or not torch.is_grad_enabled():
-        return None
-    if not _is_frozen(layer):
-        return None
-    layer._check_input_dim(x)
-    y: Tensor = _FrozenBatchNorm.apply(
-        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
-    )
-    return y
-
-
-def _forward(layer: Any, x: Tensor) -> Any:
-    y = _normalise(layer, x)
-    return type(layer).forward(layer, x) if y is None else y
-
-
-def _forward_with_activation(layer: Any, x: Tensor) -> Any:
-    y = _normalise(layer, x)
-    return type(layer).forward(layer, x) if y is None else layer.act(layer.drop(y))
-
-
-# By that name a pickled method is found again: the one of the class.
-_forward.__name__ = _forward_with_activation.__name__ = "forward"
-_LEAN_FORWARDS = (_forward, _forward_with_activation)
+        return False
+    return True if (kind.__module__, kind.__name__) == _TIMMS else None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from pacatune.lean import attention, probe
-from pacatune.lean.batch_norm import disable_batch_norm, enable_batch_norm, find_batch_norm
+from pacatune.lean.batch_norm import LeanBatchNorm, find_batch_norm, is_frozen
 from pacatune.lean.modules import (
     LeanAttention,
     LeanGatedMLP,
@@ -62,13 +62,15 @@ def _counts(kinds: dict[str, list[str]]) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one module becomes, and why it does not become more."""
+    """What one module becomes, and why it does not become more; neither if it is lean as it is."""
 
     kind: str
     lean_class: type[LeanModule] | None = None
     settings: Any = None
     reason: str = ""
-    is_lean_already: bool = False
+
+
+_Changes = list[tuple[nn.Module, type[LeanModule], Any]]
 
 
 def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanReport:
@@ -108,34 +110,29 @@ def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanRepor
     if level not in (1, 2, 3):
         raise ValueError(f"`level` ({level!r}) must be 1, 2 or 3; to do without, call `disable`.")
     report = LeanReport(level=level)
-    plans: list[tuple[nn.Module, _Plan]] = []
+    changes: _Changes = []
     for name, module in model.named_modules():
         for plan in _plans(module, level):
-            if plan.is_lean_already:
-                report.already.setdefault(plan.kind, []).append(name)
-            elif plan.lean_class is None:
-                report.left.setdefault(plan.reason, []).append(name)
-            else:
+            if plan.lean_class is not None:
                 report.made.setdefault(plan.kind, []).append(name)
-                plans.append((module, plan))
-                if plan.reason:
-                    report.left.setdefault(plan.reason, []).append(name)
-    _add_losses(model, report, plans)
-    if norms := find_batch_norm(model):
-        report.made["batch_norm"] = norms
+                changes.append((module, plan.lean_class, plan.settings))
+            elif not plan.reason:
+                report.already.setdefault(plan.kind, []).append(name)
+            if plan.reason:
+                report.left.setdefault(plan.reason, []).append(name)
+    _add_losses(model, report, changes)
+    _add_batch_norms(model, report, changes)
     if mode == "require" and (report.left or not (report.made or report.already)):
         raise ValueError(
             "this model cannot be all lean, which 'require' asks for; 'auto' would do what can be "
             f"done.\n{report}"
         )
-    for module, plan in plans:
-        assert plan.lean_class is not None
-        if kind_of(module) is not plan.lean_class:
+    for module, lean_class, settings in changes:
+        if kind_of(module) is not lean_class:
             make_plain(module)
-            make_lean(module, plan.lean_class, plan.settings)
-        if issubclass(plan.lean_class, LeanAttention):
+            make_lean(module, lean_class, settings)
+        if isinstance(module, LeanAttention):
             attention.install(module)
-    enable_batch_norm(model)
     return report
 
 
@@ -149,7 +146,6 @@ def disable(model: nn.Module) -> None:
         if isinstance(module, LeanAttention):
             attention.uninstall(module)
         make_plain(module)
-    disable_batch_norm(model)
 
 
 def _plans(module: nn.Module, level: int) -> Iterator[_Plan]:
@@ -165,26 +161,27 @@ def _plans(module: nn.Module, level: int) -> Iterator[_Plan]:
 
 def _raised(module: nn.Module, plan: _Plan, level: int) -> _Plan:
     """Return the plan at a level, or why the module stays at level 1."""
+    higher = plan
     if plan.lean_class is LeanGatedMLP and level >= 2:
         higher = replace(plan, lean_class=RecomputedGatedMLP)
     elif plan.lean_class is LeanAttention and level >= 3:
-        names = [
-            name for name in inspect.signature(type(module).forward).parameters if name != "self"
-        ]
-        higher = replace(plan, lean_class=RecomputedAttention, settings=names[0])
-    else:
-        return plan
-    reason = why_not(module)
+        _, first, *_ = inspect.signature(type(module).forward).parameters
+        higher = replace(plan, lean_class=RecomputedAttention, settings=first)
+    reason = None if higher is plan else why_not(module)
     if reason is None:
         return higher
     return replace(plan, reason=f"{type(module).__name__} stays at level 1: {reason}")
 
 
-def _replaced(module: nn.Module, kind: str) -> _Plan | None:
-    """Say why a module is left alone that has a forward of its own (offloading, patches)."""
-    if "forward" not in vars(module):
-        return None
-    return _Plan(kind, reason=f"its forward was replaced by {_source(module)}")
+def _found(
+    module: nn.Module, kind: str, lean_class: type[LeanModule], settings: Any, otherwise: str
+) -> _Plan:
+    """Plan a module by what it was found to be, None for something else."""
+    if "forward" in vars(module):  # offloading, patches
+        return _Plan(kind, reason=f"its forward was replaced by {_source(module)}")
+    if settings is None:
+        return _Plan(kind, reason=f"{type(module).__name__} is {otherwise}")
+    return _Plan(kind, lean_class, settings)
 
 
 def _source(module: nn.Module) -> str:
@@ -197,36 +194,26 @@ def _source(module: nn.Module) -> str:
 
 
 def _plan_gated(module: nn.Module) -> _Plan | None:
-    if isinstance(module, LeanGatedMLP):
-        return _Plan("gated_mlp", LeanGatedMLP, module.settings)
     if not probe.looks_like_gated(module):
         return None
-    names = probe.find_gated(module)
-    what = f"{type(module).__name__} is not down(act(gate(x)) * up(x)) with a known activation"
-    found = _Plan("gated_mlp", reason=what)
-    if names is not None:
-        found = _Plan("gated_mlp", LeanGatedMLP, names)
-    return _replaced(module, "gated_mlp") or found
+    otherwise = "not down(act(gate(x)) * up(x)) with a known activation"
+    return _found(module, "gated_mlp", LeanGatedMLP, probe.find_gated(module), otherwise)
 
 
 def _plan_norm(module: nn.Module) -> _Plan | None:
-    if isinstance(module, LeanNorm):
-        return _Plan("norm", LeanNorm)
     if type(module).forward is nn.LayerNorm.forward:
-        return _Plan("norm", is_lean_already=True)
+        return _Plan("norm")
     if not probe.looks_like_norm(module):
         return None
-    norm = probe.find_norm(module)
-    found = _Plan("norm", reason=f"{type(module).__name__} is no RMSNorm or LayerNorm we know")
-    if norm is not None:
-        found = _Plan("norm", LeanNorm, norm)
-    return _replaced(module, "norm") or found
+    otherwise = "no RMSNorm or LayerNorm we know"
+    return _found(module, "norm", LeanNorm, probe.find_norm(module), otherwise)
 
 
 def _plan_attention(module: nn.Module, level: int) -> _Plan | None:
     if isinstance(module, LeanAttention):
         return _Plan("attention", LeanAttention)
-    groups, implementation = getattr(module, "num_key_value_groups", None), _implementation(module)
+    groups = getattr(module, "num_key_value_groups", None)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if not isinstance(groups, int) or (groups < 2 and implementation != "eager" and level < 3):
         return None
     if implementation == attention.ATTENTION and attention.find_registry() is not None:
@@ -234,8 +221,10 @@ def _plan_attention(module: nn.Module, level: int) -> _Plan | None:
     if implementation == "eager":
         return _Plan("attention", reason=_EAGER)
     if implementation is not None and "flash" in implementation:
-        # Repeats nothing.
-        return None if level < 3 else _Plan("attention", reason=f"{implementation} {_UNCUT}")
+        if level < 3:  # it repeats nothing
+            return None
+        uncut = f"{implementation} keeps query, key and value: level 3 is for sdpa"
+        return _Plan("attention", reason=uncut)
     return _Plan("attention", reason=f"attention {implementation!r} repeats heads as it likes")
 
 
@@ -245,13 +234,6 @@ _EAGER = (
 )
 
 
-_UNCUT = "keeps query, key and value: level 3 is for sdpa"
-
-
-def _implementation(module: nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
-
-
 def _plan_experts(module: nn.Module) -> _Plan | None:
     weights = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
     if len(weights) < 2 or len({len(p) for p in weights}) > 1 or len(weights[0]) < 2:
@@ -259,7 +241,7 @@ def _plan_experts(module: nn.Module) -> _Plan | None:
     return _Plan("experts", reason=f"{type(module).__name__}: fused experts are not made lean")
 
 
-def _add_losses(model: nn.Module, report: LeanReport, plans: list[tuple[nn.Module, _Plan]]) -> None:
+def _add_losses(model: nn.Module, report: LeanReport, changes: _Changes) -> None:
     """Plan the heads of all models within the model, and what keeps others from being lean."""
     for name, module in model.named_modules():
         head = _head_of(module)
@@ -272,27 +254,32 @@ def _add_losses(model: nn.Module, report: LeanReport, plans: list[tuple[nn.Modul
             reason = f"the output head is a {type(head).__name__}, so its logits are kept"
         else:
             report.made.setdefault("loss", []).append(name)
-            plans.append((module, _Plan("loss", LeanModel)))
-            plans += ((layer, _Plan("loss", LeanHead)) for layer in layers)
+            changes.append((module, LeanModel, None))
+            changes += ((layer, LeanHead, None) for layer in layers)
             continue
         if not reason.startswith("trl "):  # TRL's head is chunked as well
             report.left.setdefault(reason, []).append(name)
 
 
+def _add_batch_norms(model: nn.Module, report: LeanReport, changes: _Changes) -> None:
+    """Plan all layers, and count those that are frozen; others may be by the time of a pass."""
+    for name, module in model.named_modules():
+        has_activation = find_batch_norm(module)
+        if has_activation is None:
+            continue
+        changes.append((module, LeanBatchNorm, has_activation))
+        if is_frozen(module):
+            report.made.setdefault("batch_norm", []).append(name)
+
+
 def _head_of(module: nn.Module) -> nn.Module | None:
     """Return the output head of a model that computes a loss from labels."""
     getter: Callable[[nn.Module], Any] | None = getattr(type(module), "get_output_embeddings", None)
-    code = getattr(_unwrapped(type(module).forward), "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if getter is None or code is None or "labels" not in code.co_varnames:
         return None
     head = getter(module)
     return head if isinstance(head, nn.Module) else None
-
-
-def _unwrapped(function: Any) -> Any:
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
 
 
 def _linears_of(head: nn.Module) -> list[nn.Module] | None:

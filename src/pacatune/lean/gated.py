@@ -8,7 +8,7 @@ linear layer keeps of the product is its own matter: all of it under LoRA, R col
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,47 +40,33 @@ class Activation:
         name: As in transformers' configurations.
         value: x -> act(x), both (..., I).
         gradient: (gradient of act(x), x) -> gradient of x.
+        overwrites: Whether nobody needs the factors after their gradients, which then take the
+            memory of `up` and `gh`: of the widest tensors of a layer, three live at once, not five.
     """
 
     name: str
     value: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
+    overwrites: bool = False
 
     def product(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return act(gate) * up; all (..., I)."""
         return _product(gate, up, self)
 
-    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of gate and up, (..., I) each, from that of act(gate) * up."""
-        return _product_gradients(gh, gate, up, self)
-
     def product_columns(self, gate: Tensor, up: Tensor, indices: Tensor) -> Tensor:
         """Return the columns `indices` (R,) of act(gate) * up, (..., R)."""
         return _product_columns(gate, up, indices, self)
+
+    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of gate and up, (..., I) each, from that of act(gate) * up."""
+        return self.owned_product_gradients(gh.clone() if self.overwrites else gh, gate, up)
 
     def owned_product_gradients(
         self, gh: Tensor, gate: Tensor, up: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the same from a gradient that nobody else needs."""
-        return self.product_gradients(gh, gate, up)
-
-
-class OverwritingActivation(Activation):
-    """One whose factors nobody needs after their gradients, which take the memory of up and gh.
-
-    Of the widest tensors of a layer, three live at once then, and not five.
-    """
-
-    def product_gradients(self, gh: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient of gate in the memory of `up`, and that of up."""
-        return self.owned_product_gradients(gh.clone(), gate, up)
-
-    def owned_product_gradients(
-        self, gh: Tensor, gate: Tensor, up: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradient of gate in the memory of `up`, and that of up in that of `gh`."""
-        if not gh.dtype == gate.dtype == up.dtype or not gh.numel():
-            return super().product_gradients(gh, gate, up)
+        if not self.overwrites or not gh.dtype == gate.dtype == up.dtype or not gh.numel():
+            return _product_gradients(gh, gate, up, self)
         # Whole vectors of a processor, whose remainders are computed in another way.
         size = max(1, _MAX_CHUNK // gh.shape[-1] // 64) * 64
         gh = gh.contiguous()
@@ -89,6 +75,12 @@ class OverwritingActivation(Activation):
         for gh_rows, gate_rows, up_rows in zip(*rows, strict=True):
             _overwrite(gh_rows, gate_rows, up_rows, self)
         return up, gh
+
+
+@functools.cache
+def overwriting(activation: Activation) -> Activation:
+    """Return an activation as one that overwrites."""
+    return replace(activation, overwrites=True)
 
 
 _MAX_CHUNK = 2**24  # elements: of what is made on the way, this many at a time
@@ -170,12 +162,6 @@ ACTIVATIONS = {
         Activation("quick_gelu", _quick_gelu, _quick_gelu_gradient),
     )
 }
-
-
-@functools.cache
-def overwriting(activation: Activation) -> OverwritingActivation:
-    """Return an activation as one that overwrites."""
-    return OverwritingActivation(activation.name, activation.value, activation.gradient)
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:

@@ -7,6 +7,7 @@ loss ignores are left out, which plain cross-entropy multiplies all the same.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
@@ -81,15 +82,28 @@ def linear_cross_entropy(
         raise ValueError(f"`reduction` ({reduction!r}) must be 'mean' or 'sum'.")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"`chunk_rows` ({chunk_rows}) must be at least 1.")
-    rows = chunk_rows or _rows_per_chunk(len(weight))
-    device_type, dtype = x.device.type, None
-    if torch.is_autocast_enabled(device_type) and x.itemsize < 8:
+    device_type, dtype = x.device.type, x.dtype
+    is_autocast = torch.is_autocast_enabled(device_type) and x.itemsize < 8
+    if is_autocast:
         dtype = torch.get_autocast_dtype(device_type)
+    loss_of = partial(_loss_of, transform, is_autocast, label_smoothing)
+    rows = chunk_rows or _rows_per_chunk(len(weight))
+    call = ignore_index, reduction == "mean", rows, dtype, loss_of
     with torch.autocast(device_type, enabled=False):
-        return _LinearCrossEntropy.apply(
-            x, weight, bias, target,
-            (ignore_index, reduction, label_smoothing, transform, rows, dtype),
-        )  # fmt: skip
+        return _LinearCrossEntropy.apply(x, weight, bias, target, call)
+
+
+def _loss_of(
+    transform: Transform | None,
+    is_autocast: bool,
+    label_smoothing: float,
+    logits: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Return the sum over rows, in the dtype of plain cross-entropy."""
+    logits = logits if transform is None else transform(logits)
+    logits = logits.float() if is_autocast and logits.itemsize < 4 else logits
+    return F.cross_entropy(logits, target, reduction="sum", label_smoothing=label_smoothing)
 
 
 def _rows_per_chunk(num_words: int) -> int:
@@ -105,17 +119,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Any
     ) -> Tensor:
-        ignore_index, reduction, label_smoothing, transform, rows, dtype = call
+        ignore_index, is_mean, rows, dtype, loss_of = call
         ctx.inputs = x.shape, x.dtype, weight.dtype, None if bias is None else bias.dtype
         places = (target != ignore_index).nonzero().squeeze(1)
-        chunks = _Chunks(x, weight, bias, ctx.needs_input_grad, dtype)
-        for of_chunk in places.split(rows):
-            chunks.add(of_chunk, target, label_smoothing, transform)
-        loss = chunks.loss(transform)
-        ctx.num_counted = len(places) if reduction == "mean" else 1
+        chunks = _Chunks(weight, bias, dtype, loss_of, ctx.needs_input_grad)
+        for of_chunk in places.split(rows):  # one without rows, if none counts
+            chunks.add(of_chunk, x, target)
+        losses = torch.stack(chunks.losses)
+        wide = torch.promote_types(losses.dtype, torch.float32)
+        loss = losses.sum(dtype=wide).to(losses.dtype)
+        gx = None if chunks.gx is None else torch.cat(chunks.gx)
+        ctx.num_counted = len(places) if is_mean else 1
         ctx.is_whole = len(places) == len(x)
-        ctx.save_for_backward(places, *chunks.gradients())
-        return loss / len(places) if reduction == "mean" else loss
+        ctx.save_for_backward(places, gx, chunks.gweight, chunks.gbias)
+        return loss / len(places) if is_mean else loss
 
     @staticmethod
     def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -132,83 +149,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return gx, gweight, gbias, None, None
 
 
-def _same(x: Tensor) -> Tensor:
-    """Give back what was kept: the graph of a chunk is no concern of hooks around the loss."""
-    return x
+def _sum_like(parameter: Tensor) -> Tensor:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=wide)
 
 
 class _Chunks:
-    """Sums up loss and gradients over chunks of rows."""
+    """Sums up losses, and the gradients that are needed, over chunks of rows."""
 
     def __init__(
         self,
-        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        dtype: torch.dtype,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
         needed: tuple[bool, ...],
-        dtype: torch.dtype | None,
     ) -> None:
-        self._x, self._is_autocast = x, dtype is not None
-        self._dtype = dtype or x.dtype
-        self._weight = weight.to(self._dtype)
-        self._bias = None if bias is None else bias.to(self._dtype)
-        self._needs_x, self._needs_weight, self._needs_bias, *_ = needed
-        self._losses: list[Tensor] = []
-        self._gx: list[Tensor] = []
-        self._gweight = self._sum_like(weight) if self._needs_weight else None
-        self._gbias = self._sum_like(bias) if self._needs_bias else None
+        needs_x, needs_weight, needs_bias, *_ = needed
+        self._weight, self._bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self._loss_of, self._is_needed = loss_of, needs_x or needs_weight or needs_bias
+        self.losses: list[Tensor] = []
+        self.gx: list[Tensor] | None = [] if needs_x else None
+        self.gweight = _sum_like(weight) if needs_weight else None
+        self.gbias = _sum_like(bias) if needs_bias and bias is not None else None
 
-    @staticmethod
-    def _sum_like(parameter: Tensor | None) -> Tensor:
-        assert parameter is not None
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.zeros_like(parameter, dtype=wide)
-
-    def add(
-        self, places: Tensor, target: Tensor, label_smoothing: float, transform: Transform | None
-    ) -> None:
+    def add(self, places: Tensor, x: Tensor, target: Tensor) -> None:
         """Compute the rows at `places`, (C,)."""
-        x = self._x if len(places) == len(self._x) else self._x.index_select(0, places)
-        x = x.to(self._dtype)
+        x = (x if len(places) == len(x) else x.index_select(0, places)).to(self._weight.dtype)
         logits = F.linear(x, self._weight, self._bias)
-        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, _same):
-            logits.requires_grad_(self._needs_x or self._needs_weight or self._needs_bias)
-            loss = F.cross_entropy(
-                self._transformed(logits, transform),
-                target.index_select(0, places),
-                reduction="sum",
-                label_smoothing=label_smoothing,
-            )
-        self._losses.append(loss.detach())
-        if not logits.requires_grad:
+        # The graph of a chunk is no concern of hooks around the loss.
+        with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda x: x):
+            logits.requires_grad_(self._is_needed)
+            loss = self._loss_of(logits, target.index_select(0, places))
+        self.losses.append(loss.detach())
+        if not self._is_needed:
             return
         (glogits,) = torch.autograd.grad(loss, logits)
-        if self._needs_x:
-            self._gx.append(glogits.mm(self._weight))
-        if self._gweight is not None:
-            self._gweight += glogits.t().mm(x)
-        if self._gbias is not None:
-            self._gbias += glogits.sum(0)
-
-    def _transformed(self, logits: Tensor, transform: Transform | None) -> Tensor:
-        logits = logits if transform is None else transform(logits)
-        return logits.float() if self._is_autocast and logits.itemsize < 4 else logits
-
-    def loss(self, transform: Transform | None) -> Tensor:
-        """Return the sum over all rows, in the dtype of plain cross-entropy."""
-        if not self._losses:
-            empty = self._x.new_zeros((1, len(self._weight)), dtype=self._dtype)
-            return self._transformed(empty, transform).new_zeros(())
-        first = self._losses[0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        return torch.stack(self._losses).sum(dtype=wide).to(first.dtype)
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return those of the rows that count, of weight and of bias; None where not needed."""
-        gx = None
-        if self._needs_x:
-            gx = torch.cat(self._gx) if self._gx else self._x.new_zeros((0, self._x.shape[1]))
-        return gx, self._gweight, self._gbias
+        if self.gx is not None:
+            self.gx.append(glogits.mm(self._weight))
+        if self.gweight is not None:
+            self.gweight += glogits.t().mm(x)
+        if self.gbias is not None:
+            self.gbias += glogits.sum(0)
 
 
 # Logits that are computed when somebody reads them, and not at all if only their loss is wanted.

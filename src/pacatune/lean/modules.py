@@ -6,8 +6,7 @@ under transforms of torch.func.
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,8 +31,8 @@ __all__ = [
     "LeanNorm",
     "RecomputedAttention",
     "RecomputedGatedMLP",
+    "apply_gated",
     "cut_of",
-    "is_lean",
     "kind_of",
     "make_lean",
     "make_plain",
@@ -77,21 +76,17 @@ def make_lean(module: nn.Module, kind: type[LeanModule], settings: Any = None) -
     module.__class__ = of_same(type(module), kind, settings)
 
 
-def make_plain(module: nn.Module) -> bool:
-    """Undo `make_lean`; return whether there was anything to undo."""
-    found = is_lean(module)
-    if found:
+def make_plain(module: nn.Module) -> None:
+    """Undo `make_lean`, where there is anything to undo."""
+    if kind_of(module) is not None:
         module.__class__ = _plain(type(module))
-    return found
-
-
-def is_lean(module: nn.Module) -> bool:
-    """Whether a module has a class of ours, or one that was derived from it since (FSDP2)."""
-    return any(_is_lean_class(kind) for kind in type(module).__mro__)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class of ours that a module has; None if it is not lean."""
+    """Return the class of ours that a module has, or that its own was derived from since (FSDP2).
+
+    None if it is not lean.
+    """
     return next((kind.__bases__[0] for kind in type(module).__mro__ if _is_lean_class(kind)), None)
 
 
@@ -101,20 +96,15 @@ def _lean_class(plain: type[nn.Module], kind: type[LeanModule], settings: Any) -
     for name in ("__module__", "__qualname__", "__doc__"):
         body[name] = getattr(plain, name)
     if "forward" in vars(kind):
-        # Trainers read the names of a model's arguments.
-        forward = functools.wraps(plain.forward)(_forward_of(kind))
+        own = vars(kind)["forward"]
+
+        @functools.wraps(plain.forward)  # trainers read the names of a model's arguments
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return own(self, *args, **kwargs)
+
         forward.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]
         body["forward"] = forward
     return type(plain.__name__, (kind, plain), body)
-
-
-def _forward_of(kind: type[LeanModule]) -> Any:
-    own = vars(kind)["forward"]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs)
-
-    return forward
 
 
 def _is_lean_class(kind: Any) -> bool:
@@ -161,10 +151,10 @@ class LeanGatedMLP(LeanModule):
         """Apply the MLP to (..., H)."""
         if args or kwargs or not torch.is_grad_enabled() or is_traced():
             return super().forward(x, *args, **kwargs)
-        return _apply_gated(self._modules, self.settings, x, NO_CUT)
+        return apply_gated(self._modules, self.settings, x, NO_CUT)
 
 
-def _apply_gated(parts: dict[str, Any], names: GatedNames, x: Tensor, cut: Cut) -> Any:
+def apply_gated(parts: dict[str, Any], names: GatedNames, x: Tensor, cut: Cut) -> Any:
     """Apply a gated MLP; the cut is behind the projections of its input."""
     made = cut(*(parts[name](x) for name in dict.fromkeys((names.gate, names.up))))
     gate, up = _gate_and_up(names, *made)
@@ -177,7 +167,7 @@ def _apply_gated(parts: dict[str, Any], names: GatedNames, x: Tensor, cut: Cut) 
     if y is not None:
         return y
     h = apply_gated_product(gate, up, activation)
-    h = cut.derive(h, partial(_product_again, names))
+    h = cut.derive(h, lambda *made: activation.product(*_gate_and_up(names, *made)))
     with cut.casts():
         return down(h)
 
@@ -187,10 +177,6 @@ def _gate_and_up(names: GatedNames, *made: Tensor) -> Sequence[Tensor]:
         return made
     halves = made[0].chunk(2, dim=-1)
     return halves if names.gate_first else halves[::-1]
-
-
-def _product_again(names: GatedNames, *made: Tensor) -> Tensor:
-    return names.activation.product(*_gate_and_up(names, *made))
 
 
 class RecomputedGatedMLP(LeanGatedMLP):
@@ -203,13 +189,8 @@ class RecomputedGatedMLP(LeanGatedMLP):
             state = state_of(self)
         if state is None or not (x.requires_grad or state.trained):
             return super().forward(x, *args, **kwargs)
-        parts = self._modules
         names = replace(self.settings, activation=overwriting(self.settings.activation))
-
-        def body(x: Tensor, cut: Cut) -> Tensor:
-            return _apply_gated(parts, names, x, cut)
-
-        return recompute(body, [x], self, state)
+        return recompute(partial(apply_gated, self._modules, names), [x], state)
 
 
 class LeanNorm(LeanModule):
@@ -274,7 +255,7 @@ class RecomputedAttention(LeanAttention):
             assert not any(isinstance(other, Tensor) for other in others)
             return y
 
-        y = recompute(body, [x], self, state)
+        y = recompute(body, [x], state)
         return (y, *others)
 
 
@@ -300,23 +281,17 @@ class LeanModel(LeanModule):
         """Run the model; tell its head if there are labels."""
         if is_traced() or kwargs.get("labels") is None or not self.training or _has_own_loss(self):
             return super().forward(*args, **kwargs)
-        with _loss_wanted():
+        token = _wants_loss.set(True)
+        try:
             return super().forward(*args, **kwargs)
+        finally:
+            _wants_loss.reset(token)
 
 
 def _has_own_loss(model: nn.Module) -> bool:
     """Whether somebody gave the model a loss function, which may want a tensor."""
     function = vars(model).get("_loss_function")
     return function is not None and not str(function.__module__).startswith("transformers.")
-
-
-@contextmanager
-def _loss_wanted() -> Iterator[None]:
-    token = _wants_loss.set(True)
-    try:
-        yield
-    finally:
-        _wants_loss.reset(token)
 
 
 class LeanHead(LeanModule):

@@ -7,7 +7,7 @@ again. The forward pass does the same operations in the same order as the module
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from pacatune.lean.fused import fused, refuse_second_derivative
 
 __all__ = [
     "Norm",
-    "NormSource",
     "apply_norm",
     "layer_norm",
     "plain_norm",
@@ -158,13 +157,22 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("rms_norm and layer_norm")
-        return (*(_centred if ctx.norm.centred else _uncentred)(ctx, gy), None)
-
-
-def _uncentred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    needs_x, needs_weight, *_ = ctx.needs_input_grad
-    x, weight, _, rstd = ctx.saved_tensors
-    return *_gradients(x, gy, weight, rstd, ctx.norm, needs_x, needs_weight), None
+        x, weight, mean, rstd = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if not ctx.norm.centred:
+            gradients = _gradients(x, gy, weight, rstd, ctx.norm, needs_x, needs_weight)
+            return *gradients, None, None
+        wide = None if weight is None else _wide(weight)
+        wanted = [needs_x, needs_weight, False]
+        gx, gweight, _ = torch.ops.aten.native_layer_norm_backward(
+            _wide(gy), _wide(x), x.shape[-1:], mean, rstd, wide, None, wanted
+        )
+        return (
+            gx.to(x.dtype) if needs_x else None,
+            gweight.to(weight.dtype) if needs_weight else None,
+            _sum_rows(_wide(gy)).to(ctx.bias_dtype) if needs_bias else None,
+            None,
+        )
 
 
 @fused
@@ -192,45 +200,19 @@ def _gradients(
     return gx, gweight
 
 
-def _centred(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    wide = None if weight is None else _wide(weight)
-    wanted = [needs_x, needs_weight, False]
-    gx, gweight, _ = torch.ops.aten.native_layer_norm_backward(
-        _wide(gy), _wide(x), x.shape[-1:], mean, rstd, wide, None, wanted
-    )
-    return (
-        gx.to(x.dtype) if needs_x else None,
-        gweight.to(weight.dtype) if needs_weight else None,
-        _sum_rows(_wide(gy)).to(ctx.bias_dtype) if needs_bias else None,
-    )
-
-
 def _sum_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).sum(0)
 
 
-class NormSource(NamedTuple):
-    """What a norm's output was made of; all of it is kept for the norm's own gradient."""
-
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    norm: Norm
-    version: int
-    """The output's version; a later one was changed in place."""
-
-
-def source_of(y: Tensor) -> NormSource | None:
-    """Return what `y` was made of, if it is a lean norm's output as it came."""
-    source: NormSource | None = getattr(y, "lean_source", None)
-    return None if source is None or source.version != y._version else source
+def source_of(y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Norm] | None:
+    """Return x, weight, bias and norm that gave `y`, if it is a lean norm's output as it came."""
+    version, source = getattr(y, "lean_source", (None, None))
+    return source if version == y._version else None
 
 
 def apply_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
     """Apply `rms_norm` or `layer_norm` without their checks; the output knows its source."""
     y: Tensor = _Norm.apply(x, weight, bias, norm)
-    if y.requires_grad:  # what it names is kept anyway
-        cast(Any, y).lean_source = NormSource(x.detach(), weight, bias, norm, y._version)
+    if y.requires_grad:  # all that it names is kept for the norm's own gradient anyway
+        cast(Any, y).lean_source = y._version, (x.detach(), weight, bias, norm)
     return y

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.lean.gated import ACTIVATIONS, Activation
-from pacatune.lean.modules import GatedNames
+from pacatune.lean.gated import ACTIVATIONS
+from pacatune.lean.modules import GatedNames, apply_gated
 from pacatune.lean.norm import Norm, plain_norm
+from pacatune.lean.recompute import NO_CUT
 
-__all__ = ["find_gated", "find_norm", "is_linear", "looks_like_gated", "looks_like_norm"]
+__all__ = ["find_gated", "find_norm", "looks_like_gated", "looks_like_norm"]
 
 _WIDTH, _INNER = 3, 5
 
 
-def is_linear(module: nn.Module | None) -> bool:
+def _is_linear(module: nn.Module | None) -> bool:
     """Whether a module, or the one in an adapter's layer, maps in_features to out_features."""
     # The adapter's own layer says it of convolutions and of bare parameters as well.
     get_base: Callable[[], Any] | None = getattr(module, "get_base_layer", None)
@@ -42,12 +43,12 @@ def looks_like_gated(module: nn.Module) -> bool:
 
 
 def _rest(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module._modules.values() if m is not None and not is_linear(m)]
+    return [m for m in module._modules.values() if m is not None and not _is_linear(m)]
 
 
 def _assignments(module: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
     """Yield each way to name gate, up and down, and whether gate and up are one layer."""
-    linears: dict[str, Any] = {n: m for n, m in module._modules.items() if is_linear(m)}
+    linears: dict[str, Any] = {n: m for n, m in module._modules.items() if _is_linear(m)}
     shapes: dict[str, tuple[int, int]] = {
         name: (layer.in_features, layer.out_features) for name, layer in linears.items()
     }
@@ -83,27 +84,15 @@ def find_gated(module: nn.Module) -> GatedNames | None:
             continue
         for gate_first, activation in itertools.product((True, False), ACTIVATIONS.values()):
             names = GatedNames(gate, up, down, activation, is_fused, gate_first)
-            if torch.allclose(result, _gated(parts, names, x), rtol=1e-7, atol=1e-7):
+            if torch.allclose(result, apply_gated(parts, names, x, NO_CUT), rtol=1e-7, atol=1e-7):
                 return names
     return None
 
 
-def _gated(parts: dict[str, nn.Module], names: GatedNames, x: Tensor) -> Tensor:
-    gate: Tensor = parts[names.gate](x)
-    if names.is_fused:
-        first, second = gate.chunk(2, dim=-1)
-        gate, up = (first, second) if names.gate_first else (second, first)
-    else:
-        up = parts[names.up](x)
-    activation: Activation = names.activation
-    return parts[names.down](activation.value(gate) * up)
-
-
 def _small(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
     layer = nn.Linear(in_features, out_features, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for parameter in layer.requires_grad_(requires_grad=False).parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return layer
 
 

@@ -2,25 +2,28 @@
 
 A module's forward has a cut. What comes before it (gate and up, or query, key and value, from the
 module's input) is computed again, up to the cut and no further; what comes after it (down_proj,
-attention) is not. Checkpointing by torch has no such end: whatever saves last is run again as well.
+attention) is not. The promise:
 
-    forward   the module runs as always, and its graph is recorded inside a Function
-    saved     before the cut nothing; after it no tensor from before it: the graph holds numbers
-    backward  the module runs again up to the cut, with a graph that is thrown away; what this one
-              saves, in its order, is what the numbers stand for
+    forward    the module runs as always, and its graph is recorded inside a Function
+    saved      the inputs, or, where a lean norm made them, its input, which is kept in any case;
+               and what is saved after the cut, unless it can be had from what came to the cut
+    backward   the module runs again up to the cut; what this run saves, in its order, is what the
+               recorded graph has saved before the cut
+    gradients  are those of the recorded graph, bit for bit
+    hooks      on saved tensors (checkpointing, offloading, our byte counts) see all that is kept
+    refused    a backward pass by whose time the module is another function
 
-What must be kept all the same goes through `ctx.save_for_backward`, so that hooks of others
-(checkpointing, offloading, our byte counts) see it: saved-tensor hooks of our own around the module
-would replace theirs. The module's input is not kept if it comes from a lean norm, whose own input
-is kept in any case. The gradients are those of the recorded graph, bit for bit.
+torch's checkpointing has no end in the middle: whatever saves last is run again as well. And
+saved-tensor hooks of our own around the module would replace those of others; so they are inside a
+Function, which hands on what must be kept by `ctx.save_for_backward`. The graph holds no tensor.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple, cast
+from operator import methodcaller
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -56,34 +59,37 @@ class Cut:
 NO_CUT = Cut()
 
 
-class _Reached(Exception):
-    """The cut, when the first part runs again."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-
-
-class _End(Cut):
-    """A cut at which a module stops."""
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        raise _Reached(tensors)
-
-
 class State(NamedTuple):
     """What decides what a module computes, as far as it may change between two passes."""
 
+    module: nn.Module
     trained: tuple[nn.Parameter, ...]
     versions: tuple[tuple["weakref.ref[Tensor]", tuple[int, int]], ...]
     """All parameters, held weakly, since a weight that somebody holds is written no more."""
     adapters: tuple[Any, ...]
     """Which adapters are on, active and merged, and their factors, for each of PEFT's layers."""
 
+    def check(self) -> None:
+        """Refuse to run again what would be another function by now."""
+        for link, version in self.versions:
+            parameter = link()
+            if parameter is None or _version_of(parameter) != version:
+                _refuse("of which a parameter was changed or replaced since its forward pass")
+        if _adapters(list(self.module.modules())) != self.adapters:
+            _refuse("whose adapters were switched, merged or scaled since its forward pass")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"Backward through a lean module of level 2 or 3 {what}: it is computed again now. Undo "
+        "that, run the forward pass again, or use level 1."
+    )
+
 
 def state_of(module: nn.Module) -> State | None:
     """Return the state of a module; None if it cannot be run again, see `why_not`."""
     parts = list(module.modules())
-    if _reason(module, parts) is not None:
+    if why_not(module, parts) is not None:
         return None
     # Past the guard of adapted layers, which puts pretrained columns back for whoever looks.
     found = (p for part in parts for p in dict.values(part.__dict__["_parameters"]))
@@ -92,7 +98,7 @@ def state_of(module: nn.Module) -> State | None:
         return None  # they would see the gradient twice
     trained = {id(p): p for p in parameters if p.requires_grad}
     versions = tuple([(weakref.ref(p), _version_of(p)) for p in parameters])
-    return State(tuple(trained.values()), versions, _adapters(parts))
+    return State(module, tuple(trained.values()), versions, _adapters(parts))
 
 
 def _version_of(parameter: Tensor) -> tuple[int, int]:
@@ -100,7 +106,7 @@ def _version_of(parameter: Tensor) -> tuple[int, int]:
     return parameter._version, getattr(parameter, "num_steps", 0)
 
 
-def _adapters(parts: Iterable[nn.Module]) -> tuple[Any, ...]:
+def _adapters(parts: list[nn.Module]) -> tuple[Any, ...]:
     found = []
     for part in parts:
         values = part.__dict__
@@ -112,13 +118,9 @@ def _adapters(parts: Iterable[nn.Module]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Say why the parts of a module cannot be run twice; None if they can."""
-    return _reason(module, module.modules())
-
-
-def _reason(module: nn.Module, parts: Iterable[nn.Module]) -> str | None:
-    for part in parts:
+def why_not(module: nn.Module, parts: list[nn.Module] | None = None) -> str | None:
+    """Say why a module, and its parts, cannot be run twice; None if they can."""
+    for part in parts or module.modules():
         values = part.__dict__
         if isinstance(part, _DropoutNd) and part.p > 0:
             return f"dropout ({part.p}) cannot be computed again"
@@ -135,47 +137,8 @@ def _reason(module: nn.Module, parts: Iterable[nn.Module]) -> str | None:
     return None
 
 
-@dataclass
-class _Call:
-    """One call of a module: how to make it again.
-
-    Attributes:
-        body: Takes the inputs and `cut`; returns a tensor.
-        num_inputs: How many inputs it has.
-        state: Of the module that it runs; None for a function.
-        module: The module.
-    """
-
-    body: Callable[..., Tensor]
-    num_inputs: int
-    state: State | None = None
-    module: nn.Module | None = None
-
-    def check(self) -> None:
-        """Refuse to run again what would be another function by now."""
-        if self.state is None or self.module is None:
-            return
-        for link, version in self.state.versions:
-            parameter = link()
-            if parameter is None or _version_of(parameter) != version:
-                raise RuntimeError(
-                    "Backward through a lean module of level 2 or 3 of which a parameter was "
-                    "changed or replaced since its forward pass: it is computed again now. Run "
-                    "the forward pass again, or use level 1."
-                )
-        if _adapters(self.module.modules()) != self.state.adapters:
-            raise RuntimeError(
-                "Backward through a lean module of level 2 or 3 whose adapters were switched, "
-                "merged or scaled since its forward pass: it is computed again now. Undo that "
-                "before the backward pass, or use level 1."
-            )
-
-
 def recompute(
-    body: Callable[..., Tensor],
-    inputs: Sequence[Tensor],
-    module: nn.Module | None = None,
-    state: State | None = None,
+    body: Callable[..., Tensor], inputs: Sequence[Tensor], state: State | None = None
 ) -> Tensor:
     """Apply `body`, and in the backward pass again as far as its cut.
 
@@ -188,8 +151,7 @@ def recompute(
         body: Calls cut(*tensors) once, and goes on with what that returns. Must do the same
             again, and use no gradients but those of `inputs` and of the module's parameters.
         inputs: Tensors of any shape.
-        module: What `body` runs, if it has parameters.
-        state: `state_of(module)`, taken now.
+        state: `state_of` the module that `body` runs, if there is one, taken now.
 
     Returns:
         What `body` returns.
@@ -198,64 +160,63 @@ def recompute(
         RuntimeError: In the backward pass, if the module has changed since.
     """
     trained = () if state is None else state.trained
-    call = _Call(body, len(inputs), state, module)
-    return _Recomputed.apply(call, *inputs, *trained)
+    return _Recomputed.apply(body, state, len(inputs), *inputs, *trained)
 
 
 class _Recomputed(torch.autograd.Function):
     """See `recompute`."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> Tensor:
-        inputs, trained = tensors[: call.num_inputs], tensors[call.num_inputs :]
-        needed = ctx.needs_input_grad[1:]
+    def forward(
+        ctx: Any, body: Callable[..., Tensor], state: State | None, num: int, *tensors: Tensor
+    ) -> Tensor:
+        inputs, trained, needed = tensors[:num], tensors[num:], ctx.needs_input_grad[3:]
         if not any(needed):
-            return call.body(*inputs, cut=NO_CUT)
+            return body(*inputs, cut=NO_CUT)
         kept = _Kept(inputs)
         with torch.enable_grad():
-            sources = [
-                _source(x) if is_needed else x.detach()
+            starts = [
+                _start(x) if is_needed else x.detach()
                 for x, is_needed in zip(inputs, needed, strict=False)
             ]
-            with saved_tensors_hooks(kept.pack, kept.unpack):
-                y = call.body(*sources, cut=kept)
+            with saved_tensors_hooks(kept.pack, _call):
+                y = body(*starts, cut=kept)
+            if not y.requires_grad:
+                ctx.mark_non_differentiable(y)
+                return y
             # A view's node owns what leads to it; in torch 2.6 the edge of a Function does not.
-            end = y.view_as(y)
-        ctx.call, ctx.kept, ctx.autocast = call, kept, _autocast_of(inputs[0])
-        origins = [x for x in (*sources, *trained) if x.requires_grad]
-        ctx.edges = [get_gradient_edge(x) for x in origins]
-        ctx.edge = get_gradient_edge(end) if end.requires_grad else None
-        found = [source_of(x) for x in inputs]
-        ctx.norms = [None if source is None else source.norm for source in found]
-        saved: list[Tensor | None] = []
-        for x, source in zip(inputs, found, strict=True):
-            saved += [x] if source is None else [source.x, source.weight, source.bias]
+            ctx.edge = get_gradient_edge(y.view_as(y))
+        ctx.edges = [get_gradient_edge(x) for x in (*starts, *trained) if x.requires_grad]
+        ctx.call = body, state, kept, _autocast_of(inputs[0])
+        ctx.norms, saved = [], list[Tensor | None]()
+        for x in inputs:
+            *made_of, norm = source_of(x) or (x, None)
+            ctx.norms.append(norm)
+            saved += made_of
         ctx.save_for_backward(*saved, *kept.forget())
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("A lean module")
-        call, kept, needed = ctx.call, ctx.kept, ctx.needs_input_grad[1:]
-        if ctx.edge is None:
-            return (None,) * (1 + len(needed))
-        call.check()
+        (body, state, kept, autocast), needed = ctx.call, ctx.needs_input_grad[3:]
+        if state is not None:
+            state.check()
         saved = list(ctx.saved_tensors)
-        inputs = []
-        for norm in ctx.norms:
-            x = saved.pop(0)
-            if norm is not None:
-                x = plain_norm(x, saved.pop(0), saved.pop(0), norm)
-            inputs.append(x)
+        take = partial(saved.pop, 0)
+        inputs = [
+            take() if norm is None else plain_norm(take(), take(), take(), norm)
+            for norm in ctx.norms
+        ]
         try:
-            with ctx.autocast():
-                kept.remember(call.body, inputs, needed, saved)
+            with autocast():
+                kept.remember(body, inputs, needed, saved)
             gradients = iter(
                 torch.autograd.grad(ctx.edge, ctx.edges, gy, retain_graph=True, allow_unused=True)
             )
         finally:
             kept.forget()
-        return (None, *(next(gradients) if is_needed else None for is_needed in needed))
+        return None, None, None, *(next(gradients) if is_needed else None for is_needed in needed)
 
 
 def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
@@ -265,10 +226,10 @@ def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
         return nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
+    return partial(torch.autocast, device_type, dtype, enabled=enabled, cache_enabled=False)
 
 
-class _Source(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     """Makes a tensor a beginning of a graph without the graph holding it, as a leaf would be."""
 
     @staticmethod
@@ -280,16 +241,15 @@ class _Source(torch.autograd.Function):
         raise AssertionError("gradients are taken before they come here")
 
 
-def _source(x: Tensor) -> Tensor:
-    token = torch.empty(0, device=x.device, requires_grad=True)
-    return _Source.apply(token, x)
+def _start(x: Tensor) -> Tensor:
+    return _Start.apply(torch.empty(0, device=x.device, requires_grad=True), x)
 
 
 class _Kept(Cut):
-    """Turns what a graph keeps into tokens, and tokens into what it had.
+    """What the recorded graph keeps: a function for each tensor, which gives it when it is back.
 
-    A token says where a tensor is found: the how many-eth saved before the cut; a part of an input
-    or of what came to the cut, by its geometry; or the how many-eth of all others.
+    That is the how many-eth saved before the cut; a part, by its geometry, of what is known (an
+    input, what came to the cut, what is made of it); or the how many-eth of all others.
 
     Args:
         inputs: What can be had in any case.
@@ -298,39 +258,39 @@ class _Kept(Cut):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []  # of what is saved before the cut
         self._before: list[Tensor] = []
-        self._known: list[Any] = [x.detach() for x in inputs]
-        # How to make those of the known that came neither as inputs nor to the cut.
-        self._makers: list[tuple[int | None, Callable[..., Tensor]]] = []
-        self._made: tuple[Tensor, ...] = ()
-        self._versions: list[int] = []
         self._others: list[Tensor] = []
-        self._num_given = 0
-        # Inputs that are kept by nothing after the cut need not live beyond it again.
+        self._known: list[Any] = [x.detach() for x in inputs]
+        # Number of a known -> how to make it, of which others; inputs and the cut's are there.
+        self._makers: dict[int, tuple[Sequence[int], Callable[..., Tensor]]] = {}
+        self._of_cut: range | None = None
+        # An input that nothing after the cut keeps need not live beyond it again.
         self._used: set[int] = set()
-        self._is_cut = False
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        self._is_cut = True
+        self._of_cut = range(len(self._known), len(self._known) + len(tensors))
         self._known += [x.detach() for x in tensors]
         return tensors
 
     def derive(self, tensor: Tensor, make: Callable[..., Tensor]) -> Tensor:
-        self._makers.append((None, make))
-        self._known.append(tensor.detach())
+        assert self._of_cut is not None
+        self._note(tensor, make, self._of_cut)
         return tensor
 
     def casts(self) -> AbstractContextManager[Any]:
-        return _Casts(self)
+        return _Casts(self.note_cast)
 
     def note_cast(self, x: Tensor, result: Tensor) -> None:
         """Know the result of a cast if it is one of something known."""
         number = self._find(x)
         if number is None or not (x.is_contiguous() and result.is_contiguous()):
             return
-        if x.numel() == self._known[number].numel():
-            self._used.add(number)
-            self._makers.append((number, partial(_cast, dtype=result.dtype)))
-            self._known.append(result.detach())
+        if x.numel() == self._known[number].numel() and self._known[number].is_contiguous():
+            self._note(result, methodcaller("to", result.dtype), [number])
+
+    def _note(self, tensor: Tensor, make: Callable[..., Tensor], origins: Sequence[int]) -> None:
+        self._used.update(origins)
+        self._makers[len(self._known)] = origins, make
+        self._known.append(tensor.detach())
 
     def _find(self, x: Tensor) -> int | None:
         # Not by its address: tensors without memory (meta, fake) have none.
@@ -340,40 +300,30 @@ class _Kept(Cut):
                 return number
         return None
 
-    def pack(self, x: Tensor) -> tuple[Any, ...]:
-        """Return what stands for a tensor that the graph keeps."""
-        if not self._is_cut:
+    def pack(self, x: Tensor) -> Callable[[], Tensor]:
+        """Return what gives a tensor that the graph keeps."""
+        if self._of_cut is None:
             self._kinds.append((x.shape, x.dtype))
-            return "before", len(self._kinds) - 1
+            return partial(self._before.__getitem__, len(self._kinds) - 1)
         number = self._find(x)
-        if number is not None:
-            self._used.add(number)
-            offset = x.storage_offset() - self._known[number].storage_offset()
-            return "known", number, x.size(), x.stride(), offset
-        self._others.append(x.detach())
-        return "other", len(self._others) - 1
+        if number is None:
+            self._others.append(x.detach())
+            return partial(self._others.__getitem__, len(self._others) - 1)
+        self._used.add(number)
+        offset = x.storage_offset() - self._known[number].storage_offset()
+        return partial(self._part, number, x.size(), x.stride(), offset)
 
-    def unpack(self, token: tuple[Any, ...]) -> Tensor:
-        """Return the tensor again."""
-        kind, number, *geometry = token
-        if kind == "before":
-            return self._before[number]
-        if kind == "other":
-            return self._others[number]
-        # Who overwrites what came to the cut is the last to need it.
-        assert self._versions == [x._version for x in self._made]
-        size, stride, offset = geometry
+    def _part(self, number: int, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         known = self._make(number)
         return known.as_strided(size, stride, known.storage_offset() + offset)
 
     def _make(self, number: int) -> Tensor:
-        """Return a known tensor, made now if that was not asked for before."""
         if self._known[number] is None:
-            origin, make = self._makers[number - self._num_given]
+            origins, make = self._makers[number]
             with torch.no_grad():
-                values = self._made if origin is None else (self._make(origin),)
-                self._known[number] = make(*values)
-        return cast(Tensor, self._known[number])
+                self._known[number] = make(*map(self._make, origins))
+        known: Tensor = self._known[number]
+        return known
 
     def remember(
         self,
@@ -382,65 +332,67 @@ class _Kept(Cut):
         needed: Sequence[bool],
         others: list[Tensor],
     ) -> None:
-        """Run the first part again and have at hand what `unpack` returns.
+        """Run the first part again and have everything back.
 
         Raises:
             RuntimeError: If it does something else than in the forward pass.
         """
-        before: list[Tensor] = []
-        made: tuple[Tensor, ...] = ()
-
-        def pack(x: Tensor) -> None:
-            before.append(x.detach())
-
         leaves = [
             x.detach().requires_grad_(is_needed)
             for x, is_needed in zip(inputs, needed, strict=False)
         ]
-        with torch.enable_grad(), saved_tensors_hooks(pack, _refuse):
-            try:
-                body(*leaves, cut=_End())
-            except _Reached as end:
-                made = tuple(x.detach() for x in end.tensors)
-        if [(x.shape, x.dtype) for x in before] != self._kinds or bool(made) != self._is_cut:
-            raise RuntimeError(
-                "Backward through a lean module of level 2 or 3 that computes something else than "
-                "in its forward pass, or was made plain since. Run the forward pass again, or use "
-                "level 1."
-            )
-        self._before, self._made, self._others = before, made, others
+        end = _End()
+        hooks = saved_tensors_hooks(lambda x: self._before.append(x.detach()), _call)
+        with torch.enable_grad(), hooks, suppress(_Reached):
+            body(*leaves, cut=end)
+        made = [x.detach() for x in end.tensors]
+        kinds = [(x.shape, x.dtype) for x in self._before]
+        if kinds != self._kinds or bool(made) != bool(self._of_cut):
+            what = "that computes something else than in its forward pass, or was made plain since"
+            _refuse(what)
         given = [*(x.detach() for x in inputs), *made]
-        known = [x if n in self._used else None for n, x in enumerate(given)]
-        self._known, self._num_given = [*known, *(None for _ in self._makers)], len(given)
-        self._versions = [x._version for x in made]
+        self._known += [x if number in self._used else None for number, x in enumerate(given)]
+        self._known += [None] * len(self._makers)
+        self._others += others
         inputs.clear()
 
     def forget(self) -> list[Tensor]:
         """Hold nothing from now on; return what is to be kept beside the inputs."""
-        others = self._others
-        self._before, self._made, self._known, self._others = [], (), [], []
+        others = [*self._others]
+        for held in (self._before, self._known, self._others):
+            held.clear()
         return others
+
+
+def _call(token: Callable[[], Tensor]) -> Tensor:
+    return token()
+
+
+class _End(Cut):
+    """A cut at which a module stops, when its first part runs again."""
+
+    tensors: tuple[Tensor, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        self.tensors = tensors
+        raise _Reached
+
+
+class _Reached(Exception):
+    """The cut has been reached."""
 
 
 class _Casts(TorchDispatchMode):
     """Tells what is cast to another dtype."""
 
-    def __init__(self, kept: _Kept) -> None:
+    def __init__(self, note: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
-        self._kept = kept
+        self._note = note
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten._to_copy.default:
-            self._kept.note_cast(args[0], result)
+            self._note(args[0], result)
         return result
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype, memory_format=torch.contiguous_format)
-
-
-def _refuse(kept: None) -> Tensor:
-    raise AssertionError("this graph is never differentiated")

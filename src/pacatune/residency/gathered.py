@@ -28,6 +28,7 @@ class GatheredResidency(Residency):
     """Whether FSDP2 cuts smaller parts from the temporary after a forward pass."""
 
     def _forget(self) -> None:
+        self.present, self.is_stale = None, False  # the temporary is thrown away as it is
         last = self.last  # another gathered weight is as good
         super()._forget()
         self.last = last
@@ -38,7 +39,6 @@ class GatheredResidency(Residency):
             if type(weight) in PLAIN:
                 if (kept := self.present) is not None:  # in the smaller parts, too
                     put([Put(kept._replace(memory=alias_of(weight)), None)])
-                self.present, self.is_stale = None, False
                 self._forget()
                 # The buffer that it came in has the same memory.
                 self.num_sharing = num_tensors_on(weight) - 1
@@ -48,8 +48,7 @@ class GatheredResidency(Residency):
             _GATHERED.discard(self)
             self.epoch += 1
             self.is_stale = self.is_written
-            if not self.is_resharded:  # the temporary is thrown away as it is
-                self.present, self.is_stale = None, False
+            if not self.is_resharded:
                 self._forget()
 
     def _note_shards(self, weight: Any) -> None:
@@ -66,13 +65,9 @@ class GatheredResidency(Residency):
     def _together(self) -> Group:
         return _GATHERED
 
-    @staticmethod
-    def _is_ordinary(weight: Tensor) -> bool:
-        return True
-
-    def _what_is_there(self) -> str | None:
-        weight: Any = dict.get(self.parameters or {}, "weight")
-        return super()._what_is_there() if type(weight) in PLAIN else None
+    def _flaw(self, weight: Any) -> str | None:
+        # Between two passes its shards are there, which are no obstacle to the next one.
+        return None if type(weight) in PLAIN else ""
 
     def _tracks(self, delta: Tensor) -> bool:
         return is_tracked(delta, is_gathered=True)

@@ -136,11 +136,8 @@ def _watched_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, Any]]:
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for parameter, residency in _watched_of(optimizer):
         # It may change the weight as well: one that has a gradient.
-        if (
-            residency is not None
-            and type(parameter) is WeightParameter
-            and parameter.grad is not None
-        ):
+        is_changed = type(parameter) is WeightParameter and parameter.grad is not None
+        if is_changed and residency is not None:
             residency.look()
 
 

@@ -4,7 +4,7 @@ On a GPU that is one launch for all of them, where each takes longer to launch t
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pacatune.residency.weight import Residency
@@ -32,7 +32,7 @@ class Group:
 
     def members(self) -> "list[Residency]":
         """Return those that are there still."""
-        return [m for link in self._links if (m := cast("Residency | None", link())) is not None]
+        return [member for link in self._links if (member := link()) is not None]
 
     def waiting(self, first: "Residency") -> "list[Residency]":
         """Return the others whose columns have to be written when those of the first one are."""

@@ -4,12 +4,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 from torch.optim import optimizer as torch_optimizer
+
+if TYPE_CHECKING:
+    from pacatune.residency.weight import Residency
 
 __all__ = [
     "LOCK",
@@ -35,27 +38,10 @@ if hasattr(os, "register_at_fork"):  # so that no child starts with a weight hal
     )
 
 
-class Watcher(Protocol):
-    """What is told: a Residency."""
-
-    is_data_used: bool
-    """Set when the weight's `.data` is used, whose changes no version counter notices."""
-
-    @property
-    def is_written(self) -> bool:
-        """Whether adapted columns may be in the weight."""
-
-    def look(self) -> None:
-        """Somebody is about to see the weight, and may change it."""
-
-    def replace(self, weight: Any) -> None:
-        """Somebody is about to put another weight in place."""
-
-
 class _Watched(nn.Parameter):
     """A parameter that notices the use of `.data`, whose edits change no version counter."""
 
-    residency: "weakref.ref[Watcher] | None" = None
+    residency: "weakref.ref[Residency] | None" = None
     """Whose it is; a copy is nobody's."""
 
     @property
@@ -127,7 +113,7 @@ class GuardedParameters(dict[str, Any]):
     between. Views are of a plain copy, which keeps hold of the weight until they are gone.
     """
 
-    residency: "weakref.ref[Watcher]"
+    residency: "weakref.ref[Residency]"
 
     def _look(self) -> None:
         residency = self.residency()
@@ -192,7 +178,7 @@ class GuardedParameters(dict[str, Any]):
         return dict, (self.copy(),)
 
 
-def guard(module: nn.Module, link: "weakref.ref[Watcher]") -> GuardedParameters | None:
+def guard(module: nn.Module, link: "weakref.ref[Residency]") -> GuardedParameters | None:
     """Put a guarded dictionary in place of the module's own; None if that is no plain one."""
     release(module)
     parameters = module.__dict__["_parameters"]

@@ -45,7 +45,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -56,7 +56,6 @@ from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
 from pacatune.residency.together import Group
 from pacatune.residency.watching import (
     LOCK,
-    Watcher,
     WeightParameter,
     alias_of,
     guard,
@@ -129,7 +128,7 @@ class Residency:
         self.is_data_used = False
         # The thread that looked last, and may hold what it saw.
         self.looker: int | None = None
-        self.link: weakref.ref[Watcher] = weakref.ref(self)
+        self.link = weakref.ref(self)
         self.parameters = guard(module, self.link)
         # The last indices, their version, and a copy.
         self.columns: tuple[Tensor, int, Tensor] | None = None
@@ -271,7 +270,7 @@ class Residency:
             weight, kept = self.find_weight(), self.kept
             if weight is None:
                 return None
-            if kept is not None and self._knows(indices) and self._is_unchanged(weight):
+            if kept is not None and self._knows(indices) and self.is_unchanged():
                 return kept.originals
             self.restore()
             return read_columns(weight.detach(), indices)
@@ -350,7 +349,7 @@ class Residency:
             with LOCK:
                 self.restore()
                 self._forget()
-                if type(weight) in PLAIN and self._is_ordinary(weight):
+                if self._flaw(weight) is None:
                     self.weight = weight
         return None if self.weight is None or self.weight.requires_grad else self.weight
 
@@ -375,9 +374,15 @@ class Residency:
         """Return those whose columns come and go with these."""
         return self.group
 
-    @staticmethod
-    def _is_ordinary(weight: Tensor) -> bool:
-        return not weight.is_meta and not weight.is_inference() and owns_its_memory(weight)
+    def _flaw(self, weight: Any) -> str | None:
+        """Return why columns can never be in what stands there, frozen or not."""
+        if type(weight) not in PLAIN:
+            return "its weight is no plain parameter"
+        if weight.is_meta:
+            return "its weight has no values yet"
+        if weight.is_inference():
+            return "its weight was made in inference mode"
+        return None if owns_its_memory(weight) else "its weight is a view into a larger buffer"
 
     def obstacle(self, delta: Tensor) -> str | None:
         """Return why the columns must not be written into W now; None if they may.
@@ -392,14 +397,15 @@ class Residency:
             return self.forbidden
         weight = self.find_weight()
         if weight is None:
-            return self._what_is_there()
+            flaw = self._flaw(dict.get(self.parameters or {}, "weight"))
+            return "its weight is trained itself" if flaw is None else flaw or None
         if self.is_merged:
             return "an adapter is merged into its weight"
         if delta.device != weight.device:
             return f"its weight is on {weight.device}, its update on {delta.device}"
         if weight.is_cpu and weight.untyped_storage().is_shared() and self.gate is None:
             return "its weight is in memory that processes share"
-        if self.kept is not None and not self._is_unchanged(weight):
+        if self.kept is not None and not self.is_unchanged():
             self._refuse_changed()
             self.kept = None
         if weight._use_count() > 1:  # type: ignore[attr-defined]
@@ -407,8 +413,7 @@ class Residency:
         num_others = num_tensors_on(weight) - (1 if self.kept is None else 2)
         if num_others > self.num_sharing:
             return "somebody holds a tensor in the memory of its weight"
-        thread = threading.get_ident()
-        if self.looker not in (None, thread):
+        if self.looker not in (None, threading.get_ident()):
             del weight
             if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
                 return "another thread holds its weight"
@@ -416,18 +421,6 @@ class Residency:
         if not self._tracks(delta):
             return "somebody holds the `.data` of its update, or that is no plain parameter"
         return None
-
-    def _what_is_there(self) -> str | None:
-        weight: Any = dict.get(self.parameters or {}, "weight")
-        if type(weight) not in PLAIN:
-            return "its weight is no plain parameter"
-        if weight.requires_grad:
-            return "its weight is trained itself"
-        if weight.is_meta:
-            return "its weight has no values yet"
-        if weight.is_inference():
-            return "its weight was made in inference mode"
-        return "its weight is a view into a larger buffer"
 
     def _tracks(self, delta: Tensor) -> bool:
         return is_tracked(delta)
@@ -461,12 +454,13 @@ class Residency:
             )
         self.note_capture()
 
-    def _is_unchanged(self, weight: Tensor) -> bool:
-        return weight._version == self.weight_version and self._address_of(weight) == self.address
-
     def is_unchanged(self) -> bool:
         """Whether nobody has changed the weight since columns were put into it."""
-        return self.weight is not None and self._is_unchanged(self.weight)
+        return (
+            self.weight is not None
+            and self.weight._version == self.weight_version
+            and self._address_of(self.weight) == self.address
+        )
 
     def _refuse_changed(self) -> None:
         if self.is_written:
@@ -487,8 +481,6 @@ class Residency:
         if self.present is None:
             return
         with LOCK:
-            if self.present is None:  # by now
-                return
             if not self.is_unchanged():
                 self._refuse_changed()
             restore_all([self])
@@ -623,15 +615,12 @@ def restore_all(residencies: "Iterable[Residency]") -> None:
         residency.present, residency.is_stale = None, False
 
 
-def _closed(residencies: "list[Residency]") -> AbstractContextManager[None]:
+def _closed(residencies: "list[Residency]") -> ExitStack:
     """Keep other processes out of the memory that they share, if there are any."""
-    gates = {id(one.gate): one.gate for one in residencies if one.gate is not None}
-    if not gates:
-        return nullcontext()
     stack = ExitStack()
-    for gate in gates.values():
+    for gate in {id(one.gate): one.gate for one in residencies if one.gate is not None}.values():
         stack.enter_context(gate.closed())
-    return cast("AbstractContextManager[None]", stack)
+    return stack
 
 
 PLAIN = (nn.Parameter, WeightParameter)
