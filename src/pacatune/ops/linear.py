@@ -270,7 +270,7 @@ class _PacaLinear(torch.autograd.Function):
             if activation is not None:
                 x_NR = activation.product_columns(gate, kept, distinct_columns(indices_R))
             if len(x_shape) != 2:
-                x_NR = x_NR.view(gy_NO.shape[0], *x_NR.shape[len(x_shape) - 1 :])
+                x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype, indices_R)
         if needs_x or needs_gate:
             if source is None:
@@ -411,12 +411,10 @@ def grad_delta(
     """
     if indices is not None and indices.dim() == 2:
         return _grad_delta_of_groups(gy_NO, by_group(x_NR, indices), scaling, dtype)
-    is_compiled, is_on_cpu = torch.compiler.is_compiling(), _is_on_cpu(gy_NO)
-    if not (is_on_cpu or is_compiled):
-        return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
-    # A compiler would make a graph for few tokens, and one for many.
-    if is_on_cpu and (is_compiled or _is_faster_transposed(gy_NO, x_NR.shape[1])):
+    if _is_on_cpu(gy_NO) and _is_faster_transposed(gy_NO, x_NR.shape[1]):
         gdelta_OR = x_NR.t().mm(gy_NO).t().to(dtype, memory_format=torch.contiguous_format)
+    elif not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
+        return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
     else:
         gdelta_OR = _cast(gy_NO.t().mm(x_NR), dtype)
     return gdelta_OR if scaling == 1.0 else gdelta_OR.mul_(scaling)
@@ -482,7 +480,8 @@ def _is_faster_transposed(gy_NO: Tensor, rank: int) -> bool:
 
     It does if all of dy is read once for R rows instead of R columns, and these rows are long.
     """
-    return gy_NO.shape[0] >= rank * (2 if gy_NO.itemsize > 2 else 8)
+    # A compiler would make a graph for few tokens, and one for many.
+    return gy_NO.itemsize > 2 or torch.compiler.is_compiling() or gy_NO.shape[0] >= rank * 8
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

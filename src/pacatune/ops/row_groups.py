@@ -192,10 +192,10 @@ def select(x: Tensor, indices: Tensor) -> Tensor:
     Returns:
         (..., U); in a compiled graph with row groups (..., G, R).
     """
-    if is_spread_out(indices):
-        return select_each(x, indices)
     if indices.dim() == 1:
         return x.index_select(-1, indices)
+    if is_spread_out(indices):
+        return select_each(x, indices)
     return _pick(x, distinct_columns(indices))
 
 
