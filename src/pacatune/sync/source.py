@@ -23,7 +23,6 @@ from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
 from pacatune.sync.spread import (
     columns_of,
-    gather_columns,
     gathered,
     identity_of,
     is_spread,
@@ -305,21 +304,21 @@ class _Weight:
             if self.is_off(is_base):
                 return originals
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
-        update = layer.layout.oriented(delta.to(originals.device))
-        scaling = layer.scaling[self.adapter]
-        if self.grouped is None:
-            return adapted_columns(originals, update, scaling)
-        kernel = originals.clone()
-        new = adapted_columns(self.grouped.read_columns(kernel, self.at), update, scaling)
-        self.grouped.put_columns_(kernel, self.at, new)
-        return kernel
+            update = layer.layout.oriented(delta.to(originals.device))
+            scaling = layer.scaling[self.adapter]
+            if self.grouped is None:
+                return adapted_columns(originals, update, scaling)
+            kernel = originals.clone()
+            new = adapted_columns(self.grouped.read_columns(kernel, self.at), update, scaling)
+            self.grouped.put_columns_(kernel, self.at, new)
+            return kernel
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
-        if self.kept is not None or is_spread(weight):
+        if is_spread(weight):
             token = identity_of(weight)
             if self.kept is None or self.kept[0] != token:
-                self.kept = token, gather_columns(weight, self.wire_indices, self.columns)
+                self.kept = token, columns_of(weight, self.wire_indices, self.columns)
             return self.kept[1]
         if not weight.numel():
             refuse_empty(self.columns.name)
