@@ -28,7 +28,7 @@ from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
-from pacatune.patch.memory import find_name
+from pacatune.patch.memory import find_name, names_of
 from pacatune.tuner.compat import as_saved, tied_weights
 from pacatune.tuner.layout import ConvolutionLayout
 
@@ -81,7 +81,7 @@ def make(
     _refuse_tied(base, set(parameters.values()))
     prefix = base.base_model_prefix
     _refuse_extra(checked, checkpoint, prefix)
-    names = {m: find_name(p, checkpoint.entries, prefix) for m, p in parameters.items()}
+    names = {m: find_name(names_of(p, prefix), checkpoint.entries) for m, p in parameters.items()}
     is_plain = all(n is not None and _has_shape(base, m, checkpoint, n) for m, n in names.items())
     if not is_plain:
         base = load_base(name, task_type=checked.config.task_type)
@@ -154,7 +154,7 @@ def _refuse_inexpressible(adapter: Adapter | LoraAdapter) -> None:
 def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:
     for key, tensor in adapter.extra.items():
         parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        name = find_name(parameter, checkpoint.entries, prefix)
+        name = find_name(names_of(parameter, prefix), checkpoint.entries)
         # PEFT saves embeddings that are adapted, or beside others that are, as they are.
         if name is None or not _is_stored(checkpoint, name, tensor):
             raise ValueError(

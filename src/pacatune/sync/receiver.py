@@ -11,17 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pacatune.names import nearest
 from pacatune.ops.row_groups import of_rows
 from pacatune.patch.edit import bits
-from pacatune.patch.memory import Place, Transaction, refuse_aliases, tensors_of
+from pacatune.patch.memory import (
+    Place,
+    find_tensor,
+    names_of,
+    refuse_aliases,
+    refuse_missing,
+    tensors_of,
+    transaction,
+)
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.placement import FUSIONS, Piece, place
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FIX = (
+    "Serve the base that is trained, not quantised, and make the source with its dtype: "
+    "`ColumnSource(model, dtype=...)`; give `rename` and `fusions` if the server has other names."
+)
 
 
 class ColumnReceiver:
@@ -107,13 +117,13 @@ class ColumnReceiver:
                 "call `source.forget()` before the next `send`."
             )
         tensors = self._checked(plan)
-        with Transaction() as writer:
+        with transaction() as put:
             if is_new:
-                self._put_back(writer, tensors)
+                self._put_back(put, tensors)
                 plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
                 if (new := values.get(write.name)) is not None:
-                    writer.put(write.place(tensors), write.part_of(new))
+                    put(write.place(tensors), write.part_of(new))
         self._written, self.number = plan, columns.number
         return True
 
@@ -139,8 +149,8 @@ class ColumnReceiver:
         if self._written is None:
             return
         tensors = self._checked(self._written)
-        with Transaction() as writer:
-            self._put_back(writer, tensors)
+        with transaction() as put:
+            self._put_back(put, tensors)
         self._written, self.number = None, 0
 
     def check_base(self, columns: Columns) -> None:
@@ -180,11 +190,11 @@ class ColumnReceiver:
         device = plan.writes[0].indices.device if plan.writes else columns.buffer.device
         return replace(columns, buffer=columns.buffer.to(device)).by_name(plan.positions)
 
-    def _put_back(self, writer: Transaction, tensors: Mapping[str, Tensor]) -> None:
+    def _put_back(self, put: Callable[..., None], tensors: Mapping[str, Tensor]) -> None:
         """Write the base's columns where those of a sync are."""
         if self._written is not None:
             for write, old in zip(self._written.writes, self._written.originals, strict=True):
-                writer.put(write.place(tensors), old)
+                put(write.place(tensors), old)
 
     def _plan(self, positions: Positions) -> "_Plan":
         tensors, prefix = tensors_of(self.model)
@@ -202,7 +212,7 @@ class ColumnReceiver:
                 tp_size=self.tp_size,
             )
             if not pieces and not self.is_partial:
-                self._refuse_missing(one, names, tensors)
+                refuse_missing(names, tensors, _FIX)
             writes += (_Write.of(one, piece, tensors[piece.target]) for piece in pieces)
         plan = _Plan(positions, [write for write in writes if write.num_values])
         if not writes:
@@ -211,40 +221,21 @@ class ColumnReceiver:
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
         self._checked(plan)
-        views = ((write.name, write.place(tensors).view().detach()) for write in plan.writes)
-        refuse_aliases(views, "the trainer")
+        places = ((write.name, write.place(tensors).tensor) for write in plan.writes)
+        refuse_aliases(places, "the trainer")
         return plan
 
     def _names(self, one: ColumnSet, prefix: str) -> list[str]:
         """Return the names under which the model may know a tensor."""
-        names = []
-        for name in (one.name, one.parameter):
-            name = name if self.rename is None else self.rename(name)
-            names.append(name)
-            if prefix:  # a checkpoint of the bare model lacks it, or the bare model does
-                names += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-        return list(dict.fromkeys(names))
-
-    def _refuse_missing(
-        self, one: ColumnSet, names: list[str], tensors: Mapping[str, Tensor]
-    ) -> None:
-        owner, _, last = one.parameter.rpartition(".")
-        if f"{owner}.base_layer.{last}" in tensors:
-            raise ValueError(
-                f"{owner!r} has an adapter, which keeps columns of its own in the weight or beside "
-                "it; serve the plain base (`model.unload()`)."
-            )
-        near = nearest(names[0], list(tensors), cutoff=0)
-        raise ValueError(
-            f"the model has no tensor {names[0]!r}, nor one that joins it with others; the nearest "
-            f"is {near!r}. Serve the model that is trained, or give `rename` and `fusions`."
-        )
+        own = (one.name, one.parameter)
+        renamed = own if self.rename is None else map(self.rename, own)
+        return [found for name in renamed for found in names_of(name, prefix)]
 
     def _checked(self, plan: "_Plan") -> Mapping[str, Tensor]:
         """Return the model's tensors, seen to be what the plan is for."""
         tensors = tensors_of(self.model)[0]
         for write in plan.writes:
-            _check(write, tensors.get(write.target))
+            find_tensor(tensors, [write.target], write.shape, write.dtype, _FIX)
         return tensors
 
 
@@ -296,10 +287,10 @@ class _Write(NamedTuple):
 
     def place(self, tensors: Mapping[str, Tensor]) -> Place:
         """Return where that is in the model."""
-        span = None
+        tensor = tensors[self.target]
         if self.target_row is not None:
-            span = self.target_row, self.source_rows[1] - self.source_rows[0]
-        return Place(tensors[self.target], self.dim, self.indices, self.row_dim, span, self.rows)
+            tensor = tensor.narrow(-2, self.target_row, self.source_rows[1] - self.source_rows[0])
+        return Place(tensor, self.dim, self.indices, self.row_dim, self.rows)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
@@ -337,30 +328,3 @@ class _Plan:
     positions: Positions
     writes: list[_Write]
     originals: list[Tensor] = field(default_factory=list)
-
-
-def _check(write: _Write, tensor: Tensor | None) -> None:
-    name = write.target
-    if tensor is None:
-        raise ValueError(f"the model has lost its tensor {name!r}; make a new receiver.")
-    if hasattr(tensor, "placements"):
-        raise ValueError(
-            f"{name!r} is a DTensor; give the receiver the local tensors by name "
-            "(`tensor.to_local()`), `tp_rank` and `tp_size`."
-        )
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name!r} is {tensor.dtype}, so quantised: no columns of it can be exchanged. Serve "
-            "the base in 16 bits, or the adapter (`pacatune export --to lora`)."
-        )
-    if tensor.dtype != write.dtype:
-        raise ValueError(
-            f"{name!r} is {tensor.dtype} and the columns are {write.dtype}; make the source with "
-            f"`ColumnSource(model, dtype={tensor.dtype})`."
-        )
-    if tuple(tensor.shape) != write.shape:
-        raise ValueError(
-            f"{name!r} was {write.shape} and is {tuple(tensor.shape)} now; make a new receiver."
-        )
-    if tensor.is_meta:
-        raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")
