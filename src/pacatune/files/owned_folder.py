@@ -47,10 +47,12 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def alone_in(folder: Path, lock_name: str = ".pacatune-lock") -> Iterator[None]:
-    """Keep other processes out of a folder that exists; refuse one that another process is in.
+    """Keep other processes out of a folder; refuse a missing one, and one that another is in.
 
     The lock is the operating system's: it ends with the process, however that ends.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {str(folder)!r} does not exist; check the path.")
     lock = FileLock(folder / lock_name)
     try:
         lock.acquire(timeout=0)

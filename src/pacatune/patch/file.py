@@ -33,13 +33,12 @@ _ADAPTER = "pacatune_adapter."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None) -> int:
+def save(patch: Patch, path: str | Path) -> int:
     """Write a patch file, all at once, and return its size in bytes.
 
     Args:
         patch: What to write.
         path: A new file.
-        extra: More entries of its metadata.
 
     Raises:
         FileExistsError: If there is something under that name.
@@ -47,7 +46,6 @@ def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None)
     """
     path = refuse_existing(path)
     tensors, metadata = _pack(patch)
-    metadata |= extra or {}
     metadata["digest"] = _digest(tensors, metadata)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -77,17 +75,7 @@ def load(path: str | Path) -> Patch:
         FileNotFoundError: If there is none.
         ValueError: If it is no patch, damaged, or of a newer version.
     """
-    return read(Path(path))[0]
-
-
-def is_patch(path: str | Path) -> bool:
-    """Whether a path is a patch file, by its header; ValueError for a damaged safetensors file."""
     path = Path(path)
-    return path.is_file() and _KEY in read_layout(path).metadata
-
-
-def read(path: Path) -> tuple[Patch, dict[str, Any]]:
-    """Return a patch and the metadata of its file."""
     if not path.is_file():
         raise FileNotFoundError(f"patch {str(path)!r} does not exist, or is no file.")
     text = read_layout(path).metadata.get(_KEY)
@@ -106,12 +94,18 @@ def read(path: Path) -> tuple[Patch, dict[str, Any]]:
     if found != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not fit. Copy it again.")
     try:
-        return _unpack(tensors, metadata), metadata
+        return _unpack(tensors, metadata)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} lacks a part of a patch, or has a wrong one ({type(error).__name__}: {error});"
             " make it again."
         ) from error
+
+
+def is_patch(path: str | Path) -> bool:
+    """Whether a path is a patch file, by its header; ValueError for a damaged safetensors file."""
+    path = Path(path)
+    return path.is_file() and _KEY in read_layout(path).metadata
 
 
 def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
