@@ -117,9 +117,7 @@ def test_patches_of_different_bases_do_not_stack():
         stack([a, other], overlap="sum")
     with pytest.raises(ValueError, match=r"different bases: .* for one and .*float32 for another"):
         stack([a, make_patch(2, dtype=torch.float32)])
-    with pytest.raises(
-        ValueError, match="along dimension 1 by one patch and along 0 by another.* cannot be joined"
-    ):
+    with pytest.raises(ValueError, match=r"along dimension 1 by one patch and along 0 by another"):
         stack([a, make_patch(2, dim=0)])
     edits = ({"a.weight": make_edit([1])}, {"a.weight": make_edit([2])})
     one, two = (

@@ -382,7 +382,7 @@ def test_receivers_refuse_other_models(model):
         ColumnReceiver(served()).apply(ColumnSource(model).columns())
     with pytest.raises(
         ValueError,
-        match=r"in torch.bfloat16, but the columns are .* in torch.float32\. .* `ColumnSource\(model, dtype",
+        match=r"bfloat16, but the columns are .* in torch.float32\. .* `ColumnSource\(model, dtype",
     ):
         ColumnReceiver(served(torch.bfloat16)).expect(positions)
     with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj' has an adapter"):
