@@ -7,7 +7,6 @@ the file appears. A file that has another content, or no line, is the user's and
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pacatune.files.folder import settle, sync
+from pacatune.files.folder import settle, sync, whole_file
 
 OURS = ".pacatune"
 """Folder for the list of files, and for what is not complete yet."""
@@ -36,13 +35,9 @@ def to_json(values: Any) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file all at once: whatever happens, it is either as before or complete."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -139,8 +139,6 @@ class ColumnEdit(ColumnPlace):
         """Return the same on a device."""
         parts = (self.indices, self.original, self.new)
         indices, original, new = (part.to(device) for part in parts)
-        if new is self.new and indices is self.indices and original is self.original:
-            return self
         return replace(self, indices=indices, original=original, new=new)
 
 

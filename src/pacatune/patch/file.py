@@ -13,15 +13,13 @@ the adapter's configuration.
 
 import hashlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pacatune.files.folder import explained_failure
+from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
@@ -48,15 +46,9 @@ def save(patch: Patch, path: str | Path) -> int:
     tensors, metadata = _pack(patch)
     metadata["digest"] = _digest(tensors, metadata)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with explained_failure(path):
-            write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained_failure(path), whole_file(path) as partial:
+        write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+        sync(partial)
     return path.stat().st_size
 
 

@@ -125,13 +125,16 @@ def apply_in_place(
         notes = _roll(folder, finish=False)
         checkpoint = Checkpoint.open(folder)
         check_tensors(checkpoint, wanted)
+        result = _result(folder, checkpoint, wanted, notes)
         if notes and not holds(checkpoint, wanted.inverse()):
-            return _result(folder, checkpoint, wanted, notes)  # that was all that was asked for
-        notes += check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+            return result  # that was all that was asked for
+        result.notes.extend(
+            check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+        )
         files = _by_file(checkpoint, wanted)
         _refuse_links(folder, files)
         # The journal; and the pages, which file systems that share blocks write to new places.
-        check_room(folder, 2 * wanted.num_bytes + _page_bytes(checkpoint, wanted))
+        check_room(folder, 2 * wanted.num_bytes + result.page_bytes)
         for name in files:
             with writable(folder / name):  # or rolling back would fail as well
                 pass
@@ -143,7 +146,7 @@ def apply_in_place(
             except BaseException as error:  # a full disk, an interrupt: back to what it was
                 _roll_after(error, folder)
                 raise
-    return _result(folder, checkpoint, wanted, notes)
+    return result
 
 
 def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
