@@ -127,7 +127,7 @@ def test_overlapping_patches_come_off_in_order_only(bf16_dir, bf16_patch, tmp_pa
     second = Patch(edits={name: over})
     patch.apply_in_place(base, second)
     with pytest.raises(
-        ValueError, match=r"1 of 6 tensors.* than the patch wrote\. .* if another .*overlaps"
+        ValueError, match=r"1 of 6 tensors.* than the patch replaces\. .* if another .*overlaps"
     ):
         patch.apply_in_place(base, bf16_patch, revert=True)
     patch.apply_in_place(base, second, revert=True)

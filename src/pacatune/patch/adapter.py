@@ -11,9 +11,7 @@ from pacatune.adapters.folder import (
     CONFIG_NAME,
     SIDECAR_NAME,
     Adapter,
-    LoraAdapter,
     find_tensors,
-    open_adapter,
     read_adapter,
 )
 from pacatune.adapters.loading import check_base, check_shapes
@@ -64,9 +62,8 @@ def make(
         ValueError: If the adapter is damaged, belongs to another base, is not PaCA's, was trained
             on a quantised base or trains more than columns, or the base ties a changed tensor.
     """
-    checked = open_adapter(adapter)
-    _refuse_inexpressible(checked)
-    assert isinstance(checked, Adapter)
+    checked = read_adapter(adapter)
+    _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
@@ -88,8 +85,10 @@ def make(
     if all(one and entries[one].shape == _weight(targets[m]).shape for m, one in names.items()):
         for module, one in names.items():
             assert one is not None
-            _put_tensor(targets[module], checkpoint.tensor(one))
-            edits[one] = _edit(one, targets[module], checked, module)
+            found = targets[module]
+            weight = nn.Parameter(checkpoint.tensor(one), requires_grad=False)
+            setattr(found.module, found.parameter_name, weight)
+            edits[one] = _edit(one, found, checked, module)
     else:
         base = load_base(name, task_type=checked.config.task_type)
         for module, parameter in parameters.items():
@@ -100,9 +99,10 @@ def make(
     part = _adapter_part(checked) if with_adapter else None
     if not with_adapter:
         notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
-    found_prints = fingerprint(checkpoint, edits)
-    patch = Patch(edits=edits, base=_short(name), fingerprint=found_prints, adapter=part)
-    return patch, notes
+    # The path of somebody's folder is their own.
+    short = Path(name).resolve().name if Path(name).is_dir() else name
+    prints = fingerprint(checkpoint, edits)
+    return Patch(edits=edits, base=short, fingerprint=prints, adapter=part), notes
 
 
 def to_adapter(patch: Patch, output: str | Path) -> Path:
@@ -131,24 +131,13 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
     return output
 
 
-def _short(name: str) -> str:
-    """Return what a base is called in a patch; the path of somebody's folder is their own."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def _refuse_inexpressible(adapter: Adapter | LoraAdapter) -> None:
-    where = adapter.folder
-    if isinstance(adapter, LoraAdapter):
-        raise ValueError(
-            f"{where} is a LoRA adapter, which changes every column of its weights; a patch holds "
-            "few columns. Merge it instead (`pacatune merge`)."
-        )
+def _refuse_quantised(adapter: Adapter) -> None:
     if (quantization := adapter.config.base_quantization) is not None:
         raise ValueError(
-            f"{where} was trained on a base quantised as {format_quantization(quantization)!r}, "
-            "whose weights are not those of the checkpoint. `pacatune merge --base original` "
-            "writes the checkpoint with the trained columns; `pacatune patch diff` makes a patch "
-            "of that."
+            f"{adapter.folder} was trained on a base quantised as "
+            f"{format_quantization(quantization)!r}, whose weights are not those of the "
+            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
+            "columns; `pacatune patch diff` makes a patch of that."
         )
 
 
@@ -181,11 +170,6 @@ def _parameter_name(module: str, found: BaseWeight) -> str:
 def _weight(found: BaseWeight) -> Tensor:
     weight: Tensor = getattr(found.module, found.parameter_name)
     return weight.detach()
-
-
-def _put_tensor(found: BaseWeight, tensor: Tensor) -> None:
-    parameter = nn.Parameter(tensor, requires_grad=False)
-    setattr(found.module, found.parameter_name, parameter)
 
 
 def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:

@@ -74,14 +74,13 @@ def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
 
 
 def check_base(
-    checkpoint: Checkpoint, patch: Patch, *, action: str, allow_other_base: bool = False
+    checkpoint: Checkpoint, patch: Patch, *, allow_other_base: bool = False
 ) -> list[str]:
-    """Refuse a checkpoint on which an action would not be exact; it is only read.
+    """Refuse a checkpoint on which a patch would not be exact; it is only read.
 
     Args:
         checkpoint: The model folder.
         patch: Its `original` is what the folder must hold: the inverse one to revert.
-        action: "apply" or "revert", for messages.
         allow_other_base: Go on if other columns than the patch's differ from its base.
 
     Returns:
@@ -91,38 +90,32 @@ def check_base(
         ValueError: If the columns are others, or the base is another one.
     """
     check_tensors(checkpoint, patch)
-    differing = holds(checkpoint, patch)
+    where = f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}"
+    if differing := holds(checkpoint, patch):
+        if not holds(checkpoint, patch.inverse()):
+            raise ValueError(
+                f"{checkpoint.folder} already holds the columns that would be written; there is "
+                "nothing to do."
+            )
+        raise ValueError(
+            f"{where}, or was changed: {len(differing)} of {len(patch.edits)} tensors, first "
+            f"{differing[0]!r}, hold other columns than the patch replaces. Choose the right base; "
+            "if another patch that overlaps was applied later, revert that one first."
+        )
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
         found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, [*hashes])
-        equal = [column for column, value in hashes.items() if found[column] == value]
         num_compared += len(hashes)
-        num_equal += len(equal)
-    if differing:
-        _refuse(checkpoint, patch, differing, action)
+        num_equal += sum(found[column] == value for column, value in hashes.items())
     sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
     if 2 * num_equal < num_compared and not allow_other_base:
         raise ValueError(
-            f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}: {sampled} "
-            "differ, although those it changes are the same. Choose the right base, or pass "
-            "`allow_other_base` (--allow-other-base)."
+            f"{where}: {sampled} differ, although those it changes are the same. Choose the right "
+            "base, or pass `allow_other_base` (--allow-other-base)."
         )
     if num_equal < num_compared:
         return [f"{sampled} differ from its base: another patch is applied, or it is another base."]
     return []
-
-
-def _refuse(checkpoint: Checkpoint, patch: Patch, differing: list[str], action: str) -> None:
-    where = checkpoint.folder
-    if not holds(checkpoint, patch.inverse()):
-        done = "is already applied to" if action == "apply" else "is not applied to"
-        raise ValueError(f"the patch {done} {where}; there is nothing to {action}.")
-    raise ValueError(
-        f"{where} is not the base that the patch is for{_called(patch)}, or was changed: "
-        f"{len(differing)} of {len(patch.edits)} tensors, first {differing[0]!r}, hold other "
-        f"columns than the patch {'starts from' if action == 'apply' else 'wrote'}. Choose the "
-        "right base; if another patch that overlaps was applied later, revert that one first."
-    )
 
 
 def _called(patch: Patch) -> str:

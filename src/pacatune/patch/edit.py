@@ -264,19 +264,13 @@ def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit
     if len(edits) == 1:
         return first
     _refuse_other_forms(edits)
-    dim, news = first.dim, torch.cat([edit.new for edit in edits], first.dim)
+    edits = edits[::-1] if overlap == "first" else edits
+    columns, dim = torch.cat([edit.indices for edit in edits]), first.dim
     originals = torch.cat([edit.original for edit in edits], dim)
-    indices, places, counts = torch.cat([edit.indices for edit in edits]).unique(
-        return_inverse=True, return_counts=True
-    )
-    # Which of several is taken: the first or the last one.
-    taken = torch.zeros_like(indices).scatter_reduce_(
-        0,
-        places,
-        torch.arange(len(places), device=places.device),
-        "amin" if overlap == "first" else "amax",
-        include_self=False,
-    )
+    news = torch.cat([edit.new for edit in edits], dim)
+    indices, places, counts = columns.unique(return_inverse=True, return_counts=True)
+    last = {column: number for number, column in enumerate(columns.tolist())}
+    taken = torch.tensor([last[column] for column in indices.tolist()], device=columns.device)
     original, new = (part.index_select(dim, taken) for part in (originals, news))
     if not torch.equal(bits(original.index_select(dim, places)), bits(originals)):
         raise ValueError(

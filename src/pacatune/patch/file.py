@@ -16,9 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pacatune.files.checkpoint import DTYPES
 from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
@@ -28,7 +28,6 @@ _KEY = "pacatune_patch"
 _VERSION, _GROUPED_VERSION = 1, 2
 _PARTS = ("indices", "original", "new")
 _ADAPTER = "pacatune_adapter."
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def save(patch: Patch, path: str | Path) -> int:
@@ -128,13 +127,12 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
     edits = {}
     for name, entry in metadata["tensors"].items():
         indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        if original.dtype not in _DTYPES:
+        if original.dtype not in DTYPES.values():
             raise TypeError(f"{name!r} is {original.dtype}")
-        shape = tuple(int(size) for size in entry["shape"])
         edits[name] = ColumnEdit(
             name=name,
             dim=int(entry["dim"]),
-            shape=shape,
+            shape=tuple(int(size) for size in entry["shape"]),
             indices=indices,
             original=original,
             new=new,

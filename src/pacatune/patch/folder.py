@@ -14,7 +14,6 @@ again does no harm, so it does not matter where the process was killed, nor how 
 import math
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
 from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
-from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_
+from pacatune.patch.edit import ColumnEdit, Patch, put_bits_
 from pacatune.patch.file import load, save
 
 _PAGE_BYTES = 4096
@@ -84,8 +83,7 @@ def apply_to_folder(
     output = Path(output)
     check_output(output, num_bytes=0)
     checkpoint, wanted = Checkpoint.open(model), patch.inverse() if revert else patch
-    action = "revert" if revert else "apply"
-    notes = check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+    notes = check_base(checkpoint, wanted, allow_other_base=allow_other_base)
     with staged_folder(output, checkpoint.num_bytes) as staging:
         notes += _copy(checkpoint, staging)
         copied = Checkpoint.open(staging)
@@ -119,8 +117,7 @@ def apply_in_place(
         ValueError: If the patch does not fit, a file is a link or has several names, another
             process is at work in the folder, or the disk is full. The folder is as before then.
     """
-    folder = Path(folder)
-    wanted, action = patch.inverse() if revert else patch, "revert" if revert else "apply"
+    folder, wanted = Path(folder), patch.inverse() if revert else patch
     with alone_in(folder):
         notes = _roll(folder, finish=False)
         checkpoint = Checkpoint.open(folder)
@@ -128,9 +125,7 @@ def apply_in_place(
         result = _result(folder, checkpoint, wanted, notes)
         if notes and not holds(checkpoint, wanted.inverse()):
             return result  # that was all that was asked for
-        result.notes.extend(
-            check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
-        )
+        result.notes.extend(check_base(checkpoint, wanted, allow_other_base=allow_other_base))
         files = _by_file(checkpoint, wanted)
         _refuse_links(folder, files)
         # The journal; and the pages, which file systems that share blocks write to new places.
@@ -167,19 +162,17 @@ def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
 
 
 def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[ColumnEdit]]:
-    files: dict[str, list[ColumnEdit]] = defaultdict(list)
+    files: dict[str, list[ColumnEdit]] = {}
     for name, edit in patch.edits.items():
-        files[checkpoint.entries[name].file].append(edit)
-    return dict(files)
+        files.setdefault(checkpoint.entries[name].file, []).append(edit)
+    return files
 
 
 def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> None:
     with writable(path) as memory:
         for edit in edits:
-            entry = checkpoint.entries[edit.name]
-            place = window(memory, entry)
-            new = bits(edit.new.contiguous()).view(place.dtype)
-            new = new.view(*edit.columns_shape, place.shape[-1])
+            place = window(memory, checkpoint.entries[edit.name])
+            new = edit.new.contiguous().view(torch.uint8).view(*edit.columns_shape, -1)
             put_bits_(place, edit.dim, edit.indices, new, edit.row_dim)
             del place
 
