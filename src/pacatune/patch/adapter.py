@@ -7,13 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import base_name, empty_base, load_base
-from pacatune.adapters.folder import (
-    CONFIG_NAME,
-    SIDECAR_NAME,
-    Adapter,
-    find_tensors,
-    read_adapter,
-)
+from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_tensors, read_adapter
 from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint

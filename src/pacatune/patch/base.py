@@ -57,7 +57,7 @@ def _hashes(tensor: Tensor, dim: int, columns: list[int]) -> dict[int, str]:
 def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
     """Refuse a checkpoint without the patch's tensors, or with others of these names."""
     for name, edit in patch.edits.items():
-        fix = f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}."
+        fix = f"{_other_base(checkpoint, patch)}."
         if (entry := checkpoint.entries.get(name)) is None:
             refuse_missing([name], checkpoint.entries, fix)
         found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
@@ -90,7 +90,7 @@ def check_base(
         ValueError: If the columns are others, or the base is another one.
     """
     check_tensors(checkpoint, patch)
-    where = f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}"
+    where = _other_base(checkpoint, patch)
     if differing := holds(checkpoint, patch):
         if not holds(checkpoint, patch.inverse()):
             raise ValueError(
@@ -118,5 +118,6 @@ def check_base(
     return []
 
 
-def _called(patch: Patch) -> str:
-    return f" ({patch.base!r})" if patch.base else ""
+def _other_base(checkpoint: Checkpoint, patch: Patch) -> str:
+    called = f" ({patch.base!r})" if patch.base else ""
+    return f"{checkpoint.folder} is not the base that the patch is for{called}"

@@ -286,15 +286,16 @@ def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]
 def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
     """Return the bytes of all pages that columns lie in."""
     num_pages = 0
-    for edits in _by_file(checkpoint, patch).values():
-        pages = []
+    for name, edits in _by_file(checkpoint, patch).items():
+        size = (checkpoint.folder / name).stat().st_size
+        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool)
         for edit in edits:
             # What is together in memory: a column's part of one row; with row groups each number.
             shape = edit.shape if edit.is_grouped else edit.shape[: edit.dim + 1]
             length = math.prod(edit.shape[len(shape) :]) * edit.dtype.itemsize
             places = flat_positions(edit.indices.cpu(), shape, edit.dim, edit.row_dim) * length
+            starts = checkpoint.entries[edit.name].start + places.reshape(-1, 1)
             within = torch.tensor([*range(0, length, _PAGE_BYTES), length - 1])
-            touched = checkpoint.entries[edit.name].start + places.reshape(-1, 1) + within
-            pages.append((touched // _PAGE_BYTES).unique())
-        num_pages += len(torch.cat(pages).unique())
+            is_touched[(starts + within) // _PAGE_BYTES] = True
+        num_pages += int(is_touched.sum())
     return num_pages * _PAGE_BYTES
