@@ -131,20 +131,17 @@ def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
 
 def compare_patches(a: Patch, b: Patch) -> PatchDifference:
     """Compare two patches: which tensors and columns they change, and whether into the same."""
-    differing = [
-        name for name in sorted(a.edits.keys() & b.edits.keys()) if not _is_same(a, b, name)
-    ]
+    both = sorted(a.edits.keys() & b.edits.keys())
     return PatchDifference(
         only_a=sorted(a.edits.keys() - b.edits.keys()),
         only_b=sorted(b.edits.keys() - a.edits.keys()),
-        num_shared_tensors=len(a.edits.keys() & b.edits.keys()),
+        num_shared_tensors=len(both),
         shared_columns=shared_columns(a.edits, b.edits),
-        differing=differing,
+        differing=[name for name in both if not _is_same(a.edits[name], b.edits[name])],
     )
 
 
-def _is_same(a: Patch, b: Patch, name: str) -> bool:
-    one, other = a.edits[name], b.edits[name]
+def _is_same(one: ColumnEdit, other: ColumnEdit) -> bool:
     return (
         (one.dim, one.row_dim) == (other.dim, other.row_dim)
         and one.dtype == other.dtype
