@@ -68,7 +68,7 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
         where = f"{source}: module {module!r}"
         _check_layout(update, where)
         if not update.delta.is_meta:
-            _check_finite(update.delta, where)
+            check_finite({f"{module}.{DELTA}": update.delta}, source=source)
         if not update.indices.is_meta:
             _check_order(update.indices, where)
 
@@ -123,40 +123,14 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         )
 
 
-def _check_finite(delta: Tensor, where: str) -> None:
-    if torch.isfinite(delta).all():
-        return
-    num_nan = int(torch.isnan(delta).sum())
-    num_infinite = int(torch.isinf(delta).sum())
-    raise ValueError(
-        f"{where}: `{DELTA}` holds {num_nan} NaN and {num_infinite} infinite values of "
-        f"{delta.numel()}; every value must be finite. Training diverged or the file is damaged: "
-        "use an earlier checkpoint."
-    )
-
-
 def _check_order(indices: Tensor, where: str) -> None:
-    for own in indices if indices.ndim == 2 else [indices]:
-        _check_order_of_one(own, where)
-
-
-def _check_order_of_one(indices: Tensor, where: str) -> None:
-    if (smallest := int(indices.min())) < 0:
+    lines = indices.reshape(-1, indices.shape[-1])
+    before = torch.nn.functional.pad(lines, (1, 0), value=-1)[:, :-1]
+    wrong = (lines <= before).nonzero().tolist()
+    if wrong:
+        line, place = wrong[0]
         raise ValueError(
-            f"{where}: `{INDICES}` holds {smallest}; column numbers must be at least 0."
+            f"{where}: `{INDICES}` holds {int(lines[line, place])} at position {place}; column "
+            "numbers must be sorted and unique, from 0 on. Sort them and reorder the columns of "
+            f"`{DELTA}` alike."
         )
-    steps = indices.diff()
-    if bool((steps > 0).all()):
-        return
-    values, counts = indices.unique(return_counts=True)
-    if repeated := values[counts > 1].tolist():
-        raise ValueError(
-            f"{where}: `{INDICES}` holds column {repeated[0]} more than once "
-            f"({len(repeated)} duplicated in all); each column must occur once."
-        )
-    position = int((steps < 0).nonzero()[0])
-    raise ValueError(
-        f"{where}: `{INDICES}` is unsorted: {int(indices[position])} at position {position} comes "
-        f"before {int(indices[position + 1])}; indices must increase. Sort them and reorder the "
-        f"columns of `{DELTA}` alike."
-    )
