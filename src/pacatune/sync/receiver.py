@@ -122,7 +122,7 @@ class ColumnReceiver:
                 self._put_back(put, tensors)
                 plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
-                if (new := values.get(write.name)) is not None:
+                if (new := values.get(write.one.name)) is not None:
                     put(write.place(tensors), write.part_of(new))
         self._written, self.number = plan, columns.number
         return True
@@ -174,9 +174,9 @@ class ColumnReceiver:
             tensors = self._checked(plan)
             found = [write.place(tensors).read() for write in plan.writes]
         wrong = [
-            write.name
+            write.one.name
             for write, own in zip(plan.writes, found, strict=True)
-            if (theirs := values.get(write.name)) is not None
+            if (theirs := values.get(write.one.name)) is not None
             and not torch.equal(bits(write.part_of(theirs).to(own.device)), bits(own))
         ]
         if wrong:
@@ -221,7 +221,7 @@ class ColumnReceiver:
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
         self._checked(plan)
-        places = ((write.name, write.place(tensors).tensor) for write in plan.writes)
+        places = ((write.one.name, write.place(tensors).tensor) for write in plan.writes)
         refuse_aliases(places, "the trainer")
         return plan
 
@@ -235,92 +235,75 @@ class ColumnReceiver:
         """Return the model's tensors, seen to be what the plan is for."""
         tensors = tensors_of(self.model)[0]
         for write in plan.writes:
-            find_tensor(tensors, [write.target], write.shape, write.dtype, _FIX)
+            find_tensor(tensors, [write.piece.target], write.shape, write.one.dtype, _FIX)
         return tensors
 
 
 class _Write(NamedTuple):
     """Columns of one tensor that one place of the model holds."""
 
-    name: str
-    """Name of the columns' tensor in the checkpoint."""
-    target: str
+    one: ColumnSet
+    piece: Piece
     shape: tuple[int, ...]
-    """Shape of the target."""
-    dtype: torch.dtype
-    dim: int
-    target_row: int | None
-    """Where its rows begin; None: the whole of it is meant."""
-    source_rows: tuple[int, int]
+    """Shape of the piece's target."""
     places: Tensor
     """Which of the columns are here,"""
     indices: Tensor
-    """and where, along `dim` of the target; (G, R) of row groups."""
-    row_dim: int
-    """Dimension of the target that row groups divide."""
+    """and where, along their dimension of the target; (G, R) of row groups."""
     rows: Tensor | None
     """Row of each number in `places` and `indices`, where row groups have different numbers of
     columns here."""
 
     @classmethod
     def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
-        places, indices, row_dim, rows = _own_columns(one, piece)
-        return cls(
-            name=one.name,
-            target=piece.target,
-            shape=tuple(tensor.shape),
-            dtype=one.dtype,
-            dim=one.dim,
-            target_row=None if piece.source_rows is None else piece.target_row,
-            source_rows=piece.source_rows or (0, 1),
-            places=places.to(tensor.device),
-            indices=indices.to(tensor.device),
-            row_dim=row_dim,
-            rows=None if rows is None else rows.to(tensor.device),
-        )
+        places, indices, rows = _own_columns(one, piece)
+        rows = None if rows is None else rows.to(tensor.device)
+        indices, places = indices.to(tensor.device), places.to(tensor.device)
+        return cls(one, piece, tuple(tensor.shape), places, indices, rows)
 
     @property
     def num_values(self) -> int:
         """0 where this rank has none of the columns, or none of the rows."""
-        num_rows = self.source_rows[1] - self.source_rows[0] if self.rows is None else 1
-        return len(self.places) * num_rows
+        first, last = self.piece.source_rows or (0, 1)
+        return len(self.places) * (last - first if self.rows is None else 1)
 
     def place(self, tensors: Mapping[str, Tensor]) -> Place:
         """Return where that is in the model."""
-        tensor = tensors[self.target]
-        if self.target_row is not None:
-            tensor = tensor.narrow(-2, self.target_row, self.source_rows[1] - self.source_rows[0])
-        return Place(tensor, self.dim, self.indices, self.row_dim, self.rows)
+        tensor = tensors[self.piece.target]
+        if self.piece.source_rows is not None:
+            first, last = self.piece.source_rows
+            tensor = tensor.narrow(-2, self.piece.target_row, last - first)
+        return Place(tensor, self.one.dim, self.indices, self.one.row_dim, self.rows)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
-        if self.target_row is not None:
-            start, end = self.source_rows
-            columns = columns.narrow(-2, start, end - start)
+        if self.piece.source_rows is not None:
+            first, last = self.piece.source_rows
+            columns = columns.narrow(-2, first, last - first)
         if self.rows is not None:
             return columns[..., self.rows.to(columns.device), self.places.to(columns.device)]
-        if len(self.places) < columns.shape[self.dim]:
-            columns = columns.index_select(self.dim, self.places.to(columns.device))
+        if len(self.places) < columns.shape[self.one.dim]:
+            columns = columns.index_select(self.one.dim, self.places.to(columns.device))
         return columns
 
 
-def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """Return the `places`, `indices`, `row_dim` and `rows` of a write."""
+def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the `places`, `indices` and `rows` of a write."""
     first, last = piece.first_column, piece.first_column + piece.num_columns
     is_own = (one.indices >= first) & (one.indices < last)
     if not one.is_grouped:
         places = is_own.nonzero().flatten()
-        return places, one.indices[places] - first, one.row_dim, None
+        return places, one.indices[places] - first, None
     if piece.source_rows is None:
-        return torch.arange(one.indices.shape[1]), one.indices, one.row_dim, None
+        return torch.arange(one.rank), one.indices, None
     num_rows = one.shape[one.row_dim]
     start, end = piece.source_rows
     if bool(is_own.all()):
         indices = of_rows(one.indices, num_rows, start, end) - first
-        return torch.arange(one.indices.shape[1]), indices, one.row_dim, None
+        return torch.arange(one.rank), indices, None
     per_row = one.indices.repeat_interleave(num_rows // len(one.indices), 0)[start:end]
     rows, places = ((per_row >= first) & (per_row < last)).nonzero(as_tuple=True)
-    return places, per_row[rows, places] - first, one.row_dim, rows
+    return places, per_row[rows, places] - first, rows
 
 
 @dataclass(eq=False)

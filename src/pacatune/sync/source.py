@@ -293,7 +293,8 @@ class _Weight:
                 return originals
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
             indices, delta = (one.to(originals.device) for one in (self.indices, delta))
-            return layer.layout.adapted(originals, indices, delta, layer.scaling[self.adapter])
+            scaling = layer.scaling[self.adapter]
+            return cast(Tensor, layer.layout.adapted(originals, indices, delta, scaling))
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
