@@ -52,7 +52,7 @@ def test_half_a_module_is_refused(missing, message):
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
-        (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float32"),
+        (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float64"),
         (torch.ones(4, 3).to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; it must be one of"),
         (torch.ones(3), r"shape \(3,\); it must be \(out_features, rank\)"),
         (torch.ones(0, 3), r"shape \(0, 3\); it must be \(out_features, rank\)"),

@@ -12,14 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.precision import dtype_name
+from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
 INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
-
-_DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ColumnUpdate(NamedTuple):
@@ -90,10 +88,9 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:
     delta, indices = update
-    if delta.dtype not in _DELTA_DTYPES:
-        allowed = ", ".join(map(dtype_name, _DELTA_DTYPES))
+    if dtype_name(delta.dtype) not in FLOATS:
         raise ValueError(
-            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {allowed}."
+            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {', '.join(FLOATS)}."
         )
     if delta.ndim < 2 or 0 in delta.shape:
         raise ValueError(
