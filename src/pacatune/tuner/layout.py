@@ -131,7 +131,7 @@ class Layout:
         put_columns_(weight, indices, columns, dim=self.weight_dim, row_dim=self.row_dim)
 
     def tensor_columns(self, indices: Tensor) -> Tensor:
-        """Return the columns of the weight as a tensor that hold the trained ones, in order."""
+        """Return which columns of the weight's tensor the trained ones are in, increasing."""
         return indices
 
     def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
@@ -216,7 +216,7 @@ class ConvolutionLayout(Layout):
         put_columns_(weight, indices, columns, self.groups)
 
     def tensor_columns(self, indices: Tensor) -> Tensor:
-        """Return channels within their groups: of some rows alone with several groups."""
+        """Return channels by their numbers within groups, which several groups may share."""
         return indices if self.groups == 1 else (indices % self._per_group).unique()
 
     def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
