@@ -15,7 +15,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Full names of `Dtype`."""
 
-_NAMES = ("float64", "float32", "bfloat16", "float16")
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+"""Formats of weights that are plain numbers; others are quantised."""
 
 
 def choose_device(name: str) -> "torch.device":
@@ -44,7 +45,7 @@ def torch_dtype(name: str, *, option: str = "dtype") -> "torch.dtype":
     """Return torch's object of a number format; a wrong name is an error that calls it `option`."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, choose(name, _NAMES, option=option))
+    dtype: torch.dtype = getattr(torch, choose(name, FLOATS, option=option))
     return dtype
 
 

@@ -65,7 +65,7 @@ def test_in_place_and_recover(files, model_copy, capsys):
     assert run(files, "apply --model {base} --patch p.safetensors --in-place") == 0
     assert f"written   {model_copy} (in place)\n" in capsys.readouterr().out
     assert run(files, "apply --model {base} --patch p.safetensors --in-place") == 2
-    assert "is already applied" in capsys.readouterr().err
+    assert "already holds the columns that would be written" in capsys.readouterr().err
     assert run(files, "recover --model {base}") == 0
     assert "nothing was interrupted here" in capsys.readouterr().out
     assert run(files, "revert --model {base} --patch p.safetensors --in-place") == 0
@@ -121,15 +121,15 @@ def test_patches_are_stacked(files, tiny_model_dir, tmp_path, capsys):
         ("apply --model {base} --patch nowhere --output d", "patch 'nowhere' does not exist"),
         ("apply --model {base} --patch p.safetensors", "give one of --output, --in-place"),
         ("apply --model ./no --patch p.safetensors --output d", "model folder ./no does not"),
-        ("apply --model ./no --patch p.safetensors --in-place", "model folder 'no' does not"),
+        ("apply --model ./no --patch p.safetensors --in-place", "error: folder 'no' does not"),
         (
             "apply --model {adapter} --patch p.safetensors --output d",
             "it is an adapter, not a base",
         ),
-        ("revert --model {base} --patch p.safetensors --output d", "is not applied to"),
+        ("revert --model {base} --patch p.safetensors --output d", "already holds the columns"),
         ("diff --model {base} --with ./no", "model folder ./no does not exist; check `with`"),
         ("to-adapter --patch {adapter}/adapter_model.safetensors --output d", "is no patch"),
-        ("recover --model ./no", "model folder 'no' does not exist"),
+        ("recover --model ./no", "error: folder 'no' does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(files, tmp_path, capsys, line, message):

@@ -52,7 +52,7 @@ def test_half_a_module_is_refused(missing, message):
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
-        (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float32"),
+        (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float64"),
         (torch.ones(4, 3).to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; it must be one of"),
         (torch.ones(3), r"shape \(3,\); it must be \(out_features, rank\)"),
         (torch.ones(0, 3), r"shape \(0, 3\); it must be \(out_features, rank\)"),
@@ -67,12 +67,13 @@ def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
         check_tensors(tensors(delta=delta), source="here")
 
 
-def test_values_that_are_not_finite_are_counted():
-    delta = torch.ones(4, 3)
-    delta[0] = torch.nan
-    delta[1, 0], delta[2, 0] = torch.inf, -torch.inf
-    with pytest.raises(ValueError, match=r"'layers.0.q_proj'.* 3 NaN and 2 infinite values of 12"):
-        check_tensors(tensors(delta=delta), source="here")
+def test_values_that_are_not_finite_are_refused():
+    for value in (torch.nan, torch.inf, -torch.inf):
+        delta = torch.ones(4, 3)
+        delta[1, 0] = value
+        message = r"here: tensor 'layers.0.q_proj.paca_delta' holds values that are not finite"
+        with pytest.raises(ValueError, match=message):
+            check_tensors(tensors(delta=delta), source="here")
 
 
 @pytest.mark.parametrize(
@@ -81,10 +82,10 @@ def test_values_that_are_not_finite_are_counted():
         (torch.tensor([0, 2, 5], dtype=torch.int32), "dtype torch.int32; it must be torch.int64"),
         (torch.tensor([0.0, 2.0, 5.0]), "dtype torch.float32; it must be torch.int64"),
         (torch.tensor([[0, 2, 5]]), r"shape \(1, 3\); it must be \(3,\)"),
-        (torch.tensor([-1, 2, 5]), "holds -1; column numbers must be at least 0"),
-        (torch.tensor([0, 5, 2]), "is unsorted: 5 at position 1 comes before 2"),
-        (torch.tensor([0, 2, 2]), r"holds column 2 more than once \(1 duplicated in all\)"),
-        (torch.tensor([5, 2, 5]), r"holds column 5 more than once \(1 duplicated in all\)"),
+        (torch.tensor([-1, 2, 5]), "holds -1 at position 0; column numbers must be sorted"),
+        (torch.tensor([0, 5, 2]), "holds 2 at position 2; .* Sort them"),
+        (torch.tensor([0, 2, 2]), "holds 2 at position 2; .* unique"),
+        (torch.tensor([5, 2, 5]), "holds 2 at position 1; .* unique"),
     ],
 )
 def test_indices_must_be_int64_sorted_and_unique(indices, message):
@@ -99,7 +100,7 @@ def test_row_groups_have_a_line_each():
         check_tensors(tensors(delta, indices.repeat(2, 1)), source="here")
     with pytest.raises(ValueError, match=r"shape \(2, 2\); it must be \(3,\)"):
         check_tensors(tensors(delta, indices[:, :2]), source="here")
-    with pytest.raises(ValueError, match="holds column 1 more than once"):
+    with pytest.raises(ValueError, match="holds 1 at position 1; column numbers must be"):
         check_tensors(tensors(delta, torch.tensor([[0, 2, 4], [1, 1, 3]])), source="here")
     experts = torch.zeros(5, 6, 3)  # (E, O, R)
     check_tensors(tensors(experts, indices), source="here")

@@ -111,10 +111,7 @@ def test_packed_numbers_and_single_numbers_are_no_columns(bf16_dir, tmp_path):
     assert sorted(result.whole) == ["packed", "single"]
 
 
-def test_columns_are_found_in_parts_too(monkeypatch):
-    from pacatune.patch import difference
-
-    monkeypatch.setattr(difference, "_CHUNK_ELEMENTS", 10)
+def test_columns_are_found_along_the_dimension_with_the_fewest():
     before = torch.zeros(6, 5, 4)
     for place, dim, columns in (
         ((slice(None), slice(None), [1]), 2, [1]),

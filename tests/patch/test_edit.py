@@ -117,7 +117,7 @@ def test_patches_of_different_bases_do_not_stack():
         stack([a, other], overlap="sum")
     with pytest.raises(ValueError, match=r"different bases: .* for one and .*float32 for another"):
         stack([a, make_patch(2, dtype=torch.float32)])
-    with pytest.raises(ValueError, match="along dimension 1 by one patch and along 0 by another"):
+    with pytest.raises(ValueError, match=r"along dimension 1 by one patch and along 0 by another"):
         stack([a, make_patch(2, dim=0)])
     edits = ({"a.weight": make_edit([1])}, {"a.weight": make_edit([2])})
     one, two = (
@@ -178,6 +178,6 @@ def test_row_groups_that_do_not_fit(change, message):
 
 def test_patches_of_row_groups_of_one_tensor_are_not_joined():
     patches = [Patch(edits={"a.weight": grouped_edit(seed)[1]}) for seed in range(2)]
-    with pytest.raises(ValueError, match="one of them in row groups; such patches cannot be"):
+    with pytest.raises(ValueError, match="one of them has row groups; such patches cannot be"):
         stack(patches, overlap="sum")
     assert shared_columns(*(one.edits for one in patches)) == {"a.weight": 3}

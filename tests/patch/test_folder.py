@@ -127,7 +127,7 @@ def test_overlapping_patches_come_off_in_order_only(bf16_dir, bf16_patch, tmp_pa
     second = Patch(edits={name: over})
     patch.apply_in_place(base, second)
     with pytest.raises(
-        ValueError, match=r"1 of 6 tensors.* than the patch wrote. If another .*over"
+        ValueError, match=r"1 of 6 tensors.* than the patch replaces\. .* if another .*overlaps"
     ):
         patch.apply_in_place(base, bf16_patch, revert=True)
     patch.apply_in_place(base, second, revert=True)
@@ -155,9 +155,17 @@ def test_a_base_that_differs_elsewhere_alone(bf16_dir, bf16_patch, tmp_path):
 
 def test_bases_that_a_patch_does_not_fit(bf16_patch, tmp_path):
     for name, model, message in (
-        ("seed", build_model(300, seed=3).bfloat16(), r"is not the base .*\('my-base'\): 6 of 6"),
-        ("dtype", build_model(300).half(), r"is F16, but the patch is for torch.bfloat16: bits"),
-        ("sizes", build_model(300, intermediate_size=48).bfloat16(), r"\(32, 48\), but the patch"),
+        ("seed", build_model(300, seed=3).bfloat16(), r"is not the base .*\('my-base'\), .*6 of 6"),
+        (
+            "dtype",
+            build_model(300).half(),
+            r"in torch.float16, but the columns are .* in torch.bfloat16",
+        ),
+        (
+            "sizes",
+            build_model(300, intermediate_size=48).bfloat16(),
+            r"\(32, 48\) in .* but the columns",
+        ),
         ("layers", build_model(300, num_hidden_layers=1).bfloat16(), "has no tensor '.*1.mlp"),
     ):
         base = tmp_path / name

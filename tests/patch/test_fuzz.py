@@ -26,7 +26,7 @@ def use(path, bf16_patch, checkpoint, tensors, scratch):
         shutil.rmtree(scratch, ignore_errors=True)
         patch.to_adapter(found, scratch)
     patch.stack([found, bf16_patch], overlap="sum")
-    check_base(checkpoint, found, action="apply")
+    check_base(checkpoint, found)
     patch.apply(tensors, found)
     return found.inverse()
 

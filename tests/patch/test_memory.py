@@ -149,13 +149,15 @@ def test_tensors_of_inference_mode():
 
 
 def test_models_that_a_patch_does_not_fit(model, bf16_patch, bf16_dir):
-    with pytest.raises(ValueError, match=r"torch\.float32, but the patch is for .*in that dtype"):
+    with pytest.raises(
+        ValueError, match=r"torch\.float32, but the columns are for .*in that dtype"
+    ):
         patch.apply(copy.deepcopy(model).float(), bf16_patch)
     with pytest.raises(ValueError, match="is on the meta device"):
         patch.apply(copy.deepcopy(model).to("meta"), bf16_patch)
     with pytest.raises(ValueError, match=r"has no tensor '.*'; the nearest is"):
         patch.apply({"other": torch.zeros(1)}, bf16_patch)
-    with pytest.raises(ValueError, match=r"\(32, 128\) .* but the patch is for \(32, 64\)"):
+    with pytest.raises(ValueError, match=r"\(32, 128\) .* but the columns are for \(32, 64\)"):
         patch.apply(build_model(300, intermediate_size=128).bfloat16(), bf16_patch)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pacatune.adapters.base import innermost
 from pacatune.adapters.folder import Adapter
 from pacatune.names import nearest
-from pacatune.ops.columns import adapted_columns
+from pacatune.ops.columns import read_columns
 from pacatune.tuner.layout import Layout, layout_of
 
 
@@ -48,15 +48,20 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
     return BaseWeight(module, parameter_name, layout)
 
 
-def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
-    """Return what a weight of the base holds in some columns, in its order of dimensions."""
+def read_target_columns(target: BaseWeight, columns: Tensor) -> Tensor:
+    """Return some columns of a weight's tensor, in its order of dimensions."""
     weight: Tensor = getattr(target.module, target.parameter_name).detach()
-    return target.layout.read_columns(weight, indices.to(weight.device))
+    dims = {"dim": target.layout.weight_dim, "row_dim": target.layout.row_dim}
+    return read_columns(weight, columns.to(weight.device), **dims)
 
 
-def adapted_target_columns(target: BaseWeight, adapter: Adapter, name: str) -> Tensor:
-    """Return what an adapter makes of its columns of a weight; the bits are those of a merge."""
+def adapted_target_columns(
+    target: BaseWeight, adapter: Adapter, name: str
+) -> tuple[Tensor, Tensor]:
+    """Return which columns of a weight's tensor an adapter changes, and their bits in a merge."""
     delta, indices = adapter.modules[name]
-    columns = read_target_columns(target, indices)
-    update = target.layout.oriented(target.layout.from_file(delta.float()))  # as a layer holds it
-    return adapted_columns(columns, update.to(columns.device), adapter.scaling(name))
+    columns = target.layout.tensor_columns(indices)
+    held = read_target_columns(target, columns)
+    update = target.layout.from_file(delta.float())  # as a layer holds it
+    here = (indices.to(held.device), update.to(held.device))
+    return columns, target.layout.adapted(held, *here, adapter.scaling(name))

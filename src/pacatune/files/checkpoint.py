@@ -160,15 +160,7 @@ def writable(path: Path) -> Iterator[mmap.mmap]:
 
 
 def window(memory: mmap.mmap, entry: Entry) -> Tensor:
-    """Return a tensor's bits in a mapped file, as whole numbers: `shape` and a last dimension.
-
-    The last dimension is 1, or the bytes of an element where the file does not align them.
-    """
-    size = entry.num_bytes // torch.Size(entry.shape).numel()
-    is_aligned = entry.start % size == 0
-    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        size if is_aligned else 1
-    ]
-    count = entry.num_bytes // dtype.itemsize
-    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.start)
-    return flat.view(*entry.shape, 1 if is_aligned else size)
+    """Return a tensor's bytes in a mapped file: `shape`, and a last dimension of each element's."""
+    count, start = entry.num_bytes, entry.start
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
+    return flat.view(*entry.shape, -1)

@@ -2,9 +2,10 @@
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +24,11 @@ def check_output(folder: Path, num_bytes: int) -> None:
         raise FileExistsError(
             f"output folder {str(folder)!r} is not empty; choose another or empty it first."
         )
+    check_room(folder, num_bytes)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse a folder, perhaps a missing one, whose disk has no room for `num_bytes`."""
     above = (folder.absolute(), *folder.absolute().parents)
     free = shutil.disk_usage(next(path for path in above if path.exists())).free
     if free < num_bytes + _SPARE_BYTES:
@@ -67,11 +73,27 @@ def settle(source: Path, folder: Path) -> list[Path]:
 
 def sync(path: Path) -> None:
     """Put a file or folder on disk: a power cut may leave a new name on old or empty contents."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Where folders cannot be opened or synced, nobody can.
+    with suppress(*([OSError] if path.is_dir() else [])):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write a file under, which takes its own when all of it is there.
+
+    Whatever happens in the block, the file is either as before or complete.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        os.fsync(descriptor)
+        yield partial
+        partial.replace(path)
     finally:
-        os.close(descriptor)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

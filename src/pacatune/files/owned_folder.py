@@ -7,7 +7,6 @@ the file appears. A file that has another content, or no line, is the user's and
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pacatune.files.folder import settle, sync
+from pacatune.files.folder import settle, sync, whole_file
 
 OURS = ".pacatune"
 """Folder for the list of files, and for what is not complete yet."""
@@ -36,21 +35,19 @@ def to_json(values: Any) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file all at once: whatever happens, it is either as before or complete."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def alone_in(folder: Path, lock_name: str = ".pacatune-lock") -> Iterator[None]:
-    """Keep other processes out of a folder that exists; refuse one that another process is in.
+    """Keep other processes out of a folder; refuse a missing one, and one that another is in.
 
     The lock is the operating system's: it ends with the process, however that ends.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {str(folder)!r} does not exist; check the path.")
     lock = FileLock(folder / lock_name)
     try:
         lock.acquire(timeout=0)

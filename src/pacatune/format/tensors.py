@@ -12,14 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.precision import dtype_name
+from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
 INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
-
-_DELTA_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ColumnUpdate(NamedTuple):
@@ -68,7 +66,7 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
         where = f"{source}: module {module!r}"
         _check_layout(update, where)
         if not update.delta.is_meta:
-            _check_finite(update.delta, where)
+            check_finite({f"{module}.{DELTA}": update.delta}, source=source)
         if not update.indices.is_meta:
             _check_order(update.indices, where)
 
@@ -90,10 +88,9 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:
     delta, indices = update
-    if delta.dtype not in _DELTA_DTYPES:
-        allowed = ", ".join(map(dtype_name, _DELTA_DTYPES))
+    if dtype_name(delta.dtype) not in FLOATS:
         raise ValueError(
-            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {allowed}."
+            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {', '.join(FLOATS)}."
         )
     if delta.ndim < 2 or 0 in delta.shape:
         raise ValueError(
@@ -123,40 +120,14 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         )
 
 
-def _check_finite(delta: Tensor, where: str) -> None:
-    if torch.isfinite(delta).all():
-        return
-    num_nan = int(torch.isnan(delta).sum())
-    num_infinite = int(torch.isinf(delta).sum())
-    raise ValueError(
-        f"{where}: `{DELTA}` holds {num_nan} NaN and {num_infinite} infinite values of "
-        f"{delta.numel()}; every value must be finite. Training diverged or the file is damaged: "
-        "use an earlier checkpoint."
-    )
-
-
 def _check_order(indices: Tensor, where: str) -> None:
-    for own in indices if indices.ndim == 2 else [indices]:
-        _check_order_of_one(own, where)
-
-
-def _check_order_of_one(indices: Tensor, where: str) -> None:
-    if (smallest := int(indices.min())) < 0:
+    lines = indices.reshape(-1, indices.shape[-1])
+    before = torch.nn.functional.pad(lines, (1, 0), value=-1)[:, :-1]
+    wrong = (lines <= before).nonzero().tolist()
+    if wrong:
+        line, place = wrong[0]
         raise ValueError(
-            f"{where}: `{INDICES}` holds {smallest}; column numbers must be at least 0."
+            f"{where}: `{INDICES}` holds {int(lines[line, place])} at position {place}; column "
+            "numbers must be sorted and unique, from 0 on. Sort them and reorder the columns of "
+            f"`{DELTA}` alike."
         )
-    steps = indices.diff()
-    if bool((steps > 0).all()):
-        return
-    values, counts = indices.unique(return_counts=True)
-    if repeated := values[counts > 1].tolist():
-        raise ValueError(
-            f"{where}: `{INDICES}` holds column {repeated[0]} more than once "
-            f"({len(repeated)} duplicated in all); each column must occur once."
-        )
-    position = int((steps < 0).nonzero()[0])
-    raise ValueError(
-        f"{where}: `{INDICES}` is unsorted: {int(indices[position])} at position {position} comes "
-        f"before {int(indices[position + 1])}; indices must increase. Sort them and reorder the "
-        f"columns of `{DELTA}` alike."
-    )

@@ -108,7 +108,7 @@ def row_index(
 def flat_positions(
     indices: Tensor, shape: Sequence[int] | torch.Size, dim: int = 1, row_dim: int = 0
 ) -> Tensor:
-    """Return where the columns of row groups are in the flat memory of a contiguous weight.
+    """Return where columns, those of row groups too, are in a contiguous weight's flat memory.
 
     Arguments and shape as for `row_index`.
     """
@@ -116,7 +116,7 @@ def flat_positions(
     for number, size in enumerate(shape):
         one = torch.arange(size, device=indices.device).view(-1, *[1] * (len(shape) - number - 1))
         if number == dim:
-            one = row_index(indices, shape, dim, row_dim)
+            one = one[indices] if indices.dim() == 1 else row_index(indices, shape, dim, row_dim)
         places = places + one * math.prod(shape[number + 1 :])
     return places
 

@@ -7,15 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import base_name, empty_base, load_base
-from pacatune.adapters.folder import (
-    CONFIG_NAME,
-    SIDECAR_NAME,
-    Adapter,
-    LoraAdapter,
-    find_tensors,
-    open_adapter,
-    read_adapter,
-)
+from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_tensors, read_adapter
 from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import BaseWeight, adapted_target_columns, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
@@ -26,10 +18,9 @@ from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of
-from pacatune.patch.memory import find_name
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of, put_bits_
+from pacatune.patch.memory import find_name, names_of
 from pacatune.tuner.compat import as_saved, tied_weights
-from pacatune.tuner.layout import ConvolutionLayout
 
 _BY_MERGE = (
     "Make the patch of the merged model instead: `pacatune merge --model BASE --adapter ADAPTER "
@@ -64,43 +55,47 @@ def make(
         ValueError: If the adapter is damaged, belongs to another base, is not PaCA's, was trained
             on a quantised base or trains more than columns, or the base ties a changed tensor.
     """
-    checked = open_adapter(adapter)
-    _refuse_inexpressible(checked)
-    assert isinstance(checked, Adapter)
+    checked = read_adapter(adapter)
+    _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
-    if getattr(base.config, "quantization_config", None) is not None:
+    check_shapes(checked.modules, base, source=str(checked.folder))
+    targets = {module: target_of_module(base, module) for module in checked.modules}
+    parameters = {module: _parameter_name(module, found) for module, found in targets.items()}
+    _refuse_tied(base, set(parameters.values()))
+    prefix = base.base_model_prefix
+    _refuse_extra(checked, checkpoint, prefix)
+    entries = checkpoint.entries
+    names = {module: find_name(names_of(p, prefix), entries) for module, p in parameters.items()}
+    dtypes = {entries[one].dtype for one in names.values() if one is not None}
+    if getattr(base.config, "quantization_config", None) or not dtypes <= DTYPES.keys():
         raise ValueError(
             f"base model {name!r} is saved quantised: its numbers are packed, and columns of them "
             "cannot be exchanged. Use the original base that is not quantised."
         )
-    check_shapes(checked.modules, base, source=str(checked.folder))
-    parameters = {module: _parameter_name(base, module) for module in checked.modules}
-    _refuse_tied(base, set(parameters.values()))
-    prefix = base.base_model_prefix
-    _refuse_extra(checked, checkpoint, prefix)
-    names = {m: find_name(p, checkpoint.entries, prefix) for m, p in parameters.items()}
-    is_plain = all(n is not None and _has_shape(base, m, checkpoint, n) for m, n in names.items())
-    if not is_plain:
-        base = load_base(name, task_type=checked.config.task_type)
     edits: dict[str, ColumnEdit] = {}
-    for module, tensor_name in names.items():
-        found = target_of_module(base, module)
-        if is_plain:
-            assert tensor_name is not None
-            _refuse_dtype(checkpoint, tensor_name)
-            _put_tensor(found, checkpoint.tensor(tensor_name))
-            edits[tensor_name] = _edit(tensor_name, found, checked, module)
-        else:
-            edits |= _converted_edits(base, checkpoint, parameters[module], found, checked, module)
+    if all(one and entries[one].shape == _weight(targets[m]).shape for m, one in names.items()):
+        for module, one in names.items():
+            assert one is not None
+            found = targets[module]
+            weight = nn.Parameter(checkpoint.tensor(one), requires_grad=False)
+            setattr(found.module, found.parameter_name, weight)
+            edits[one] = _edit(one, found, checked, module)
+    else:
+        base = load_base(name, task_type=checked.config.task_type)
+        for module, parameter in parameters.items():
+            found = target_of_module(base, module)
+            edit = _edit(parameter, found, checked, module)
+            edits |= _converted(base, checkpoint, _weight(found), edit)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     part = _adapter_part(checked) if with_adapter else None
     if not with_adapter:
         notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
-    found_prints = fingerprint(checkpoint, edits)
-    patch = Patch(edits=edits, base=_short(name), fingerprint=found_prints, adapter=part)
-    return patch, notes
+    # The path of somebody's folder is their own.
+    short = Path(name).resolve().name if Path(name).is_dir() else name
+    prints = fingerprint(checkpoint, edits)
+    return Patch(edits=edits, base=short, fingerprint=prints, adapter=part), notes
 
 
 def to_adapter(patch: Patch, output: str | Path) -> Path:
@@ -129,31 +124,20 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
     return output
 
 
-def _short(name: str) -> str:
-    """Return what a base is called in a patch; the path of somebody's folder is their own."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def _refuse_inexpressible(adapter: Adapter | LoraAdapter) -> None:
-    where = adapter.folder
-    if isinstance(adapter, LoraAdapter):
-        raise ValueError(
-            f"{where} is a LoRA adapter, which changes every column of its weights; a patch holds "
-            "few columns. Merge it instead (`pacatune merge`)."
-        )
+def _refuse_quantised(adapter: Adapter) -> None:
     if (quantization := adapter.config.base_quantization) is not None:
         raise ValueError(
-            f"{where} was trained on a base quantised as {format_quantization(quantization)!r}, "
-            "whose weights are not those of the checkpoint. `pacatune merge --base original` "
-            "writes the checkpoint with the trained columns; `pacatune patch diff` makes a patch "
-            "of that."
+            f"{adapter.folder} was trained on a base quantised as "
+            f"{format_quantization(quantization)!r}, whose weights are not those of the "
+            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
+            "columns; `pacatune patch diff` makes a patch of that."
         )
 
 
 def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:
     for key, tensor in adapter.extra.items():
         parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        name = find_name(parameter, checkpoint.entries, prefix)
+        name = find_name(names_of(parameter, prefix), checkpoint.entries)
         # PEFT saves embeddings that are adapted, or beside others that are, as they are.
         if name is None or not _is_stored(checkpoint, name, tensor):
             raise ValueError(
@@ -171,76 +155,40 @@ def _refuse_tied(base: Any, parameters: set[str]) -> None:
             )
 
 
-def _parameter_name(base: nn.Module, module: str) -> str:
-    found = target_of_module(base, module)
-    owner = next(name for name, one in base.named_modules() if one is found.module)
-    return f"{owner}.{found.parameter_name}" if owner else found.parameter_name
+def _parameter_name(module: str, found: BaseWeight) -> str:
+    is_own = module.rpartition(".")[2] == found.parameter_name  # a parameter without a layer
+    return module if is_own else f"{module}.{found.parameter_name}"
 
 
-def _has_shape(base: nn.Module, module: str, checkpoint: Checkpoint, name: str) -> bool:
-    found = target_of_module(base, module)
-    shape = tuple(getattr(found.module, found.parameter_name).shape)
-    return checkpoint.entries[name].shape == shape
+def _weight(found: BaseWeight) -> Tensor:
+    weight: Tensor = getattr(found.module, found.parameter_name)
+    return weight.detach()
 
 
-def _refuse_dtype(checkpoint: Checkpoint, name: str) -> None:
-    if (dtype := checkpoint.entries[name].dtype) not in DTYPES:
-        raise ValueError(
-            f"{checkpoint.folder}: {name!r} is {dtype}, so quantised; a patch needs plain numbers: "
-            f"{', '.join(DTYPES)}."
-        )
-
-
-def _put_tensor(found: BaseWeight, tensor: Tensor) -> None:
-    parameter = nn.Parameter(tensor, requires_grad=False)
-    setattr(found.module, found.parameter_name, parameter)
-
-
-@torch.no_grad()
 def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
     """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
-    weight: Tensor = getattr(found.module, found.parameter_name).detach()
-    layout, indices = found.layout, adapter.modules[module].indices
-    new = _new_columns(weight, found, adapter, module)
-    if isinstance(layout, ConvolutionLayout) and layout.groups > 1:
-        # A channel is a column of its group's rows alone: other rows keep what they have there.
-        columns = (indices % (layout.in_features // layout.groups)).unique()
-        kernel = weight.clone()
-        layout.put_columns_(kernel, indices, new)
-        return edit_of(name, 1, weight, columns, kernel.index_select(1, columns))
-    return edit_of(name, layout.weight_dim, weight, indices, new, layout.row_dim)
-
-
-def _new_columns(weight: Tensor, found: BaseWeight, adapter: Adapter, module: str) -> Tensor:
-    new = adapted_target_columns(found, adapter, module)
+    weight, layout = _weight(found), found.layout
+    columns, new = adapted_target_columns(found, adapter, module)
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
             f"{weight.dtype}; use a base of wider range, or an earlier checkpoint of the adapter."
         )
-    return new
+    return edit_of(name, layout.weight_dim, weight, columns, new, layout.row_dim)
 
 
-@torch.no_grad()
-def _converted_edits(
-    base: Any,
-    checkpoint: Checkpoint,
-    parameter: str,
-    found: BaseWeight,
-    adapter: Adapter,
-    module: str,
+def _converted(
+    base: Any, checkpoint: Checkpoint, weight: Tensor, edit: ColumnEdit
 ) -> dict[str, ColumnEdit]:
     """Return the edits in a checkpoint's tensors of a weight that transformers holds otherwise."""
-    weight: Tensor = getattr(found.module, found.parameter_name).detach()
     patched = weight.clone()
-    new = _new_columns(weight, found, adapter, module)
-    found.layout.put_columns_(patched, adapter.modules[module].indices, new)
-    before, after = (as_saved(base, {parameter: one}) for one in (weight, patched))
+    put_bits_(patched, edit.dim, edit.indices, edit.new, edit.row_dim)
+    before, after = (as_saved(base, {edit.name: one}) for one in (weight, patched))
     edits = {}
     for name, tensor in before.items():
         if not _is_stored(checkpoint, name, tensor):
             raise ValueError(
-                f"{checkpoint.folder} does not hold {parameter!r} as transformers would save it, "
+                f"{checkpoint.folder} does not hold {edit.name!r} as transformers would save it, "
                 f"as {name!r} in {tensor.dtype}. {_BY_MERGE}"
             )
         if (change := changed_columns(tensor, after[name])) is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
-from pacatune.names import nearest
 from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits
+from pacatune.patch.memory import check_form, refuse_missing
 
 _NUM_COLUMNS = 8
 _HASH_DIGITS = 12
@@ -56,45 +56,31 @@ def _hashes(tensor: Tensor, dim: int, columns: list[int]) -> dict[int, str]:
 
 def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
     """Refuse a checkpoint without the patch's tensors, or with others of these names."""
-    where = checkpoint.folder
     for name, edit in patch.edits.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None:
-            near = nearest(name, list(checkpoint.entries), cutoff=0)
-            raise ValueError(
-                f"{where} has no tensor {name!r}; the nearest is {near!r}. The patch is for "
-                f"another base{_called(patch)}."
-            )
-        if entry.shape != edit.shape:
-            raise ValueError(
-                f"{where}: {name!r} is {entry.shape}, but the patch is for {edit.shape}; it is for "
-                f"another base{_called(patch)}."
-            )
-        if DTYPES.get(entry.dtype) != edit.dtype:
-            raise ValueError(
-                f"{where}: {name!r} is {entry.dtype}, but the patch is for {edit.dtype}: bits fit "
-                "one dtype only. Make the patch on this base, or patch the base that it is for."
-            )
+        fix = f"{_other_base(checkpoint, patch)}."
+        if (entry := checkpoint.entries.get(name)) is None:
+            refuse_missing([name], checkpoint.entries, fix)
+        found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
+        check_form(name, found, (edit.shape, edit.dtype), fix)
 
 
 def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
     """Return the tensors whose columns are not those that the patch starts from, `original`."""
-    differing = []
-    for name, edit in patch.edits.items():
-        if not torch.equal(edit.bits_of(checkpoint.tensor(name)), bits(edit.original)):
-            differing.append(name)
-    return differing
+    return [
+        name
+        for name, edit in patch.edits.items()
+        if not torch.equal(edit.bits_of(checkpoint.tensor(name)), bits(edit.original))
+    ]
 
 
 def check_base(
-    checkpoint: Checkpoint, patch: Patch, *, action: str, allow_other_base: bool = False
+    checkpoint: Checkpoint, patch: Patch, *, allow_other_base: bool = False
 ) -> list[str]:
-    """Refuse a checkpoint on which an action would not be exact; it is only read.
+    """Refuse a checkpoint on which a patch would not be exact; it is only read.
 
     Args:
         checkpoint: The model folder.
         patch: Its `original` is what the folder must hold: the inverse one to revert.
-        action: "apply" or "revert", for messages.
         allow_other_base: Go on if other columns than the patch's differ from its base.
 
     Returns:
@@ -104,47 +90,34 @@ def check_base(
         ValueError: If the columns are others, or the base is another one.
     """
     check_tensors(checkpoint, patch)
-    differing = holds(checkpoint, patch)
+    where = _other_base(checkpoint, patch)
+    if differing := holds(checkpoint, patch):
+        if not holds(checkpoint, patch.inverse()):
+            raise ValueError(
+                f"{checkpoint.folder} already holds the columns that would be written; there is "
+                "nothing to do."
+            )
+        raise ValueError(
+            f"{where}, or was changed: {len(differing)} of {len(patch.edits)} tensors, first "
+            f"{differing[0]!r}, hold other columns than the patch replaces. Choose the right base; "
+            "if another patch that overlaps was applied later, revert that one first."
+        )
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
         found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, [*hashes])
-        equal = [column for column, value in hashes.items() if found[column] == value]
         num_compared += len(hashes)
-        num_equal += len(equal)
-    is_other = 2 * num_equal < num_compared
-    if differing:
-        _refuse(checkpoint, patch, differing, action, is_other)
+        num_equal += sum(found[column] == value for column, value in hashes.items())
     sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
-    if is_other and not allow_other_base:
+    if 2 * num_equal < num_compared and not allow_other_base:
         raise ValueError(
-            f"{checkpoint.folder} is not the base that the patch is for{_called(patch)}: {sampled} "
-            "differ, although those it changes are the same. Choose the right base, or pass "
-            "`allow_other_base` (--allow-other-base)."
+            f"{where}: {sampled} differ, although those it changes are the same. Choose the right "
+            "base, or pass `allow_other_base` (--allow-other-base)."
         )
     if num_equal < num_compared:
         return [f"{sampled} differ from its base: another patch is applied, or it is another base."]
     return []
 
 
-def _refuse(
-    checkpoint: Checkpoint, patch: Patch, differing: list[str], action: str, is_other: bool
-) -> None:
-    where, num = checkpoint.folder, len(patch.edits)
-    if not holds(checkpoint, patch.inverse()):
-        done = "is already applied to" if action == "apply" else "is not applied to"
-        raise ValueError(f"the patch {done} {where}; there is nothing to {action}.")
-    if is_other or len(differing) == num:
-        raise ValueError(
-            f"{where} is not the base that the patch is for{_called(patch)}: {len(differing)} of "
-            f"{num} tensors hold other columns, first {differing[0]!r}. Choose the right base."
-        )
-    other = "applied over this patch" if action == "revert" else "applied to it"
-    raise ValueError(
-        f"{where}: {len(differing)} of {num} tensors, first {differing[0]!r}, hold other columns "
-        f"than the patch {'starts from' if action == 'apply' else 'wrote'}. If another patch that "
-        f"overlaps was {other}, revert that one first; otherwise the folder was changed or damaged."
-    )
-
-
-def _called(patch: Patch) -> str:
-    return f" ({patch.base!r})" if patch.base else ""
+def _other_base(checkpoint: Checkpoint, patch: Patch) -> str:
+    called = f" ({patch.base!r})" if patch.base else ""
+    return f"{checkpoint.folder} is not the base that the patch is for{called}"

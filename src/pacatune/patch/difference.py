@@ -10,7 +10,6 @@ from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.patch.base import fingerprint
 from pacatune.patch.edit import ColumnEdit, Patch, bits, edit_of, shared_columns
 
-_CHUNK_ELEMENTS = 2**25
 _MAX_SHARE = 0.5
 """A patch has changed columns twice, before and after: from half of a tensor on, that is larger."""
 
@@ -68,7 +67,7 @@ class PatchDifference:
 def diff(a: str | Path, b: str | Path) -> Difference:
     """Compare two model folders, tensor by tensor and bit by bit.
 
-    The folders are read once, in parts. Their other files are not compared.
+    The folders are read once, tensor by tensor. Their other files are not compared.
 
     Raises:
         FileNotFoundError: If one is missing, or a file of it.
@@ -77,8 +76,12 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     first, second = Checkpoint.open(a), Checkpoint.open(b)
     edits: dict[str, ColumnEdit] = {}
     changed: dict[str, float] = {}
-    shared = [name for name in first.entries if name in second.entries]
-    other_form = [name for name in shared if _form(first, name) != _form(second, name)]
+    one, other = (
+        {name: (entry.shape, entry.dtype) for name, entry in folder.entries.items()}
+        for folder in (first, second)
+    )
+    shared = [name for name in one if name in other]
+    other_form = [name for name in shared if one[name] != other[name]]
     whole = []
     for name in (name for name in shared if name not in other_form):
         before, after = first.tensor(name), second.tensor(name)
@@ -92,7 +95,7 @@ def diff(a: str | Path, b: str | Path) -> Difference:
             edits[name] = edit_of(name, dim, before, columns, after.index_select(dim, columns))
         else:
             whole.append(name)
-    only_a, only_b = (sorted(x.entries.keys() - y.entries.keys()) for x, y in _both(first, second))
+    only_a, only_b = sorted(one.keys() - other.keys()), sorted(other.keys() - one.keys())
     patch = None
     if edits and not (only_a or only_b or other_form or whole):
         base = Path(a).resolve().name
@@ -108,33 +111,19 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     )
 
 
-def _form(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str]:
-    return checkpoint.entries[name].shape, checkpoint.entries[name].dtype
-
-
-def _both(first: Checkpoint, second: Checkpoint) -> list[tuple[Checkpoint, Checkpoint]]:
-    return [(first, second), (second, first)]
-
-
 def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
     """Return the dimension along which the fewest columns differ, and these; None: equal bits.
 
     Fewest by share: 8 of 4096 columns are fewer than 1 of 16 rows.
     """
-    changed = [torch.zeros(size, dtype=torch.bool) for size in before.shape]
     if before.dim() == 0:
         before, after = before.view(1), after.view(1)
-        changed = [torch.zeros(1, dtype=torch.bool)]
-    rows = max(1, _CHUNK_ELEMENTS // max(1, before[:1].numel()))
-    for start in range(0, len(before), rows):
-        part = bits(before[start : start + rows]) != bits(after[start : start + rows])
-        for dim, flags in enumerate(changed):
-            others = [other for other in range(part.dim()) if other != dim]
-            found = part.any(others) if others else part
-            place = slice(start, start + rows) if dim == 0 else slice(None)
-            flags[place] |= found
-    if not bool(changed[0].any()):
+    differs = bits(before) != bits(after)
+    if not differs.any():
         return None
+    dims = range(before.dim())
+    others = [[other for other in dims if other != dim] for dim in dims]
+    changed = [differs.any(rest) if rest else differs for rest in others]
     shares = [float(flags.float().mean()) for flags in changed]
     dim = shares.index(min(shares))
     return dim, changed[dim].nonzero()[:, 0]
@@ -142,20 +131,17 @@ def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
 
 def compare_patches(a: Patch, b: Patch) -> PatchDifference:
     """Compare two patches: which tensors and columns they change, and whether into the same."""
-    differing = [
-        name for name in sorted(a.edits.keys() & b.edits.keys()) if not _is_same(a, b, name)
-    ]
+    both = sorted(a.edits.keys() & b.edits.keys())
     return PatchDifference(
         only_a=sorted(a.edits.keys() - b.edits.keys()),
         only_b=sorted(b.edits.keys() - a.edits.keys()),
-        num_shared_tensors=len(a.edits.keys() & b.edits.keys()),
+        num_shared_tensors=len(both),
         shared_columns=shared_columns(a.edits, b.edits),
-        differing=differing,
+        differing=[name for name in both if not _is_same(a.edits[name], b.edits[name])],
     )
 
 
-def _is_same(a: Patch, b: Patch, name: str) -> bool:
-    one, other = a.edits[name], b.edits[name]
+def _is_same(one: ColumnEdit, other: ColumnEdit) -> bool:
     return (
         (one.dim, one.row_dim) == (other.dim, other.row_dim)
         and one.dtype == other.dtype

@@ -139,8 +139,6 @@ class ColumnEdit(ColumnPlace):
         """Return the same on a device."""
         parts = (self.indices, self.original, self.new)
         indices, original, new = (part.to(device) for part in parts)
-        if new is self.new and indices is self.indices and original is self.original:
-            return self
         return replace(self, indices=indices, original=original, new=new)
 
 
@@ -266,31 +264,30 @@ def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit
     if len(edits) == 1:
         return first
     _refuse_other_forms(edits)
-    indices = torch.cat([edit.indices for edit in edits]).unique()
-    places = [torch.searchsorted(indices, edit.indices) for edit in edits]
-    original = _gather(edits, places, len(indices), "original")
-    for edit, place in zip(edits, places, strict=True):
-        if not torch.equal(bits(original.index_select(first.dim, place)), bits(edit.original)):
-            raise ValueError(
-                "the patches are of different bases: they disagree about columns of "
-                f"{first.name!r} before the change."
-            )
-    counts = torch.cat(places).bincount()
-    num_shared = int((counts > 1).sum())
-    if num_shared and overlap is None:
+    edits = edits[::-1] if overlap == "first" else edits
+    columns, dim = torch.cat([edit.indices for edit in edits]), first.dim
+    originals = torch.cat([edit.original for edit in edits], dim)
+    news = torch.cat([edit.new for edit in edits], dim)
+    indices, places, counts = columns.unique(return_inverse=True, return_counts=True)
+    last = {column: number for number, column in enumerate(columns.tolist())}
+    taken = torch.tensor([last[column] for column in indices.tolist()], device=columns.device)
+    original, new = (part.index_select(dim, taken) for part in (originals, news))
+    if not torch.equal(bits(original.index_select(dim, places)), bits(originals)):
         raise ValueError(
-            f"the patches overlap: {num_shared} columns of {first.name!r} are changed by several, "
-            f"column {int(indices[counts > 1][0])} for one. Choose by `overlap` (--overlap) whose "
-            "are taken: first, last, or sum, which adds up the changes and rounds once."
+            f"the patches are of different bases: they disagree about columns of {first.name!r} "
+            "before the change."
         )
-    if overlap == "first":
-        new = _gather(edits[::-1], places[::-1], len(indices), "new")
-    else:
-        new = _gather(edits, places, len(indices), "new")
-    if overlap == "sum" and num_shared:
-        is_shared = (counts > 1).nonzero()[:, 0]
-        summed = _sum(edits, places, original).index_select(first.dim, is_shared)
-        new.index_copy_(first.dim, is_shared, summed)
+    shared = (counts > 1).nonzero()[:, 0]
+    if len(shared) and overlap is None:
+        raise ValueError(
+            f"the patches overlap: {len(shared)} columns of {first.name!r} are changed by several, "
+            f"column {int(indices[shared[0]])} for one. Choose by `overlap` (--overlap) whose are "
+            "taken: first, last, or sum, which adds up the changes and rounds once."
+        )
+    if overlap == "sum":
+        changes = news.double() - originals.double()
+        summed = original.double().index_add_(dim, places, changes).to(original.dtype)
+        new.index_copy_(dim, shared, summed.index_select(dim, shared))
     return replace(first, indices=indices, original=original, new=new)
 
 
@@ -302,36 +299,13 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
                 f"the patches are of different bases: {first.name!r} is {first.shape} in "
                 f"{first.dtype} for one and {other.shape} in {other.dtype} for another."
             )
-        if other.is_grouped or first.is_grouped:
-            raise ValueError(
-                f"{first.name!r} is changed by several patches, one of them in row groups; such "
-                "patches cannot be joined: apply them one after the other if no columns overlap, "
-                "or `add_weighted_adapter` their adapters."
-            )
-        if other.dim != first.dim:
+        if other.is_grouped or first.is_grouped or other.dim != first.dim:
             raise ValueError(
                 f"{first.name!r} is changed along dimension {first.dim} by one patch and along "
-                f"{other.dim} by another; such patches cannot be joined, apply one of them only."
+                f"{other.dim} by another, or one of them has row groups; such patches cannot be "
+                "joined: apply them one after the other if no columns overlap, or "
+                "`add_weighted_adapter` their adapters."
             )
-
-
-def _gather(
-    edits: Sequence[ColumnEdit], places: Sequence[Tensor], num_columns: int, part: str
-) -> Tensor:
-    """Return one part of all edits, each column at its place; later edits win."""
-    first = edits[0]
-    shape = (*first.shape[: first.dim], num_columns, *first.shape[first.dim + 1 :])
-    result = first.original.new_empty(shape)
-    for edit, place in zip(edits, places, strict=True):
-        result.index_copy_(first.dim, place, getattr(edit, part))
-    return result
-
-
-def _sum(edits: Sequence[ColumnEdit], places: Sequence[Tensor], original: Tensor) -> Tensor:
-    wide = original.double()
-    for edit, place in zip(edits, places, strict=True):
-        wide.index_add_(edit.dim, place, edit.new.double() - edit.original.double())
-    return wide.to(original.dtype)
 
 
 def _joint_fingerprint(
@@ -339,14 +313,12 @@ def _joint_fingerprint(
 ) -> dict[str, dict[int, str]]:
     """Return all hashes of columns that no patch changes; refuse those that disagree."""
     result: dict[str, dict[int, str]] = {}
-    for patch in patches:
-        for name, hashes in patch.fingerprint.items():
-            touched = set(edits[name].indices.flatten().tolist()) if name in edits else set()
-            known = result.setdefault(name, {})
-            for column, value in hashes.items():
-                if column in touched:
-                    continue
-                if known.setdefault(column, value) != value:
+    for name, edit in edits.items():
+        changed = set(edit.indices.flatten().tolist())
+        known = result.setdefault(name, {})
+        for patch in patches:
+            for column, value in patch.fingerprint.get(name, {}).items():
+                if column not in changed and known.setdefault(column, value) != value:
                     raise ValueError(
                         f"the patches are of different bases: they disagree about column {column} "
                         f"of {name!r}, which none of them changes."

@@ -13,15 +13,13 @@ the adapter's configuration.
 
 import hashlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pacatune.files.folder import explained_failure
+from pacatune.files.checkpoint import DTYPES
+from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
@@ -30,16 +28,14 @@ _KEY = "pacatune_patch"
 _VERSION, _GROUPED_VERSION = 1, 2
 _PARTS = ("indices", "original", "new")
 _ADAPTER = "pacatune_adapter."
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None) -> int:
+def save(patch: Patch, path: str | Path) -> int:
     """Write a patch file, all at once, and return its size in bytes.
 
     Args:
         patch: What to write.
         path: A new file.
-        extra: More entries of its metadata.
 
     Raises:
         FileExistsError: If there is something under that name.
@@ -47,18 +43,11 @@ def save(patch: Patch, path: str | Path, *, extra: dict[str, Any] | None = None)
     """
     path = refuse_existing(path)
     tensors, metadata = _pack(patch)
-    metadata |= extra or {}
     metadata["digest"] = _digest(tensors, metadata)
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with explained_failure(path):
-            write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained_failure(path), whole_file(path) as partial:
+        write_tensors(tensors, partial, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+        sync(partial)
     return path.stat().st_size
 
 
@@ -77,17 +66,7 @@ def load(path: str | Path) -> Patch:
         FileNotFoundError: If there is none.
         ValueError: If it is no patch, damaged, or of a newer version.
     """
-    return read(Path(path))[0]
-
-
-def is_patch(path: str | Path) -> bool:
-    """Whether a path is a patch file, by its header; ValueError for a damaged safetensors file."""
     path = Path(path)
-    return path.is_file() and _KEY in read_layout(path).metadata
-
-
-def read(path: Path) -> tuple[Patch, dict[str, Any]]:
-    """Return a patch and the metadata of its file."""
     if not path.is_file():
         raise FileNotFoundError(f"patch {str(path)!r} does not exist, or is no file.")
     text = read_layout(path).metadata.get(_KEY)
@@ -106,12 +85,18 @@ def read(path: Path) -> tuple[Patch, dict[str, Any]]:
     if found != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not fit. Copy it again.")
     try:
-        return _unpack(tensors, metadata), metadata
+        return _unpack(tensors, metadata)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} lacks a part of a patch, or has a wrong one ({type(error).__name__}: {error});"
             " make it again."
         ) from error
+
+
+def is_patch(path: str | Path) -> bool:
+    """Whether a path is a patch file, by its header; ValueError for a damaged safetensors file."""
+    path = Path(path)
+    return path.is_file() and _KEY in read_layout(path).metadata
 
 
 def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,13 +127,12 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
     edits = {}
     for name, entry in metadata["tensors"].items():
         indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        if original.dtype not in _DTYPES:
+        if original.dtype not in DTYPES.values():
             raise TypeError(f"{name!r} is {original.dtype}")
-        shape = tuple(int(size) for size in entry["shape"])
         edits[name] = ColumnEdit(
             name=name,
             dim=int(entry["dim"]),
-            shape=shape,
+            shape=tuple(int(size) for size in entry["shape"]),
             indices=indices,
             original=original,
             new=new,

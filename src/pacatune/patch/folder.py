@@ -11,28 +11,26 @@ Whoever finds a journal puts the columns back that were there before and ends wi
 again does no harm, so it does not matter where the process was killed, nor how often.
 """
 
+import math
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from pacatune.files.checkpoint import Checkpoint, window, writable
-from pacatune.files.folder import check_output, explained_failure, format_bytes, staged_folder
+from pacatune.files.folder import check_output, check_room, explained_failure, staged_folder, sync
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
 from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
 from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
-from pacatune.patch.edit import ColumnEdit, Patch, bits, put_bits_
-from pacatune.patch.file import read, save
+from pacatune.patch.edit import ColumnEdit, Patch, put_bits_
+from pacatune.patch.file import load, save
 
 _PAGE_BYTES = 4096
-_SPARE_BYTES = 2**20
 # Weights in other formats, which a patch does not change: a copy of them would be the base's.
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".data")
 
@@ -85,8 +83,7 @@ def apply_to_folder(
     output = Path(output)
     check_output(output, num_bytes=0)
     checkpoint, wanted = Checkpoint.open(model), patch.inverse() if revert else patch
-    action = "revert" if revert else "apply"
-    notes = check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+    notes = check_base(checkpoint, wanted, allow_other_base=allow_other_base)
     with staged_folder(output, checkpoint.num_bytes) as staging:
         notes += _copy(checkpoint, staging)
         copied = Checkpoint.open(staging)
@@ -120,31 +117,31 @@ def apply_in_place(
         ValueError: If the patch does not fit, a file is a link or has several names, another
             process is at work in the folder, or the disk is full. The folder is as before then.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist; check the path.")
-    wanted, action = patch.inverse() if revert else patch, "revert" if revert else "apply"
+    folder, wanted = Path(folder), patch.inverse() if revert else patch
     with alone_in(folder):
         notes = _roll(folder, finish=False)
         checkpoint = Checkpoint.open(folder)
-        if notes and _fits(checkpoint, wanted.inverse()):
-            return _result(folder, checkpoint, wanted, notes)  # that was all that was asked for
-        notes += check_base(checkpoint, wanted, action=action, allow_other_base=allow_other_base)
+        check_tensors(checkpoint, wanted)
+        result = _result(folder, checkpoint, wanted, notes)
+        if notes and not holds(checkpoint, wanted.inverse()):
+            return result  # that was all that was asked for
+        result.notes.extend(check_base(checkpoint, wanted, allow_other_base=allow_other_base))
         files = _by_file(checkpoint, wanted)
         _refuse_links(folder, files)
-        _check_room(folder, wanted, _page_bytes(checkpoint, wanted))
+        # The journal; and the pages, which file systems that share blocks write to new places.
+        check_room(folder, 2 * wanted.num_bytes + result.page_bytes)
         for name in files:
             with writable(folder / name):  # or rolling back would fail as well
                 pass
         with explained_failure(folder):
             try:
-                save(_plain(wanted), folder / JOURNAL_NAME, extra={"action": action})
-                _sync(folder)
+                save(Patch(edits=wanted.edits, base=wanted.base), folder / JOURNAL_NAME)
+                sync(folder)
                 _edit(folder, checkpoint, files)
             except BaseException as error:  # a full disk, an interrupt: back to what it was
                 _roll_after(error, folder)
                 raise
-    return _result(folder, checkpoint, wanted, notes)
+    return result
 
 
 def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
@@ -160,36 +157,22 @@ def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
     Raises:
         ValueError: If another process is at work there, or the journal is damaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"model folder {str(folder)!r} does not exist; check the path.")
-    with alone_in(folder):
-        return _roll(folder, finish=finish)
-
-
-def _fits(checkpoint: Checkpoint, patch: Patch) -> bool:
-    check_tensors(checkpoint, patch)
-    return not holds(checkpoint, patch)
-
-
-def _plain(patch: Patch) -> Patch:
-    return Patch(edits=patch.edits, base=patch.base)
+    with alone_in(Path(folder)):
+        return _roll(Path(folder), finish=finish)
 
 
 def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[ColumnEdit]]:
-    files: dict[str, list[ColumnEdit]] = defaultdict(list)
+    files: dict[str, list[ColumnEdit]] = {}
     for name, edit in patch.edits.items():
-        files[checkpoint.entries[name].file].append(edit)
-    return dict(files)
+        files.setdefault(checkpoint.entries[name].file, []).append(edit)
+    return files
 
 
 def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> None:
     with writable(path) as memory:
         for edit in edits:
-            entry = checkpoint.entries[edit.name]
-            place = window(memory, entry)
-            new = bits(edit.new.contiguous()).view(place.dtype)
-            new = new.view(*edit.columns_shape, place.shape[-1])
+            place = window(memory, checkpoint.entries[edit.name])
+            new = edit.new.contiguous().view(torch.uint8).view(*edit.columns_shape, -1)
             put_bits_(place, edit.dim, edit.indices, new, edit.row_dim)
             del place
 
@@ -198,14 +181,14 @@ def _edit(folder: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit
     for name in files:
         if not (parked := folder / f"{name}{PARKED_SUFFIX}").exists():
             (folder / name).rename(parked)
-    _sync(folder)
+    sync(folder)
     for name, edits in files.items():
         _write(file_path(folder, name), checkpoint, edits)
     for name in files:
         file_path(folder, name).rename(folder / name)
-    _sync(folder)
+    sync(folder)
     (folder / JOURNAL_NAME).unlink()
-    _sync(folder)
+    sync(folder)
 
 
 def _roll_after(error: BaseException, folder: Path) -> None:
@@ -226,8 +209,7 @@ def _roll(folder: Path, *, finish: bool) -> list[str]:
     journal = folder / JOURNAL_NAME
     if not journal.exists():
         return []
-    patch, metadata = read(journal)
-    patch = patch if finish else patch.inverse()
+    patch = load(journal) if finish else load(journal).inverse()
     checkpoint = Checkpoint.open(folder, half_edited=True)
     check_tensors(checkpoint, patch)
     files = _by_file(checkpoint, patch)
@@ -235,7 +217,7 @@ def _roll(folder: Path, *, finish: bool) -> list[str]:
     _refuse_others(folder, checkpoint, patch)
     _edit(folder, checkpoint, files)
     done = "completed" if finish else "rolled back"
-    return [f"{folder}: {metadata.get('action')} in place was interrupted earlier; it is {done}."]
+    return [f"{folder}: patching in place was interrupted earlier; it is {done}."]
 
 
 def _refuse_others(folder: Path, checkpoint: Checkpoint, patch: Patch) -> None:
@@ -268,26 +250,6 @@ def _refuse_links(folder: Path, files: Iterable[str]) -> None:
                 f"{path} is a link, or has several names: others that use the file would see the "
                 "patch too. Write a new folder (--output), or put a copy of the file in its place."
             )
-
-
-def _check_room(folder: Path, patch: Patch, page_bytes: int) -> None:
-    # The pages too: file systems that share blocks between copies write them to new places.
-    needed = 2 * patch.num_bytes + page_bytes + _SPARE_BYTES
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise ValueError(
-            f"the disk of {folder} has {format_bytes(free)} free, but patching in place needs "
-            f"{format_bytes(needed)} for its journal; make room."
-        )
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk; where folders cannot be opened, nobody can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
@@ -324,20 +286,16 @@ def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]
 def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
     """Return the bytes of all pages that columns lie in."""
     num_pages = 0
-    for edits in _by_file(checkpoint, patch).values():
-        done = torch.tensor([-1])  # the last page that was counted
-        for edit in sorted(edits, key=lambda edit: checkpoint.entries[edit.name].start):
-            start, item = checkpoint.entries[edit.name].start, edit.dtype.itemsize
-            if edit.is_grouped:  # each number by itself
-                cells = flat_positions(edit.indices.cpu(), edit.shape, edit.dim, edit.row_dim)
-                starts, length = start + cells.flatten().sort().values * item, item
-            else:
-                outer = torch.Size(edit.shape[: edit.dim]).numel()
-                length = torch.Size(edit.shape[edit.dim + 1 :]).numel() * item
-                rows = torch.arange(outer).unsqueeze(1) * edit.shape[edit.dim]
-                starts = (start + (rows + edit.indices.cpu()) * length).flatten()
-            first, last = starts // _PAGE_BYTES, (starts + length - 1) // _PAGE_BYTES
-            before = torch.cat((done, last[:-1]))
-            num_pages += int((last - torch.maximum(first, before + 1) + 1).clamp(min=0).sum())
-            done = last[-1:]
+    for name, edits in _by_file(checkpoint, patch).items():
+        size = (checkpoint.folder / name).stat().st_size
+        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool)
+        for edit in edits:
+            # What is together in memory: a column's part of one row; with row groups each number.
+            shape = edit.shape if edit.is_grouped else edit.shape[: edit.dim + 1]
+            length = math.prod(edit.shape[len(shape) :]) * edit.dtype.itemsize
+            places = flat_positions(edit.indices.cpu(), shape, edit.dim, edit.row_dim) * length
+            starts = checkpoint.entries[edit.name].start + places.reshape(-1, 1)
+            within = torch.tensor([*range(0, length, _PAGE_BYTES), length - 1])
+            is_touched[(starts + within) // _PAGE_BYTES] = True
+        num_pages += int(is_touched.sum())
     return num_pages * _PAGE_BYTES

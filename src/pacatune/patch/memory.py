@@ -1,13 +1,19 @@
 """Apply a patch to a model in memory, and take it back, bit for bit."""
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
-from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits, put_bits_
+from pacatune.patch.edit import Patch, bits, column_bits, put_bits_
+
+_FIX = (
+    "Load the model that the patch is for, in that dtype and not quantised; if it holds the "
+    "checkpoint's tensors in another form, patch the checkpoint (`pacatune patch apply`)."
+)
 
 
 def apply(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
@@ -27,7 +33,7 @@ def apply(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
             is sharded, quantised or adapted, or if two of the names are one tensor. Nothing has
             been changed then.
     """
-    _write(model, patch, "the base's columns, which the patch replaces")
+    _write(model, patch, "the base's columns.")
 
 
 def revert(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
@@ -39,16 +45,18 @@ def revert(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
     _write(model, patch.inverse(), "the patch's columns; is it applied?")
 
 
-def find_name(name: str, known: Mapping[str, object], prefix: str = "") -> str | None:
-    """Return the name under which a model knows a tensor of a checkpoint, None if it does not.
+def names_of(name: str, prefix: str) -> list[str]:
+    """Return the names under which a model may know a tensor of a checkpoint.
 
     A checkpoint of the bare model lacks the prefix (`model.`) that a model with a head has, and the
     other way round, as transformers loads both.
     """
-    names = [name]
-    if prefix:
-        names += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-    return next((one for one in names if one in known), None)
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+
+
+def find_name(names: Iterable[str], known: Container[str]) -> str | None:
+    """Return the first of several names that is known, None if none is."""
+    return next((name for name in names if name in known), None)
 
 
 @torch.no_grad()
@@ -56,74 +64,69 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
     tensors, prefix = tensors_of(model)
     pairs = []
     for edit in patch.edits.values():
-        weight = _find(tensors, edit, prefix)
+        weight = find_tensor(tensors, names_of(edit.name, prefix), edit.shape, edit.dtype, _FIX)
         pairs.append((weight, edit.to(weight.device)))
     refuse_aliases(((edit.name, weight) for weight, edit in pairs), "the patch")
-    _check_bits(pairs, expected)
-    with Transaction() as writer:
+    # All are compared before any answer of a GPU is waited for.
+    answers = [(edit.bits_of(one.detach()) == bits(edit.original)).all() for one, edit in pairs]
+    wrong = [edit.name for (_, edit), ok in zip(pairs, answers, strict=True) if not ok]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(pairs)} tensors, first {wrong[0]!r}, do not hold {expected} The "
+            "model is of another base, or was changed; nothing was written."
+        )
+    with transaction() as put:
         for weight, edit in pairs:
-            writer.put(
-                Place(weight, edit.dim, edit.indices, edit.row_dim), edit.new, before=edit.original
-            )
+            place = Place(weight, edit.dim, edit.indices, edit.row_dim)
+            put(place, edit.new, edit.original)
 
 
 class Place(NamedTuple):
     """Columns of one of a model's tensors, or of some rows of it."""
 
     tensor: Tensor
+    """The parameter itself, or a view of its rows: its version is counted, so a backward pass
+    through what was computed with the old columns raises instead of being wrong."""
     dim: int
     indices: Tensor
     """(R,), or (G, R) of row groups."""
     row_dim: int = 0
     """Dimension that row groups divide."""
-    span: tuple[int, int] | None = None
-    """Where the rows begin, along the last dimension but one, and how many there are."""
     rows: Tensor | None = None
     """The row of each of `indices` by itself, where rows have different numbers of columns."""
 
-    def view(self) -> Tensor:
-        """Return the rows."""
-        return self.tensor if self.span is None else self.tensor.narrow(-2, *self.span)
-
     def read(self) -> Tensor:
         """Return what is there."""
-        view = self.view().detach()
-        indices = self.indices.to(view.device)
+        tensor = self.tensor.detach()
         if self.rows is not None:
-            return view[..., self.rows.to(view.device), indices]
-        return column_bits(view, self.dim, indices, self.row_dim).view(view.dtype)
+            return tensor[..., self.rows, self.indices]
+        return column_bits(tensor, self.dim, self.indices, self.row_dim).view(tensor.dtype)
 
     def write(self, columns: Tensor) -> None:
         """Write columns, whose bits are kept."""
-        device = self.tensor.device
-        indices, columns = self.indices.to(device), columns.to(device)
-        # The parameter itself: its version is counted, so a backward pass through what was computed
-        # with the old columns raises instead of being wrong.
+        columns = columns.to(self.tensor.device)
         with torch.inference_mode() if self.tensor.is_inference() else torch.no_grad():
             if self.rows is None:
-                put_bits_(self.view(), self.dim, indices, columns, self.row_dim)
+                put_bits_(self.tensor, self.dim, self.indices, columns, self.row_dim)
             else:
-                bits(self.view())[..., self.rows.to(device), indices] = bits(columns)
+                bits(self.tensor)[..., self.rows, self.indices] = bits(columns)
 
 
-class Transaction:
-    """Writes columns into a model; a block that fails takes back what it has written."""
+@contextmanager
+def transaction() -> Iterator[Callable[..., None]]:
+    """Give a function that writes columns; a block that fails takes back what it has written."""
+    done: list[tuple[Place, Tensor]] = []
 
-    def __init__(self) -> None:
-        self._before: list[tuple[Place, Tensor]] = []
-
-    def __enter__(self) -> "Transaction":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # an interrupt, an error of the device
-            for place, columns in reversed(self._before):
-                place.write(columns)
-
-    def put(self, place: Place, columns: Tensor, *, before: Tensor | None = None) -> None:
-        """Write columns; `before` is what is there, where that is known."""
-        self._before.append((place, place.read() if before is None else before))
+    def put(place: Place, columns: Tensor, before: Tensor | None = None) -> None:
+        done.append((place, place.read() if before is None else before))
         place.write(columns)
+
+    try:
+        yield put
+    except BaseException:  # an interrupt, an error of the device
+        for place, columns in reversed(done):
+            place.write(columns)
+        raise
 
 
 def refuse_aliases(named: Iterable[tuple[str, Tensor]], who: str) -> None:
@@ -148,45 +151,45 @@ def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[Mapping[str, Te
     return tensors, str(getattr(base, "base_model_prefix", ""))
 
 
-def _find(tensors: Mapping[str, Tensor], edit: ColumnEdit, prefix: str) -> Tensor:
-    name = find_name(edit.name, tensors, prefix)
-    if name is None:
-        owner, _, last = edit.name.rpartition(".")
-        if find_name(f"{owner}.base_layer.{last}", tensors, prefix) is not None:
+def find_tensor(
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fix: str,
+) -> Tensor:
+    """Return the tensor of the first name that a model has; refuse one without such columns."""
+    if (name := find_name(names, tensors)) is None:
+        refuse_missing(names, tensors, fix)
+    tensor = tensors[name]
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"{name!r} is sharded over processes; write before it is, or give a receiver the local "
+            "tensors by name (`tensor.to_local()`), `tp_rank` and `tp_size`."
+        )
+    check_form(name, (tuple(tensor.shape), tensor.dtype), (shape, dtype), fix)
+    if tensor.is_meta:
+        raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")
+    return tensor
+
+
+def refuse_missing(names: Sequence[str], known: Mapping[str, object], fix: str) -> NoReturn:
+    """Refuse a model that has no tensor of any of these names; `fix` says what to do."""
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if f"{owner}.base_layer.{last}" in known:
             raise ValueError(
                 f"{owner!r} has an adapter, which keeps columns of its own in the weight or beside "
-                "it; unload the adapter first (`model.unload()`), or patch the plain model."
+                "it; unload the adapter first (`model.unload()`), or take the plain model."
             )
-        near = nearest(edit.name, list(tensors), cutoff=0)
-        raise ValueError(
-            f"the model has no tensor {edit.name!r}; the nearest is {near!r}. The patch is for "
-            "another model, or for a checkpoint whose tensors this model holds in another form; "
-            "apply it to the checkpoint then (`pacatune patch apply`)."
-        )
-    weight = tensors[name]
-    if hasattr(weight, "placements"):
-        raise ValueError(f"{name!r} is sharded over processes; patch it before it is sharded.")
-    if tuple(weight.shape) != edit.shape or weight.dtype != edit.dtype:
-        raise ValueError(
-            f"{name!r} is {tuple(weight.shape)} in {weight.dtype}, but the patch is for "
-            f"{edit.shape} in {edit.dtype}; load the model in that dtype, not quantised."
-        )
-    if weight.is_meta:
-        raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")
-    return weight
+    near = nearest(names[0], list(known), cutoff=0)
+    raise ValueError(f"the model has no tensor {names[0]!r}; the nearest is {near!r}. {fix}")
 
 
-def _check_bits(pairs: list[tuple[Tensor, ColumnEdit]], expected: str) -> None:
-    """Compare all tensors before any answer is waited for: a GPU is asked once per device."""
-    verdicts: dict[torch.device, list[tuple[ColumnEdit, Tensor]]] = {}
-    for weight, edit in pairs:
-        is_equal = (edit.bits_of(weight.detach()) == bits(edit.original)).all()
-        verdicts.setdefault(weight.device, []).append((edit, is_equal))
-    for answers in verdicts.values():
-        is_equal = torch.stack([one for _, one in answers]).cpu()
-        wrong = [edit.name for (edit, _), ok in zip(answers, is_equal, strict=True) if not ok]
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} of {len(pairs)} tensors, first {wrong[0]!r}, do not hold {expected}."
-                " The model is of another base, or was changed; nothing was written."
-            )
+def check_form(name: str, found: tuple[Any, ...], expected: tuple[Any, ...], fix: str) -> None:
+    """Refuse a tensor of another shape or dtype than its columns are for."""
+    if found != expected:
+        raise ValueError(
+            f"{name!r} is {found[0]} in {found[1]}, but the columns are for {expected[0]} in "
+            f"{expected[1]}. {fix}"
+        )

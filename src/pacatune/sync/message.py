@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from pacatune.patch.edit import ColumnPlace
+from pacatune.precision import dtype_name, torch_dtype
 
 _DIGEST_DIGITS = 16
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,10 +63,7 @@ class Positions:
             raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for one in self.sets:
             one.check(repr(one.name))
-            if one.dtype not in _DTYPES.values():
-                raise ValueError(
-                    f"{one.name!r}: `dtype` ({one.dtype}) must be one of {', '.join(_DTYPES)}."
-                )
+            torch_dtype(dtype_name(one.dtype), option=f"dtype of {one.name}")  # no quantised ones
         digest = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
         for one in self.sets:
             digest.update(one.indices.numpy().data)
@@ -185,7 +179,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                     parameter=str(entry["parameter"]),
                     dim=int(entry["dim"]),
                     shape=tuple(int(size) for size in entry["shape"]),
-                    dtype=_DTYPES[entry["dtype"]],
+                    dtype=torch_dtype(entry["dtype"]),
                     indices=own if groups is None else own.view(int(groups), rank),
                     row_dim=int(entry.get("row_dim", 0)),
                 )
@@ -211,7 +205,7 @@ def _describe(positions: Positions) -> dict[str, Any]:
                 "parameter": one.parameter,
                 "dim": one.dim,
                 "shape": list(one.shape),
-                "dtype": str(one.dtype).removeprefix("torch."),
+                "dtype": dtype_name(one.dtype),
                 "num_columns": one.indices.shape[-1],
             }
             | ({"num_groups": len(one.indices), "row_dim": one.row_dim} if one.is_grouped else {})

@@ -11,17 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pacatune.names import nearest
 from pacatune.ops.row_groups import of_rows
 from pacatune.patch.edit import bits
-from pacatune.patch.memory import Place, Transaction, refuse_aliases, tensors_of
+from pacatune.patch.memory import (
+    Place,
+    find_tensor,
+    names_of,
+    refuse_aliases,
+    refuse_missing,
+    tensors_of,
+    transaction,
+)
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.placement import FUSIONS, Piece, place
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FIX = (
+    "Serve the base that is trained, not quantised, and make the source with its dtype: "
+    "`ColumnSource(model, dtype=...)`; give `rename` and `fusions` if the server has other names."
+)
 
 
 class ColumnReceiver:
@@ -107,13 +117,13 @@ class ColumnReceiver:
                 "call `source.forget()` before the next `send`."
             )
         tensors = self._checked(plan)
-        with Transaction() as writer:
+        with transaction() as put:
             if is_new:
-                self._put_back(writer, tensors)
+                self._put_back(put, tensors)
                 plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
-                if (new := values.get(write.name)) is not None:
-                    writer.put(write.place(tensors), write.part_of(new))
+                if (new := values.get(write.one.name)) is not None:
+                    put(write.place(tensors), write.part_of(new))
         self._written, self.number = plan, columns.number
         return True
 
@@ -139,8 +149,8 @@ class ColumnReceiver:
         if self._written is None:
             return
         tensors = self._checked(self._written)
-        with Transaction() as writer:
-            self._put_back(writer, tensors)
+        with transaction() as put:
+            self._put_back(put, tensors)
         self._written, self.number = None, 0
 
     def check_base(self, columns: Columns) -> None:
@@ -164,9 +174,9 @@ class ColumnReceiver:
             tensors = self._checked(plan)
             found = [write.place(tensors).read() for write in plan.writes]
         wrong = [
-            write.name
+            write.one.name
             for write, own in zip(plan.writes, found, strict=True)
-            if (theirs := values.get(write.name)) is not None
+            if (theirs := values.get(write.one.name)) is not None
             and not torch.equal(bits(write.part_of(theirs).to(own.device)), bits(own))
         ]
         if wrong:
@@ -180,11 +190,11 @@ class ColumnReceiver:
         device = plan.writes[0].indices.device if plan.writes else columns.buffer.device
         return replace(columns, buffer=columns.buffer.to(device)).by_name(plan.positions)
 
-    def _put_back(self, writer: Transaction, tensors: Mapping[str, Tensor]) -> None:
+    def _put_back(self, put: Callable[..., None], tensors: Mapping[str, Tensor]) -> None:
         """Write the base's columns where those of a sync are."""
         if self._written is not None:
             for write, old in zip(self._written.writes, self._written.originals, strict=True):
-                writer.put(write.place(tensors), old)
+                put(write.place(tensors), old)
 
     def _plan(self, positions: Positions) -> "_Plan":
         tensors, prefix = tensors_of(self.model)
@@ -202,7 +212,7 @@ class ColumnReceiver:
                 tp_size=self.tp_size,
             )
             if not pieces and not self.is_partial:
-                self._refuse_missing(one, names, tensors)
+                refuse_missing(names, tensors, _FIX)
             writes += (_Write.of(one, piece, tensors[piece.target]) for piece in pieces)
         plan = _Plan(positions, [write for write in writes if write.num_values])
         if not writes:
@@ -211,125 +221,89 @@ class ColumnReceiver:
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
         self._checked(plan)
-        views = ((write.name, write.place(tensors).view().detach()) for write in plan.writes)
-        refuse_aliases(views, "the trainer")
+        places = ((write.one.name, write.place(tensors).tensor) for write in plan.writes)
+        refuse_aliases(places, "the trainer")
         return plan
 
     def _names(self, one: ColumnSet, prefix: str) -> list[str]:
         """Return the names under which the model may know a tensor."""
-        names = []
-        for name in (one.name, one.parameter):
-            name = name if self.rename is None else self.rename(name)
-            names.append(name)
-            if prefix:  # a checkpoint of the bare model lacks it, or the bare model does
-                names += [f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
-        return list(dict.fromkeys(names))
-
-    def _refuse_missing(
-        self, one: ColumnSet, names: list[str], tensors: Mapping[str, Tensor]
-    ) -> None:
-        owner, _, last = one.parameter.rpartition(".")
-        if f"{owner}.base_layer.{last}" in tensors:
-            raise ValueError(
-                f"{owner!r} has an adapter, which keeps columns of its own in the weight or beside "
-                "it; serve the plain base (`model.unload()`)."
-            )
-        near = nearest(names[0], list(tensors), cutoff=0)
-        raise ValueError(
-            f"the model has no tensor {names[0]!r}, nor one that joins it with others; the nearest "
-            f"is {near!r}. Serve the model that is trained, or give `rename` and `fusions`."
-        )
+        own = (one.name, one.parameter)
+        renamed = own if self.rename is None else map(self.rename, own)
+        return [found for name in renamed for found in names_of(name, prefix)]
 
     def _checked(self, plan: "_Plan") -> Mapping[str, Tensor]:
         """Return the model's tensors, seen to be what the plan is for."""
         tensors = tensors_of(self.model)[0]
         for write in plan.writes:
-            _check(write, tensors.get(write.target))
+            find_tensor(tensors, [write.piece.target], write.shape, write.one.dtype, _FIX)
         return tensors
 
 
 class _Write(NamedTuple):
     """Columns of one tensor that one place of the model holds."""
 
-    name: str
-    """Name of the columns' tensor in the checkpoint."""
-    target: str
+    one: ColumnSet
+    piece: Piece
     shape: tuple[int, ...]
-    """Shape of the target."""
-    dtype: torch.dtype
-    dim: int
-    target_row: int | None
-    """Where its rows begin; None: the whole of it is meant."""
-    source_rows: tuple[int, int]
+    """Shape of the piece's target."""
     places: Tensor
     """Which of the columns are here,"""
     indices: Tensor
-    """and where, along `dim` of the target; (G, R) of row groups."""
-    row_dim: int
-    """Dimension of the target that row groups divide."""
+    """and where, along their dimension of the target; (G, R) of row groups."""
     rows: Tensor | None
     """Row of each number in `places` and `indices`, where row groups have different numbers of
     columns here."""
 
     @classmethod
     def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
-        places, indices, row_dim, rows = _own_columns(one, piece)
-        return cls(
-            name=one.name,
-            target=piece.target,
-            shape=tuple(tensor.shape),
-            dtype=one.dtype,
-            dim=one.dim,
-            target_row=None if piece.source_rows is None else piece.target_row,
-            source_rows=piece.source_rows or (0, 1),
-            places=places.to(tensor.device),
-            indices=indices.to(tensor.device),
-            row_dim=row_dim,
-            rows=None if rows is None else rows.to(tensor.device),
-        )
+        places, indices, rows = _own_columns(one, piece)
+        rows = None if rows is None else rows.to(tensor.device)
+        indices, places = indices.to(tensor.device), places.to(tensor.device)
+        return cls(one, piece, tuple(tensor.shape), places, indices, rows)
 
     @property
     def num_values(self) -> int:
         """0 where this rank has none of the columns, or none of the rows."""
-        num_rows = self.source_rows[1] - self.source_rows[0] if self.rows is None else 1
-        return len(self.places) * num_rows
+        first, last = self.piece.source_rows or (0, 1)
+        return len(self.places) * (last - first if self.rows is None else 1)
 
     def place(self, tensors: Mapping[str, Tensor]) -> Place:
         """Return where that is in the model."""
-        span = None
-        if self.target_row is not None:
-            span = self.target_row, self.source_rows[1] - self.source_rows[0]
-        return Place(tensors[self.target], self.dim, self.indices, self.row_dim, span, self.rows)
+        tensor = tensors[self.piece.target]
+        if self.piece.source_rows is not None:
+            first, last = self.piece.source_rows
+            tensor = tensor.narrow(-2, self.piece.target_row, last - first)
+        return Place(tensor, self.one.dim, self.indices, self.one.row_dim, self.rows)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
-        if self.target_row is not None:
-            start, end = self.source_rows
-            columns = columns.narrow(-2, start, end - start)
+        if self.piece.source_rows is not None:
+            first, last = self.piece.source_rows
+            columns = columns.narrow(-2, first, last - first)
         if self.rows is not None:
             return columns[..., self.rows.to(columns.device), self.places.to(columns.device)]
-        if len(self.places) < columns.shape[self.dim]:
-            columns = columns.index_select(self.dim, self.places.to(columns.device))
+        if len(self.places) < columns.shape[self.one.dim]:
+            columns = columns.index_select(self.one.dim, self.places.to(columns.device))
         return columns
 
 
-def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    """Return the `places`, `indices`, `row_dim` and `rows` of a write."""
+def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the `places`, `indices` and `rows` of a write."""
     first, last = piece.first_column, piece.first_column + piece.num_columns
     is_own = (one.indices >= first) & (one.indices < last)
     if not one.is_grouped:
         places = is_own.nonzero().flatten()
-        return places, one.indices[places] - first, one.row_dim, None
+        return places, one.indices[places] - first, None
     if piece.source_rows is None:
-        return torch.arange(one.indices.shape[1]), one.indices, one.row_dim, None
+        return torch.arange(one.rank), one.indices, None
     num_rows = one.shape[one.row_dim]
     start, end = piece.source_rows
     if bool(is_own.all()):
         indices = of_rows(one.indices, num_rows, start, end) - first
-        return torch.arange(one.indices.shape[1]), indices, one.row_dim, None
+        return torch.arange(one.rank), indices, None
     per_row = one.indices.repeat_interleave(num_rows // len(one.indices), 0)[start:end]
     rows, places = ((per_row >= first) & (per_row < last)).nonzero(as_tuple=True)
-    return places, per_row[rows, places] - first, one.row_dim, rows
+    return places, per_row[rows, places] - first, rows
 
 
 @dataclass(eq=False)
@@ -337,30 +311,3 @@ class _Plan:
     positions: Positions
     writes: list[_Write]
     originals: list[Tensor] = field(default_factory=list)
-
-
-def _check(write: _Write, tensor: Tensor | None) -> None:
-    name = write.target
-    if tensor is None:
-        raise ValueError(f"the model has lost its tensor {name!r}; make a new receiver.")
-    if hasattr(tensor, "placements"):
-        raise ValueError(
-            f"{name!r} is a DTensor; give the receiver the local tensors by name "
-            "(`tensor.to_local()`), `tp_rank` and `tp_size`."
-        )
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name!r} is {tensor.dtype}, so quantised: no columns of it can be exchanged. Serve "
-            "the base in 16 bits, or the adapter (`pacatune export --to lora`)."
-        )
-    if tensor.dtype != write.dtype:
-        raise ValueError(
-            f"{name!r} is {tensor.dtype} and the columns are {write.dtype}; make the source with "
-            f"`ColumnSource(model, dtype={tensor.dtype})`."
-        )
-    if tuple(tensor.shape) != write.shape:
-        raise ValueError(
-            f"{name!r} was {write.shape} and is {tuple(tensor.shape)} now; make a new receiver."
-        )
-    if tensor.is_meta:
-        raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")

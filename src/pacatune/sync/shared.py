@@ -15,13 +15,12 @@ writes (`state_dict` puts the pretrained columns back, say) goes through the sam
 nothing is published until the trainer does it again.
 """
 
-import mmap
 import os
 import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ except ImportError:  # Windows
 
 _MAGIC = 0x70616361_73796E63
 _WORDS = struct.Struct("<5q")  # magic, is published, version, process that waits, the trainer's
+_WORD = struct.Struct("<q")
 _POLL_SECONDS = 0.0005
 
 
@@ -67,16 +67,12 @@ class SharedWeights:
             size = os.fstat(self._handle).st_size
             if size == 0:
                 os.pwrite(self._handle, _WORDS.pack(_MAGIC, 0, 0, 0, 0), 0)
-            elif size != _WORDS.size or self._read_words()[0] != _MAGIC:
-                os.close(self._handle)
+            elif size != _WORDS.size or self._get(0) != _MAGIC:
                 raise ValueError(f"{self.path} is another file; choose a path for this alone.")
-            self._memory = mmap.mmap(self._handle, _WORDS.size)
-        finally:
-            with suppress(OSError):
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
-
-    def _read_words(self) -> tuple[int, ...]:
-        return _WORDS.unpack(os.pread(self._handle, _WORDS.size, 0))
+        except BaseException:
+            os.close(self._handle)  # and with it the lock
+            raise
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Let go of the file, and of the model."""
@@ -84,7 +80,6 @@ class SharedWeights:
             layer.residency.restore()
             layer.residency.gate = None
         self._layers = {}
-        self._memory.close()
         os.close(self._handle)
 
     @property
@@ -93,10 +88,10 @@ class SharedWeights:
         return self._get(2)
 
     def _get(self, place: int) -> int:
-        return int(struct.unpack_from("<q", self._memory, 8 * place)[0])
+        return int(_WORD.unpack(os.pread(self._handle, _WORD.size, place * _WORD.size))[0])
 
     def _set(self, place: int, value: int) -> None:
-        struct.pack_into("<q", self._memory, 8 * place, value)
+        os.pwrite(self._handle, _WORD.pack(value), place * _WORD.size)
 
     # The trainer.
 

@@ -11,19 +11,17 @@ are rounded to the dtype that is served once, after that.
 
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.columns import adapted_columns
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
 from pacatune.sync.spread import (
     columns_of,
-    gather_columns,
     gathered,
     identity_of,
     is_spread,
@@ -33,7 +31,6 @@ from pacatune.sync.spread import (
 )
 from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.layout import ConvolutionLayout
 from pacatune.tuner.model import is_foreign
 
 if TYPE_CHECKING:
@@ -229,24 +226,14 @@ class _Weight:
         weight = self._weight()
         _refuse_weight(layer, parameter, weight)
         self.device = weight.device
-        layout, indices = layer.layout, self.indices.detach().cpu()
-        dim = layout.weight_dim
-        # A convolution's own groups.
-        self.grouped: ConvolutionLayout | None = None
-        if isinstance(layout, ConvolutionLayout) and layout.groups > 1:
-            # A channel is a column of its group's rows alone; the others keep what they have there.
-            per_group = layout.in_features // layout.groups
-            channels = (indices % per_group).unique()
-            self.grouped = replace(layout, in_features=len(channels) * layout.groups)
-            at = torch.searchsorted(channels, indices % per_group)
-            self.at = (indices // per_group * len(channels) + at).to(weight.device)
-            indices = channels
+        layout = layer.layout
+        indices = layout.tensor_columns(self.indices.detach().cpu())
         self.wire_indices = indices.to(weight.device)
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
         self.columns = ColumnSet(
             name=_checkpoint_name(base, parameter, shape),
             parameter=parameter,
-            dim=dim,
+            dim=layout.weight_dim,
             shape=shape,
             dtype=dtype or weight.dtype,
             indices=indices.clone(),
@@ -305,28 +292,22 @@ class _Weight:
             if self.is_off(is_base):
                 return originals
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
-        update = layer.layout.oriented(delta.to(originals.device))
-        scaling = layer.scaling[self.adapter]
-        if self.grouped is None:
-            return adapted_columns(originals, update, scaling)
-        kernel = originals.clone()
-        new = adapted_columns(self.grouped.read_columns(kernel, self.at), update, scaling)
-        self.grouped.put_columns_(kernel, self.at, new)
-        return kernel
+            indices, delta = (one.to(originals.device) for one in (self.indices, delta))
+            scaling = layer.scaling[self.adapter]
+            return cast(Tensor, layer.layout.adapted(originals, indices, delta, scaling))
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
-        if self.kept is not None or is_spread(weight):
+        if is_spread(weight):
             token = identity_of(weight)
             if self.kept is None or self.kept[0] != token:
-                self.kept = token, gather_columns(weight, self.wire_indices, self.columns)
+                self.kept = token, columns_of(weight, self.wire_indices, self.columns)
             return self.kept[1]
         if not weight.numel():
             refuse_empty(self.columns.name)
-        if residency is not None and self.grouped is None:
-            found = residency.originals(self.indices)
-            if found is not None:
-                return found
+        found = None if residency is None else residency.originals(self.indices)
+        if found is not None:
+            return found
         return columns_of(weight, self.wire_indices, self.columns)
 
 

@@ -6,10 +6,8 @@ File           a folder with one safetensors file per message, complete when it 
 """
 
 import json
-import os
 import queue
 import re
-import secrets
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -19,13 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pacatune.files.folder import explained_failure
+from pacatune.files.folder import explained_failure, whole_file
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 
 Message = Positions | Columns
+_KEY = "pacatune_sync"
 _NAME = re.compile(r"(\d{6,18})\.safetensors")
 
 
@@ -268,7 +267,7 @@ class File:
 
     def _words(self, number: int) -> dict[str, Any]:
         path = find_file(self.folder, self._path(number).name)
-        text = read_layout(path).metadata.get("pacatune_sync")
+        text = read_layout(path).metadata.get(_KEY)
         if not isinstance(text, str):
             raise ValueError(f"{path} is no message of a trainer; use a folder for syncs alone.")
         return parse_json_object(text.encode(), source=f"the metadata of {path}")
@@ -283,34 +282,17 @@ class File:
         self.folder.mkdir(parents=True, exist_ok=True)
         known = self._numbers()
         last = known[-1] if known else 0
-        message = f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
         if self._last_written is not None and last > self._last_written:
-            raise FileExistsError(message)
-        number = last + 1
-        partial = self.folder / f".{number:06}.{secrets.token_hex(4)}"
-        metadata = {"pacatune_sync": json.dumps(words)}
-        try:
-            with explained_failure(self._path(number)):
-                write_tensors({"buffer": buffer}, partial, metadata=metadata)
-            _name_new(partial, self._path(number))
-        except FileExistsError:
-            raise FileExistsError(message) from None
-        finally:
-            partial.unlink(missing_ok=True)
-        self._last_written = number
+            raise FileExistsError(
+                f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
+            )
+        path = self._path(last + 1)
+        with explained_failure(path), whole_file(path) as partial:
+            write_tensors({"buffer": buffer}, partial, metadata={_KEY: json.dumps(words)})
+        self._last_written = last + 1
 
     def _remove_old(self) -> None:
         """Remove columns that nobody needs: before the last complete ones, but for a few."""
         columns = [n for n in self._numbers() if self._words(n).get("kind") == "columns"]
         for number in columns[: -self.keep]:
             self._path(number).unlink(missing_ok=True)
-
-
-def _name_new(partial: Path, path: Path) -> None:
-    """Give a file its name, which must not be taken."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        partial.rename(path)

@@ -17,12 +17,13 @@ the layers' matter (`tuner.linear`, ...). The symbols are those of docs/method.m
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
+import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.format.options import IN_PROJ
-from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
+from pacatune.ops.columns import adapted_columns, columns_of_kernel, put_columns_, read_columns
 from pacatune.tuner.compat import resolve_quantization_backend
 
 __all__ = [
@@ -129,6 +130,14 @@ class Layout:
         """Write what `read_columns` reads, into `weight` itself."""
         put_columns_(weight, indices, columns, dim=self.weight_dim, row_dim=self.row_dim)
 
+    def tensor_columns(self, indices: Tensor) -> Tensor:
+        """Return which columns of the weight's tensor the trained ones are in, increasing."""
+        return indices
+
+    def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
+        """Return what W' has in `tensor_columns`, where W has `held`; `delta` is a layer's."""
+        return adapted_columns(held, self.oriented(delta), scaling)
+
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the inputs that the weight is applied to, of the arguments of a call."""
         return [*args, *kwargs.values()][:1]
@@ -188,7 +197,7 @@ class ConvolutionLayout(Layout):
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """(O, I/G, *k)."""
-        return self.out_features, self.in_features // self.groups, *self.kernel_size
+        return self.out_features, self._per_group, *self.kernel_size
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return (O/G, r, *k)."""
@@ -205,6 +214,26 @@ class ConvolutionLayout(Layout):
     def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
         """Write (O/G, R, *k)."""
         put_columns_(weight, indices, columns, self.groups)
+
+    def tensor_columns(self, indices: Tensor) -> Tensor:
+        """Return channels by their numbers within groups, which several groups may share."""
+        return indices if self.groups == 1 else (indices % self._per_group).unique()
+
+    def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
+        """Return (O, R', *k); with several groups the rows of others keep what they have."""
+        if self.groups == 1:
+            return super().adapted(held, indices, delta, scaling)
+        columns = self.tensor_columns(indices)
+        places = torch.searchsorted(columns, indices % self._per_group)
+        places = indices // self._per_group * len(columns) + places
+        kernel = held.clone()
+        new = adapted_columns(self.read_columns(held, places), delta, scaling)
+        self.put_columns_(kernel, places, new)
+        return kernel
+
+    @property
+    def _per_group(self) -> int:
+        return self.in_features // self.groups
 
     def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (N, I): one row for each position of each image."""
