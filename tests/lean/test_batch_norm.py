@@ -245,6 +245,17 @@ def test_checkpointing_and_autocast(use_reentrant):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+def test_transforms():
+    layer, x = layer_of(nn.BatchNorm2d), torch.randn(4, 6, 5, 3)
+
+    def loss(x):
+        return layer(x[None]).square().sum()
+
+    expected = torch.func.vmap(torch.func.grad(loss))(x)
+    lean.enable(layer)
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @needs("timm")
 def test_compiled():

@@ -124,6 +124,14 @@ def test_an_input_without_gradient():
     assert not net(x).requires_grad
 
 
+def test_a_result_that_needs_no_gradient():
+    """As of a module whose adapter is merged, in the first block."""
+    x = make_input()
+    y = recompute(lambda x, cut: cut(2 * x)[0].detach() + 1, [x])
+    assert torch.equal(y, 2 * x + 1)
+    assert not y.requires_grad
+
+
 def test_hooks_of_others_see_what_is_kept():
     net, x = Net(leaps=True), make_input()
     expected = gradients_of(net.plain, net, x)

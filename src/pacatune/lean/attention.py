@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pacatune.lean.modules import LeanAttention, cut_of
 from pacatune.lean.recompute import Cut, recompute
+from pacatune.ops.linear import autocast
 from pacatune.ops.tracing import is_traced
 
 __all__ = [
@@ -65,12 +66,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, apply: Attend) -> Tensor:
         raise ValueError(
             f"`key` has {num_kept} heads, which must divide the {num_heads} heads of `query`."
         )
-    device_type = query.device.type
     # Cast as the backend would, but before anything is kept; the meta device knows no autocast.
-    is_known = torch.amp.is_autocast_available(device_type)
-    if is_known and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if torch.amp.is_autocast_available(query.device.type):
+        query, key, value = map(autocast, (query, key, value))
     num_times = num_heads // num_kept
 
     def body(query: Tensor, key: Tensor, value: Tensor, cut: Cut) -> Tensor:

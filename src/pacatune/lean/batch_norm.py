@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.lean.modules import LeanModule
+from pacatune.ops.tracing import is_traced
 
 __all__ = ["LeanBatchNorm", "find_batch_norm", "frozen_batch_norm", "is_frozen"]
 
@@ -99,7 +100,7 @@ class LeanBatchNorm(LeanModule):
         """Normalise (B, C, *positions)."""
         layer: Any = self
         is_evaluating = not layer.training and layer.running_mean is not None
-        if not (is_evaluating and torch.is_grad_enabled() and is_frozen(layer)):
+        if not (is_evaluating and torch.is_grad_enabled() and is_frozen(layer)) or is_traced():
             return super().forward(x)
         layer._check_input_dim(x)
         y = _FrozenBatchNorm.apply(

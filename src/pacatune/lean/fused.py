@@ -20,9 +20,6 @@ __all__ = [
 ]
 
 
-# What hand-written gradients cannot do.
-
-
 def refuse_second_derivative(name: str) -> None:
     """Refuse to go on in a backward pass that is itself recorded.
 

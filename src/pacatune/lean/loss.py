@@ -202,9 +202,6 @@ class _Chunks:
 # masks, stays in use. Any other use computes the logits as the head would have.
 
 
-Step = Callable[[Tensor], Tensor]
-
-
 class LazyLogits:
     """Stands for steps(x weight^T + bias).
 
@@ -216,7 +213,7 @@ class LazyLogits:
     """
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Step, ...] = ()
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Transform, ...] = ()
     ) -> None:
         self._x, self._weight, self._bias, self._steps = x, weight, bias, steps
         self._logits: Tensor | None = None
@@ -253,7 +250,7 @@ class LazyLogits:
     def _with(self, x: Tensor) -> "LazyLogits":
         return LazyLogits(x, self._weight, self._bias, self._steps)
 
-    def _then(self, step: Step) -> "LazyLogits":
+    def _then(self, step: Transform) -> "LazyLogits":
         return LazyLogits(self._x, self._weight, self._bias, (*self._steps, step))
 
     def float(self) -> "LazyLogits":
