@@ -22,5 +22,8 @@ def test_a_split_of_local_data(tmp_path):
         with pytest.raises(ValueError, match=rf"a.jsonl\) is local: the split '{split}' is for da"):
             next(read_rows(config.path, split=split))
     assert DataConfig(path="org/a", eval_split="test").evaluation_source()[0].split == "test"
-    (source, _) = DataConfig(path="org/a", split="x", eval_path=config.path).evaluation_source()
-    assert source.split == "train"
+    options = {"split": "x", "name": "y", "eval_path": config.path}
+    (source, _) = DataConfig(path="org/a", **options).evaluation_source()
+    assert (source.split, source.name) == ("train", None)
+    with pytest.raises(ValueError, match=r"a.jsonl\) is local: `data.name` \('y'\) is for da"):
+        next(read_rows(config.path, name="y"))

@@ -112,8 +112,10 @@ class DataSection:
         if not (self.eval_path or self.eval_split):
             return None
         path, option = self.eval_path or self.path, "eval_path" if self.eval_path else "path"
-        other = "train" if Path(path).expanduser().exists() else self.split
-        return self._source(path, self.eval_split or other), f"data.{option}"
+        source = self._source(path, self.eval_split or self.split)
+        if self.eval_path and Path(path).expanduser().exists():  # name and split are the hub's
+            source = SourceConfig(path=path, split=self.eval_split or "train", format=source.format)
+        return source, f"data.{option}"
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,7 @@ def _read(config: ImageDataConfig, source: SourceConfig, option: str) -> Any:
     path, split = source.path, source.split
     if path.startswith("torchvision:"):
         return read_torchvision(config, path.removeprefix("torchvision:"), split)
-    if is_local(path, option, split):
+    if is_local(path, option, split, source.name):
         return read_folder(Path(path).expanduser().absolute())
     return read_hub(config, path, split, option)
 

@@ -198,7 +198,8 @@ def check_first_rows(
     """Refuse local data that is not there, or whose first rows `convert` cannot use."""
     sources, held_out = find_examples(config, convert or (lambda rows, _: iter(rows)))
     for one in filter(None, (*sources, held_out)):
-        if is_local(one.source.path, one.option, one.source.split) and convert is not None:
+        source = one.source
+        if is_local(source.path, one.option, source.split, source.name) and convert is not None:
             next(iter(one))
 
 

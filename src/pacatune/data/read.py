@@ -49,7 +49,7 @@ def read_rows(
     for.
     """
     sources: Iterable[tuple[str, Iterable[Any]]]
-    if is_local(path, option, split):
+    if is_local(path, option, split, name):
         sources = ((str(file), _read(file)) for file in _files_of(path))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
@@ -62,13 +62,14 @@ def read_rows(
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
 
 
-def is_local(path: str, option: str, split: str = "train") -> bool:
+def is_local(path: str, option: str, split: str = "train", name: str | None = None) -> bool:
     """Whether a path is here; refuse one that is not and can be no data set of the hub."""
     local = Path(path).expanduser()
     if local.exists():
-        if split != "train":
+        if split != "train" or name is not None:
+            what = f"the split {split!r}" if name is None else f"`data.name` ({name!r})"
             rule = "is for data sets of the hub; drop it, or give `data.eval_path`"
-            raise ValueError(f"`{option}` ({path}) is local: the split {split!r} {rule}.")
+            raise ValueError(f"`{option}` ({path}) is local: {what} {rule}.")
         return True
     if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
