@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.mt_bench.config import MtBenchConfig
+from experiments.mt_bench.json_lines import JsonLines
 from experiments.mt_bench.questions import NUM_TURNS, TEMPERATURES, Question
 from pacatune.adapters.generation import Generated, TextGenerator
 from pacatune.adapters.sampling import Sampling
-from pacatune.files.json_lines import JsonLines
 
 
 class AnswerFile(JsonLines):

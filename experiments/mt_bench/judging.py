@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.mt_bench.config import MtBenchConfig
+from experiments.mt_bench.json_lines import JsonLines
 from experiments.mt_bench.questions import JUDGE_TEMPERATURE, Turn
-from pacatune.files.json_lines import JsonLines
 
 _RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 _THOUGHT = re.compile(r"^\s*<think>.*?(</think>|\Z)", re.DOTALL)

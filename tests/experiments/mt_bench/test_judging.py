@@ -182,7 +182,7 @@ def test_a_full_disk_ends_the_run(ask, judge, turns, monkeypatch):
     def fail(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pacatune.files.json_lines.JsonLines.append", fail)
+    monkeypatch.setattr("experiments.mt_bench.json_lines.JsonLines.append", fail)
     with pytest.raises(OSError, match="No space left"):
         ask(turns, judge_parallel=1)
 

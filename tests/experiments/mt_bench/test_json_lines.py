@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pacatune.files.json_lines import JsonLines
+from experiments.mt_bench.json_lines import JsonLines
 
 ROWS = [{"a": 1}, {"a": "\u2028\nß"}]
 
