@@ -1,6 +1,6 @@
 """The hand-written gradients of convolutions against plain autograd."""
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from pacatune.ops.columns import (
     read_columns,
     select_channels,
 )
+from tests.ops import twin
 
 # Per case: I, O, kernel size in each dimension, rank, and what F.conv2d calls by these names.
 CASES = {
@@ -63,22 +64,8 @@ def make(
     return tensors, dict(options)
 
 
-def gradients(
-    which: str, tensors: dict[str, Tensor | None], options: dict, trained: set[str]
-) -> dict[str, Tensor | None]:
-    leaves = {
-        name: tensor.detach().clone().requires_grad_(name in trained)
-        if tensor is not None and tensor.is_floating_point()
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    y = RUN[which](**leaves, scaling=0.75, **options)
-    if y.requires_grad:
-        generator = torch.Generator().manual_seed(1)
-        gy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-        y.backward(gy)
-    found = {name: leaves[name].grad for name in ("x", "delta", "bias") if leaves[name] is not None}
-    return {"y": y.detach(), **found}
+def gradients(which: str, tensors: twin.Tensors, options: dict, trained: set[str]) -> twin.Tensors:
+    return twin.gradients(partial(RUN[which], scaling=0.75, **options), tensors, trained)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,47 +80,44 @@ def test_gradcheck(case: str) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
-@pytest.mark.parametrize("batch", [(), (3,), (0,)], ids=["unbatched", "batch", "empty"])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["f64", "f32"]
+    ("case", "bias", "batch", "dtype"),
+    [
+        *((case, "trained", (3,), torch.float64) for case in CASES),
+        *(
+            (case, bias, batch, torch.float64)
+            for case in ("1d", "2d groups, same, dilated", "3d")
+            for bias, batch in (("none", (3,)), ("frozen", ()), ("trained", (0,)))
+        ),
+        *((case, "trained", (3,), torch.float32) for case in ("1d", "2d groups", "3d depthwise")),
+    ],
 )
 def test_equal_to_reference(
-    case: str, bias: str, batch: tuple[int, ...], dtype: torch.dtype, tolerance: float
+    case: str, bias: str, batch: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     tensors, options = make(case, dtype, bias != "none", batch)
-    for x_trained, delta_trained in itertools.product([True, False], repeat=2):
-        trained = {"bias"} if bias == "trained" else set()
-        trained |= {"x"} if x_trained else set()
-        trained |= {"delta"} if delta_trained else set()
-        ours = gradients("paca", tensors, options, trained)
-        theirs = gradients("reference", tensors, options, trained)
-        for name, expected in theirs.items():
-            if expected is None:
-                assert ours[name] is None, name
-            else:
-                torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+    for trained in twin.subsets(("x", "delta")):
+        trained |= {"bias"} if bias == "trained" else set()
+        found = (gradients(one, tensors, options, trained) for one in RUN)
+        twin.assert_equal(*found, 1e-12 if dtype == torch.float64 else 1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
+@pytest.mark.parametrize(
+    ("case", "dtype", "delta_dtype"),
+    [
+        *((case, torch.bfloat16, torch.float32) for case in CASES),
+        ("2d", torch.float16, torch.float32),
+        ("2d groups", torch.bfloat16, torch.bfloat16),
+        ("3d", torch.float16, torch.float16),
+    ],
+)
 def test_low_precision_error_is_within_plain_autograds(
-    case: str, dtype: torch.dtype, delta_dtype: torch.dtype | None
+    case: str, dtype: torch.dtype, delta_dtype: torch.dtype
 ) -> None:
     tensors, options = make(case, dtype)
-    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
-    trained = {"x", "delta", "bias"}
-    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
-    truth = gradients("reference", exact, options, trained)
-    plain = gradients("reference", tensors, options, trained)
-    ours = gradients("paca", tensors, options, trained)
-    for name, expected in truth.items():
-        assert ours[name].dtype == plain[name].dtype
-        budget = (plain[name].double() - expected).abs().max()
-        error = (ours[name].double() - expected).abs().max()
-        assert error <= 1.5 * budget + 1e-6, f"{name}: {error} > {budget}"
+    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype)
+    both = (partial(one, scaling=0.75, **options) for one in RUN.values())
+    twin.assert_error_of_plain(*both, tensors, {"x", "delta", "bias"})
 
 
 @pytest.mark.parametrize("case", ["1d", "2d strided", "2d depthwise", "3d groups"])
@@ -145,15 +129,13 @@ def test_autocast_as_reference(case: str, delta_dtype: torch.dtype) -> None:
     for which in ("paca", "reference"):
         with torch.autocast("cpu", torch.bfloat16):
             results.append(gradients(which, tensors, options, {"x", "delta", "bias"}))
-    ours, theirs = results
-    assert ours["y"].dtype == torch.bfloat16
-    for name, expected in theirs.items():
-        assert ours[name].dtype == expected.dtype
-        torch.testing.assert_close(ours[name], expected, atol=0.1, rtol=0.05)
+    assert results[0]["y"].dtype == torch.bfloat16
+    twin.assert_equal(*results, 0.1)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("batch", [(), (2,)], ids=["unbatched", "batch"])
+@pytest.mark.parametrize(
+    ("case", "batch"), [*((case, (2,)) for case in CASES), ("1d", ()), ("2d groups", ())]
+)
 def test_what_columns_add_by_plain_operations(case: str, batch: tuple[int, ...]) -> None:
     tensors, options = make(case, bias=False, batch=batch)
     adapted = reference.paca_conv(**tensors, scaling=0.5, **options)
@@ -194,16 +176,9 @@ def test_compiles_whole_and_once(case: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(paca_conv, fullgraph=True, backend=counter)
     for step in range(3):
-        results = []
-        for function in (compiled, paca_conv):
-            leaves = {k: v.clone() for k, v in tensors.items()}
-            leaves["weight"].mul_(1.0 + step)
-            for name in ("x", "delta", "bias"):
-                leaves[name].requires_grad_()
-            function(**leaves, scaling=0.5, **options).sum().backward()
-            results.append([leaves[name].grad for name in ("x", "delta", "bias")])
-        for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs)
+        tensors["weight"].mul_(1.0 + step)
+        calls = [partial(one, scaling=0.5, **options) for one in (compiled, paca_conv)]
+        twin.assert_equal(*(twin.gradients(c, tensors, {"x", "delta", "bias"}) for c in calls))
     assert counter.frame_count == 1
 
 

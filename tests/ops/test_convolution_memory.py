@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from pacatune.ops import paca_conv
 from pacatune.ops.columns import (
     select_channels,
 )
+from tests.ops import twin
 from tests.ops.test_convolution import CASES, gradients, make
 
 # torch's own remark on the reference.
@@ -19,27 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 def test_saved_bytes(case: str, dtype: torch.dtype) -> None:
     """B * R * positions elements, and nothing the caller has not got already."""
     tensors, options = make(case, dtype)
-    leaves = {
-        k: v.detach().requires_grad_(k in ("x", "delta")) if v.is_floating_point() else v
-        for k, v in tensors.items()
-    }
-    kept: dict[int, int] = {}
-    given = {v.untyped_storage().data_ptr() for v in leaves.values()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        paca_conv(**leaves, scaling=2.0, **options)
-    own = {pointer: size for pointer, size in kept.items() if pointer not in given}
+    leaves = twin.leaves_of(tensors, {"x", "delta"})
+    kept = twin.bytes_kept(lambda: paca_conv(**leaves, scaling=2.0, **options), leaves.values())
     positions = list(leaves["x"].shape[2:])
     if options.get("padding") == "same":  # an odd row of zeros on one side
         step = options.get("dilation", 1)
         sizes = leaves["weight"].shape[2:]
         positions = [n + step * (k - 1) % 2 for n, k in zip(positions, sizes, strict=True)]
     numel = 2 * len(leaves["indices"]) * torch.Size(positions).numel()
-    assert sum(own.values()) == numel * dtype.itemsize
+    assert kept == numel * dtype.itemsize
 
 
 def test_nothing_is_saved_for_a_gradient_nobody_needs() -> None:

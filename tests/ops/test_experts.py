@@ -1,6 +1,6 @@
 """The linear maps of experts against plain autograd, in both layouts and both ways to compute."""
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacatune.ops import experts_linear, paca_experts_linear, paca_experts_update, reference
+from tests.ops import twin
 
 NUM_EXPERTS, OUT_FEATURES, IN_FEATURES, RANK = 4, 8, 12, 4
 # Where each expert's tokens end: two experts get none, one gets all, there are no tokens.
@@ -41,18 +42,8 @@ def make(
     }
 
 
-def gradients(function, tensors: dict[str, Tensor], trained: set[str], **options) -> dict:
-    leaves = {
-        name: tensor.clone().requires_grad_(name in trained)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    y = function(**leaves, scaling=0.75, **options)
-    if y.requires_grad:
-        generator = torch.Generator().manual_seed(1)
-        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
-    return {"y": y.detach(), "x": leaves["x"].grad, "delta": leaves["delta"].grad}
+def gradients(function, tensors: twin.Tensors, trained: set[str], **options) -> twin.Tensors:
+    return twin.gradients(partial(function, scaling=0.75, **options), tensors, trained)
 
 
 @LAYOUTS
@@ -76,28 +67,16 @@ def test_gradcheck(is_transposed: bool, ends: tuple[int, ...]) -> None:
 
 @LAYOUTS
 @WAYS
-@pytest.mark.parametrize("ends", ROUTINGS)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+    ("ends", "dtype"),
+    [*((ends, torch.float64) for ends in ROUTINGS), (ROUTINGS[0], torch.float32)],
 )
-def test_equal_to_reference(
-    is_transposed: bool,
-    is_grouped: bool,
-    ends: tuple[int, ...],
-    dtype: torch.dtype,
-    tolerance: float,
-) -> None:
-    tensors = make(ends, dtype, is_transposed)
-    for x_trained, delta_trained in itertools.product([True, False], repeat=2):
-        trained = ({"x"} if x_trained else set()) | ({"delta"} if delta_trained else set())
-        layout = {"is_transposed": is_transposed}
+def test_equal_to_reference(is_transposed, is_grouped, ends, dtype) -> None:
+    tensors, layout = make(ends, dtype, is_transposed), {"is_transposed": is_transposed}
+    for trained in twin.subsets(("x", "delta")):
         ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
         theirs = gradients(reference.paca_experts_linear, tensors, trained, **layout)
-        for name, expected in theirs.items():
-            if expected is None:
-                assert ours[name] is None, name
-            else:
-                torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+        twin.assert_equal(ours, theirs, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_experts_without_tokens_get_no_gradient() -> None:
@@ -205,17 +184,11 @@ def test_low_precision_error_is_within_plain_autograds(
 ) -> None:
     tensors = make((30, 30, 61, 64), dtype, is_transposed, 8, out_features=48, in_features=96)
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
-    trained, layout = {"x", "delta"}, {"is_transposed": is_transposed}
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
-    truth = gradients(reference.paca_experts_linear, exact, trained, **layout)
-    plain = gradients(reference.paca_experts_linear, tensors, trained, **layout)
-    ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
-    for name, expected in truth.items():
-        assert ours[name].dtype == plain[name].dtype
-        budget = (plain[name].double() - expected).abs().max()
-        error = (ours[name].double() - expected).abs().max()
-        # The sum of two products is rounded twice, the product with one written weight once.
-        assert error <= 2 * budget + 1e-6, f"{name}: {error} > {budget}"
+    options = {"scaling": 0.75, "is_transposed": is_transposed}
+    ours = partial(paca_experts_linear, **options, is_grouped=is_grouped)
+    theirs = partial(reference.paca_experts_linear, **options)
+    # The sum of two products is rounded twice, the product with one written weight once.
+    twin.assert_error_of_plain(ours, theirs, tensors, {"x", "delta"}, 2)
 
 
 def test_autocast_as_reference() -> None:
@@ -224,9 +197,7 @@ def test_autocast_as_reference() -> None:
     for function in (paca_experts_linear, reference.paca_experts_linear):
         with torch.autocast("cpu", torch.bfloat16):
             results.append(gradients(function, tensors, {"x", "delta"}))
-    for name, expected in results[1].items():
-        assert results[0][name].dtype == expected.dtype, name
-        torch.testing.assert_close(results[0][name], expected, atol=0.1, rtol=0.05)
+    twin.assert_equal(*results, 0.1)
 
 
 @LAYOUTS
@@ -235,19 +206,13 @@ def test_autocast_as_reference() -> None:
 def test_saved_bytes_are_routed_tokens_times_rank(is_transposed, is_grouped, dtype) -> None:
     tensors = make(dtype=dtype, is_transposed=is_transposed)
     leaves = {k: v.requires_grad_(k in ("x", "delta")) for k, v in tensors.items()}
-    given = {v.untyped_storage().data_ptr() for v in leaves.values()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        paca_experts_linear(**leaves, scaling=2.0, **options)
-        experts_linear(leaves["x"], leaves["weight"], leaves["offsets"], **options)
-    own = {pointer: size for pointer, size in kept.items() if pointer not in given}
-    assert sum(own.values()) == 9 * RANK * dtype.itemsize
+
+    def call() -> object:  # both are alive while bytes are counted
+        one = paca_experts_linear(**leaves, scaling=2.0, **options)
+        return one, experts_linear(leaves["x"], leaves["weight"], leaves["offsets"], **options)
+
+    assert twin.bytes_kept(call, leaves.values()) == 9 * RANK * dtype.itemsize
 
 
 # Dynamo itself instantiates autograd Functions while it traces them.
@@ -265,8 +230,7 @@ def test_compiles_whole_and_once(is_transposed: bool, is_grouped: bool, dtype) -
         options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
         ours = gradients(compiled, tensors, {"x", "delta"}, **options)
         theirs = gradients(paca_experts_linear, tensors, {"x", "delta"}, **options)
-        for name, expected in theirs.items():
-            torch.testing.assert_close(ours[name], expected)
+        twin.assert_equal(ours, theirs)
     assert counter.frame_count == 1
 
 

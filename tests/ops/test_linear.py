@@ -1,6 +1,6 @@
 """The hand-written gradients against plain autograd."""
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pacatune.ops import linear, paca_linear, paca_linear_additive, reference
+from tests.ops import twin
 
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]
 FORMS = ["resident", "additive"]
@@ -36,7 +37,7 @@ def make(
     }
 
 
-def run(form: str, tensors: dict[str, Tensor | None], scaling: float) -> Tensor:
+def run(form: str, scaling: float, **tensors: Tensor | None) -> Tensor:
     if form == "reference":
         return reference.paca_linear(**tensors, scaling=scaling)
     if form == "additive":
@@ -47,23 +48,8 @@ def run(form: str, tensors: dict[str, Tensor | None], scaling: float) -> Tensor:
     return paca_linear(**{**tensors, "weight": weight}, scaling=scaling)
 
 
-def gradients(
-    form: str, tensors: dict[str, Tensor | None], scaling: float, trained: set[str]
-) -> dict[str, Tensor | None]:
-    leaves = {
-        name: None
-        if tensor is None
-        else tensor.clone().requires_grad_(name in trained)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    y = run(form, leaves, scaling)
-    if y.requires_grad:
-        generator = torch.Generator().manual_seed(1)
-        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
-    found = {name: leaves[name].grad for name in ("x", "delta", "bias") if leaves[name] is not None}
-    return {"y": y.detach(), **found}
+def gradients(form: str, tensors: twin.Tensors, scaling: float, trained: set[str]) -> twin.Tensors:
+    return twin.gradients(partial(run, form, scaling), tensors, trained)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -88,26 +74,23 @@ def test_gradcheck(form: str, leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
-@pytest.mark.parametrize("leading", SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+    ("leading", "bias", "dtype"),
+    [
+        *((leading, "trained", torch.float64) for leading in SHAPES),
+        ((2, 5), "none", torch.float64),
+        ((2, 5), "frozen", torch.float64),
+        ((2, 5), "trained", torch.float32),
+    ],
 )
 def test_equal_to_reference(
-    form: str, bias: str, leading: tuple[int, ...], dtype: torch.dtype, tolerance: float
+    form: str, leading: tuple[int, ...], bias: str, dtype: torch.dtype
 ) -> None:
     tensors = make(leading, dtype, bias != "none")
-    for x_trained, delta_trained in itertools.product([True, False], repeat=2):
-        trained = {"bias"} if bias == "trained" else set()
-        trained |= {"x"} if x_trained else set()
-        trained |= {"delta"} if delta_trained else set()
-        ours = gradients(form, tensors, 0.75, trained)
-        theirs = gradients("reference", tensors, 0.75, trained)
-        for name, expected in theirs.items():
-            if expected is None:
-                assert ours[name] is None, name
-            else:
-                torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+    for trained in twin.subsets(("x", "delta")):
+        trained |= {"bias"} if bias == "trained" else set()
+        found = (gradients(one, tensors, 0.75, trained) for one in (form, "reference"))
+        twin.assert_equal(*found, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,11 +111,8 @@ def test_both_orders_of_thin_products(form: str, num_tokens: int, dtype: torch.d
 def test_without_columns(form: str, leading: tuple[int, ...]) -> None:
     """A process of a tensor parallel model may hold none of them."""
     trained = {"x", "delta"}
-    expected = gradients("reference", make(leading, rank=0), 0.7, trained)
-    found = gradients(form, make(leading, rank=0), 0.7, trained)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=name)
+    tensors = make(leading, rank=0)
+    twin.assert_equal(*(gradients(one, tensors, 0.7, trained) for one in (form, "reference")))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,16 +123,8 @@ def test_low_precision_error_is_within_plain_autograds(
 ) -> None:
     tensors = make((64,), dtype, out_features=48, in_features=96, rank=8)
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
-    trained = {"x", "delta", "bias"}
-    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
-    truth = gradients("reference", exact, 2.0, trained)
-    plain = gradients("reference", tensors, 2.0, trained)
-    ours = gradients(form, tensors, 2.0, trained)
-    for name, expected in truth.items():
-        assert ours[name].dtype == plain[name].dtype
-        budget = (plain[name].double() - expected).abs().max()
-        error = (ours[name].double() - expected).abs().max()
-        assert error <= 1.5 * budget + 1e-6, f"{name}: {error} > {budget}"
+    both = (partial(run, one, 2.0) for one in (form, "reference"))
+    twin.assert_error_of_plain(*both, tensors, {"x", "delta", "bias"})
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -164,28 +136,16 @@ def test_autocast_as_reference(form: str, delta_dtype: torch.dtype) -> None:
     for which in (form, "reference"):
         with torch.autocast("cpu", torch.bfloat16):
             results.append(gradients(which, tensors, 1.0, {"x", "delta", "bias"}))
-    for name, expected in results[1].items():
-        assert results[0][name].dtype == expected.dtype, name
-        torch.testing.assert_close(results[0][name], expected, atol=0.1, rtol=0.05)
+    twin.assert_equal(*results, 0.1)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_saved_bytes_are_tokens_times_rank(form: str, dtype: torch.dtype) -> None:
-    tensors = make((2, 5), dtype)
-    leaves = {k: v.requires_grad_(k in ("x", "delta")) for k, v in tensors.items()}
-    kept: dict[int, int] = {}
-    given = {v.untyped_storage().data_ptr() for v in leaves.values()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    leaves = {k: v.requires_grad_(k in ("x", "delta")) for k, v in make((2, 5), dtype).items()}
     function = paca_linear if form == "resident" else paca_linear_additive
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(**leaves, scaling=2.0)
-    own = {pointer: size for pointer, size in kept.items() if pointer not in given}
-    assert sum(own.values()) == 2 * 5 * 3 * dtype.itemsize
+    kept = twin.bytes_kept(lambda: function(**leaves, scaling=2.0), leaves.values())
+    assert kept == 2 * 5 * 3 * dtype.itemsize
 
 
 def test_nothing_is_saved_for_a_gradient_nobody_needs() -> None:
@@ -206,18 +166,9 @@ def test_compiles_whole_and_once(form: str) -> None:
     function = paca_linear if form == "resident" else paca_linear_additive
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for step in range(4):
-        leaves = {k: v.clone() for k, v in tensors.items()}
-        for name in ("x", "delta", "bias"):
-            leaves[name].requires_grad_()
-        leaves["weight"].mul_(1.0 + step)
-        y = compiled(**leaves, scaling=0.5)
-        y.sum().backward()
-        eager = {k: v.detach().clone() for k, v in leaves.items()}
-        for name in ("x", "delta", "bias"):
-            eager[name].requires_grad_()
-        function(**eager, scaling=0.5).sum().backward()
-        for name in ("x", "delta", "bias"):
-            torch.testing.assert_close(leaves[name].grad, eager[name].grad)
+        tensors["weight"].mul_(1.0 + step)
+        calls = (partial(one, scaling=0.5) for one in (compiled, function))
+        twin.assert_equal(*(twin.gradients(c, tensors, {"x", "delta", "bias"}) for c in calls))
     assert counter.frame_count == 1
 
 
@@ -240,7 +191,7 @@ def test_the_output_may_be_changed_in_place(
     for which in (form, "reference"):
         tensors = make(leading, bias=bias)
         tensors["delta"].requires_grad_()
-        y = run(which, tensors, 0.5)
+        y = run(which, 0.5, **tensors)
         y += 1
         view = y.transpose(0, -1)
         view *= 3
@@ -289,10 +240,16 @@ def gpu_branch(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("scaling", [1.0, 0.75])
-@pytest.mark.parametrize("leading", [(5,), (0,), (2, 200)])
-@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "delta_dtype", "leading", "scaling"),
+    [
+        (torch.float32, torch.float32, (5,), 0.75),
+        (torch.bfloat16, torch.float32, (2, 200), 0.75),
+        (torch.bfloat16, torch.float32, (0,), 1.0),
+        (torch.bfloat16, torch.bfloat16, (5,), 1.0),
+        (torch.float32, torch.bfloat16, (2, 200), 0.75),
+    ],
+)
 def test_gradient_of_delta_by_the_branch_of_gpus(
     gpu_branch, scaling, leading, delta_dtype, dtype
 ) -> None:

@@ -1,7 +1,5 @@
 """Row groups with columns of their own, in every operation, against plain autograd."""
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,16 +25,13 @@ from pacatune.ops.row_groups import (
     of_rows,
     row_index,
 )
+from tests.ops import twin
+from tests.ops.twin import assert_equal, normal
 
 OUT, IN, RANK, GROUPS = 12, 11, 4, 3
 SCALING = 0.75
 SHAPES = [(), (5,), (2, 5), (0,), (2, 0)]
 FORMS = ["resident", "additive"]
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def choose(groups: int = GROUPS, columns: int = IN, rank: int = RANK) -> Tensor:
@@ -66,16 +61,8 @@ def run(form: str, tensors: dict[str, Tensor]) -> Tensor:
     return paca_linear(**{**tensors, "weight": weight}, scaling=SCALING)
 
 
-def gradients(function, tensors: dict[str, Tensor], trained: set[str]) -> dict[str, Tensor | None]:
-    leaves = {
-        name: x.clone().requires_grad_(name in trained) if x.is_floating_point() else x
-        for name, x in tensors.items()
-    }
-    y = function(leaves)
-    if y.requires_grad:
-        y.backward(normal(*y.shape, dtype=y.dtype, seed=4))
-    found = {name: leaves[name].grad for name in trained}
-    return {"y": y.detach(), **found}
+def gradients(function, tensors: twin.Tensors, trained: set[str]) -> twin.Tensors:
+    return twin.gradients(lambda **leaves: function(leaves), tensors, trained)
 
 
 def linear_gradients(form: str, tensors, trained):
@@ -101,24 +88,21 @@ def test_gradcheck(form, leading) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("leading", SHAPES)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"]
+    ("leading", "dtype"),
+    [*((leading, torch.float64) for leading in SHAPES), ((2, 5), torch.float32)],
 )
-def test_equal_to_reference(form, leading, dtype, tolerance) -> None:
+def test_equal_to_reference(form, leading, dtype) -> None:
     tensors = make(leading, dtype)
-    for flags in itertools.product([True, False], repeat=3):
-        trained = {n for n, flag in zip(("x", "delta", "bias"), flags, strict=True) if flag}
-        ours = linear_gradients(form, tensors, trained)
-        theirs = linear_gradients("reference", tensors, trained)
-        for name, expected in theirs.items():
-            torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+    for trained in twin.subsets(("x", "delta", "bias")):
+        found = (linear_gradients(one, tensors, trained) for one in (form, "reference"))
+        assert_equal(*found, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_the_reference_is_a_mask_on_the_full_gradient() -> None:
     tensors = make((9,))
     weight = tensors["weight"].clone().requires_grad_()
-    gy = normal(9, OUT, seed=4)
+    gy = normal(9, OUT, seed=1)
     F.linear(tensors["x"], weight).backward(gy)
     tensors["delta"].zero_()
     found = linear_gradients("reference", tensors, {"delta"})["delta"]
@@ -133,17 +117,10 @@ def test_the_reference_is_a_mask_on_the_full_gradient() -> None:
 def test_low_precision_error_is_within_plain_autograds(form, dtype, delta_dtype) -> None:
     tensors = make((64,), dtype, out=48, columns=96, groups=6, rank=8)
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
-    trained = {"x", "delta", "bias"}
-    exact = {k: v if k == "indices" else v.double() for k, v in tensors.items()}
-    truth, plain = (linear_gradients("reference", x, trained) for x in (exact, tensors))
-    ours = linear_gradients(form, tensors, trained)
-    for name, expected in truth.items():
-        assert ours[name].dtype == plain[name].dtype
-        budget = (plain[name].double() - expected).abs().max()
-        error = (ours[name].double() - expected).abs().max()
-        # Additive, what the columns add is rounded after the product of the weight has been.
-        factor = 1.5 if form == "resident" else 2.0
-        assert error <= factor * budget + 1e-6, f"{name}: {error} > {budget}"
+    both = (lambda one=one, **leaves: run(one, leaves) for one in (form, "reference"))
+    # Additive, what the columns add is rounded after the product of the weight has been.
+    factor = 1.5 if form == "resident" else 2.0
+    twin.assert_error_of_plain(*both, tensors, {"x", "delta", "bias"}, factor)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -151,21 +128,12 @@ def test_a_column_of_several_groups_is_kept_once(form) -> None:
     tensors = make((2, 5))
     distinct = tensors["indices"].unique()
     assert len(distinct) < tensors["indices"].numel()
-    given = {x.untyped_storage().data_ptr() for x in tensors.values()}
-    given |= {x.untyped_storage().data_ptr() for x in distinct_and_places(tensors["indices"])}
+    given = [*tensors.values(), *distinct_and_places(tensors["indices"])]
     for name in ("x", "delta"):
         tensors[name].requires_grad_()
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
     function = paca_linear if form == "resident" else paca_linear_additive
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        function(**tensors, scaling=SCALING)
-    own = sum(size for pointer, size in kept.items() if pointer not in given)
-    assert own == 2 * 5 * len(distinct) * 8
+    kept = twin.bytes_kept(lambda: function(**tensors, scaling=SCALING), given)
+    assert kept == 2 * 5 * len(distinct) * 8
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -182,8 +150,7 @@ def test_compiles_whole_and_once(form) -> None:
             trained = {"x", "delta", "bias"}
             call = lambda leaves, one=one: one(**leaves, scaling=SCALING)  # noqa: E731
             found.append(gradients(call, tensors, trained))
-        for name, expected in found[1].items():
-            torch.testing.assert_close(found[0][name], expected)
+        assert_equal(*found)
     assert counter.frame_count == 1
 
 
@@ -220,8 +187,7 @@ def test_new_indices_in_the_same_memory_are_seen() -> None:
     tensors["indices"].copy_(tensors["indices"].sort(1).values)
     ours = linear_gradients("additive", tensors, {"x", "delta"})
     theirs = linear_gradients("reference", tensors, {"x", "delta"})
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dims", [1, 2])
@@ -242,8 +208,7 @@ def test_convolutions(dims, is_channels_last) -> None:
         gradients(lambda t, f=f: f(**t, scaling=SCALING, stride=2, padding=1), tensors, trained)
         for f in (paca_conv, reference.paca_conv)
     )
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -259,8 +224,7 @@ def test_convolutions_compile() -> None:
         gradients(lambda t, f=f: f(**t, scaling=SCALING), tensors, {"x", "delta"})
         for f in (compiled, reference.paca_conv)
     )
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -291,8 +255,7 @@ def test_experts(is_transposed, is_grouped, is_compiled) -> None:
         tensors,
         {"x", "delta"},
     )
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("has_kernel", [False, True])
@@ -318,8 +281,7 @@ def test_quantised(has_kernel) -> None:
         tensors,
         trained,
     )
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])
@@ -342,8 +304,7 @@ def test_gated(is_resident) -> None:
         return reference.paca_linear(h, weight, t["delta"], indices, SCALING, t["bias"])
 
     found, expected = (gradients(f, tensors, set(tensors)) for f in (ours, theirs))
-    for name, one in expected.items():
-        torch.testing.assert_close(found[name], one)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Ours beside the reference: outputs, gradients, the error of 16 bits, bytes that are kept."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor | None]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Return the same random numbers, rounded to a dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def leaves_of(tensors: Tensors, trained: set[str]) -> Tensors:
+    """Return copies, of which some ask for gradients."""
+    return {
+        name: x.detach().clone().requires_grad_(name in trained)
+        if x is not None and x.is_floating_point()
+        else x
+        for name, x in tensors.items()
+    }
+
+
+def gradients(function: Callable[..., Tensor], tensors: Tensors, trained: set[str]) -> Tensors:
+    """Return the output `y` and the gradient of each tensor, None of frozen ones."""
+    leaves = leaves_of(tensors, trained)
+    y = function(**leaves)
+    if y.requires_grad:
+        y.backward(normal(*y.shape, dtype=y.dtype, seed=1))
+    found = {name: x.grad for name, x in leaves.items() if x is not None and x.is_floating_point()}
+    return {"y": y.detach(), **found}
+
+
+def subsets(names: Iterable[str]) -> Iterator[set[str]]:
+    """Yield all sets of trained tensors."""
+    names = tuple(names)
+    for flags in itertools.product([True, False], repeat=len(names)):
+        yield set(itertools.compress(names, flags))
+
+
+def assert_equal(ours: Tensors, theirs: Tensors, tolerance: float | None = None) -> None:
+    """Hold outputs and gradients against each other, their dtypes too."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if expected is None:
+            assert ours[name] is None, name
+        else:
+            torch.testing.assert_close(ours[name], expected, atol=tolerance, rtol=tolerance)
+
+
+def assert_error_of_plain(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: Tensors,
+    trained: set[str],
+    factor: float = 1.5,
+) -> None:
+    """Hold the error against float64 to that of plain autograd in the same dtype."""
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
+    truth, plain = (gradients(reference, given, trained) for given in (wide, tensors))
+    ours = gradients(function, tensors, trained)
+    for name in ("y", *trained):
+        assert ours[name].dtype == plain[name].dtype
+        error, budget = (
+            (found[name].double() - truth[name]).abs().max() for found in (ours, plain)
+        )
+        assert error <= factor * budget + 1e-6, f"{name}: {error} > {budget}"
+
+
+def bytes_kept(call: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """Return the bytes that a call keeps for backward, of memory that is not given."""
+    known = {x.untyped_storage().data_ptr() for x in given}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        call()
+    return sum(size for pointer, size in kept.items() if pointer not in known)
