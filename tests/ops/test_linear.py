@@ -97,7 +97,7 @@ def test_equal_to_reference(
 @pytest.mark.parametrize("num_tokens", [5, 6, 23, 24, 200])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_both_orders_of_thin_products(form: str, num_tokens: int, dtype: torch.dtype) -> None:
-    """With twice or eight times as many tokens as columns, they are transposed."""
+    """In 16 bits they are transposed where tokens are eight times as many as columns."""
     tensors, trained = make((num_tokens,), dtype), {"x", "delta"}
     expected = gradients("reference", tensors, 0.5, trained)
     actual = gradients(form, tensors, 0.5, trained)
