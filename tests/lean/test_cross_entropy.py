@@ -52,10 +52,21 @@ def test_gradcheck(options):
     )
 
 
-@pytest.mark.parametrize("trained", [{"x"}, {"x", "weight", "bias"}, {"weight"}, {"bias"}])
-@pytest.mark.parametrize("ignored", [(), (1, 4, 5), tuple(range(10)), tuple(range(N))])
-@pytest.mark.parametrize("transform", [None, torch.Tensor.float, cap])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+ALL, SOME = {"x", "weight", "bias"}, (1, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("trained", "ignored", "transform", "dtype"),
+    [
+        *(
+            (ALL, SOME, transform, dtype)
+            for transform in (None, torch.Tensor.float, cap)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        *((ALL, ignored, cap, torch.bfloat16) for ignored in [(), tuple(range(10)), range(N)]),
+        *(({name}, SOME, None, torch.bfloat16) for name in ALL),
+    ],
+)
 def test_equals_plain(trained, ignored, transform, dtype):
     tensors = make(dtype, ignored=ignored)
     options = {"transform": transform, "reduction": "sum"}
