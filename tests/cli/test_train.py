@@ -140,11 +140,8 @@ def test_preview_of_weights_and_of_tools_that_the_template_drops(preview, words,
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--training.lerning_rate", "1"], "unknown option --training.lerning_rate; did you mean"),
-        (["--training.learning_rate", "-1"], "`training.learning_rate` (-1.0) must be above 0"),
         (["--paca.r", "0"], "`r` (0) must be an integer of at least 1"),
         (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
-        (["--data.path", "missing.jsonl"], "missing.jsonl does not exist; check `data.path`"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),
