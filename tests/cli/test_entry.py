@@ -1,100 +1,91 @@
+"""What all commands share: help, the words and status of each, and errors in one line."""
+
 import os
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 
 import pytest
 
+from pacatune.cli import evaluate, patch
 from pacatune.cli.entry import COMMANDS, main
 
 
-def install_command(monkeypatch, run, name="inspect"):
-    module = types.ModuleType(f"pacatune.cli.{name}")
-    module.run = run
-    monkeypatch.setitem(sys.modules, f"pacatune.cli.{name}", module)
+@pytest.fixture
+def inspect(monkeypatch):
+    """Make `inspect` a command that raises an error, or calls a function."""
 
+    def install(run):
+        def fail(argv):
+            raise run
 
-def raising(error):
-    def run(argv):
-        raise error
+        module = types.ModuleType("pacatune.cli.inspect")
+        module.run = fail if isinstance(run, BaseException) else run
+        monkeypatch.setitem(sys.modules, "pacatune.cli.inspect", module)
 
-    return run
-
-
-def test_help_lists_every_command(capsys):
-    assert main(["--help"]) == 0
-    out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in COMMANDS)
-
-
-def test_no_command_prints_help_and_fails(capsys):
-    assert main([]) == 2
-    assert "commands:" in capsys.readouterr().out
-
-
-def test_version(capsys):
-    from importlib.metadata import version
-
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"pacatune {version('pacatune')}\n"
-
-
-def test_unknown_command_suggests_the_nearest(capsys):
-    assert main(["trian"]) == 2
-    assert "unknown command 'trian'; did you mean 'train'?" in capsys.readouterr().err
-
-
-def test_unknown_command_without_a_near_one_lists_all(capsys):
-    assert main(["zzzzzz"]) == 2
-    assert "choose from train, train-image, generate" in capsys.readouterr().err
-
-
-def test_unknown_option(capsys):
-    assert main(["--verbos"]) == 2
-    assert "unknown option '--verbos'" in capsys.readouterr().err
-
-
-def test_command_gets_its_words_and_gives_the_status(monkeypatch):
-    seen = []
-    install_command(monkeypatch, lambda argv: seen.append(argv) or 7)
-    assert main(["inspect", "folder", "--x"]) == 7
-    assert seen == [["folder", "--x"]]
+    return install
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("bad\n  value"),
-        TypeError("bad value"),
-        ImportError("bad value"),
-        FileNotFoundError("bad value"),
-        FileExistsError("bad value"),
-    ],
+    ("words", "commands"),
+    [([], COMMANDS), (["evaluate"], evaluate.SUBCOMMANDS), (["patch"], patch.SUBCOMMANDS)],
 )
-def test_user_errors_are_one_line(monkeypatch, capsys, error):
-    install_command(monkeypatch, raising(error))
-    assert main(["inspect"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("pacatune: error: bad value")
-    assert err.count("\n") == 1
+def test_help_lists_every_command(words, commands, capsys):
+    for more, status in (["--help"], 0), ([], 2):
+        assert main([*words, *more]) == status
+        out = capsys.readouterr().out
+        assert all(f"  {name} " in out for name in commands)
 
 
-def test_errors_from_elsewhere_say_where(monkeypatch, capsys):
-    install_command(monkeypatch, raising(ValueError("bad value")))
-    assert main(["inspect"]) == 2
-    assert "(ValueError; `pacatune --debug COMMAND" in capsys.readouterr().err
+def test_version(shown):
+    assert shown("--version") == f"pacatune {version('pacatune')}\n"
 
 
-def test_debug_shows_the_traceback(monkeypatch, capsys):
-    install_command(monkeypatch, raising(ValueError("bad value")))
+def test_a_command_gets_its_words_and_gives_the_status(inspect, monkeypatch):
+    seen = []
+    inspect(lambda argv: seen.append(argv) or 7)
+    assert main(["inspect", "folder", "--x"]) == 7
+    assert seen == [["folder", "--x"]]
+
+    def score(*, number: int) -> int:
+        """Score a number."""
+        return number
+
+    class Scorer:
+        """Score a number."""
+
+        def __init__(self, number: int = 1):
+            self.number = number
+
+        def run(self, command: str) -> int:
+            assert command == f"pacatune evaluate mmlu --number {self.number}"
+            return self.number
+
+    for called in (score, Scorer):
+        monkeypatch.setitem(evaluate.SUBCOMMANDS, "mmlu", called)
+        assert main(["evaluate", "mmlu", "--number", "7"]) == 7
+
+
+@pytest.mark.parametrize(
+    "kind", [ValueError, TypeError, ImportError, FileNotFoundError, FileExistsError]
+)
+def test_user_errors_are_one_line(inspect, refused, kind):
+    inspect(kind("bad\n  value"))
+    said = refused("inspect")
+    assert said.startswith(f"bad value ({kind.__name__}; `pacatune --debug COMMAND")  # from where
+
+
+def test_other_ends(inspect, capsys):
+    inspect(ValueError("bad value"))
     assert main(["--debug", "inspect"]) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
-
-
-def test_interrupt(monkeypatch, capsys):
-    install_command(monkeypatch, raising(KeyboardInterrupt()))
+    inspect(KeyboardInterrupt())
     assert main(["inspect"]) == 130
     assert "interrupted" in capsys.readouterr().err
+    inspect(RuntimeError("a defect"))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["inspect"])
 
 
 @pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["nothing"]])
@@ -109,24 +100,3 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words):
         done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=env)
     assert done.returncode == 141
     assert not done.stderr
-
-
-def test_defects_keep_their_traceback(monkeypatch):
-    install_command(monkeypatch, raising(RuntimeError("a defect")))
-    with pytest.raises(RuntimeError, match="a defect"):
-        main(["inspect"])
-
-
-@pytest.mark.parametrize("module", ["pacatune", "pacatune.cli"])
-def test_help_imports_no_torch(module):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{module!r}, '--help']\n"
-        f"try: runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as end: assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage: pacatune" in done.stdout

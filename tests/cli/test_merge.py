@@ -1,9 +1,13 @@
+"""`pacatune merge` and `export`: what they did, and what they refuse."""
+
+import json
 import re
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from pacatune.cli import main
+from tests.adapters.fixtures import save_adapter
 
 
 def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
@@ -18,24 +22,22 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_rounding_is_called_so(lora_dir, tmp_path, capsys):
-    words = ["merge", "--adapter", str(lora_dir), "--output", str(tmp_path / "out")]
-    assert main([*words, "--dtype", "bfloat16"]) == 0
-    out = capsys.readouterr().out
+def test_rounding_is_called_so(lora_dir, tmp_path, shown):
+    words = ["--adapter", lora_dir, "--output", tmp_path / "out", "--dtype", "bfloat16"]
     number = r"\d\.\de[+-]\d\d"
     assert re.search(
         rf"verified  outputs are those of the adapter, rounded by {number} "
         rf"\({number} of their size; {number} is allowed\); it changes them by {number}\n",
-        out,
+        shown("merge", *words),
     )
 
 
-def test_options_reach_the_merge(adapter_dir, tmp_path, capsys):
-    words = ["merge", "--adapter", str(adapter_dir), "--output", str(tmp_path / "out")]
-    assert main([*words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
+def test_options_reach_the_merge(adapter_dir, tmp_path, shown, refused):
+    words = ["merge", "--adapter", adapter_dir, "--output", tmp_path / "out"]
+    out = shown(*words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu")
     assert "merged    6 modules, bfloat16\n" in out
     assert "verified  no (--no-verify)\n" in out
+    assert "is not empty; choose another" in refused(*words)
 
 
 def test_notes_go_to_stderr(adapter_copy, tmp_path, capsys):
@@ -46,31 +48,30 @@ def test_notes_go_to_stderr(adapter_copy, tmp_path, capsys):
     assert "note:" not in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--adapter", "nowhere", "--output", "out"], "adapter folder 'nowhere' does not exist"),
-        (["--adapter", "{adapter}", "--output", "{adapter}"], "is not empty; choose another"),
-        (
-            ["--adapter", "{adapter}", "--output", "out", "--model", "nowhere"],
-            "`model` ('nowhere') is neither a file or folder here nor a model of the hub",
-        ),
-        (
-            ["--adapter", "{adapter}", "--output", "out", "--device", "cuda:99"],
-            "`device` ('cuda:99') is not on this machine",
-        ),
-    ],
-)
-def test_a_mistake_is_one_line(adapter_dir, tmp_path, monkeypatch, capsys, words, message):
-    monkeypatch.chdir(tmp_path)
-    assert main(["merge", *(word.format(adapter=adapter_dir) for word in words)]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("pacatune: error: ")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not list(tmp_path.iterdir())
+def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
+    words = ["--model", str(tiny_model_dir), "--adapter", str(adapter_dir), "--to", "lora"]
+    assert main(["export", *words, "--output", str(tmp_path / "lora")]) == 0
+    out, err = capsys.readouterr()
+    assert "exported  6 modules as LoRA, float32, exact\n" in out
+    assert "verified  no (--verify compares with plain PEFT)\n" in out
+    assert f"written   {tmp_path / 'lora'} (" in out
+    assert err == ""
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
 
 
-def test_a_missing_option_is_named(capsys):
-    assert main(["merge", "--adapter", "a"]) == 2
-    assert "the following arguments are required: output" in capsys.readouterr().err
+@pytest.mark.usefixtures("forked_plain_peft")
+def test_options_reach_the_export(adapter_dir, tmp_path, shown):
+    words = ["--adapter", adapter_dir, "--to", "lora", "--output", tmp_path / "lora"]
+    out = shown("export", *words, "--dtype", "bfloat16", "--verify")
+    assert "6 modules as LoRA, bfloat16, rounded by at most" in out
+    assert "verified  outputs in plain PEFT differ by at most" in out
+    assert re.search(r"of their size, \d\.\de-0\d is allowed\)", out)
+
+
+def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refused):
+    save_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["lm_head"])
+    words = ["export", "--adapter", tmp_path / "adapter", "--to", "lora"]
+    words += ["--output", tmp_path / "lora"]
+    assert "--keep-extra" in refused(*words)
+    shown(*words, "--keep-extra")

@@ -37,63 +37,51 @@ class Sizes:
     folder: Path | None = None
 
 
-def parse(*words):
-    return from_words("sizes", Sizes, ["p", "--with", "w", *words])
+def add(*, number: PositiveInt, more: int = 1) -> int:
+    """Add two numbers.
+
+    Args:
+        number: The first one.
+        more: The second one.
+    """
+    assert type(number) is int
+    return number + more
 
 
-def test_defaults_are_those_of_the_fields():
-    assert parse() == Sizes("p", with_="w")
+def parse(line, text="w"):
+    return from_words("sizes", Sizes, ["p", f"--with={text}", *line.split()])
 
 
 def test_words_become_values_of_the_fields_types():
-    words = ["--num-rows", "-7", "--share", "-1e-3", "--kind", "coarse", "--names", "a, b"]
-    words += ["--is-quick", "--lengths", "4,5", "--folder", "a/b", "--files", "x", "y"]
-    assert parse(*words) == Sizes(
-        "p",
-        with_="w",
-        num_rows=-7,
-        share=-1e-3,
-        kind="coarse",
-        names=("a", "b"),
-        lengths=(4, 5),
-        files=["x", "y"],
-        is_quick=True,
-        folder=Path("a/b"),
-    )
-
-
-def test_a_positive_number_is_a_plain_one():
-    def count(*, number: PositiveInt) -> type:
-        """Count."""
-        return type(number)
-
-    assert from_words("count", count, ["--number", "2"]) is int
-    with pytest.raises(ValueError, match="does not conform to restriction v>0"):
-        from_words("count", count, ["--number", "0"])
-
-
-def test_text_stays_text():
+    assert parse("") == Sizes("p", with_="w")
+    words = "--num-rows -7 --share -1e-3 --kind coarse --names a,b --is-quick --lengths 4,5"
+    values = {"num_rows": -7, "share": -1e-3, "kind": "coarse", "names": ("a", "b")}
+    values |= {"is_quick": True, "lengths": (4, 5), "folder": Path("a/b"), "files": ["x", "y"]}
+    assert parse(f"{words} --folder a/b --files x y") == Sizes("p", with_="w", **values)
     for text in ("null", "1e3", "no", "[a", "{x: 1}", "- a: b", ""):
-        assert from_words("sizes", Sizes, ["p", f"--with={text}"]).with_ == text
+        assert parse("", text).with_ == text
+
+
+def test_a_function_and_other_values():
+    assert from_words("add", add, ["--number", "2"]) == 3
+    given = parser_of("add", add, "more").parse_args(["--number", "2"])
+    assert build(add, given, more=5) == 7
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("called", "words", "message"),
     [
-        (["--lengths", "4,x"], r"`lengths` \('4,x'\) must be whole numbers with commas"),
-        (["--kind", "fin"], r"`kind` \('fin'\) must be one of fine, coarse; did you mean 'fine'\?"),
-        (["--num-rows", "x"], "Expected a .*int.*Got value: x; see `pacatune sizes --help`"),
-        (["--nmes", "x"], "unknown option --nmes; did you mean '--names'?"),
+        (Sizes, "p --with w --lengths 4,x", r"`lengths` \('4,x'\) must be whole numbers with com"),
+        (Sizes, "p --with w --kind fin", r"`kind` \('fin'\) must be one of .* mean 'fine'\?"),
+        (Sizes, "p --with w --num-rows x", "Expected a .*int.*Got value: x; see `pacatune sizes"),
+        (Sizes, "p --with w --nmes x", "unknown option --nmes; did you mean '--names'?"),
+        (Sizes, "", "arguments are required: path, with; see"),
+        (add, "--number 0", "does not conform to restriction v>0"),
     ],
 )
-def test_what_is_wrong_is_refused(words, message):
+def test_what_is_wrong_is_refused(called, words, message):
     with pytest.raises(ValueError, match=message):
-        parse(*words)
-
-
-def test_what_has_no_default_is_required():
-    with pytest.raises(ValueError, match="arguments are required: path, with; see"):
-        from_words("sizes", Sizes, [])
+        from_words("sizes", called, words.split())
 
 
 def test_help_is_the_docstring():
@@ -104,21 +92,6 @@ def test_help_is_the_docstring():
     assert "path" not in text.replace("PATH", "")
 
 
-def test_a_function_and_other_values():
-    def add(*, number: int, more: int = 1) -> int:
-        """Add two numbers.
-
-        Args:
-            number: The first one.
-            more: The second one.
-        """
-        return number + more
-
-    assert from_words("add", add, ["--number", "2"]) == 3
-    given = parser_of("add", add, "more").parse_args(["--number", "2"])
-    assert build(add, given, more=5) == 7
-
-
 def test_give_one():
     give_one(one=None, two="x")
     with pytest.raises(ValueError, match="give only one of --one, --the-other"):
@@ -127,13 +100,10 @@ def test_give_one():
         give_one(one=None, two="", needed=True)
 
 
-@pytest.mark.parametrize("command", ["merge", "export", "generate", "evaluate-mmlu"])
-def test_dtypes(command):
-    (dtype,) = (a for a in cli_reference.find_parser(command)._actions if a.dest == "dtype")
-    assert "bfloat16" in dtype.metavar
-
-
-def test_short_name_of_the_dtype_of_a_run(tmp_path):
+def test_dtypes_by_their_short_names(tmp_path):
+    for command in ("merge", "export", "generate", "evaluate-mmlu"):
+        (dtype,) = (a for a in cli_reference.find_parser(command)._actions if a.dest == "dtype")
+        assert "bfloat16" in dtype.metavar
     config = tmp_path / "run.yaml"
     config.write_text("model: {path: m, dtype: bf16}\ndata: {path: d}\n")
     assert read_run(["--config", str(config)])[0].model.dtype == "bfloat16"

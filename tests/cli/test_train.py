@@ -1,3 +1,5 @@
+"""`pacatune train` and `train-image`: from words and config files to a run."""
+
 import json
 import re
 import subprocess
@@ -6,233 +8,171 @@ import sys
 import pytest
 import yaml
 
-from pacatune.cli import main
-from pacatune.cli.train import all_options
+from pacatune.cli import main, train, train_image
+from tests.data.conftest import chat, write_lines
+from tests.image_models import save_vit, write_images
 
 
 @pytest.fixture
 def data_path(tmp_path):
-    path = tmp_path / "d.jsonl"
     rows = [{"prompt": f"What is {i}?", "completion": f" It is {7 * i % 10}."} for i in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_lines(tmp_path / "d.jsonl", rows)
 
 
 @pytest.fixture
-def words(tiny_model_dir, data_path, tmp_path):
-    """Least words of a run that works."""
-    return [
-        "train",
-        *("--model.path", str(tiny_model_dir)),
-        *("--data.path", str(data_path)),
-        *("--training.output_dir", str(tmp_path / "out")),
-        *("--training.max_steps", "2"),
-        *("--training.use_cpu", "true"),
-    ]
+def words(tiny_model_dir, data_path, tmp_path, monkeypatch):
+    """Least words of a run that works, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    given = {"model.path": tiny_model_dir, "data.path": data_path, "training.output_dir": "out"}
+    return ["train", *to_words(given)]
 
 
-def error_of(capsys, words):
-    assert main(words) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("pacatune: error: ")
-    assert not any("Traceback" in line for line in lines)
-    return lines[-1].removeprefix("pacatune: error: ")
+@pytest.fixture(scope="module")
+def image_inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_vit(folder / "model")
+    write_images(folder / "images", 6)
+    return {"model.path": folder / "model", "data.path": folder / "images"}
 
 
-def test_run_from_words_alone(words, tmp_path, capsys):
-    assert main(words) == 0
-    assert "adapter, report and model card are in" in capsys.readouterr().out
+@pytest.fixture
+def image_words(image_inputs, tmp_path, monkeypatch):
+    """Least words of a run on images, whose output folder is the default."""
+    monkeypatch.chdir(tmp_path)
+    return ["train-image", *to_words(image_inputs)]
+
+
+def to_words(given):
+    given = {**given, "training.max_steps": 2, "training.use_cpu": "true"}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def test_run_from_words_alone(words, tmp_path, shown, refused):
+    assert "adapter, report and model card are in" in shown(*words)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "PACA"
     assert any((tmp_path / "out" / "runs").rglob("events.out.tfevents.*"))
+    assert "holds another run" in refused(*words)
+    assert "deleting from" in shown(*words, "--overwrite")
 
 
-def test_words_override_the_config_file(words, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "method: lora\npaca: {r: 4}\ntraining:\n  learning_rate: 1e-3\n  eval_strategy: no\n"
-        "  report_to: none\n"
+def test_run_on_images_from_words_alone(image_words, tmp_path, capsys):
+    assert main(image_words) == 0
+    captured = capsys.readouterr()
+    assert "adapter, report and model card are in pacatune-run" in captured.out
+    assert "MISMATCH" not in captured.err  # of the new head, which is meant
+    config = json.loads((tmp_path / "pacatune-run" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["modules_to_save"]) == ("PACA", ["classifier"])
+
+
+@pytest.mark.parametrize("command", ["train", "train-image"])
+def test_template_explains_every_key_and_is_a_config(command, request, tmp_path, shown):
+    """What comes later overrides: words a file, and a file the words before it."""
+    words = request.getfixturevalue("words" if command == "train" else "image_words")
+    text = shown(command, "--print_config")
+    lines = text.splitlines()
+    for line, before in zip(lines[1:], lines, strict=False):
+        if line.startswith("  ") and not line.lstrip().startswith("#"):
+            assert before.lstrip().startswith("#"), line
+    (tmp_path / "template.yaml").write_text(text)
+    (tmp_path / "run.yaml").write_text(
+        "method: lora\npaca: {r: 4}\n"
+        "training: {learning_rate: 1e-3, eval_strategy: no, report_to: none, max_steps: 1}\n"
     )
-    override = ["--method", "paca", "--paca.rank_pattern.q_proj", "2"]
-    assert main([*words, "--config", str(path), *override]) == 0
-    values = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert values["method"] == "paca"
-    assert values["paca"]["r"] == 4
-    assert values["paca"]["rank_pattern"] == {"q_proj": 2}
-    assert values["training"]["learning_rate"] == 1e-3
-    assert values["training"]["eval_strategy"] == "no"
+    files = ["--config", "template.yaml", *words[1:], "--config", "run.yaml"]
+    assert main([command, *files, "--method", "paca"]) == 0
+    (path,) = tmp_path.glob("*/config.yaml")
+    values = yaml.safe_load(path.read_text())
+    assert (values["method"], values["paca"]["r"]) == ("paca", 4)
+    expected = {"learning_rate": 1e-3, "eval_strategy": "no", "max_steps": 1}
+    assert values["training"].items() >= expected.items()
 
 
-def test_second_run_is_refused_and_overwritten_on_demand(words, capsys):
-    assert main(words) == 0
-    assert "holds another run" in error_of(capsys, words)
-    assert main([*words, "--overwrite"]) == 0
-    assert "deleting from" in capsys.readouterr().out
+def test_template_shows_what_is_given(shown):
+    keys = {"learning_rate", "packing", "fsdp_config", "neftune_noise_alpha"}
+    text = shown("train", "--print_config", "--paca.r", "3", "--paca.rank_pattern.q_proj", "2")
+    values = yaml.safe_load(text)
+    assert keys <= values["training"].keys()
+    found = [values["paca"][name] for name in ("r", "rank_pattern", "target_modules")]
+    assert found == [3, {"q_proj": 2}, None]
+    preset = ["--preset", "vit-b16-pets", "--data.image_size", "96", "--print_config"]
+    values = yaml.safe_load(shown("train-image", *preset))
+    assert values["model"]["path"] == "google/vit-base-patch16-224-in21k"
+    found = (values["data"]["path"], values["data"]["image_size"])
+    assert found == ("torchvision:OxfordIIITPet", 96)
+    assert values["training"]["per_device_train_batch_size"] == 64
+    # Nothing of it is left for the next command of this process.
+    assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
 
 
-def test_preview_shows_the_mask_and_trains_nothing(words, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def preview(words, shown, monkeypatch):
+    """Show examples, for which no model is loaded."""
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    assert main([*words, "--preview", "2"]) == 0
-    out = capsys.readouterr().out
+    return lambda number, *more: shown(*words, "--preview", number, *more)
+
+
+def test_preview_shows_the_mask_and_trains_nothing(preview, tmp_path):
+    out = preview(2)
     assert out.count("tokens,") == 2
     assert "<s>What is 0?[[ It is 0.</s>]]" in out
+    out = preview(1, "--training.max_length", "10")
+    assert "10 tokens (cut from " in out
+    assert "are cut at `training.max_length` (10) and never learn to stop" in out
     assert not (tmp_path / "out").exists()
 
 
-def test_preview_of_weights_and_of_tools_that_the_template_drops(
-    words, data_path, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    turns = [
-        {"role": "user", "content": "Hi?"},
-        {"role": "assistant", "content": "No.", "weight": 0},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "Yes."},
-    ]
-    data_path.write_text(json.dumps({"messages": turns}) + "\n")
-    words = [*words, "--data.eval_fraction", "0", "--preview", "1"]
-    assert main(words) == 0
-    out = capsys.readouterr().out
+def test_preview_of_weights_and_of_tools_that_the_template_drops(preview, words, tmp_path, refused):
+    turns = chat("Hi?", "No.", "And?", "Yes.")
+    turns[1]["weight"] = 0
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": turns}])
+    out = preview(1, "--data.eval_fraction", "0")
     assert "No.</s>" in out
     assert re.findall(r"\[\[(.*?)\]\]", out) == ["Yes.</s>", " and "]
     call = {"function": {"name": "look", "arguments": {"at": "x"}}}
     turns[3] = {"role": "assistant", "content": None, "tool_calls": [call]}
-    data_path.write_text(json.dumps({"messages": turns}) + "\n")
-    message = error_of(capsys, words)
-    assert f"{data_path}, row 1: the chat template does not show tool_calls of turn 4" in message
+    write_lines(tmp_path / "d.jsonl", [{"messages": turns}])
+    message = refused(*words, "--data.eval_fraction", "0", "--preview", "1")
+    assert f"{path}, row 1: the chat template does not show tool_calls of turn 4" in message
     assert "`data.chat_template`" in message
-
-
-@pytest.mark.parametrize("number", ["0", "-1", "x"])
-def test_preview_of_a_wrong_number(words, capsys, number):
-    assert "preview" in error_of(capsys, [*words, "--preview", number])
-
-
-def test_preview_says_what_is_cut(words, capsys):
-    assert main([*words, "--preview", "1", "--training.max_length", "10"]) == 0
-    out = capsys.readouterr().out
-    assert "10 tokens (cut from " in out
-    assert "are cut at `training.max_length` (10) and never learn to stop" in out
-
-
-def test_negative_number_is_a_value(words, capsys):
-    for number in ("-1e-3", "-.5", "-1"):
-        found = error_of(capsys, [*words, "--training.learning_rate", number])
-        assert found.startswith(f"`training.learning_rate` ({float(number)}) must be above 0")
-
-
-def test_unknown_option_names_the_nearest(words, capsys):
-    assert error_of(capsys, [*words, "--training.lerning_rate", "1"]).startswith(
-        "unknown option --training.lerning_rate; did you mean '--training.learning_rate'?"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "key", "nearest"),
-    [
-        ("training: {learning_rte: 1}", "training.learning_rte", "training.learning_rate"),
-        ("max_steps: 1", "max_steps", "training.max_steps"),
-        ("learning_rte: 1", "learning_rte", "training.learning_rate"),
-        ("modell: {path: x}", "modell", "model"),
-    ],
-)
-def test_unknown_key_names_the_nearest(words, capsys, tmp_path, text, key, nearest):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    message = error_of(capsys, [*words, f"--config={path}"])
-    assert f"run.yaml: unknown key '{key}'; did you mean '{nearest}'?" in message
-
-
-def test_flag_in_a_config_file(words, capsys, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("resume: true")
-    message = error_of(capsys, [*words, "--config", str(path)])
-    assert message.endswith("run.yaml: 'resume' belongs on the command line, as --resume.")
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--training.learning_rate", "fast"], "training.learning_rate"),
-        (["--method", "adapter"], "method"),
         (["--paca.r", "0"], "`r` (0) must be an integer of at least 1"),
-        (["--paca.r", "3.5"], "paca.r"),
         (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
-        (["--data.loss", "answers"], "data.loss"),
-        (["--data.format", "alpaca"], "data.format"),
-        (["--data.path", "missing.jsonl"], "missing.jsonl does not exist; check `data.path`"),
-        (["--data.path", ""], "`data.path` is ''; give"),
-        (["--model.path", ""], "`model.path` is ''; give a hub id"),
-        (["--config", "missing.yaml"], "config file missing.yaml does not exist"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),
         (["--training.optim", "best"], "best"),
-        (["stray"], "stray"),
     ],
 )
-def test_user_errors_are_one_line(words, capsys, tmp_path, extra, message):
-    assert message in error_of(capsys, [*words, *extra])
+def test_wrong_runs(words, tmp_path, refused, extra, message):
+    """Beside those that are refused without torch (test_refused.py)."""
+    assert message in refused(*words, *extra)
     assert not (tmp_path / "out").exists()
 
 
-def test_template_explains_every_key_and_is_a_config(words, capsys, tmp_path):
-    assert main(["train", "--print_config"]) == 0
-    text = capsys.readouterr().out
-    lines = text.splitlines()
-    for line, before in zip(lines[1:], lines, strict=False):
-        if line.startswith("  ") and not line.lstrip().startswith("#"):
-            assert before.lstrip().startswith("#"), line
-    keys = set(yaml.safe_load(text)["training"])
-    assert {"learning_rate", "packing", "fsdp_config", "neftune_noise_alpha"} <= keys
-    path = tmp_path / "template.yaml"
-    path.write_text(text)
-    assert main([*words, "--config", str(path), *words[1:]]) == 0
-
-
-def test_template_shows_what_is_given(capsys):
-    assert main(["train", "--print_config", "--paca.r", "3", "--data.path", "x.csv"]) == 0
-    values = yaml.safe_load(capsys.readouterr().out)
-    assert values["paca"]["r"] == 3
-    assert values["data"]["path"] == "x.csv"
-    assert values["paca"]["target_modules"] is None
-
-
-def test_help(capsys):
-    assert main(["train", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "--training.gradient_accumulation_steps" in out
-    assert "Number of trained input columns of each weight" in out
+def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
+    missing = refused(*image_words, "--data.path", "nowhere/x/y")
+    assert "nowhere/x/y does not exist; check `data.path`" in missing
+    assert "holds no run to resume" in refused(*image_words, "--resume")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert refused(*image_words) == (
+        "`pacatune train-image` needs packages that are not installed (timm): "
+        "pip install 'pacatune[vision]'"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_option_has_help():
-    for action in all_options().parser._actions:
-        assert action.help, action.dest
+    for options in (train.all_options(), train_image.all_options()):
+        assert [action.dest for action in options.parser._actions if not action.help] == []
 
 
 def test_as_a_module(words):
     command = [sys.executable, "-m", "pacatune.cli", *words, "--preview", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert "[[ It is 0.</s>]]" in done.stdout
-    assert done.stderr == ""
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "rule"),
-    [
-        ("model.quantization", "nf5", "'nf4', 'fp4', 'int8'"),
-        ("paca.r", "x", "int"),
-        ("training.learning_rate", "abc", "float"),
-        ("paca.rank_pattern", "3", "dict"),
-        ("paca.layers_to_transform", "a", "list"),
-        ("method", "lore", "paca, qpaca, lora, "),
-    ],
-)
-def test_a_wrong_value_is_named_with_its_rule(option, value, rule, capsys):
-    error = error_of(capsys, ["train", f"--{option}", value])
-    assert all(part in error for part in (option, value, rule))
-
-
-def test_did_you_mean_another_method(capsys):
-    assert "did you mean 'lora'?" in error_of(capsys, ["train", "--method", "lore"])

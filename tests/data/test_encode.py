@@ -1,4 +1,5 @@
-import copy
+"""Which tokens of a text or chat are learned, and what a chat template must show."""
+
 import json
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import trl
 
 from pacatune.data.encode import Encoder
 from pacatune.data.formats import Example, to_examples
-from pacatune.data.read import Row
+from pacatune.data.read import Row, read_rows
 from tests.conftest import CHAT_TEMPLATE
+from tests.data.conftest import chat
 
 MARKED_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n"
@@ -18,27 +20,62 @@ MARKED_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 # Like Qwen3's: reasoning of earlier turns disappears when more turns follow.
-REWRITING_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n"
-    "{% if m['role'] == 'assistant' and loop.last %}(thinks) {% endif %}"
-    "{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+REWRITING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% if message.role == 'assistant' and loop.last %}(thinks) {% endif %}{{ message.content }}",
 )
+# SmolLM2's: made before models called tools.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ROLES_APART = (  # Of turns with another role nothing is written.
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}<|{{ m['role'] }}|>"
+    "{{ m['content'].split('</think>')[-1] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+CITY = {"type": "string", "description": "Its name."}
+PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
+WEATHER = {"name": "get_weather", "description": "Weather of a city.", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": WEATHER}]
 
 
-def turns(*contents):
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+def call(arguments):
+    function = {"name": "get_weather", "arguments": arguments}
+    return {"id": "call00001", "type": "function", "function": function}
 
 
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
+def calling(arguments):
+    return [
+        {"role": "user", "content": "Is it warm in Paris?"},
+        {"role": "assistant", "content": None, "tool_calls": [call(arguments)]},
+        {"role": "tool", "content": "21", "name": "get_weather", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "Yes, 21 degrees."},
+    ]
+
+
+CALLED = calling({"city": "Paris"})
+PLAIN = [CALLED[0], {"role": "assistant", "content": "Yes."}]
+
+
+def answered(**more):
+    """Return a chat whose answer has more fields."""
+    return [PLAIN[0], {**PLAIN[1], **more}]
 
 
 def encode(tokenizer, prompt, completion, **options):
     encoder = Encoder(tokenizer=tokenizer, stop_ids={tokenizer.eos_token_id}, **options)
     return encoder(Example("f, row 1", prompt, completion))
+
+
+def encode_row(tokenizer, template, messages, tools=None, **options):
+    tokenizer.chat_template = template
+    row = Row("f, row 1", {"messages": messages, "tools": tools})
+    (example,) = to_examples([row], "auto", has_template=True)
+    return Encoder(tokenizer=tokenizer, stop_ids={tokenizer.eos_token_id}, **options)(example)
 
 
 def learned_text(tokenizer, encoded):
@@ -51,49 +88,36 @@ def learned_text(tokenizer, encoded):
     return text.rstrip("|")
 
 
+def test_both_ways_to_find_the_turns_of_a_chat(tokenizer):
+    """Every assistant turn of the completion is learned with its stop token, nothing else is."""
+    messages = chat("Hi?", "It is so.", "And?", "No.")
+    system, tool = {"role": "system", "content": "Be kind."}, {"role": "tool", "content": "4"}
+    chats = {
+        "|It is so.</s>||No.</s>": ([], messages),
+        "|No.</s>": (messages[:3], messages[3:]),
+        "|It is so.</s>": ([], [system, messages[0], tool, messages[1], tool]),
+    }
+    found = []
+    for tokenizer.chat_template in (CHAT_TEMPLATE, MARKED_TEMPLATE):
+        found.append([encode(tokenizer, *parts) for parts in chats.values()])
+        for text, parts, encoded in zip(chats, chats.values(), found[-1], strict=True):
+            whole = tokenizer.apply_chat_template([*parts[0], *parts[1]])
+            assert encoded["input_ids"] == whole["input_ids"]
+            assert learned_text(tokenizer, encoded) == text
+            assert "moved" not in encoded["notes"]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
-def test_chat_learns_every_assistant_turn_with_its_stop_token(tokenizer, template):
-    tokenizer.chat_template = template
-    messages = turns("Hi?", "It is so.", "And?", "No.")
-    encoded = encode(tokenizer, [], messages)
-    assert encoded["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
-    assert learned_text(tokenizer, encoded) == "|It is so.</s>||No.</s>"
-    assert "moved" not in encoded["notes"]
-
-
-def test_both_ways_to_find_turns_agree(tokenizer):
-    messages = turns("Hi?", "It is so.", "And?", "No.")
-    plain = encode(tokenizer, [], messages)
-    tokenizer.chat_template = MARKED_TEMPLATE
-    marked = encode(tokenizer, [], messages)
-    assert plain == marked
-
-
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
-def test_chat_prompt_is_not_learned_even_where_the_assistant_speaks(tokenizer, template):
-    tokenizer.chat_template = template
-    prompt, completion = turns("Hi?", "It is so.", "And?"), turns("", "No.")[1:]
-    assert learned_text(tokenizer, encode(tokenizer, prompt, completion)) == "|No.</s>"
-
-
-def test_system_and_tool_turns_are_context(tokenizer):
-    messages = [
-        {"role": "system", "content": "Be kind."},
-        *turns("Hi?", "Call."),
-        {"role": "tool", "content": "4"},
-        {"role": "assistant", "content": "Four."},
-    ]
-    encoded = encode(tokenizer, [], messages)
-    assert learned_text(tokenizer, encoded) == "|Call.</s>||Four.</s>"
-
-
-def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    tokenizer.chat_template = REWRITING_TEMPLATE
-    assert learned_text(tokenizer, encode(tokenizer, [], turns("Hi?", "Yes."))) == (
-        "|(thinks) Yes.</s>"
-    )
-    with pytest.raises(ValueError, match=r"renders turn 2 otherwise.*\{% generation %\} marks"):
-        encode(tokenizer, [], turns("Hi?", "Yes.", "And?", "No."))
+def test_turns_of_weight_0_are_not_learned(tokenizer, template):
+    messages = chat("Hi?", "No.", "And?", "It is so.", "And?", "Maybe.")
+    for turn, weight in ((1, 0), (3, 1), (5, 0)):
+        messages[turn]["weight"] = weight
+    encoded = encode_row(tokenizer, template, messages)
+    assert "weight" not in tokenizer.decode(encoded["input_ids"])
+    assert learned_text(tokenizer, encoded) == "|It is so.</s>"
+    opening = [{"role": "assistant", "content": "Hello.", "weight": 0}, *PLAIN]
+    assert learned_text(tokenizer, encode_row(tokenizer, template, opening)) == "|Yes.</s>"
 
 
 def test_cue_that_the_answer_drops(tokenizer):
@@ -101,21 +125,9 @@ def test_cue_that_the_answer_drops(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE.replace(
         "<|assistant|>\n{% endif %}", "<|assistant|>\n(thinks){% endif %}"
     )
-    encoded = encode(tokenizer, [], turns("Hi?", "Yes."))
+    encoded = encode(tokenizer, [], chat("Hi?", "Yes."))
     assert learned_text(tokenizer, encoded) == "|Yes.</s>"
     assert "moved" in encoded["notes"]
-
-
-def test_opening_assistant_turn_is_refused(tokenizer):
-    messages = [{"role": "assistant", "content": "Hello."}, *turns("Hi?", "Yes.")]
-    with pytest.raises(ValueError, match="f, row 1: the chat opens with an assistant turn"):
-        encode(tokenizer, [], messages)
-
-
-def test_template_error_names_the_row(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"f, row 1: the chat template cannot render it \(roles"):
-        encode(tokenizer, [], turns("Hi?", "Yes."))
 
 
 def test_known_template_uses_that_of_trl(tokenizer):
@@ -123,48 +135,36 @@ def test_known_template_uses_that_of_trl(tokenizer):
 
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     tokenizer.chat_template = qwen2_5_chat_template
-    encoded = encode(tokenizer, [], turns("Hi?", "It is so.", "And?", "No."))
-    assert learned_text(tokenizer, encoded).replace("\n", "") == (
-        "|It is so.<|im_end|>||No.<|im_end|>"
-    )
+    encoded = encode(tokenizer, [], chat("Hi?", "It is so.", "And?", "No."))
+    learned = learned_text(tokenizer, encoded).replace("\n", "")
+    assert learned == "|It is so.<|im_end|>||No.<|im_end|>"
 
 
-def test_text_is_learned_whole_and_ends(tokenizer):
+@pytest.mark.parametrize("adds_stop", [False, True])
+def test_texts_end_and_their_prompts_are_not_learned(tokenizer, adds_stop):
+    if adds_stop:  # as some tokenizers do by themselves
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     encoded = encode(tokenizer, "", "It is so.")
     assert tokenizer.decode(encoded["input_ids"]) == "<s>It is so.</s>"
     assert encoded["labels"] == encoded["input_ids"]
     assert encode(tokenizer, "", "It is so.</s>") == encoded
-
-
-def test_prompt_and_completion_texts(tokenizer):
     encoded = encode(tokenizer, "Hi?", " It is so.")
     assert tokenizer.decode(encoded["input_ids"]) == "<s>Hi? It is so.</s>"
     assert learned_text(tokenizer, encoded) == "| It is so.</s>"
     assert "moved" not in encoded["notes"]
-
-
-def test_boundary_inside_a_token_is_noticed(tokenizer):
-    """` is` is one token, so a prompt that ends in a space is not seen as such."""
+    # ` is` is one token, so a prompt that ends in a space is not seen as such.
     encoded = encode(tokenizer, "It ", "is so.")
     assert learned_text(tokenizer, encoded) == "| is so.</s>"
     assert "moved" in encoded["notes"]
 
 
-def test_tokenizer_that_adds_stop_tokens_itself(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    encoded = encode(tokenizer, "Hi?", " Yes.")
-    assert tokenizer.decode(encoded["input_ids"]) == "<s>Hi? Yes.</s>"
-    assert learned_text(tokenizer, encoded) == "| Yes.</s>"
-    assert "moved" not in encoded["notes"]
-
-
-def test_learn_all(tokenizer):
-    for chat in (("Hi?", " Yes."), ([], turns("Hi?", "Yes."))):
-        encoded = encode(tokenizer, *chat, learn_all=True)
+def test_all_is_learned_where_that_is_wanted(tokenizer):
+    for parts in (("Hi?", " Yes."), ([], chat("Hi?", "Yes."))):
+        encoded = encode(tokenizer, *parts, learn_all=True)
         assert encoded["labels"] == encoded["input_ids"]
 
 
@@ -182,23 +182,21 @@ def test_labels_are_cut(tokenizer):
         ("", "It is so."),
         ("Hi?", " It is so."),
         ("It ", "is so."),
-        (turns("Hi?"), turns("", "It is so.")[1:]),
+        (chat("Hi?"), chat("", "It is so.")[1:]),
     ],
 )
 def test_same_tokens_and_labels_as_trl(tokenizer, tmp_path, prompt, completion):
     """TRL's own preparation is the reference where it has a mask of its own."""
-    import trl
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from tests.conftest import build_model
 
     row = {"prompt": prompt, "completion": completion} if prompt else {"text": completion}
+    options = {"bf16": False, "use_cpu": True, "report_to": "none", "gradient_checkpointing": None}
     trainer = SFTTrainer(
         model=build_model(len(tokenizer)),
-        args=SFTConfig(
-            str(tmp_path), bf16=False, use_cpu=True, report_to="none", gradient_checkpointing=None
-        ),
+        args=SFTConfig(str(tmp_path), **options),
         train_dataset=Dataset.from_list([row]),
         processing_class=tokenizer,
     )
@@ -207,180 +205,88 @@ def test_same_tokens_and_labels_as_trl(tokenizer, tmp_path, prompt, completion):
     if "moved" in ours["notes"] and not hasattr(trl.data_utils, "common_prefix_length"):
         pytest.skip("older versions of TRL mask a token that holds part of the completion")
     assert ours["input_ids"] == theirs["input_ids"]
-    labels = ours["labels"]
     # They also learn the line break behind the stop token, which no generation reaches.
-    end = len(labels) - (labels[-1] == -100)
-    assert labels[:end] == theirs["labels"][:end]
+    end = len(ours["labels"]) - (ours["labels"][-1] == -100)
+    assert ours["labels"][:end] == theirs["labels"][:end]
 
 
-# SmolLM2's: made before models called tools.
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ROLES_APART = (  # Of turns with another role nothing is written.
-    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}<|{{ m['role'] }}|>"
-    "{{ m['content'].split('</think>')[-1] | trim }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "Weather of a city.",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "description": "Its name."}},
-                "required": ["city"],
-            },
-        },
-    }
-]
-
-
-def call(arguments):
-    function = {"name": "get_weather", "arguments": arguments}
-    return {"id": "call00001", "type": "function", "function": function}
-
-
-def chat(arguments, **assistant):
-    return [
-        {"role": "user", "content": "Is it warm in Paris?"},
-        {"role": "assistant", "content": None, "tool_calls": [call(arguments)], **assistant},
-        {"role": "tool", "content": "21", "name": "get_weather", "tool_call_id": "call00001"},
-        {"role": "assistant", "content": "Yes, 21 degrees."},
-    ]
-
-
-CALLED = chat({"city": "Paris"})
-PLAIN = [CALLED[0], {"role": "assistant", "content": "Yes."}]
-
-
-def encode_with(tokenizer, template, messages, tools=None, **options):
-    tokenizer.chat_template = template
-    row = Row("f, row 1", {"messages": messages, "tools": tools})
-    (example,) = to_examples([row], "auto", has_template=True)
-    encoder = Encoder(tokenizer=tokenizer, stop_ids={tokenizer.eos_token_id}, **options)
-    return encoder(example)
-
-
-def template(name):
-    return (TEMPLATES / f"{name}.jinja").read_text()
-
-
-@pytest.mark.parametrize(
-    ("messages", "tools", "hidden"),
-    [
-        (CALLED, TOOLS, "tool_calls of turn 2"),
-        (CALLED, None, "tool_calls of turn 2"),
-        (PLAIN, TOOLS, r"tools\[0\]"),
-        (
-            [PLAIN[0], {**PLAIN[1], "function_call": {"name": "f", "arguments": "{}"}}],
-            None,
-            "tool_calls of turn 2",
-        ),
-        ([PLAIN[0], {**PLAIN[1], "reasoning_content": "It is summer."}], None, "reasoning_content"),
-    ],
-)
-def test_template_without_tools_refuses_rows_with_them(tokenizer, messages, tools, hidden):
-    rule = rf"f, row 1: the chat template does not show {hidden}.*`data.chat_template`"
-    with pytest.raises(ValueError, match=rule):
-        encode_with(tokenizer, CHATML, messages, tools)
-
-
-@pytest.mark.parametrize(
-    ("tools", "calls"), [([{"type": "function"}], []), (None, "f()"), (None, [3]), (None, [{}])]
-)
-def test_functions_without_a_name(tokenizer, tools, calls):
-    messages = [PLAIN[0], {**PLAIN[1], "tool_calls": calls}]
-    with pytest.raises(
-        ValueError, match=r"f, row 1: .* has .*; each must be an object with a name"
-    ):
-        encode_with(tokenizer, CHATML, messages, tools)
-
-
-@pytest.mark.parametrize("role", ["tool", "system", "developer"])
-def test_turns_of_roles_that_the_template_drops(tokenizer, role):
-    messages = [*PLAIN, {"role": role, "content": "Yes."}, *PLAIN]
-    with pytest.raises(ValueError, match=r"does not show content of turn 3 \(role"):
-        encode_with(tokenizer, ROLES_APART, messages)
-
-
-def test_answers_of_which_the_template_drops_a_part(tokenizer):
-    thought = {"role": "assistant", "content": "<think>\nIt is summer.\n</think>\n\nYes."}
-    with pytest.raises(ValueError, match="does not show content of turn 2"):
-        encode_with(tokenizer, ROLES_APART, [PLAIN[0], thought])
-    # Where nothing is learned from it, the template decides what a model sees of its past.
-    encode_with(tokenizer, ROLES_APART, [PLAIN[0], {**thought, "weight": 0}, *PLAIN])
-
-
-@pytest.mark.parametrize("arguments", [{"city": "Paris"}, json.dumps({"city": "Paris"})])
 @pytest.mark.parametrize(
     "name",
     ["qwen2_5", "qwen3", "qwen3_5_think", "llama3_1", "deepseekv3", "glm4moe", "lfm2_v2", "gptoss"],
 )
-def test_templates_with_tools_show_them(tokenizer, name, arguments):
+def test_templates_with_tools_show_them(tokenizer, name):
     """Arguments are written as JSON once, whether the row has them as an object or as a text."""
     tools = None if name == "deepseekv3" else TOOLS  # It shows calls alone.
-    encoded = encode_with(tokenizer, template(name), chat(arguments), tools)
-    assert ("Weather of a city." in tokenizer.decode(encoded["input_ids"])) == bool(tools)
-    learned = learned_text(tokenizer, encoded)
-    assert "get_weather" in learned
-    assert "Paris" in learned
-    assert '\\"' not in learned
-    assert "Yes, 21 degrees." in learned
+    template = (TEMPLATES / f"{name}.jinja").read_text()
+    for arguments in ({"city": "Paris"}, json.dumps({"city": "Paris"})):
+        encoded = encode_row(tokenizer, template, calling(arguments), tools)
+        assert ("Weather of a city." in tokenizer.decode(encoded["input_ids"])) == bool(tools)
+        learned = learned_text(tokenizer, encoded)
+        assert all(word in learned for word in ("get_weather", "Paris", "Yes, 21 degrees."))
+        assert '\\"' not in learned
 
 
 def test_template_that_takes_arguments_as_text(tokenizer):
     """The text is the only form that such a template can render; objects become one."""
-    original = template("deepseekv3").replace("{%- for message", "{%- for  message", 1)
+    original = (TEMPLATES / "deepseekv3.jinja").read_text()
+    changed = original.replace("{%- for message", "{%- for  message", 1)
     for arguments in ({"city": "Paris"}, '{"city": "Paris"}'):
-        messages = [CALLED[0], *chat(arguments)[1:2]]
-        encoded = encode_with(tokenizer, original.replace("is none", "== ''"), messages)
+        messages = calling(arguments)[:2]
+        encoded = encode_row(tokenizer, changed.replace("is none", "== ''"), messages)
         assert '{"city": "Paris"}' in learned_text(tokenizer, encoded)
-
-
-@pytest.mark.parametrize("marked", [False, True])
-def test_turns_of_weight_0_are_not_learned(tokenizer, marked):
-    plain = tokenizer.chat_template
-    messages = [
-        {"role": "user", "content": "Hi?"},
-        {"role": "assistant", "content": "No.", "weight": 0},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "It is so.", "weight": 1},
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "Maybe.", "weight": 0},
-    ]
-    encoded = encode_with(tokenizer, MARKED_TEMPLATE if marked else plain, messages)
-    assert "weight" not in tokenizer.decode(encoded["input_ids"])
-    assert learned_text(tokenizer, encoded) == "|It is so.</s>"
-
-
-def test_weight_0_of_an_opening_turn(tokenizer):
-    messages = [{"role": "assistant", "content": "Hello.", "weight": 0}, *PLAIN]
-    plain = tokenizer.chat_template
-    for chosen in (plain, MARKED_TEMPLATE):
-        assert learned_text(tokenizer, encode_with(tokenizer, chosen, messages)) == "|Yes.</s>"
-
-
-def test_weight_0_cannot_be_kept_where_all_is_learned(tokenizer):
-    messages = [*PLAIN, PLAIN[0], {**PLAIN[1], "weight": 0}]
-    with pytest.raises(ValueError, match=r"has turns of weight 0, and `data\.loss` 'all' learns"):
-        encode_with(tokenizer, CHATML, messages, learn_all=True)
 
 
 def test_only_the_arguments_of_a_call_are_read_from_a_table(tmp_path):
     """A table fills each object with the fields of all others; a null there is no argument."""
     from datasets import Dataset
 
-    from pacatune.data.read import read_rows
+    given = [{"city": "Paris"}, {"country": "France"}]
+    path = str(tmp_path / "calls.parquet")
+    Dataset.from_list([{"messages": calling(one)} for one in given]).to_parquet(path)
+    found = [row.values["messages"][1]["tool_calls"] for row in read_rows(path)]
+    assert found == [[call(one)] for one in given]
 
-    rows = [{"messages": chat({"city": "Paris"})}, {"messages": chat({"country": "France"})}]
-    path = tmp_path / "calls.parquet"
-    Dataset.from_list(rows).to_parquet(path)
-    found = [row.values["messages"][1]["tool_calls"] for row in read_rows(str(path))]
-    assert found == [[call({"city": "Paris"})], [call({"country": "France"})]]
+
+THOUGHT = answered(content="<think>\nIt is summer.\n</think>\n\nYes.")
+FUNCTION_CALL = {"name": "f", "arguments": "{}"}
+UNNAMED = r"'tools' or a call has .*; each must be an object with a name"
+HIDDEN = r"the chat template does not show {}.*`data\.chat_template`"
+REWRITTEN = r"renders turn 2 otherwise .*\{% generation %\} marks, or train on single answers"
+WEIGHTS = r"has turns of weight 0, and `data\.loss` 'all' learns all; drop one"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "options", "message"),
+    [
+        (CHATML, CALLED, {"tools": TOOLS}, HIDDEN.format("tool_calls of turn 2")),
+        (CHATML, CALLED, {}, HIDDEN.format("tool_calls of turn 2")),
+        (CHATML, PLAIN, {"tools": TOOLS}, HIDDEN.format(r"tools\[0\]")),
+        (CHATML, answered(function_call=FUNCTION_CALL), {}, HIDDEN.format("tool_calls of turn 2")),
+        (CHATML, answered(reasoning_content="Hm."), {}, HIDDEN.format("reasoning_content of turn")),
+        (CHATML, PLAIN, {"tools": [{"type": "function"}]}, UNNAMED),
+        (CHATML, answered(tool_calls="f()"), {}, UNNAMED),
+        (CHATML, answered(tool_calls=[3]), {}, UNNAMED),
+        (CHATML, answered(tool_calls=[{}]), {}, UNNAMED),
+        (CHATML, [*PLAIN, *answered(weight=0)], {"learn_all": True}, WEIGHTS),
+        (ROLES_APART, THOUGHT, {}, HIDDEN.format("content of turn 2")),
+        *(
+            (ROLES_APART, [*PLAIN, {"role": role, "content": "Yes."}, *PLAIN], {}, message)
+            for role in ("tool", "system", "developer")
+            for message in [HIDDEN.format(rf"content of turn 3 \(role '{role}'")]
+        ),
+        (REWRITING_TEMPLATE, [*PLAIN, *PLAIN], {}, REWRITTEN),
+        (CHAT_TEMPLATE, PLAIN[::-1], {}, "the chat opens with an assistant turn, which .*; put a"),
+        ("{{ raise_exception('no') }}", PLAIN, {}, r"chat template cannot render it \(no\); give"),
+    ],
+)
+def test_chats_that_are_refused(tokenizer, template, messages, options, message):
+    with pytest.raises(ValueError, match=f"f, row 1: .*{message}"):
+        encode_row(tokenizer, template, messages, **options)
+
+
+def test_what_a_template_may_drop(tokenizer):
+    learned = learned_text(tokenizer, encode_row(tokenizer, REWRITING_TEMPLATE, PLAIN))
+    assert learned == "|(thinks) Yes.</s>"
+    # Where nothing is learned from a turn, the template decides what a model sees of its past.
+    past = [THOUGHT[0], {**THOUGHT[1], "weight": 0}]
+    assert learned_text(tokenizer, encode_row(tokenizer, ROLES_APART, [*past, *PLAIN]))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,92 +20,71 @@ from pacatune.data.images import (
     to_rgb,
 )
 
+FINE, COARSE = ("class", [0, 1] * 3), ("class", [0, 0, 1] * 2)
 
-def hub_folder(folder, **columns):
-    """A data set as the hub would give it."""
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Read a data set as the hub would give it: columns are a kind and its values each."""
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    images = [Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(6)]
-    features = {"image": ImageFeature()}
-    values = {"image": images}
-    for name, (kind, entries) in columns.items():
-        kinds = {"class": ClassLabel(names=["cat", "dog", "owl"])}
-        features[name] = kinds.get(kind, Value(kind) if kind != "class" else None)
-        values[name] = entries
-    folder.mkdir()
-    Dataset.from_dict(values, features=Features(features)).to_parquet(folder / "train.parquet")
-    return str(folder)
-
-
-def read(path, split="train", **options):
-    return read_hub(ImageDataConfig(path=path, **options), path, split)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
+    def run(columns, missing=(), **options):
+        images = [Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(6)]
+        values = {"image": [None if i in missing else one for i, one in enumerate(images)]}
+        features = {"image": ImageFeature()}
+        for name, (kind, values[name]) in columns.items():
+            names = ["cat", "dog", "owl"]
+            features[name] = ClassLabel(names=names) if kind == "class" else Value(kind)
+        table = Dataset.from_dict(values, features=Features(features))
+        (tmp_path / "d").mkdir(exist_ok=True)
+        table.to_parquet(tmp_path / "d" / "train.parquet")
+        path = str(tmp_path / "d")
+        return read_hub(ImageDataConfig(path=path, **options), path, "train")
 
-def test_hub_images_with_named_classes(tmp_path):
-    path = hub_folder(tmp_path / "d", label=("class", [0, 1, 2, 0, 1, 2]))
-    table = read(path)
-    assert table.features["label"].names == ["cat", "dog", "owl"]
-    assert table["label"][:] == [0, 1, 2, 0, 1, 2]
-    assert load_image(table[3]).getpixel((0, 0)) == (60, 0, 0)
-    assert table[3]["place"] == f"{path} (train), row 4"
+    return run
 
 
 @pytest.mark.parametrize(
-    ("kind", "entries", "classes"),
+    ("kind", "values", "classes"),
     [
-        ("string", ["b", "a", "b", "a", "b", "a"], ["a", "b"]),
-        ("int64", [7, 3, 7, 3, 7, 3], ["3", "7"]),
+        ("class", [1, 0, 2, 0, 1, 0], ["cat", "dog", "owl"]),
+        ("string", ["b", "a", "c", "a", "b", "a"], ["a", "b", "c"]),
+        ("int64", [7, 3, 8, 3, 7, 3], ["3", "7", "8"]),
     ],
 )
-def test_hub_classes_that_are_plain_values(tmp_path, kind, entries, classes):
-    table = read(hub_folder(tmp_path / "d", label=(kind, entries)))
+def test_hub_images(read, tmp_path, kind, values, classes):
+    table = read({"label": (kind, values)})
     assert table.features["label"].names == classes
-    assert table["label"][:] == [1, 0, 1, 0, 1, 0]
+    assert table["label"][:] == [1, 0, 2, 0, 1, 0]
+    assert load_image(table[3]).getpixel((0, 0)) == (60, 0, 0)
+    assert table[3]["place"] == f"{tmp_path / 'd'} (train), row 4"
 
 
-def test_hub_column_must_be_chosen_where_there_are_several(tmp_path):
-    columns = {"fine": ("class", [0, 1] * 3), "coarse": ("class", [0, 0, 1] * 2)}
-    path = hub_folder(tmp_path / "d", **columns)
-    with pytest.raises(
-        ValueError, match=r"2 columns could be meant .*fine, coarse\); set `data.label_col"
-    ):
-        read(path)
-    assert read(path, label_column="coarse")["label"][:] == [0, 0, 1, 0, 0, 1]
-    with pytest.raises(ValueError, match=r"`data.image_column` \('x'\) must be one of image"):
-        read(path, label_column="coarse", image_column="x")
+def test_hub_column_that_is_chosen(read):
+    columns = {"fine": FINE, "coarse": COARSE}
+    assert read(columns, label_column="coarse")["label"][:] == [0, 0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize(("kind", "missing"), [("class", -1), ("string", None)])
-def test_hub_row_without_a_class(tmp_path, kind, missing):
-    other = 0 if kind == "class" else "a"
-    path = hub_folder(tmp_path / "d", label=(kind, [other, missing, *[other] * 4]))
-    with pytest.raises(ValueError, match=r"row 2 has no class in 'label'; give data whose every"):
-        read(path)
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"fine": FINE, "coarse": COARSE}, {}, r"2 columns .*fine, coarse\); set `data.label_col"),
+        ({"fine": FINE}, {"image_column": "x"}, r"`data.image_column` \('x'\) must be one of ima"),
+        ({"label": ("class", [0, -1] * 3)}, {}, "row 2 has no class in 'label'; give data whose"),
+        ({"label": ("string", ["a", None] * 3)}, {}, "row 2 has no class in 'label'; give data"),
+    ],
+)
+def test_hub_data_that_is_refused(read, columns, options, message):
+    with pytest.raises(ValueError, match=message):
+        read(columns, **options)
 
 
-def test_hub_that_cannot_be_reached():
-    with pytest.raises(
-        FileNotFoundError, match=r"'owner/birds'\) is neither a file or folder here nor a data"
-    ):
-        prepare_images(ImageDataConfig(path="owner/birds"))
-
-
-def test_hub_row_without_an_image(tmp_path):
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    (tmp_path / "d").mkdir()
-    values = {"image": [Image.new("RGB", (8, 8)), None], "label": ["a", "b"]}
-    features = Features({"image": ImageFeature(), "label": Value("string")})
-    Dataset.from_dict(values, features=features).to_parquet(tmp_path / "d" / "train.parquet")
-    with pytest.raises(ValueError, match=r"row 2: the row has no image"):
-        load_image(read(str(tmp_path / "d"))[1])
+def test_hub_row_without_an_image(read):
+    with pytest.raises(ValueError, match="row 2: the row has no image"):
+        load_image(read({"label": FINE}, missing=[1])[1])
 
 
 @pytest.fixture
@@ -163,37 +143,40 @@ def test_pets_train_on_what_is_called_trainval(tmp_path):
     assert load_image(table[1]).size == (9, 7)
 
 
-def test_torchvision_sets_and_splits_that_are_not_there(tmp_path):
-    config = ImageDataConfig(path="x", root=str(tmp_path))
-    with pytest.raises(ValueError, match=r"torchvision:` \('MNIST'\) must be one of CIFAR10"):
-        prepare_images(ImageDataConfig(path="torchvision:MNIST"))
-    with pytest.raises(ValueError, match=r"`data.split` \('val'\) must be one of train, test"):
-        read_torchvision(config, "CIFAR100", "val")
+SCIPY = ModuleNotFoundError("No module named 'scipy'", name="scipy")
 
 
-def test_torchvision_set_that_cannot_be_downloaded(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    config = ImageDataConfig(path="torchvision:CIFAR100", root=str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r"is not in .* and cannot be downloaded \(no route"
-    ):
-        prepare_images(config)
-
-
-def test_torchvision_set_that_needs_another_package(tmp_path, monkeypatch):
-    def lacks(*args, **kwargs):
-        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
-
-    monkeypatch.setattr(torchvision.datasets, "Flowers102", lacks)
-    config = ImageDataConfig(path="torchvision:Flowers102", root=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"No module named 'scipy'\); .* install what is m"):
+@pytest.mark.parametrize(
+    ("path", "split", "message"),
+    [
+        ("owner/birds", "train", r"'owner/birds'\) is neither a file or folder here nor a data"),
+        ("torchvision:MNIST", "train", r"torchvision:` \('MNIST'\) must be one of CIFAR10"),
+        ("torchvision:CIFAR100", "val", r"`data.split` \('val'\) must be one of train, test"),
+        (
+            "torchvision:CIFAR100",
+            "train",
+            r"is not in .* and cannot be downloaded \(no route\); con",
+        ),
+        (
+            "torchvision:Flowers102",
+            "train",
+            "No module named 'scipy'.*; .* install what is missing",
+        ),
+    ],
+)
+def test_sets_and_splits_that_are_not_there(tmp_path, monkeypatch, path, split, message):
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no route")))
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", Mock(side_effect=SCIPY))
+    config = ImageDataConfig(path=path, split=split, root=str(tmp_path))
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         prepare_images(config)
 
 
 GRADIENT = np.arange(256, dtype=np.uint8).reshape(16, 16)
+PALETTE = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+PALETTE.putpalette([255, 0, 0, 0, 255, 0])
+GREY_ALPHA = np.array([[[40, 255], [40, 0]]], np.uint8)
+ALPHA = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
 
 
 def stored(image, kind="PNG", **options):
@@ -203,51 +186,32 @@ def stored(image, kind="PNG", **options):
     return Image.open(file)
 
 
-def pixels(image):
-    converted = to_rgb(image)
-    assert converted.mode == "RGB"
-    return np.asarray(converted)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_their_range(kind):
-    sixteen = GRADIENT.astype(np.uint16) * 256 + 77
-    rgb = pixels(stored(Image.fromarray(sixteen), kind))
-    assert np.array_equal(rgb[..., 0], GRADIENT)
-
-
-def test_transparent_pixels_are_white_whatever_they_hide():
-    rgba = np.zeros((2, 2, 4), np.uint8)
-    rgba[0] = (10, 20, 30, 255)
-    rgba[1] = (10, 20, 30, 0)
-    rgb = pixels(stored(Image.fromarray(rgba)))
-    assert rgb[0, 0].tolist() == [10, 20, 30]
-    assert rgb[1, 0].tolist() == [255, 255, 255]
-
-
-PALETTE = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-PALETTE.putpalette([255, 0, 0, 0, 255, 0])
-
-
 @pytest.mark.parametrize(
     ("image", "options", "first", "last"),
     [
         (Image.fromarray(GRADIENT), {}, [0] * 3, [255] * 3),
         (PALETTE, {"transparency": 1}, [255, 0, 0], [255] * 3),
-        (
-            Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8), "LA"),
-            {},
-            [40] * 3,
-            [255] * 3,
-        ),
+        (Image.fromarray(GREY_ALPHA, "LA"), {}, [40] * 3, [255] * 3),
+        (Image.fromarray(ALPHA), {}, [10, 20, 30], [255] * 3),
         (Image.new("CMYK", (2, 2), (0, 0, 0, 0)), {"kind": "TIFF"}, [255] * 3, [255] * 3),
         (Image.new("1", (2, 2), 1), {}, [255] * 3, [255] * 3),
     ],
-    ids=["grey", "palette", "grey with alpha", "CMYK", "one bit"],
+    ids=["grey", "palette", "grey with alpha", "alpha", "CMYK", "one bit"],
 )
-def test_other_modes(image, options, first, last):
-    rgb = pixels(stored(image, **options))
+def test_every_mode_becomes_rgb(image, options, first, last):
+    """Transparent pixels are white, whatever they hide."""
+    converted = to_rgb(stored(image, **options))
+    assert converted.mode == "RGB"
+    rgb = np.asarray(converted)
     assert (rgb[0, 0].tolist(), rgb[-1, -1].tolist()) == (first, last)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_range(kind):
+    sixteen = Image.fromarray(GRADIENT.astype(np.uint16) * 256 + 77)
+    rgb = to_rgb(stored(sixteen, kind))
+    assert rgb.mode == "RGB"
+    assert np.array_equal(np.asarray(rgb)[..., 0], GRADIENT)
 
 
 def test_photographs_are_upright():

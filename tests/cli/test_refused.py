@@ -1,0 +1,251 @@
+"""Wrong words are one line that says what to do, before what takes seconds is imported."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pacatune.adapters import loading
+from pacatune.cli import main, train, train_image
+from pacatune.cli.entry import COMMANDS
+from pacatune.cli.evaluate import SUBCOMMANDS as EVALUATIONS
+from pacatune.cli.patch import SUBCOMMANDS as PATCHES
+
+EVERY_COMMAND = [
+    *(name for name in COMMANDS if name not in ("train", "train-image", "evaluate", "patch")),
+    *(f"evaluate {name}" for name in EVALUATIONS),
+    *(f"patch {name}" for name in PATCHES),
+]
+WITHOUT_OUTPUT = ("generate", "inspect", "bench", "estimate", "patch recover", "completion")
+RUN = "train --model.path tiny --data.path d.jsonl"
+IMAGES = "train-image --model.path m --data.path images"
+BOTH = "--adapter adapter --output out"
+BENCH = "bench --output out"
+TYPO = "--training.learning_rte"
+
+# Words of a run -> part of what is said.
+WRONG_RUNS = {
+    "train": "`model.path` is ''; give a hub id",
+    "train --model tiny --data d.jsonl": ") is a section of options; did you mean --",
+    "train --model.path ./nosuch --data.path d.jsonl": "./nosuch does not exist; check `model",
+    "train --model.path empty --data.path d.jsonl": "empty holds no config.json",
+    "train --model.path tiny": "`data.path` is ''; give",
+    "train --model.path tiny --data.path no.jsonl": "no.jsonl does not exist; check `data.path`",
+    f"{RUN} --data.eval_path no.csv": "no.csv does not exist; check `data.eval_path`",
+    "train --model.path tiny --data.datasets=[{path:\\u0020no.csv}]": "check `data.datasets`",
+    f"{RUN} --data.chat_template no.jinja": "`data.chat_template` ('no.jinja') is neither",
+    f"{RUN} --data.format messages": "row 1: the columns ['completion', 'prompt'] are not",
+    f"{RUN} --data.loss answers": "data.loss",
+    f"{RUN} --model.quantization nf5": "'nf4', 'fp4', 'int8'",
+    f"{RUN} --training.max_steps abc": "<class 'int'>. Got value: abc; see `pacatune train --help`",
+    f"{RUN} --training.max_steps 0": "`training.max_steps` (0) must be above 0; raise",
+    f"{RUN} --training.learning_rate fast": "Given value: fast; see `pacatune train --help`",
+    f"{RUN} --training.learning_rate -1e-3": "`training.learning_rate` (-0.001) must be above 0",
+    f"{RUN} --training.learning_rate -.5": "`training.learning_rate` (-0.5) must be above 0",
+    f"{RUN} --paca.r 0": "`r` (0) must be an integer of at least 1",
+    f"{RUN} --paca.r 3.5": "<class 'int'>. Got value: 3.5; see",
+    f"{RUN} --paca.rank_pattern 3": "dict",
+    f"{RUN} --paca.rank_pattern.q_proj x": "paca.rank_pattern",
+    f"{RUN} --paca.layers_to_transform a": "list",
+    f"{RUN} --method lore": "paca, qpaca, lora, ",
+    f"{RUN} --method lora_": "did you mean 'lora'?",
+    f"{RUN} --preview 0": "preview",
+    f"{RUN} --preview x": "preview",
+    f"{RUN} --task dpo": "d.jsonl, row 1: field 'chosen' is missing",
+    f"{RUN} --task kto": "d.jsonl, row 1: field 'label' is missing",
+    f"{RUN} --task grpo --reward a:b --data.path wrong.csv": "field 'prompt' is missing",
+    f"{RUN} --reward a:f": "unknown option --reward; ",
+    f"{RUN} --task kto --data.format text": "unknown option --data.format; ",
+    f"{RUN} --task dop": "`--task` ('dop') must be one of sft, dpo, ",
+    f"{RUN} {TYPO} 1": f"unknown option {TYPO}; did you mean '--training.learning_rate'?",
+    f"{RUN} stray": "unrecognized arguments: stray",
+    "train --config missing.yaml": "config file missing.yaml does not exist",
+    "train --config task.yaml": "`task of task.yaml` (\"['a']\") must be one of sft",
+    "train --config flag.yaml": "flag.yaml: 'resume' belongs on the command line, as --resume.",
+    "train --config key.yaml": "unknown key 'training.learning_rte'; did you mean 'training.learni",
+    "train --config deep.yaml": "unknown key 'max_steps'; did you mean 'training.max_steps'?",
+    "train --config typo.yaml": "unknown key 'learning_rte'; did you mean 'training.learning_rate'",
+    "train --config name.yaml": "unknown key 'modell'; did you mean 'model'?",
+    "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
+    "train-image --model.path ./nosuch --data.path images": "./nosuch does not exist; check",
+    "train-image --model.path resnet18 --data.path ./nosuch": "./nosuch does not exist; check `",
+    f"{IMAGES} --data.image_size 0": "`data.image_size` (0)",
+    f"{IMAGES} --data.imag_size 3": "unknown option --data.imag_size; did you mean '--data.image_s",
+    f"{IMAGES} --data.augmentation rotate": "data.augmentation",
+    f"{IMAGES} --preset vit": "`preset` ('vit') must be one of vit-b16-cifar10",
+    f"{IMAGES} --preview 2": "unknown option --preview",
+    f"{IMAGES} --method qlora": "method",
+}
+
+# Words of other commands -> part of what is said without PEFT, TRL or a model class.
+EARLY = {
+    "trian": "unknown command 'trian'; did you mean 'train'?",
+    "zzzzzz": "choose from train, train-image, generate",
+    "--verbos": "unknown option '--verbos'",
+    "merge --adapter ./nosuch --output out": "adapter folder './nosuch' does not exist",
+    "merge --adapter tiny --output out": "'tiny' has no adapter_config.json; is it the right",
+    "merge --adapter adapter --output images": "output folder 'images' is not empty; choose",
+    "merge --adapter a": "the following arguments are required: output",
+    f"merge {BOTH} --model ./nosuch": "./nosuch does not exist; check `mod",
+    f"merge {BOTH} --device gpu": "`device` ('gpu') is unknown to torch",
+    f"merge {BOTH} --device cuda:99": "`device` ('cuda:99') is not on this machine",
+    f"merge {BOTH} --dtype bfloat": "fp32, bf16, fp16; did you mean 'bfloat16'?",
+    "export --to lora --adapter ./nosuch --output out": "adapter folder './nosuch' does not exist",
+    "export --to lora --adapter adapter --output images": "output folder 'images' is not empty",
+    f"export {BOTH} --to onnx": "`to` ('onnx') must be one of lora",
+    "generate --prompt a": "give --model, --adapter or both; see `pacatune generate --help`.",
+    "generate --prompt=-a --compare": "--compare needs --adapter",
+    "generate --prompt -\\u0020a --compare": "--compare needs --adapter",
+    "generate --prompt a --model ./nosuch": "./nosuch does not exist; check `model`",
+    "generate --prompt a --adapter ./nosuch": "adapter folder './nosuch' does not exist",
+    "generate --prompt a --model tiny --temperature -1": "`temperature` (-1.0) must be 0 (greedy)",
+    "generate --prompt a --model tiny --max-new-tokens 0": "`max_new_tokens` (0) must be at least",
+    "generate --model tiny": "--prompt is missing; give a text, or - to read it",
+    "generate --max-new-tokens many": "max_new_tokens\": Expected a <class 'int'>. Got value: many",
+    "generate --promt=a": "unknown option --promt; did you mean '--prompt'?",
+    "generate -o b": "unknown option -o; ",
+    "evaluate mlmu": "unknown command of evaluate 'mlmu'; did you mean 'mmlu'?",
+    "evaluate zzzz": "choose from mmlu, lm-eval, choice",
+    "evaluate --model": "unknown option '--model'",
+    "evaluate lm-eval --tasks , --output x": "`tasks` (',') must be names with commas",
+    "evaluate perplexity --model ./nosuch --output out": "./nosuch does not exist; check `model`",
+    "evaluate perplexity --model tiny --output out --text no": "`text` ('no') is no file in UTF-8",
+    **{
+        f"evaluate {words} --model no --output adapter": "output folder 'adapter' is not empty; cho"
+        for words in ("mmlu", "choice --data no", "perplexity --text no", "lm-eval --tasks no")
+    },
+    "patch revrt": "unknown command of patch 'revrt'; did you mean 'revert'?",
+    "patch make --adapter ./nosuch --output out": "adapter folder './nosuch' does not exist",
+    "patch apply --model tiny --patch no --output out": "patch 'no' does not exist, or is no file",
+    "patch diff --model tiny --with ./nosuch": "./nosuch does not exist; check `with`",
+    "patch to-adapter --patch no --output out": "patch 'no' does not exist",
+    "patch recover --model ./no": "folder 'no' does not exist",
+    "inspect": "the following arguments are required: adapter; see `pacatune inspect --help`.",
+    "inspect ./nosuch": "adapter folder './nosuch' does not exist",
+    "inspect a -- -b": "unrecognized arguments: -b; see",
+    "inspect a b": "unrecognized arguments: b; see `pacatune inspect --help`.",
+    "estimate lama3-8b": "unknown model 'lama3-8b'; did you mean 'llama3-8b'?",
+    "estimate llama3-8b --gpu a100-80": "unknown GPU 'a100-80'; did you mean 'a100-80g'?",
+    "estimate llama3-8b --memory lots": "`memory` ('lots') is no amount of memory",
+    "estimate llama3-8b --rank 0": "`rank` (0) must be a whole number of at least 1",
+    "estimate llama3-8b --methods paca,ful": "full; did you mean 'full'?",
+    "estimate llama3-8b --method full --quantization nf4": "cannot be trained",
+    "estimate llama3-8b --plot out.txt": "must end in one of .png",
+    "estimate llama3-8b --sharding zero4": "`sharding` ('zero4') must be one of none, zero1",
+    "estimate llama3-8b --gpu h100 --memory 1GiB": "give only one of --gpu, --memory",
+    "estimate llama3-8b --max rank": "--max needs --gpu or --memory",
+    "estimate llama3-8b --method lora --methods paca": "give only one of --method, --methods",
+    "estimate llama3-8b --max layers --gpu h100": "`max` ('layers') must be one of seq-len, batch",
+    "estimate llama3-8b --time --memory 24GiB": "--time needs --gpu",
+    BENCH + " --model ./nosuch": "./nosuch does not exist; check `model`",
+    BENCH + " --model tiny --heads 2": "`num_heads` is for --shape",
+    BENCH + " --shape 512": "`shape` ('512') must be HIDDENxLAYERS",
+    BENCH + " --shape 64x2 --heads 7": "`num_heads` (7) must divide",
+    BENCH + " --methods lorra": "did you mean 'lora'?",
+    BENCH + " --tokens 16,x": "`tokens` ('16,x') must be whole numbers with commas between",
+    BENCH + " --memory-limit 4\\u0020lots": "`memory_limit` ('4 lots') is no amount of memory",
+    BENCH + " --sweep rank": "`sweep` ('rank') must be one of batch, seq-len",
+    "bench --shape 32x2 --output images": "did not write, or that were changed since (a/1.png",
+    "compare --config wrong.yaml --output out": "wrong.yaml: unknown key 'training'",
+    "completion tcsh": "('tcsh') must be one of bash, zsh, fish",
+    # An option that there is not comes before those that are missing.
+    **{
+        f"{command} --outptu x": "unknown option --outptu; "
+        + ("" if command in WITHOUT_OUTPUT else "did you mean '--output'?")
+        for command in EVERY_COMMAND
+    },
+}
+
+# What is found before a model is loaded.
+LATER = {
+    "merge --adapter paca --output out --model nowhere": "`model` ('nowhere') is neither a file or",
+    "estimate llama3-8b --rank 5000": "`r` (5000) must be in [1, in_features=4096]",
+    "estimate llama3-8b --target-modules query": "query",
+    "estimate llama3.2-1b --method shira": "`method` ('shira') looks at values when its",
+    "estimate llama3-8b --time --gpu 4090": "rates of GPU '4090' are not known",
+    "evaluate lm-eval --tasks no --tasks-dir images --model tiny --output out": "'images' has no t",
+    "evaluate mmlu --tasks-dir nowhere --model tiny --output out": "'nowhere' has no task (*.yaml)",
+    "evaluate choice --data no.jsonl --model tiny --output out": "'no.jsonl' is not a file; give",
+    "evaluate perplexity --text images/a/1.png --model tiny --output out": "is no file in UTF-8",
+}
+
+SCRIPT = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pacatune.cli import main
+
+said = {}
+for words in json.load(sys.stdin):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        status = main([json.loads(f'"{word}"') for word in words.split()])
+    imported = set(sys.argv[1:]) & set(sys.modules)
+    said[words] = status, out.getvalue(), [*imported], err.getvalue()
+json.dump(said, sys.stdout)
+"""
+
+
+@pytest.fixture
+def folder(tiny_model_dir, adapter_dir, tmp_path, monkeypatch):
+    """The current folder, with what is right in the words, and what is wrong; it stays as it is."""
+    files = {
+        "adapter/adapter_config.json": '{"peft_type": "PACA"}',
+        "d.jsonl": '{"prompt": "1?", "completion": " 1"}\n',
+        "wrong.csv": "q,a\n1,2\n",
+        "wrong.yaml": "training: {max_steps: many}\n",
+        "task.yaml": "task: [a]\n",
+        "flag.yaml": "resume: true\n",
+        "key.yaml": "training: {learning_rte: 1}\n",
+        "deep.yaml": "max_steps: 1\n",
+        "typo.yaml": "learning_rte: 1\n",
+        "name.yaml": "modell: {path: x}\n",
+    }
+    for name in ("adapter", "empty", "images", "images/a", "images/b"):
+        (tmp_path / name).mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for number, name in enumerate(("a/1", "a/2", "b/1", "b/2")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "tiny").symlink_to(tiny_model_dir)
+    (tmp_path / "paca").symlink_to(adapter_dir)
+    monkeypatch.chdir(tmp_path)
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
+    yield
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before
+
+
+def words_of(text):
+    return [json.loads(f'"{word}"') for word in text.split()]
+
+
+def is_line(said, message):
+    return re.fullmatch(f"pacatune: error: .*{re.escape(message)}.*\n", said) is not None
+
+
+@pytest.mark.parametrize("words", WRONG_RUNS)
+def test_runs_by_a_check_without_torch(words, folder):
+    name, *rest = words_of(words)
+    command = {"train": train, "train-image": train_image}[name]
+    with pytest.raises((ValueError, OSError), match=re.escape(WRONG_RUNS[words])):
+        command.check(rest)
+
+
+def test_before_anything_heavy_is_imported(folder):
+    heavy = ["trl", "peft", "datasets", "lm_eval", "transformers.modeling_utils"]
+    argv = [sys.executable, "-c", SCRIPT, *heavy]
+    done = subprocess.run(argv, input=json.dumps(list(EARLY)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for words, (status, out, imported, said) in json.loads(done.stdout).items():
+        assert (words, status, out, imported) == (words, 2, "", [])
+        assert (words, is_line(said, EARLY[words])) == (words, True), said
+
+
+@pytest.mark.parametrize("words", LATER)
+def test_before_a_model_is_loaded(words, folder, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_language_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(words_of(words)) == 2
+    out, said = capsys.readouterr()
+    assert (out, is_line(said, LATER[words])) == ("", True), said
