@@ -28,9 +28,10 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """Training and test chats whose answers can be learned."""
+    """Training and test chats whose answers can be learned, and some of both."""
     folder = tmp_path_factory.mktemp("chats")
-    for name, numbers in (("train", range(40)), ("test", range(40, 52))):
+    parts = {"train": range(40), "test": range(40, 52), "both": range(30, 52)}
+    for name, numbers in parts.items():
         pairs = [(f"What is {i}?", f"It is {7 * i % 10}.") for i in numbers]
         roles = ("user", "assistant")
         chats = [[{"role": r, "content": t} for r, t in zip(roles, p, strict=True)] for p in pairs]

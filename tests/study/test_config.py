@@ -57,15 +57,12 @@ def test_a_study_is_read(tmp_path):
     text = """
 task: run.yaml
 options: {training: {max_steps: 8}}
-arms:
-  paca: {rank: 4, learning_rates: [1e-3, 2e-3], options: {paca: {target_modules: [q_proj]}}}
-  full: {method: full}
+arms: {paca: {rank: 4, learning_rates: [1e-3, 2e-3], options: {lean: off}}, full: {method: full}}
 seeds: [3, 4]
 match: parameters
 learning_rates: {full: [1e-5]}
 """
-    options = {"paca": {"target_modules": ["q_proj"]}}
-    paca = Arm(rank=4, learning_rates=[1e-3, 2e-3], options=options)
+    paca = Arm(rank=4, learning_rates=[1e-3, 2e-3], options={"lean": "off"})
     assert read(tmp_path, text) == StudyConfig(
         task="run.yaml",
         options={"training": {"max_steps": 8}},
