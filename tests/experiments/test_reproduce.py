@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.paper import TABLES, fig2, fig3
 from experiments.reproduce import costs, images, texts
@@ -238,6 +239,8 @@ def test_results_of_other_settings_are_not_taken_for_these():
     run = jobs["full-vit-b16-paca-pets"].inputs["run"]
     assert run["data"]["path"].startswith("torchvision:")
     assert run["training"]["per_device_train_batch_size"] == 64
+    with torch.device("meta"):  # ViT-B/16 with a head of 100 classes
+        assert images.build_vit().num_parameters() == 85_798_656 + 100 * (768 + 1)
 
 
 def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
