@@ -27,20 +27,14 @@ def test_names_dtypes_and_losses():
     assert setting(lean="auto", loss="logits").loss_kind == "logits"
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "nearest"),
-    [
-        ("method", "pacca", "paca"),
-        ("method", "qlorra", "qlora"),
-        ("dtype", "bfloat", "bfloat16"),
-        ("adapter_dtype", "float", "float32"),
-        ("quantization", "nf5", "nf4"),
-        ("lean", "of", "off"),
-        ("loss", "chunk", "chunked"),
-        ("sharding", "fsdp", "fsdp2"),
-    ],
-)
-def test_unknown_choice_suggests_the_nearest(option, value, nearest):
+UNKNOWN = {"method": ("qlorra", "qlora"), "dtype": ("bfloat", "bfloat16"), "lean": ("of", "off")}
+UNKNOWN |= {"adapter_dtype": ("float", "float32"), "quantization": ("nf5", "nf4")}
+UNKNOWN |= {"loss": ("chunk", "chunked"), "sharding": ("fsdp", "fsdp2")}
+
+
+@pytest.mark.parametrize("option", UNKNOWN)
+def test_unknown_choice_suggests_the_nearest(option):
+    value, nearest = UNKNOWN[option]
     match = rf"`{option}` \('{value}'\) must be one of .*; did you mean '{nearest}'\?"
     with pytest.raises(ValueError, match=match):
         setting(**{option: value})
@@ -61,14 +55,10 @@ def test_sizes_must_be_whole_and_positive(option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(
-            ({"lean_level": level}, rf"`lean_level` \({level}\) must be 1, 2 or 3\.")
-            for level in (0, 4, 2.0)
-        ),
-        (
-            {"lean_level": 2, "lean": "off"},
-            r"`lean_level` \(2\) with `lean` \('off'\): nothing is",
-        ),
+        ({"lean_level": 0}, r"`lean_level` \(0\) must be 1, 2 or 3\."),
+        ({"lean_level": 4}, r"`lean_level` \(4\) must be 1, 2 or 3\."),
+        ({"lean_level": 2.0}, r"`lean_level` \(2.0\) must be 1, 2 or 3\."),
+        ({"lean_level": 2, "lean": "off"}, r"`lean_level` \(2\) with `lean` \('off'\): nothi"),
         ({"seq_len": 1}, r"`seq_len` \(1\) must be at least 2"),
         ({"method": "lora", "dropout": -0.1}, r"`dropout` \(-0.1\) must be in \[0, 1\)"),
         ({"method": "lora", "dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
@@ -145,10 +135,8 @@ def test_ours_alternates_with_every_other_on_an_equal_base(make_config, names, p
     assert make_config(methods=names).pairs == pairs
 
 
-def test_what_is_left_to_the_machine_is_settled(make_config, monkeypatch):
-    for is_fast, dtype in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(
-            settings.precision, "bfloat16_is_fast", lambda use_cpu, is_fast=is_fast: is_fast
-        )
-        config = make_config(dtype="auto", threads=None)
-        assert (config.dtype, config.threads) == (dtype, settings.num_cores())
+@pytest.mark.parametrize(("is_fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_what_is_left_to_the_machine_is_settled(make_config, monkeypatch, is_fast, dtype):
+    monkeypatch.setattr(settings.precision, "bfloat16_is_fast", lambda use_cpu: is_fast)
+    config = make_config(dtype="auto", threads=None)
+    assert (config.dtype, config.threads) == (dtype, settings.num_cores())

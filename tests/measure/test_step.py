@@ -208,14 +208,13 @@ def test_a_step_waits_for_the_device_at_its_end_alone(make_config, monkeypatch):
 
 
 def test_a_step_takes_any_loss_and_batch():
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    one = Step(
-        contender=Contender("full", model, optimizer),
-        batch=(torch.ones(4, 3), torch.zeros(4, 2)),
-        loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
-        clock=time.process_time,
-    )
+    model, batch = torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
+    full = Contender("full", model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    one = Step(contender=full, batch=batch, loss=loss, clock=time.process_time)
     before = one.forward().item()
     assert min(one()) >= 0
     assert one.forward().item() != before
