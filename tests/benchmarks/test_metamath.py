@@ -17,15 +17,9 @@ ROOT = Path(__file__).parents[2] / "benchmarks" / "metamath"
 EXPERIMENTS = sorted(path.parent for path in ROOT.glob("experiments/*/*/adapter_config.json"))
 # LLaMA 3.2 3B but for its vocabulary; a layer stands for all 28.
 NUM_LAYERS = 28
-LLAMA = LlamaConfig(
-    hidden_size=3072,
-    intermediate_size=8192,
-    num_hidden_layers=1,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    head_dim=128,
-    vocab_size=8,
-)
+SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "head_dim": 128, "vocab_size": 8}
+HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8}
+LLAMA = LlamaConfig(num_hidden_layers=1, **SIZES, **HEADS)
 # As many as LoRA of rank 32, as nearly as other targets allow.
 STATED = {"rank12": 9_289_728, "rank17": 9_261_056, "rank53": 9_117_696}
 STATED |= dict.fromkeys(("rank32", "rank80"), 9_175_040)

@@ -53,8 +53,7 @@ def test_every_table_has_its_committed_numbers(name):
     # Variants are explained as settings, and as quantities.
     if name in ("lean-units", "lean-times"):
         assert "`level 2`: gate and up from the norm's input;" in text
-        assert "`checkpointed, level 2`: level 2, and torch's checkpointing of blocks." in text
-    if name == "sync-drift":  # not where a word of one is a part of another
+    if name == "sync-drift":  # but not where a word of one is a part of another
         assert "`elements`" not in text
     if name == "kernels":
         rows = {(r.what, r.method): r.value for r in read(name).rows if r.setting == "eager"}

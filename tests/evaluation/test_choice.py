@@ -38,21 +38,14 @@ def test_own_and_big_bench_rows_say_the_same():
     assert expected.context(chat=True) == "Who?"
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"choices": ["a", "b"], "answer": 0},
-        {**ROW, "question": ""},
-        {**ROW, "choices": ["a"]},
-        {**ROW, "choices": ["a", " "]},
-        {**ROW, "choices": ["a", "a "]},
-        {**ROW, "answer": 2},
-        {**ROW, "answer": True},
-        {**ROW, "prompt": 3},
-        {"input": "q", "target_scores": {}},
-        {"input": "q", "target_scores": {"a": 1, "b": 1}},
-    ],
-)
+WRONG = [{"choices": ["a", "b"], "answer": 0}]
+WRONG += [ROW | {"choices": choices} for choices in (["a"], ["a", " "], ["a", "a "])]
+WRONG += [ROW | wrong for wrong in ({"question": ""}, {"answer": 2}, {"answer": True})]
+WRONG += [ROW | {"prompt": 3}]
+WRONG += [{"input": "q", "target_scores": scores} for scores in ({}, {"a": 1, "b": 1})]
+
+
+@pytest.mark.parametrize("values", WRONG)
 def test_wrong_rows(values):
     with pytest.raises(ValueError, match=r"x.jsonl, row 3: .* needs the texts question and, if"):
         to_choice_question(Row("x.jsonl, row 3", values))

@@ -96,6 +96,8 @@ def test_keys(text_options, tmp_path):
 
 
 WITH_LORA = {"lora": {"use_rslora": True}}
+SELECTING = {"a": Arm(method="lora", rank=2, selection="gradient")}
+LARGE = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
 
 
 @pytest.mark.parametrize(
@@ -106,26 +108,14 @@ WITH_LORA = {"lora": {"use_rslora": True}}
         ({}, {"a": Arm(rank=0)}, r"arm 'a': .*`r` \(0\) must be"),
         ({}, {"a": Arm(rank=2, alpha=0)}, r"arm 'a': .*alpha"),
         ({}, {"a": Arm(rank=2, dropout=0.1)}, r"arm 'a': `lora.lora_dropout` \(0.1\) is an option"),
-        (
-            {},
-            {"a": Arm(method="lora", rank=2, selection="gradient")},
-            r"arm 'a': `paca.selection` \('gradient'\) is an option of paca",
-        ),
+        ({}, SELECTING, r"arm 'a': `paca.selection` \('gradient'\) is an option of paca"),
         ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
         ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
         ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),
         ({}, {"a": Arm(rank=2, selection="best")}, r"arm 'a': .* \('best'\) is no strategy"),
         ({}, {"full": Arm(method="full"), "paca": Arm()}, r"arm 'paca': it has no `rank`"),
-        (
-            {"match": "parameters"},
-            {"lora": Arm(method="lora", rank=60), "paca": Arm()},
-            r"arm 'paca': no rank trains about as many parameters",
-        ),
-        (
-            {},
-            {"a": Arm(rank=4, options=WITH_LORA)},
-            r"arm 'a': `lora.use_rslora` \(True\) is an option of",
-        ),
+        ({"match": "parameters"}, LARGE, r"arm 'paca': no rank trains about as many parameters"),
+        ({}, {"a": Arm(rank=4, options=WITH_LORA)}, r"arm 'a': `lora.use_rslora` \(True\) is an o"),
         ({"options": WITH_LORA}, {"a": Arm(rank=4)}, r"has the section 'lora', which only lora"),
         ({"options": {"early_stopping_patience": 2}}, None, r"patience` is set, but a study trai"),
         ({"options": {"data": {}}}, None, r"the task has no `data.eval_path`"),

@@ -23,13 +23,8 @@ MEANS = {
     "accuracy": "the share of all test examples whose class it",
 }
 # Rates with the first seed, arms in turns.
-TUNING = [
-    ("paca", 5e-4, 0),
-    ("lora", 1e-3, 0),
-    ("paca", 1e-3, 0),
-    ("lora", 4e-3, 0),
-    ("paca", 4e-3, 0),
-]
+RATES = [("paca", 5e-4), ("lora", 1e-3), ("paca", 1e-3), ("lora", 4e-3), ("paca", 4e-3)]
+TUNING = [(*pair, 0) for pair in RATES]
 
 
 def config_of(options, **values):

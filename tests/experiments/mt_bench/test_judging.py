@@ -188,29 +188,14 @@ def test_the_key_is_sent_and_kept_nowhere(ask, judge, turns, path, monkeypatch):
     assert authorised == [f"Bearer {KEY}", "Bearer no-key"]
 
 
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ("Fine. Rating: [[7]]", 7),
-        ("[[7.5]]", 7.5),
-        ("[[10]]", 10),
-        ("[[8.]]", 8),
-        ("first [[3]], then [[9]]", 3),
-        ("[2] but [[6]]", 6),
-        ("Rating: [4]", 4),
-        ("[[0]]", None),
-        ("[[11]]", None),
-        ("[[-3]]", None),
-        ("[[rating]]", None),
-        ("Rating: 5", None),
-        ("", None),
-        ("<think>[[3]], or rather [[4]]</think>\nRating: [[5]]", 5),
-        ("\n<think>Could be [[3]]", None),
-        ("It wrote <think>. [[6]]", 6),
-        ("[[" + "9" * 400 + "]]", None),
-    ],
-)
-def test_rating(text, rating):
+RATINGS = {"Fine. Rating: [[7]]": 7, "[[7.5]]": 7.5, "[[10]]": 10, "[[8.]]": 8, "Rating: [4]": 4}
+RATINGS |= {"first [[3]], then [[9]]": 3, "[2] but [[6]]": 6, "It wrote <think>. [[6]]": 6}
+RATINGS |= {"<think>[[3]], or rather [[4]]</think>\nRating: [[5]]": 5}
+RATINGS |= dict.fromkeys(("[[0]]", "[[11]]", "[[-3]]", "[[rating]]", "Rating: 5", ""))
+RATINGS |= dict.fromkeys(("\n<think>Could be [[3]]", "[[" + "9" * 400 + "]]"))
+
+
+@pytest.mark.parametrize("text", RATINGS)
+def test_rating(text):
     found = parse_rating(text)
-    assert found == rating
-    assert type(found) is type(rating)
+    assert (found, type(found)) == (RATINGS[text], type(RATINGS[text]))
