@@ -30,8 +30,8 @@ def test_bytes_and_writes_are_those_that_are_committed():
 def test_each_exact_number_is_compared():
     rows = read("step").rows
     found = exact(rows)
-    whats = {"trained parameters", "kept for backward", "column writes per layer"}
-    assert {row.what for row in found} == whats
+    exact_ones = {"trained parameters", "kept for backward", "column writes per layer"}
+    assert {row.what for row in found} == exact_ones
     assert list(check.differences(found, rows)) == []
     worse = replace(found[0], value=found[0].value + 1)
     (line,) = check.differences([worse], rows)

@@ -156,14 +156,14 @@ def test_steps_do_not_influence_each_other_and_their_model_is_freed(tmp_path):
 
 
 def test_what_paca_keeps_aside_counts(simulated):
-    """Delta and its optimiser state, original columns in the weights' dtype, and which they are."""
+    """Delta and its optimiser state, and original columns: of shards (R6) there are none."""
     measured = simulated()
     deltas = 2 * (3 * 64 + 2 * 32 + 2 * 176) * 4
     columns = 2 * 7 * 4
     assert measured.by_category["adapter"] == deltas * (4 + 2) + columns * 8
     num_steps = 2 * 7  # AdamW's counters
     assert measured.by_category["optimizer"] == deltas * 8 + num_steps * 4
-    # Originals of gathered weights are gone with them (R6).
+    # Originals of gathered weights are gone with them.
     shared = simulated(sharding="fsdp2", num_gpus=2).by_category["adapter"]
     assert shared == deltas * 4 / 2
 
