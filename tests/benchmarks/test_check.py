@@ -30,9 +30,8 @@ def test_bytes_and_writes_are_those_that_are_committed():
 def test_each_exact_number_is_compared():
     rows = read("step").rows
     found = exact(rows)
-    assert {row.what for row in found} == {
-        *("trained parameters", "kept for backward", "column writes per layer"),
-    }
+    exact_ones = {"trained parameters", "kept for backward", "column writes per layer"}
+    assert {row.what for row in found} == exact_ones
     assert list(check.differences(found, rows)) == []
     worse = replace(found[0], value=found[0].value + 1)
     (line,) = check.differences([worse], rows)
@@ -41,16 +40,12 @@ def test_each_exact_number_is_compared():
     assert line.endswith("not in the committed result")
 
 
-@pytest.mark.parametrize("name", check.NAMES)
-def test_every_committed_row_has_a_name_of_its_own(name):
-    for _, committed in check.parts(name, everything=True):
-        keys = [check._key(row) for row in exact(committed.rows)]
-        assert keys
-        assert len(set(keys)) == len(keys)
-
-
-def test_every_estimate_of_the_paper_is_compared():
+def test_every_committed_row_has_a_name_of_its_own_and_every_estimate_of_the_paper_is_compared():
     """Those of all tables and figures; what is counted beside a measurement takes the measuring."""
+    for name in check.NAMES:
+        for _, committed in check.parts(name, everything=True):
+            keys = [check._key(row) for row in exact(committed.rows)]
+            assert len(set(keys)) == len(keys) > 0
     compared = [one.provenance for _, one in check.parts("estimate", everything=True)]
     for name in EXPERIMENTS:
         for key, job in read_results(name, "small").items():
@@ -60,22 +55,24 @@ def test_every_estimate_of_the_paper_is_compared():
 
 def part(*values, method="paca", torch="2"):
     """What `check.parts` yields: numbers that are computed as they are committed."""
-    rows = [
-        Row(what="bytes", method=method, value=value, setting=str(number), origin="counted")
-        for number, value in enumerate(values)
-    ]
+    names = {"what": "bytes", "method": method, "origin": "counted"}
+    rows = [Row(value=value, setting=str(i), **names) for i, value in enumerate(values)]
     return lambda: rows, Finished(rows=rows, provenance={"versions": {"torch": torch}})
 
 
-def test_the_exit_status(monkeypatch, capsys):
-    monkeypatch.setattr(check, "VERSIONS", ())
-    compute, committed = part(1, 2)
+def test_the_exit_status_and_what_other_versions_have_computed(monkeypatch, capsys):
+    """It is not compared; the rest is."""
+    monkeypatch.setattr(check, "VERSIONS", ("torch",))
+    monkeypatch.setattr(check, "package_version", lambda name: "2")
     monkeypatch.setattr(check, "NAMES", ("step",))
-    monkeypatch.setattr(check, "parts", lambda name, everything: [(compute, committed)])
+    found = [part(1, 2), part(3, method="lora", torch="1.0")]
+    monkeypatch.setattr(check, "parts", lambda name, everything: found)
     assert check.main(["step"]) == 0
-    assert capsys.readouterr().out == "step: 2 rows as committed\n"
-    changed = part(1, 3)[0]
-    monkeypatch.setattr(check, "parts", lambda name, everything: [(changed, committed)])
+    assert capsys.readouterr().out.splitlines() == [
+        "step: not compared where it is of torch 1.0, here 2",
+        "step: 2 rows as committed",
+    ]
+    found[:] = [(part(1, 3)[0], found[0][1])]
     assert check.main([]) == 1
     out = capsys.readouterr().out
     assert "step: bytes, paca, 1: 3, committed 2" in out
@@ -83,16 +80,3 @@ def test_the_exit_status(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         check.main(["steps"])
     assert "steps: choose from" in capsys.readouterr().err
-
-
-def test_each_job_is_of_its_own_versions(capsys, monkeypatch):
-    """What other versions have computed is not compared; the rest is."""
-    monkeypatch.setattr(check, "VERSIONS", ("torch",))
-    monkeypatch.setattr(check, "package_version", lambda name: "2")
-    found = [part(1, 2), part(3, method="lora", torch="1.0")]
-    monkeypatch.setattr(check, "parts", lambda name, everything: found)
-    assert check.check(["estimate"], everything=False) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "estimate: not compared where it is of torch 1.0, here 2",
-        "estimate: 2 rows as committed",
-    ]

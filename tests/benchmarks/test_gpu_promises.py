@@ -4,6 +4,7 @@ That they are kept on a CPU, as far as that goes, is shown by tests/tools/test_g
 """
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,6 @@ from benchmarks import kernels
 from pacatune.residency import put
 from pacatune.residency import weight as residency
 
-CPU = torch.device("cpu")
 CHECKS = {
     name.removeprefix("check_"): check
     for name, check in vars(promises).items()
@@ -35,24 +35,23 @@ def test_kept_on_a_gpu(name):
 
 def refused(name, message):
     with pytest.raises(promises.BrokenPromise, match=message):
-        CHECKS[name](CPU)
+        CHECKS[name](torch.device("cpu"))
 
 
 def test_wrong_gradients(monkeypatch):
-    grad_delta = put.adapted_columns
-    monkeypatch.setattr(
-        put, "adapted_columns", lambda w, d, scaling: grad_delta(w, d, scaling) * 1.01
-    )
+    columns = put.adapted_columns
+    monkeypatch.setattr(put, "adapted_columns", lambda w, d, scaling: columns(w, d, 1.01 * scaling))
     refused("gradients", r"float32: PaCA is .* from plain autograd, at most 1e-04 allowed")
     refused("columns", "columns in a weight have other bits")
 
 
-def test_a_base_that_is_not_restored(monkeypatch):
+def test_a_base_that_is_not_restored_and_shards_that_were_written(monkeypatch):
+    """R2 and R6."""
     frozen, calls = promises._frozen, itertools.count()
-    monkeypatch.setattr(
-        promises, "_frozen", lambda model: [x.add_(next(calls)) for x in frozen(model)]
-    )
+    monkeypatch.setattr(promises, "_frozen", lambda model: [x + next(calls) for x in frozen(model)])
     refused("columns", "the base is not bit-identical after a look")
+    monkeypatch.setattr(promises, "_frozen", lambda model: [p + 1 for p in model.parameters()])
+    refused("fsdp2", "FSDP2: the base is not bit-identical")
 
 
 def test_a_step_that_waits_for_the_device(monkeypatch):
@@ -66,14 +65,11 @@ def test_a_step_that_waits_for_the_device(monkeypatch):
     refused("synchronisation", "a training step waits for the device in _local_scalar_dense")
 
 
-@pytest.mark.parametrize("read", [lambda x: x[x > 0], torch.nonzero, torch.Tensor.item])
-def test_what_waits_for_a_device(read):
-    with promises.Reads() as reads:
-        read(torch.ones(1))
-    assert reads.names
-
-
-def test_what_waits_for_no_device():
+def test_what_waits_for_a_device():
+    for read in (lambda x: x[x > 0], torch.nonzero, torch.Tensor.item):
+        with promises.Reads() as reads:
+            read(torch.ones(1))
+        assert reads.names
     x = torch.ones(3)
     with promises.Reads() as reads:
         x[torch.tensor([0, 2])] = x.index_select(0, torch.tensor([1, 1]))
@@ -86,50 +82,33 @@ def test_more_launches_than_promised(monkeypatch):
     refused("kernels", r"paca, eager: 45 kernels \(forward\), at most 44 promised")
 
 
-class Profile:
-    """What torch.profiler would tell of a GPU: three kernels of a decoder layer in every phase."""
-
-    num_layers = 0
-
-    def __init__(self, activities):
-        assert activities == [torch.profiler.ProfilerActivity.CUDA]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def key_averages(self):
-        def event(key, count, kind=torch.autograd.DeviceType.CUDA):
-            return SimpleNamespace(key=key, count=count, device_type=kind)
-
-        return [
-            event("ampere_bf16_gemm", 3 * self.num_layers),
-            event("void cublasLt::splitKreduce_kernel", 7 * self.num_layers),
-            event("Memcpy HtoD (Pinned -> Device)", 1),
-            event("cudaLaunchKernel", 5, torch.autograd.DeviceType.CPU),
-        ]
-
-
 def test_kernels_of_a_layer_are_those_of_three_minus_those_of_two(monkeypatch):
-    monkeypatch.setattr(promises, "profile", Profile)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    """Torch's profiler would tell of three kernels of a decoder layer in every phase."""
+    make, made = kernels.make, []
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
-    make = kernels.make
+    def averages():
+        counts = {"ampere_bf16_gemm": 3 * made[-1], "Memcpy HtoD (Pinned -> Device)": 1}
+        counts["void cublasLt::splitKreduce_kernel"] = 7 * made[-1]
+        events = [(name, count, gpu) for name, count in counts.items()]
+        keys = ("key", "count", "device_type")
+        both = [*events, ("cudaLaunchKernel", 5, cpu)]
+        return [SimpleNamespace(**dict(zip(keys, one, strict=True))) for one in both]
+
+    def profile(activities):
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        return nullcontext(SimpleNamespace(key_averages=averages))
 
     def make_and_tell(method, num_layers, device):
-        Profile.num_layers = num_layers
+        made.append(num_layers)
         return make(method, num_layers, device)
 
+    monkeypatch.setattr(promises, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(kernels, "make", make_and_tell)
     found = kernels.count_layer("paca", count=promises._profiled)
-    assert {name: number for name, number in found.items() if number} == {
-        "forward": 3,
-        "backward": 3,
-        "with accumulation": 3,
-        "optimizer in all": 9,
-    }
+    expected = {"forward": 3, "backward": 3, "with accumulation": 3, "optimizer in all": 9}
+    assert {name: number for name, number in found.items() if number} == expected
 
 
 @pytest.mark.parametrize("ratio", [0.9, 1.1])
@@ -137,8 +116,3 @@ def test_a_wrong_estimate(ratio):
     promises._hold_memory([{"method": "paca", "ratio": 1.02}])
     with pytest.raises(promises.BrokenPromise, match=rf"lora: the peak is {ratio}00 of the"):
         promises._hold_memory([{"method": "lora", "ratio": ratio}])
-
-
-def test_shards_that_were_written(monkeypatch):
-    monkeypatch.setattr(promises, "_frozen", lambda model: [p + 1 for p in model.parameters()])
-    refused("fsdp2", "FSDP2: the base is not bit-identical")

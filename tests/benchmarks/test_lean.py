@@ -11,18 +11,13 @@ from pacatune.measure.models import llama_values
 SHAPE = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=224, vocab_size=64)
 
 
-@pytest.fixture
-def small(monkeypatch):
+def test_complete_result(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "LAYER", SHAPE)
     monkeypatch.setattr(benchmark, "SMALL", SHAPE)
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 24)
-
-
-@pytest.mark.usefixtures("small")
-def test_complete_result(tmp_path, capsys):
-    options = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
-    options += ["--tokens", "6", "--dtypes", "float32", "--methods", "paca", "lora"]
-    benchmark.main(["--output", str(tmp_path), *options])
+    options = "--seconds 0 --min-rounds 2 --warmup 1 --threads 1 --tokens 6 --dtypes float32"
+    methods = ["--methods", "paca", "lora"]
+    benchmark.main(["--output", str(tmp_path), *options.split(), *methods])
     rows = read("lean", tmp_path).rows
     kept = {(row.method, row.setting): row.value for row in rows if row.what == WHAT}
     assert len(kept) == 6 + 2 * 7
@@ -31,16 +26,13 @@ def test_complete_result(tmp_path, capsys):
     assert kept["paca", "plain"] > 1.4 * kept["paca", "level 1"]
     # What both keep of rank 8 is the only difference.
     assert kept["lora", "inputs"] == pytest.approx(kept["paca", "level 1"], abs=7 * 8 * 2 / 64)
-    same = kept["lora", "checkpointed"] == kept["paca", "checkpointed"]
-    assert same
-    assert kept["paca", "checkpointed"] == pytest.approx(2)
+    assert kept["lora", "checkpointed"] == kept["paca", "checkpointed"] == pytest.approx(2)
     ratios = [row for row in rows if row.unit == "ratio"]
-    assert {row.method for row in ratios} == {"paca", "lora"}
-    names = {
-        "level 1 / plain",
-        *(f"{v} / level 1" for v in VARIANTS if v not in ("plain", "level 1")),
+    others = [f"{name} / level 1" for name in VARIANTS if name not in ("plain", "level 1")]
+    names = {"level 1 / plain", *others}
+    assert {(row.method, row.what) for row in ratios} == {
+        (method, name) for method in ("paca", "lora") for name in names
     }
-    assert {row.what for row in ratios} == names
     assert all(row.low <= row.value <= row.high for row in ratios)
     assert "level 2 / level 1" in capsys.readouterr().out
 

@@ -10,9 +10,6 @@ from benchmarks.results import read
 from benchmarks.step import count_column_writes
 from pacatune import resident
 
-QUICK = ["--seconds", "0", "--min-rounds", "2", "--warmup", "1", "--threads", "1"]
-SHAPE, DTYPE = (8, 16), torch.float32
-
 
 @pytest.fixture(autouse=True)
 def _two_layers(monkeypatch):
@@ -21,8 +18,8 @@ def _two_layers(monkeypatch):
 
 def test_small_run_measures_and_counts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(switch, "SHAPES", ((32, 16),))
-    options = ["--output", str(tmp_path), "--tokens", "6", *QUICK]
-    switch.main([*options, "--dtypes", "float32", "bfloat16"])
+    options = "--tokens 6 --seconds 0 --min-rounds 2 --warmup 1 --threads 1 --dtypes float32"
+    switch.main(["--output", str(tmp_path), *options.split(), "bfloat16"])
     rows = read("switch", tmp_path).rows
     times = [row for row in rows if row.unit == "ms"]
     assert [row.method for row in times] == ["paca", "lora"] * 2
@@ -32,11 +29,15 @@ def test_small_run_measures_and_counts(tmp_path, capsys, monkeypatch):
     assert "weight 32 x 16, 6 tokens, bfloat16" in capsys.readouterr().out
     first = tables.block("switch", tmp_path).splitlines()[0]
     assert first == "| setting | paca, ms | paca / lora |"
+    with pytest.raises(SystemExit):
+        switch.main(["--methods", "paca", "full"])
+    assert "invalid choice: 'full'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", switch.COMPARED)
-def test_every_run_switches_to_the_other_adapter(method):
-    model = switch.make_model(SHAPE, method, DTYPE, seed=0)
+def test_every_run_switches_to_the_other_adapter_and_writes_nothing(method):
+    """R2a: unless a model is resident."""
+    model = switch.make_model((8, 16), method, torch.float32, seed=0)
     inputs = [torch.randn(3, 16) for _ in range(2)]
     run, seen = switch.make_run(model, inputs), []
     for _ in range(4):
@@ -45,20 +46,9 @@ def test_every_run_switches_to_the_other_adapter(method):
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
     assert not torch.allclose(seen[0], seen[1])
-
-
-def test_nothing_is_written():
-    model = switch.make_model(SHAPE, "paca", DTYPE, seed=0)
-    run = switch.make_run(model, [torch.randn(3, 16) for _ in range(2)])
-    for is_resident, num_written in ((False, 0), (True, 4)):
+    for is_resident in (False, True) if method == "paca" else ():
         with resident(model) if is_resident else nullcontext():
             run()
             with count_column_writes() as num_writes:
                 run()
-        assert num_writes() == num_written
-
-
-def test_methods_without_adapters_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        switch.main(["--methods", "paca", "full"])
-    assert "invalid choice: 'full'" in capsys.readouterr().err
+        assert num_writes() == 4 * is_resident

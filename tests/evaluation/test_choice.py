@@ -2,14 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from pacatune import PacaConfig
+from pacatune.adapters.loading import answered_warnings, load_language_model
 from pacatune.data import DataConfig, prepare_data
 from pacatune.data.read import Row
 from pacatune.evaluation import ChoiceQuestion, evaluate_choice, read_questions
 from pacatune.evaluation.choice import to_choice_question
 from pacatune.evaluation.language_model import LanguageModel
+from pacatune.training import ModelConfig, RunConfig, TrainingConfig, train
+from tests.conftest import build_model
+from tests.evaluation.conftest import log_likelihood
 
 QUESTIONS = [
     ChoiceQuestion("What is the capital of France?", ["Paris", "A short answer", "It"], 0),
@@ -30,46 +38,28 @@ def test_own_and_big_bench_rows_say_the_same():
     assert expected.context(chat=True) == "Who?"
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"choices": ["a", "b"], "answer": 0},
-        {**ROW, "question": ""},
-        {**ROW, "choices": ["a"]},
-        {**ROW, "choices": ["a", " "]},
-        {**ROW, "choices": ["a", "a "]},
-        {**ROW, "answer": 2},
-        {**ROW, "answer": True},
-        {**ROW, "prompt": 3},
-        {"input": "q", "target_scores": {}},
-        {"input": "q", "target_scores": {"a": 1, "b": 1}},
-    ],
-)
+WRONG = [{"choices": ["a", "b"], "answer": 0}]
+WRONG += [ROW | {"choices": choices} for choices in (["a"], ["a", " "], ["a", "a "])]
+WRONG += [ROW | wrong for wrong in ({"question": ""}, {"answer": 2}, {"answer": True})]
+WRONG += [ROW | {"prompt": 3}]
+WRONG += [{"input": "q", "target_scores": scores} for scores in ({}, {"a": 1, "b": 1})]
+
+
+@pytest.mark.parametrize("values", WRONG)
 def test_wrong_rows(values):
     with pytest.raises(ValueError, match=r"x.jsonl, row 3: .* needs the texts question and, if"):
         to_choice_question(Row("x.jsonl, row 3", values))
 
 
-def log_likelihood(model, tokenizer, context, continuation, **options):
-    start = len(tokenizer(context, **options)["input_ids"])
-    ids = tokenizer(context + continuation, return_tensors="pt", **options)["input_ids"]
-    with torch.no_grad():
-        log_probs = model(ids).logits[0].log_softmax(-1)
-    return sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
-
-
 @pytest.mark.parametrize("chat", [False, True])
 def test_padded_batches_equal_one_choice_at_a_time(model, tokenizer, chat):
     result = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=4, chat=chat)
-    right, right_normalised = 0, 0
     for one, scored in zip(QUESTIONS, result.questions, strict=True):
         context, space = one.context(), " "
         if chat:
             user = [{"role": "user", "content": one.question}]
-            context = tokenizer.apply_chat_template(
-                user, tokenize=False, add_generation_prompt=True
-            )
-            space = ""
+            options = {"tokenize": False, "add_generation_prompt": True}
+            context, space = tokenizer.apply_chat_template(user, **options), ""
         options = {"add_special_tokens": not chat}  # the template has its own
         expected = [
             log_likelihood(model, tokenizer, context, space + choice, **options)
@@ -79,32 +69,34 @@ def test_padded_batches_equal_one_choice_at_a_time(model, tokenizer, chat):
         by_length = [each / len(c) for each, c in zip(expected, one.choices, strict=True)]
         assert scored["acc"] == float(max(expected) == expected[one.answer])
         assert scored["acc_norm"] == float(max(by_length) == by_length[one.answer])
-        right, right_normalised = right + scored["acc"], right_normalised + scored["acc_norm"]
-    assert result.accuracy.value == pytest.approx(right / 3)
-    assert result.accuracy_normalised.value == pytest.approx(right_normalised / 3)
+    found = {"acc": result.accuracy, "acc_norm": result.accuracy_normalised}
+    for name, score in found.items():
+        assert score.value == pytest.approx(sum(each[name] for each in result.questions) / 3)
     assert result.accuracy.num_questions == 3
     assert result.accuracy.stderr is not None
     assert result.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 4) / 3)
 
 
-def to_row(one, *, chat):
-    """A row to train on and to score."""
-    answer = one.choices[one.answer]
-    asked = {"question": one.question, "choices": one.choices, "answer": one.answer}
-    if not chat:
-        return {"prompt": one.context(), "completion": f" {answer}", **asked}
-    turns = {"user": one.question, "assistant": answer}
-    return {"messages": [{"role": role, "content": text} for role, text in turns.items()], **asked}
+def write_rows(path, questions, *, chat):
+    """Write rows to train on and to score; return the data's configuration."""
+    rows = []
+    for one in questions:
+        answer = one.choices[one.answer]
+        row = {"prompt": one.context(), "completion": f" {answer}"}
+        if chat:
+            turns = {"user": one.question, "assistant": answer}
+            row = {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+        rows.append(row | {"question": one.question, "choices": one.choices, "answer": one.answer})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(path=str(path), eval_fraction=0)
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_training_tokens_are_those_that_are_scored(model, tokenizer, tmp_path, chat):
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(to_row(one, chat=chat)) + "\n" for one in QUESTIONS))
-    config = DataConfig(path=str(path), eval_fraction=0)
-    train = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
+    config = write_rows(tmp_path / "train.jsonl", QUESTIONS, chat=chat)
+    rows = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
     lm = LanguageModel(model, tokenizer, keep_line_break=True)
-    for one, row in zip(QUESTIONS, train, strict=True):
+    for one, row in zip(QUESTIONS, rows, strict=True):
         context, answer = one.context(chat=chat), one.choices[one.answer]
         if chat:
             context = lm.apply_chat_template([{"role": "user", "content": context}])
@@ -118,38 +110,25 @@ def test_training_tokens_are_those_that_are_scored(model, tokenizer, tmp_path, c
 
 def test_training_on_the_questions_makes_them_right(tokenizer, tmp_path, tiny_model_dir):
     """The whole way: rows, training as `pacatune train` does it, adapter, accuracy."""
-    from pacatune.adapters.loading import load_language_model
-    from pacatune.training import ModelConfig, RunConfig, TrainingConfig, train
-
     questions = [ChoiceQuestion(f"{'abcdef'[i]}?", ["x", "y", "z"], i % 3) for i in range(6)]
     path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(to_row(one, chat=True)) + "\n" for one in questions))
+    training = {"max_steps": 60, "learning_rate": 2e-2, "per_device_train_batch_size": 6}
+    training |= {"output_dir": str(tmp_path / "run"), "report_to": "none"}
     config = RunConfig(
         model=ModelConfig(path=str(tiny_model_dir)),
-        data=DataConfig(path=str(path), eval_fraction=0),
-        training=TrainingConfig(
-            output_dir=str(tmp_path / "run"),
-            max_steps=60,
-            learning_rate=2e-2,
-            per_device_train_batch_size=6,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
+        data=write_rows(path, questions, chat=True),
+        training=TrainingConfig(**training, use_cpu=True, bf16=False),
     )
     train(config)
-    before = load_language_model(str(tiny_model_dir))
-    after = load_language_model(None, tmp_path / "run")
-    scores = [
+    loaded = load_language_model(str(tiny_model_dir)), load_language_model(None, tmp_path / "run")
+    before, after = (
         evaluate_choice(each.model, each.tokenizer, read_questions(path), chat=True).accuracy.value
-        for each in (before, after)
-    ]
-    assert scores[0] < 0.7 < 0.9 < scores[1]
+        for each in loaded
+    )
+    assert before < 0.7 < 0.9 < after
 
 
 def test_limit_and_truncation(tokenizer):
-    from tests.conftest import build_model
-
     small = build_model(len(tokenizer), max_position_embeddings=64)
     result = evaluate_choice(small, tokenizer, QUESTIONS, limit=2)
     assert [each["number"] for each in result.questions] == [0, 1]
@@ -172,64 +151,56 @@ def test_wrong_input(model, tokenizer, tmp_path):
         evaluate_choice(model, tokenizer, QUESTIONS, chat=True)
 
 
+def responses(*args, **options):
+    return [one["responses"] for one in evaluate_choice(*args, **options).questions]
+
+
 def test_logits_that_are_not_read_are_not_computed(model, tokenizer, monkeypatch):
     """Batches of questions of any length: the same numbers as with all logits, from fewer."""
-    whole = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=20)
-    shapes = []
-
-    def watch(module, args, output):
-        shapes.append(tuple(output.shape[:2]))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "_tail", lambda self, requests: 0)
-        handle = model.lm_head.register_forward_hook(watch)
-        unkept = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=2)
-    num_whole, shapes[:] = sum(rows * length for rows, length in shapes), []
-    kept = evaluate_choice(model, tokenizer, QUESTIONS, batch_size=2)
+    whole = responses(model, tokenizer, QUESTIONS, batch_size=20)
+    sizes = []
+    handle = model.lm_head.register_forward_hook(
+        lambda *args: sizes.append(args[2][..., 0].numel())
+    )
+    kept = responses(model, tokenizer, QUESTIONS, batch_size=2)
+    num_kept = sum(sizes)
+    monkeypatch.setattr(LanguageModel, "_tail", lambda self, requests: 0)
+    unkept = responses(model, tokenizer, QUESTIONS, batch_size=2)
     handle.remove()
-    assert sum(rows * length for rows, length in shapes) < 0.5 * num_whole
-    for one, other, third in zip(kept.questions, unkept.questions, whole.questions, strict=True):
-        assert one["responses"] == pytest.approx(other["responses"], abs=1e-5)
-        assert one["responses"] == pytest.approx(third["responses"], abs=1e-4)
+    assert num_kept < 0.5 * (sum(sizes) - num_kept)
+    for one, other, third in zip(kept, unkept, whole, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+        assert one == pytest.approx(third, abs=1e-4)
 
 
 def test_models_that_compute_all_logits(tokenizer):
     """Architectures without `logits_to_keep` are scored all the same."""
-    from transformers import GPT2Config, GPT2LMHeadModel
 
     class Plain(GPT2LMHeadModel):
         def forward(self, input_ids, **kwargs):
             return super().forward(input_ids, **kwargs)
 
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=16, n_layer=1, n_head=2)
-    plain = Plain(config).eval()
-    whole = GPT2LMHeadModel(config).eval()
+    plain, whole = Plain(config).eval(), GPT2LMHeadModel(config).eval()
     whole.load_state_dict(plain.state_dict())
-    results = [evaluate_choice(one, tokenizer, QUESTIONS) for one in (plain, whole)]
-    for one, other in zip(results[0].questions, results[1].questions, strict=True):
-        assert one["responses"] == pytest.approx(other["responses"], abs=1e-4)
+    both = [responses(one, tokenizer, QUESTIONS) for one in (plain, whole)]
+    for one, other in zip(*both, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_nothing_of_the_model_or_of_the_random_states_changes(tokenizer):
-    """An adapter unties tied weights, which lm-eval would tie again; and lm-eval sets seeds."""
-    import numpy as np
-    from peft import get_peft_model
-
-    from pacatune import PacaConfig
-    from pacatune.adapters.loading import answered_warnings
-    from tests.conftest import build_model
-
+    """R2a. An adapter unties tied weights, which lm-eval would tie again; it also sets seeds."""
     tied = build_model(len(tokenizer), tie_word_embeddings=True)
-    config = PacaConfig(
-        r=4, target_modules=["lm_head", "q_proj"], init_weights=False, task_type="CAUSAL_LM"
-    )
+    options = {"r": 4, "target_modules": ["lm_head", "q_proj"], "init_weights": False}
     with answered_warnings():
-        model = get_peft_model(tied, config).eval()
+        model = get_peft_model(tied, PacaConfig(**options, task_type="CAUSAL_LM")).eval()
     ids = torch.arange(3, 40)[None]
     before = model(ids).logits
     attributes = set(model.__dict__)
+    versions = [p._version for p in model.parameters()]
     states = [torch.get_rng_state(), np.random.get_state()[1]]  # noqa: NPY002
     evaluate_choice(model, tokenizer, QUESTIONS)
+    assert [p._version for p in model.parameters()] == versions
     assert torch.equal(model(ids).logits, before)
     assert set(model.__dict__) == attributes
     assert torch.equal(torch.get_rng_state(), states[0])

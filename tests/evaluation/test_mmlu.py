@@ -1,16 +1,15 @@
 """MMLU by lm-eval itself on a tiny model, from local files."""
 
-import hashlib
-
+import datasets
 import lm_eval
 import pytest
-import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from pacatune.evaluation import evaluate_tasks
 from pacatune.evaluation.tasks import prepare_tasks
 from tests.conftest import build_model
+from tests.evaluation.conftest import log_likelihood
 from tests.evaluation.mmlu import LETTERS, bundled_questions, write_mmlu
 
 ANATOMY = ["mmlu_anatomy"]
@@ -30,34 +29,6 @@ class Recorder(LM):
     loglikelihood_rolling = generate_until = None
 
 
-@pytest.mark.parametrize(
-    ("test_split", "num_fewshot", "digest"),
-    [
-        ("test", 3, "6d8c246cfd189b1a978c8b5ac9c64647abf8b1d3766142c5476011d4d6f68376"),
-        ("test", 5, "3eb3702589873bda242f65830ed338ef98fe5f7956c6cb2eaf6c8d6140518ef4"),
-        # Each question with the others of its subject as examples.
-        ("dev", 4, "4dc82f07fc2a4a1d8d5dcb6d013849825a21e1dde8e6ed6944b5c534da51ce48"),
-    ],
-)
-def test_prompts_are_those_of_our_former_reader(tmp_path, test_split, num_fewshot, digest):
-    """Task, prompt and continuation of every request; the digests are those of its folders."""
-    names, recorder = ["mmlu"], Recorder()
-    if num_fewshot > 3:
-        names = [f"mmlu_{name}" for name, rows in bundled_questions().items() if len(rows) == 5]
-        assert len(names) == 53
-    tasks = prepare_tasks(names, write_mmlu(tmp_path / "tasks", test_split))
-    lm_eval.simple_evaluate(
-        model=recorder,
-        tasks=tasks,
-        task_manager=TaskManager(include_defaults=False),
-        num_fewshot=num_fewshot,
-        bootstrap_iters=0,
-    )
-    assert len(recorder.asked) == (1120 if names == ["mmlu"] else 53 * 5 * 4)
-    text = "\0".join(sorted(recorder.asked))
-    assert hashlib.sha256(text.encode()).hexdigest() == digest
-
-
 def prompt_of(asked, examples):
     """The prompt in plain Python: five-shot MMLU as its authors wrote it."""
     about = asked["subject"].replace("_", " ")
@@ -69,44 +40,47 @@ def prompt_of(asked, examples):
     return text
 
 
+def test_prompts_have_the_other_questions_of_the_subject_as_examples(tmp_path):
+    """Task, prompt and continuation of every request, where the examples' split is asked."""
+    pools = {name: rows for name, rows in bundled_questions().items() if len(rows) == 5}
+    assert len(pools) == 53
+    tasks = prepare_tasks([f"mmlu_{name}" for name in pools], write_mmlu(tmp_path / "a", "dev"))
+    options = {"tasks": tasks, "task_manager": TaskManager(include_defaults=False)}
+    recorder = Recorder()
+    lm_eval.simple_evaluate(model=recorder, num_fewshot=4, bootstrap_iters=0, **options)
+    assert sorted(recorder.asked) == sorted(
+        f"mmlu_{name}|{prompt_of(asked, [one for one in pool if one is not asked])}| {letter}"
+        for name, pool in pools.items()
+        for asked in pool
+        for letter in LETTERS
+    )
+
+
 def test_log_likelihoods_are_those_of_the_plain_prompt(model, tokenizer, tasks_dir):
-    scores = evaluate_tasks(model, tokenizer, ANATOMY, tasks_dir=tasks_dir, num_fewshot=5)
+    options = {"tasks_dir": tasks_dir, "num_fewshot": 5}
+    scores = evaluate_tasks(model, tokenizer, ANATOMY, **options)
     pool = bundled_questions()["anatomy"]
     assert len(scores.questions) == len(pool) == 5
     for asked in scores.questions:
         one = dict(pool[asked["number"]])
         text = prompt_of(one, pool)
-        for i, letter in enumerate(LETTERS):
-            ids = tokenizer(f"{text} {letter}", return_tensors="pt")["input_ids"]
-            start = len(tokenizer(text)["input_ids"])
-            with torch.no_grad():
-                log_probs = model(ids).logits[0].log_softmax(-1)
-            expected = sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
-            assert asked["responses"][i] == pytest.approx(expected, abs=1e-4)
+        expected = [log_likelihood(model, tokenizer, text, f" {letter}") for letter in LETTERS]
+        assert asked["responses"] == pytest.approx(expected, abs=1e-4)
         best = max(range(4), key=asked["responses"].__getitem__)
         assert asked["acc"] == float(best == one["answer"])
+    # Prompts that do not fit are counted.
+    small = build_model(len(tokenizer), max_position_embeddings=300)
+    assert evaluate_tasks(small, tokenizer, ANATOMY, limit=2, **options).num_truncated == 2
 
 
 def test_categories_count_questions(model, tokenizer, tasks_dir):
     scores = evaluate_tasks(model, tokenizer, ["mmlu"], tasks_dir=tasks_dir, num_fewshot=0, limit=1)
     counts = {name: scores.tasks[name]["acc"].num_questions for name in scores.groups}
-    assert counts == {
-        "mmlu": 57,
-        "mmlu_stem": 19,
-        "mmlu_other": 13,
-        "mmlu_social_sciences": 12,
-        "mmlu_humanities": 13,
-    }
+    fields = {"stem": 19, "other": 13, "social_sciences": 12, "humanities": 13}
+    assert counts == {"mmlu": 57, **{f"mmlu_{name}": number for name, number in fields.items()}}
     assert set(list(scores.tasks)[:5]) == set(counts)
-    assert scores.tasks["mmlu"]["acc"].value == pytest.approx(
-        sum(one["acc"] for one in scores.questions) / 57
-    )
-
-
-def test_prompts_that_do_not_fit_are_counted(tokenizer, tasks_dir):
-    small = build_model(len(tokenizer), max_position_embeddings=300)
-    scores = evaluate_tasks(small, tokenizer, ANATOMY, tasks_dir=tasks_dir, num_fewshot=5, limit=2)
-    assert scores.num_truncated == 2
+    mean = sum(one["acc"] for one in scores.questions) / 57
+    assert scores.tasks["mmlu"]["acc"].value == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +99,8 @@ def test_wrong_options(model, tokenizer, tasks_dir, options, message):
 @pytest.mark.parametrize("text", ["doc_to_text: !function utils.text\n", "class: utils.Task\n"])
 def test_task_files_are_never_run(tmp_path, text):
     (tmp_path / "utils.py").write_text("raise SystemExit('run')\n")
+    with pytest.raises(FileNotFoundError, match=r"has no task \(\*.yaml\); see docs/evaluate.md"):
+        prepare_tasks(["x"], tmp_path)
     (tmp_path / "x.yaml").write_text(f"task: x\n{text}")
     with pytest.raises(ValueError, match="code in task files is never run"):
         prepare_tasks(["x"], tmp_path)
@@ -135,14 +111,7 @@ def test_task_files_are_never_run(tmp_path, text):
         prepare_tasks(["x"], tmp_path)
 
 
-def test_empty_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no task \(\*.yaml\); see docs/evaluate.md"):
-        prepare_tasks(["mmlu"], tmp_path)
-
-
 def test_hub_that_cannot_be_reached(monkeypatch):
-    import datasets
-
     def refuse(*args, **kwargs):
         raise ConnectionError("no network")
 

@@ -1,3 +1,5 @@
+"""What an evaluation writes: its numbers, and what made them."""
+
 import json
 
 import pytest
@@ -6,6 +8,7 @@ from pacatune.adapters.loading import load_language_model
 from pacatune.evaluation.harness import Score
 from pacatune.evaluation.output import Report, describe, open_output, percent, write_report
 from tests.adapters.fixtures import adapter_dir, lora_dir
+from tests.conftest import build_model
 
 __all__ = ["adapter_dir", "lora_dir"]
 
@@ -31,8 +34,7 @@ def test_files_say_what_made_them(tmp_path, tiny_model_dir, adapter_dir):
     head = describe(loaded, "pacatune evaluate things", {"limit": 3, "chat": None})
     write_report(tmp_path, head, REPORT, finished=True)
     values = json.loads((tmp_path / "evaluation.json").read_text())
-    assert values["finished"] is True
-    assert values["result"] == {"a": 0.5}
+    assert (values["finished"], values["result"]) == (True, {"a": 0.5})
     assert values["command"] == "pacatune evaluate things"
     assert values["settings"] == {"limit": 3, "chat": None}
     assert values["model"]["name"] == str(tiny_model_dir)
@@ -43,16 +45,12 @@ def test_files_say_what_made_them(tmp_path, tiny_model_dir, adapter_dir):
     assert "| limit | 3 |" in page
     assert "chat" not in page
     assert json.loads((tmp_path / "questions.jsonl").read_text()) == {"number": 0, "acc": 1.0}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "evaluation.json",
-        "evaluation.md",
-        "questions.jsonl",
-    ]
+    names = {"evaluation.json", "evaluation.md", "questions.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_base_has_one_fingerprint(tiny_model_dir, adapter_dir, lora_dir, tmp_path):
-    from tests.conftest import build_model
-
+    """R2: whatever is adapted, and used."""
     heads = []
     for adapter in (None, adapter_dir, lora_dir):
         loaded = load_language_model(str(tiny_model_dir), adapter)
@@ -64,15 +62,14 @@ def test_base_has_one_fingerprint(tiny_model_dir, adapter_dir, lora_dir, tmp_pat
     files = [head["adapter_sha256"] for head in heads]
     assert files[0] is None
     assert files[1] != files[2]
-    other = build_model(bases[0]["vocab_size"], seed=1)
-    other.save_pretrained(tmp_path)
-    load_language_model(str(tiny_model_dir)).tokenizer.save_pretrained(tmp_path)
+    build_model(bases[0]["vocab_size"], seed=1).save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
     changed = describe(load_language_model(str(tmp_path)), "", {})["model"]["base"]
     assert changed["weights_sha256"] != bases[0]["weights_sha256"]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", None])
-def test_result_says_how_the_base_is_held(tmp_path, tiny_model_dir, kind):
+def test_result_says_how_the_base_is_held(tiny_model_dir, kind):
     pytest.importorskip("bitsandbytes", reason="not installed")
     head = describe(load_language_model(str(tiny_model_dir), quantization=kind), "", {})
     assert head["model"]["quantization"] == kind

@@ -1,11 +1,18 @@
+"""The loss of texts: against a plain loop, by tokens and by bytes."""
+
 import math
 
 import pytest
 import torch
+from tokenizers import processors
 
 from pacatune.evaluation import default_text, evaluate_perplexity
 
 TEXT = "What is the capital of France? Été: the capital of France is Paris. " * 6
+
+
+def score_of(model, tokenizer, **options):
+    return evaluate_perplexity(model, tokenizer, {"a": TEXT}, **options)["a"]
 
 
 def plain_loss(model, ids, window, stride):
@@ -22,22 +29,17 @@ def plain_loss(model, ids, window, stride):
 
 
 @pytest.mark.parametrize(("window", "stride"), [(64, 32), (64, 63), (50, 1), (4096, None)])
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_equals_a_plain_loop(model, tokenizer, window, stride, batch_size):
-    ids = tokenizer(TEXT)["input_ids"]
+def test_equals_a_plain_loop(model, tokenizer, window, stride):
+    ids, num_bytes = tokenizer(TEXT)["input_ids"], len(TEXT.encode())
     expected = plain_loss(model, ids, window, stride or window)
-    scores = evaluate_perplexity(
-        model, tokenizer, {"a": TEXT}, window=window, stride=stride, batch_size=batch_size
-    )
-    score = scores["a"]
-    assert score.num_tokens == len(ids) - 1
-    assert score.loss == pytest.approx(expected / (len(ids) - 1), rel=1e-5)
-    assert score.perplexity == pytest.approx(math.exp(score.loss))
-    assert score.num_bytes == len(TEXT.encode())
-    assert score.bits_per_byte == pytest.approx(
-        expected / math.log(2) / len(TEXT.encode()), rel=1e-5
-    )
-    assert (score.loss_stderr is None) is (window > len(ids))
+    for batch_size in (1, 5):
+        options = {"window": window, "stride": stride, "batch_size": batch_size}
+        score = score_of(model, tokenizer, **options)
+        assert (score.num_tokens, score.num_bytes) == (len(ids) - 1, num_bytes)
+        assert score.loss == pytest.approx(expected / (len(ids) - 1), rel=1e-5)
+        assert score.perplexity == pytest.approx(math.exp(score.loss))
+        assert score.bits_per_byte == pytest.approx(expected / math.log(2) / num_bytes, rel=1e-5)
+        assert (score.loss_stderr is None) is (window > len(ids))
 
 
 def test_texts_are_weighted_by_tokens(model, tokenizer):
@@ -50,9 +52,7 @@ def test_texts_are_weighted_by_tokens(model, tokenizer):
 
 
 def test_standard_error_of_equal_windows_is_that_of_their_means(model, tokenizer):
-    score = evaluate_perplexity(
-        model, tokenizer, {"a": TEXT}, window=26, stride=25, max_tokens=101
-    )["a"]
+    score = score_of(model, tokenizer, window=26, stride=25, max_tokens=101)
     ids = tokenizer(TEXT)["input_ids"][:101]
     assert len(ids) == 101
     parts = [ids[start : start + 26] for start in (0, 25, 50, 75)]
@@ -60,31 +60,20 @@ def test_standard_error_of_equal_windows_is_that_of_their_means(model, tokenizer
     assert score.loss_stderr == pytest.approx(losses.std().item() / 2, rel=1e-4)
 
 
-def test_without_bos_the_first_token_and_its_bytes_are_left_out(model, tokenizer):
-    from tokenizers import processors
-
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    score = evaluate_perplexity(model, tokenizer, {"a": TEXT}, window=64)["a"]
-    ids = tokenizer(TEXT)["input_ids"]
+def test_what_the_tokenizer_adds_and_what_is_cut_is_not_text(model, tokenizer):
+    plain = score_of(model, tokenizer, window=64)
+    score = score_of(model, tokenizer, max_tokens=20)
+    spelt = tokenizer.decode(tokenizer(TEXT)["input_ids"][1:20])
+    assert (score.num_tokens, score.num_bytes) == (19, len(spelt.encode()))
+    process, special = processors.TemplateProcessing, [("<s>", 1), ("</s>", 2)]
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = process(single="<s> $A </s>", special_tokens=special)
+    assert score_of(model, tokenizer, window=64) == plain
+    # Without <s>, the first token and its bytes are left out.
+    backend.post_processor = process(single="$A")
+    score, ids = score_of(model, tokenizer, window=64), tokenizer(TEXT)["input_ids"]
     assert score.num_tokens == len(ids) - 1
     assert score.num_bytes == len(TEXT.encode()) - len(tokenizer.decode(ids[:1]).encode())
-
-
-def test_eos_of_the_tokenizer_is_not_text(model, tokenizer):
-    from tokenizers import processors
-
-    plain = evaluate_perplexity(model, tokenizer, {"a": TEXT}, window=64)["a"]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    assert evaluate_perplexity(model, tokenizer, {"a": TEXT}, window=64)["a"] == plain
-
-
-def test_text_that_is_cut_counts_its_bytes(model, tokenizer):
-    score = evaluate_perplexity(model, tokenizer, {"a": TEXT}, max_tokens=20)["a"]
-    spelt = tokenizer.decode(tokenizer(TEXT)["input_ids"][1:20])
-    assert score.num_tokens == 19
-    assert score.num_bytes == len(spelt.encode())
 
 
 @pytest.mark.parametrize(
@@ -96,16 +85,12 @@ def test_text_that_is_cut_counts_its_bytes(model, tokenizer):
         ({"stride": 0}, r"`stride` \(0\) must be in \[1, "),
         ({"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
         ({"max_tokens": 1}, "a has 1 tokens; a text needs two, one to predict"),
+        ({"texts": {"a": ""}}, "a has 1 tokens; a text needs two"),
     ],
 )
 def test_wrong_options(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_perplexity(model, tokenizer, {"a": TEXT}, **options)
-
-
-def test_empty_text(model, tokenizer):
-    with pytest.raises(ValueError, match="a has 1 tokens; a text needs two"):
-        evaluate_perplexity(model, tokenizer, {"a": ""})
+        evaluate_perplexity(model, tokenizer, **{"texts": {"a": TEXT}} | options)
 
 
 def test_default_text_is_pythons_manual():

@@ -1,3 +1,5 @@
+"""Task files of one's own: tags, data, names."""
+
 import json
 
 import pytest
@@ -18,26 +20,23 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
 """
-ROWS = [{"question": f"What is {i}?", "answer": f"It {i}"} for i in range(3)]
+LIKELY = TASK.format(name="likely", kind="loglikelihood", metric="acc")
+WRITTEN = TASK.format(name="written", kind="generate_until", metric="exact_match")
+WRITTEN += "generation_kwargs: {until: ['.'], max_gen_toks: 3}\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "a.yaml").write_text(TASK.format(name="likely", kind="loglikelihood", metric="acc"))
-    written = TASK.format(name="written", kind="generate_until", metric="exact_match")
-    (folder / "b.yaml").write_text(
-        f"{written}generation_kwargs: {{until: ['.'], max_gen_toks: 3}}\n"
-    )
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return folder
+    (tmp_path / "a.yaml").write_text(LIKELY)
+    (tmp_path / "b.yaml").write_text(WRITTEN)
+    rows = [{"question": f"What is {i}?", "answer": f"It {i}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
 
 
 def test_a_tag_gives_its_tasks(model, tokenizer, folder):
-    scores = evaluate_tasks(
-        model, tokenizer, ["mine"], tasks_dir=folder, num_fewshot=1, limit=2, chat=True
-    )
+    options = {"tasks_dir": folder, "num_fewshot": 1, "limit": 2, "chat": True}
+    scores = evaluate_tasks(model, tokenizer, ["mine"], **options)
     assert {"likely", "written"} <= set(scores.tasks)
     likely = scores.tasks["likely"]["acc"]
     assert likely.num_questions == 2
@@ -47,27 +46,23 @@ def test_a_tag_gives_its_tasks(model, tokenizer, folder):
     assert rows["likely"][1:3] == ["acc", f"{likely.value:.4f}"]
     assert rows["likely"][4:] == ["2", "1"]
     texts = [each["responses"] for each in scores.questions if each["task"] == "written"]
-    assert len(texts) == 2
-    assert all(isinstance(text, str) for (text,) in texts)
+    assert [type(text) for (text,) in texts] == [str] * 2
 
 
-@pytest.mark.parametrize("files", ["rows.jsonl", "[rows.jsonl]", "{test: [rows.jsonl]}"])
-def test_data_files_are_relative_to_the_folder(folder, files):
-    text = TASK.format(name="likely", kind="loglikelihood", metric="acc")
-    text = text.replace("{test: rows.jsonl}", files).replace("split: test", "split: train")
-    if files.startswith("{"):
-        text = text.replace("split: train", "split: test")
+@pytest.mark.parametrize(
+    ("files", "split"),
+    [("rows.jsonl", "train"), ("[rows.jsonl]", "train"), ("{test: [rows.jsonl]}", "test")],
+)
+def test_data_files_are_relative_to_the_folder(folder, files, split):
+    text = LIKELY.replace("{test: rows.jsonl}", files).replace("split: test", f"split: {split}")
     (folder / "a.yaml").write_text(text)
     (task,) = prepare_tasks(["likely"], folder)
     assert task.eval_docs[1]["answer"] == "It 1"
 
 
-def test_unknown_task_suggests_the_nearest(folder):
+def test_tasks_and_data_that_cannot_be_had(folder):
     with pytest.raises(ValueError, match="unknown task 'liked'; the nearest are likely"):
         prepare_tasks(["liked"], folder)
-
-
-def test_data_that_cannot_be_had(folder):
     (folder / "rows.jsonl").write_text("{")
     with pytest.raises(OSError, match=r"the data of likely cannot be had .*see that"):
         prepare_tasks(["likely"], folder)

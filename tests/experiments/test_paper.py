@@ -6,34 +6,30 @@ from experiments.paper import METHOD_TITLES, TABLES, fig2, fig3, settings
 from pacatune.measure.presets import PRESETS
 
 
-@pytest.mark.parametrize("table", TABLES.values(), ids=list(TABLES))
-def test_keys_are_unique_and_known(table):
+@pytest.mark.parametrize("name", TABLES)
+def test_keys_are_unique_and_averages_are_those_of_the_printed_scores(name):
+    """A slip in a number would show; Table 1 weighs its categories by their questions."""
+    table = TABLES[name]
     keys = [line.key for line in table.lines]
     assert len(set(keys)) == len(keys)
     known = {quantity.key for quantity in table.quantities}
+    scores = [q.key for q in table.quantities if q.is_score and q.key != "average"]
     for line in table.lines:
         assert line.method in METHOD_TITLES
         assert set(line.values) <= known
+        if "average" not in known:
+            assert name == "table4"
+            continue
+        found = [line.values[key] for key in scores]
+        if name == "table1":
+            assert min(found) < line.values["average"] < max(found)
+        else:
+            mean = sum(found) / len(found)
+            assert line.values["average"] == pytest.approx(mean, abs=0.0551), line.key
     assert table.reference in {line.method for line in table.lines}
     rows = list(table.rows())
     assert len({(row.what, row.method, row.model) for row in rows}) == len(rows)
     assert {row.origin for row in rows} == {"paper"}
-
-
-@pytest.mark.parametrize("name", ["table2", "table3", "table5", "table6", "table7"])
-def test_averages_are_those_of_the_printed_scores(name):
-    """A slip in a number would show; Table 1 weighs its categories by their questions."""
-    table = TABLES[name]
-    scores = [q.key for q in table.quantities if q.is_score and q.key != "average"]
-    for row in table.lines:
-        mean = sum(row.values[key] for key in scores) / len(scores)
-        assert row.values["average"] == pytest.approx(mean, abs=0.0551), row.key
-
-
-def test_averages_of_table_1_lie_among_the_categories():
-    for row in TABLES["table1"].lines:
-        scores = [row.values[key] for key in ("humanities", "stem", "social", "other")]
-        assert min(scores) < row.values["average"] < max(scores)
 
 
 def test_trained_parameters_of_table_1_are_those_of_the_ranks():
@@ -56,7 +52,6 @@ def test_claims_of_the_figures_are_about_different_things():
         assert len({(row.what, row.method) for row in claims}) == len(claims)
     for row in fig2.CLAIMS:
         assert set(row.method.split(" / ")) <= {METHOD_TITLES[one] for one in fig2.METHODS}
-        assert row.note.startswith("Section ")
 
 
 def test_settings_follow_the_line():

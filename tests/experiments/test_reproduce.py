@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.paper import TABLES, fig2, fig3
 from experiments.reproduce import costs, images, texts
@@ -24,7 +25,7 @@ from experiments.reproduce.experiment import (
 )
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.provenance import commit
-from pacatune.reports.rows import Finished, Job, Row, done
+from pacatune.reports.rows import Job, Row, done
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,18 +42,14 @@ PAPER = (
     row("LoRA", 5.0, what="score", unit="points"),
     row("PaCA", 5.2, what="score", unit="points"),
 )
+OF_LOSS = {"what": "score", "unit": NATS, "model": "small", "origin": "measured"}
+LOSSES = [row("LoRA", 3.2, **OF_LOSS), row("PaCA", 3.0, **OF_LOSS)]
 
 
 def experiment(*jobs, **more):
     options = {"paper": PAPER, "reference": "LoRA", "beside": "big", "scores": {"score"}, **more}
-    return Experiment(
-        name="one",
-        title="A table",
-        place="Table 1",
-        about="About it.",
-        jobs=lambda scale: list(jobs),
-        **options,
-    )
+    options |= {"name": "one", "title": "A table", "place": "Table 1", "about": "About it."}
+    return Experiment(jobs=lambda scale: list(jobs), **options)
 
 
 def test_shares_of_costs_and_differences_of_scores():
@@ -60,17 +57,14 @@ def test_shares_of_costs_and_differences_of_scores():
     assert found.keys() == {("time", "PaCA / LoRA"), ("score", "PaCA - LoRA")}
     assert found["time", "PaCA / LoRA"].value == 0.75
     assert found["score", "PaCA - LoRA"].value == pytest.approx(0.2)
-
-
-def test_a_lower_loss_is_a_better_score():
-    """The sign of a loss must not read like that of a score: 3.0 is better than 3.2."""
-    losses = [
-        row("LoRA", 3.2, what="score", unit=NATS, model="small", origin="measured"),
-        row("PaCA", 3.0, what="score", unit=NATS, model="small", origin="measured"),
-    ]
-    (found,) = shares(experiment(), losses)
-    assert found.method == "PaCA - LoRA"
-    assert found.value == pytest.approx(0.2)
+    # The sign of a loss must not read like that of a score: 3.0 is better than 3.2.
+    (found,) = shares(experiment(), LOSSES)
+    assert (found.method, found.value) == ("PaCA - LoRA", pytest.approx(0.2))
+    # Without a reference only stated shares are compared, untrained models with nothing.
+    rows = [*PAPER, row("LoRA / Full-FT", 0.9, unit="ratio")]
+    assert list(shares(experiment(reference=None), rows)) == rows[-1:]
+    rows = [row(m, 4.0, what="score") for m in ("LoRA", "No tuning", "Quantized, no tuning")]
+    assert list(shares(experiment(), rows)) == []
 
 
 def test_shares_of_estimates_divide_like_ends():
@@ -81,32 +75,14 @@ def test_shares_of_estimates_divide_like_ends():
     ]
     (found,) = shares(experiment(), sizes)
     assert (found.low, found.value, found.high) == (0.75, 0.8, 0.8)
-    times = [replace(one, origin="measured") for one in sizes]
-    (found,) = shares(experiment(), times)
+    (found,) = shares(experiment(), [replace(one, origin="measured") for one in sizes])
     assert (found.low, found.high) == (8.0 / 20.0, 15.0 / 10.0)
 
 
-def test_without_a_reference_only_stated_shares_are_compared():
-    rows = [*PAPER, row("LoRA / Full-FT", 0.9, unit="ratio")]
-    assert list(shares(experiment(reference=None), rows)) == rows[-1:]
-
-
-def test_untrained_models_are_compared_with_nothing():
-    rows = [row(m, 4.0, what="score") for m in ("LoRA", "No tuning", "Quantized, no tuning")]
-    assert list(shares(experiment(), rows)) == []
-
-
 def test_pictures_have_a_panel_for_each_unit():
-    losses = [
-        row(m, v, what="score", unit=NATS, model="small", origin="measured")
-        for m, v in (("LoRA", 3.2), ("PaCA", 3.0))
-    ]
-    shown = drawn(experiment(), [*PAPER, *losses])
-    assert {(one.what, one.unit) for one in shown} == {
-        ("time", "share"),
-        ("score", "points"),
-        ("score", NATS),
-    }
+    shown = drawn(experiment(), [*PAPER, *LOSSES])
+    panels = {("time", "share"), ("score", "points"), ("score", NATS)}
+    assert {(one.what, one.unit) for one in shown} == panels
     assert drawn(experiment(), []) == []
 
 
@@ -129,32 +105,28 @@ def test_agreement_of_shares(values, said):
     assert agreement(paper, ours, is_score=False) == said
 
 
-def test_other_scores_agree_in_their_order_alone():
-    paper = row("PaCA - LoRA", 0.2, unit="points")
+def test_agreement_of_scores():
     ours = row("PaCA - LoRA", 0.2, unit=NATS, origin="measured", low=0.1, high=0.3)
-    assert agreement(paper, ours, is_score=True) == "same order"
-    same = replace(ours, unit="points")
-    assert agreement(paper, same, is_score=True) == "agrees"
-    assert agreement(replace(paper, value=0.0), ours, is_score=True) == "not told apart"
-    assert agreement(replace(paper, value=-0.2), ours, is_score=True) == "other order"
+    papers = [row("PaCA - LoRA", value, unit="points") for value in (0.2, 0.0, -0.2)]
+    # Other scores agree in their order alone.
+    said = [agreement(paper, ours, is_score=True) for paper in papers]
+    assert said == ["same order", "not told apart", "other order"]
+    assert agreement(papers[0], replace(ours, unit="points"), is_score=True) == "agrees"
 
 
 def test_smaller_models_stand_beside_one_of_the_papers():
-    ours = [
-        row("LoRA", 2.0, origin="measured", model="small", low=1.9, high=2.1),
-        row("PaCA", 1.5, origin="measured", model="small", low=1.4, high=1.6, setting="a step"),
-        row("PaCA", 1.5, origin="measured", model="small", low=1.4, high=1.6),
-    ]
-    (line,) = comparison(experiment(), ours).cells
+    names = {"origin": "measured", "model": "small"}
+    lora = row("LoRA", 2.0, low=1.9, high=2.1, **names)
+    paca = row("PaCA", 1.5, low=1.4, high=1.6, **names)
+    (line,) = comparison(experiment(), [lora, replace(paca, setting="a step"), paca]).cells
     assert line[:3] == ["time", "PaCA / LoRA", "0.750"]
     assert line[4:] == ["agrees", "small, measured"]
     assert comparison(experiment(), []) is None
 
 
 def test_pages_say_what_is_missing_and_what_failed(tmp_path):
-    numbers = [
-        row(m, v, origin="measured", low=v, high=v) for m, v in (("LoRA", 2.0), ("PaCA", 1.6))
-    ]
+    found = {"LoRA": 2.0, "PaCA": 1.6}
+    numbers = [row(m, v, origin="measured", low=v, high=v) for m, v in found.items()]
 
     def fail(work):
         raise OSError("no judge")
@@ -167,14 +139,17 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
     one = experiment(*jobs, notes=("A note.",))
     folder = OwnedFolder(path=tmp_path, kind="a test")
     folder.begin()
-    found: dict[str, Finished] = done(jobs[:2], folder)
+    found = done(jobs[:2], folder)
     page = make_page(one, found, "small")
-    assert "| big | PaCA | 3 | 5.2 | 1.6 |" in page
-    assert "| time | PaCA / LoRA | 0.750 | 0.800 | same order |" in page
-    assert "Not run yet:\n\n- never begun" in page
-    assert "Failed:\n\n- b: OSError: no judge" in page
-    assert "- A note." in page
-    assert "2 jobs, " in page
+    for text in (
+        "| big | PaCA | 3 | 5.2 | 1.6 |",
+        "| time | PaCA / LoRA | 0.750 | 0.800 | same order |",
+        "Not run yet:\n\n- never begun",
+        "Failed:\n\n- b: OSError: no judge",
+        "- A note.",
+        "2 jobs, ",
+    ):
+        assert text in page
     assert write_page(one, found, "small", folder).is_file()
     assert (tmp_path / "one.png").is_file()
     assert not (tmp_path / "results.json").exists()  # pages of others lie in the same folder
@@ -184,34 +159,30 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
     assert kept.rows == numbers
 
 
-@pytest.mark.parametrize("scale", ["small", "full"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_jobs_have_keys_of_their_own_and_plain_inputs(name, scale):
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "memory"])
+def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
     """Making the jobs of the full scale checks the configuration of each of its runs."""
-    jobs = EXPERIMENTS[name].jobs(scale)
-    assert jobs
-    assert len({job.key for job in jobs}) == len(jobs)
-    for job in jobs:
-        json.dumps(job.inputs)
-
-
-def test_the_paper_has_a_number_beside_each_of_ours():
-    """Quantities, lines and models of the experiments are those of the paper's tables."""
-    for name, one in EXPERIMENTS.items():
-        models = {r.model for r in one.paper}
-        assert one.beside in models
-        assert one.scores <= {r.what for r in one.paper}
-        if name in TABLES:
-            assert any(r.method.startswith(one.reference) for r in one.paper)
+    assert doc_table(name).startswith("| ")
+    if name == "memory":
+        return
+    one = EXPERIMENTS[name]
+    keys = {scale: [job.key for job in one.jobs(scale)] for scale in ("full", "small")}
+    assert all(len(set(some)) == len(some) > 0 for some in keys.values())
+    json.dumps([job.inputs for scale in keys for job in one.jobs(scale)])
+    assert read_results(name, "small").keys() == {*keys["small"]}
+    # Quantities, lines and models of the experiments are those of the paper's tables.
+    assert one.beside in {r.model for r in one.paper}
+    assert one.scores <= {r.what for r in one.paper}
+    if name in TABLES:
+        assert any(r.method.startswith(one.reference) for r in one.paper)
 
 
 def test_operations_are_counted_and_agree_with_the_text(tmp_path):
     job = costs.FIGURE_2_EXPERIMENT.jobs("small")[0]
-    compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path))
-    assert [line[4] for line in compared.cells] == ["agrees"] * 3
-    assert {line[0] for line in compared.cells} == {
-        claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")
-    }
+    compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path)).cells
+    claims = {claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")}
+    assert [line[4] for line in compared] == ["agrees"] * 3
+    assert {line[0] for line in compared} == claims
 
 
 def timed(method, value, **more):
@@ -246,22 +217,28 @@ def test_throughput_is_that_of_the_largest_batch():
     assert not rate.has_interval
 
 
+def jobs_of(one, scale):
+    return {job.key: job for job in one.jobs(scale)}
+
+
 def test_results_of_other_settings_are_not_taken_for_these():
     """The inputs of a run at the paper's size say all that decides it."""
-    jobs = {job.key: job for job in texts.TABLE_5_EXPERIMENT.jobs("full")}
+    jobs = jobs_of(texts.TABLE_5_EXPERIMENT, "full")
     runs = [jobs[f"full-llama3-8b-paca-r64-random-{n}"].inputs["runs"]["0.0005"] for n in (1, 2)]
     assert [one["paca"]["random_seed"] for one in runs] == [42, 43]
     assert runs[0]["paca"]["paca_alpha"] == 1
     assert runs[0]["training"]["gradient_accumulation_steps"] == 4
     assert runs[0]["training"]["lr_scheduler_type"] == "linear"
-    jobs = {job.key: job for job in images.TABLE_6_EXPERIMENT.jobs("full")}
+    jobs = jobs_of(images.TABLE_6_EXPERIMENT, "full")
     run = jobs["full-vit-b16-paca-pets"].inputs["run"]
     assert run["data"]["path"].startswith("torchvision:")
     assert run["training"]["per_device_train_batch_size"] == 64
+    with torch.device("meta"):  # ViT-B/16 with a head of 100 classes
+        assert images.build_vit().num_parameters() == 85_798_656 + 100 * (768 + 1)
 
 
 def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
-    jobs = {job.key: job for job in texts.TABLE_2_EXPERIMENT.jobs("small")}
+    jobs = jobs_of(texts.TABLE_2_EXPERIMENT, "small")
     (found,) = jobs["memory-llama3-8b-lora-r64"].run(tmp_path)
     assert found.what == "memory"
     assert found.value == pytest.approx(40.35, abs=0.1)
@@ -283,60 +260,14 @@ def test_accuracies_keep_what_they_are_means_of():
     assert one.high - 75.0 == pytest.approx(3.182 * 25.0, rel=1e-3)
 
 
-def test_the_papers_image_models_have_the_papers_sizes():
-    tiny = images.build_vit(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=16,
-    )
-    assert tiny.config.num_labels == 100
-
-
-@pytest.mark.parametrize("name", [*EXPERIMENTS, "memory"])
-def test_committed_results_are_those_of_the_jobs(name):
-    assert doc_table(name).startswith("| ")
-    if name in EXPERIMENTS:
-        keys = {job.key for job in EXPERIMENTS[name].jobs("small")}
-        assert read_results(name, "small").keys() == keys
-
-
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in EXPERIMENTS)
-    assert main(["tabel5", "--output", str(tmp_path)]) == 2
-    assert "did you mean 'table5'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["table5"])
     assert "--output DIR" in capsys.readouterr().err
-    (tmp_path / "fig2-small").mkdir()
-    (tmp_path / "fig2-small" / "fig2.md").write_text("mine")
-    assert main(["fig2", "--output", str(tmp_path)]) == 2
-    assert "stay as they are" in capsys.readouterr().err
-
-
-def test_wrong_input_gives_one_line(tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "run" / ".pacatune").mkdir(parents=True)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for words, said in (
-        (["fig2", "--output", "file"], "file is a file"),
-        (["fig2", "--output", "run"], "run holds the results of another command"),
-        (["table5", "--scale", "full", "--output", "new"], "export its key as OPENAI_API_KEY"),
-        (["all", "--scale", "full", "--output", "new"], "table2 --scale full asks a judge"),
-    ):
-        assert main([*words[:-1], str(tmp_path / words[-1])]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        assert said in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".pacatune"]
-
-
-def test_a_result_says_which_commit_of_the_experiments_made_it(tmp_path, monkeypatch, capsys):
+    # A result says which commit of the experiments made it.
     numbers = [row("LoRA", 4.0, origin="counted"), row("PaCA", 3.0, origin="counted")]
     one = experiment(Job(key="a", inputs={}, run=lambda work: numbers))
     monkeypatch.setitem(EXPERIMENTS, "one", one)
@@ -347,3 +278,25 @@ def test_a_result_says_which_commit_of_the_experiments_made_it(tmp_path, monkeyp
     (made,) = json.loads((folder / "results.json").read_text()).values()
     here = commit(ROOT, "src", "experiments", "examples")
     assert {name: made["provenance"][name] for name in here} == here
+
+
+def test_wrong_input_gives_one_line(tmp_path, capsys, monkeypatch):
+    for path in ("file", "run/.pacatune/x", "other/fig2-small/fig2.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for words, said in (
+        ("tabel5 new", "did you mean 'table5'?"),
+        ("fig2 other", "stay as they are"),
+        ("fig2 file", "file is a file"),
+        ("fig2 run", "run holds the results of another command"),
+        ("table5 --scale full new", "export its key as OPENAI_API_KEY"),
+        ("all --scale full new", "table2 --scale full asks a judge"),
+    ):
+        *options, name = words.split()
+        assert main([*options, "--output", str(tmp_path / name)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert said in line
+    assert sorted(tmp_path.rglob("*")) == before

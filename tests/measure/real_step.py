@@ -59,18 +59,12 @@ def real_model(setting):
 
 def with_adapter(model, setting):
     """The model with the setting's adapter, in training mode."""
+    options = {"r": setting.rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if setting.method == "paca":
-        options = {"r": setting.rank, "groups": setting.groups, "target_modules": TARGETS}
-        model = get_peft_model(model, PacaConfig(**options, task_type="CAUSAL_LM"))
+        model = get_peft_model(model, PacaConfig(**options, groups=setting.groups))
     elif setting.method != "full":
-        config = LoraConfig(
-            r=setting.rank,
-            target_modules=TARGETS,
-            lora_dropout=setting.dropout,
-            use_dora=setting.method == "dora",
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, config)
+        options |= {"lora_dropout": setting.dropout, "use_dora": setting.method == "dora"}
+        model = get_peft_model(model, LoraConfig(**options))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(setting.trained_dtype)
@@ -82,11 +76,16 @@ def loss_of(model, setting, ids):
         return model(input_ids=ids, labels=ids).loss
 
 
-def really_saved(model, setting):
-    """Bytes that autograd keeps in the second step, when columns are written already."""
+def start(model, setting):
+    """Tokens of a micro-batch, what is trained, and its optimizer."""
     ids = torch.randint(128, (setting.batch_size, setting.seq_len))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    return ids, trained, torch.optim.AdamW(trained, fused=True)
+
+
+def really_saved(model, setting):
+    """Bytes that autograd keeps in the second step, when columns are written already."""
+    ids, _, optimizer = start(model, setting)
     loss_of(model, setting, ids).backward()
     optimizer.zero_grad()
     with SavedBytes(model) as saved:
@@ -97,9 +96,7 @@ def really_saved(model, setting):
 
 def real_peak(model, setting):
     """Tracker over the third step of a real model: its peak and what it keeps."""
-    ids = torch.randint(128, (setting.batch_size, setting.seq_len))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    ids, trained, optimizer = start(model, setting)
     tracker = StorageTracker()
     with tracker:
         tracker.hold(model.parameters(), "weights")
@@ -110,8 +107,7 @@ def real_peak(model, setting):
             optimizer.zero_grad()
         state = (value for values in optimizer.state.values() for value in values.values())
         tracker.hold(state, "optimizer")
-        tracker.hold(_originals(model), "weights")
-        tracker.hold(_distinct(model), "weights")
+        tracker.hold(_beside(model), "weights")
         tracker.watch_gradients(trained)
         tracker.reset_peak()
         for _ in range(setting.gradient_accumulation):
@@ -126,15 +122,13 @@ def real_peak(model, setting):
     return tracker, kept
 
 
-def _originals(model):
-    layers = [m for m in model.modules() if isinstance(m, PacaLayer) and m.residency is not None]
-    return [x for m in layers for x in (m.residency.kept.originals, m.residency.kept.columns)]
-
-
-def _distinct(model):
+def _beside(model):
+    """Original columns and which they are, and the distinct ones of row groups."""
     layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
-    found = [indices for layer in layers for indices in layer.paca_indices.values()]
-    return [x for one in found if one.dim() == 2 for x in distinct_and_places(one)]
+    kept = [layer.residency.kept for layer in layers if layer.residency is not None]
+    indices = [one for layer in layers for one in layer.paca_indices.values() if one.dim() == 2]
+    distinct = [x for one in indices for x in distinct_and_places(one)]
+    return [x for one in kept for x in (one.originals, one.columns)] + distinct
 
 
 def tiny(folder, values=LLAMA, **options):

@@ -15,11 +15,14 @@ def estimate_of(**by_category):
     return Estimate(setting, peak, by_category, "backward", {"loss": 1})
 
 
-def test_spread_is_context_and_gaps_between_what_comes_and_goes():
+def test_the_spread_is_context_and_gaps_and_what_fits_surely_fits_all_of_it():
     estimate = estimate_of(weights=10 * GIB, activations=20 * GIB)
     assert estimate.peak_bytes == 30 * GIB
     assert estimate.low_bytes == 30 * GIB + int(0.4 * GIB)
     assert estimate.high_bytes == 34 * GIB + int(0.7 * GIB)
+    assert estimate.fits(35 * GIB) == "yes"
+    assert estimate.fits(34 * GIB) == "perhaps"
+    assert estimate.fits(30 * GIB) == "no"
 
 
 def test_the_spread_holds_what_the_paper_measured():
@@ -28,22 +31,12 @@ def test_the_spread_holds_what_the_paper_measured():
     assert round(estimate.low_bytes / 1e9) < 20 == round(estimate.high_bytes / 1e9)
 
 
-def test_fits_is_sure_only_for_the_whole_spread():
-    estimate = estimate_of(weights=10 * GIB, activations=20 * GIB)
-    assert estimate.fits(35 * GIB) == "yes"
-    assert estimate.fits(34 * GIB) == "perhaps"
-    assert estimate.fits(30 * GIB) == "no"
-
-
-def test_estimate_is_the_same_every_time(tmp_path):
+def test_estimate_is_the_same_every_time_and_notes_a_length_beyond_the_models(tmp_path):
     setting = tiny(tmp_path)
     first, second = estimate_memory(setting), estimate_memory(setting)
     assert first == second
     assert sum(first.by_category.values()) == first.peak_bytes
-    assert first.to_values()["setting"]["rank"] == 4
-
-
-def test_length_beyond_the_models_positions_is_noted(tmp_path):
+    assert (first.to_values()["setting"]["rank"], first.notes) == (4, [])
     notes = estimate_memory(tiny(tmp_path, seq_len=65)).notes
     assert notes == ["the model was made for 64 tokens, not 65."]
 
@@ -60,38 +53,27 @@ def test_largest_fits_and_the_next_does_not(quantity, tmp_path):
     assert over.high_bytes > available
 
 
-def test_nothing_fits(tmp_path):
+def test_nothing_fits_everything_fits_or_there_is_no_such_quantity(tmp_path):
     assert find_max(tiny(tmp_path), "batch_size", 1000) == (0, None)
-
-
-def test_every_rank_fits(tmp_path):
-    number, _ = find_max(tiny(tmp_path), "rank", 100 * GIB)
-    assert number == 64
-
-
-def test_quantities_that_do_not_exist(tmp_path):
+    assert find_max(tiny(tmp_path), "rank", 100 * GIB)[0] == 64
     with pytest.raises(ValueError, match=r"`quantity` \('layers'\) must be one of seq_len, batch"):
         find_max(tiny(tmp_path), "layers", GIB)
     with pytest.raises(ValueError, match=r"`method` \('full'\) has no rank"):
         find_max(tiny(tmp_path, method="full"), "rank", GIB)
 
 
-@pytest.mark.parametrize("limit", [1, 2, 3, 511, 512, 513, 4096, 9999, 10**6])
-@pytest.mark.parametrize("step", [1, 64])
-def test_search_is_exact_and_short(limit, step):
-    """On lines and on stairs, whose steps are kernels' blocks."""
-    tried = set()
+@pytest.mark.parametrize(("step", "most_tried"), [(1, 12), (64, 40)])
+def test_search_is_exact_and_short(step, most_tried):
+    """On lines and on stairs, whose steps are kernels' blocks; on a curve; and at its bounds."""
+    for limit in (1, 2, 3, 511, 512, 513, 4096, 9999, 10**6):
+        tried = set()
 
-    def room(number):
-        tried.add(number)
-        return (limit - number) // step * 1000
+        def room(number, limit=limit, tried=tried):
+            tried.add(number)
+            return (limit - number) // step * 1000
 
-    expected = limit
-    assert _last_with_room(room, 1, 2**24) == expected
-    assert len(tried) <= (12 if step == 1 else 40)
-
-
-def test_search_bounds():
+        assert _last_with_room(room, 1, 2**24) == limit
+        assert len(tried) <= most_tried
     assert _last_with_room(lambda number: -1, 1, 100) == 0
     assert _last_with_room(lambda number: 1, 1, 100) == 100
     assert _last_with_room(lambda number: 50**3 - number**3, 1, 10**6) == 50

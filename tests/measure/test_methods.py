@@ -4,36 +4,31 @@ import pytest
 import torch
 
 from pacatune.measure.methods import adapt
-from pacatune.measure.models import make_batch, make_model
+from pacatune.measure.models import loss_of, make_batch, make_model
 from pacatune.measure.setting import METHODS
 from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
 # Of torch, where PEFT's SHiRA makes a sparse tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-CPU = torch.device("cpu")
-HERE = list(METHODS)
 OUT_FEATURES = NUM_LAYERS * (4 * HIDDEN + 2 * MLP + HIDDEN)
 
 
+def base(values, method, dtype=torch.float32):
+    quantization = "nf4" if method.startswith("q") else None
+    return make_model(values, dtype, torch.device("cpu"), seed=3, quantization=quantization)
+
+
 def contender(values, method, dtype=torch.float32):
-    quantization = "nf4" if method.startswith("q") else None
-    model = make_model(values, dtype, CPU, seed=3, quantization=quantization)
     options = {"rank": RANK, "dropout": 0.1, "seed": 0, "adapter_dtype": dtype}
-    return adapt(model, method, **options)
+    return adapt(base(values, method, dtype), method, **options)
 
 
-@pytest.mark.parametrize("method", HERE)
-def test_an_untrained_method_is_the_base_model(values, method):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_the_base_model_at_first_and_trains_what_it_says_in_its_dtype(values, method):
     batch = make_batch(2, 5, VOCAB, seed=1)
-    quantization = "nf4" if method.startswith("q") else None
-    base = make_model(values, torch.float32, CPU, seed=3, quantization=quantization)
-    expected = base(input_ids=batch).logits
+    expected = base(values, method)(input_ids=batch).logits
     actual = contender(values, method).model.eval()(input_ids=batch).logits
     torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("method", HERE)
-def test_a_method_trains_what_it_says_in_its_dtype(values, method):
     adapted = contender(values, method, torch.bfloat16)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} <= {torch.bfloat16}
@@ -51,30 +46,21 @@ def test_dropout_is_that_of_the_method_that_has_it(values):
 
 
 @pytest.mark.parametrize("num_tokens", [5, 80])
-def test_the_forms_of_paca_train_alike(values, num_tokens):
-    batch = make_batch(1, num_tokens, VOCAB, seed=1)
-    losses = {}
-    for method in ("paca", "paca-transient"):
+def test_the_forms_of_paca_train_alike_and_write_or_never_do(values, num_tokens):
+    batch, losses = make_batch(1, num_tokens, VOCAB, seed=1), {}
+    for method, is_written in (("paca", True), ("paca-transient", False)):
         one = contender(values, method)
         losses[method] = []
         for _ in range(3):
-            loss = one.model(input_ids=batch, labels=batch).loss
+            loss = loss_of(one.model, batch)
             loss.backward()
+            layers = [m for m in one.model.modules() if getattr(m, "residency", None) is not None]
+            assert [m.residency.is_written for m in layers] == [is_written] * 7 * NUM_LAYERS
             one.optimizer.step()
             one.optimizer.zero_grad()
             losses[method].append(loss.detach())
     assert losses["paca"][2] < losses["paca"][0]
     torch.testing.assert_close(losses["paca-transient"], losses["paca"])
-
-
-def test_the_forms_of_paca_write_or_never_do(values):
-    batch = make_batch(1, 5, VOCAB, seed=1)
-    for method, is_written in (("paca", True), ("paca-transient", False)):
-        one = contender(values, method)
-        one.model(input_ids=batch, labels=batch).loss.backward()
-        layers = [m for m in one.model.modules() if getattr(m, "residency", None) is not None]
-        assert len(layers) == 7 * NUM_LAYERS
-        assert {layer.residency.is_written for layer in layers} == {is_written}
 
 
 def test_a_device_without_a_fused_optimizer_gets_the_plain_one(values, monkeypatch):

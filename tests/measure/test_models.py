@@ -8,13 +8,16 @@ from pacatune.measure.models import (
     llama_values,
     load_config,
     load_values,
+    loss_of,
     make_batch,
     make_model,
     make_skeleton,
     parse_shape,
 )
 from pacatune.measure.presets import PRESETS
-from tests.measure.real_step import LLAMA, write_config
+from tests.measure.real_step import LLAMA, QWEN, write_config
+
+CPU = torch.device("cpu")
 
 
 def test_shapes_are_two_numbers():
@@ -27,19 +30,15 @@ def test_shapes_are_two_numbers():
 @pytest.mark.parametrize(
     ("hidden_size", "heads", "mlp"), [(4096, 32, 11008), (512, 8, 1408), (32, 1, 128)]
 )
-def test_proportions_are_llamas(hidden_size, heads, mlp):
+def test_proportions_are_llamas_unless_given(hidden_size, heads, mlp):
     values = llama_values(hidden_size, 2)
     assert values["num_attention_heads"] == values["num_key_value_heads"] == heads
     assert values["intermediate_size"] == mlp
     assert values["vocab_size"] == min(8 * hidden_size, 32000)
-
-
-def test_given_sizes_are_taken():
-    values = llama_values(
-        4096, 32, num_heads=32, num_kv_heads=8, intermediate_size=14336, vocab_size=128256
-    )
-    assert values["num_key_value_heads"] == 8
-    assert (values["intermediate_size"], values["vocab_size"]) == (14336, 128256)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "intermediate_size": 100, "vocab_size": 1000}
+    values = llama_values(hidden_size, 2, **sizes)
+    assert (values["num_attention_heads"], values["num_key_value_heads"]) == (4, 2)
+    assert (values["intermediate_size"], values["vocab_size"]) == (100, 1000)
 
 
 @pytest.mark.parametrize(
@@ -49,22 +48,13 @@ def test_given_sizes_are_taken():
         ({"num_heads": 64}, r"`num_heads` \(64\) must divide .* even number of channels"),
         ({"num_heads": 4, "num_kv_heads": 3}, r"`num_kv_heads` \(3\) must divide `num_heads`"),
         ({"vocab_size": -1}, r"`vocab_size` \(-1\) must be a whole number of at least 1"),
-        (
-            {"intermediate_size": 0},
-            r"`intermediate_size` \(0\) must be a whole number",
-        ),
+        ({"intermediate_size": 0}, r"`intermediate_size` \(0\) must be a whole number"),
         ({"hidden_size": 65}, r"`num_heads` \(1\) must divide `hidden_size` \(65\) into an even"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         llama_values(**{"hidden_size": 64, "num_layers": 1, **sizes})
-
-
-def test_values_are_those_of_the_configuration(tiny_model_dir):
-    for path in (tiny_model_dir, tiny_model_dir / "config.json"):
-        assert load_values(str(path))["hidden_size"] == 32
-    assert load_values("llama3-8b")["num_key_value_heads"] == 8
 
 
 PUBLISHED = {
@@ -83,42 +73,20 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_as_many_parameters_as_published(name):
-    model = make_skeleton(load_config(name), name, torch.bfloat16)
+    config = load_config(name)
+    model = make_skeleton(config, name, torch.bfloat16)
     assert model.num_parameters() == PUBLISHED[name]
-    assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    if name == "gemma3-12b":
+        assert config.layer_types.count("full_attention") == 8
+        assert config.sliding_window == 1024
 
 
-def test_preset_of_gemma_has_windows():
-    config = load_config("gemma3-12b")
-    assert config.layer_types.count("full_attention") == 8
-    assert config.sliding_window == 1024
-
-
-def test_file_and_folder_are_the_same(tmp_path):
+def test_values_are_those_of_a_preset_a_file_or_its_folder(tmp_path):
+    assert load_values("llama3-8b")["num_key_value_heads"] == 8
     path = write_config(tmp_path, LLAMA)
     assert load_values(path) == load_values(str(tmp_path))
     assert load_values(path)["hidden_size"] == 64
-
-
-def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(ValueError, match="unknown model 'llma3-8b'; did you mean 'llama3-8b'"):
-        load_config("llma3-8b")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("./nowhere", "does not exist"),
-        ("a/b/c.json", "does not exist"),
-        (".", "holds no config.json"),
-        ("some/model", r"'some/model'\) is neither a file or folder here"),
-    ],
-)
-def test_missing_model(name, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=message):
-        load_config(name)
 
 
 def test_remote_code_is_never_executed(tmp_path):
@@ -141,20 +109,24 @@ def test_remote_code_is_never_executed(tmp_path):
         ({"quantization_config": {"quant_method": "awq"}}, "is saved quantised; give the config"),
         ({"num_hidden_layers": "8"}, "refuses its config.json: (?s:.*)'num_hidden_layers' expect"),
         ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads"),
+        ({"model_type": "vit"}, "model it: 'vit' is no causal language model"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, message, tmp_path):
+    path = write_config(tmp_path, LLAMA, **changes)
     with pytest.raises(ValueError, match=message):
-        load_config(write_config(tmp_path, LLAMA, **changes))
+        make_skeleton(load_config(path), "it", torch.float32)
 
 
-def test_model_that_is_no_language_model(tmp_path):
-    config = load_config(write_config(tmp_path, {"model_type": "vit"}))
-    with pytest.raises(ValueError, match="model it: 'vit' is no causal language model"):
-        make_skeleton(config, "it", torch.float32)
-
-
-CPU = torch.device("cpu")
+def test_missing_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="unknown model 'llma3-8b'; did you mean 'llama3-8b'"):
+        load_config("llma3-8b")
+    missing = {"./nowhere": "does not exist", "a/b/c.json": "does not exist"}
+    missing |= {".": "holds no config.json", "some/model": "is neither a file or folder here"}
+    for name, message in missing.items():
+        with pytest.raises(FileNotFoundError, match=message):
+            load_config(name)
 
 
 def test_a_model_is_filled_as_transformers_does(values):
@@ -162,21 +134,17 @@ def test_a_model_is_filled_as_transformers_does(values):
 
     model = make_model(values, torch.float32, CPU, seed=0)
     twin = LlamaForCausalLM(LlamaConfig(**values)).eval()
-    for (name, ours), (_, theirs) in zip(
-        model.named_parameters(), twin.named_parameters(), strict=True
-    ):
-        assert ours.shape == theirs.shape
+    theirs = dict(twin.named_parameters())
+    for name, ours in model.named_parameters():
+        assert ours.shape == theirs[name].shape
         if name.endswith("norm.weight"):
-            assert torch.equal(ours, theirs)
+            assert torch.equal(ours, theirs[name])
         else:
-            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
+            assert ours.std().item() == pytest.approx(theirs[name].std().item(), rel=0.2)
     twin.load_state_dict(model.state_dict())
     batch = make_batch(2, 7, values["vocab_size"], seed=0)
     # Rotary frequencies are in no state dict.
     assert torch.equal(model.eval()(input_ids=batch).logits, twin(input_ids=batch).logits)
-
-
-def test_a_tied_head_is_the_embedding(values):
     model = make_model(values | {"tie_word_embeddings": True}, torch.bfloat16, CPU, seed=0)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -195,31 +163,15 @@ def test_weights_are_quantised_layer_by_layer(values, monkeypatch):
     layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert len(layers) == 14
     assert max(sizes) <= max(p.numel() for p in nn.ModuleList(layers).parameters()) * 2
-    for layer in layers:
-        assert layer.weight.dtype == torch.uint8
-        assert layer.weight.quant_state.state2 is not None
+    assert {layer.weight.dtype for layer in layers} == {torch.uint8}
+    assert all(layer.weight.quant_state.state2 is not None for layer in layers)
     assert type(model.lm_head) is nn.Linear
 
 
-def test_other_architectures_are_measured_too():
-    from transformers import Qwen3Config
-
-    values = Qwen3Config(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=64,
-    ).to_dict()
-    batch = make_batch(1, 5, 64, seed=0)
-    loss = make_model(values, torch.float32, CPU, seed=0)(input_ids=batch, labels=batch).loss
-    assert loss.item() == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=0.5)
-
-
-def test_batches_come_from_a_seed():
-    batch = make_batch(3, 4, 10, seed=1)
-    assert batch.shape == (3, 4)
-    assert torch.equal(batch, make_batch(3, 4, 10, seed=1))
-    assert not torch.equal(batch, make_batch(3, 4, 10, seed=2))
+def test_other_architectures_are_measured_too_on_batches_of_a_seed():
+    batch = make_batch(3, 5, 128, seed=1)
+    assert batch.shape == (3, 5)
+    assert torch.equal(batch, make_batch(3, 5, 128, seed=1))
+    assert not torch.equal(batch, make_batch(3, 5, 128, seed=2))
+    loss = loss_of(make_model(QWEN, torch.float32, CPU, seed=0), batch)
+    assert loss.item() == pytest.approx(torch.log(torch.tensor(128.0)).item(), abs=0.5)

@@ -17,7 +17,6 @@ from pacatune.measure.step import (
     Step,
     count,
     make_step,
-    prepare,
     run_in_child,
     run_point,
     time_together,
@@ -26,11 +25,12 @@ from tests.measure.conftest import HIDDEN, MLP, NUM_LAYERS, RANK, VOCAB
 
 
 def _value(config, number):
-    return {"number": number, "threads": torch.get_num_threads(), "process": os.getpid()}
+    precision = torch.get_float32_matmul_precision()
+    return number, torch.get_num_threads(), precision, os.getpid()
 
 
 def _take_memory(config, num_bytes):
-    return {"sum": torch.ones(num_bytes // 4).sum().item()}
+    return torch.ones(num_bytes // 4).sum().item()
 
 
 def _end_by(config, number):
@@ -41,40 +41,29 @@ def _fail(config):
     raise ValueError("no memory was short")
 
 
-def test_a_value_comes_from_another_process(make_config):
-    value = run_in_child(_value, make_config(threads=2), 7)
-    assert (value["number"], value["threads"]) == (7, 2)
-    assert value["process"] != os.getpid()
+def test_a_value_comes_from_another_process_whose_memory_ends_at_the_limit(make_config):
+    *value, process = run_in_child(_value, make_config(threads=2), 7)
+    assert value == [7, 2, "highest"]
+    assert process != os.getpid()
+    assert run_in_child(_take_memory, make_config(memory_limit=200 * 2**20), 2**20) == 2**18
 
 
-def test_memory_ends_at_the_limit(make_config):
-    config = make_config(memory_limit=200 * 2**20)
-    assert run_in_child(_take_memory, config, 2**20) == {"sum": 2**18}
-    with pytest.raises(MemoryError, match="can't allocate memory: you tried to allocate 419430400"):
-        run_in_child(_take_memory, config, 400 * 2**20)
-
-
-def test_a_process_that_the_system_ends_had_no_memory(make_config):
-    with pytest.raises(MemoryError, match="the system ended the process"):
-        run_in_child(_end_by, make_config(), signal.SIGKILL)
-
-
-def test_a_process_that_crashes_had_memory(make_config):
-    with pytest.raises(RuntimeError, match="ended with exit status -11"):
-        run_in_child(_end_by, make_config(), signal.SIGSEGV)
-    with pytest.raises(MemoryError, match="the system ended the process"):
-        run_in_child(_end_by, make_config(memory_limit=2**30), signal.SIGSEGV)
-
-
-def test_what_prepares_a_process_may_fail(make_config):
-    values = {"model_type": "vit"}
-    with pytest.raises(ValueError, match="causal"):
-        run_in_child(_value, make_config(values=values), 7)
-
-
-def test_other_errors_are_errors(make_config):
-    with pytest.raises(ValueError, match="no memory was short"):
-        run_in_child(_fail, make_config())
+@pytest.mark.parametrize(
+    ("measure", "options", "error", "message"),
+    [
+        ((_take_memory, 2**28), {"memory_limit": 2**27}, MemoryError, "you tried to allocate 2684"),
+        ((_end_by, signal.SIGKILL), {}, MemoryError, "the system ended the process"),
+        ((_end_by, signal.SIGSEGV), {}, RuntimeError, "ended with exit status -11"),
+        ((_end_by, signal.SIGSEGV), {"memory_limit": 2**30}, MemoryError, "the system ended the"),
+        ((_value, 7), {"values": {"model_type": "vit"}}, ValueError, "causal"),
+        ((_fail,), {}, ValueError, "no memory was short"),
+    ],
+)
+def test_errors_of_another_process(make_config, measure, options, error, message):
+    """Memory ended where an allocation fails, the system ends it, or it crashes under a limit."""
+    function, *args = measure
+    with pytest.raises(error, match=message):
+        run_in_child(function, make_config(**options), *args)
 
 
 SETTING = MicroBatch(num_rows=2, num_tokens=6)
@@ -85,17 +74,17 @@ NUM_IN = NUM_LAYERS * (6 * HIDDEN + MLP)
 NUM_OUT = NUM_LAYERS * (5 * HIDDEN + 2 * MLP)
 # Two products in the forward pass, five in the backward, which recomputes the scores.
 ATTENTION = NUM_LAYERS * 2 * 6 * 6 * HIDDEN * 2
-FORWARD = 2 * N * (NUM_WEIGHTS + HIDDEN * VOCAB) + 2 * ATTENTION
-BACKWARD = 2 * N * (NUM_WEIGHTS + HIDDEN * VOCAB) + 5 * ATTENTION
+WHOLE = 2 * N * (NUM_WEIGHTS + HIDDEN * VOCAB)
+LORA = (2 * N * RANK * (NUM_IN + NUM_OUT), 4 * N * RANK * (NUM_IN + NUM_OUT))
 # Method -> operations beyond those of the frozen model, forward and backward.
 BEYOND = {
     "frozen": (0, 0),
-    "full": (0, 2 * N * (NUM_WEIGHTS + HIDDEN * VOCAB)),
-    "lora": (2 * N * RANK * (NUM_IN + NUM_OUT), 4 * N * RANK * (NUM_IN + NUM_OUT)),
+    "full": (0, WHOLE),
+    "lora": LORA,
     "paca": (0, 2 * N * RANK * NUM_OUT),
     "paca-transient": (2 * N * RANK * NUM_OUT, 4 * N * RANK * NUM_OUT),
     "qpaca": (0, 2 * N * RANK * NUM_OUT),
-    "qlora": (2 * N * RANK * (NUM_IN + NUM_OUT), 4 * N * RANK * (NUM_IN + NUM_OUT)),
+    "qlora": LORA,
 }
 
 
@@ -106,46 +95,36 @@ def counted(config, method, setting=SETTING):
 @pytest.mark.parametrize("method", BEYOND)
 def test_operations_are_those_of_the_formulas(make_config, method):
     numbers = counted(make_config(methods=(method,)), method)
-    for phase, least, beyond in zip(
-        ("forward", "backward"), (FORWARD, BACKWARD), BEYOND[method], strict=True
-    ):
-        assert round(1e9 * numbers[f"{phase} operations"]) == least + beyond
+    found = [round(1e9 * numbers[f"{phase} operations"]) for phase in ("forward", "backward")]
+    forward, backward = BEYOND[method]
+    assert found == [WHOLE + 2 * ATTENTION + forward, WHOLE + 5 * ATTENTION + backward]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 def test_kept_bytes_are_those_of_the_formulas(make_config, dtype, itemsize):
     config = make_config(dtype=dtype)
-    rows = {
-        method: counted(config, method)
-        for method in ("frozen", "full", "lora", "paca", "paca-transient", "shira")
-    }
-    # Beside full's inputs: places and values of the sparse part of each weight.
-    assert rows["shira"]["kept by linear"] > rows["full"]["kept by linear"]
+    methods = ("frozen", "full", "lora", "paca", "paca-transient", "shira")
+    rows = {method: counted(config, method) for method in methods}
     linear = {method: row["kept by linear"] for method, row in rows.items()}
+    # Beside full's inputs: places and values of the sparse part of each weight.
+    assert linear["shira"] > linear["full"]
     assert linear["frozen"] == 0
+    columns = NUM_LAYERS * 7 * N * RANK * itemsize
     for method in ("paca", "paca-transient"):
-        assert linear[method] == NUM_LAYERS * 7 * N * RANK * itemsize
         beyond = rows[method]["kept for backward"] - rows["frozen"]["kept for backward"]
-        assert beyond == linear[method]
+        assert beyond == linear[method] == columns
     # One tensor for query, key and value, one for o, one for gate and up, one for down; that for o
     # is kept by the attention as well.
     inputs = NUM_LAYERS * N * (2 * HIDDEN + MLP) * itemsize
-    assert linear["full"] == inputs
-    assert linear["lora"] == inputs + NUM_LAYERS * 7 * N * RANK * itemsize
+    assert (linear["full"], linear["lora"]) == (inputs, inputs + columns)
     for row in rows.values():
         parts = [value for what, value in row.items() if what.startswith("kept by ")]
         assert sum(parts) == row["kept for backward"]
-
-
-def test_float32_adapters_on_16_bits_run_under_autocast(make_config):
-    options = {"methods": ("paca",), "dtype": "bfloat16"}
-    same = counted(make_config(**options), "paca")
-    finer = counted(make_config(**options, adapter_dtype="float32"), "paca")
-    for what in ("forward operations", "trained parameters"):
-        assert finer[what] == same[what]
-    for row in (same, finer):
-        assert row["kept by linear"] == NUM_LAYERS * 7 * N * RANK * 2
+    if dtype == "bfloat16":  # float32 adapters run under autocast
+        finer = counted(make_config(dtype=dtype, adapter_dtype="float32"), "paca")
+        for what in ("forward operations", "trained parameters", "kept by linear"):
+            assert finer[what] == rows["paca"][what]
 
 
 def test_peak_memory_holds_the_weights_and_what_is_kept(make_config):
@@ -180,27 +159,24 @@ def test_points_have_the_rate_of_their_step(make_config):
     assert peak.what == "peak"
 
 
-def test_compiled_models_are_counted_without_their_modules(make_config, monkeypatch):
-    options = []
-    # The compiler itself takes minutes and would be torch's test.
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: options.append(given))
-    row = counted(make_config(methods=("paca",), compiled=True), "paca")
-    assert options == [{"dynamic": False}]
-    assert row.keys() == {"trained parameters", "peak", "kept for backward"}
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("method", ["frozen", "paca"])
-def test_a_compiled_step_is_one_graph(make_config, monkeypatch, method):
+def test_a_compiled_step_is_one_graph_and_counted_without_its_modules(
+    make_config, monkeypatch, method
+):
+    """R8: the columns are in the graph."""
+    # The compiler itself takes minutes and would be torch's test.
     compile_model, graphs = torch.nn.Module.compile, CompileCounterWithBackend("eager")
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **given: compile_model(self, backend=graphs)
-    )
+
+    def compile_once(self, *, dynamic):
+        assert dynamic is False
+        compile_model(self, backend=graphs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_once)
     torch.compiler.reset()
-    run = make_step(make_config(methods=(method,), compiled=True), SETTING, method)
-    for _ in range(2):
-        run()
+    row = counted(make_config(methods=(method,), compiled=True), method)
     torch.compiler.reset()
+    assert row.keys() == {"trained parameters", "peak", "kept for backward"}
     assert graphs.frame_count == 1
 
 
@@ -232,22 +208,14 @@ def test_a_step_waits_for_the_device_at_its_end_alone(make_config, monkeypatch):
 
 
 def test_a_step_takes_any_loss_and_batch():
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    batch = (torch.ones(4, 3), torch.zeros(4, 2))
-    one = Step(
-        contender=Contender("full", model, optimizer),
-        batch=batch,
-        loss=lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
-        clock=time.process_time,
-    )
+    model, batch = torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
+    full = Contender("full", model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    one = Step(contender=full, batch=batch, loss=loss, clock=time.process_time)
     before = one.forward().item()
     assert min(one()) >= 0
     assert one.forward().item() != before
     assert model.weight.grad is None
-
-
-def test_processes_are_set_up_as_asked(make_config):
-    prepare(make_config(threads=2))
-    assert torch.get_num_threads() == 2
-    assert torch.get_float32_matmul_precision() == "highest"

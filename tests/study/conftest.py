@@ -1,11 +1,13 @@
+import io
 import json
 import random
 from typing import ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 
-from pacatune.study import plan
+from pacatune.study import plan, run_study
 from pacatune.study.tasks import StudyTask
 
 
@@ -14,17 +16,26 @@ def _blank_pictures(blank_pictures):
     """Those of a study are drawn in test_runner.py, once each."""
 
 
+def run(config, folder, **options):
+    """Run a study; return its result and what it printed."""
+    console = Console(file=io.StringIO(), width=300)
+    return run_study(config, folder, console=console, **options), console.file
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
-    """Training and test chats whose answers can be learned."""
+    """Training and test chats whose answers can be learned, and some of both."""
     folder = tmp_path_factory.mktemp("chats")
-    for name, numbers in (("train", range(40)), ("test", range(40, 52))):
-        lines = []
-        for i in numbers:
-            user = {"role": "user", "content": f"What is {i}?"}
-            answer = {"role": "assistant", "content": f"It is {7 * i % 10}."}
-            lines.append(json.dumps({"messages": [user, answer]}) + "\n")
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+    parts = {"train": range(40), "test": range(40, 52), "both": range(30, 52)}
+    for name, numbers in parts.items():
+        pairs = [(f"What is {i}?", f"It is {7 * i % 10}.") for i in numbers]
+        roles = ("user", "assistant")
+        chats = [[{"role": r, "content": t} for r, t in zip(roles, p, strict=True)] for p in pairs]
+        write_rows(folder / f"{name}.jsonl", [{"messages": chat} for chat in chats])
     return folder
 
 
@@ -34,15 +45,11 @@ def text_options(tiny_model_dir, chats):
     return {
         "model": {"path": str(tiny_model_dir), "dtype": "float32"},
         "data": {"path": str(chats / "train.jsonl"), "eval_path": str(chats / "test.jsonl")},
-        "training": {
-            "max_steps": 2,
-            "per_device_train_batch_size": 4,
-            "bf16": False,
-            "use_cpu": True,
-        },
+        "training": {"per_device_train_batch_size": 4, **TWO_STEPS},
     }
 
 
+TWO_STEPS = {"max_steps": 2, "bf16": False, "use_cpu": True}
 WORDS = {"fruit": ["apple", "pear", "plum"], "colour": ["red", "green", "blue"]}
 
 
@@ -52,13 +59,13 @@ def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled")
     draw = random.Random(0)
     for name, number in (("train", 60), ("test", 20)):
-        lines = []
+        rows = []
         for _ in range(number):
             label = draw.choice(list(WORDS))
             words = [draw.choice(WORDS[label]), *draw.choices(["this", "that", "is"], k=3)]
             draw.shuffle(words)
-            lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+            rows.append({"text": " ".join(words), "label": label})
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 
@@ -76,16 +83,10 @@ def bert_dir(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
     ).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": len(words), "intermediate_size": 64, "max_position_embeddings": 32}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **no_dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
@@ -98,7 +99,7 @@ def class_options(bert_dir, labelled):
     return {
         "model": {"path": str(bert_dir)},
         "data": {"path": str(labelled / "train.jsonl"), "eval_path": str(labelled / "test.jsonl")},
-        "training": {"max_steps": 2, "bf16": False, "use_cpu": True},
+        "training": TWO_STEPS,
     }
 
 

@@ -47,35 +47,26 @@ def test_wrong_studies(values, message):
         StudyConfig(**{"task": "smollm2-chat", "arms": ARMS, **values})
 
 
-def write(folder, text):
+def read(folder, text):
     path = folder / "study.yaml"
     path.write_text(text)
-    return path
+    return read_study(path)
 
 
 def test_a_study_is_read(tmp_path):
     text = """
 task: run.yaml
 options: {training: {max_steps: 8}}
-arms:
-  paca: {rank: 4, learning_rates: [1e-3, 2e-3], options: {paca: {target_modules: [q_proj]}}}
-  full: {method: full}
+arms: {paca: {rank: 4, learning_rates: [1e-3, 2e-3], options: {lean: off}}, full: {method: full}}
 seeds: [3, 4]
 match: parameters
 learning_rates: {full: [1e-5]}
 """
-    config = read_study(write(tmp_path, text))
-    assert config == StudyConfig(
+    paca = Arm(rank=4, learning_rates=[1e-3, 2e-3], options={"lean": "off"})
+    assert read(tmp_path, text) == StudyConfig(
         task="run.yaml",
         options={"training": {"max_steps": 8}},
-        arms={
-            "paca": Arm(
-                rank=4,
-                learning_rates=[1e-3, 2e-3],
-                options={"paca": {"target_modules": ["q_proj"]}},
-            ),
-            "full": Arm(method="full"),
-        },
+        arms={"paca": paca, "full": Arm(method="full")},
         seeds=[3, 4],
         match="parameters",
         learning_rates={"full": [1e-5]},
@@ -86,16 +77,13 @@ learning_rates: {full: [1e-5]}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "task: a\narm: {}\n",
-            r"study.yaml: unknown key 'arm'; did you mean 'arms'\? There are arms, ",
-        ),
-        ("task: a\narms: {p: {rang: 4}}\n", r"arm 'p': unknown key 'rang'; did you mean 'rank'"),
-        ("task: a\narms: [paca]\n", r"`arms` is a list; it must map names to arms"),
-        ("task: a\narms: {p: {rank: x}}\n", r"study.yaml: .*rank"),
-        ("task: a\narms: {p: {rank: 1}}\nmetric: speed\n", r"study.yaml: .*metric"),
+        ("arm: {}", r"study.yaml: unknown key 'arm'; did you mean 'arms'\? There are arms, "),
+        ("arms: {p: {rang: 4}}", r"arm 'p': unknown key 'rang'; did you mean 'rank'"),
+        ("arms: [paca]", r"`arms` is a list; it must map names to arms"),
+        ("arms: {p: {rank: x}}", r"study.yaml: .*rank"),
+        ("arms: {p: {rank: 1}}\nmetric: speed", r"study.yaml: .*metric"),
     ],
 )
 def test_files_that_are_no_study(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        read_study(write(tmp_path, text))
+        read(tmp_path, f"task: a\n{text}\n")

@@ -7,14 +7,13 @@ import time
 
 import pytest
 import yaml
-from rich.console import Console
 
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.study import run_study
 from pacatune.study.config import read_study
 from pacatune.study.tasks import StudyTask
 from pacatune.training.language import LanguageTrainer
 from tests.forks import Program
+from tests.study.conftest import run
 
 # Runs a study whose third run never ends.
 SCRIPT = """
@@ -80,17 +79,21 @@ def test_killed(study, started, tmp_path):
     program.wait()
     assert len(list((out / "jobs").glob("[!.]*"))) == 2
     assert json.loads((out / "study.json").read_text()) == {"finished": False}
-    result = run_study(read_study(study), out, console=Console(quiet=True))
+    result, _ = run(read_study(study), out)
     assert started == [(2, 1), (4, 1)]
-    assert {name: sorted(arm.values) for name, arm in result.arms.items()} == {
-        "a": [0, 1],
-        "b": [0, 1],
-    }
+    assert [[name, *sorted(arm.values)] for name, arm in result.arms.items()] == [
+        ["a", 0, 1],
+        ["b", 0, 1],
+    ]
     assert json.loads((out / "study.json").read_text())["finished"] is True
 
 
-def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
+def test_signal_in_the_middle_of_a_run_and_two_at_once(study, started, tmp_path, monkeypatch):
     step, out = LanguageTrainer.training_step, tmp_path / "out"
+    with OwnedFolder(path=out, kind="a study").going_on():  # noqa: SIM117 (the folder is taken)
+        with pytest.raises(ValueError, match="another run is at work"):
+            run(read_study(study), out)
+    assert not started
 
     def signalled(self, *args, **kwargs):
         if len(started) == 2:
@@ -99,14 +102,7 @@ def test_signal_in_the_middle_of_a_run(study, started, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LanguageTrainer, "training_step", signalled)
     with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 4 runs done; the same command"):
-        run_study(read_study(study), out, console=Console(quiet=True))
+        run(read_study(study), out)
     monkeypatch.setattr(LanguageTrainer, "training_step", step)
-    run_study(read_study(study), out, console=Console(quiet=True))
+    run(read_study(study), out)
     assert started == [(2, 0), (4, 0), (4, 0), (2, 1), (4, 1)]
-
-
-def test_two_at_once(study, started, tmp_path):
-    folder = OwnedFolder(path=tmp_path / "out", kind="a study")
-    with folder.going_on(), pytest.raises(ValueError, match="another run is at work"):
-        run_study(read_study(study), tmp_path / "out", console=Console(quiet=True))
-    assert not started

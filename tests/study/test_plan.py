@@ -17,14 +17,15 @@ def plan_of(options, arms=None, **values):
     return make_plan(StudyConfig(options=options, arms=arms, **values))
 
 
+def run_of(options, name, arms=None):
+    return plan_of(options, arms).make_run(name, 1e-3, 0, Path("x"))
+
+
 def test_sections_are_merged_and_values_replaced():
     base = {"paca": {"r": 1, "rank_pattern": {"a": 1}}, "method": "paca"}
     over = {"paca": {"rank_pattern": {"b": 2}}, "lean": "off"}
-    assert merged(base, over) == {
-        "paca": {"r": 1, "rank_pattern": {"b": 2}},
-        "method": "paca",
-        "lean": "off",
-    }
+    paca = {"r": 1, "rank_pattern": {"b": 2}}
+    assert merged(base, over) == {"paca": paca, "method": "paca", "lean": "off"}
     assert base["paca"]["rank_pattern"] == {"a": 1}
 
 
@@ -49,9 +50,6 @@ def test_runs_have_what_the_arm_says(text_options, tmp_path):
     # A third, once and three times the command's default.
     assert full.learning_rates == [3.3e-6, 1e-5, 3e-5]
     assert adapters.learning_rates == [6.7e-5, 2e-4, 6e-4]
-
-
-def test_grids(text_options):
     arms = {"a": Arm(rank=2, learning_rates=[3e-3, 1e-3]), "b": Arm(), "c": Arm(method="lora")}
     plan = plan_of(text_options, arms, learning_rates={"paca": [5e-3]}, seeds=[0, 1, 2, 3])
     assert plan.arms["a"].learning_rates == [1e-3, 3e-3]
@@ -63,37 +61,29 @@ def test_equal_parameters(text_options):
     """The reference's own number is met as nearly as one more column allows."""
     arms = {"lora": Arm(method="lora", rank=4), "paca": Arm(), "moslora": Arm(method="moslora")}
     plan = plan_of(text_options, arms, match="parameters")
-    wanted = plan.arms["lora"].num_trainable_parameters
-    per_column = plan.arms["paca"].num_trainable_parameters / plan.arms["paca"].rank
-    assert plan.arms["paca"].rank > 4
-    assert abs(plan.arms["paca"].num_trainable_parameters - wanted) <= per_column / 2
+    wanted, paca = plan.arms["lora"].num_trainable_parameters, plan.arms["paca"]
+    assert paca.rank > 4
+    num, per_column = paca.num_trainable_parameters, paca.num_trainable_parameters / paca.rank
+    assert abs(num - wanted) <= per_column / 2
     assert plan.arms["moslora"].rank == 4  # or it would train a fifth fewer
     same_rank = plan_of(text_options, arms)
     assert {arm.rank for arm in same_rank.arms.values()} == {4}
 
 
-def test_equal_parameters_cannot_be_met(text_options):
-    arms = {"full": Arm(method="full"), "paca": Arm()}
-    with pytest.raises(ValueError, match=r"arm 'paca': it has no `rank`"):
-        plan_of(text_options, arms)
-    arms = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
-    with pytest.raises(ValueError, match=r"arm 'paca': no rank trains about as many parameters"):
-        plan_of(text_options, arms, match="parameters")
-
-
-def key_of(options, **values):
-    plan = plan_of(options, **values)
-    return plan_key(plan.inputs(plan.make_run("paca", 1e-3, 0, Path("x"))))
-
-
 def test_keys(text_options, tmp_path):
+    def key_of(options, **values):
+        plan = plan_of(options, **values)
+        return plan_key(plan.inputs(plan.make_run("paca", 1e-3, 0, Path("x"))))
+
     base = key_of(text_options)
-    moved = tmp_path / "moved"
+    path, moved = tmp_path / "run.yaml", tmp_path / "moved"
+    path.write_text(yaml.safe_dump(text_options))
+    assert key_of({}, task=str(path)) == base
     shutil.copytree(Path(text_options["data"]["path"]).parent, moved)
     shutil.copytree(text_options["model"]["path"], tmp_path / "model")
     data = {"path": str(moved / "train.jsonl"), "eval_path": str(moved / "test.jsonl")}
-    elsewhere = {**text_options, "data": data, "model": {"path": str(tmp_path / "model")}}
-    elsewhere["model"]["dtype"] = "float32"
+    model = {"path": str(tmp_path / "model"), "dtype": "float32"}
+    elsewhere = {**text_options, "data": data, "model": model}
     assert key_of(elsewhere) == base
     assert key_of(text_options, seeds=[0, 9], learning_rates={"lora": [1.0]}) == base
     longer = {**text_options, "training": {**text_options["training"], "max_steps": 3}}
@@ -105,10 +95,9 @@ def test_keys(text_options, tmp_path):
     assert key_of(elsewhere) != base
 
 
-def test_task_from_a_configuration(text_options, tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(text_options))
-    assert key_of({}, task=str(path)) == key_of(text_options)
+WITH_LORA = {"lora": {"use_rslora": True}}
+SELECTING = {"a": Arm(method="lora", rank=2, selection="gradient")}
+LARGE = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
 
 
 @pytest.mark.parametrize(
@@ -119,47 +108,35 @@ def test_task_from_a_configuration(text_options, tmp_path):
         ({}, {"a": Arm(rank=0)}, r"arm 'a': .*`r` \(0\) must be"),
         ({}, {"a": Arm(rank=2, alpha=0)}, r"arm 'a': .*alpha"),
         ({}, {"a": Arm(rank=2, dropout=0.1)}, r"arm 'a': `lora.lora_dropout` \(0.1\) is an option"),
-        (
-            {},
-            {"a": Arm(method="lora", rank=2, selection="gradient")},
-            r"arm 'a': `paca.selection` \('gradient'\) is an option of paca",
-        ),
+        ({}, SELECTING, r"arm 'a': `paca.selection` \('gradient'\) is an option of paca"),
         ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
         ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
         ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),
-        (
-            {},
-            {"a": Arm(rank=2, selection="best")},
-            r"arm 'a': .* \('best'\) is no strategy",
-        ),
+        ({}, {"a": Arm(rank=2, selection="best")}, r"arm 'a': .* \('best'\) is no strategy"),
+        ({}, {"full": Arm(method="full"), "paca": Arm()}, r"arm 'paca': it has no `rank`"),
+        ({"match": "parameters"}, LARGE, r"arm 'paca': no rank trains about as many parameters"),
+        ({}, {"a": Arm(rank=4, options=WITH_LORA)}, r"arm 'a': `lora.use_rslora` \(True\) is an o"),
+        ({"options": WITH_LORA}, {"a": Arm(rank=4)}, r"has the section 'lora', which only lora"),
+        ({"options": {"early_stopping_patience": 2}}, None, r"patience` is set, but a study trai"),
+        ({"options": {"data": {}}}, None, r"the task has no `data.eval_path`"),
     ],
 )
 def test_what_does_not_fit_the_task(text_options, change, arms, message):
+    options = {**text_options, **change.get("options", {})}
     with pytest.raises(ValueError, match=message):
-        plan_of(text_options, arms, **change)
+        plan_of(arms=arms, **{**change, "options": options})
 
 
-def test_tasks_that_a_study_cannot_have(text_options):
-    without = {**text_options, "data": {"path": text_options["data"]["path"]}}
-    with pytest.raises(ValueError, match=r"the task has no `data.eval_path`"):
-        plan_of(without)
-    with pytest.raises(ValueError, match=r"`early_stopping_patience` is set, but a study trains"):
-        plan_of({**text_options, "early_stopping_patience": 2})
+def test_a_task_that_is_no_file():
+    with pytest.raises(FileNotFoundError, match=r"`task` \('nowhere.yaml'\) is no file; name a"):
+        plan_of({}, task="nowhere.yaml")
 
 
 def test_options_of_other_methods(text_options):
     """Options of all runs are for the arms that read them; an arm's must be its own."""
-    options = {**text_options, "paca": {"bias": "all"}, "lora": {"use_rslora": True}}
-    plan = plan_of(options)
-    assert plan.make_run("paca", 1e-3, 0, Path("x")).lora.use_rslora is False
-    assert plan.make_run("lora", 1e-3, 0, Path("x")).lora.use_rslora is True
-    arms = {"by-input": Arm(method="paca", rank=4, options={"paca": {"normalize": "input"}})}
-    run = plan_of(text_options, {**arms, "paca": Arm(rank=4)}).make_run(
-        "by-input", 1e-3, 0, Path("x")
-    )
+    options = {**text_options, "paca": {"bias": "all"}, **WITH_LORA}
+    assert run_of(options, "paca").lora.use_rslora is False
+    assert run_of(options, "lora").lora.use_rslora is True
+    arms = {"a": Arm(method="paca", rank=4, options={"paca": {"normalize": "input"}})}
+    run = run_of(text_options, "a", {**arms, "paca": Arm(rank=4)})
     assert run.paca.normalize == run.adapter_options()["normalize"] == "input"
-    arms = {"paca": Arm(rank=4, options={"lora": {"use_rslora": True}})}
-    with pytest.raises(ValueError, match=r"arm 'paca': `lora.use_rslora` \(True\) is an option of"):
-        plan_of(text_options, arms)
-    with pytest.raises(ValueError, match=r"`options` has the section 'lora', which only lora"):
-        plan_of(options, {"paca": Arm(rank=4)})

@@ -1,71 +1,112 @@
 """What is run when, what is kept, and what comes out of it; results are scripted."""
 
-import io
 import json
+from dataclasses import replace
 
 import pytest
-from rich.console import Console
 
 from benchmarks import collect
-from pacatune.study import Arm, StudyConfig, StudyPaused, run_study, runner
+from pacatune.study import Arm, StudyConfig, StudyPaused, runner
 from pacatune.study.plan import make_plan
 from pacatune.study.report import table
 from pacatune.study.result import StudyResult
 from pacatune.study.runner import pending_runs
+from tests.study.conftest import run
 
-RATES = [5e-4, 1e-3, 4e-3]
 ARMS = {
-    "paca": Arm(rank=4, learning_rates=RATES),
+    "paca": Arm(rank=4, learning_rates=[5e-4, 1e-3, 4e-3]),
     "lora": Arm(method="lora", learning_rates=[1e-3, 4e-3]),
 }
+MEANS = {
+    "loss": "its loss on all test data (of a language model: the mean over the learned",
+    "exact_match": "the share of all test examples whose answer it",
+    "accuracy": "the share of all test examples whose class it",
+}
+# Rates with the first seed, arms in turns.
+RATES = [("paca", 5e-4), ("lora", 1e-3), ("paca", 1e-3), ("lora", 4e-3), ("paca", 4e-3)]
+TUNING = [(*pair, 0) for pair in RATES]
 
 
 def config_of(options, **values):
     return StudyConfig(**{"options": options, "arms": ARMS, "seeds": [0, 1, 2], **values})
 
 
-def run(config, folder):
-    console = Console(record=True, width=200, file=io.StringIO())
-    return run_study(config, folder, console=console), console
-
-
-def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(scripted, tmp_path):
+def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(scripted, tmp_path, drawn):
     task, options = scripted
-    result, _ = run(config_of(options), tmp_path / "out")
-    # Rates with the first seed, arms in turns, then the other seeds at the best rate.
-    assert task.runs == [
-        ("paca", 5e-4, 0),
-        ("lora", 1e-3, 0),
-        ("paca", 1e-3, 0),
-        ("lora", 4e-3, 0),
-        ("paca", 4e-3, 0),
-        ("paca", 1e-3, 1),
-        ("lora", 1e-3, 1),
-        ("paca", 1e-3, 2),
-        ("lora", 1e-3, 2),
-    ]
+    out, plan = tmp_path / "quality-x", make_plan(config_of(options))
+    assert pending_runs(plan, out) == 5
+    result, _ = run(config_of(options), out)
+    # Then the other seeds at the best rate: 4e-3 would be best on test data.
+    seeds = [(arm, 1e-3, seed) for seed in (1, 2) for arm in ("paca", "lora")]
+    assert task.runs == TUNING + seeds
     paca, lora = result.arms["paca"], result.arms["lora"]
-    assert paca.learning_rate == lora.learning_rate == 1e-3  # 4e-3 would be best on test data
+    assert paca.learning_rate == lora.learning_rate == 1e-3
     assert paca.values == pytest.approx({0: 1.003, 1: 1.013, 2: 1.023})
     assert (paca.mean, paca.std) == pytest.approx((1.013, 0.01))
     assert paca.rates == pytest.approx({5e-4: 5e-4, 1e-3: 0.0, 4e-3: 3e-3})
-    assert (paca.at_edge, lora.at_edge) == (False, True)
-    assert paca.comparison is None
+    assert (paca.at_edge, lora.at_edge, paca.comparison) == (False, True, None)
     assert lora.comparison.mean == pytest.approx(0.5)
     assert lora.comparison.p_value == lora.comparison.smallest_p_value == 0.25
     assert lora.forgetting == pytest.approx(1e-3)
     assert (paca.num_trainable_parameters, lora.num_trainable_parameters) == (400, 920)
-    assert result.warnings == [
-        "lora: the best rate (0.001) is at the edge of its grid (0.001, 0.004); a better one may "
-        "lie outside."
+    edge = "lora: the best rate (0.001) is at the edge of its grid (0.001, 0.004); a better one may"
+    assert result.warnings == [f"{edge} lie outside."]
+
+    names = {path.name for path in out.iterdir()}
+    assert names == {".pacatune", "study.json", "report.md", "metric.png", "rates.png", "jobs"}
+    assert all((out / name).stat().st_size > 5000 for name in names if ".png" in name)
+    saved = json.loads((out / "study.json").read_text())
+    assert (saved["finished"], saved["config"]["seeds"]) == (True, [0, 1, 2])
+    assert saved["arms"]["paca"]["mean"] == paca.mean
+    text = (out / "report.md").read_text()
+    row = "| lora | lora | 4 | 920 | 0.001! | 1.5130 ± 0.0100 | 3 | +0.5000 ± 0.0000 | 0.25 |"
+    assert f"{row} +0.0010 | 11 | 2.5 MiB |" in text
+    assert "exact two-sided sign-flip permutation test, which cannot be below 0.25" in text
+    assert edge in text
+    for metric, words in MEANS.items():
+        (text,) = table(replace(result, metric=metric)).notes
+        assert f"Each test {metric} is a mean over n runs, one for each seed (0, 1, 2)" in text
+        assert words in text
+
+    jobs = [json.loads(path.read_text()) for path in (out / "jobs").iterdir()]
+    rows = [row for job in jobs for row in job["rows"] if row["what"] == "validation loss"]
+    assert {(row["method"], row["setting"], row["value"]) for row in rows} >= {
+        ("paca", "rate 0.001, seed 2", 0.02),
+        ("lora", "rate 0.004, seed 0", 0.5 + 3e-3),
+    }
+    units = {row["what"]: row["unit"] for row in jobs[0]["rows"] if "unit" in row}
+    assert units == {"step": "ms", "kept for backward": "bytes"}
+    assert (len(jobs), jobs[0]["inputs"]["data"]) == (9, "scripted")
+
+    # Finished runs are not done again.
+    assert run(config_of(options), out)[0] == result
+    assert (len(task.runs), pending_runs(plan, out)) == (9, 0)
+
+    # When it is committed, its runs are lines of a table, and its report can be made again.
+    collect.collect_studies([out], tmp_path)
+    lines = list(collect.read_runs("quality", tmp_path))
+    assert [(line["arm"], line["learning rate"], line["seed"]) for line in lines[-3:]] == [
+        ("lora", "0.001", "1"),
+        ("lora", "0.001", "2"),
+        ("lora", "0.004", "0"),
     ]
+    assert {"trained parameters", "step, ms", "kept for backward, bytes"} <= lines[-2].keys()
+    assert float(lines[-2]["test loss"]) == lora.values[2]
+    kept = json.loads((tmp_path / "quality.json").read_text())["quality-x"]
+    assert StudyResult.from_dict(kept) == result
 
-
-def test_two_seeds_choose_the_rate(scripted, tmp_path):
-    task, options = scripted
-    result, _ = run(config_of(options, tuning_seeds=2), tmp_path / "out")
-    assert len(task.runs) == 2 * 5 + 2
-    assert result.arms["paca"].rates[1e-3] == pytest.approx(0.005)  # mean of seeds 0 and 1
+    # A changed study reuses equal runs: one arm is the same by another name.
+    task.runs.clear()
+    changed = Arm(method="lora", dropout=0.1, learning_rates=[1e-3])
+    arms = {"columns": ARMS["paca"], "lora": changed}
+    result, _ = run(config_of(options, arms=arms, seeds=[0, 1, 2, 3], tuning_seeds=2), out)
+    assert sorted(task.runs) == sorted(
+        [("lora", 1e-3, seed) for seed in range(4)]
+        + [("paca", rate, 1) for rate in (5e-4, 4e-3)]
+        + [("paca", 1e-3, 3)]
+    )
+    assert list(result.arms["columns"].values) == [0, 1, 2, 3]
+    assert result.arms["columns"].rates[1e-3] == pytest.approx(0.005)  # mean of two seeds
 
 
 def test_grids_are_extended_where_the_best_rate_is_at_the_edge(scripted, tmp_path):
@@ -91,87 +132,21 @@ def test_grids_are_extended_where_the_best_rate_is_at_the_edge(scripted, tmp_pat
     assert result.arms["down"].at_edge
 
 
-def test_files(scripted, tmp_path, drawn):
-    _, options = scripted
-    result, _ = run(config_of(options), tmp_path / "out")
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {".pacatune", "study.json", "report.md", "metric.png", "rates.png", "jobs"}
-    assert all((tmp_path / "out" / name).stat().st_size > 5000 for name in names if ".png" in name)
-    assert len(list((tmp_path / "out" / "jobs").iterdir())) == 9
-    saved = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert saved["finished"] is True
-    assert saved["arms"]["paca"]["mean"] == result.arms["paca"].mean
-    assert saved["config"]["seeds"] == [0, 1, 2]
-    text = (tmp_path / "out" / "report.md").read_text()
-    row = "| lora | lora | 4 | 920 | 0.001! | 1.5130 ± 0.0100 | 3 | +0.5000 ± 0.0000 | 0.25 |"
-    assert f"{row} +0.0010 | 11 | 2.5 MiB |" in text
-    assert "exact two-sided sign-flip permutation test, which cannot be below 0.25" in text
-    assert "lora: the best rate (0.001) is at the edge" in text
-
-
-def test_finished_runs_are_not_done_again(scripted, tmp_path):
-    task, options = scripted
-    first, _ = run(config_of(options), tmp_path / "out")
-    task.runs.clear()
-    second, _ = run(config_of(options), tmp_path / "out")
-    assert task.runs == []
-    assert second == first
-    plan = make_plan(config_of(options))
-    assert pending_runs(plan, tmp_path / "out") == 0
-    assert pending_runs(plan, tmp_path / "other") == 5
-
-
-def test_a_changed_study_reuses_equal_runs(scripted, tmp_path):
-    task, options = scripted
-    run(config_of(options), tmp_path / "out")
-    task.runs.clear()
-    arms = {
-        "columns": ARMS["paca"],  # the same by another name
-        "lora": Arm(method="lora", dropout=0.1, learning_rates=[1e-3]),
-    }
-    result, _ = run(config_of(options, arms=arms, seeds=[0, 1, 2, 3]), tmp_path / "out")
-    assert task.runs == [("lora", 1e-3, 0), ("lora", 1e-3, 1), ("lora", 1e-3, 2), *task.runs[-2:]]
-    assert sorted(task.runs[-2:]) == [("lora", 1e-3, 3), ("paca", 1e-3, 3)]
-    assert list(result.arms["columns"].values) == [0, 1, 2, 3]
-
-
-def test_stopping_keeps_what_has_ended(scripted, tmp_path):
-    task, options = scripted
-
-    def stop(config):
-        if len(task.runs) == 3:
-            raise KeyboardInterrupt
-
-    task.fail = stop
-    with pytest.raises(KeyboardInterrupt, match="stopped with 3 of 9 runs done; the same command"):
-        run(config_of(options), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "study.json").read_text()) == {"finished": False}
-    task.fail = None
-    result, _ = run(config_of(options), tmp_path / "out")
-    assert len(task.runs) == 9
-    assert len(set(task.runs)) == 9
-    assert result.arms["paca"].mean == pytest.approx(1.013)
-
-
 def test_arms_one_after_the_other(scripted, tmp_path):
     """What is left is said; the last call knows the runs of all."""
     task, options = scripted
     out = tmp_path / "out"
-    console = Console(record=True, width=200, file=io.StringIO())
     with pytest.raises(StudyPaused, match=r"paused with 4 of 9 runs done, which .*/report.md"):
-        run_study(config_of(options), out, console=console, arms=["lora"])
+        run(config_of(options), out, arms=["lora"])
     assert {method for method, _, _ in task.runs} == {"lora"}
     saved = json.loads((out / "study.json").read_text())
-    assert saved["finished"] is False
-    assert saved["warnings"][0] == "unfinished: 4 of 9 runs."
+    assert (saved["finished"], saved["warnings"][0]) == (False, "unfinished: 4 of 9 runs.")
     assert saved["arms"]["lora"]["mean"] == pytest.approx(1.513)
     assert (saved["arms"]["paca"]["mean"], saved["arms"]["lora"]["comparison"]) == (None, None)
     assert "unfinished: 4 of 9 runs." in (out / "report.md").read_text()
-    result = run_study(config_of(options), out, console=console, arms=["paca", "lora"])
+    result, _ = run(config_of(options), out, arms=["paca", "lora"])
     assert len(task.runs) == len(set(task.runs)) == 9
     assert result.arms["lora"].comparison.num_seeds == 3
-    with pytest.raises(ValueError, match=r"`arms` \('lore'\) must be one of paca, lora; did you"):
-        run_study(config_of(options), out, console=console, arms=["lore"])
 
 
 def test_hours(scripted, tmp_path, monkeypatch):
@@ -184,115 +159,59 @@ def test_hours(scripted, tmp_path, monkeypatch):
         now[0] += 3600
 
     task.fail = take_an_hour
-    config, out = config_of(options), tmp_path / "out"
-    counts = []
-    while True:
-        try:
-            result = run_study(config, out, console=Console(quiet=True), max_hours=3.5)
-        except StudyPaused:
-            counts.append(len(task.runs))
-            continue
-        break
-    assert counts == [4, 8]
+    for num_runs in (4, 8):
+        with pytest.raises(StudyPaused):
+            run(config_of(options), tmp_path / "out", max_hours=3.5)
+        assert len(task.runs) == num_runs
+    result, _ = run(config_of(options), tmp_path / "out", max_hours=3.5)
     assert len(task.runs) == len(set(task.runs)) == 9
     assert result.arms["paca"].mean == pytest.approx(1.013)
-    assert task.runs[:5] == [
-        ("paca", 5e-4, 0),
-        ("lora", 1e-3, 0),
-        ("paca", 1e-3, 0),
-        ("lora", 4e-3, 0),
-        ("paca", 4e-3, 0),
-    ]
-    with pytest.raises(ValueError, match=r"`max_hours` \(0\) must be above 0"):
-        run_study(config, out, max_hours=0)
-
-
-def test_runs_are_rows(scripted, tmp_path):
-    _, options = scripted
-    run(config_of(options), tmp_path / "out")
-    jobs = [json.loads(path.read_text()) for path in (tmp_path / "out" / "jobs").iterdir()]
-    rows = [row for job in jobs for row in job["rows"] if row["what"] == "validation loss"]
-    assert {(row["method"], row["setting"], row["value"]) for row in rows} >= {
-        ("paca", "rate 0.001, seed 2", 0.02),
-        ("lora", "rate 0.004, seed 0", 0.5 + 3e-3),
-    }
-    assert {(r["what"], r["unit"]) for r in jobs[0]["rows"] if "unit" in r} == {
-        ("step", "ms"),
-        ("kept for backward", "bytes"),
-    }
-    assert {len(job["key"]) for job in jobs} == {24}
-    assert jobs[0]["inputs"]["data"] == "scripted"
-
-
-def test_a_study_can_be_committed(scripted, tmp_path):
-    """Its runs are lines of a table, and its report can be made again."""
-    _, options = scripted
-    result, _ = run(config_of(options), tmp_path / "quality-x")
-    collect.collect_studies([tmp_path / "quality-x"], tmp_path)
-    lines = list(collect.read_runs("quality", tmp_path))
-    assert [(line["arm"], line["learning rate"], line["seed"]) for line in lines[-3:]] == [
-        ("lora", "0.001", "1"),
-        ("lora", "0.001", "2"),
-        ("lora", "0.004", "0"),
-    ]
-    shown = lines[-2]
-    assert {"trained parameters", "step, ms", "kept for backward, bytes"} <= shown.keys()
-    assert float(shown["test loss"]) == result.arms["lora"].values[2]
-    kept = json.loads((tmp_path / "quality.json").read_text())["quality-x"]
-    assert StudyResult.from_dict(kept) == result
+    assert task.runs[:5] == TUNING
 
 
 def test_failed_runs_are_shown_and_done_again(scripted, tmp_path):
+    """LoRA has no result at all."""
     task, options = scripted
 
     def fail(config):
-        if config.training.learning_rate == 1e-3 and config.method == "paca":
+        if config.training.learning_rate == 1e-3 or config.method == "lora":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     task.fail = fail
-    result, console = run(config_of(options), tmp_path / "out")
-    paca = result.arms["paca"]
+    result, printed = run(config_of(options), tmp_path / "out")
+    paca, lora = result.arms["paca"], result.arms["lora"]
     assert paca.rates == pytest.approx({5e-4: 5e-4, 1e-3: None, 4e-3: 3e-3})
     assert paca.learning_rate == 5e-4
     message = "RuntimeError: DefaultCPUAllocator: can't allocate memory"
     assert paca.failures == [f"rate 0.001, seed 0: {message}"]
-    assert f"paca, rate 0.001, seed 0: failed: {message}" in console.export_text()
+    assert f"paca, rate 0.001, seed 0: failed: {message}" in printed.getvalue()
     assert "paca: 1 runs failed; the next call tries again." in result.warnings
     assert f"- paca, rate 0.001, seed 0: {message}" in (tmp_path / "out" / "report.md").read_text()
+    assert (lora.learning_rate, lora.mean, lora.values, lora.comparison) == (None, None, {}, None)
+    assert "lora: no rate of the grid worked, so there is no result." in result.warnings
     task.fail = None
     task.runs.clear()
     result, _ = run(config_of(options), tmp_path / "out")
-    assert task.runs[0] == ("paca", 1e-3, 0)
-    assert result.arms["paca"].failures == []
+    assert task.runs[:2] == TUNING[1:3]
+    assert [arm.failures for arm in result.arms.values()] == [[], []]
     assert result.arms["paca"].learning_rate == 1e-3
 
 
-def test_an_arm_without_any_result(scripted, tmp_path):
-    task, options = scripted
-
-    def fail(config):
-        if config.method == "lora":
-            raise ValueError("no")
-
-    task.fail = fail
-    result, _ = run(config_of(options), tmp_path / "out")
-    lora = result.arms["lora"]
-    assert (lora.learning_rate, lora.mean, lora.values, lora.comparison) == (None, None, {}, None)
-    assert "lora: no rate of the grid worked, so there is no result." in result.warnings
-    assert result.arms["paca"].mean == pytest.approx(1.013)
-
-
-def test_folders_and_files_of_others(scripted, tmp_path):
-    _, options = scripted
+def test_what_is_refused(scripted, tmp_path):
+    config = config_of(scripted[1])
+    with pytest.raises(ValueError, match=r"`arms` \('lore'\) must be one of paca, lora; did you"):
+        run(config, tmp_path / "out", arms=["lore"])
+    with pytest.raises(ValueError, match=r"`max_hours` \(0\) must be above 0"):
+        run(config, tmp_path / "out", max_hours=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match=r"that a study did not write, .*\(thesis.tex\)"):
-        run(config_of(options), tmp_path / "other")
-    run(config_of(options), tmp_path / "out")
+        run(config, tmp_path / "other")
+    run(config, tmp_path / "out")
     damaged = next((tmp_path / "out" / "jobs").glob("[0-9a-f]*"))
     damaged.write_text('{"key": 1')
     with pytest.raises(ValueError, match=r"is no result of a job .*; delete it, and the job is"):
-        run(config_of(options), tmp_path / "out")
+        run(config, tmp_path / "out")
 
 
 def test_unequal_parameters_are_said(scripted, tmp_path):
@@ -302,26 +221,3 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
     result, _ = run(config, tmp_path / "out")
     assert result.arms["paca"].rank == 5  # 500 are nearer to 460 than 400 are
     assert "paca: trains 500 parameters, the reference 460." in result.warnings
-
-
-@pytest.mark.parametrize(
-    ("metric", "words"),
-    [
-        ("loss", "its loss on all test data (of a language model: the mean over the learned"),
-        ("exact_match", "the share of all test examples whose answer it"),
-        ("accuracy", "the share of all test examples whose class it"),
-    ],
-)
-def test_the_report_says_what_a_mean_is_a_mean_of(metric, words):
-    result = StudyResult(
-        metric=metric,
-        higher_is_better=metric != "loss",
-        reference="paca",
-        arms={},
-        warnings=[],
-        config={"tuning_seeds": 1, "seeds": [3, 5], "validation_fraction": 0.1},
-        versions={},
-    )
-    (text,) = table(result).notes
-    assert f"Each test {metric} is a mean over n runs, one for each seed (3, 5)" in text
-    assert words in text

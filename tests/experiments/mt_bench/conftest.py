@@ -30,8 +30,13 @@ PROMPTS = {
 
 
 def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def question_rows(categories=CATEGORIES, number=2):
@@ -46,21 +51,17 @@ def question_rows(categories=CATEGORIES, number=2):
     ]
 
 
-def answer_row(question, turns):
+def answer_row(question, *turns):
     choices = [{"index": 0, "turns": list(turns)}]
     return {"question_id": question, "model_id": "a", "choices": choices, "answer_id": "x"}
 
 
 def prompt_rows():
+    names = ("system_prompt", "prompt_template")
+    more = {"type": "single", "output_format": "[[rating]]"}
     return [
-        {
-            "name": name,
-            "type": "single",
-            "system_prompt": system,
-            "prompt_template": template,
-            "output_format": "[[rating]]",
-        }
-        for name, (system, template) in PROMPTS.items()
+        {"name": name, **dict(zip(names, texts, strict=True)), **more}
+        for name, texts in PROMPTS.items()
     ]
 
 
@@ -68,11 +69,8 @@ def prompt_rows():
 def files(tmp_path):
     """Paths of questions, references and judge prompts."""
     rows = question_rows()
-    references = [
-        answer_row(row["question_id"], ["reference one", "reference two"])
-        for row in rows
-        if row["category"] in ("math", "coding")
-    ]
+    numbers = [row["question_id"] for row in rows if row["category"] in ("math", "coding")]
+    references = [answer_row(number, "reference one", "reference two") for number in numbers]
     return {
         "questions": str(write_lines(tmp_path / "questions.jsonl", rows)),
         "references": str(write_lines(tmp_path / "references.jsonl", references)),

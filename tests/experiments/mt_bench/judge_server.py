@@ -18,13 +18,19 @@ ONE_TURN = ("[Question]", "[The Start of Assistant's Answer]", "[The End of Assi
 ONE_REFERENCE = ("[The Start of Reference Answer]", "[The End of Reference Answer]")
 TWO_TURNS = "<|The Start of Assistant A's Conversation with User|>"
 TWO_REFERENCES = "<|The Start of Reference Answer|>"
+TEXTS = {
+    "nonsense": "I would rather talk about the weather.",
+    "eleven": "Splendid. Rating: [[11]]",
+    "silent": None,
+    "long": "To begin with, let me say",
+    "leak": "I was given {key}. [[7]]",
+}
 
 
 @dataclass
 class State:
     """What the server has seen and what it does next."""
 
-    model: str = "judge"
     key: str | None = None
     misdeeds: deque = field(default_factory=deque)
     """Faults, one for each of the next requests; afterwards it behaves."""
@@ -36,20 +42,14 @@ class State:
     reasons: bool = False
     """Whether it is like OpenAI's reasoning models."""
     max_tokens: int = 2048
+    at_once: int = 0
     most_at_once: int = 0
-    _at_once: int = 0
     lock: object = field(default_factory=threading.Lock)
 
-    @contextmanager
-    def counted(self):
+    def count(self, number):
         with self.lock:
-            self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self._at_once -= 1
+            self.at_once += number
+            self.most_at_once = max(self.most_at_once, self.at_once)
 
 
 def rating_of(prompt):
@@ -59,147 +59,114 @@ def rating_of(prompt):
 
 def complaints_about(body, state):
     """Whatever is wrong with a request."""
-    wrong = []
     settings = {name: value for name, value in body.items() if name != "messages"}
-    expected = {"model": state.model, "temperature": 0, "max_tokens": state.max_tokens}
+    expected = {"model": "judge", "temperature": 0, "max_tokens": state.max_tokens}
     if state.reasons:
-        expected = {"model": state.model, "max_completion_tokens": state.max_tokens}
-    if settings != expected:
-        wrong.append(f"settings {settings}")
+        expected = {"model": "judge", "max_completion_tokens": state.max_tokens}
     roles = [message["role"] for message in body["messages"]]
     if roles != ["system", "user"]:
-        return [*wrong, f"roles {roles}"]
+        return [f"roles {roles}"]
     system, user = (message["content"] for message in body["messages"])
+    checks = {
+        f"settings {settings}": settings == expected,
+        "a place was not filled": not re.search(r"\{(question|answer|ref_answer)", user),
+    }
     if TWO_TURNS in user:
-        if "second" not in system or "[[rating]]" not in system:
-            wrong.append("the system prompt of two turns does not say what to do")
-        if user.count("### User:\n") != (4 if TWO_REFERENCES in user else 2):
-            wrong.append("not both turns")
-        if user.count("### Assistant A:\n") != 2:
-            wrong.append("not both answers")
+        checks |= {
+            "what to do is not said": "second" in system and "[[rating]]" in system,
+            "not both turns": user.count("### User:\n") == 2 + 2 * (TWO_REFERENCES in user),
+            "not both answers": user.count("### Assistant A:\n") == 2,
+        }
     else:
-        if "[[rating]]" not in user or not all(mark in user for mark in ONE_TURN):
-            wrong.append("the prompt of one turn lacks a part")
-        if ("[The Start of Reference" in user) != all(mark in user for mark in ONE_REFERENCE):
-            wrong.append("half a reference")
-    if re.search(r"\{(question|answer|ref_answer)", user):
-        wrong.append("a place was not filled")
-    return wrong
+        is_whole = all(mark in user for mark in (*ONE_TURN, "[[rating]]"))
+        marks = [mark in user for mark in ONE_REFERENCE]
+        checks |= {"a part is missing": is_whole, "half a reference": len({*marks}) == 1}
+    return [problem for problem, is_fine in checks.items() if not is_fine]
 
 
 def reasoner_refuses(body):
     """The errors of OpenAI's reasoning models, one at a time."""
     if "max_tokens" in body:
-        text = (
-            "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
-            "'max_completion_tokens' instead."
-        )
+        text = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
         return {"message": text, "param": "max_tokens", "code": "unsupported_parameter"}
     if "temperature" in body:
-        text = (
-            "Unsupported value: 'temperature' does not support 0 with this model. Only the "
-            "default (1) value is supported."
-        )
+        text = "Unsupported value: 'temperature'. Only the default (1) value is supported."
         return {"message": text, "param": "temperature", "code": "unsupported_value"}
     return None
 
 
-def make_handler(state):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args):
-            pass
+    def log_message(self, *args):
+        pass
 
-        def do_POST(self):
-            raw = self.rfile.read(int(self.headers["Content-Length"]))
-            body = json.loads(raw)
-            with state.lock:
-                state.requests.append((dict(self.headers), body))
-                misdeed = state.misdeeds.popleft() if state.misdeeds else "none"
-            with state.counted():  # before the reply, after which the next request comes
-                time.sleep(state.delay_s)
-            if state.reasons and (refusal := reasoner_refuses(body)):
-                return self._send(400, {"error": refusal})
-            wrong = complaints_about(body, state)
-            if self.path != "/v1/chat/completions":
-                wrong.append(f"path {self.path}")
-            if state.key is not None and self.headers["Authorization"] != f"Bearer {state.key}":
-                # What some endpoints do: show what they were given.
-                given = self.headers["Authorization"]
-                return self._send(401, {"error": {"message": f"no such key: {given}"}})
-            if wrong:
-                state.complaints.extend(wrong)
-                return self._send(400, {"error": {"message": "; ".join(wrong)}})
-            return self._misbehave(misdeed, body)
+    def do_POST(self):
+        state = self.server.state
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with state.lock:
+            state.requests.append((dict(self.headers), body))
+            misdeed = state.misdeeds.popleft() if state.misdeeds else "none"
+        state.count(1)
+        time.sleep(state.delay_s)
+        state.count(-1)  # before the reply, after which the next request comes
+        if state.reasons and (refusal := reasoner_refuses(body)):
+            return self._send(400, {"error": refusal})
+        given = self.headers["Authorization"]
+        if state.key is not None and given != f"Bearer {state.key}":
+            # What some endpoints do: show what they were given.
+            return self._send(401, {"error": {"message": f"no such key: {given}"}})
+        wrong = complaints_about(body, state)
+        if self.path != "/v1/chat/completions":
+            wrong.append(f"path {self.path}")
+        if wrong:
+            state.complaints.extend(wrong)
+            return self._send(400, {"error": {"message": "; ".join(wrong)}})
+        return self._reply(misdeed, body["messages"][1]["content"])
 
-        def _misbehave(self, misdeed, body):
-            prompt = body["messages"][1]["content"]
-            rating = (state.rate or rating_of)(prompt)
-            text = f"A judge's reasons: it is so so.\n\nRating: [[{rating}]]"
-            if isinstance(misdeed, tuple):  # (status, headers, error)
-                status, headers, error = misdeed
-                return self._send(status, {"error": error}, headers)
-            if misdeed == "hang":
-                time.sleep(2)
-                return None
-            if misdeed == "cut":
-                self.send_response(200)
-                self.send_header("Content-Length", "1000")
-                self.end_headers()
-                self.wfile.write(b'{"choices": [')
-                self.close_connection = True
-                return None
-            if misdeed == "html":
-                return self._send(200, "<html>Welcome</html>")
-            texts = {
-                "nonsense": "I would rather talk about the weather.",
-                "eleven": "Splendid. Rating: [[11]]",
-                "silent": None,
-                "long": "To begin with, let me say",
-                "leak": f"I was given {self.headers['Authorization']}. [[7]]",
-            }
-            ended = "length" if misdeed == "long" else "stop"
-            return self._send(200, self._completion(texts.get(misdeed, text), ended))
+    def _reply(self, misdeed, prompt):
+        if isinstance(misdeed, tuple):  # (status, error)
+            status, error = misdeed
+            return self._send(status, {"error": error})
+        if misdeed == "hang":
+            return time.sleep(2)
+        if misdeed == "cut":
+            self.close_connection = True
+            return self._send(200, '{"choices": [', length=1000)
+        if misdeed == "html":
+            return self._send(200, "<html>Welcome</html>")
+        rating = (self.server.state.rate or rating_of)(prompt)
+        text = TEXTS.get(misdeed, f"A judge's reasons: it is so so.\n\nRating: [[{rating}]]")
+        if text is not None:
+            text = text.format(key=self.headers["Authorization"])
+        message = {"role": "assistant", "content": text}
+        ended = "length" if misdeed == "long" else "stop"
+        choices = [{"index": 0, "message": message, "finish_reason": ended}]
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+        names = {"object": "chat.completion", "model": "judge-2026-01-01"}
+        return self._send(200, {**names, "choices": choices, "usage": usage})
 
-        def _completion(self, text, finish_reason):
-            return {
-                "object": "chat.completion",
-                "model": f"{state.model}-2026-01-01",
-                "choices": [
-                    {
-                        "index": 0,
-                        "message": {"role": "assistant", "content": text},
-                        "finish_reason": finish_reason,
-                    }
-                ],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-            }
+    def _send(self, status, content, length=None):
+        raw = (content if isinstance(content, str) else json.dumps(content)).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(length or len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
 
-        def _send(self, status, content, headers=()):
-            raw = (content if isinstance(content, str) else json.dumps(content)).encode()
-            self.send_response(status)
-            for name, value in dict(headers).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
 
-    return Handler
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request, client_address):
+        pass  # a client that left early
 
 
 @contextmanager
-def judge_server(state, port=0):
+def judge_server(state):
     """Serve inside the block; yield the URL."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        block_on_close = False
-
-        def handle_error(self, request, client_address):
-            pass  # a client that left early
-
-    server = Server(("127.0.0.1", port), make_handler(state))
+    server = Server(("127.0.0.1", 0), Handler)
+    server.state = state
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

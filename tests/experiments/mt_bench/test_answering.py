@@ -1,7 +1,6 @@
 """A tiny model answers."""
 
 import io
-import json
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from experiments.mt_bench.answering import AnswerFile, answer_questions, turn_se
 from experiments.mt_bench.config import MtBenchConfig
 from experiments.mt_bench.questions import Question
 from pacatune.adapters.generation import Sampling, TextGenerator
+from tests.experiments.mt_bench.conftest import read_lines
 
 QUESTION = Question(id=81, category="writing", turns=("a", "b"))
 
@@ -24,8 +24,7 @@ def generator(tiny_model_dir):
 @pytest.fixture
 def asked(generator, monkeypatch):
     """Prompts and samplings of each call of `generate_batch`."""
-    calls = []
-    generate_batch = generator.generate_batch
+    calls, generate_batch = [], generator.generate_batch
 
     def record(prompts, samplings):
         calls.append((prompts, samplings))
@@ -44,8 +43,7 @@ def answer(generator, monkeypatch):
         given = {"output": "", "questions": "", "max_new_tokens": 8, "batch_size": 3} | options
         config = MtBenchConfig(model="tiny", **given)
         answer_questions(config, questions, AnswerFile(path), Console(file=io.StringIO()))
-        rows = map(json.loads, path.read_text().splitlines())
-        return {row["question_id"]: row for row in rows}
+        return {row["question_id"]: row for row in read_lines(path)}
 
     return answer
 
@@ -57,23 +55,22 @@ def turns_of(rows):
 def test_both_turns_are_conversations_at_the_temperature_of_the_category(
     generator, answer, questions, asked, tmp_path
 ):
+    state = torch.get_rng_state()
     rows = answer(questions, tmp_path / "a.jsonl")
+    assert torch.equal(torch.get_rng_state(), state)
     assert list(rows) == [one.id for one in questions]
     assert [len(prompts) for prompts, _ in asked] == [3, 3, 3, 3, 2, 2]
     temperatures = {"writing": 0.7, "math": 0, "coding": 0, "stem": 0.1}
     for question in questions:
-        row = rows[question.id]
+        row, temperature = rows[question.id], temperatures[question.category]
         assert row["model_id"] == "a"
-        assert row["details"]["temperature"] == [temperatures[question.category]] * 2
-        assert row["details"]["seed"] == [turn_seed(0, question, turn) for turn in (0, 1)]
-        messages = []
-        for turn, text in enumerate(row["choices"][0]["turns"]):
-            messages.append({"role": "user", "content": question.turns[turn]})
-            sampling = Sampling(
-                max_new_tokens=8,
-                temperature=temperatures[question.category],
-                seed=row["details"]["seed"][turn],
-            )
+        assert row["details"]["temperature"] == [temperature] * 2
+        seeds = [turn_seed(0, question, turn) for turn in (0, 1)]
+        assert row["details"]["seed"] == seeds
+        messages, texts = [], row["choices"][0]["turns"]
+        for asks, text, seed in zip(question.turns, texts, seeds, strict=True):
+            messages.append({"role": "user", "content": asks})
+            sampling = Sampling(max_new_tokens=8, temperature=temperature, seed=seed)
             (alone,) = generator.generate_batch([generator.encode_chat(messages)], [sampling])
             assert text == alone.text.strip()
             messages.append({"role": "assistant", "content": text})
@@ -103,11 +100,10 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
         patch.setattr(generator, "generate_batch", die)
         with pytest.raises(RuntimeError, match="killed"):
             answer(questions, path)
-    assert len(path.read_text().splitlines()) == 9  # 3 whole, and the first turn of 3
-    assert turns_of(answer(questions, path)) == turns_of(whole)
-    assert sum(len(prompts) for prompts, _ in asked) == 16
-    answer(questions, path)
-    assert sum(len(prompts) for prompts, _ in asked) == 16
+    assert len(read_lines(path)) == 9  # 3 whole, and the first turn of 3
+    for _ in range(2):
+        assert turns_of(answer(questions, path)) == turns_of(whole)
+        assert sum(len(prompts) for prompts, _ in asked) == 16
 
 
 def test_what_does_not_fit_is_cut_off_there_and_said(answer, asked, tmp_path):
@@ -128,12 +124,6 @@ def test_what_does_not_fit_is_cut_off_there_and_said(answer, asked, tmp_path):
             assert tokens.shape[1] + sampling.max_new_tokens <= 256
 
 
-def test_the_global_random_state_stays(answer, questions, tmp_path):
-    state = torch.get_rng_state()
-    answer(questions[:2], tmp_path / "a.jsonl")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_answers_grow_turn_by_turn_in_the_form_of_fastchat(tmp_path):
     file = AnswerFile(tmp_path / "model_answer" / "m.jsonl")
     assert file.turns(QUESTION) == []
@@ -143,7 +133,7 @@ def test_answers_grow_turn_by_turn_in_the_form_of_fastchat(tmp_path):
     again.add(QUESTION, "two", {"seed": 2})
     assert AnswerFile(file.path).turns(QUESTION) == ["one", "two"]
     assert again.details(QUESTION, "seed") == [1, 2]
-    *_, row = map(json.loads, file.path.read_text().splitlines())
+    row = read_lines(file.path)[-1]
     assert row.keys() >= {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     assert row["choices"] == [{"index": 0, "turns": ["one", "two"]}]
     # A line that a kill cut off costs one turn.

@@ -1,7 +1,6 @@
 """Everything is asked once, kept, and counted, against a real server on this machine."""
 
 import io
-import json
 import time
 import traceback
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from experiments.mt_bench.config import MtBenchConfig
 from experiments.mt_bench.judging import Judge, parse_rating
 from experiments.mt_bench.questions import render
-from tests.experiments.mt_bench.conftest import write_lines
+from tests.experiments.mt_bench.conftest import read_lines, write_lines
 from tests.experiments.mt_bench.judge_server import rating_of
 
 KEY = "sk-secret-0123456789"
@@ -32,8 +31,9 @@ def turns(prompts, questions):
 
 
 @pytest.fixture
-def ask(judge, path):
+def ask(judge, path, monkeypatch):
     """Judge turns, going on with the same file; `ask.log` is what was said, `ask.judge` who."""
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
 
     def ask(turns, **options):
         given = {"judge_url": judge.url, "judge_model": "judge", "judge_retries": 0}
@@ -47,15 +47,11 @@ def ask(judge, path):
     return ask
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_judgments_are_written_in_the_form_of_fastchat(ask, judge, turns, path):
+def test_judgments_are_written_in_the_form_of_fastchat_once(ask, judge, turns, path):
     judgments = ask(turns)
     assert judge.complaints == []
     by_turn = {(one["question_id"], one["turn"]): one["score"] for one in judgments}
-    rows = {(row["question_id"], row["turn"]): row for row in rows_of(path)}
+    rows = {(row["question_id"], row["turn"]): row for row in read_lines(path)}
     assert len(rows) == len(by_turn) == 16
     for turn in turns:
         row = rows[turn.question.id, turn.number]
@@ -71,19 +67,23 @@ def test_judgments_are_written_in_the_form_of_fastchat(ask, judge, turns, path):
         "prompt_tokens": 400,
         "completion_tokens": 40,
     }
-
-
-def test_nothing_is_asked_twice(ask, judge, turns):
-    first = ask(turns)
-    assert ask(turns) == ask([*turns, *turns])[:16] == first
+    # Nothing is asked twice, and scores come from the judgments: foreign rows do not count.
+    assert ask(turns) == ask([*turns, *turns])[:16] == judgments
+    foreign = {"question_id": 1, "model": "model-a", "score": 9, "turn": 1}
+    write_lines(path, [foreign, *({**row, "score": 99} for row in read_lines(path))])
+    assert ask(turns) == judgments
     assert len(judge.requests) == 16
+    # A line that a kill cut off is asked for again.
+    path.write_bytes(path.read_bytes()[:-10])
+    assert ask(turns) == judgments
+    assert len(judge.requests) == 17
 
 
 @pytest.mark.parametrize("misdeed", ["nonsense", "eleven", "silent"])
 def test_nonsense_is_asked_again_and_then_a_failure(ask, judge, turns, path, misdeed):
     judge.misdeeds.extend([misdeed] * 2)
     assert ask(turns[:1])[0]["score"] is not None
-    assert [row["score"] for row in rows_of(path)][:2] == [-1, -1]
+    assert [row["score"] for row in read_lines(path)][:2] == [-1, -1]
     judge.misdeeds.extend([misdeed] * 3)
     (failed,) = ask(turns[2:3])
     assert failed["score"] is None
@@ -116,7 +116,7 @@ def test_a_reasoning_judge_is_asked_in_its_words(ask, judge, turns):
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refused_prompt_is_a_failure_and_not_remembered(ask, judge, turns, status):
-    judge.misdeeds.append((status, {}, {"message": "too\nlong: max_completion_tokens"}))
+    judge.misdeeds.append((status, {"message": "too\nlong: max_completion_tokens"}))
     (failed, other) = ask(turns[:2], judge_parallel=1)
     assert other["score"] is not None
     assert failed["problem"].startswith("the judge refuses the prompt: Error code: ")
@@ -124,7 +124,7 @@ def test_a_refused_prompt_is_a_failure_and_not_remembered(ask, judge, turns, sta
     assert len(judge.requests) == 3
 
 
-@pytest.mark.parametrize("misdeed", [(429, {}, {}), (500, {}, "x"), (503, {}, {}), "cut"])
+@pytest.mark.parametrize("misdeed", [(429, {}), (500, "x"), (503, {}), "cut"])
 def test_what_may_pass_is_tried_again(ask, judge, turns, misdeed):
     judge.misdeeds.extend([misdeed] * 2)
     assert ask(turns[:1], judge_retries=2)[0]["score"] is not None
@@ -132,49 +132,37 @@ def test_what_may_pass_is_tried_again(ask, judge, turns, misdeed):
 
 
 @pytest.mark.parametrize(
-    ("misdeed", "message"),
+    ("misdeed", "options", "message"),
     [
-        ("hang", r"gives no answer \(Request timed out.*go on later"),
-        ("html", r"gives no answer \(something else than an OpenAI-compatible reply"),
-        ((404, {}, {"message": "not here"}), r"not here.*check --judge-url \(it usually ends in"),
-        ((500, {}, {"message": f"{KEY} is out of order"}), r"\*\*\* is out of order"),
+        ("hang", {}, r"gives no answer \(Request timed out.*go on later"),
+        ("html", {}, r"gives no answer \(something else than an OpenAI-compatible reply"),
+        ((404, {"message": "not here"}), {}, r"not here.*check --judge-url \(it usually ends in"),
+        ((500, {"message": f"{KEY} is out of order"}), {}, r"\*\*\* is out of order"),
+        ("", {"judge_url": "http://127.0.0.1:1/v1"}, r"1/v1 gives no answer \(Connection error.*r"),
+        ("another key", {}, r"refuses the key; name its variable: --judge-k"),
+        ("", {"judge_key_env": KEY}, "names a variable that is not set"),
     ],
 )
-def test_a_judge_that_gives_no_answer(ask, judge, turns, monkeypatch, misdeed, message):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
+def test_a_judge_that_gives_no_answer(ask, judge, turns, misdeed, options, message):
+    """What is said never shows a key, not even in part or in the place of its name."""
     judge.misdeeds.append(misdeed)
-    with pytest.raises(OSError, match=message) as caught:
-        ask(turns[:1], judge_timeout_s=0.3, judge_key_env="JUDGE_KEY")
-    assert KEY not in "".join(traceback.format_exception_only(caught.value))
-
-
-def test_a_judge_that_is_down(ask, turns):
-    with pytest.raises(OSError, match=r"127.0.0.1:1/v1 gives no answer \(Connection error.*ref"):
-        ask(turns, judge_url="http://127.0.0.1:1/v1")
+    judge.key = "another" if misdeed == "another key" else None
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        ask(turns[:1], **{"judge_timeout_s": 0.3, "judge_key_env": "JUDGE_KEY"} | options)
+    assert "sk-" not in "".join(traceback.format_exception_only(caught.value))
 
 
 def test_a_judge_that_goes_down_keeps_what_is_paid(ask, judge, turns, path):
-    judge.misdeeds.extend([*["none"] * 5, *[(503, {}, {})] * 20])
+    judge.misdeeds.extend([*["none"] * 5, *[(503, {})] * 20])
     with pytest.raises(OSError, match="gives no answer"):
         ask(turns, judge_parallel=3)
-    assert len(rows_of(path)) == 5
+    assert len(read_lines(path)) == 5
     assert "5 replies are kept; the same command goes on from there." in ask.log
     judge.misdeeds.clear()
     num_before = len(judge.requests)
-    assert all(one["score"] for one in ask(turns))
-    assert len(judge.requests) - num_before == 11
-
-
-def test_a_line_that_a_kill_cut_off_is_asked_for_again(ask, judge, turns, path):
-    ask(turns)
-    path.write_bytes(path.read_bytes()[:-10])
-    assert all(one["score"] for one in ask(turns))
-    assert len(judge.requests) == 17
-
-
-def test_requests_run_in_parallel_up_to_the_limit(ask, judge, turns):
     judge.delay_s = 0.05
-    ask(turns, judge_parallel=3)
+    assert all(one["score"] for one in ask(turns, judge_parallel=3))
+    assert len(judge.requests) - num_before == 11
     assert judge.most_at_once == 3
 
 
@@ -187,21 +175,12 @@ def test_a_full_disk_ends_the_run(ask, judge, turns, monkeypatch):
         ask(turns, judge_parallel=1)
 
 
-def test_scores_come_from_the_judgments_and_foreign_rows_do_not_count(ask, judge, turns, path):
-    expected = ask(turns[:2])
-    foreign = {"question_id": 1, "model": "model-a", "score": 9, "turn": 1}
-    write_lines(path, [foreign, *({**row, "score": 99} for row in rows_of(path))])
-    assert ask(turns[:2]) == expected
-    assert len(judge.requests) == 2
-
-
 def test_the_key_is_sent_and_kept_nowhere(ask, judge, turns, path, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
     judge.key = KEY
     judge.misdeeds.append("leak")
     ask(turns[:1], judge_key_env="JUDGE_KEY")
-    (row,) = rows_of(path)
+    (row,) = read_lines(path)
     assert row["judgment"] == "I was given Bearer ***. [[7]]"
     judge.key = None
     ask(turns[1:2])
@@ -209,43 +188,14 @@ def test_the_key_is_sent_and_kept_nowhere(ask, judge, turns, path, monkeypatch):
     assert authorised == [f"Bearer {KEY}", "Bearer no-key"]
 
 
-def test_a_refused_key_is_not_repeated_even_in_part(ask, judge, turns, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", KEY)
-    judge.key = "another"
-    with pytest.raises(OSError, match=r"refuses the key; name its variable: --judge-k") as caught:
-        ask(turns, judge_key_env="JUDGE_KEY")
-    assert "sk-" not in str(caught.value)
+RATINGS = {"Fine. Rating: [[7]]": 7, "[[7.5]]": 7.5, "[[10]]": 10, "[[8.]]": 8, "Rating: [4]": 4}
+RATINGS |= {"first [[3]], then [[9]]": 3, "[2] but [[6]]": 6, "It wrote <think>. [[6]]": 6}
+RATINGS |= {"<think>[[3]], or rather [[4]]</think>\nRating: [[5]]": 5}
+RATINGS |= dict.fromkeys(("[[0]]", "[[11]]", "[[-3]]", "[[rating]]", "Rating: 5", ""))
+RATINGS |= dict.fromkeys(("\n<think>Could be [[3]]", "[[" + "9" * 400 + "]]"))
 
 
-def test_a_key_in_the_place_of_its_name_is_not_shown(ask, turns):
-    with pytest.raises(ValueError, match="names a variable that is not set") as caught:
-        ask(turns, judge_key_env=KEY)
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "rating"),
-    [
-        ("Fine. Rating: [[7]]", 7),
-        ("[[7.5]]", 7.5),
-        ("[[10]]", 10),
-        ("[[8.]]", 8),
-        ("first [[3]], then [[9]]", 3),
-        ("[2] but [[6]]", 6),
-        ("Rating: [4]", 4),
-        ("[[0]]", None),
-        ("[[11]]", None),
-        ("[[-3]]", None),
-        ("[[rating]]", None),
-        ("Rating: 5", None),
-        ("", None),
-        ("<think>[[3]], or rather [[4]]</think>\nRating: [[5]]", 5),
-        ("\n<think>Could be [[3]]", None),
-        ("It wrote <think>. [[6]]", 6),
-        ("[[" + "9" * 400 + "]]", None),
-    ],
-)
-def test_rating(text, rating):
+@pytest.mark.parametrize("text", RATINGS)
+def test_rating(text):
     found = parse_rating(text)
-    assert found == rating
-    assert type(found) is type(rating)
+    assert (found, type(found)) == (RATINGS[text], type(RATINGS[text]))
