@@ -19,6 +19,7 @@ from tests.training.launching import COMMAND, save_config
 from tests.training.runs import (
     ADAPTER,
     QUIET,
+    assert_resumes,
     assert_same_run,
     interrupt,
     stop_at,
@@ -65,6 +66,31 @@ def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monk
     train(config, resume=True, console=console)
     assert f"resuming after step 5: {place / 'checkpoint-5'}" in console.file.getvalue()
     assert_same_run(tmp_path / "whole", place)
+
+
+@pytest.mark.parametrize(
+    ("task", "step", "saved", "training"),
+    [
+        *((task, 3, 3, {}) for task in ("dpo", "kto", "reward")),
+        # In the second epoch, whose order TRL would forget.
+        ("grpo", 5, 5, {"num_train_epochs": 2, "max_steps": -1, "eval_steps": 4}),
+        # In the middle of answers that are used for several steps.
+        ("rloo", 3, 4, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
+    ],
+)
+def test_other_tasks(
+    make_task_config, rewards_module, tmp_path, monkeypatch, task, step, saved, training
+):
+    samples = task in ("grpo", "rloo")
+
+    def config(name):
+        data = {"eval_fraction": 0.8 if samples else 0.2}
+        options = {"output_dir": str(tmp_path / name), "save_total_limit": 9, **training}
+        return make_task_config(task, data=data, training=options)
+
+    said = assert_resumes(config, tmp_path, monkeypatch, step)
+    assert (tmp_path / f"cut/checkpoint-{saved}").is_dir()
+    assert ("yaml --reward my_rewards:short --resume" in said) == samples
 
 
 def test_second_signal_stops_at_once(make_config, tmp_path, monkeypatch):
