@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from pacatune.training import RunConfig
-from tests.training.runs import write_rows
+from pacatune.training import RunConfig, train
+from tests.training.runs import QUIET, assert_same_run, interrupt, write_rows
 
 # `make test-distributed` lets it be found.
 collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["test_deepspeed.py"]
@@ -113,3 +113,24 @@ def rewards_module(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     yield name
     sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def assert_resumes(tmp_path, monkeypatch):
+    """Interrupted in a step and resumed, a run ends with the very bits of one that was not.
+
+    `make` makes it. Returns what the interrupted one said.
+    """
+
+    def check(step, make, *words, training=None, **options):
+        def config(name):
+            here = {"output_dir": str(tmp_path / name)}
+            return make(*words, training={**(training or {}), **here}, **options)
+
+        train(config("whole"), console=QUIET)
+        said = interrupt(config("cut"), monkeypatch, step)
+        train(config("cut"), console=QUIET, resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "cut")
+        return said
+
+    return check

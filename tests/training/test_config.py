@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pacatune.methods import METHODS, TEXT_METHODS
+from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
 from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
 from pacatune.tuner import compat
 
@@ -66,7 +66,9 @@ def test_what_is_filled_in():
     assert run_config(training={"learning_rate": 0.1}).training.learning_rate == 0.1
     assert run_config(task="dpo").training.learning_rate == pytest.approx(5e-5)
     assert run_config(task="reward").training.learning_rate == 5e-4
-    assert run_config(task="image", method="head").training.learning_rate == 3e-3
+    for method in CLASSIFIER_METHODS:
+        rate = run_config(task="image", method=method).training.learning_rate
+        assert rate == METHODS[method].head_rate
     assert run_config(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
     training = run_config().training
     assert (training.given["report_to"], training.report_to) == ("tensorboard", ["tensorboard"])
@@ -77,16 +79,6 @@ def test_what_is_filled_in():
     run_config(method="moslora", lora={"r": 4}, paca={"r": 16})
     run_config(training={"disable_dropout": False}, task="dpo", method="lora_dropout")
     run_config(training={"precompute_ref_log_probs": True}, task="dpo", method="full")
-
-
-@pytest.mark.parametrize(("task", "metric"), [("sft", "eval_loss"), ("grpo", "eval_reward")])
-def test_early_stopping(task, metric):
-    strategies = {"eval_strategy": "epoch", "save_strategy": "epoch"}
-    options = STOPS | ({"reward": ["a:f"]} if task == "grpo" else {})
-    training = run_config(task=task, training=strategies, **options).training
-    assert training.load_best_model_at_end
-    assert training.metric_for_best_model == metric
-    assert training.greater_is_better == (task == "grpo")
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -5,14 +5,12 @@ import shutil
 
 import pytest
 import torch
-from datasets import load_dataset
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacatune.adapters.loading import check_base
 from pacatune.cli import main
-from pacatune.training import preview, train
+from pacatune.training import train
 from pacatune.training.config_file import read_values
 from pacatune.training.sft import TextTrainer
 from pacatune.training.task import task_of
@@ -23,6 +21,7 @@ from tests.training.runs import (
     assert_same_run,
     out_of_memory,
     read_json,
+    refused,
     write_rows,
 )
 
@@ -66,6 +65,7 @@ def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, c
     assert report.num_steps == 7
     assert min(report.step_ms, report.tokens_per_second, report.saved_activation_bytes) > 0
     assert report.peak_memory_kind == "process_peak_resident"
+    assert report.peak_memory_bytes > 2**20
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     held_out = task_of(config).prepare().evaluation["place"]
@@ -99,51 +99,6 @@ def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, c
     old, new = (read_values(folder / "config.yaml") for folder in (out, again))
     assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
     assert old == new
-
-
-def test_same_losses_as_plain_trl(make_config, tiny_model_dir, data_path, tmp_path):
-    """The recipe adds nothing to what SFTTrainer computes."""
-    settings = {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 2,
-        "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0,
-    }
-    config = make_config("lora", data={"eval_fraction": 0}, training=settings)
-    report = train(config, console=QUIET)
-    rows = load_dataset("json", data_files=str(data_path), cache_dir=tmp_path / "c")["train"]
-    set_seed(42)  # older versions of TRL draw LoRA's A before they set it
-    trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(tiny_model_dir),
-        args=SFTConfig(
-            str(tmp_path / "plain"),
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=None,
-            dataloader_pin_memory=False,
-            **settings,
-        ),
-        train_dataset=rows.map(
-            lambda row: {"prompt": row["messages"][:1], "completion": row["messages"][1:]},
-            remove_columns="messages",
-        ),
-        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"
-        ),
-    )
-    # Theirs also learns the line break after each answer.
-    trainer.train_dataset = trainer.train_dataset.map(
-        lambda row: {"labels": [*row["labels"][:-1], -100]}
-    )
-    trainer.train()
-    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(theirs) == 16
-    assert [loss for _, loss in report.train_losses] == theirs
 
 
 @pytest.mark.parametrize(
@@ -219,14 +174,6 @@ def test_early_stopping_keeps_the_best(make_config, tmp_path):
     assert_same(tmp_path / f"out/checkpoint-{best[1]}", tmp_path / "out")
 
 
-def test_preview_loads_no_weights(make_config, console, monkeypatch):
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    preview(make_config(), 2, console=console)
-    out = console.file.getvalue()
-    assert out.count("tokens,") == 2
-    assert "[[It is 7.</s>]]" in out
-
-
 def test_warnings_about_the_data(make_config, tmp_path, console):
     path = write_rows(tmp_path / "long.jsonl", [{"text": "It is so. " * 80}, {"text": "No."}])
     training = {"max_steps": 1, "max_length": 300}
@@ -242,14 +189,12 @@ def test_warnings_about_the_data(make_config, tmp_path, console):
 def test_what_fails_on_the_way(make_config, tiny_model_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TextTrainer, "training_step", out_of_memory)
-        message = r"out of memory .*`training.per_device_train_batch_size`"
-        with pytest.raises(ValueError, match=message):
-            train(make_config(), console=QUIET)
+        refused(r"out of memory .*`training.per_device_train_batch_size`", make_config())
     shutil.copytree(tiny_model_dir, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:40_000])
-    with pytest.raises(ValueError, match=r"the weights of .*cut cannot be read \(.*\); copy them"):
-        train(make_config(model={"path": str(tmp_path / "cut")}), overwrite=True, console=QUIET)
+    config = make_config(model={"path": str(tmp_path / "cut")})
+    refused(r"the weights of .*cut cannot be read \(.*\); copy them", config, overwrite=True)
 
     # tokenizers reports a full disk by an Exception of no class of its own.
     def save_pretrained(self, *args, **kwargs):
@@ -257,5 +202,4 @@ def test_what_fails_on_the_way(make_config, tiny_model_dir, tmp_path, monkeypatc
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", save_pretrained)
     message = r"could not write .*checkpoint-2' \(No space left on device"
-    with pytest.raises(ValueError, match=message):
-        train(make_config(), overwrite=True, console=QUIET)
+    refused(message, make_config(), overwrite=True)

@@ -3,9 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
@@ -14,7 +12,6 @@ from pacatune.training import PacaSection, train
 from pacatune.training.config_file import to_values
 from pacatune.training.selecting import share_of_batches
 from pacatune.training.task import make_adapter_config, task_of
-from pacatune.tuner.moslora import MosLoraLayer
 from tests.training.runs import CHECKPOINTING, QUIET, assert_same_run, interrupt, read_json
 
 GRADIENT = {"selection": "gradient", "selection_batches": 2}
@@ -145,20 +142,6 @@ def test_fixed_columns_in_yaml(make_config):
     adapter_config = make_adapter_config(config)
     assert (adapter_config.selection, adapter_config.columns) == ("fixed", given)
     assert task_of(config).plan().targets
-
-
-def test_a_moslora_run(make_config, tiny_model_dir, tmp_path):
-    sections = {"lora": {"r": 4, "lora_dropout": 0.1}, "moslora": {"mixer_init": "orthogonal"}}
-    report = train(make_config("moslora", data={"eval_fraction": 0.1}, **sections), console=QUIET)
-    assert report.eval_loss_after < report.eval_loss_before - 0.1
-    folder = tmp_path / "out"
-    saved = read_json(folder / "adapter_config.json")
-    assert (saved["peft_type"], saved["mixer_init"], saved["r"]) == ("MOSLORA", "orthogonal", 4)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    layers = PeftModel.from_pretrained(base, folder).modules()
-    mixers = [m.lora_mixer["default"].weight for m in layers if isinstance(m, MosLoraLayer)]
-    assert len(mixers) == 14
-    assert not any(torch.allclose(m @ m.t(), torch.eye(4), atol=1e-5) for m in mixers)  # trained
 
 
 def test_row_groups_in_a_run(make_config, tmp_path):

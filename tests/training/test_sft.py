@@ -147,6 +147,8 @@ def test_options_reach_peft_and_transformers(make_config):
     assert {name: getattr(paca, name) for name in section} == section
     dora = make_adapter_config(make_config("dora", lora={"r": 4, "lora_dropout": 0.5}))
     assert (dora.use_dora, dora.r, dora.lora_dropout) == (True, 4, 0.5)
+    moslora = make_adapter_config(make_config("moslora", moslora={"mixer_init": "orthogonal"}))
+    assert moslora.mixer_init == "orthogonal"
     assert make_adapter_config(make_config("full")) is None
     config = make_config(model={"dtype": "bfloat16"})
     assert weights_dtype(config) == task_of(config).load_model().dtype == torch.bfloat16

@@ -6,7 +6,7 @@ import pytest
 
 from pacatune.data import DataConfig, prepare, prepare_data
 from pacatune.training import preview
-from tests.training.runs import assert_resumes, read_json, write_rows
+from tests.training.runs import read_json, write_rows
 
 
 @pytest.fixture
@@ -52,16 +52,12 @@ def test_what_is_wrong_is_said_where_it_is_reached(take, data_path, monkeypatch,
         list(islice(data.train, 61))
 
 
-def test_run_resumed_is_the_same(make_config, data_path, tmp_path, console, monkeypatch):
-    def config(name):
-        data = {"streaming": True, "eval_path": str(data_path), "shuffle_buffer": 20}
-        training = {"output_dir": str(tmp_path / name), "max_steps": 12, "save_steps": 5}
-        return make_config(data=data, training=training)
-
-    # In its second pass over 60 rows.
-    assert_resumes(config, tmp_path, monkeypatch, 10)
+def test_run_resumed_is_the_same(make_config, data_path, tmp_path, console, assert_resumes):
+    data = {"streaming": True, "eval_path": str(data_path), "shuffle_buffer": 20}
+    options = {"data": data, "training": {"max_steps": 12, "save_steps": 5}}
+    assert_resumes(10, make_config, **options)  # in its second pass over 60 rows
     report = read_json(tmp_path / "whole/report.json")
     assert (report["num_train_examples"], report["num_eval_examples"]) == (12 * 8, 60)
     assert report["eval_loss_after"] < report["eval_loss_before"]
-    preview(config("whole"), 1, console=console)
+    preview(make_config(**options), 1, console=console)
     assert "chats.jsonl, row 1: " in console.file.getvalue()

@@ -12,7 +12,7 @@ from pacatune.cli import main
 from pacatune.training import TrainingDiverged, train
 from pacatune.training.sft import TextTrainer
 from tests.training.launching import save_config
-from tests.training.runs import QUIET, read_json
+from tests.training.runs import QUIET
 
 EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
 KEEP_ONE = {**EVERY_STEP, "save_total_limit": 1}
@@ -26,21 +26,12 @@ def poison(monkeypatch, step, *, gradient=False):
         loss = plain(self, model, *args, **kwargs)
         if not torch.is_grad_enabled() or self.state.global_step != step - 1:
             return loss
-        return loss + Spoilt.apply(loss) if gradient else loss * math.inf
+        if not gradient:
+            return loss * math.inf
+        loss.register_hook(lambda grad: grad * math.inf)
+        return loss
 
     monkeypatch.setattr(TextTrainer, "compute_loss", compute_loss)
-
-
-class Spoilt(torch.autograd.Function):
-    """Nothing forward, infinity backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * math.inf
 
 
 @pytest.fixture
@@ -67,12 +58,9 @@ def test_command_says_where_it_diverged(make_config, tmp_path, capsys):
     save_config(make_config(training=training), tmp_path / "run.yaml")
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     out, err = capsys.readouterr()
-    assert re.fullmatch(
-        r"pacatune: error: training diverged: the loss of step 3 is nan; the learning rate "
-        r"is .*e\+3.: lower `training.learning_rate` \(1e\+38\).* None is the last good "
-        r"checkpoint.",
-        err.splitlines()[-1],
-    )
+    step = r"the loss of step 3 is nan; the learning rate is .*e\+3.: lower"
+    fix = r"`training.learning_rate` \(1e\+38\).* None is the last good checkpoint."
+    assert re.search(f"^pacatune: error: training diverged: {step} {fix}$", err, re.MULTILINE)
     assert "loss 0.0000" not in out
     assert not (tmp_path / "out" / "report.json").exists()
     assert checkpoints(tmp_path / "out") == []
@@ -143,12 +131,3 @@ def test_evaluation_loss(make_config, monkeypatch, diverges):
     monkeypatch.setattr(TextTrainer, "prediction_step", prediction_step)
     message = r"evaluation loss after step 4 is nan.*out/checkpoint-2 is the last good"
     assert diverges(make_config(data={"eval_fraction": 0.2}), message) == [2]
-
-
-def test_losses_are_as_transformers_finds_them(make_config, tmp_path):
-    """The check adds nothing to what is logged."""
-    report = train(make_config(training={"gradient_accumulation_steps": 2}), console=QUIET)
-    state = read_json(tmp_path / "out/checkpoint-2/trainer_state.json")
-    logged = [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
-    assert [loss for _, loss in logged] == [loss for _, loss in report.train_losses][: len(logged)]
-    assert all(math.isfinite(loss) for _, loss in report.train_losses)
