@@ -27,7 +27,14 @@ from pacatune.training.image import load_result
 from pacatune.training.image.model import ImageBase, find_batch_norms
 from pacatune.training.image.task import ImageTask, ImageTrainer
 from tests.image_models import CLASSES, save_timm, save_vit
-from tests.training.runs import CHECKPOINTING, QUIET, out_of_memory, read_json, refused
+from tests.training.runs import (
+    CHECKPOINTING,
+    QUIET,
+    make_trainer,
+    out_of_memory,
+    read_json,
+    refused,
+)
 from tests.training.test_recipe import REPORT_KEYS, RESULT_NAMES
 
 PICTURES = {"confusion.png", "preprocessor_config.json"}
@@ -198,6 +205,11 @@ def test_augmented_images_are_evaluated_plainly(make_config):
         report = train(config, overwrite=True, console=QUIET)
         assert report.eval_loss_before == plain.eval_loss_before
         assert report.train_losses != plain.train_losses
+    # In each pass they are augmented anew.
+    two_passes = {"num_train_epochs": 2, "max_steps": -1}
+    trainer = make_trainer(make_config(data={"augmentation": "crop"}, training=two_passes))
+    trainer.train()
+    assert trainer.train_dataset.epoch == 1
 
 
 @pytest.mark.parametrize(
