@@ -38,14 +38,9 @@ def run_rank(*words):
 
 
 def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):
-    """Run `pacatune` with these words on all ranks; return what they wrote, one after the other.
+    """Run `pacatune`, or other code, with these words on all ranks; return what they wrote.
 
-    Args:
-        *words: The command line.
-        code: Another program.
-        env: What a launcher adds to the environment.
-        timeout: Seconds for each.
-        num_processes: Number of ranks.
+    `env` is what a launcher adds to the environment; each rank has `timeout` seconds.
     """
     done = _run(words, code, env, timeout, num_processes)
     if done.returncode == -11 and "--overwrite" not in words:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from pacatune.cli import main
 from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
+from pacatune.training.language import load_tokenizer
 from pacatune.training.task import task_of
+from tests.training.runs import write_rows
 from tests.vision_language import TEMPLATE, build_vision_language_model
 
 
@@ -42,27 +43,25 @@ def user(*content):
     return {"role": "user", "content": parts}
 
 
-def answer(text, **options):
-    return {"role": "assistant", "content": text, **options}
+def image(source):
+    return {"type": "image", "image": source}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
 
 
 def row_of(path, number):
     colour = "Red." if number % 2 else "Blue."
-    asked = user({"type": "image", "image": path}, f"Colour {number}?")
     later = [{"role": "user", "content": "Sure?"}, answer("Yes.")]
-    return {"messages": [asked, answer(colour), *later]}
+    return {"messages": [user(image(path), f"Colour {number}?"), answer(colour), *later]}
 
 
 @pytest.fixture
 def make_run(make_config, model_dir, images, tmp_path):
     def make(rows=None, *, data=None, **options):
-        rows = (
-            [row_of(*pair) for pair in zip(images, range(12), strict=True)]
-            if rows is None
-            else rows
-        )
-        path = tmp_path / "chats.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = rows or [row_of(path, number) for number, path in enumerate(images)]
+        path = write_rows(tmp_path / "chats.jsonl", rows)
         options = {"model": {"path": str(model_dir)}, **options}
         return make_config(data={"path": str(path), **(data or {})}, **options)
 
@@ -70,14 +69,13 @@ def make_run(make_config, model_dir, images, tmp_path):
 
 
 def read(config):
-    from pacatune.training.language import load_tokenizer
-
     task = task_of(config)
     task.tokenizer = load_tokenizer(config)
     return task, task.read_data()
 
 
 def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
+    """R7: with the adapter and merged it is one function."""
     training = {"max_steps": 12, "learning_rate": 2e-2, "per_device_train_batch_size": 4}
     config = make_run(training=training, data={"eval_fraction": 0.25})
     preview(config, 1, console=console)
@@ -92,9 +90,12 @@ def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
     processor = AutoProcessor.from_pretrained(out)
     words = ["--model", str(model_dir), "--adapter", str(out), "--output", str(merged)]
     assert main(["merge", *words]) == 0
-    chat = [user({"type": "image", "image": Image.open(images[1])}, "Colour?")]
     batch = processor.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        [user(image(Image.open(images[1])), "Colour?")],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
     )
     base = AutoModelForImageTextToText.from_pretrained(model_dir)
     with torch.no_grad():
@@ -110,28 +111,22 @@ def test_batches_are_those_of_trl(make_run, images):
     task, data = read(make_run(rows, data={"eval_fraction": 0}))
     batch = task.collator(list(data.train))
     opened = [
-        {"messages": _typed(r["messages"]), "images": [Image.open(p)]}
-        for r, p in zip(rows, images, strict=False)
+        {"messages": typed(row["messages"]), "images": [Image.open(path)]}
+        for row, path in zip(rows, images, strict=False)
     ]
     theirs = DataCollatorForVisionLanguageModeling(task.processor)(opened)
     assert batch.keys() == theirs.keys()
     for name in batch.keys() - {"labels"}:
         assert torch.equal(batch[name], theirs[name]), name
-    learned = [batch["labels"][i][batch["labels"][i] >= 0] for i in range(3)]
-    assert [task.tokenizer.decode(ids) for ids in learned] == [
-        "Blue.</s>Yes.</s>",
-        "Red.</s>Yes.</s>",
-        "Blue.</s>Yes.</s>",
-    ]
+    learned = [task.tokenizer.decode(labels[labels >= 0]) for labels in batch["labels"]]
+    assert learned == [f"{colour}.</s>Yes.</s>" for colour in ("Blue", "Red", "Blue")]
 
 
-def _typed(messages):
+def typed(messages):
     """The chat as TRL takes it: the image waits in a column."""
     first, *others = messages
-    typed = [
-        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in others
-    ]
-    return [{"role": "user", "content": [{"type": "image"}, first["content"][1]]}, *typed]
+    texts = [user(m["content"]) | {"role": m["role"]} for m in others]
+    return [user({"type": "image"}, first["content"][1]), *texts]
 
 
 def convert(*messages, **columns):
@@ -144,86 +139,53 @@ def test_ways_to_name_an_image(images):
     def found(message, **columns):
         example = convert(message, **columns)
         (one,) = example.images
-        return one, example.messages[0]["content"].replace(one, "").strip("\ufdd0\ufdd1")
+        assert example.messages[0]["content"].replace(one, "").strip("\ufdd0\ufdd1") == "q"
+        return one
 
     path, data = images[0], io.BytesIO()
     Image.open(path).save(data, "PNG")
     uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-    for part in (
-        {"type": "image", "image": path},
-        {"type": "image", "path": path},
-        {"type": "image_url", "image_url": {"url": path}},
-    ):
-        assert found(user(part, "q")) == (path, "q")
-    assert found(user({"type": "image_url", "image_url": {"url": uri}}, "q")) == (uri, "q")
-    assert found(user({"type": "image"}, "q"), images=[path]) == (path, "q")
-    assert found({"role": "user", "content": "<image>q"}, images=[path]) == (path, "q")
-    assert found({"role": "user", "content": "q"}, images=[path]) == (path, "q")
-    for image in (Image.open(path), {"bytes": data.getvalue(), "path": None}):
-        one, text = found({"role": "user", "content": "q"}, images=[image])
-        assert (one[:22], text) == (uri[:22], "q")
+    plain = {"role": "user", "content": "q"}
+    assert found(user(image(path), "q")) == path
+    assert found(user({"type": "image", "path": path}, "q")) == path
+    for url in (path, uri):
+        assert found(user({"type": "image_url", "image_url": {"url": url}}, "q")) == url
+    for message in (user({"type": "image"}, "q"), plain | {"content": "<image>q"}, plain):
+        assert found(message, images=[path]) == path
+    for one in (Image.open(path), {"bytes": data.getvalue(), "path": None}):
+        assert found(plain, images=[one])[:22] == uri[:22]
 
 
 @pytest.mark.parametrize(
-    ("message", "columns", "error"),
+    ("messages", "columns", "error"),
     [
-        (
-            user({"type": "image"}, "q"),
-            {"images": []},
-            "more images are shown than the column 'images'",
-        ),
-        (
-            user({"type": "image", "image": "no.png"}),
-            {},
-            "the image is 'no.png', which is no file here",
-        ),
-        (
-            user({"type": "image", "image": "http://a/b.png"}),
-            {},
-            "nothing is fetched while data is",
-        ),
-        (
-            user({"type": "image", "image": 3}),
-            {},
-            "the image is 3; give a path or a data URI",
-        ),
-        (
-            user({"type": "audio"}, {"type": "image", "image": "x"}),
-            {},
-            "a part is 'audio'; give text, image",
-        ),
+        ([user({"type": "image"}, "q")], {"images": []}, "more images are shown than the column"),
+        ([user(image("no.png"))], {}, "the image is 'no.png', which is no file here"),
+        ([user(image("http://a/b.png"))], {}, "nothing is fetched while data is"),
+        ([user(image(3))], {}, "the image is 3; give a path or a data URI"),
+        ([user({"type": "audio"}, image("x"))], {}, "a part is 'audio'; give text, image"),
+        ([user("q"), {**user(image(__file__)), "role": "assistant"}], {}, "an answer has an image"),
+        ([{"role": "user", "content": "<image>q"}], {"images": [__file__] * 2}, "more than the me"),
     ],
 )
-def test_wrong_images(message, columns, error):
-    with pytest.raises(ValueError, match=rf"f, row 1: messages\[0\].*{error}"):
-        convert(message, **columns)
-
-
-def test_images_in_answers_and_left_over(images):
-    drawn = {**user({"type": "image", "image": images[0]}), "role": "assistant"}
-    with pytest.raises(ValueError, match=r"messages\[1\]: an answer has an image"):
-        convert(user("q"), drawn)
-    with pytest.raises(ValueError, match="'images' has more than the messages show"):
-        convert({"role": "user", "content": "<image>q"}, images=images[:2])
+def test_wrong_images(messages, columns, error):
+    with pytest.raises(ValueError, match=rf"f, row 1: .*{error}"):
+        convert(*messages, **columns)
 
 
 def test_what_cannot_be_done(make_run, tiny_model_dir, images):
-    def refused(match, *args, **options):
-        with pytest.raises(ValueError, match=match):
-            read(make_run(*args, **options))
-
-    refused("takes texts alone; use a vision-language", model={"path": str(tiny_model_dir)})
-    refused("images cannot be cut: raise it", training={"max_length": 12})
-    refused("are for texts, and the data has images; drop", training={"packing": True})
-    refused(r"has images: .* `data.loss` 'all' is for texts", data={"loss": "all"})
-    streamed = {"streaming": True, "eval_fraction": 0}
-    refused(
-        "has images: this task, a stream or",
-        data=streamed,
-        training={"max_steps": 1},
-    )
+    streamed = {"data": {"streaming": True, "eval_fraction": 0}, "training": {"max_steps": 1}}
     blind = TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "")
-    refused("does not show each of 1 images once", data={"chat_template": blind})
+    for message, options in (
+        ("takes texts alone; use a vision-language", {"model": {"path": str(tiny_model_dir)}}),
+        ("images cannot be cut: raise it", {"training": {"max_length": 12}}),
+        ("are for texts, and the data has images; drop", {"training": {"packing": True}}),
+        (r"has images: .* `data.loss` 'all' is for texts", {"data": {"loss": "all"}}),
+        ("has images: this task, a stream or", streamed),
+        ("does not show each of 1 images once", {"data": {"chat_template": blind}}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(make_run(**options))
     mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]
     task, data = read(make_run(mixed, data={"eval_fraction": 0}))
     assert task.collator(list(data.train))["input_ids"].shape[0] == 2

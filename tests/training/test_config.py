@@ -1,34 +1,21 @@
 import copy
-import dataclasses
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from trl import SFTConfig
 
-from pacatune.methods import METHODS, TEXT_METHODS
-from pacatune.training import (
-    DataConfig,
-    LoraSection,
-    ModelConfig,
-    MosLoraSection,
-    PacaSection,
-    RunConfig,
-    TrainingConfig,
-)
-from pacatune.training.arguments import ClassifierTrainingConfig
-from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
+from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
+from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
 from pacatune.tuner import compat
 
 
-def run_config(training=None, **options):
-    return RunConfig(
-        model=ModelConfig(path="m"),
-        data=DataConfig(path="d"),
-        training=TrainingConfig(**{"use_cpu": True, **(training or {})}),
-        **options,
-    )
+def run_config(**options):
+    """Declare a run on files that are not there; options override what a section says."""
+    usual = {"model": {"path": "m"}, "data": {"path": "d"}, "training": {"use_cpu": True}}
+    for name, section in usual.items():
+        given = options.get(name, {})
+        options[name] = section | given if isinstance(given, dict) else given
+    return RunConfig(**options)
 
 
 def test_an_old_trl_is_refused(monkeypatch):
@@ -37,21 +24,8 @@ def test_an_old_trl_is_refused(monkeypatch):
         run_config()
 
 
-def test_model_path_is_required():
-    with pytest.raises(ValueError, match=r"`model.path` is ''; give a hub id or the folder"):
-        ModelConfig()
-
-
-@pytest.mark.parametrize("kind", [ModelConfig, ImageModelConfig])
-def test_dtypes(kind):
-    assert kind(path="m", dtype="bf16").dtype == "bfloat16"
-    with pytest.raises(ValueError, match=r"`model.dtype` \('bflaot16'\) .* mean 'bfloat16'\?"):
-        kind(path="m", dtype="bflaot16")
-
-
 def test_nothing_is_looked_up(monkeypatch):
     """A run is declared where its files are not."""
-
     looked_at = []
     for name in ("is_dir", "is_file", "exists", "open", "resolve"):
         plain = getattr(Path, name)
@@ -61,42 +35,11 @@ def test_nothing_is_looked_up(monkeypatch):
             return plain(path, *args, **kwargs)
 
         monkeypatch.setattr(Path, name, look)
-    training = {"use_cpu": True, "bf16": False}
     for options in ({"adapter": "a/m"}, {"paca": {"selection": "a/m"}}, {"task": "reward"}):
-        run = RunConfig(
-            **{"model": {"path": "a/m"}, "data": {"path": "a/d"}, "training": training, **options}
-        )
+        run = run_config(model={"path": "a/m"}, data={"path": "a/d"}, **options)
         assert run.model.path == "a/m"
     assert not [path for path in looked_at if path.name in ("m", "d")]
     assert run.given["paca"] == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"task": "spo"}, r"`task` \('spo'\) must be one of sft, dpo.* did you mean"),
-        ({"method": "vera"}, r"`method` \('vera'\) must be one of paca, qpaca, lora, "),
-        ({"lean_level": 4}, r"`lean_level` \(4\) must be 1, 2 or 3"),
-        ({"lean": "off", "lean_level": 2}, r"`lean_level` \(2\) with `lean` \('off'\)"),
-        (
-            {"training": {"max_step": 3}},
-            "unknown option training.max_step; did you mean 'max",
-        ),
-        ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
-        (
-            {"task": "image", "adapter": "a"},
-            r"the task image has no `adapter` \('a'\); drop it",
-        ),
-        (
-            {"data": "d.jsonl"},
-            r"`data` is a str; it must be a mapping of options, or a",
-        ),
-    ],
-)
-def test_sections_as_mappings(options, message):
-    run = {"model": {"path": "m"}, "data": {"path": "d"}, "training": {"use_cpu": True}}
-    with pytest.raises((ValueError, TypeError), match=message):
-        RunConfig(**{**run, **options})
 
 
 def test_sections_may_be_used_again():
@@ -114,62 +57,37 @@ def test_sections_may_be_used_again():
         assert run.training.learning_rate == run.training.given["learning_rate"] == rate
         assert run.model.quantization == METHODS[method].quantization
         assert run.lora.lora_dropout == (METHODS[method].dropout or 0)
-    assert run_config({"learning_rate": 0.1}).training.learning_rate == 0.1
     assert RunConfig(**sections, early_stopping_patience=2).training.load_best_model_at_end
     assert {name: vars(section) for name, section in sections.items()} == before
 
 
-def test_training_of_another_type():
-    with pytest.raises(
-        TypeError, match=r"is a SFTConfig; .* or a pacatune.training.TrainingConfig"
-    ):
-        RunConfig(
-            model=ModelConfig(path="m"),
-            data=DataConfig(path="d"),
-            training=SFTConfig(use_cpu=True, bf16=False, gradient_checkpointing=None),
-        )
-
-
-def test_has_every_option_of_trl():
-    ours = {field.name for field in dataclasses.fields(TrainingConfig)}
-    assert ours == {field.name for field in dataclasses.fields(SFTConfig)}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"chat_template_path": "x"}, r"chat_template_path` \('x'\) is not offered: set `data.ch"),
-        ({"completion_only_loss": False}, "not offered: set `data.loss`"),
-        ({"assistant_only_loss": True}, "not offered: set `data.loss`"),
-        ({"dataset_text_field": "body"}, "not offered: name the column 'text'"),
-        ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "not offered: data is always"),
-        ({"resume_from_checkpoint": "x"}, "not offered: use --resume"),
-        ({"trust_remote_code": True}, "not offered: code of a model is never executed"),
-        ({"push_to_hub": True}, r"not offered: give --push_to_hub ORGANISATION/NAME on"),
-        ({"truncation_mode": "keep_end"}, "not offered: examples are cut at their end"),
-        ({"remove_unused_columns": False}, "not offered: the data has the columns"),
-        ({"activation_offloading": True, "use_cpu": True}, "offloading` .* needs a GPU; drop it"),
-    ],
-)
-def test_options_decided_elsewhere(options, message):
-    with pytest.raises(ValueError, match=message):
-        TrainingConfig(**options)
-
-
-def test_given_values_stay_as_given():
-    training = TrainingConfig(use_cpu=True)
-    assert training.given["report_to"] == "tensorboard"
-    assert training.report_to == ["tensorboard"]
+def test_what_is_filled_in():
+    assert run_config(model={"dtype": "bf16"}).model.dtype == "bfloat16"
+    assert run_config(training={"learning_rate": 0.1}).training.learning_rate == 0.1
+    assert run_config(task="dpo").training.learning_rate == pytest.approx(5e-5)
+    assert run_config(task="reward").training.learning_rate == 5e-4
+    for method in CLASSIFIER_METHODS:
+        rate = run_config(task="image", method=method).training.learning_rate
+        assert rate == METHODS[method].head_rate
+    assert run_config(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
+    training = run_config().training
+    assert (training.given["report_to"], training.report_to) == ("tensorboard", ["tensorboard"])
+    assert run_config().data.eval_fraction == DataConfig(path="d").eval_fraction > 0
+    assert run_config(training={"eval_strategy": "no"}).data.eval_fraction == 0
+    # What says no length, or is not read, may be anything.
+    run_config(training={"num_train_epochs": 0, "max_steps": 3, "max_length": None})
+    run_config(method="moslora", lora={"r": 4}, paca={"r": 16})
+    run_config(training={"disable_dropout": False}, task="dpo", method="lora_dropout")
+    run_config(training={"precompute_ref_log_probs": True}, task="dpo", method="full")
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_mixed_precision_is_pinned_to_what_is_fast(monkeypatch, fast):
     monkeypatch.setattr("pacatune.training.arguments.bfloat16_is_fast", lambda use_cpu: fast)
     training = TrainingConfig()
-    assert training.bf16 is fast
-    assert training.given["bf16"] is fast
-    again = TrainingConfig(**training.given)
-    assert again.bf16 is fast
+    assert training.bf16 is training.given["bf16"] is fast
+    assert TrainingConfig(**training.given).bf16 is fast
+    assert run_config(training={"bf16": True}, task="classifier").training.bf16
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
@@ -186,140 +104,129 @@ def test_mixed_precision_is_not_forced_onto_fp16():
 
 
 @pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("sft", {"chat_template_path": "x"}, r"path` \('x'\) is not offered: set `data.chat_t"),
+        ("sft", {"completion_only_loss": False}, "set `data.loss`"),
+        ("sft", {"assistant_only_loss": True}, "set `data.loss`"),
+        ("sft", {"dataset_text_field": "body"}, "name the column 'text'"),
+        ("sft", {"dataset_kwargs": {"skip_prepare_dataset": True}}, "data is always prepared"),
+        ("sft", {"resume_from_checkpoint": "x"}, "use --resume"),
+        ("sft", {"trust_remote_code": True}, "code of a model is never executed"),
+        ("sft", {"push_to_hub": True}, "give --push_to_hub ORGANISATION/NAME on"),
+        ("sft", {"hub_model_id": "a/b"}, r"`training.hub_model_id` \('a/b'\) is not offered: give"),
+        ("sft", {"truncation_mode": "keep_end"}, "examples are cut at their end"),
+        ("sft", {"remove_unused_columns": False}, "the data has the columns that training needs"),
+        ("sft", {"logging_nan_inf_filter": True}, "a run stops at the first loss that is not fini"),
+        ("sft", {"fp16_full_eval": True}, "it rounds the weights that are saved"),
+        ("sft", {"fp16": True}, r"`training.fp16` \(True\) needs a GPU; drop it"),
+        ("sft", {"activation_offloading": True}, r"offloading` \(True\) needs a GPU; drop it"),
+        ("dpo", {"sync_ref_model": True}, "the reference is the pretrained model, with the adapte"),
+        ("dpo", {"truncation_mode": "keep_end"}, "are cut at their end"),
+        ("reward", {"chat_template_path": "x"}, "set `data.chat_template`"),
+        ("grpo", {"use_transformers_paged": True}, "TRL casts the trained weights for it"),
+        ("classifier", {"bf16_full_eval": True}, "it rounds the weights that are saved"),
+        ("image", {"remove_unused_columns": True}, "the data has the columns"),
+        ("image", {"label_names": ["x"]}, "the class of an image is its only label"),
+        ("image", {"prediction_loss_only": True}, "the accuracy is always measured"),
+        ("image", {"batch_eval_metrics": True}, "the accuracy is measured over all images"),
+    ],
+)
+def test_options_decided_elsewhere(task, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(task=task, training=options)
+
+
+def test_numbers_that_train_nothing():
+    numbers = {
+        **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 0),
+        **dict.fromkeys(("eval_steps", "save_steps", "save_total_limit", "max_length"), 0),
+        **dict.fromkeys(("per_device_eval_batch_size", "logging_steps"), -1),
+        "num_train_epochs": 0,
+        "learning_rate": float("inf"),
+        "max_steps": -5,
+    }
+    for name, value in (*numbers.items(), ("max_steps", 0), ("learning_rate", -1e-3)):
+        message = rf"`training.{name}` \({value}\) must be above 0; raise"
+        with pytest.raises(ValueError, match=message):
+            run_config(training={name: value})
+
+
+NO_EVALUATION = {"data": {"eval_fraction": 0}}
+SWITCHED_OFF = {"training": {"eval_strategy": "no"}}
+STREAM = {"streaming": True, "eval_fraction": 0}
+TWO_SOURCES = {"path": "", "datasets": [{"path": "a"}, {"path": "b"}]}
+STOPS = {"early_stopping_patience": 2}
+GRPO = {"task": "grpo", "reward": ["a:f"]}
+NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_strategy": "epoch"}, "requires the save and eval strategy to match"),
-        ({"eval_steps": 0.3}, "requires the saving steps to be a multiple of the evaluation"),
+        ({"model": {"path": ""}}, r"`model.path` is ''; give a hub id or the folder"),
+        ({"model": {"dtype": "bflaot16"}}, r"`model.dtype` \('bflaot16'\) .* mean 'bf"),
+        ({"task": "image", "model": {"path": ""}}, r"`model.path` is ''; give"),
+        ({"task": "image", "model": {"dtype": "bflaot16"}}, r"mean 'bfloat16'\?"),
+        ({"task": "spo"}, r"`task` \('spo'\) must be one of sft, dpo.* did you mean"),
+        ({"method": "vera"}, r"`method` \('vera'\) must be one of paca, qpaca, lora, "),
+        ({"lean_level": 4}, r"`lean_level` \(4\) must be 1, 2 or 3"),
+        ({"lean": "off", "lean_level": 2}, r"`lean_level` \(2\) with `lean` \('off'\)"),
+        ({"training": {"max_step": 3}}, "unknown option training.max_step; did you mean 'max"),
+        ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
+        ({"task": "image", "adapter": "a"}, r"the task image has no `adapter` \('a'\); drop it"),
+        ({"data": "d.jsonl"}, r"`data` is a str; it must be a mapping of options, or a"),
+        ({"training": ModelConfig(path="m")}, "a ModelConfig; .* pacatune.training.TrainingConfig"),
+        # Evaluations
+        (STOPS | {"training": {"eval_strategy": "epoch"}}, "the save and eval strategy to match"),
+        (STOPS | {"training": {"eval_steps": 0.3}}, "a multiple of the evaluation"),
+        (STOPS | {"training": {"eval_strategy": "no", "save_strategy": "no"}}, NEEDS_EVALUATION),
+        (STOPS | NO_EVALUATION, NEEDS_EVALUATION),
+        (NO_EVALUATION | {"training": {"load_best_model_at_end": True}}, NEEDS_EVALUATION),
+        (NO_EVALUATION | {"training": {"save_strategy": "best"}}, NEEDS_EVALUATION),
+        (SWITCHED_OFF | {"data": {"eval_path": "e"}}, r"\('no'\) evaluates .* `data.eval_path`"),
+        (SWITCHED_OFF | {"data": {"eval_split": "test"}}, "nothing, and `data.eval_split` asks"),
+        (SWITCHED_OFF | {"data": {"eval_fraction": 0.2}}, "nothing, and `data.eval_fraction` ask"),
+        # Streams
+        ({"data": STREAM | {"eval_fraction": 0.1}}, "cannot be held out of what is read"),
+        ({"data": STREAM | {"shuffle_buffer": -1}}, r"`data.shuffle_buffer` \(-1\) must be at lea"),
+        ({"data": {"shuffle_buffer": 5}}, r"\(5\) must be at least 0, and is for `data.streaming`"),
+        ({"data": STREAM | TWO_SOURCES}, "one after the other; give each a `weight`"),
+        ({"data": STREAM | {"mix_strategy": "all_exhausted"}}, "streams never run out; drop it"),
+        # Options of other methods
+        ({"method": "lora", "paca": {"r": 64}}, r"`paca.r` \(64\) is an option of paca, qpaca, an"),
+        ({"method": "full", "lora": {"r": 4}}, r"`lora.r` \(4\) is an option of lora, lora_dropou"),
+        ({"method": "lora", "moslora": {"mixer_init": "orthogonal"}}, "`moslora.mixer_init`"),
+        ({"method": "shira", "lora": {"lora_alpha": 4.0}}, r"\(4.0\): what `method` \('shira'\) t"),
         (
-            {"eval_strategy": "no", "save_strategy": "no"},
-            "need evaluation data; set `data.eval_path`",
+            {"method": "full", "model": {"quantization": "nf4"}},
+            r"`model.quantization` \('nf4'\) with `method` \('full'\): quantised weights cannot",
         ),
-    ],
-)
-def test_early_stopping_needs_checkpoints_of_evaluations(options, message):
-    with pytest.raises(ValueError, match=message):
-        run_config(options, early_stopping_patience=2)
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_early_stopping(strategy):
-    training = run_config(
-        {"eval_strategy": strategy, "save_strategy": strategy}, early_stopping_patience=2
-    ).training
-    assert training.load_best_model_at_end
-    assert training.metric_for_best_model == "eval_loss"
-    assert training.greater_is_better is False
-
-
-def test_nothing_is_held_out_where_nothing_is_evaluated():
-    assert run_config({"eval_strategy": "no"}).data.eval_fraction == 0
-    kept = run_config().data.eval_fraction
-    assert kept == DataConfig(path="d").eval_fraction > 0
-
-
-@pytest.mark.parametrize(
-    ("data", "given"),
-    [
-        ({"eval_path": "e"}, "data.eval_path"),
-        ({"eval_split": "test"}, "data.eval_split"),
-        ({"eval_fraction": 0.2}, "data.eval_fraction"),
-    ],
-)
-def test_evaluation_that_is_asked_for_and_switched_off(data, given):
-    rule = f"`training.eval_strategy` ('no') evaluates nothing, and `{given}`"
-    with pytest.raises(ValueError, match=re.escape(rule)):
-        RunConfig(
-            model=ModelConfig(path="m"),
-            data=DataConfig(**{"path": "d", **data}),
-            training=TrainingConfig(use_cpu=True, eval_strategy="no"),
-        )
-
-
-@pytest.mark.parametrize("kind", [TrainingConfig, ImageTrainingConfig, ClassifierTrainingConfig])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"fp16": True}, r"`training.fp16` \(True\) needs a GPU; drop it"),
-        ({"fp16_full_eval": True}, "not offered: it rounds the weights that are saved"),
-        ({"bf16_full_eval": True}, "not offered: it rounds the weights that are saved"),
-    ],
-)
-def test_precisions_that_are_not_had(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(use_cpu=True, **options)
-    assert kind(use_cpu=True, bf16=True).bf16
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"per_device_train_batch_size": 0},
-        {"per_device_eval_batch_size": -1},
-        {"gradient_accumulation_steps": 0},
-        {"num_train_epochs": 0},
-        {"max_length": 0},
-        {"learning_rate": 0.0},
-        {"learning_rate": -1e-3},
-        {"learning_rate": float("inf")},
-        {"eval_steps": 0},
-        {"save_steps": 0},
-        {"logging_steps": -1},
-        {"save_total_limit": 0},
-        {"max_steps": 0},
-        {"max_steps": -5},
-    ],
-)
-def test_numbers_that_train_nothing(options):
-    ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=rf"`training.{name}` \({value}\) must be above 0; raise"):
-        run_config(options)
-
-
-def test_numbers_that_do_not_matter():
-    assert run_config({"num_train_epochs": 0, "max_steps": 3, "max_length": None})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"early_stopping_patience": 2},
-        {"training": {"load_best_model_at_end": True}},
-        {"training": {"save_strategy": "best", "metric_for_best_model": "eval_loss"}},
-    ],
-)
-def test_best_of_no_evaluation(options):
-    training = TrainingConfig(use_cpu=True, **options.pop("training", {}))
-    with pytest.raises(ValueError, match=r"need evaluation data; set `data.eval_path` or"):
-        RunConfig(
-            model=ModelConfig(path="m"),
-            data=DataConfig(path="d", eval_fraction=0),
-            training=training,
-            **options,
-        )
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
+        ({"paca": {"target_modules": "(q"}}, r"paca.*target_modules` \('\(q'\) is no regular exp"),
+        ({"lora": {"target_modules": "(q"}}, r"lora.*target_modules` \('\(q'\) is no regular exp"),
+        ({"paca": {"selection_batches": 0}}, r"`paca.selection_batches` \(0\) must be at least 1"),
+        ({"paca": {"paca_alpha": 0}}, r"`paca.paca_alpha` \(0\) .* must not be 0: nothing would"),
+        ({"paca": {"alpha_pattern": {"up": 0}}}, r"\(\{'up': 0\}\) must not be 0"),
+        # References and rewards
+        ({"task": "dpo", "method": "full"}, r"`method` \('full'\) with `task` \('dpo'\): the ref"),
+        ({"task": "kto", "method": "full"}, "or set `training.precompute_ref_log_probs` to true"),
+        ({"task": "dpo", "paca": {"bias": "all"}}, r"`paca.bias` \('all'\), which stays trained"),
+        ({"task": "dpo", "method": "lora_dropout"}, r"`lora.lora_dropout` \(0.05, of `method`"),
+        ({"task": "reward", "method": "lora_dropout"}, r"off by `training.disable_dropout` \(True"),
+        ({"task": "dpo", "adapter": "a"}, r"`adapter` \('a'\) .*: the reference is the model with"),
+        ({"task": "kto", "adapter": "a"}, r"merge it \(`pacatune merge`\), which is exact, and gi"),
         (
-            "lora",
-            {"paca": PacaSection(r=64)},
-            r"`paca.r` \(64\) is an option of paca, qpaca, and `meth",
+            GRPO | {"adapter": "a", "training": {"beta": 0.1}},
+            r"merge it \(`pacatune merge`\), which is exact, and",
         ),
-        (
-            "shira",
-            {"lora": LoraSection(lora_alpha=4.0)},
-            r"`lora.lora_alpha` \(4.0\): what `method` \('shira'\) trains is not scaled; drop it",
-        ),
-        (
-            "full",
-            {"lora": LoraSection(r=4)},
-            r"`lora.r` \(4\) is an option of lora, lora_dropout",
-        ),
-        ("lora", {"moslora": MosLoraSection(mixer_init="orthogonal")}, r"`moslora.mixer_init`"),
+        (GRPO | {"method": "full", "training": {"beta": 0.1}}, "or set `training.beta` to 0"),
+        ({"task": "grpo"}, "there is no reward; give one on the command line, as in `--reward"),
+        (GRPO | {"training": {"num_generations": 3}}, "must be divisible by"),
+        ({"task": "classifier", "data": {"path": ""}}, r"`data.path` is ''; give a file, a folder"),
+        ({"task": "classifier", "data": {"eval_fraction": 1.0}}, r"\(1.0\) must be in \[0, 1\)"),
+        ({"task": "classifier", "data": {"num_train": 0}}, r"`data.num_train` \(0\) must be at le"),
     ],
 )
-def test_options_of_another_method(method, options, message):
-    with pytest.raises(ValueError, match=message):
-        run_config(method=method, **options)
-    run_config(method="moslora", lora=LoraSection(r=4), paca=PacaSection())
+def test_contradictions(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        run_config(**options)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pacatune.training import LoraSection, PacaSection, train
+from pacatune.training import train
+from tests.training.runs import refused
 from tests.tuner.moe import BOTH, build
 
 
@@ -17,26 +18,22 @@ def mixtral_dir(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("method", "section", "trained"),
+    ("method", "trained"),
     [
-        ("paca", PacaSection, {"gate_up_proj.paca_delta", "down_proj.paca_delta"}),
-        ("lora", LoraSection, {"base_layer.lora_B.weight", "experts.lora_B.weight"}),
+        ("paca", {"gate_up_proj.paca_delta", "down_proj.paca_delta"}),
+        ("lora", {"base_layer.lora_B.weight", "experts.lora_B.weight"}),
     ],
 )
 def test_experts_are_trained_beside_the_attention(
-    method, section, trained, make_config, mixtral_dir, tmp_path
+    method, trained, make_config, mixtral_dir, tmp_path
 ):
-    config = make_config(
-        method,
-        model={"path": str(mixtral_dir)},
-        training={"output_dir": str(tmp_path / "run"), "max_steps": 2},
-        **{method: section(r=2, target_parameters=BOTH)},
-    )
-    report = train(config)
+    options = {"model": {"path": str(mixtral_dir)}, "training": {"max_steps": 2}}
+    options[method] = {"r": 2, "target_parameters": BOTH}
+    report = train(make_config(method, **options))
     assert report.eval_loss_after < report.eval_loss_before
     assert sum("mlp.experts" in name for name in report.targets) == 4
     assert sum("self_attn" in name for name in report.targets) == 8
-    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     moved = {name for name, x in tensors.items() if "experts" in name and x.abs().sum() > 0}
     for layer in (0, 1):
         for name in trained:
@@ -47,6 +44,6 @@ def test_experts_are_trained_beside_the_attention(
 
 
 def test_a_name_that_is_no_parameter(make_config, mixtral_dir):
-    section = PacaSection(target_parameters=["experts.gate_proj"])
-    with pytest.raises(ValueError, match=r"\['experts.gate_proj'\] match no parameter of Mixtral"):
-        train(make_config(model={"path": str(mixtral_dir)}, paca=section))
+    section = {"target_parameters": ["experts.gate_proj"]}
+    config = make_config(model={"path": str(mixtral_dir)}, paca=section)
+    refused(r"\['experts.gate_proj'\] match no parameter of Mixtral", config)

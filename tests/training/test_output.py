@@ -1,17 +1,21 @@
+import json
+
 import numpy as np
 import pytest
+from accelerate.utils import DeepSpeedPlugin
 from safetensors.numpy import save_file
 
-from pacatune.training import PacaSection
+from pacatune.training import TASKS
 from pacatune.training.output import (
+    TrainedOn,
     check_folder,
+    find_checkpoint,
     last_checkpoint,
     refuse_missing_weights,
     run_folder,
     what_is_intact,
+    why_fixed,
 )
-
-STATE = '{"global_step": 1}'
 
 
 def make_run(folder, *names):
@@ -20,7 +24,7 @@ def make_run(folder, *names):
     run.begin()
     for name in ("config.yaml", *names):
         is_folder = name.startswith("checkpoint")
-        run.write(f"{name}/trainer_state.json" if is_folder else name, STATE)
+        run.write(f"{name}/trainer_state.json" if is_folder else name, '{"global_step": 1}')
 
 
 @pytest.fixture
@@ -32,117 +36,97 @@ def check(make_config):
     return check_output
 
 
-def test_folders_without_results_are_fine(check, tmp_path):
+def test_folders_that_are_fine(check, tmp_path):
     check(tmp_path / "new")
     (tmp_path / "empty/inner").mkdir(parents=True)
-    check(tmp_path / "empty")
+    # Columns in the configuration are no path.
+    check(tmp_path / "empty", paca={"r": 2, "selection": {"layers.0.q_proj": [0, 1]}})
     make_run(tmp_path / "out", "runs/log")
     check(tmp_path / "out")
+    make_run(tmp_path / "out", "checkpoint-3")
+    check(tmp_path / "out", overwrite=True)
+    # Resuming minds only what a run writes.
+    (tmp_path / "out" / "config.yaml").write_text("# why I chose this\n")
+    (tmp_path / "out" / "job.log").touch()
+    check(tmp_path / "out", resume=True)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("checkpoint-3", "adapter_model.safetensors", "model-00001-of-00002.safetensors"):
+        make_run(tmp_path / name.partition(".")[0], name)
+    make_run(tmp_path / "finished", "report.json")
+    make_run(tmp_path / "edited", "checkpoint-2")
+    (tmp_path / "edited/checkpoint-2/mine").touch()
+    (tmp_path / "edited/README.md").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "strange/config.yaml").mkdir(parents=True)
+    (tmp_path / "strange/checkpoint-2").mkdir()
+
+
+ANOTHER = (
+    r"holds another run \({}\); choose another `training.output_dir`, continue with --resume, or "
+    "delete it with --overwrite"
+)
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint-3", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+    ("folder", "options", "message"),
+    [
+        ("checkpoint-3", {}, ANOTHER.format("checkpoint-3")),
+        ("adapter_model", {}, ANOTHER.format("adapter_model.safetensors")),
+        ("model-00001-of-00002", {}, ANOTHER.format("model-00001-of-00002.safetensors")),
+        ("finished", {}, "choose another `training.output_dir`, or delete it with --overwrite"),
+        ("finished", {"resume": True}, "is finished; there is nothing to resume"),
+        ("edited", {"resume": True}, r"\(README.md, checkpoint-2/mine\)"),
+        ("file", {}, r"file is a file; choose another: `training.output_dir`"),
+        ("new", {"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        ("new", {"resume": True}, "holds no run to resume; start it without --resume"),
+        ("strange", {"resume": True}, "holds no run to resume; start it without --resume"),
+    ],
 )
-def test_other_run_is_refused(check, tmp_path, name):
-    folder = tmp_path / "out"
-    make_run(folder, name)
-    with pytest.raises(
-        FileExistsError,
-        match=rf"holds another run \({name}\); choose another `training.output_dir`, continue "
-        "with --resume, or delete it with --overwrite",
-    ):
-        check(folder)
-    check(folder, overwrite=True)
-    check(folder, resume=True)
-
-
-def test_finished_run_is_not_offered_to_be_resumed(check, tmp_path):
-    make_run(tmp_path / "out", "report.json")
-    with pytest.raises(FileExistsError, match=r"`training.output_dir`, or delete it with --over"):
-        check(tmp_path / "out")
-    with pytest.raises(ValueError, match="is finished; there is nothing to resume"):
-        check(tmp_path / "out", resume=True)
-
-
-def test_resuming_minds_only_what_a_run_writes(check, tmp_path):
-    folder = tmp_path / "out"
-    make_run(folder, "checkpoint-2")
-    (folder / "config.yaml").write_text("# why I chose this\n")
-    (folder / "job.log").touch()
-    check(folder, resume=True)
-    (folder / "checkpoint-2" / "mine").touch()
-    (folder / "README.md").touch()
-    with pytest.raises(FileExistsError, match=r"\(README.md, checkpoint-2/mine\)"):
-        check(folder, resume=True)
-
-
-@pytest.mark.parametrize("where", ["model", "data", "adapter", "selection"])
-def test_what_a_run_reads_is_not_in_its_output_folder(
-    make_config, tiny_model_dir, data_path, tmp_path, where
-):
-    """Not even where the files are those of an earlier run."""
-    folder = tmp_path / "out"
-    make_run(folder, "report.json", "model/config.json", "columns.safetensors")
-    options = {
-        "model": {"model": {"path": str(folder / "model")}},
-        "data": {"data": {"path": str(folder / "report.json")}},
-        "adapter": {"adapter": str(folder)},
-        "selection": {"paca": PacaSection(selection=str(folder / "columns.safetensors"))},
-    }[where]
-    config = make_config(**options)
-    with pytest.raises(ValueError, match=rf"{where}.* lies in the output folder .*out, which this"):
-        check_folder(config, resume=False, overwrite=True)
-    config.training.output_dir = str(folder / "below")
-    check_folder(config, resume=False, overwrite=False)
-
-
-def test_columns_in_the_configuration_are_no_path(check, tmp_path):
-    check(tmp_path / "out", paca=PacaSection(r=2, selection={"layers.0.q_proj": [0, 1]}))
-
-
-def test_file_instead_of_folder(check, tmp_path):
-    (tmp_path / "out").touch()
-    with pytest.raises(FileExistsError, match=r"out is a file; choose another: `training.output"):
-        check(tmp_path / "out")
+def test_folders_that_are_refused(check, folders, folder, options, message):
+    with pytest.raises((ValueError, FileExistsError), match=message):
+        check(folder, **options)
 
 
 def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(PermissionError, match=f"nothing can be written in {tmp_path}; choose"):
+    message = f"nothing can be written in {tmp_path}; choose another `training.output_dir`"
+    with pytest.raises(PermissionError, match=message):
         check(tmp_path / "new" / "deep")
 
 
-def test_resume_and_overwrite_exclude_each_other(check, tmp_path):
-    with pytest.raises(ValueError, match="--resume and --overwrite exclude each other"):
-        check(tmp_path, resume=True, overwrite=True)
+def test_what_a_run_reads_is_not_in_its_output_folder(make_config, tmp_path):
+    """Not even where the files are those of an earlier run."""
+    folder = tmp_path / "out"
+    make_run(folder, "report.json", "model/config.json", "columns.safetensors")
+    for where, options in {
+        "model": {"model": {"path": str(folder / "model")}},
+        "data": {"data": {"path": str(folder / "report.json")}},
+        "adapter": {"adapter": str(folder)},
+        "selection": {"paca": {"selection": str(folder / "columns.safetensors")}},
+    }.items():
+        config = make_config(**options)
+        message = rf"{where}.* lies in the output folder .*out, which this run writes; choose"
+        with pytest.raises(ValueError, match=message):
+            check_folder(config, resume=False, overwrite=True)
+        config.training.output_dir = str(folder / "below")
+        check_folder(config, resume=False, overwrite=False)
 
 
-@pytest.mark.parametrize("names", [(), ("config.yaml", "checkpoint-2")])
-def test_resume_of_nothing(check, tmp_path, names):
-    for name in names:
-        (tmp_path / "new" / name).mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no run to resume; start it without --resume"):
-        check(tmp_path / "new", resume=True)
-
-
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 9', "[]", "{}"])
-def test_last_checkpoint_is_the_last_complete_one(tmp_path, state):
+def test_last_checkpoint_is_the_last_complete_one(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_checkpoint(tmp_path) is None
+    assert what_is_intact(tmp_path).startswith("no checkpoint was saved before; make room")
     make_run(tmp_path, "checkpoint-2", "checkpoint-10", "checkpoint-9")
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
     path = tmp_path / "checkpoint-10" / "trainer_state.json"
-    path.unlink() if state is None else path.write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-9"
-
-
-def test_no_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path) is None
-
-
-def test_what_is_intact(tmp_path):
-    assert what_is_intact(tmp_path).startswith("no checkpoint was saved before; make room")
-    make_run(tmp_path, "checkpoint-2")
-    assert "checkpoint-2 is intact: make room" in what_is_intact(tmp_path)
+    for state in ("", '{"global_step": 9', "[]", "{}", None):
+        path.unlink() if state is None else path.write_text(state)
+        assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    assert "checkpoint-9 is intact: make room" in what_is_intact(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +139,46 @@ def test_missing_weights_are_refused(tmp_path, tensors, lacking):
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=rf"b.safetensors lacks {lacking}: .*stage3_gather_16bit"):
         refuse_missing_weights(tmp_path)
+
+
+def test_what_fixes_the_split(make_config):
+    """A run goes on with another split of its steps only where they see the same examples."""
+    assert why_fixed(make_config().training, []) is None
+    for option, value in {
+        "train_sampling_strategy": "group_by_length",
+        "dataloader_drop_last": True,
+        "average_tokens_across_devices": False,
+        "accelerator_config": {"split_batches": True},
+    }.items():
+        reason = why_fixed(make_config(training={option: value}).training, [])
+        assert reason.startswith(f"with `training.{option}` (")
+        assert reason.endswith(") the split decides what a step learns")
+    training = make_config().training
+    assert why_fixed(training, iter([])) == "a stream is dealt to the processes as it comes"
+    training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
+    reason = "DeepSpeed reads the states of as many processes as saved them"
+    assert why_fixed(training, []) == reason
+    assert {name for name in TASKS if TASKS[name].fixed_split} == {"grpo", "rloo", "kto"}
+
+
+def trained_on(*split):
+    return TrainedOn(fingerprint="data", split=[*split])
+
+
+def test_a_checkpoint_goes_on_by_steps_of_as_many_examples(tmp_path):
+    """Two processes have written it, of four examples each, twice accumulated."""
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    states = {"TrainedOn": trained_on(2, 4, 2).to_state()}
+    state = {"global_step": 4, "stateful_callbacks": states}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    for split in ((2, 4, 2), (1, 4, 4), (4, 4, 1), (1, 16, 1)):
+        assert find_checkpoint(trained_on(*split), tmp_path) == checkpoint
+    before = "by 2 processes x 4 examples x 2 accumulated = 16 per step, and cannot be continued"
+    with pytest.raises(
+        ValueError, match=f"checkpoint-4 was trained {before} by 1 process x 4 .* = 8: .*Choose"
+    ):
+        find_checkpoint(trained_on(1, 4, 2), tmp_path)
+    find_checkpoint(trained_on(2, 4, 2), tmp_path, fixed="the dice are fixed")
+    with pytest.raises(ValueError, match=r"by 1 process x .*: the dice are fixed. Choose"):
+        find_checkpoint(trained_on(1, 8, 2), tmp_path, fixed="the dice are fixed")

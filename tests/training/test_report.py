@@ -5,77 +5,53 @@ import yaml
 from PIL import Image
 
 from pacatune.reports.provenance import versions
-from pacatune.training.report import (
-    Report,
-    curve_of,
-    train_curve,
-    write_card,
-    write_report,
-)
+from pacatune.training import train
+from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
 from pacatune.training.task import task_of
+from tests.training.runs import QUIET, read_json
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def make_report(**changes):
-    values = {
-        "task": "sft",
-        "eval_loss_before": 2.5,
-        "eval_loss_after": 1.25,
-        "train_loss": 1.5,
-        "num_trainable_parameters": 1000,
-        "step_ms": 12.34,
-        "tokens_per_second": 5000.0,
-        "peak_memory_bytes": 2**30,
-        "saved_activation_bytes": 2**20,
-        "seed": 42,
-        "versions": versions("trl"),
+    values = {"task": "sft", "method": "paca", "model": "owner/model", "versions": versions("trl")}
+    values |= {"eval_loss_before": 2.5, "eval_loss_after": 1.25, "train_loss": 1.5}
+    values |= {"num_trainable_parameters": 1000, "num_parameters": 100_000, "num_steps": 3}
+    values |= {"num_train_examples": 20, "num_eval_examples": 2, "seed": 42, "learning_rate": 5e-4}
+    values |= {"step_ms": 12.34, "tokens_per_second": 5000.0, "saved_activation_bytes": 2**20}
+    values |= {"peak_memory_bytes": 2**30, "peak_memory_kind": "process_peak_resident"}
+    values |= {
         "targets": ["layers.0.q_proj", "layers.1.q_proj"],
-        "method": "paca",
-        "model": "owner/model",
-        "num_parameters": 100_000,
-        "num_steps": 3,
-        "num_train_examples": 20,
-        "num_eval_examples": 2,
         "device": "cpu",
         "dtype": "float32",
-        "learning_rate": 5e-4,
-        "peak_memory_kind": "process_peak_resident",
-        "train_losses": [(1, 2.0), (3, 1.25)],
-        "eval_losses": [(0, 2.5), (3, 1.25)],
     }
+    values |= {"train_losses": [(1, 2.0), (3, 1.25)], "eval_losses": [(0, 2.5), (3, 1.25)]}
     return Report(**{**values, **changes})
 
 
 def test_files(tmp_path):
     report = make_report(warnings=["a warning"])
     write_report(report, tmp_path)
-    saved = json.loads((tmp_path / "report.json").read_text())
+    saved = read_json(tmp_path / "report.json")
     assert saved == json.loads(json.dumps(report.to_dict()))
     text = (tmp_path / "report.md").read_text()
-    assert "# paca on owner/model" in text
-    assert "| held-out loss before | 2.5000 |" in text
-    assert "| trained parameters | 1,000 (1.000%) |" in text
-    assert "| peak memory (process_peak_resident) | 1.0 GiB |" in text
-    assert "Trained: 2 modules (q_proj)." in text
-    assert "- a warning" in text
+    for part in (
+        "# paca on owner/model",
+        "| held-out loss before | 2.5000 |",
+        "| trained parameters | 1,000 (1.000%) |",
+        "| peak memory (process_peak_resident) | 1.0 GiB |",
+        "Trained: 2 modules (q_proj).",
+        "- a warning",
+    ):
+        assert part in text
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (840, 480)
 
 
 def test_files_where_nothing_was_measured(tmp_path):
-    report = make_report(
-        eval_loss_before=None,
-        eval_loss_after=None,
-        train_loss=None,
-        step_ms=None,
-        saved_activation_bytes=None,
-        targets=[],
-        train_losses=[],
-        eval_losses=[],
-        num_eval_examples=0,
-    )
-    write_report(report, tmp_path)
+    losses = dict.fromkeys(("eval_loss_before", "eval_loss_after", "train_loss", "step_ms"))
+    empty = {"saved_activation_bytes": None, "targets": [], "train_losses": [], "eval_losses": []}
+    write_report(make_report(**losses, **empty), tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| held-out loss after | - |" in text
     assert "Trained: every weight." in text
@@ -102,8 +78,7 @@ def test_train_loss_is_the_mean_over_steps():
     [
         ("paca", "peft", ["import pacatune  # makes PaCA known", "pacatune merge", "--to lora"]),
         ("lora", "peft", ["PeftModel.from_pretrained"]),
-        ("dora", "peft", ["PeftModel.from_pretrained"]),
-        ("moslora", "peft", ["import pacatune  # makes MosLoRA known", "--to lora"]),
+        ("moslora", "peft", ["# MosLoRA fine", "pacatune  # makes MosLoRA known", "--to lora"]),
         ("full", "transformers", ["AutoModelForCausalLM.from_pretrained"]),
     ],
 )
@@ -121,14 +96,9 @@ def test_card(make_config, tmp_path, method, library, contains):
     assert ("import pacatune" in body) == (method in ("paca", "moslora"))
 
 
-def test_code_of_the_card_runs(make_config, tmp_path, tiny_model_dir):
-    from rich.console import Console
-
-    from pacatune.training import train
-
-    train(make_config(training={"max_steps": 1}), console=Console(quiet=True))
+def test_code_of_the_card_runs(make_config, tmp_path):
+    train(make_config(training={"max_steps": 1}), console=QUIET)
     folder = tmp_path / "out"
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = {}
-    exec(code.replace("FOLDER", str(folder)), names)
+    exec(code.replace("FOLDER", str(folder)), names := {})
     assert names["model"].active_adapter == "default"

@@ -9,9 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.training import train
@@ -19,15 +16,9 @@ from pacatune.training.output import run_folder
 from pacatune.training.recipe import start_or_resume
 from tests.examples.test_launch import edited, started
 from tests.forks import Program
-from tests.training import launching
 from tests.training.launching import AGENT, COMMAND, launch, save_config
-from tests.training.test_distributed import config_of, cut
-
-
-def assert_same_adapter(first, second):
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+from tests.training.runs import QUIET, assert_same
+from tests.training.test_distributed import config_of
 
 
 def workers_of(agent):
@@ -61,7 +52,7 @@ def test_a_killed_process_is_started_again(make_config, data_path, tmp_path):
     done = [agent.wait() for agent in agents]
     assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
     assert "".join(one.stdout for one in done).count("resuming after step") == 1
-    assert_same_adapter(tmp_path / "whole", folder)
+    assert_same(tmp_path / "whole", folder)
 
 
 def test_a_run_without_a_checkpoint_begins_anew(make_config, tmp_path, console):
@@ -76,7 +67,7 @@ def test_a_run_without_a_checkpoint_begins_anew(make_config, tmp_path, console):
     config = make_config(training={"output_dir": str(folder), "max_steps": 2})
     start_or_resume(config, console=console)
     assert f"deleting from {folder}: README.md, adapter_config.json" in console.file.getvalue()
-    assert_same_adapter(tmp_path / "whole", folder)
+    assert_same(tmp_path / "whole", folder)
 
     # One that is finished stays as it is, whatever is started again.
     before = (folder / "report.json").stat().st_mtime_ns
@@ -94,36 +85,8 @@ def test_killed_before_its_configuration_was_written(make_config, tmp_path, cons
     assert start_or_resume(make_config(training={"max_steps": 1}), console=console).num_steps == 1
 
 
-def test_a_checkpoint_that_was_cut_off_is_skipped(make_config, tmp_path, console):
-    training = {"max_steps": 6, "save_total_limit": 5}
-    train(make_config(training=training), console=Console(quiet=True))
-    shutil.copytree(tmp_path / "out", tmp_path / "whole")
-    folder = cut(tmp_path / "out", 4, "again")
-    (folder / ".pacatune/incomplete").mkdir()
-    (folder / "checkpoint-4").replace(folder / ".pacatune/incomplete/checkpoint-4")
-    config = make_config(training={**training, "output_dir": str(folder)})
-    start_or_resume(config, console=console)
-    text = console.file.getvalue()
-    assert f"resuming after step 2: {folder / 'checkpoint-2'}" in text
-    assert_same_adapter(tmp_path / "whole", folder)
-
-
-CRASH_ONCE = """
-import os, pathlib, sys
-mark = pathlib.Path(sys.argv[1] + os.environ["RANK"])
-if not mark.exists():
-    mark.touch()
-    os.kill(os.getpid(), 11)
-"""
-
-
-def test_a_crash_in_native_code_is_told(tmp_path):
-    launch(tmp_path / "mark", code=CRASH_ONCE)
-    assert launching.repeated.pop() == str(tmp_path / "mark")
-
-
 def test_processes_that_see_different_folders_are_refused(make_config, tmp_path):
-    train(make_config(training={"max_steps": 2}), console=Console(quiet=True))
+    train(make_config(training={"max_steps": 2}), console=QUIET)
     (tmp_path / "out/report.json").unlink()
     save_config(make_config(training={"max_steps": 2}), tmp_path / "run.yaml")
     elsewhere = f"sys.argv += ['--training.output_dir', f'{tmp_path}/out' + '-2' * rank]"

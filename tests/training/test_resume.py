@@ -1,58 +1,42 @@
-"""Interrupted in any way and resumed, a run ends with the very tensors of one that was not."""
+"""Interrupted in any way and resumed, a run ends with the very bits of one that was not."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
-import torch
-from rich.console import Console
-from safetensors.torch import load_file
 
 from pacatune.cli import main
-from pacatune.training import PacaSection, TrainingInterrupted, train
+from pacatune.files import owned_folder
+from pacatune.files.owned_folder import OwnedFolder
+from pacatune.training import TrainingInterrupted, train
+from pacatune.training.output import run_folder
 from pacatune.training.sft import TextTrainer
-from tests.forks import Program, run_python
+from pacatune.training.trainer import RunTrainer
+from tests.forks import Program
+from tests.full_disk import limited_files
 from tests.training.launching import COMMAND, save_config
+from tests.training.runs import ADAPTER, QUIET, assert_same_run, interrupt, refused, stop_at
 
 SIXTEEN_STEPS = {"num_train_epochs": 2, "save_total_limit": 20}
 
 
-def dropout_config(make_config, tmp_path, name):
-    """LoRA with dropout: random numbers in every step must continue where they were."""
-    from pacatune.training import LoraSection
+def test_sigkill(make_config, tmp_path):
+    """Killed anywhere between two checkpoints, with random numbers in every step."""
 
-    training = {**SIXTEEN_STEPS, "output_dir": str(tmp_path / name)}
-    return make_config("lora", training=training, lora=LoraSection(lora_dropout=0.3))
+    def config(name):
+        training = {**SIXTEEN_STEPS, "output_dir": str(tmp_path / name)}
+        return make_config("lora", training=training, lora={"lora_dropout": 0.3})
 
-
-def assert_same_run(first, second):
-    names = ["adapter_model.safetensors", "checkpoint-16/adapter_model.safetensors"]
-    for name in names:
-        one, two = load_file(first / name), load_file(second / name)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-    reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
-    for key in ("eval_loss_before", "eval_loss_after", "train_loss", "train_losses", "eval_losses"):
-        assert reports[0][key] == reports[1][key], key
-    optimizers = [
-        torch.load(folder / "checkpoint-16" / "optimizer.pt", weights_only=True)
-        for folder in (first, second)
-    ]
-    for number, state in optimizers[0]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, optimizers[1]["state"][number][key])
-
-
-def kill_at_random_step(config, tmp_path):
-    """Run in a process of its own and kill it somewhere between two checkpoints."""
-    path = tmp_path / "run.yaml"
-    save_config(config, path)
-    program = Program(COMMAND, "train", "--config", path)
-    folder = tmp_path / "killed"
+    train(config("whole"), console=QUIET)
+    save_config(config("killed"), tmp_path / "run.yaml")
+    program, folder = (
+        Program(COMMAND, "train", "--config", tmp_path / "run.yaml"),
+        tmp_path / "killed",
+    )
     while not (folder / "checkpoint-4").exists():
         assert program.is_alive(), program.wait().stderr
         time.sleep(0.01)
@@ -60,26 +44,8 @@ def kill_at_random_step(config, tmp_path):
     program.send_signal(signal.SIGKILL)
     assert program.wait().returncode == -signal.SIGKILL
     assert not (folder / "report.json").exists()
-
-
-def test_sigkill(make_config, tmp_path, console):
-    train(dropout_config(make_config, tmp_path, "whole"), console=console)
-    config = dropout_config(make_config, tmp_path, "killed")
-    kill_at_random_step(config, tmp_path)
-    assert main(["train", "--config", str(tmp_path / "killed/config.yaml"), "--resume"]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-def stop_at(monkeypatch, step, action):
-    """Do something inside a training step of the trainer."""
-    plain = TextTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step - 1:
-            action()
-        return plain(self, *args, **kwargs)
-
-    monkeypatch.setattr(TextTrainer, "training_step", training_step)
+    assert main(["train", "--config", str(folder / "config.yaml"), "--resume"]) == 0
+    assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -87,25 +53,39 @@ def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monk
     train(make_config(training={**SIXTEEN_STEPS, "output_dir": str(tmp_path / "whole")}))
     config = make_config(training={**SIXTEEN_STEPS, "output_dir": str(tmp_path / "cut")})
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: signal.raise_signal(number))
-        with pytest.raises(
-            TrainingInterrupted,
-            match=r"stopped at step 5 of 16; continue with `pacatune train --config .*cut/"
-            r"config.yaml --resume`",
-        ):
-            train(config, console=console)
+    said = interrupt(config, monkeypatch, 5, number, console)
+    place = tmp_path / "cut"
+    command = f"pacatune train --config {place}/config.yaml --resume"
+    assert said == f"stopped at step 5 of 16; continue with `{command}`"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "saving a checkpoint, then stopping" in console.file.getvalue()
-    assert (tmp_path / "cut" / "checkpoint-5").is_dir()
     train(config, resume=True, console=console)
-    assert f"resuming after step 5: {tmp_path / 'cut' / 'checkpoint-5'}" in (
-        console.file.getvalue()
-    )
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert f"resuming after step 5: {place / 'checkpoint-5'}" in console.file.getvalue()
+    assert_same_run(tmp_path / "whole", place)
 
 
-def test_second_signal_stops_at_once(make_config, tmp_path, console, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "step", "saved", "training"),
+    [
+        *((task, 3, 3, {}) for task in ("dpo", "kto", "reward")),
+        # In the second epoch, whose order TRL would forget.
+        ("grpo", 5, 5, {"num_train_epochs": 2, "max_steps": -1, "eval_steps": 4}),
+        # In the middle of answers that are used for several steps.
+        ("rloo", 3, 4, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
+    ],
+)
+def test_other_tasks(
+    make_task_config, rewards_module, tmp_path, assert_resumes, task, step, saved, training
+):
+    samples = task in ("grpo", "rloo")
+    options = {"training": {"save_total_limit": 9, **training}}
+    options["data"] = {"eval_fraction": 0.8 if samples else 0.2}
+    said = assert_resumes(step, make_task_config, task, **options)
+    assert (tmp_path / f"cut/checkpoint-{saved}").is_dir()
+    assert ("yaml --reward my_rewards:short --resume" in said) == samples
+
+
+def test_second_signal_stops_at_once(make_config, tmp_path, monkeypatch):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -115,7 +95,7 @@ def test_second_signal_stops_at_once(make_config, tmp_path, console, monkeypatch
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt) as caught:
-            train(make_config(), console=console)
+            train(make_config(), console=QUIET)
     finally:
         signal.signal(signal.SIGINT, before)
     assert not isinstance(caught.value, TrainingInterrupted)
@@ -129,185 +109,160 @@ def test_interrupt_on_the_command_line(make_config, tmp_path, capsys, monkeypatc
     assert "stopped at step 3 of 8; continue with" in capsys.readouterr().err
 
 
-def test_early_stopping_counts_on(make_config, tmp_path, monkeypatch):
-    """The evaluations without progress before the interruption count after it."""
-    options = {
-        "learning_rate": 0.5,
-        "eval_steps": 1,
-        "save_steps": 1,
-        "num_train_epochs": 3,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "save_total_limit": 20,
-    }
-
-    def config(name):
-        training = {**options, "output_dir": str(tmp_path / name)}
-        return make_config(training=training, early_stopping_patience=3)
-
-    whole = train(config("whole"), console=Console(quiet=True))
-    with monkeypatch.context() as patch:
-        stop_at(patch, whole.num_steps - 1, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(TrainingInterrupted):
-            train(config("cut"), console=Console(quiet=True))
-    cut = train(config("cut"), resume=True, console=Console(quiet=True))
-    assert cut.eval_losses == whole.eval_losses
-    assert cut.eval_loss_after == whole.eval_loss_after
-
-
-def test_overwrite_deletes_nothing_before_training_can_start(make_config, tmp_path, monkeypatch):
-    train(make_config(training={"max_steps": 2}), console=Console(quiet=True))
+def test_overwrite_says_what_it_deletes_when_training_can_start(
+    make_config, tmp_path, console, monkeypatch
+):
+    config = make_config(training={"max_steps": 2, "report_to": "tensorboard"})
+    train(config, console=QUIET)
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    message = r"out holds another run \(README.md, .*or delete it with --overwrite"
+    refused(message, config)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused(r"did not write, .*\(notes.txt\)", config, overwrite=True)
+    (tmp_path / "out" / "notes.txt").unlink()
 
     def fail(*args, **kwargs):
         raise ValueError("no memory for the weights")
 
-    monkeypatch.setattr("pacatune.training.language.LanguageTask.load_model", fail)
-    with pytest.raises(ValueError, match="no memory for the weights"):
-        train(make_config(), overwrite=True, console=Console(quiet=True))
+    with monkeypatch.context() as patch:
+        patch.setattr("pacatune.training.language.LanguageTask.load_model", fail)
+        refused("no memory for the weights", config, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
-
-
-def test_overwrite_says_what_it_deletes_first(make_config, tmp_path, console):
-    config = make_config(training={"max_steps": 2, "report_to": "tensorboard"})
-    train(config, console=Console(quiet=True))
-    with pytest.raises(
-        FileExistsError,
-        match=r"out holds another run \(README.md, .*or delete it with --overwrite",
-    ):
-        train(config)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"did not write, .*\(notes.txt\)"):
-        train(config, overwrite=True)
-    (tmp_path / "out" / "notes.txt").unlink()
     train(config, overwrite=True, console=console)
     said = " ".join(console.file.getvalue().split())
     names = "README.md, .*adapter_model.safetensors, .*checkpoint-2, config.yaml, .*runs, tokenizer"
     assert re.search(f"deleting from .*/out: {names}.* loss", said)
 
 
-FULL_DISK = """
-import resource, sys
-from pacatune.cli import main
-from pacatune.training.output import run_folder
-from pacatune.training.sft import TextTrainer
+# The adapter has 33 kB, the state of the optimizer 70 kB.
+@pytest.mark.parametrize("limit", [20_000, 60_000])
+def test_a_full_disk_keeps_the_previous_checkpoint(make_config, tmp_path, monkeypatch, limit):
+    """Full at the second checkpoint, by a real limit of file sizes."""
+    plain = TextTrainer._save_checkpoint
 
-hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-plain = TextTrainer._save_checkpoint
+    def save(self, *args):
+        with limited_files(limit) if self.state.global_step == 4 else nullcontext():
+            plain(self, *args)
 
-def limited(self, *args):
-    if self.state.global_step == 4:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    plain(self, *args)
-
-TextTrainer._save_checkpoint = limited
-for limit in (20_000, 60_000):  # the adapter has 33 kB, the state of the optimizer 70 kB
-    folder = f"{sys.argv[2]}/{limit}"
-    status = main(["train", "--config", sys.argv[1], "--training.output_dir", folder])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert status == 2, status
-"""
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTrainer, "_save_checkpoint", save)
+        kept = "checkpoint-2 is intact: make room, then continue with --resume."
+        refused(f"could not write .*/checkpoint-4'.*{kept}", make_config())
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [".pacatune", "checkpoint-2", "config.yaml"]
+    assert train(make_config(), resume=True, console=QUIET).num_steps == 8
 
 
-def test_save_failure_keeps_the_previous_checkpoint(make_config, tmp_path):
-    """A disk that is full at the second checkpoint, by a real limit of file sizes."""
-    save_config(make_config(), tmp_path / "run.yaml")
-    done = run_python(FULL_DISK, tmp_path / "run.yaml", tmp_path)
-    assert done.returncode == 0, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("pacatune: error:")]
-    assert len(errors) == 2
-    for error, limit in zip(errors, ("20000", "60000"), strict=True):
-        assert re.search("could not write .*/checkpoint-4'", error)
-        assert "checkpoint-2 is intact: make room, then continue with --resume." in error
-        folder = tmp_path / limit
-        names = sorted(path.name for path in folder.iterdir())
-        assert names == [".pacatune", "checkpoint-2", "config.yaml"]
-        config = make_config(training={"output_dir": str(folder)})
-        assert train(config, resume=True, console=Console(quiet=True)).num_steps == 8
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    return tmp_path_factory.mktemp("stopped") / "out"
 
 
 @pytest.fixture
-def interrupted(make_config, tmp_path, monkeypatch):
-    """A run of eight steps, stopped after the fifth."""
+def interrupted(make_config, tmp_path, stopped, monkeypatch):
+    """The folder of a run of eight steps, stopped after the fifth; it is trained once."""
+    if not stopped.exists():
+        interrupt(make_config(training={"output_dir": str(stopped)}), monkeypatch, 5)
+    return shutil.copytree(stopped, tmp_path / "out")
+
+
+def test_what_cannot_be_resumed(interrupted, make_config, data_path):
     config = make_config()
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(TrainingInterrupted):
-            train(config, console=Console(quiet=True))
-    return config
-
-
-def test_resume_refuses_other_options(interrupted, make_config):
-    config = make_config(paca=PacaSection(r=8), training={"learning_rate": 1e-3})
-    with pytest.raises(
-        ValueError,
-        match=r"other options.*\(paca.r: 16 -> 8; training.learning_rate: 0.005 -> 0.001\); "
-        r"resume with `--config .*config.yaml`",
-    ):
-        train(config, resume=True)
-
-
-def test_resume_allows_what_changes_no_number(interrupted, make_config, tmp_path):
-    shutil.move(tmp_path / "out", tmp_path / "moved")
-    training = {"output_dir": str(tmp_path / "moved"), "save_total_limit": 1}
-    report = train(make_config(training=training), resume=True, console=Console(quiet=True))
-    assert report.num_steps == 8
-    assert [path.name for path in (tmp_path / "moved").glob("checkpoint-*")] == ["checkpoint-8"]
-
-
-def test_resume_refuses_changed_data(interrupted, make_config, data_path, tmp_path):
-    lines = data_path.read_text().splitlines()
+    changes = r"\(paca.r: 16 -> 8; training.learning_rate: 0.005 -> 0.001\); "
+    message = rf"other options.*{changes}resume with `--config .*config.yaml`"
+    other = make_config(paca={"r": 8}, training={"learning_rate": 1e-3})
+    refused(message, other, resume=True)
+    text = data_path.read_text()
+    lines = text.splitlines()
     try:
         data_path.write_text("\n".join([*lines[:-1], lines[0]]))
-        with pytest.raises(ValueError, match=r"the training data has changed since .*checkpoint-5"):
-            train(make_config(), resume=True)
+        refused(r"the training data has changed since .*checkpoint-5", config, resume=True)
     finally:
-        data_path.write_text("\n".join(lines) + "\n")
-
-
-def test_resume_takes_the_last_complete_checkpoint(interrupted, tmp_path):
-    state = tmp_path / "out/checkpoint-5/trainer_state.json"
-    state.write_text(state.read_text()[:100])
-    report = train(interrupted, resume=True, console=Console(quiet=True))
-    assert report.num_steps == 8
-    assert [step for step, _ in report.train_losses] == list(range(1, 9))
-
-
-def test_resume_without_a_checkpoint(interrupted, tmp_path):
-    for path in (tmp_path / "out").glob("checkpoint-*"):
+        data_path.write_text(text)
+    checkpoint = interrupted / "checkpoint-5"
+    weights, state = checkpoint / ADAPTER, checkpoint / "trainer_state.json"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:4_000])
+    refused(r"the weights of .*checkpoint-5 cannot be read", config, resume=True)
+    weights.write_bytes(whole)
+    saved = state.read_text()
+    state.write_text(saved.replace("a run without FSDP2 or DeepSpeed", "DeepSpeed"))
+    message = "checkpoint-5 was saved by DeepSpeed and cannot be continued by a run without FSDP2"
+    refused(message, config, resume=True)
+    for path in interrupted.glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match="no complete checkpoint; start it again without --resume"):
-        train(interrupted, resume=True)
+    refused("no complete checkpoint; start it again without --resume", config, resume=True)
 
 
-def test_resume_of_a_run_that_only_lacks_its_result(make_config, tmp_path):
-    """Killed after the last step, before the adapter was saved."""
-    first = train(make_config(), console=Console(quiet=True))
-    whole = load_file(tmp_path / "out/adapter_model.safetensors")
-    for name in ("report.json", "adapter_model.safetensors"):
-        (tmp_path / "out" / name).unlink()
-    report = train(make_config(), resume=True, console=Console(quiet=True))
-    again = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert report.train_losses == first.train_losses
-    assert report.eval_loss_after == first.eval_loss_after
-    assert report.step_ms is None
-
-
-def test_resume_deletes_what_a_killed_save_left(interrupted, tmp_path):
-    left = tmp_path / "out/.pacatune/incomplete/checkpoint-6"
+def test_resume_from_the_last_complete_checkpoint(interrupted, make_config, tmp_path):
+    """In another place, with fewer checkpoints kept; what a killed save has left is deleted."""
+    state = interrupted / "checkpoint-5/trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    left = interrupted / ".pacatune/incomplete/checkpoint-6"
     left.mkdir(parents=True)
     (left / "garbage").touch()
-    train(interrupted, resume=True, console=Console(quiet=True))
-    assert not (tmp_path / "out/.pacatune/incomplete").exists()
-    assert not list((tmp_path / "out").rglob("garbage"))
+    moved = shutil.move(interrupted, tmp_path / "moved")
+    training = {"output_dir": str(moved), "save_total_limit": 1}
+    report = train(make_config(training=training), resume=True, console=QUIET)
+    assert [step for step, _ in report.train_losses] == list(range(1, 9))
+    assert [path.name for path in moved.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert not (moved / ".pacatune/incomplete").exists()
+    assert not list(moved.rglob("garbage"))
 
 
-def test_deepspeed_checkpoints_need_deepspeed(make_config, tmp_path, console):
-    config = make_config(training={"max_steps": 2})
-    train(config, console=console)
-    (tmp_path / "out/report.json").unlink()
-    state = tmp_path / "out/checkpoint-2/trainer_state.json"
-    state.write_text(state.read_text().replace("a run without FSDP2 or DeepSpeed", "DeepSpeed"))
-    with pytest.raises(ValueError, match=r"checkpoint-2 was saved by DeepSpeed and cannot be"):
-        train(config, resume=True, console=console)
+@pytest.fixture
+def killed(monkeypatch, tmp_path):
+    """Train; return the output folder as a kill would leave it, at each moment after a file."""
+    taken, publish, append = [], OwnedFolder.publish, owned_folder.append_rows
+
+    def snap(folder):
+        taken.append(shutil.copytree(folder, tmp_path / f"killed-{len(taken)}", symlinks=True))
+
+    def run(config, last):
+        def published(self, source, name, **options):
+            publish(self, source, name, **options)
+            if name == last or taken:
+                snap(self.path)
+
+        def listed(path, rows):
+            append(path, rows)
+            if taken:  # named, but not in its place
+                snap(path.parent.parent)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OwnedFolder, "publish", published)
+            patch.setattr(owned_folder, "append_rows", listed)
+            train(config, console=QUIET)
+        assert (taken[-1] / "report.json").exists()
+        return taken
+
+    return run
+
+
+def go_on(make_config, folder, training, monkeypatch, **options):
+    """Resume what was killed, without a step more; return its report."""
+    config = make_config(training={**training, "output_dir": str(folder)}, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "training_step", lambda *_: pytest.fail("a step was trained"))
+        report = train(config, resume=True, console=QUIET)
+    assert run_folder(folder).foreign() == []
+    return report
+
+
+@pytest.mark.parametrize("steps", [3, 7])  # in the first epoch of seven, and at its end
+def test_killed_at_every_moment_after_the_last_step(make_config, killed, monkeypatch, steps):
+    training = {"max_steps": steps, "save_steps": 1, "eval_steps": 3}
+    *cut, whole = killed(make_config(training=training), f"checkpoint-{steps}")
+    assert len(cut) > 15
+    for folder in cut if steps == 3 else cut[:1]:
+        report = go_on(make_config, folder, training, monkeypatch)
+        assert report.step_ms is None
+        assert_same_run(whole, folder)
+
+
+def test_early_stopping_does_not_begin_again(make_config, killed, monkeypatch):
+    training = {"max_steps": 6, "save_steps": 1, "eval_steps": 1, "learning_rate": 1e-30}
+    options = {"early_stopping_patience": 2}
+    cut = killed(make_config(training=training, **options), "checkpoint-3")
+    assert not (cut[-1] / "checkpoint-4").exists()
+    assert go_on(make_config, cut[0], training, monkeypatch, **options).num_steps == 3

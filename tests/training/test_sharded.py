@@ -1,14 +1,11 @@
 """Sharded checkpoints of FSDP2: what they hold, and runs that go on from them."""
 
-import io
-import json
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -17,13 +14,8 @@ from transformers import AutoModelForCausalLM
 from pacatune.training import train
 from pacatune.training.output import refuse_missing_weights
 from tests.training.launching import launch, save_config
-from tests.training.test_distributed import (
-    ON_CPU,
-    assert_close,
-    config_of,
-    cut,
-    launcher_options,
-)
+from tests.training.runs import ADAPTER, QUIET, assert_equal, assert_same, read_json, refused
+from tests.training.test_distributed import ON_CPU, assert_close, config_of, cut, launcher_options
 
 # Saves what a resumed run has loaded, before it trains.
 SAVE_AGAIN = f"""
@@ -58,17 +50,10 @@ def read_shards(folder):
         return torch.load(path, weights_only=True)
 
 
-def assert_same(first, second):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    else:
-        assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
-
-
 @pytest.mark.slow
 def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
+    """R6: they hold the adapter whole and shards of what is trained; other numbers go on."""
+
     def configure(name, batch_size):
         config = config_of(make_config, data_path, tmp_path, name, batch_size)
         config.training.given.update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
@@ -79,20 +64,17 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
     # It starts from an adapter of one process.
     first = configure("first", 8)
     first.training.given.update(max_steps=2)
-    train(first, console=Console(file=io.StringIO()))
+    train(first, console=QUIET)
     save_config(configure("two", 4), tmp_path / "run.yaml")
     start = ["--adapter", tmp_path / "first"]
     launch("train", "--config", tmp_path / "run.yaml", *start, **sharded_options())
-    reports = [json.loads((tmp_path / n / "report.json").read_text()) for n in ("first", "two")]
-    assert reports[1]["eval_loss_before"] == pytest.approx(reports[0]["eval_loss_after"], rel=1e-5)
+    one, two = (read_json(tmp_path / name, "report.json") for name in ("first", "two"))
+    assert two["eval_loss_before"] == pytest.approx(one["eval_loss_after"], rel=1e-5)
 
     # A checkpoint has the whole adapter, and shards of nothing but what is trained and chosen.
     checkpoint = tmp_path / "two/checkpoint-6"
-    adapter, whole = (
-        load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, tmp_path / "two")
-    )
-    assert adapter.keys() == whole.keys()
-    assert all(torch.equal(adapter[name], whole[name]) for name in whole)
+    assert_same(checkpoint, tmp_path / "two")
+    whole = load_file(checkpoint / ADAPTER)
     assert saved_names(checkpoint, "pytorch_model_fsdp_0") == {f"model.{name}" for name in whole}
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
@@ -105,8 +87,7 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
     words = ["train", "--config", tmp_path / "run.yaml", *start, "--resume"]
     words += ["--training.output_dir"]
     launch(*words, folder, **sharded_options())
-    again = load_file(folder / "adapter_model.safetensors")
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert_same(folder, tmp_path / "two")
 
     # One process goes on from two, and four from one, with the very state that was saved.
     before = tmp_path / "two"
@@ -119,23 +100,21 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
         launch(*words, folder, *size, num_processes=num_processes, **options)
         for what in ("pytorch_model_fsdp_0", "optimizer_0"):
             saved = read_shards(folder / f"checkpoint-{step}" / what)
-            assert_same(saved, read_shards(tmp_path / f"loaded by {num_processes}" / what))
+            assert_equal(saved, read_shards(tmp_path / f"loaded by {num_processes}" / what))
         assert_close(folder, tmp_path / "two")
         before = folder
 
     # A process that shards nothing cannot read the shards.
     config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
     config.adapter = str(tmp_path / "first")
-    with pytest.raises(
-        ValueError,
-        match=r"checkpoint-4 was saved by FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and "
-        r"cannot be continued by a run without FSDP2 or DeepSpeed. Launch the run as before",
-    ):
-        train(config, resume=True, console=Console(file=io.StringIO()))
+    kind = "FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and cannot be continued by a run"
+    message = (
+        f"checkpoint-4 was saved by {kind} without FSDP2 or DeepSpeed. Launch the run as before"
+    )
+    refused(message, config, resume=True)
 
     refuse_missing_weights(checkpoint)
     (checkpoint / "optimizer_0/__1_0.distcp").unlink()
-    with pytest.raises(
-        ValueError, match=r"optimizer_0/__1_0.distcp was written by .* a disk that all nodes"
-    ):
+    message = r"optimizer_0/__1_0.distcp was written by .* a disk that all nodes"
+    with pytest.raises(ValueError, match=message):
         refuse_missing_weights(checkpoint)

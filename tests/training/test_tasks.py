@@ -1,17 +1,22 @@
-"""A task of TRL becomes one of ours by a row of the table and what prepares its data."""
+"""What tasks have in common: TRL's losses, previews, and how a new one is made."""
 
 import io
-import json
 from contextlib import redirect_stdout
 
 import pytest
-from datasets import load_dataset
-from rich.console import Console
+import transformers
+import trl
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.data import PreparedData
-from pacatune.training import TASKS, RunConfig, TaskSpec, preview, train
+from pacatune.data.config import TextClassConfig
+from pacatune.training import TASKS, TaskSpec, preview, train
+from pacatune.training.classifier import split_texts
+from pacatune.tuner.defaults import default_targets
+from tests.training.runs import CHECKPOINTING, QUIET, write_rows
 
 ORPO = TaskSpec(
     arguments="trl.experimental.orpo.ORPOConfig",
@@ -32,48 +37,125 @@ def prepare_orpo(task):
     return PreparedData(parts["train"], parts["test"], 0, [])
 
 
-@pytest.fixture
-def run(monkeypatch, tmp_path, tiny_model_dir):
+@pytest.mark.parametrize(
+    ("task", "name", "auto_class", "kind", "options"),
+    [
+        ("sft", "SFT", "AutoModelForCausalLM", "CAUSAL_LM", {}),
+        ("dpo", "DPO", "AutoModelForCausalLM", "CAUSAL_LM", {}),
+        ("reward", "Reward", "AutoModelForSequenceClassification", "SEQ_CLS", {"num_labels": 1}),
+    ],
+)
+def test_same_losses_as_plain_trl(
+    make_task_config, tiny_model_dir, tmp_path, task, name, auto_class, kind, options
+):
+    """The recipe adds nothing to what TRL's trainers compute."""
+    answers = ("completion",) if task == "sft" else ("chosen", "rejected")
+    rows = [
+        {"prompt": f"{i}?", **dict(zip(answers, (f" {7 * i % 10}", " no"), strict=False))}
+        for i in range(32)
+    ]
+    data = {"path": str(write_rows(tmp_path / "texts.jsonl", rows)), "eval_fraction": 0}
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "lr_scheduler_type": "linear"}
+    settings["gradient_accumulation_steps"] = 2
+    lean = "auto" if task == "sft" else "off"
+    ours = make_task_config(task, "lora", data=data, training=settings, lean=lean)
+    report = train(ours, console=QUIET)
+
+    transformers.set_seed(42)
+    model = getattr(transformers, auto_class).from_pretrained(tiny_model_dir, **options)
+    targets = default_targets(model)
+    trainer = getattr(trl, f"{name}Trainer")(
+        model,
+        args=getattr(trl, f"{name}Config")(
+            str(tmp_path / "plain"),
+            **settings,
+            learning_rate=5e-3,
+            logging_steps=1,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            **{CHECKPOINTING: False},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tiny_model_dir),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type=kind),
+    )
+    trainer.train()
+    losses = {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e}
+    assert len(losses) == 6
+    exactly = 0 if task == "sft" else 1e-5
+    assert losses == pytest.approx(dict(report.train_losses), rel=exactly, abs=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's experimental parts use what transformers deprecates
+def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setitem(TASKS, "orpo", ORPO)
     rows = [
         {"prompt": f"What is {i}? ", "chosen": f"It is {7 * i % 10}.", "rejected": "No idea."}
         for i in range(40)
     ]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "task": "orpo",
-        "model": {"path": str(tiny_model_dir)},
-        "data": {"path": str(path), "eval_fraction": 0.2},
-        "training": {
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 6,
-            "save_steps": 3,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-        },
-    }
-
-
-@pytest.mark.filterwarnings("ignore")  # TRL's experimental parts use what transformers deprecates
-def test_one_row_is_a_task(run, tmp_path):
-    report = train(RunConfig(**run), console=Console(file=io.StringIO()))
+    data = {"path": str(write_rows(tmp_path / "pairs.jsonl", rows))}
+    config = make_task_config("orpo", data=data, training={"learning_rate": 1e-2})
+    report = train(config, console=console)
     assert report.eval_loss_after < report.eval_loss_before
     assert report.eval_metrics["rewards/accuracies"]
     assert "held-out accuracy after" in dict(report.table())
     tensors = load_file(tmp_path / "out/adapter_model.safetensors")
     assert any(values.any() for values in tensors.values())
-    saved = json.loads((tmp_path / "out/report.json").read_text())
-    assert saved["num_steps"] == 6
     assert "orpo" in (tmp_path / "out/README.md").read_text()
-    preview(RunConfig(**run), 1, console=(console := Console(file=io.StringIO())))
+    preview(config, 1, console=console)
     assert "rejected: No idea." in console.file.getvalue()
-
-
-def test_the_command_has_it_too(run):
+    # The command has it too.
     with redirect_stdout(io.StringIO()) as shown:
         assert main(["train", "--task", "orpo", "--help"]) == 0
     assert "--training.disable_dropout" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        ("dpo", ["chosen (7 tokens): It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
+        ("kto", ["label: True", "What is"]),
+        ("reward", ["chosen (21 tokens):", "rejected (23 tokens):"]),
+        ("grpo", ["prompts.jsonl, row 1\nprompt (", ": <s>Count 0", "number: 0"]),
+    ],
+)
+def test_preview(make_task_config, rewards_module, console, task, shown):
+    preview(make_task_config(task), 2, console=console)
+    out = console.file.getvalue()
+    assert all(text in out for text in shown), out
+
+
+def test_split_of_a_classifier(tmp_path):
+    rows = [{"text": f"t{i}", "label": "aab"[i % 3]} for i in range(10)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_fraction=0.2))
+    assert (len(texts), len(held_out)) == (8, 2)
+    assert {*texts["label"]} == {"a", "b"}
+    again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
+    assert again["text"][:] == texts["text"][:6]
+    with pytest.raises(ValueError, match=r"`data.num_train` \(9\) must be at most 8"):
+        split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=9))
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
+    assert (len(texts), len(held_out)) == (10, 10)
+
+
+@pytest.mark.parametrize("method", ["paca", "head"])
+def test_a_classifier(make_task_config, tmp_path, console, method):
+    words = ("red", "green", "blue")
+    rows = [{"text": f"It is {words[i % 3]} {i}.", "label": words[i % 3]} for i in range(60)]
+    data = {"path": str(write_rows(tmp_path / "rows.jsonl", rows))}
+    training = {"max_steps": 30, "eval_steps": 30, "save_steps": 30, "learning_rate": 1e-2}
+    config = make_task_config("classifier", method, data=data, training=training)
+    report = train(config, console=console)
+    assert report.eval_metrics_after["accuracy"] > (0.9 if method == "paca" else 0.3)
+    assert dict(report.table())["held-out accuracy after"]
+    card = (tmp_path / "out/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
+    exec(code, names := {})
+    assert names["model"].config.num_labels == 3
+    before = console.file.getvalue().count("It is ")
+    preview(config, 2, console=console)
+    assert console.file.getvalue().count("It is ") == before + 2

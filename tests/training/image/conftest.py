@@ -1,8 +1,5 @@
 import pytest
 
-from pacatune.data.config import ImageDataConfig
-from pacatune.training import LoraSection, PacaSection, RunConfig
-from pacatune.training.image import ImageModelConfig, ImageTrainingConfig
 from tests.image_models import save_timm, save_vit, write_images
 
 
@@ -28,33 +25,16 @@ def images_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def make_config(vit_dir, images_dir, tmp_path):
+def make_config(make_config, vit_dir, images_dir):
     """Build a run of 8 steps, a checkpoint every second; options override what it says."""
 
     def make(method="paca", *, model=None, data=None, training=None, **options):
-        if method in ("full", "head"):
-            options = {k: v for k, v in options.items() if k not in ("paca", "lora")}
-        elif options.keys() >= {"paca", "lora"}:
-            options.pop("lora" if method == "paca" else "paca")
-        return RunConfig(
+        return make_config(
+            method,
             task="image",
-            method=method,
-            model=ImageModelConfig(**{"path": str(vit_dir), **(model or {})}),
-            data=ImageDataConfig(**{"path": str(images_dir), **(data or {})}),
-            training=ImageTrainingConfig(
-                **{
-                    "output_dir": str(tmp_path / "out"),
-                    "report_to": "none",
-                    "learning_rate": 5e-3,
-                    "bf16": False,
-                    "max_steps": 8,
-                    "per_device_train_batch_size": 6,
-                    "save_steps": 2,
-                    "eval_steps": 4,
-                    "use_cpu": True,
-                    **(training or {}),
-                }
-            ),
+            model={"path": str(vit_dir), **(model or {})},
+            data={"path": str(images_dir), **(data or {})},
+            training={"max_steps": 8, "per_device_train_batch_size": 6, **(training or {})},
             **options,
         )
 
@@ -62,11 +42,13 @@ def make_config(vit_dir, images_dir, tmp_path):
 
 
 @pytest.fixture
-def cnn(timm_dir):
-    """Options of a run on the tiny EfficientNet."""
-    return {
-        "model": {"path": str(timm_dir)},
-        "data": {"image_size": 32},
-        "paca": PacaSection(r=8, paca_alpha=8),
-        "lora": LoraSection(r=4),
-    }
+def make_cnn(make_config, timm_dir):
+    """Build a run on the tiny EfficientNet."""
+
+    def make(method="paca", **options):
+        model, data = {"path": str(timm_dir)}, {"image_size": 32}
+        sections = {"paca": {"paca": {"r": 8, "paca_alpha": 8}}, "full": {}, "head": {}}
+        section = sections.get(method, {"lora": {"r": 4}})
+        return make_config(method, **{"model": model, "data": data, **section, **options})
+
+    return make

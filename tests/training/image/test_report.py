@@ -25,30 +25,20 @@ def test_images_are_mixed_in_the_shares_of_their_classes(monkeypatch):
         torch.testing.assert_close(mixed[name], expected)
 
 
-class Prediction:
-    predictions = np.array([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]])
-    label_ids = np.array([1, 1, 1])
-
-
-def test_accuracy():
-    assert accuracy(Prediction) == {"accuracy": pytest.approx(2 / 3)}
-
-
-class Images:
-    classes = ("cat", "dog")
-    table = {"place": [f"{number}.png" for number in range(4)]}  # noqa: RUF012
-
-
 def test_surest_mistakes_come_first():
+    places = {"place": [f"{number}.png" for number in range(4)]}
+    images = SimpleNamespace(classes=("cat", "dog"), table=places)
     logits = np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 5.0], [3.0, 0.0]], np.float32)
-    found = compare(logits, np.array([1, 0, 0, 0]), Images)
+    found = compare(logits, np.array([1, 0, 0, 0]), images)
     first, second, third = found["mistakes"]
     assert (first["place"], first["label"], first["predicted"]) == ("2.png", "cat", "dog")
     assert first["probability"] == pytest.approx(1 / (1 + np.exp(-5.0)))
     assert (second["position"], second["label"]) == (0, "dog")
     assert third["position"] == 1
     assert found["confusion"] == [[1, 2], [1, 0]]
-    assert compare(logits, np.array([0, 1, 1, 0]), Images)["mistakes"] == []
+    prediction = SimpleNamespace(predictions=logits, label_ids=np.array([1, 0, 0, 0]))
+    assert accuracy(prediction) == {"accuracy": 1 / 4}
+    assert compare(logits, np.array([0, 1, 1, 0]), images)["mistakes"] == []
 
 
 def test_most_frequent_confusions_come_first():

@@ -1,0 +1,136 @@
+"""What is refused, is refused before any weight is loaded and anything is written."""
+
+import importlib.metadata
+
+import pytest
+from accelerate.utils import DeepSpeedPlugin
+
+from pacatune import pretrained
+from pacatune.training import recipe
+from pacatune.training.language import LanguageTask
+from pacatune.training.task import task_of
+from pacatune.tuner import compat
+from tests.training.runs import refused, write_rows
+
+STREAM = {"streaming": True, "eval_fraction": 0}
+ONE_STEP = {"training": {"max_steps": 1}}
+SORTED = {"max_steps": 1, "train_sampling_strategy": "group_by_length"}
+WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
+EAGER, REQUIRED = {"attn_implementation": "eager"}, {"lean": "require"}
+Q = {"r": 2, "target_modules": ["q_proj"]}
+Q_OF_ONE = {"target_modules": r".*\.q_proj", "layers_to_transform": [1]}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+SHARDED = r"`paca.selection` \(.*\) or `paca.normalize` \(.*\) .* which FSDP shards; choose"
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(LanguageTask, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": ""}])
+    answer = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    write_rows(tmp_path / "bad_pairs.jsonl", [answer, {"prompt": "a"}])
+    write_rows(tmp_path / "bad_prompts.jsonl", [{"prompt": "a"}, {"question": "b"}])
+    yield
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": {"path": "bad.jsonl"}}, r"bad.jsonl, row 2: 'text' is "),
+        ({"task": "dpo", "data": {"path": "bad_pairs.jsonl"}}, "row 2: field 'chosen' is missing"),
+        ({"task": "grpo", "data": {"path": "bad_prompts.jsonl"}}, "row 2: field 'prompt' is miss"),
+        ({"task": "grpo", "reward": ["my_rewards:no"]}, "'my_rewards' has no attribute 'no'"),
+        ({"data": {"chat_template": "t.jinja"}}, r"`data.chat_template` \('t.jinja'\) is neither"),
+        ({"training": {"eos_token": "<no>"}}, r"`training.eos_token` \('<no>'\) is not in the voc"),
+        ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not installe"),
+        # The model
+        ({"model": {"path": "./no/such"}}, "model folder ./no/such does not exist; check"),
+        ({"model": {"path": "~/no-such-model"}}, "model folder ~/no-such-model does not exist"),
+        ({"model": {"path": "."}}, r"holds no config.json; `model.path` must be"),
+        ({"model": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2 .* installed"),
+        (REQUIRED | {"model": EAGER}, "this model cannot be all lean, which 'require' ask"),
+        (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) cann"),
+        # What is trained
+        ({"paca": {"target_modules": ["no_such"]}}, "no_such"),
+        ({"method": "lora", "lora": {"target_modules": ["no_such"]}}, "no_such"),
+        ({"paca": {"r": 33}}, r"33.*32"),
+        ({"paca": {"rank_pattern": {"q_prj": 2}}}, r"`rank_pattern`: 'q_prj' matches nothing .* '"),
+        ({"method": "lora", "lora": {"rank_pattern": {"q_prj": 2}}}, r"nothing .* 'q_proj'\?"),
+        ({"paca": Q_OF_ONE | {"r": 2}}, r"`layers_to_transform`.* cannot be used when"),
+        ({"paca": Q | {"selection": {"q_proj": [0, 99]}}}, "column 99 for 'model.layers.0.self_at"),
+        ({"paca": {"selection": "./none"}}, r"none'\) is no strategy, and no file or folder of th"),
+        ({"paca": {"selection": "gradent"}}, r"`paca.selection` \('gradent'\) .* mean 'gradient'"),
+        # Streams
+        ({"training": WRAPPED}, r"_strategy` \('wrapped'\) lets examples attend to each other"),
+        ({"data": STREAM}, r"`data.streaming` needs `training.max_steps` \(-1\), since a stream"),
+        ({"data": STREAM, "training": SORTED}, r"_strategy` \('group_by_length'\) needs the whole"),
+        ({"data": STREAM, "paca": {"selection": "gradient"}} | ONE_STEP, "needs all of the data,"),
+    ],
+)
+def test_options(make_config, make_task_config, rewards_module, options, message):
+    make = make_task_config if "task" in options else make_config
+    refused(message, make(**options))
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        (FSDP | {"FSDP_VERSION": "1"}, {}, r"`fsdp_version` \(1\) .* must be 2: PEFT loads no ada"),
+        (
+            FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            {},
+            r"`fsdp_cpu_ram_efficient_loading` \(true\) .* must be false: accelerate cannot send",
+        ),
+        (FSDP, {"paca": {"selection": "gradient"}}, SHARDED),
+        (FSDP, {"paca": {"normalize": "input"}}, SHARDED),
+        (PARALLEL | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, r"_tp_size` \(2\) .* must be 1: `pac"),
+        (PARALLEL | {"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, r"_cp_size` \(2\) .* must be 1"),
+        (PARALLEL | {"PARALLELISM_CONFIG_SP_SIZE": "2"}, {}, r"_sp_size` \(2\) .* must be 1"),
+    ],
+)
+def test_ways_to_shard(make_config, monkeypatch, environment, options, message):
+    """R6: what would lose the adapter, or columns that no process can choose."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(message, make_config(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"paca": {"normalize": "weight"}}, r"\('weight'\) acts on the steps of single columns, a"),
+        ({"paca": {"selection": "gradient"}}, r"\('gradient'\) .* whole model, which DeepSpeed sh"),
+        ({"method": "full"}, r"`zero3_save_16bit_model` \(false\) .* must be true: .* \('full'\)"),
+    ],
+)
+def test_deepspeed(make_config, options, message):
+    config = make_config(**options)
+    config.training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    refused(message, config)
+
+
+def test_what_the_machine_lacks(make_config, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    refused(r"needs bitsandbytes; pip install 'pacatune\[quant\]'", make_config("qpaca"))
+
+    # Its checkpoints have parts of tensors.
+    def version(name):
+        return "1.14.0" if name == "accelerate" else importlib.metadata.version(name)
+
+    config = make_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "version", version)
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        refused("FSDP2 needs accelerate 1.15 or newer, and this is 1", config)
+    monkeypatch.setattr(type(config.training), "n_gpu", 2)
+    refused("2 GPUs are visible to one process; start one process", config)
+
+
+def test_fsdp_that_accelerate_ignores_is_said(make_config, monkeypatch, console):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    recipe.prepare(task_of(make_config()), console)
+    assert console.file.getvalue().count("warning: accelerate shards nothing on CPUs") == 1
