@@ -109,6 +109,18 @@ def test_a_restarted_trainer_goes_on_in_its_folder(model, tmp_path):
         source.send(first)
 
 
+def test_a_trainer_that_was_faster_keeps_its_message(model, tmp_path, monkeypatch):
+    """Both have looked at the folder before either has written."""
+    source = ColumnSource(model)
+    source.send(File(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = File(tmp_path)
+    monkeypatch.setattr(second, "_numbers", list)
+    with pytest.raises(FileExistsError, match="another trainer writes to"):
+        second.send(source.columns())
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_other_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 

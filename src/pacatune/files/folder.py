@@ -83,15 +83,24 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     """Give a name beside `path` to write a file under, which takes its own when all of it is there.
 
-    Whatever happens in the block, the file is either as before or complete.
+    Whatever happens in the block, the file is either as before or complete. If it must be new,
+    FileExistsError says that another process was faster (where a disk has hard links).
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield partial
-        partial.replace(path)
+        if is_new:
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                partial.replace(path)
+        else:
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pacatune.ops.columns import read_columns
 from pacatune.sync.message import ColumnSet
@@ -13,7 +14,8 @@ from pacatune.sync.message import ColumnSet
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 show its shards: what it gathered is not what the optimiser has changed."""
     for module in model.modules():
-        getattr(module, "reshard", lambda: None)()  # FSDPModule's
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def is_spread(tensor: Any) -> bool:

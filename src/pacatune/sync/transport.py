@@ -282,13 +282,15 @@ class File:
         self.folder.mkdir(parents=True, exist_ok=True)
         known = self._numbers()
         last = known[-1] if known else 0
+        other = f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
         if self._last_written is not None and last > self._last_written:
-            raise FileExistsError(
-                f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
-            )
+            raise FileExistsError(other)
         path = self._path(last + 1)
-        with explained_failure(path), whole_file(path) as partial:
-            write_tensors({"buffer": buffer}, partial, metadata={_KEY: json.dumps(words)})
+        try:
+            with explained_failure(path), whole_file(path, is_new=True) as partial:
+                write_tensors({"buffer": buffer}, partial, metadata={_KEY: json.dumps(words)})
+        except FileExistsError:
+            raise FileExistsError(other) from None
         self._last_written = last + 1
 
     def _remove_old(self) -> None:
