@@ -121,7 +121,7 @@ def test_mixed_precision_is_not_forced_onto_fp16():
         ("sft", {"fp16_full_eval": True}, "it rounds the weights that are saved"),
         ("sft", {"fp16": True}, r"`training.fp16` \(True\) needs a GPU; drop it"),
         ("sft", {"activation_offloading": True}, r"offloading` \(True\) needs a GPU; drop it"),
-        ("dpo", {"sync_ref_model": True}, "the reference is the pretrained model, with the adapte"),
+        ("dpo", {"sync_ref_model": True}, "the reference is the pretrained model, with the "),
         ("dpo", {"truncation_mode": "keep_end"}, "are cut at their end"),
         ("reward", {"chat_template_path": "x"}, "set `data.chat_template`"),
         ("grpo", {"use_transformers_paged": True}, "TRL casts the trained weights for it"),

@@ -45,14 +45,14 @@ def _no_weights(monkeypatch, tmp_path):
         ({"task": "grpo", "reward": ["my_rewards:no"]}, "'my_rewards' has no attribute 'no'"),
         ({"data": {"chat_template": "t.jinja"}}, r"`data.chat_template` \('t.jinja'\) is neither"),
         ({"training": {"eos_token": "<no>"}}, r"`training.eos_token` \('<no>'\) is not in the voc"),
-        ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not installe"),
+        ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not "),
         # The model
         ({"model": {"path": "./no/such"}}, "model folder ./no/such does not exist; check"),
         ({"model": {"path": "~/no-such-model"}}, "model folder ~/no-such-model does not exist"),
         ({"model": {"path": "."}}, r"holds no config.json; `model.path` must be"),
         ({"model": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2 .* installed"),
         (REQUIRED | {"model": EAGER}, "this model cannot be all lean, which 'require' ask"),
-        (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) cann"),
+        (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) "),
         # What is trained
         ({"paca": {"target_modules": ["no_such"]}}, "no_such"),
         ({"method": "lora", "lora": {"target_modules": ["no_such"]}}, "no_such"),
