@@ -218,9 +218,9 @@ def test_saved_and_loaded(kind: str, low_cpu_mem_usage: bool, tmp_path) -> None:
     twin = make(kind)
     twin.model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert set(tensors) == {
-        f"base_model.model.{twin.key}.paca_{name}" for name in ("delta", "indices")
-    }
+    key, layout = f"base_model.model.{twin.key}", twin.layer.layout
+    assert set(tensors) == {f"{key}.paca_delta", f"{key}.paca_indices"}
+    assert tensors[f"{key}.paca_delta"].shape == layout.delta_shape(3)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "random_seed": 999}))
     options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
