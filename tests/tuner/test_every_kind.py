@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
 from tests.releases import compiles_whole
 from tests.residency.twin import KINDS, Net, Twin, adapted, targets_of, twin_of
+from tests.tuner import nets
 
 pytestmark = [
     # Dynamo itself instantiates autograd Functions while it traces them.
@@ -196,6 +198,14 @@ def test_rows_of_different_adapters(kind: str) -> None:
         twin.close(found[row], want[row])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONE_INPUT])
+def test_rows_of_different_adapters_are_refused(kind: str) -> None:
+    """Experts see single tokens; torch's attention has the batch in either dimension."""
+    twin = make(kind)
+    with pytest.raises(ValueError, match="`adapter_names` to a model with adapted experts"):
+        evaluate(twin.model, twin.inputs(), adapter_names=["default", "__base__", "default"])
+
+
 @every_kind
 def test_a_sum_is_exact_and_saved(kind: str, tmp_path) -> None:
     twin = make(kind)
@@ -304,3 +314,18 @@ def test_the_kind_is_shown(kind: str) -> None:
     shown, name = repr(twin.layer), type(twin.layer.get_base_layer()).__name__
     is_named = "quantised" not in kind and kind != "Conv1D" and twin.kind.parameter == "weight"
     assert shown.startswith(f"paca.{name}(" if is_named else "paca.")
+
+
+def test_a_square_weight_that_is_stored_input_first() -> None:
+    """Only values tell a wrong orientation."""
+    base = nn.Sequential(Conv1D(12, 12)).double()
+    nn.init.normal_(base[0].weight)
+    model = nets.adapt(base, target_modules=["0"])
+    x = torch.randn(5, 12, dtype=torch.float64)
+    nets.assert_equal(model, nets.Reference(base, model), x)
+    want = model(x)
+    torch.testing.assert_close(
+        base(x) + x @ model.get_base_model()[0].get_delta_weight("default"), want
+    )
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want)
