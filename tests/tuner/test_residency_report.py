@@ -94,6 +94,8 @@ def test_reasons(reason: str) -> None:
         train(each)
     assert is_written(model) == [False, True]
     gradient, plain = (layers(each)["0"].delta_of("default").grad for each in (model, twin))
+    if reason == "its weight is no plain parameter":
+        assert first.residency.forbidden  # nor asked for by a compiled graph
     if gradient is not None and first.base_layer.weight.any():
         torch.testing.assert_close(gradient, plain)
     del kept
