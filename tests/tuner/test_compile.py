@@ -77,9 +77,9 @@ def train(model, forward, steps, passes=1, between=lambda model: None, after=lam
 
 
 @pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=compiles_whole)])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_trains_as_eager(backend, is_whole):
-    pair = Pair(backend=backend, fullgraph=is_whole)
+@pytest.mark.parametrize(("groups", "backend"), [(1, "eager"), (1, "aot_eager"), (3, "aot_eager")])
+def test_trains_as_eager(groups, backend, is_whole):
+    pair = Pair(groups, backend, fullgraph=is_whole)
     pair.train_alike(8)
     assert pair.counter.frame_count == 1 or not is_whole
 
@@ -179,8 +179,10 @@ def test_evaluation_with_and_without_columns(pair):
 
 
 @compiles_whole
-def test_evaluation_before_and_after_training(pair):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_evaluation_before_and_after_training(groups):
     """Before, a graph of plain operations, as anybody's; then one that asks."""
+    pair = Pair(groups)
     for _ in range(3):
         with torch.no_grad():
             torch.testing.assert_close(pair.compiled(batch()), pair.twin(batch()))

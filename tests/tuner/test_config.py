@@ -1,13 +1,16 @@
-"""Every value of PacaConfig that can be wrong without a model."""
+"""Every value of a configuration that can be wrong without a model."""
 
 import pytest
 from peft import PeftConfig
 
-from pacatune import PacaConfig
+from pacatune import MosLoraConfig, PacaConfig
+from tests.releases import needs
 
 NESTED = {}
 for _ in range(800):
     NESTED = {"": NESTED}
+GROUPS = {"groups": 2, "r": 2}
+WEIGHT = {"normalize": "weight"}
 
 
 @pytest.mark.parametrize(
@@ -47,11 +50,69 @@ for _ in range(800):
             {"target_modules": ["q_proj"], "layers_pattern": "layers"},
             r"`layers_pattern` \('layers'\).* needs `layers_to_transform`",
         ),
+        # Regular expressions
+        ({"target_modules": "(q_proj"}, r"`target_modules` \('.*'\) is no regular .*: .*; mend"),
+        (
+            {"exclude_modules": "*q"},
+            r"`exclude_modules` \('.*'\) is no regular expression: .*; mend",
+        ),
+        ({"rank_pattern": {"[": 4}}, r"`rank_pattern` \('.*'\) is no regular expression: .*; mend"),
+        ({"alpha_pattern": {"q": 2, "(": 4}}, r"`alpha_pattern` \('.*'\) is no regular expression"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": ["("]},
+            r"`layers_pattern` \('.*'\) is no ",
+        ),
+        (
+            {"modules_to_save": ["+"]},
+            r"`modules_to_save` \('.*'\) is no regular expression: .*; mend",
+        ),
+        # Row groups
+        ({"groups": 0}, r"`groups` \(0\) must be an integer of at least 1"),
+        ({"groups": 2.0}, r"`groups` \(2.0\) must be an integer"),
+        (
+            GROUPS | {"selection": "weight_norm"},
+            r"`groups` \(2\) needs `selection` 'random'",
+        ),
+        (GROUPS | {"selection": {"q": [0, 1]}}, "must be 2 lists of column numbers of the same"),
+        (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
+        (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),
+        ({"r": 2, "selection": {"q": [[0], [1]]}}, "must be a list of column numbers"),
+        # Rates
+        ({"normalize": "output"}, "`normalize` .'output'. must be one of none, input, weight"),
+        ({"column_rates": {"up": [1.0]}}, r"`normalize` .'none'. what they were found by; drop"),
+        (WEIGHT | {"column_rates": [1.0]}, "must be module names and lists of"),
+        (WEIGHT | {"column_rates": {"up": []}}, "lists of finite numbers above 0"),
+        (WEIGHT | {"column_rates": {"up": [1.0, 0.0]}}, "finite numbers above 0"),
+        (WEIGHT | {"column_rates": {"up": [float("nan")]}}, "numbers above 0"),
+        (WEIGHT | {"column_rates": {"up": [[1.0], 2.0]}}, "numbers above 0"),
+        (WEIGHT | {"column_rates": {"up": [True]}}, "numbers above 0"),
+        ({"use_rslora": 1}, "`use_rslora` .1. must be true or false"),
     ],
 )
 def test_wrong_values(options, message):
     with pytest.raises(ValueError, match=message):
         PacaConfig(**options)
+
+
+@needs("peft", "0.19")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mixer_init": "zeros"},
+            r"`mixer_init` \('zeros'\) must be one of \['kaiming'",
+        ),
+        (
+            {"init_lora_weights": "pissa"},
+            r"`init_lora_weights` \('pissa'\) must be True, 'gaussian",
+        ),
+        ({"use_dora": True}, r"`use_dora` \(True\) cannot be used with MosLoRA; drop it"),
+        ({"target_parameters": ["w"]}, r"`target_parameters` \(\['w'\]\) cannot be used with"),
+    ],
+)
+def test_wrong_values_of_moslora(options, message):
+    with pytest.raises(ValueError, match=message):
+        MosLoraConfig(**options)
 
 
 def test_wrong_values_of_a_file_are_said_by_peft_too(tmp_path):
@@ -65,16 +126,17 @@ def test_wrong_values_of_a_file_are_said_by_peft_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"paca_alpha": 0}, {"paca_alpha": -4}, {"alpha_pattern": None}]
+    "options",
+    [
+        {"paca_alpha": 0, "random_seed": None},
+        {"paca_alpha": -4, "random_seed": -(2**70)},
+        {"alpha_pattern": None, "random_seed": 2**70, "layers_to_transform": [0]},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+    ],
 )
-@pytest.mark.parametrize("seed", [None, -1, -(2**70), 2**70])
-def test_values_that_pefts_own_takes(options, seed):
-    PacaConfig(random_seed=seed, target_modules=".*q", layers_to_transform=[0], **options)
-
-
-def test_layer_zero_is_a_layer():
-    config = PacaConfig(target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers")
-    assert config.layers_to_transform == 0
+def test_values_that_pefts_own_takes(options):
+    config = PacaConfig(target_modules=".*q", **options)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 def test_unknown_key():
