@@ -50,7 +50,7 @@ def rates_of(model, name="default"):
         rates = torch.tensor(model.peft_config[name].column_rates[layer], dtype=torch.float64)
         delta, dim = module.delta_of(name), module.layout.delta_dim
         if rates.dim() == 2:
-            rates = torch.cat([row.expand(len(delta) // len(rates), -1) for row in rates])
+            rates = rates.repeat_interleave(delta.shape[dim - 1] // len(rates), 0)
         found[layer] = rates.view(*rates.shape, *[1] * (delta.dim() - dim - 1))
     return found
 
@@ -62,51 +62,45 @@ def train(model, optimizer, batches=None, **options):
         optimizer.step(**options)
 
 
-class Twin:
-    """p is trained by torch's optimiser, and delta = c * p is put into a model without rates."""
-
-    def __init__(self, model, rates, optimizer_class, **options):
-        self.model, self.rates = model, rates
-        self.layers = layers(model)
-        self.p = {
-            name: nn.Parameter(layer.delta_of("default").detach() / rates[name])
-            for name, layer in self.layers.items()
-        }
-        self.optimizer = optimizer_class(list(self.p.values()), **options)
-
-    def train(self, batches):
-        for batch in batches:
-            with torch.no_grad():
-                for name, layer in self.layers.items():
-                    layer.delta_of("default").copy_(self.rates[name] * self.p[name])
-            self.model.zero_grad()
-            loss_of(self.model, batch).backward()
-            for name, layer in self.layers.items():
-                self.p[name].grad = self.rates[name] * layer.delta_of("default").grad
-            self.optimizer.step()
-
-    def deltas(self):
-        return {name: self.rates[name] * p.detach() for name, p in self.p.items()}
+def assert_first_step_is_by_rates(model, loss):
+    """Adam moves each value by the learning rate, and so times its column's rate."""
+    optimizer = torch.optim.Adam(deltas(model), lr=1e-3, eps=1e-30)
+    before = [delta.detach().clone() for delta in deltas(model)]
+    loss.backward()
+    optimizer.step()
+    for delta, old, rates in zip(deltas(model), before, rates_of(model).values(), strict=True):
+        moved = (delta.detach() - old).abs().double()
+        expected = 1e-3 * rates.expand_as(moved)
+        assert (moved > 0).any()
+        assert len(rates.unique()) > 1
+        torch.testing.assert_close(moved[moved > 0], expected[moved > 0], rtol=1e-4, atol=1e-12)
 
 
-ADAM = {"lr": 1e-2, "eps": 1e-30, "weight_decay": 0.0}
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_equals_training_p_where_delta_is_c_times_p(groups):
+@pytest.mark.parametrize(("groups", "targets"), [(1, TARGETS), (2, TARGETS[2:])])
+def test_every_kind_of_layer(groups, targets):
     """Embedding, convolution with groups, linear layer, Conv1D, attention; row groups of some."""
-    options = {"target_modules": TARGETS if groups == 1 else TARGETS[2:], "groups": groups}
-    model = adapt(build(), normalize="weight", init_weights=False, **options)
-    rates = rates_of(model)
-    assert all(len(one.unique()) > 1 for one in rates.values())
-    plain = adapt(build(), selection=model.peft_config["default"].columns, **options)
-    plain.load_state_dict(model.state_dict())
-    twin = Twin(plain, rates, torch.optim.AdamW, **ADAM)
-    train(model, torch.optim.AdamW(deltas(model), **ADAM))
-    twin.train(make_batches(NUM_STEPS))
-    for name, delta in twin.deltas().items():
-        found = layers(model)[name].delta_of("default").detach()
-        torch.testing.assert_close(found, delta, rtol=1e-9, atol=1e-12)
+    options = {"normalize": "weight", "init_weights": False}
+    model = adapt(build(), groups=groups, target_modules=targets, **options)
+    assert_first_step_is_by_rates(model, loss_of(model, make_batches(1)[0]))
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("mixtral", 1), ("gpt_oss", 2)])
+def test_experts(kind, groups):
+    options = {"normalize": "weight", "groups": groups}
+    model = moe.adapt(moe.build(kind), random=False, **options)
+    assert_first_step_is_by_rates(model, moe.loss_of(model, moe.ids()))
+
+
+@pytest.mark.parametrize("normalize", ["weight", "input"])
+def test_quantised_weights(normalize):
+    pytest.importorskip("bitsandbytes")
+    base = quantized.Net("bitsandbytes-nf4")
+    config = PacaConfig(r=4, target_modules=["first", "second"], normalize=normalize)
+    if normalize == "input":
+        batches = [{"x": quantized.batch(step)} for step in range(2)]
+        config = choose_columns(base, config, collect_statistics(base, batches, config))
+    model = get_peft_model(base, config)
+    assert_first_step_is_by_rates(model, model(quantized.batch()).square().sum())
 
 
 def test_equals_a_learning_rate_for_each_column():
@@ -139,19 +133,11 @@ def test_equals_a_learning_rate_for_each_column():
     )
 
 
-def collected(model, **options):
-    config = PacaConfig(
-        r=3, paca_alpha=6, target_modules=["conv", "up", "down", "attention"], **options
-    )
-    statistics = collect_statistics(
-        model, make_batches(), config, loss_fn=lambda model, batch: loss_of(model, batch)
-    )
-    return choose_columns(model, config, statistics), statistics
-
-
 def test_by_input_the_first_step_changes_the_output_by_as_much_in_each_column():
     model = build()
-    config, statistics = collected(model, normalize="input")
+    config = PacaConfig(r=3, paca_alpha=6, target_modules=TARGETS[1:], normalize="input")
+    statistics = collect_statistics(model, make_batches(), config, loss_fn=loss_of)
+    config = choose_columns(model, config, statistics)
     assert config.selection == "random"
     assert config.selection_options == {"num_batches": 4}
     model = get_peft_model(model, config)
@@ -220,36 +206,6 @@ def test_columns_in_the_weight_are_those_of_the_normalised_steps():
     y = model(x)
     assert all(layer.residency.is_written for layer in layers(model).values())
     assert torch.equal(model.merge_and_unload()(x), y)
-
-
-def assert_first_step_is_by_rates(model, loss):
-    """Adam moves each value by the learning rate, and so times its column's rate."""
-    optimizer = torch.optim.Adam(deltas(model), lr=1e-3, eps=1e-30)
-    loss.backward()
-    optimizer.step()
-    for name, layer in layers(model).items():
-        moved = layer.delta_of("default").detach().abs().flatten(0, -2).amax(0).double()
-        rates = torch.tensor(model.peft_config["default"].column_rates[name]).double()
-        assert (moved > 0).any()
-        torch.testing.assert_close(moved[moved > 0], 1e-3 * rates[moved > 0], rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_experts(kind):
-    model = moe.adapt(moe.build(kind), random=False, normalize="weight")
-    assert_first_step_is_by_rates(model, moe.loss_of(model, moe.ids()))
-
-
-@pytest.mark.parametrize("normalize", ["weight", "input"])
-def test_quantised_weights(normalize):
-    pytest.importorskip("bitsandbytes")
-    base = quantized.Net("bitsandbytes-nf4")
-    config = PacaConfig(r=4, target_modules=["first", "second"], normalize=normalize)
-    if normalize == "input":
-        batches = [{"x": quantized.batch(step)} for step in range(2)]
-        config = choose_columns(base, config, collect_statistics(base, batches, config))
-    model = get_peft_model(base, config)
-    assert_first_step_is_by_rates(model, model(quantized.batch()).square().sum())
 
 
 class TestSavedAndContinued:
