@@ -129,6 +129,8 @@ def test_only_trained_columns_of_routed_tokens_are_kept(kind: str, implementatio
     trained = bytes_kept_of(model)
     frozen = bytes_kept_of(model.requires_grad_(False))
     assert trained - frozen == 2 * 14 * 4 * 8  # two parameters, S * R, float64
+    if implementation == "eager":  # torch's grouped GEMM does not take float64
+        assert frozen <= bytes_kept_of(base)
 
 
 def test_a_forward_that_passes_by_the_adapter_is_an_error() -> None:

@@ -121,36 +121,36 @@ def test_dropout_is_before_a():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A base and its adapter, in folders, and what both compute."""
+    base = build_model(64)
+    base.save_pretrained(tmp_path / "base")
+    model = adapt(base, rank_pattern={"down_proj": 2}, use_rslora=True)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model(ids()).logits
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(tmp_path, low_cpu_mem_usage):
-    model = adapt(rank_pattern={"down_proj": 2}, use_rslora=True)
-    expected = model(ids()).logits
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["peft_type"], saved["mixer_init"]) == ("MOSLORA", "kaiming")
-    loaded = PeftModel.from_pretrained(
-        build_model(64), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
-    ).eval()
+def test_save_and_load(saved, low_cpu_mem_usage):
+    folder, expected = saved
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert (config["peft_type"], config["mixer_init"]) == ("MOSLORA", "kaiming")
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(build_model(64), folder / "adapter", **options).eval()
     assert torch.equal(loaded(ids()).logits, expected)
     assert {len(layer.lora_mixer["default"].weight) for layer in layers(loaded)} == {2, 4}
 
 
-def test_transformers_loads_it(tmp_path):
-    base = build_model(64)
-    base.save_pretrained(tmp_path / "base")
-    model = adapt(base)
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    expected = model(ids()).logits
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+def test_transformers_loads_it(saved):
+    folder, expected = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
     assert torch.equal(loaded(ids()).logits, expected)
 
 
-def test_plain_peft_refuses_it(tmp_path):
+def test_plain_peft_refuses_it(saved):
     """It would have to leave the mixer out; the `peft_type` is one that it does not know."""
-    base = build_model(64)
-    base.save_pretrained(tmp_path / "base")
-    adapt(base).save_pretrained(tmp_path / "adapter")
     code = """
         import sys
         sys.modules["pacatune"] = None
@@ -162,7 +162,7 @@ def test_plain_peft_refuses_it(tmp_path):
         except KeyError as error:
             print("refused", error)
     """
-    done = run_python(textwrap.dedent(code), tmp_path)
+    done = run_python(textwrap.dedent(code), saved[0])
     assert done.stdout.strip() == "refused 'MOSLORA'", done.stderr
 
 
