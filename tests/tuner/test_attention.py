@@ -217,19 +217,16 @@ def test_both_parts_merged_and_unloaded() -> None:
     base = build(batch_first=True)
     model, args = adapt(base), inputs(base, "cross")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    y = model(*args)[0]
+    y = evaluate(model, *args)[0]
     model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(model(*args)[0], y)
-    model.unmerge_adapter()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(evaluate(model, *args)[0], y)
     with model.disable_adapter():
-        # Of the same weights: another alignment of a copy's memory may change the last bit.
-        assert torch.equal(model(*args)[0], model.get_base_model().attn.base_layer(*args)[0])
         torch.testing.assert_close(model(*args)[0], base(*args)[0], atol=1e-12, rtol=1e-12)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     merged = copy.deepcopy(model).merge_and_unload()
     assert [name for name, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
     assert list(merged.state_dict()) == list(base.state_dict())
-    torch.testing.assert_close(merged(*args)[0], y)
+    torch.testing.assert_close(evaluate(merged, *args)[0], y)
     for name, tensor in model.unload().state_dict().items():
         assert torch.equal(tensor, base.state_dict()[name])
 

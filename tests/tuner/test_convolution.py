@@ -29,30 +29,24 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
-# Input shape without the batch, and a convolution that takes it.
 LAYERS = {
-    "1d": ((5, 9), lambda: nn.Conv1d(5, 4, 3, stride=2, padding=1)),
-    "1d depthwise": ((6, 9), lambda: nn.Conv1d(6, 6, 4, padding=3, groups=6, bias=False)),
-    "2d": ((5, 7, 6), lambda: nn.Conv2d(5, 4, 3, padding=1)),
-    "2d same": ((5, 7, 6), lambda: nn.Conv2d(5, 4, (2, 3), padding="same", dilation=(1, 2))),
-    "2d reflect": ((5, 7, 6), lambda: nn.Conv2d(5, 4, 3, padding=2, padding_mode="reflect")),
-    "2d circular": ((6, 7, 6), lambda: nn.Conv2d(6, 4, 3, 2, 1, groups=2, padding_mode="circular")),
-    "2d replicate, same": (
-        (5, 7, 6),
-        lambda: nn.Conv2d(5, 4, (2, 3), padding="same", padding_mode="replicate"),
-    ),
-    "2d depthwise": ((6, 7, 6), lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6)),
-    "3d": ((4, 5, 6, 4), lambda: nn.Conv3d(4, 4, (2, 3, 2), padding=1, groups=2)),
+    "1d": lambda: nn.Conv1d(5, 4, 3, stride=2, padding=1),
+    "1d depthwise": lambda: nn.Conv1d(6, 6, 4, padding=3, groups=6, bias=False),
+    "2d": lambda: nn.Conv2d(5, 4, 3, padding=1),
+    "2d same": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", dilation=(1, 2)),
+    "2d reflect": lambda: nn.Conv2d(5, 4, 3, padding=2, padding_mode="reflect"),
+    "2d circular": lambda: nn.Conv2d(6, 4, 3, 2, 1, groups=2, padding_mode="circular"),
+    "2d replicate": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", padding_mode="replicate"),
+    "2d depthwise": lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6),
+    "3d": lambda: nn.Conv3d(4, 4, (2, 3, 2), padding=1, groups=2),
 }
+SIZES = {1: (9,), 2: (8, 5), 3: (5, 6, 4)}
 if has("timm"):
     from timm.layers import Conv2dSame
 
     LAYERS |= {
-        "2d padded by size": (
-            (5, 8, 5),
-            lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1)),
-        ),
-        "2d padded by size, depthwise": ((6, 7, 6), lambda: Conv2dSame(6, 6, 3, 2, groups=6)),
+        "2d padded by size": lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1)),
+        "2d padded by size, depthwise": lambda: Conv2dSame(6, 6, 3, 2, groups=6),
     }
 
 
@@ -75,8 +69,8 @@ class Standardises(nn.Conv2d):
 
 
 OWN_FORWARDS = {
-    "pads by the input": ((6, 7, 6), lambda: PadsByInput(6, 6, 3, stride=2, groups=6)),
-    "standardises": ((5, 7, 6), lambda: Standardises(5, 4, 3)),
+    "pads by the input": lambda: PadsByInput(6, 6, 3, stride=2, groups=6),
+    "standardises": lambda: Standardises(5, 4, 3),
 }
 ALL = {**LAYERS, **OWN_FORWARDS}
 
@@ -95,10 +89,11 @@ class One:
     """A float64 layer in a model by itself, the adapted layer, and an input."""
 
     def __init__(self, name):
-        shape, build = ALL[name]
-        self.base = nn.Sequential(build().double())
+        layer = ALL[name]().double()
+        self.base = nn.Sequential(layer)
         self.model = adapt(self.base)
         self.layer = layers(self.model)["0"]
+        shape = layer.in_channels, *SIZES[len(layer.kernel_size)]
         self.x = torch.randn(3, *shape, dtype=torch.float64).requires_grad_()
 
     def check(self, *adapters, model=None):

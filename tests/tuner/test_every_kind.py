@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
-from tests.releases import compiles_whole
+from tests.releases import compiles_whole, needs
 from tests.residency.twin import KINDS, Net, Twin, adapted, targets_of, twin_of
 from tests.tuner import nets
 
@@ -314,6 +314,20 @@ def test_the_kind_is_shown(kind: str) -> None:
     shown, name = repr(twin.layer), type(twin.layer.get_base_layer()).__name__
     is_named = "quantised" not in kind and kind != "Conv1D" and twin.kind.parameter == "weight"
     assert shown.startswith(f"paca.{name}(" if is_named else "paca.")
+
+
+@needs("peft", "0.19")
+@every_kind
+def test_linear_layers_alone_become_a_lora_of_pefts(kind: str) -> None:
+    """`pacatune export` writes the others, too."""
+    from peft import convert_to_lora
+
+    twin = make(kind)
+    if kind in ("Linear", "Conv1D") or kind not in FLOATING:
+        convert_to_lora(twin.model, rank=3)
+    else:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(twin.model, rank=3)
 
 
 def test_a_square_weight_that_is_stored_input_first() -> None:

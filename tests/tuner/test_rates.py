@@ -348,32 +348,18 @@ def test_flat_parameters_are_refused():
     assert not delta.any()
 
 
-GIVEN = {"normalize": "weight", "selection": {"up": [0, 1, 2]}, "target_modules": ["up"]}
+WEIGHT = {"normalize": "weight", "target_modules": ["up"]}
+GIVEN = {"selection": {"up": [0, 1, 2]}, **WEIGHT}
+INPUT = {"normalize": "input", "target_modules": ["up", "conv"]}
 
 
 @pytest.mark.parametrize(
     ("device", "options", "message"),
     [
-        (
-            "cpu",
-            {"normalize": "input", "target_modules": ["up", "conv"]},
-            r"'conv': .* collect them with .*collect_statistics",
-        ),
-        (
-            "meta",
-            {"normalize": "weight", "target_modules": ["up"]},
-            "'up': .* on the meta device: load them",
-        ),
-        (
-            "cpu",
-            {"column_rates": {"down": [1.0] * 3}, **GIVEN},
-            "'up': `column_rates` gives 0 rates .* the rank is 3",
-        ),
-        (
-            "cpu",
-            {"column_rates": {"up": [1.0] * 2}, **GIVEN},
-            r"gives 2 rates \(\[1.0, 1.0\]\) and the rank is 3",
-        ),
+        ("cpu", INPUT, r"'conv': .* collect them with .*collect_statistics"),
+        ("meta", WEIGHT, "'up': .* on the meta device: load them"),
+        ("cpu", {**GIVEN, "column_rates": {"down": [1.0] * 3}}, "gives 0 rates .* the rank is 3"),
+        ("cpu", {**GIVEN, "column_rates": {"up": [1.0] * 2}}, r"2 rates .* the rank is 3"),
     ],
 )
 def test_what_is_missing(device, options, message):
