@@ -14,7 +14,7 @@ from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import save_adapter
 from tests.conftest import build_model
 from tests.releases import has
-from tests.tuner import moe
+from tests.tuner import moe, nets
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": moe.BOTH}
 KINDS = {
@@ -123,7 +123,7 @@ def test_hotswaps(base_dir, tmp_path):
     model = make(base_dir, tmp_path / "one")
     other = make(base_dir, tmp_path / "two", seed=5, random_seed=5)
     hotswap_adapter(model, tmp_path / "two")
-    for ours, theirs in zip(moe.layers(model).values(), moe.layers(other).values(), strict=True):
+    for ours, theirs in zip(nets.layers(model).values(), nets.layers(other).values(), strict=True):
         assert torch.equal(ours.delta_of("default"), theirs.delta_of("default"))
         assert torch.equal(ours.paca_indices["default"], theirs.paca_indices["default"])
 
