@@ -89,12 +89,6 @@ VIEWS = {
         for name in ("step", "step-groups", "step-compiled", "switch")
     },
     "roofline": View(file="roofline"),
-    "distance": View(
-        file="distance",
-        columns=("what",),
-        remark="In per cent of the frozen model's step, by clocks around each part in steps that "
-        "took turns with the others. Rest: Python, autograd, views and casts, colder caches.",
-    ),
     "kernels": _kernels("eager", "compiled"),
     "kernels-more": _kernels("lean", "sharded", "whole-tensor passes"),
     "lean-units": View(file="lean", where=_what("kept per token and layer")),
