@@ -1,4 +1,4 @@
-"""The page of all commands and their options, from the commands' own parsers; built with the site."""
+"""The page of all commands, from their own parsers; built with the site."""
 
 import argparse
 import importlib
@@ -12,10 +12,11 @@ from pacatune.reports.rows import Table
 
 _INTRODUCTION = """# Commands
 
-Every command with its options, which `pacatune COMMAND --help` shows too. Options of `train` and `train-image` form
-sections: a YAML file (`--config`) has them as mappings, options on the command line override it, and `--print_config`
-prints every option with its explanation as such a file. Of `training` every option of TRL's or transformers' class may
-be given; listed are those that are ours or have other defaults here.
+Every command with its options, which `pacatune COMMAND --help` shows too. Options of `train` and
+`train-image` form sections: a YAML file (`--config`) has them as mappings, options on the command
+line override it, and `--print_config` prints every option with its explanation as such a file. Of
+`training` every option of TRL's or transformers' class may be given; listed are those that are ours
+or have other defaults here.
 """
 # Commands whose options form sections -> the sections, and tasks that have one of their own.
 _SECTIONS = ("model", "data", "paca", "lora", "moslora", "training")
