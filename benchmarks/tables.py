@@ -71,26 +71,20 @@ def _is_share(row: Row) -> bool:
     return row.what == "step" and (row.method == "paca" or row.unit == "ratio")
 
 
-def _kernels(*settings: str) -> View:
-    passes = ("forward", "backward", "with accumulation")
-    return View(
-        file="kernels",
-        where=lambda row: row.setting in settings and row.what in passes,
-        index=("method",),
-        columns=("setting", "what"),
-        floor="frozen",
-        remark="Lines below `frozen` say how many are beyond it.",
-    )
-
-
 VIEWS = {
     **{
         name: View(file=name, where=_is_share)
         for name in ("step", "step-groups", "step-compiled", "switch")
     },
     "roofline": View(file="roofline"),
-    "kernels": _kernels("eager", "compiled"),
-    "kernels-more": _kernels("lean", "sharded", "whole-tensor passes"),
+    "kernels": View(
+        file="kernels",
+        where=_what("forward", "backward", "with accumulation"),
+        index=("method",),
+        columns=("setting", "what"),
+        floor="frozen",
+        remark="Lines below `frozen` say how many are beyond it.",
+    ),
     "lean-units": View(file="lean", where=_what("kept per token and layer")),
     "lean-times": View(
         file="lean",
