@@ -40,8 +40,7 @@ demo-rl: setup-demo-rl
 	@$(RUN) examples/grpo.py $(ARGS)
 
 test: lint
-	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
 
 lint: setup-dev
 	$(RUN) -m ruff check .
