@@ -1,4 +1,4 @@
-"""Write the tables of measurements into README and docs from the committed results.
+"""Write the tables of measurements into docs from the committed results.
 
     python -m benchmarks.tables
 
@@ -20,7 +20,7 @@ from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 
 
 @dataclass(frozen=True, kw_only=True)
