@@ -291,8 +291,10 @@ def test_messages_of_strangers(source, kind, changes, damage, message):
 
 
 def test_a_server_needs_no_peft():
+    """Nor who patches a model in memory."""
     code = (
         "import sys\n"
+        "from pacatune.patch import apply, load, revert\n"
         "from pacatune.sync import ColumnReceiver, Distributed, File, InProcess, SharedWeights\n"
         "assert not {'peft', 'transformers', 'accelerate'} & set(sys.modules)\n"
     )
