@@ -28,17 +28,13 @@ def test_the_given_base_comes_before_the_adapters_own():
         base_name(None, PacaConfig())
 
 
-@pytest.mark.parametrize(
-    ("task_type", "expected"),
-    [
-        (None, "LlamaForCausalLM"),  # as it was saved
-        ("FEATURE_EXTRACTION", "LlamaModel"),
-        ("SEQ_CLS", "LlamaForSequenceClassification"),
-    ],
-)
-def test_task_and_saved_class_decide_the_head(tiny_model_dir, task_type, expected):
-    base = empty_base(str(tiny_model_dir), task_type=task_type)
-    assert type(base).__name__ == expected
+def test_task_and_saved_class_decide_the_head(tiny_model_dir):
+    def class_of(task_type):
+        return type(empty_base(str(tiny_model_dir), task_type=task_type)).__name__
+
+    assert class_of(None) == "LlamaForCausalLM"
+    assert class_of("FEATURE_EXTRACTION") == "LlamaModel"
+    assert class_of("SEQ_CLS") == "LlamaForSequenceClassification"
 
 
 def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
@@ -61,10 +57,7 @@ def test_a_missing_base_is_named(tmp_path, adapter_dir):
     ("changes", "message"),
     [
         ({"model_type": "nonsense"}, "comes with code of its own, which is never executed"),
-        (
-            {"architectures": ["EvilForCausalLM"]},
-            r"is a 'EvilForCausalLM', which transformers .* not run",
-        ),
+        ({"architectures": ["EvilLM"]}, r"is a 'EvilLM', which transformers .* not run"),
     ],
 )
 def test_an_unknown_architecture_is_refused_and_its_code_not_run(

@@ -1,63 +1,17 @@
 """Convolutions as LoRA: exact where PEFT's can say it, refused where it cannot."""
 
-import json
-import re
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.export_factors import convolution_factors, refuse_inexpressible
-from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.inspect import inspect_adapter
-from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
 from pacatune.tuner.layout import layout_of
-from tests.adapters import kinds
 from tests.adapters.fixtures import save_adapter
-
-
-@pytest.mark.parametrize("kind", kinds.CONVOLUTIONS)
-def test_each_convolution_has_a_rank_of_its_own(kind, tmp_path):
-    kinds.build(kind).save_pretrained(tmp_path / "base")
-    kinds.save(kind, tmp_path / "base", tmp_path / "adapter")
-    result = export_lora(None, tmp_path / "adapter", tmp_path / "lora")
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    modules = read_adapter(tmp_path / "adapter").modules
-    convolutions = {name for name, update in modules.items() if update.delta.ndim > 2}
-    assert len(config["rank_pattern"]) == len(convolutions) == len(config["alpha_pattern"])
-    for name in convolutions:
-        rank = config["rank_pattern"]["^" + re.escape(name)]
-        assert len(tensors[f"base_model.model.{name}.lora_A.weight"]) == rank
-    assert any("convolutions have ranks of their own" in note for note in result.notes)
-    has_groups = kind == "convnext"
-    assert any("with groups but cannot merge" in note for note in result.notes) == has_groups
-    lora = inspect_adapter(tmp_path / "lora")
-    assert len(lora.modules) == len(modules)
-    assert lora.extra == []
-
-
-@pytest.mark.parametrize("kind", kinds.CONVOLUTIONS)
-def test_another_kernel_or_other_weights_are_refused(kind, tmp_path):
-    kinds.build(kind).save_pretrained(tmp_path / "base")
-    kinds.save(kind, tmp_path / "base", tmp_path / "adapter")
-    adapter, model = read_adapter(tmp_path / "adapter"), kinds.build(kind)
-    kernels = [name for name, update in adapter.modules.items() if update.delta.ndim > 2]
-    conv = model.get_submodule(kernels[0])
-    with torch.no_grad():
-        conv.weight.add_(0.1)
-    with pytest.raises(ValueError, match=r"weights of 1 of .* are not those it was trained on"):
-        check_base(adapter, model)
-    model.set_submodule(kernels[0], nn.Conv2d(3, conv.out_channels, 9))
-    with pytest.raises(ValueError, match=r"has a delta of .* but the base needs \(\d+, 2, 9, 9\)"):
-        attach(model, adapter)
-
 
 CONVOLUTIONS = {
     "wide": ((5, 7, 6), lambda: nn.Conv2d(5, 40, 3, stride=2, padding=1)),  # taps

@@ -19,7 +19,6 @@ from pacatune.adapters.probe import OutputError, check_outputs
 from tests.adapters.fixtures import edit_json, logits_of, save_adapter, scale
 from tests.conftest import build_model
 from tests.releases import needs
-from tools.families import FAMILIES
 
 # PEFT asks transformers in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -147,13 +146,6 @@ def test_servers_get_one_rank_and_one_whole_alpha(
     for name, tensor in tensors.items():
         assert tensor.shape[0 if "lora_A" in name else 1] == config["r"], name
     assert_same_in_peft(tiny_model_dir, tmp_path / "lora", adapted)
-
-
-def test_fused_projections_are_exported(export, tmp_path):
-    FAMILIES["Phi-3"].build().save_pretrained(tmp_path / "base")
-    adapted, _, config, _ = export(tmp_path / "base", target_modules=None)
-    assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
-    assert_same_in_peft(tmp_path / "base", tmp_path / "lora", adapted)
 
 
 def test_shapes_come_from_the_configuration_alone(model_copy, adapter_dir, tmp_path):

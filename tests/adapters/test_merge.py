@@ -224,31 +224,11 @@ def test_another_base_is_refused(model, model_copy, adapter_dir, tmp_path):
     assert "weights of 1 of 6" in result.notes[0]
 
 
-def damaged(merge_layer):
-    def merge_and_damage(self, *args, **kwargs):
-        merge_layer(self, *args, **kwargs)
-        others = torch.ones(self.in_features, dtype=torch.bool)
-        others[self.paca_indices["default"]] = False
-        self.base_layer.weight.data[:, others] *= 1.5
-
-    return merge_and_damage
-
-
-def forgotten(merge_layer):
-    return lambda self, *args, **kwargs: None
-
-
-@pytest.mark.parametrize(
-    ("wrong", "verify", "message"),
-    [
-        (damaged, True, r"outputs differ from the adapter's by .* of"),
-        (forgotten, False, r"module 'model\..*: the merged columns are not W \+ scaling \* delta"),
-    ],
-)
-def test_a_wrong_merge_is_refused(adapter_dir, tmp_path, monkeypatch, wrong, verify, message):
-    monkeypatch.setattr(PacaLayer, "merge", wrong(PacaLayer.merge))
+def test_a_merge_that_forgets_a_column_is_refused(adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(PacaLayer, "merge", lambda self, *args, **kwargs: None)
+    message = r"module 'model\..*: the merged columns are not W \+ scaling \* delta in torch"
     with pytest.raises(ValueError, match=message):
-        merge(None, adapter_dir, tmp_path / "out", verify=verify)
+        merge(None, adapter_dir, tmp_path / "out", verify=False)
     assert not (tmp_path / "out").exists()
 
 

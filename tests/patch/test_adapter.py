@@ -168,9 +168,21 @@ def test_another_base_is_refused(bf16_adapter, bf16_dir, tmp_path):
         patch.apply_to_folder(bf16_dir, made, tmp_path / "out")
 
 
-FEW_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 NF4 = {"method": "bitsandbytes", "type": "nf4"}
-HEAD = {"base_model.model.lm_head.weight": torch.ones(300, 32)}
+
+
+def configured(**changes):
+    return lambda base, adapter: edit_json(adapter / CONFIG, **changes)
+
+
+def train_head(base, adapter):
+    head = {"base_model.model.lm_head.weight": torch.ones(300, 32)}
+    edit_tensors(adapter, lambda tensors: tensors.update(head))
+
+
+def declare_packed(base, adapter):
+    few_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(base / "config.json", quantization_config=few_bits)
 
 
 def pack(base, adapter):
@@ -188,24 +200,12 @@ def overflow(base, adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda base, adapter: edit_json(adapter / CONFIG, peft_type="LORA"),
-            "This is not a PaCA adapter",
-        ),
-        (
-            lambda base, adapter: edit_json(adapter / CONFIG, base_quantization=NF4),
-            "quantised as 'bitsandbytes nf4'.* --base original",
-        ),
-        (
-            lambda base, adapter: edit_tensors(adapter, lambda tensors: tensors.update(HEAD)),
-            "trains what are no columns, first .*patch diff",
-        ),
+        (configured(peft_type="LORA"), "This is not a PaCA adapter"),
+        (configured(base_quantization=NF4), "quantised as 'bitsandbytes nf4'.* --base original"),
+        (train_head, "trains what are no columns, first .*patch diff"),
         (overflow, "columns that are not finite in torch.bfloat16"),
-        (
-            lambda base, adapter: edit_json(base / "config.json", quantization_config=FEW_BITS),
-            "is saved quantised: its numbers are packed",
-        ),
         (pack, "is saved quantised: its numbers are packed"),
+        (declare_packed, "is saved quantised: its numbers are packed"),
     ],
 )
 def test_what_a_patch_cannot_hold_is_refused(single, bf16_adapter, tmp_path, change, message):

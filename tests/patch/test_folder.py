@@ -156,26 +156,20 @@ def refused(base, made, tmp_path, message, error=ValueError):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("options", "dtype", "message"),
     [
-        (
-            lambda: build_model(300, seed=3).bfloat16(),
-            r"is not the base .*\('my-base'\), .*6 of 6",
-        ),
-        (
-            lambda: build_model(300).half(),
-            r"in torch.float16, but the columns are .* in torch.bfloat16",
-        ),
-        (
-            lambda: build_model(300, intermediate_size=48).bfloat16(),
-            r"\(32, 48\) in .* but the columns",
-        ),
-        (lambda: build_model(300, num_hidden_layers=1).bfloat16(), r"has no tensor '.*1.mlp"),
+        ({"seed": 3}, torch.bfloat16, r"is not the base .*\('my-base'\), .*6 of 6"),
+        ({}, torch.float16, r"in torch.float16, but the columns are .* in torch.bfloat16"),
+        ({"intermediate_size": 48}, torch.bfloat16, r"\(32, 48\) in .* but the columns"),
+        ({"num_hidden_layers": 1}, torch.bfloat16, r"has no tensor '.*1.mlp"),
     ],
 )
-def test_bases_that_a_patch_does_not_fit(bf16_patch, tmp_path, build, message):
-    build().save_pretrained(tmp_path / "base")
+def test_bases_that_a_patch_does_not_fit(bf16_patch, tmp_path, options, dtype, message):
+    build_model(300, **options).to(dtype).save_pretrained(tmp_path / "base")
     refused(tmp_path / "base", bf16_patch, tmp_path, message)
+
+
+INDEX = "model.safetensors.index.json"
 
 
 def truncate(base):
@@ -196,8 +190,8 @@ def repeat(base):
 
 def name_file(**names):
     def change(base):
-        index = base / "model.safetensors.index.json"
-        edit_json(index, weight_map=json.loads(index.read_text())["weight_map"] | names)
+        known = json.loads((base / INDEX).read_text())["weight_map"]
+        edit_json(base / INDEX, weight_map=known | names)
 
     return change
 
@@ -211,11 +205,7 @@ def name_file(**names):
         (name_file(a="../base/model.safetensors"), ValueError, "must be a plain name that ends"),
         (name_file(a="model.bin"), ValueError, "must be a plain name that ends with"),
         (name_file(b="lost.safetensors"), FileNotFoundError, "has no lost.safetensors, which its"),
-        (
-            lambda base: edit_json(base / "model.safetensors.index.json", weight_map={}),
-            ValueError,
-            "has no `weight_map`",
-        ),
+        (lambda base: edit_json(base / INDEX, weight_map={}), ValueError, "has no `weight_map`"),
     ],
 )
 def test_damaged_folders_are_refused(sharded_dir, bf16_patch, tmp_path, damage, error, message):

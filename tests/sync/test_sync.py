@@ -311,10 +311,7 @@ def adapt_tied():
     ("build", "message"),
     [
         (served, "has no PaCA layers; adapt it first"),
-        (
-            lambda: adapt(modules_to_save=["lm_head"]),
-            r"also trains .*lm_head.*, which is no column",
-        ),
+        (lambda: adapt(modules_to_save=["lm_head"]), r"also trains .*lm_head.*, which is no"),
         (adapt_tied, "'lm_head.weight' is tied to another module"),
     ],
 )
@@ -342,49 +339,33 @@ def test_columns_that_are_not_finite_are_not_sent(model):
     assert receiver.apply(source.columns())
 
 
-DOWN = "model.layers.1.mlp.down_proj.weight"
-GATE, UP = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
-
-
-def changed(change):
-    tensors = dict(served().state_dict())
-    change(tensors)
-    return tensors
+Q = "model.layers.0.self_attn.q_proj"
+GATE, UP, DOWN = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
 
 
 @pytest.mark.parametrize(
-    ("serve", "message"),
+    ("change", "message"),
     [
         (
-            lambda: served(torch.bfloat16),
-            r"bfloat16, but the columns are .* in torch.float32\. .* `ColumnSource\(model, dtype",
+            lambda t: t.update({DOWN: t[DOWN].half()}),
+            r"float16, but .*float32\. .* `ColumnSource",
         ),
-        (adapt, r"'model.layers.0.self_attn.q_proj' has an adapter"),
-        (
-            lambda: changed(lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)})),
-            r"in torch.float8_e4m3fn, .* Serve the base that is trained, not quantised",
-        ),
-        (
-            lambda: changed(lambda t: t.update({DOWN: t[DOWN][:30]})),
-            r"which is neither that nor the part of rank 0 of 1",
-        ),
-        (
-            lambda: changed(lambda t: t.pop(DOWN)),
-            r"no tensor .*1.mlp.down_proj.* the nearest is",
-        ),
-        (
-            lambda: changed(lambda t: t.update({UP: t[GATE]})),
-            r"gate_proj.* and .*up_proj.* are one tensor",
-        ),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)}), r"float8.* not quantised"),
+        (lambda t: t.update({DOWN: t[DOWN][:30]}), "neither that nor the part of rank 0 of 1"),
+        (lambda t: t.pop(DOWN), r"no tensor .*1.mlp.down_proj.* the nearest is"),
+        (lambda t: t.update({UP: t[GATE]}), r"gate_proj.* and .*up_proj.* are one tensor"),
+        (lambda t: t.update({f"{Q}.base_layer.weight": t.pop(f"{Q}.weight")}), "q_proj' has an"),
     ],
 )
-def test_receivers_refuse_other_models(source, serve, message):
+def test_receivers_refuse_other_models(source, server, change, message):
+    tensors = dict(server.state_dict())
+    change(tensors)
     with pytest.raises(ValueError, match=message):
-        ColumnReceiver(serve()).expect(source.positions())
+        ColumnReceiver(tensors).expect(source.positions())
 
 
-def test_receivers_of_a_part(source):
-    part = changed(lambda tensors: tensors.pop(DOWN))
+def test_receivers_of_a_part(source, server):
+    part = {name: tensor for name, tensor in server.state_dict().items() if name != DOWN}
     ColumnReceiver(part, is_partial=True).expect(source.positions())
     with pytest.raises(ValueError, match="none of the trainer's tensors"):
         ColumnReceiver({}, is_partial=True).expect(source.positions())
