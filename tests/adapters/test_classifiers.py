@@ -10,7 +10,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.adapters.folder import open_adapter
 from pacatune.adapters.loading import answered_warnings, load_language_model
 from pacatune.adapters.merge import merge
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_json, save_adapter
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def classifier(tiny_model_dir, tmp_path, num_labels):
 
 
 def logits_of(model):
-    with torch.no_grad():  # a classifier without a padding token takes one sequence at a time
+    with torch.no_grad():
         return model.eval()(torch.arange(20)[None]).logits
 
 
@@ -44,11 +44,13 @@ def test_merging_keeps_the_head(classifier, tiny_model_dir, tmp_path, num_labels
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_a_merged_lora_reward_model(tiny_model_dir, tmp_path):
-    base = load_base(str(tiny_model_dir), task_type="SEQ_CLS", num_labels=1)
+def test_a_merged_lora_reward_model(model_copy, tmp_path):
+    """Without a padding token it takes one sequence at a time."""
+    edit_json(model_copy / "config.json", pad_token_id=None)
+    base = load_base(str(model_copy), task_type="SEQ_CLS", num_labels=1)
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "lora")
-    merge(str(tiny_model_dir), tmp_path / "lora", tmp_path / "merged")
+    merge(str(model_copy), tmp_path / "lora", tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.num_labels == 1
 

@@ -138,6 +138,7 @@ def test_hotswaps(kind, bases, tmp_path):
     for ours, theirs in zip(moe.layers(model).values(), moe.layers(other).values(), strict=True):
         assert torch.equal(ours.delta_of("default"), theirs.delta_of("default"))
         assert torch.equal(ours.paca_indices["default"], theirs.paca_indices["default"])
+        assert ours.scaling == theirs.scaling
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)

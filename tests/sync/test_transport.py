@@ -95,6 +95,14 @@ def test_a_late_reader_begins_with_the_last_complete_sync(model, server, source,
     assert_bits(server, merged(model))
 
 
+def test_a_slow_reader_skips_to_the_last_complete_sync(model, server, source, reader, tmp_path):
+    for seed in range(3):
+        step(model, seed=seed)
+        source.send(File(tmp_path))
+    assert ColumnReceiver(server).receive(reader).number == 3
+    assert_bits(server, merged(model))
+
+
 def test_a_restarted_trainer_goes_on_in_its_folder(model, server, receiver, reader, tmp_path):
     ColumnSource(model).send(File(tmp_path))
     receiver.receive(reader)
