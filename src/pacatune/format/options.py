@@ -25,6 +25,8 @@ RANDOM = "random"
 Columns = dict[str, list[int]] | dict[str, list[list[int]]]
 """Module name -> its columns, or those of each of its row groups."""
 _MAX_DEPTH = 8
+# The largest float32, in which updates are scaled; beyond it torch raises an error of its own.
+_MOST = (2 - 2**-23) * 2.0**127
 
 
 @dataclass
@@ -362,5 +364,5 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"`{name}` ({value!r}) must be a finite number.")
+    if type(value) not in (int, float) or not abs(value) <= _MOST:
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number of 32 bits, as 16.")
