@@ -4,7 +4,6 @@
 looking into an adapter does not wait for PEFT.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -353,7 +352,7 @@ def _are_rates(values: Any) -> bool:
     return all(
         isinstance(row, list | tuple)
         and 0 < len(row) == len(rows[0])
-        and all(type(rate) in (int, float) and 0 < rate <= sys.float_info.max for rate in row)
+        and all(type(rate) in (int, float) and 0 < rate <= _MOST for rate in row)
         for row in rows
     )
 
