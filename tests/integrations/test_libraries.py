@@ -14,7 +14,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.adapters.loading import hotswap_adapter
 from pacatune.adapters.merge import merge
 from tests.releases import needs
-from tests.tuner.small_llama import randomise
+from tests.tuner.nets import fill
 
 
 class TestSentenceTransformers:
@@ -112,7 +112,7 @@ class TestDiffusers:
         unet = self.unet()
         before = self.noise(unet)
         unet.add_adapter(self.config())
-        randomise(unet)
+        fill(unet)
         after = self.noise(unet)
         assert not torch.allclose(after, before, atol=1e-3)
         unet.disable_adapters()
@@ -123,7 +123,7 @@ class TestDiffusers:
     @pytest.mark.parametrize("is_given_adapted", [False, True])
     def test_exported_adapters_are_lora_of_diffusers(self, tmp_path, is_given_adapted):
         model = get_peft_model(self.unet(), self.config())
-        randomise(model)
+        fill(model)
         after = self.noise(model)
         model.save_pretrained(tmp_path / "paca")
         base = model.get_base_model() if is_given_adapted else self.unet()
@@ -176,7 +176,7 @@ def test_timm(tmp_path):
     saved = {}
     for seed in (0, 1):
         model = get_peft_model(vit(), config)
-        randomise(model, seed)
+        fill(model, seed)
         saved[seed] = scores(model)
         model.save_pretrained(tmp_path / str(seed))
     model = PeftModel.from_pretrained(vit(), tmp_path / "0")

@@ -1,17 +1,12 @@
 """Tiny mixtures of experts, and what plain autograd says of them."""
 
-import copy
-
 import pytest
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune import PacaConfig
-from pacatune.ops.reference import adapted_experts
-from pacatune.tuner.layout import is_transposed
 from tests.releases import has
+from tests.tuner import nets
 
 VOCAB_SIZE = 64
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -71,31 +66,9 @@ def build(
     return model.to(dtype).eval()
 
 
-def adapt(base: nn.Module, *, random: bool = True, **options) -> nn.Module:
+def adapt(base: nn.Module, **options) -> nn.Module:
     """Return the base (a copy) with random updates of its experts."""
-    options = {"target_parameters": BOTH, "target_modules": [], "r": 4, "paca_alpha": 6, **options}
-    model = get_peft_model(copy.deepcopy(base), PacaConfig(**options), autocast_adapter_dtype=False)
-    if random:
-        fill(model)
-    return model
-
-
-def fill(model: nn.Module, adapter: str = "default") -> None:
-    with torch.no_grad():
-        for number, layer in enumerate(layers(model).values()):
-            if adapter in layer.r:
-                generator = torch.Generator().manual_seed(number)
-                layer.delta_of(adapter).normal_(std=0.2, generator=generator)
-
-
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the adapted layers by the name of what they adapt in the base model."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {name: m for name, m in inner.named_modules() if hasattr(m, "paca_delta")}
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
-    return [layer.delta_of(adapter) for layer in layers(model).values() if adapter in layer.r]
+    return nets.adapt(base, **{"target_parameters": BOTH, "target_modules": [], "r": 4, **options})
 
 
 def ids(seed: int = 0, shape: tuple[int, int] = (3, 9)) -> Tensor:
@@ -109,44 +82,10 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-class Reference(nn.Module):
-    """The base model whose own forward runs with the adapted weights, made anew in each call."""
-
-    def __init__(self, base: nn.Module, model: nn.Module, *adapters: str) -> None:
-        super().__init__()
-        self.base = copy.deepcopy(base).requires_grad_(False)
-        self.updates = []
-        self.deltas = nn.ParameterList()
-        for adapter in adapters or ("default",):
-            for name, layer in layers(model).items():
-                if adapter in layer.r:
-                    self.deltas.append(layer.delta_of(adapter).detach().clone())
-                    columns, scaling = layer.paca_indices[adapter], layer.scaling[adapter]
-                    self.updates.append((name, columns, scaling))
-
-    def forward(self, **inputs):
-        parameters = dict(self.base.named_parameters())
-        for (name, columns, scaling), delta in zip(self.updates, self.deltas, strict=True):
-            experts = self.base.get_submodule(name.rpartition(".")[0])
-            parameters[name] = adapted_experts(
-                parameters[name], delta, columns, scaling, is_transposed=is_transposed(experts)
-            )
-        return torch.func.functional_call(self.base, parameters, (), inputs)
-
-
-def assert_equal(model: nn.Module, reference: Reference, tokens: Tensor, tolerance=1e-6) -> None:
-    """Logits and the gradients of all deltas are those of the reference.
+def assert_equal(model: nn.Module, base: nn.Module, *adapters: str) -> None:
+    """Logits and the gradients of all deltas are those of plain autograd.
 
     The routers of all models are computed in float32, whatever the model's dtype.
     """
-    found, expected = [], []
-    for which, parameters, results in (
-        (model, deltas(model), found),
-        (reference, list(reference.deltas), expected),
-    ):
-        which.zero_grad()
-        logits = which(input_ids=tokens).logits
-        logits.square().mean().backward()
-        results += [logits.detach(), *(parameter.grad for parameter in parameters)]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+    reference = nets.Reference(base, model, *adapters)
+    nets.assert_equal(model, reference, input_ids=ids(), tolerance=1e-6)

@@ -15,12 +15,7 @@ import peft
 import torch
 from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _get_in_out_features,
-    check_adapters_to_merge,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import PeftType
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.peft_types import register_peft_method
@@ -92,14 +87,8 @@ class Linear(nn.Module, PacaLayer):
         update = self.scaling[name] * self.paca_delta[name]
         return weight.index_copy(1, columns, (weight[:, columns] + update).to(weight.dtype))
 
-    def merge(self, safe_merge=False, adapter_names=None):
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.paca_delta:
-                self.base_layer.weight.data = self._adapted(self.base_layer.weight, name).detach()
-                self.merged_adapters.append(name)
-
     def forward(self, x, *args: Any, **kwargs: Any):
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         weight = self.base_layer.weight
         for name in self.active_adapters:

@@ -1,51 +1,88 @@
-"""The adapted nn.MultiheadAttention against torch's own with adapted weights."""
+"""The adapted nn.MultiheadAttention: torch's own with adapted weights, whatever it is asked (R1).
 
-import itertools
+test_every_kind.py holds what PEFT does with its `in_proj_weight`.
+"""
+
+import copy
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from tests.tuner.attention_nets import (
-    BATCH,
-    BOTH,
-    KEYS,
-    LENGTH,
-    NUM_HEADS,
-    Reference,
-    adapt,
-    assert_equal,
-    build,
-    inputs,
-)
+from pacatune import PacaConfig
+from tests.ops.twin import bytes_kept
+from tests.releases import needs
+from tests.tuner import nets
+from tests.tuner.nets import Reference, assert_equal, evaluate, fill, layers
+
+EMBED_DIM, NUM_HEADS, LENGTH, KEYS, BATCH = 12, 4, 5, 7, 3
+BOTH = ["attn", "out_proj"]
+MASKS = ["attn_mask", "key_padding_mask"]
 
 
-@pytest.mark.parametrize("targets", [BOTH, ["attn"], ["out_proj"]], ids=["both", "in", "out"])
-@pytest.mark.parametrize("kind", ["self", "cross", "three"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_equal_to_reference(targets, kind: str, bias: bool) -> None:
-    for batch_first, need_weights in itertools.product([True, False], repeat=2):
-        base = build(bias=bias, batch_first=batch_first)
-        model = adapt(base, target_modules=targets)
-        kwargs = {"need_weights": need_weights}
-        assert_equal(model, Reference(base, model), inputs(base, kind), kwargs)
+class Net(nn.Module):
+    """One attention and what it needs around it."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(EMBED_DIM, NUM_HEADS, dtype=torch.float64, **options)
+
+    def forward(self, *args, **kwargs):
+        return self.attn(*args, **kwargs)
+
+
+def build(**options) -> Net:
+    torch.manual_seed(0)
+    net = Net(**options)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return net
+
+
+def adapt(base: nn.Module, targets=BOTH, **options) -> nn.Module:
+    return nets.adapt(base, target_modules=targets, **options)
+
+
+def inputs(base: Net, kind: str, is_batched: bool = True) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of self-attention, of cross-attention, or three different tensors."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(length: int) -> torch.Tensor:
+        shape = (length, EMBED_DIM)
+        if is_batched:
+            shape = (BATCH, *shape) if base.attn.batch_first else (length, BATCH, EMBED_DIM)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    query = normal(LENGTH)
+    if kind == "self":
+        return query, query, query
+    key = normal(KEYS)
+    return query, key, key if kind == "cross" else normal(KEYS)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True}],
-    ids=["bias_kv", "zero", "both"],
+    ("kind", "targets", "groups", "options", "need_weights"),
+    [
+        ("self", BOTH, 1, {}, True),
+        ("self", ["attn"], 1, {"bias": False, "batch_first": True}, False),
+        ("self", "all-linear", 1, {"batch_first": True}, True),
+        ("cross", BOTH, 2, {"bias": False, "batch_first": True}, True),
+        ("cross", ["out_proj"], 1, {}, False),
+        ("three", BOTH, 1, {"batch_first": True}, False),
+        ("three", ["attn"], 2, {"bias": False}, True),
+    ],
 )
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("is_masked", [True, False])
-def test_appended_keys(options, need_weights: bool, is_masked: bool) -> None:
-    base = build(batch_first=True, **options)
-    model = adapt(base)
-    kwargs = {"need_weights": need_weights, **(masks("bool", 2) if is_masked else {})}
-    assert_equal(model, Reference(base, model), inputs(base, "cross"), kwargs)
+def test_equal_to_reference(
+    kind: str, targets, groups: int, options: dict, need_weights: bool
+) -> None:
+    base = build(**options)
+    model = adapt(base, targets, groups=groups)
+    reference = Reference(base, model)
+    assert_equal(model, reference, *inputs(base, kind), need_weights=need_weights)
 
 
-def masks(kind: str, num_dims: int, is_batched: bool = True):
+def masks(kind: str, num_dims: int, is_batched: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     batch = (BATCH if is_batched else 1) * NUM_HEADS
     shape = (LENGTH, KEYS) if num_dims == 2 else (batch, LENGTH, KEYS)
@@ -57,59 +94,181 @@ def masks(kind: str, num_dims: int, is_batched: bool = True):
         attention = torch.zeros(shape, dtype=torch.float64).masked_fill(attention, -torch.inf)
         attention = attention + torch.randn(shape, generator=generator, dtype=torch.float64)
         padding = torch.zeros(padding.shape, dtype=torch.float64).masked_fill(padding, -torch.inf)
-    return {"attn_mask": attention, "key_padding_mask": padding}
+    return dict(zip(MASKS, (attention, padding), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("num_dims", [2, 3])
+BIAS_KV, ZERO = {"add_bias_kv": True}, {"add_zero_attn": True}
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize(
-    "which", [["attn_mask"], ["key_padding_mask"], ["attn_mask", "key_padding_mask"]]
+    ("options", "kind", "num_dims", "names", "is_batched"),
+    [
+        ({}, "bool", 2, MASKS, True),
+        ({}, "bool", 3, MASKS[:1], True),
+        ({}, "bool", 2, MASKS[1:], True),
+        ({"batch_first": True}, "float", 3, MASKS, True),
+        ({}, "float", 2, MASKS[:1], False),
+        ({}, "bool", 3, MASKS, False),
+        (BIAS_KV, "bool", 2, MASKS, True),
+        (ZERO, "float", 3, MASKS, True),
+        (BIAS_KV | ZERO, "bool", 2, MASKS, True),
+        (BIAS_KV | ZERO, "bool", 2, [], True),
+    ],
 )
-def test_masks(kind: str, num_dims: int, need_weights: bool, which: list[str]) -> None:
-    for batch_first, is_batched in ((True, True), (False, True), (False, False)):
-        base = build(batch_first=batch_first)
-        model = adapt(base)
-        given = masks(kind, num_dims, is_batched)
-        kwargs = {"need_weights": need_weights, **{name: given[name] for name in which}}
-        args = inputs(base, "cross", is_batched)
-        assert_equal(model, Reference(base, model), args, kwargs)
+def test_masks_and_appended_keys(
+    options: dict, kind: str, num_dims: int, names: list[str], is_batched: bool, need_weights: bool
+) -> None:
+    base = build(**options)
+    model = adapt(base)
+    given = masks(kind, num_dims, is_batched)
+    kwargs = {"need_weights": need_weights, **{name: given[name] for name in names}}
+    assert_equal(model, Reference(base, model), *inputs(base, "cross", is_batched), **kwargs)
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("average", [True, False])
-def test_causal_and_weights_of_heads(need_weights: bool, average: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"need_weights": False},
+        {"need_weights": False, "key_padding_mask": torch.arange(LENGTH).expand(BATCH, -1) > 3},
+        {"average_attn_weights": True},
+        {"average_attn_weights": False},
+    ],
+)
+def test_causal(options: dict) -> None:
     base = build(batch_first=True)
     model = adapt(base)
-    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
-    kwargs = {
-        "need_weights": need_weights,
-        "average_attn_weights": average,
-        "attn_mask": causal,
-        "is_causal": True,
-    }
-    assert_equal(model, Reference(base, model), inputs(base, "self"), kwargs)
-    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
-        model(*inputs(base, "self"), is_causal=True)
+    mask = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
+    if "key_padding_mask" in options:
+        mask = mask.isinf()  # torch wants masks of one kind
+    kwargs = {"attn_mask": mask, "is_causal": True, **options}
+    assert_equal(model, Reference(base, model), *inputs(base, "self"), **kwargs)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_dropout_draws_the_same_numbers(need_weights: bool) -> None:
     base = build(batch_first=True, dropout=0.3)
-    model = adapt(base).train()
-    reference = Reference(base, model).train()
-    kwargs = {"need_weights": need_weights}
-    assert_equal(model, reference, inputs(base, "self"), kwargs, seed=3)
-    y = model(*inputs(base, "self"))[0]
-    assert not torch.equal(model(*inputs(base, "self"))[0], y)
+    model, args = adapt(base).train(), inputs(base, "self")
+    assert_equal(model, Reference(base, model).train(), *args, need_weights=need_weights, seed=3)
+    assert not torch.equal(model(*args)[0], model(*args)[0])
     model.eval()
-    assert torch.equal(model(*inputs(base, "self"))[0], model(*inputs(base, "self"))[0])
+    assert torch.equal(model(*args)[0], model(*args)[0])
 
 
-def test_wrong_masks() -> None:
-    model = adapt(build(batch_first=True))
-    args = inputs(build(batch_first=True), "self")
-    with pytest.raises(RuntimeError, match=r"here \(5, 5\) or \(12, 5, 5\), got shape \(1, 5\)"):
-        model(*args, attn_mask=torch.zeros(1, 5))
-    with pytest.raises(RuntimeError, match=r"A mask must be bool or floating, got torch.int64"):
-        model(*args, attn_mask=torch.zeros(5, 5, dtype=torch.int64))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_mask": torch.zeros(1, 5)}, r"here \(5, 5\) or \(12, 5, 5\), got shape \(1, 5\)"),
+        ({"attn_mask": torch.zeros(5, 5).long()}, "must be bool or floating, got torch.int64"),
+        ({"is_causal": True}, "Need attn_mask if specifying the is_causal hint"),
+    ],
+)
+def test_wrong_masks(options: dict, message: str) -> None:
+    base = build(batch_first=True)
+    with pytest.raises(RuntimeError, match=message):
+        adapt(base)(*inputs(base, "self"), **options)
+
+
+def test_only_trained_columns_are_kept() -> None:
+    base = build(batch_first=True).requires_grad_(False)
+    x = torch.randn(64, LENGTH, EMBED_DIM, dtype=torch.float64).requires_grad_()
+    trained, frozen = (
+        bytes_kept(lambda m=m: m(x, x, x, need_weights=False), [*m.parameters(), *m.buffers()])
+        for m in (adapt(base), adapt(base).requires_grad_(False))
+    )
+    columns, update = 64 * LENGTH * 3 * 8, 3 * EMBED_DIM * 3 * 8
+    # in_proj and out_proj each keep R channels of their input; in_proj a scaled copy of delta.
+    assert trained - frozen <= 2 * columns + update
+
+
+@needs("peft", "0.21")  # `layers_pattern` at the start of a name
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("targets", "is_padded"),
+    [
+        (["self_attn", "out_proj"], True),
+        (["self_attn"], False),
+        (["out_proj"], True),
+        (["linear1"], False),
+    ],
+)
+def test_fused_inference_does_not_pass_by_the_adapter(targets, is_padded: bool) -> None:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "dtype": torch.float64}
+    layer = nn.TransformerEncoderLayer(EMBED_DIM, NUM_HEADS, 16, **options)
+    base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).eval()
+    model = adapt(base, targets, layers_to_transform=[1], layers_pattern="layers").eval()
+    x = torch.randn(BATCH, LENGTH, EMBED_DIM, dtype=torch.float64)
+    padding = torch.arange(LENGTH) >= torch.tensor([[5], [3], [4]]) if is_padded else None
+    with_gradients = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        merged = copy.deepcopy(model).merge_and_unload()
+        y, plain, want = (m(x, src_key_padding_mask=padding) for m in (model, base, merged))
+    valid = ~padding if is_padded else torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    torch.testing.assert_close(y[valid], with_gradients[valid])
+    torch.testing.assert_close(y[valid], want[valid])
+    assert not torch.allclose(y[valid], plain[valid], atol=1e-3)
+    assert merged.use_nested_tensor is True
+    assert merged.layers[1].activation_relu_or_gelu == base.layers[1].activation_relu_or_gelu
+
+
+def test_both_parts_merged_and_unloaded() -> None:
+    """out_proj is then a child of the attention again."""
+    base = build(batch_first=True)
+    model, args = adapt(base), inputs(base, "cross")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    y = evaluate(model, *args)[0]
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(evaluate(model, *args)[0], y)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(*args)[0], base(*args)[0], atol=1e-12, rtol=1e-12)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert [name for name, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
+    assert list(merged.state_dict()) == list(base.state_dict())
+    torch.testing.assert_close(evaluate(merged, *args)[0], y)
+    for name, tensor in model.unload().state_dict().items():
+        assert torch.equal(tensor, base.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("targets", "ranks"),
+    [
+        (BOTH, {"attn.in_proj_weight": 2, "attn.out_proj": 3}),
+        (["attn"], {"attn.in_proj_weight": 2}),
+        (["out_proj"], {"attn.out_proj": 2}),
+        ("all-linear", {"attn.out_proj": 2}),
+    ],
+)
+def test_names_and_ranks_in_files(tmp_path, targets, ranks: dict[str, int]) -> None:
+    base = build(batch_first=True)
+    first = "out_proj" if targets == "all-linear" else targets[0]
+    model = adapt(base, targets, rank_pattern={first: 2})
+    names = {name.rpartition(".paca_")[0] for name in get_peft_model_state_dict(model)}
+    assert names == {f"base_model.model.{name}" for name in ranks}
+    assert {name: layer.r["default"] for name, layer in layers(model).items()} == ranks
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
+    args = inputs(base, "self")
+    assert torch.equal(evaluate(loaded, *args)[0], evaluate(model, *args)[0])
+
+
+def test_a_second_adapter_has_parts_that_the_first_has_not() -> None:
+    base = build(batch_first=True)
+    model, args = adapt(base, ["out_proj"]), inputs(base, "self")
+    y = evaluate(model, *args)[0]
+    model.add_adapter("other", PacaConfig(r=2, target_modules=BOTH, random_seed=4))
+    fill(model, "other")
+    assert torch.equal(evaluate(model, *args)[0], y)
+    model.set_adapter("other")
+    assert_equal(model, Reference(base, model, "other"), *args)
+    model.base_model.set_adapter(["default", "other"])
+    assert_equal(model, Reference(base, model, "default", "other"), *args)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    want = model(*args)[0]
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(*args)[0], want)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    model.delete_adapter("sum")
+    assert torch.equal(evaluate(model, *args)[0], y)

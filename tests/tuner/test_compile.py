@@ -1,4 +1,4 @@
-"""torch.compile of whole models: one graph, no recompilation over steps, right numbers."""
+"""torch.compile of whole models (R8): one graph, no recompilation over steps, right numbers."""
 
 import copy
 import gc
@@ -6,15 +6,14 @@ import gc
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from peft import get_peft_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pacatune import PacaConfig
 from pacatune.residency import put as put_module
-from pacatune.tuner import PacaLayer
 from tests.releases import compiles_whole
+from tests.tuner import nets
+from tests.tuner.nets import layers
 
 
 class Net(nn.Module):
@@ -27,40 +26,47 @@ class Net(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
+class Pair:
+    """A compiled model and its eager twin."""
+
+    def __init__(self, groups=1, backend="aot_eager", fullgraph=True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        options = {"groups": groups, "target_modules": ["first", "second"]}
+        self.model = nets.adapt(Net().double(), **options)
+        self.twin = copy.deepcopy(self.model)
+        self.counter = CompileCounterWithBackend(backend)
+        self.compiled = torch.compile(self.model, fullgraph=fullgraph, backend=self.counter)
+
+    def train_alike(self, steps, forward=None, **options):
+        losses = train(self.model, forward or self.compiled, steps, **options)
+        assert losses == pytest.approx(train(self.twin, self.twin, steps, **options), rel=1e-10)
 
 
 @pytest.fixture
-def models(request):
-    torch.manual_seed(0)
-    base = Net().double()
-    groups = getattr(request, "param", 1)
-    config = PacaConfig(r=3, groups=groups, target_modules=["first", "second"])
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_()
-    return model, copy.deepcopy(model)
+def pair():
+    return Pair()
 
 
-def adapted_layers(model):
-    return [module for module in model.modules() if isinstance(module, PacaLayer)]
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def base_layers(model):
-    return [layer.base_layer for layer in adapted_layers(model)]
+    return [layer.base_layer for layer in layers(model).values()]
+
+
+def batch(size=70, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 10, generator=generator, dtype=torch.float64)
 
 
 def train(model, forward, steps, passes=1, between=lambda model: None, after=lambda model: None):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.05)
     losses = []
     for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        for _ in range(passes):
-            x = torch.randn(70, 10, generator=generator, dtype=torch.float64)
-            loss = forward(x).square().mean()
+        for number in range(passes):
+            loss = forward(batch(seed=10 * step + number)).square().mean()
             between(model)
             loss.backward()
         optimizer.step()
@@ -70,27 +76,17 @@ def train(model, forward, steps, passes=1, between=lambda model: None, after=lam
     return losses
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_trains_as_eager(models, backend):
-    model, twin = models
-    compiled = torch.compile(model, backend=backend)
-    assert train(model, compiled, 8) == pytest.approx(train(twin, twin, 8), rel=1e-10)
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=compiles_whole)])
+@pytest.mark.parametrize(("groups", "backend"), [(1, "eager"), (1, "aot_eager"), (3, "aot_eager")])
+def test_trains_as_eager(groups, backend, is_whole):
+    pair = Pair(groups, backend, fullgraph=is_whole)
+    pair.train_alike(8)
+    assert pair.counter.frame_count == 1 or not is_whole
 
 
 @compiles_whole
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_trains_as_eager_in_one_graph(models, backend):
-    model, twin = models
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    assert train(model, compiled, 8) == pytest.approx(train(twin, twin, 8), rel=1e-10)
-    assert counter.frame_count == 1
-
-
-@compiles_whole
-def test_graph_holds_no_adapted_weight(models):
+def test_graph_holds_no_adapted_weight(pair):
     """Its operators ask for it when they run; beside them only activations are computed with."""
-    model, _ = models
     found = []
 
     def record(graph, inputs):
@@ -98,8 +94,7 @@ def test_graph_holds_no_adapted_weight(models):
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    train(model, compiled, 1)
+    train(pair.model, torch.compile(pair.model, fullgraph=True, backend=backend), 1)
     forward, backward = found
     assert forward.count("pacatune.linear.default") == 2
     assert not any("mm" in name for name in forward)
@@ -107,214 +102,174 @@ def test_graph_holds_no_adapted_weight(models):
     assert sum("mm" in name for name in backward) == 2  # of delta
 
 
+def evaluate(model):
+    with torch.no_grad():
+        model(batch(3))
+
+
+def halve(model):
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.mul_(0.5)
+
+
 @compiles_whole
-@pytest.mark.parametrize("situation", ["looks", "accumulates", "held", "evaluates", "changed"])
-def test_nothing_that_happens_between_passes_changes_the_graph(models, situation):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"between": lambda model: model.state_dict()},
+        {"passes": 3},
+        {"between": evaluate},
+        {"after": halve},
+        {"is_held": True},
+    ],
+    ids=["looks", "accumulates", "evaluates", "changed", "held"],
+)
+def test_nothing_that_happens_between_passes_changes_the_graph(pair, options):
     """Or the numbers: every situation is one that keeps columns out, or takes them out again."""
-    model, twin = models
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    held, bases = [], []
-    for each in (model, twin):
-        bases.append([layer.weight.clone() for layer in base_layers(each)])
-        if situation == "held":
-            held.append([layer.weight.detach() for layer in base_layers(each)])
-        if situation == "evaluates":
-            with torch.no_grad():
-                each(torch.randn(3, 10, dtype=torch.float64))
-
-    def between(each):
-        if situation == "looks":
-            each.state_dict()
-        if situation == "evaluates":
-            with torch.no_grad():
-                each(torch.randn(3, 10, dtype=torch.float64))
-
-    def change(each):
-        if situation == "changed":
-            with torch.no_grad():
-                for parameter in each.parameters():
-                    if parameter.requires_grad:
-                        parameter.mul_(0.5)
-
-    passes = 3 if situation == "accumulates" else 1
-    losses = [
-        train(each, forward, 5, passes, between, change)
-        for each, forward in ((model, compiled), (twin, twin))
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
-    assert counter.frame_count == 1
-    for each, base in zip((model, twin), bases, strict=True):
-        for layer, weight in zip(base_layers(each), base, strict=True):
-            assert torch.equal(layer.weight, weight)
+    both = base_layers(pair.model) + base_layers(pair.twin)
+    before = [layer.weight.clone() for layer in both]
+    held = [layer.weight.detach() for layer in both] if options.pop("is_held", False) else []
+    pair.train_alike(5, **options)
+    assert pair.counter.frame_count == 1
+    assert all(torch.equal(layer.weight, base) for layer, base in zip(both, before, strict=True))
+    del held
 
 
 @compiles_whole
-@pytest.mark.parametrize("models", [1, 3], indirect=True, ids=["plain", "groups"])
-def test_other_numbers_of_tokens_share_a_graph(models):
-    model, twin = models
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_other_numbers_of_tokens_share_a_graph(groups):
+    pair = Pair(groups)
     for number in (200, 130, 70, 20, 90):
-        x = torch.randn(number, 10, dtype=torch.float64)
         gradients = []
-        for each, forward in ((model, compiled), (twin, twin)):
-            forward(x).square().sum().backward()
-            gradients.append([p.grad for p in each.parameters() if p.grad is not None])
-            for parameter in each.parameters():
-                parameter.grad = None
-        for ours, theirs in zip(*gradients, strict=True):
-            torch.testing.assert_close(ours, theirs)
-    assert counter.frame_count == 2  # of the first, and of any
+        for model, forward in ((pair.model, pair.compiled), (pair.twin, pair.twin)):
+            loss = forward(batch(number)).square().sum()
+            gradients.append(torch.autograd.grad(loss, trained(model)))
+        torch.testing.assert_close(*gradients)
+    assert pair.counter.frame_count == 2  # of the first, and of any
 
 
 @compiles_whole
-def test_columns_are_written_once_a_step(models, monkeypatch):
-    model, _ = models
+def test_columns_are_written_once_a_step(pair, monkeypatch):
     written = []
     put = put_module.put_columns_
     monkeypatch.setattr(
         put_module, "put_columns_", lambda *call: (written.append(call), put(*call))
     )
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    x = torch.randn(70, 10, dtype=torch.float64)
+    optimizer = torch.optim.SGD(trained(pair.model), lr=0.05)
     for _ in range(4):
         written.clear()
         for _ in range(2):
-            compiled(x).square().mean().backward()
+            pair.compiled(batch()).square().mean().backward()
         optimizer.step()
         gc.collect()  # dynamo's own references to what it has seen
     assert len(written) == 2
-    assert all(layer.residency.is_written for layer in adapted_layers(model))
+    assert all(layer.residency.is_written for layer in layers(pair.model).values())
 
 
 @compiles_whole
-def test_compiled_evaluation_with_and_without_columns(models):
-    model, twin = models
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = torch.randn(70, 10, dtype=torch.float64)
-    want = twin(x)
+def test_evaluation_with_and_without_columns(pair):
+    want = pair.twin(batch())
     for _ in range(3):
-        for call in (lambda: model(x), lambda: model.state_dict()):  # columns there, and gone
-            call()
+        for call in (lambda: pair.model(batch()), lambda: pair.model.state_dict()):
+            call()  # columns there, and gone
             with torch.no_grad():
-                torch.testing.assert_close(compiled(x), want)
-    assert counter.frame_count == 1
+                torch.testing.assert_close(pair.compiled(batch()), want)
+    assert pair.counter.frame_count == 1
 
 
 @compiles_whole
-def test_compiled_evaluation_before_and_after_training(models):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_evaluation_before_and_after_training(groups):
     """Before, a graph of plain operations, as anybody's; then one that asks."""
-    model, twin = models
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = torch.randn(70, 10, dtype=torch.float64)
+    pair = Pair(groups)
     for _ in range(3):
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), twin(x))
-        train(model, model, 2)
-        train(twin, twin, 2)
-    assert counter.frame_count == 2
+            torch.testing.assert_close(pair.compiled(batch()), pair.twin(batch()))
+        pair.train_alike(2, forward=pair.model)
+    assert pair.counter.frame_count == 2
 
 
 @compiles_whole
-def test_compiled_while_adapters_are_off(models):
+def test_while_adapters_are_off(pair):
     """A backward pass in between writes columns, which the graph's next run does not see."""
-    model, twin = models
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = torch.randn(70, 10, dtype=torch.float64, requires_grad=True)
-    with twin.disable_adapter():
-        want = twin(x)
+    x = batch().requires_grad_()
+    with pair.twin.disable_adapter():
+        want = pair.twin(x)
         gradient = torch.autograd.grad(want.sum(), x)[0]
     for _ in range(2):
-        loss = compiled(x).square().mean()
-        with model.disable_adapter():
-            torch.testing.assert_close(compiled(x), want)
+        loss = pair.compiled(x).square().mean()
+        with pair.model.disable_adapter():
+            torch.testing.assert_close(pair.compiled(x), want)
             loss.backward()
-            found = compiled(x)
+            found = pair.compiled(x)
             torch.testing.assert_close(found, want)
             torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], gradient)
-    assert counter.frame_count <= 3
+    assert pair.counter.frame_count <= 3
 
 
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own question
-def test_many_layers_of_one_kind_share_their_graph():
+def test_many_layers_of_one_kind_share_their_graph(pair):
     """Blocks compiled one by one: none is told from the others by a number in its graph."""
-    torch.manual_seed(0)
     base = nn.Sequential(*(nn.Sequential(nn.Linear(10, 10), nn.Tanh()) for _ in range(5))).double()
-    config = PacaConfig(r=3, target_modules=r"\d\.0")
-    model = get_peft_model(base, config, autocast_adapter_dtype=False)
-    twin = copy.deepcopy(model)
-    counter = CompileCounterWithBackend("aot_eager")
-    for block in model.base_model.model:
-        block.compile(fullgraph=True, backend=counter)
-    assert train(model, model, 3) == pytest.approx(train(twin, twin, 3), rel=1e-10)
-    assert counter.frame_count <= 2  # the first block's input asks for no gradient
+    pair.model = nets.adapt(base, target_modules=r"\d\.0")
+    pair.twin = copy.deepcopy(pair.model)
+    for block in pair.model.base_model.model:
+        block.compile(fullgraph=True, backend=pair.counter)
+    pair.train_alike(3, forward=pair.model)
+    assert pair.counter.frame_count <= 2  # the first block's input asks for no gradient
 
 
 @compiles_whole
-@pytest.mark.parametrize("copies", [True, False])
-def test_hooks_on_saved_tensors(models, copies):
+@pytest.mark.parametrize("keep", [torch.clone, torch.detach])
+def test_hooks_on_saved_tensors(pair, keep):
     """They may copy what is saved (activation offloading), or wrap it; delta is saved as well."""
-    model, twin = models
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def forward(x):
-        keep = (lambda t: t.clone()) if copies else (lambda t: t.detach())
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            return compiled(x)
+            return pair.compiled(x)
 
-    assert train(model, forward, 4) == pytest.approx(train(twin, twin, 4), rel=1e-10)
+    losses = train(pair.model, forward, 4)
+    assert losses == pytest.approx(train(pair.twin, pair.twin, 4), rel=1e-10)
 
 
 @compiles_whole
-def test_what_became_of_the_base_is_not_taken_for_it(models):
-    model, _ = models
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(70, 10, dtype=torch.float64, requires_grad=True)
-    loss = compiled(x).sum()
+def test_what_became_of_the_base_is_not_taken_for_it(pair):
+    x = batch().requires_grad_()
+    loss = pair.compiled(x).sum()
     with torch.no_grad():
-        base_layers(model)[0].weight.mul_(2)
+        base_layers(pair.model)[0].weight.mul_(2)
     with pytest.raises(RuntimeError, match="base weight was changed"):
         loss.backward()
-    loss = compiled(x).sum()
-    model.merge_adapter()
+    loss = pair.compiled(x).sum()
+    pair.model.merge_adapter()
     with pytest.raises(RuntimeError, match="before the adapter was merged"):
         loss.backward()
 
 
 @compiles_whole
-def test_a_base_that_is_trained_as_well_is_refused(models):
-    model, _ = models
-    for layer in base_layers(model):
+def test_a_base_that_is_trained_as_well_is_refused(pair):
+    for layer in base_layers(pair.model):
         layer.weight.requires_grad_()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="asks for a gradient itself"):
-        compiled(torch.randn(70, 10, dtype=torch.float64))
+        pair.compiled(batch())
 
 
 @compiles_whole
-def test_a_view_of_a_larger_buffer_is_left_alone(models):
+def test_a_view_of_a_larger_buffer_is_left_alone(pair):
     """As the flat parameters of FSDP1 are."""
-    model, twin = models
-    for each in models:
-        for layer in base_layers(each):
-            buffer = torch.zeros(2, *layer.weight.shape, dtype=torch.float64)
-            buffer[0] = layer.weight
-            layer.weight = nn.Parameter(buffer[0], requires_grad=False)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert train(model, compiled, 4) == pytest.approx(train(twin, twin, 4), rel=1e-10)
-    assert not any(layer.residency.is_written for layer in adapted_layers(model))
+    for layer in base_layers(pair.model) + base_layers(pair.twin):
+        buffer = torch.zeros(2, *layer.weight.shape, dtype=torch.float64)
+        buffer[0] = layer.weight
+        layer.weight = nn.Parameter(buffer[0], requires_grad=False)
+    pair.train_alike(4)
+    assert not any(layer.residency.is_written for layer in layers(pair.model).values())
 
 
-def test_transforms_of_torch_func(models):
+def test_transforms_of_torch_func(pair):
     """They see plain operations, even with columns in the weight from an eager call."""
-    _, model = models
-    layer, x = model.base_model.model.first, torch.randn(5, 10, dtype=torch.float64)
+    layer, x = pair.twin.base_model.model.first, batch(5)
     layer(x)
     rowwise = torch.func.grad(lambda row: layer(row).square().sum())
     gradient = torch.func.vmap(rowwise)(x)

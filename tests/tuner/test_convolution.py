@@ -1,18 +1,26 @@
-"""Adapted convolutions: every way to run them, and what they keep for backward."""
+"""Adapted convolutions: every way to run them (R1), and what they keep for backward.
 
+test_every_kind.py holds what PEFT does with them, ops/test_convolution.py their gradients.
+"""
+
+import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
+from transformers import MambaConfig, MambaForCausalLM
 
 from pacatune import PacaConfig
-from pacatune.ops import reference
-from tests.releases import compiles_whole
-from tests.tuner.conv_nets import ALL, LAYERS, adapt, layers, randomise
+from pacatune.adapters.loading import hotswap_adapter
+from tests.ops.twin import bytes_kept
+from tests.releases import compiles_whole, has
+from tests.tuner import nets
+from tests.tuner.nets import Reference, assert_equal, evaluate, fill, layers
 
 pytestmark = [
     # torch's own remark on the reference.
@@ -21,6 +29,51 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
+LAYERS = {
+    "1d": lambda: nn.Conv1d(5, 4, 3, stride=2, padding=1),
+    "1d depthwise": lambda: nn.Conv1d(6, 6, 4, padding=3, groups=6, bias=False),
+    "2d": lambda: nn.Conv2d(5, 4, 3, padding=1),
+    "2d same": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", dilation=(1, 2)),
+    "2d reflect": lambda: nn.Conv2d(5, 4, 3, padding=2, padding_mode="reflect"),
+    "2d circular": lambda: nn.Conv2d(6, 4, 3, 2, 1, groups=2, padding_mode="circular"),
+    "2d replicate": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", padding_mode="replicate"),
+    "2d depthwise": lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6),
+    "3d": lambda: nn.Conv3d(4, 4, (2, 3, 2), padding=1, groups=2),
+}
+SIZES = {1: (9,), 2: (8, 5), 3: (5, 6, 4)}
+if has("timm"):
+    from timm.layers import Conv2dSame
+
+    LAYERS |= {
+        "2d padded by size": lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1)),
+        "2d padded by size, depthwise": lambda: Conv2dSame(6, 6, 3, 2, groups=6),
+    }
+
+
+class PadsByInput(nn.Conv2d):
+    """Pads by the size of the input, as networks that come from TensorFlow do."""
+
+    def forward(self, x):
+        rows, columns = (
+            (-size) % step for size, step in zip(x.shape[2:], self.stride, strict=True)
+        )
+        x = F.pad(x, (0, columns, 0, rows))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardises(nn.Conv2d):
+    """Its output is not linear in its weight."""
+
+    def forward(self, x):
+        return self._conv_forward(x, F.layer_norm(self.weight, self.weight.shape[1:]), self.bias)
+
+
+OWN_FORWARDS = {
+    "pads by the input": lambda: PadsByInput(6, 6, 3, stride=2, groups=6),
+    "standardises": lambda: Standardises(5, 4, 3),
+}
+ALL = {**LAYERS, **OWN_FORWARDS}
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -28,34 +81,113 @@ def _seeded():
     torch._dynamo.reset()
 
 
-def one_layer(name):
+def adapt(base, targets="0", **options):
+    return nets.adapt(base, target_modules=targets, **{"r": 2, "paca_alpha": 3, **options})
+
+
+class One:
     """A float64 layer in a model by itself, the adapted layer, and an input."""
-    shape, build = ALL[name]
-    model = adapt(nn.Sequential(build().double()))
-    return model, layers(model)[0], torch.randn(3, *shape, dtype=torch.float64)
+
+    def __init__(self, name):
+        layer = ALL[name]().double()
+        self.base = nn.Sequential(layer)
+        self.model = adapt(self.base)
+        self.layer = layers(self.model)["0"]
+        shape = layer.in_channels, *SIZES[len(layer.kernel_size)]
+        self.x = torch.randn(3, *shape, dtype=torch.float64).requires_grad_()
+
+    def check(self, *adapters, model=None):
+        twin = Reference(self.base, self.model, *adapters)
+        model = self.model if model is None else model
+        assert_equal(model, twin, self.x, tolerance=1e-11)
+
+    def add_adapter(self):
+        self.model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
+        self.layer.double()
+        fill(self.model, "b", seed=1)
 
 
-def expected(layer, x, names=("default",)):
-    """Output of the base layer's own forward with the reference's kernel, d(x) and d(deltas)."""
-    base = layer.base_layer
-    deltas = [layer.delta_of(name).detach().clone().requires_grad_() for name in names]
-    weight = base.weight.detach()
-    for name, delta in zip(names, deltas, strict=True):
-        update = delta, layer.paca_indices[name], layer.scaling[name]
-        weight = reference.adapted_kernel(weight, *update, base.groups)
-    y = torch.func.functional_call(base, {"weight": weight}, x)
-    gx, *gdeltas = torch.autograd.grad(y.square().sum(), [x, *deltas])
-    return y.detach(), gx, gdeltas
+@pytest.mark.parametrize("name", ALL)
+class TestEveryWayToRun:
+    def test_one_adapter(self, name):
+        one = One(name)
+        one.check()
+        torch.testing.assert_close(evaluate(one.model, one.x), one.model(one.x))
+
+    def test_hooks_on_the_base_layer(self, name):
+        one, seen = One(name), []
+        one.layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(args[0]))
+        one.check()
+        assert any(x.shape == one.x.shape for x in seen)
+
+    def test_several_adapters(self, name):
+        one = One(name)
+        one.add_adapter()
+        one.model.base_model.set_adapter(["default", "b"])
+        one.check("default", "b")
+
+    def test_rows_of_different_adapters(self, name):
+        one = One(name)
+        one.add_adapter()
+        mixed = evaluate(one.model, one.x, adapter_names=["b", "__base__", "default"])
+        for row, want in (
+            (0, Reference(one.base, one.model, "b")),
+            (1, one.base),
+            (2, Reference(one.base, one.model)),
+        ):
+            torch.testing.assert_close(mixed[row], want(one.x)[row])
+
+    def test_merged(self, name):
+        one = One(name)
+        want = evaluate(one.model, one.x)
+        one.model.merge_adapter()
+        torch.testing.assert_close(evaluate(one.model, one.x), want)
 
 
-def check(layer, x, run=None, names=("default",)):
-    x = x.clone().requires_grad_()
-    y, gx, gdeltas = expected(layer, x, names)
-    layer.zero_grad()
-    out = layer(x) if run is None else run(x)
-    found = torch.autograd.grad(out.square().sum(), [x, *(layer.delta_of(name) for name in names)])
-    for ours, theirs in zip([out.detach(), *found], [y, gx, *gdeltas], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+COMPILED = ["1d depthwise", "2d same", "2d reflect", "3d", *OWN_FORWARDS]
+COMPILED += ["2d padded by size"] if has("timm") else []
+
+
+@compiles_whole
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name):
+    one = One(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(one.model, fullgraph=True, backend=counter)
+    for seed in range(3):
+        fill(one.model, seed=seed)
+        one.check(model=compiled)
+    assert counter.frame_count == 1
+
+
+def numel_kept(one, run):
+    """Number of elements that autograd keeps beside x and the layer's own tensors."""
+    given = [one.x, *one.model.parameters(), *one.model.buffers()]
+    return bytes_kept(lambda: run(one.x), given) // 8
+
+
+def numel_of_channels(one):
+    """Of two padded channels of all inputs."""
+    padded, _ = one.layer._padded(one.x)
+    positions = padded[0, 0].numel()
+    if one.layer.base_layer.padding == "same" and one.layer.base_layer.padding_mode == "zeros":
+        positions += one.x.shape[3]  # an odd row of zeros below
+    return len(one.x) * 2 * positions
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_keeps_the_trained_channels_only(name):
+    one = One(name)
+    assert numel_kept(one, one.model) == numel_of_channels(one)
+
+
+@compiles_whole
+@pytest.mark.parametrize("name", [name for name in COMPILED if name in LAYERS])
+def test_a_graph_keeps_the_kernel_besides(name):
+    one = One(name)
+    compiled = torch.compile(one.model, fullgraph=True, backend="aot_eager")
+    kernel = one.layer.base_layer.weight.numel() + 2 * one.layer.r["default"]  # indices, twice
+    assert numel_kept(one, compiled) <= numel_of_channels(one) + kernel
 
 
 class ReadsTwice(nn.Conv2d):
@@ -76,169 +208,74 @@ def test_threads_that_evaluate_a_subclass_take_turns():
             assert torch.equal(found, want)
 
 
-@pytest.mark.parametrize("name", ALL)
-class TestEveryWayToRun:
-    def test_one_adapter(self, name):
-        model, layer, x = one_layer(name)
-        check(layer, x)
-        want = expected(layer, x.requires_grad_())[0]
-        with torch.no_grad():
-            torch.testing.assert_close(model(x), want)
-
-    def test_hooks_on_the_base_layer(self, name):
-        _, layer, x = one_layer(name)
-        seen = []
-        layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(args[0]))
-        check(layer, x)
-        assert any(one.shape == x.shape for one in seen)
-
-    def test_several_adapters(self, name):
-        model, layer, x = one_layer(name)
-        model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
-        layer.double()
-        randomise(model, 1, "b")
-        model.base_model.set_adapter(["default", "b"])
-        check(layer, x, names=("default", "b"))
-
-    def test_mixed_batch(self, name):
-        model, layer, x = one_layer(name)
-        model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
-        layer.double()
-        randomise(model, 1, "b")
-        model.eval()
-        with torch.no_grad():
-            mixed = model(x, adapter_names=["b", "__base__", "default"])
-            torch.testing.assert_close(mixed[2], model(x)[2])
-            torch.testing.assert_close(mixed[1], layer.base_layer(x)[1])
-            model.set_adapter("b")
-            torch.testing.assert_close(mixed[0], model(x)[0])
-
-    @compiles_whole
-    def test_compiled(self, name):
-        _, layer, x = one_layer(name)
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(layer, fullgraph=True, backend=counter)
-        for seed in range(3):
-            randomise(nn.ModuleList([layer]), seed)
-            check(layer, x, run=compiled)
-        assert counter.frame_count == 1
-
-    def test_merged_and_unmerged(self, name):
-        model, layer, x = one_layer(name)
-        before = layer.base_layer.weight.clone()
-        with torch.no_grad():
-            want = model(x)
-            model.merge_adapter(safe_merge=True)
-            torch.testing.assert_close(model(x), want)
-            model.unmerge_adapter()
-        assert torch.equal(layer.base_layer.weight, before)
-        groups = layer.base_layer.groups
-        dense = layer.get_delta_weight("default")
-        adapted = reference.adapted_kernel(
-            before, layer.delta_of("default"), layer.paca_indices["default"], 1.5, groups
-        )
-        torch.testing.assert_close(before + dense, adapted)
-
-    def test_disabled_and_unloaded(self, name):
-        model, layer, x = one_layer(name)
-        base = layer.base_layer
-        with model.disable_adapter():
-            assert torch.equal(model(x), base(x))
-        assert model.unload()[0] is base
-
-
-def numel_kept(layer, x, run):
-    """Number of elements that autograd keeps beside x and the layer's own tensors."""
-    own = [x, *layer.parameters(), *layer.buffers()]
-    given, kept = {tensor.untyped_storage().data_ptr() for tensor in own}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(x)
-    return sum(kept.values())
-
-
-def num_positions(layer, x):
-    """Number of positions of one padded channel of one input."""
-    if layer.base_layer.padding == "same" and layer.base_layer.padding_mode == "zeros":
-        return (x.shape[2] + 1) * x.shape[3]  # an odd row of zeros below
-    padded, _ = layer._padded(x)
-    return padded[0, 0].numel()
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_keeps_the_trained_channels_only(name):
-    _, layer, x = one_layer(name)
-    x.requires_grad_()
-    positions = num_positions(layer, x)
-    assert numel_kept(layer, x, layer) == len(x) * 2 * positions
-
-
-@compiles_whole
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_graph_keeps_the_kernel_besides(name):
-    _, layer, x = one_layer(name)
-    x.requires_grad_()
-    positions = num_positions(layer, x)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    kernel = layer.base_layer.weight.numel() + 2 * layer.r["default"]  # and indices, twice
-    assert numel_kept(layer, x, compiled) <= len(x) * 2 * positions + kernel
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_frozen_convolution_keeps_all_channels(name):
-    """Which is why less is kept with an adapter than without one."""
-    _, layer, x = one_layer(name)
-    x = x.requires_grad_() * 1
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer.base_layer(x)
-    assert max(tensor.shape.numel() for tensor in kept) >= x.numel()
-
-
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=compiles_whole)])
 def test_per_sample_gradients_by_torch_func(is_compiled):
-    _, layer, x = one_layer("2d")
-    per_sample = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))
+    one = One("2d")
+    rowwise = torch.func.vmap(torch.func.grad(lambda row: one.layer(row).square().sum()))
     if is_compiled:
-        per_sample = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
-    want = expected(layer, x.clone().requires_grad_())[1]
-    torch.testing.assert_close(per_sample(x), want)
+        rowwise = torch.compile(rowwise, fullgraph=True, backend="aot_eager")
+    loss = Reference(one.base, one.model)(one.x).square().sum()
+    torch.testing.assert_close(rowwise(one.x.detach()), torch.autograd.grad(loss, one.x)[0])
 
 
 @pytest.mark.parametrize("name", ["1d", "2d depthwise", "3d"])
 def test_unbatched_input(name):
-    _, layer, x = one_layer(name)
-    torch.testing.assert_close(layer(x[1]), layer(x)[1])
+    one = One(name)
+    torch.testing.assert_close(one.model(one.x[1]), one.model(one.x)[1])
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_and_two_forwards_before_a_backward(use_reentrant):
-    _, layer, x = one_layer("2d")
-    delta = layer.delta_of("default")
-    want = expected(layer, x.requires_grad_())
-    outputs = [checkpoint(layer, x, use_reentrant=use_reentrant) for _ in range(2)]
-    sum(y.square().sum() for y in outputs).backward()
-    torch.testing.assert_close(x.grad, 2 * want[1])
-    torch.testing.assert_close(delta.grad, 2 * want[2][0])
+def test_an_offloaded_layer_with_a_forward_of_its_own_is_refused():
+    layer = layers(adapt(nn.Sequential(Standardises(3, 4, 3))))["0"]
+    layer.base_layer.to("meta")
+    assert layer.weight.is_meta
+    with pytest.raises(ValueError, match="weight of a Standardises is offloaded or sharded"):
+        layer(torch.randn(1, 3, 5, 5))
 
 
-def test_every_change_of_delta_is_seen():
-    _, layer, x = one_layer("2d depthwise")
-    delta = layer.delta_of("default")
-    for change in (
-        lambda: delta.data.add_(0.5),
-        lambda: layer.load_state_dict(
-            {k: 2 * v for k, v in layer.state_dict().items() if "delta" in k}, strict=False
-        ),
-        lambda: setattr(delta, "data", torch.randn_like(delta)),
-        lambda: layer.scale_layer(3.0),
-    ):
-        check(layer, x)
-        change()
-        check(layer, x)
+def test_an_adapter_of_another_kernel_size_is_refused(tmp_path):
+    adapt(nn.Sequential(nn.Conv2d(3, 4, 5))).save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(RuntimeError, match=r"size mismatch.*\[4, 2, 5, 5\]"):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with pytest.raises(ValueError, match=r"delta of \(4, 2, 5, 5\).* needs \(4, 2, 3, 3\)"):
+        hotswap_adapter(adapt(base), tmp_path)
+
+
+class TestMixersThatReadTheWeight:
+    """Mamba's cached steps and its fused kernels never call their convolution."""
+
+    @pytest.fixture
+    def model(self):
+        config = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2)
+        return adapt(MambaForCausalLM(config).eval(), ["conv1d"], r=8)
+
+    @pytest.fixture
+    def layer(self, model):
+        return next(iter(layers(model).values()))
+
+    def test_generation_is_that_of_the_merged_model(self, model):
+        def generated(model):
+            options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
+            ids = torch.arange(3, 9)[None]
+            result = model.generate(input_ids=ids, return_dict_in_generate=True, **options)
+            return torch.stack(result.logits)
+
+        ours = generated(model)
+        with model.disable_adapter():
+            base = generated(model)
+        theirs = generated(model.merge_and_unload())
+        torch.testing.assert_close(ours, theirs)
+        assert not torch.allclose(base, theirs)
+
+    def test_the_weight_that_is_read_trains_the_adapter(self, layer):
+        x = torch.randn(2, 32, 6)
+        y = F.conv1d(x, layer.weight, layer.bias, padding=3, groups=32)
+        ours = torch.autograd.grad(y.square().sum(), layer.delta_of("default"))
+        theirs = torch.autograd.grad(layer(x).square().sum(), layer.delta_of("default"))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+    def test_disabled_and_merged_layers_show_their_base(self, model, layer):
+        with model.disable_adapter():
+            assert layer.weight is layer.base_layer.weight
+        model.merge_adapter()
+        assert layer.weight is layer.base_layer.weight

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from pacatune import PacaConfig
-from pacatune.tuner import PacaLayer
 from pacatune.tuner.defaults import default_targets, log_targets, survey
+from tests.tuner.nets import layers
 from tools.families import FAMILIES
 
 
@@ -39,10 +39,6 @@ def llama():
     return FAMILIES["Llama"].build()
 
 
-def adapted(model):
-    return [name for name, module in model.named_modules() if isinstance(module, PacaLayer)]
-
-
 @pytest.mark.parametrize("container", [nn.ModuleList, lambda blocks: nn.Sequential(*blocks)])
 def test_linear_layers_of_repeated_blocks_are_found_in_any_model(container):
     model = Model(container([Block(), Block()]))
@@ -65,23 +61,35 @@ def test_names_are_as_short_as_tells_them_apart():
     }
 
 
-def test_a_model_without_blocks_needs_names():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"Please specify `target_modules` in `peft_config`: Seq"):
-        get_peft_model(model, PacaConfig(r=2))
+def mamba():
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    return MambaForCausalLM(MambaConfig(**sizes))
 
 
-def test_state_space_mixers_are_left_alone():
-    config = MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)
-    with pytest.raises(ValueError, match=r"has no repeated blocks.*in_proj \(1\), lm_head \(1\)"):
-        get_peft_model(MambaForCausalLM(config), PacaConfig(r=2))
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Please specify `target_modules` in .*: Seq"),
+        (mamba, {}, r"has no repeated blocks.*in_proj \(1\), lm_head \(1\)"),
+        (
+            FAMILIES["Gemma 3, multimodal"].build,  # its default is a regular expression
+            {"layers_to_transform": [1]},
+            r"`layers_to_transform` \(\[1\]\) cannot be used when",
+        ),
+    ],
+)
+def test_models_that_need_names(build, options, message):
+    base = build()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, PacaConfig(r=2, **options))
+    assert not layers(base)
 
 
 def test_a_second_adapter_gets_the_same_targets(llama):
     model = get_peft_model(llama, PacaConfig(r=2))
     model.add_adapter("other", PacaConfig(r=3))
     assert model.peft_config["other"].target_modules == model.peft_config["default"].target_modules
-    assert all("other" in model.get_submodule(name).r for name in adapted(model))
+    assert all("other" in layer.r for layer in layers(model).values())
 
 
 def test_a_second_adapter_on_a_list_of_layers():
@@ -102,25 +110,21 @@ def test_a_second_adapter_on_a_list_of_layers():
     ],
 )
 def test_the_other_options_narrow_the_default(llama, options, kept):
-    everything = adapted(get_peft_model(copy.deepcopy(llama), PacaConfig(r=2)))
+    everything = layers(get_peft_model(copy.deepcopy(llama), PacaConfig(r=2)))
     model = get_peft_model(llama, PacaConfig(r=2, **options))
-    assert adapted(model) == [name for name in everything if kept(name)]
+    assert list(layers(model)) == [name for name in everything if kept(name)]
 
 
-def test_towers_are_left_alone_and_options_that_names_need_are_refused():
-    base = FAMILIES["Gemma 3, multimodal"].build()
-    model = get_peft_model(copy.deepcopy(base), PacaConfig(r=2))
-    assert len(adapted(model)) == 14
-    assert all(".language_model.layers." in name for name in adapted(model))
-    with pytest.raises(ValueError, match=r"`layers_to_transform` \(\[1\]\) cannot be used when"):
-        get_peft_model(base, PacaConfig(r=2, layers_to_transform=[1]))
-    assert not adapted(base)
+def test_towers_are_left_alone():
+    model = get_peft_model(FAMILIES["Gemma 3, multimodal"].build(), PacaConfig(r=2))
+    assert len(layers(model)) == 14
+    assert all("language_model.layers." in name for name in layers(model))
 
 
 def test_given_targets_mean_what_they_mean_in_peft(llama):
     for targets, number in ((["q_proj"], 2), (r".*\.mlp\..*_proj", 6), ("all-linear", 14)):
         model = get_peft_model(copy.deepcopy(llama), PacaConfig(r=2, target_modules=targets))
-        assert len(adapted(model)) == number
+        assert len(layers(model)) == number
 
 
 def test_half_precision_and_meta_models_have_the_same_default(llama):

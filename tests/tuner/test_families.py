@@ -12,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
 from pacatune.measure.counters import SavedBytes
-from pacatune.tuner import PacaLayer, defaults
+from pacatune.tuner import defaults
 from pacatune.tuner.defaults import survey
 from tests.releases import has, needs
+from tests.tuner.nets import layers
 from tools import doc_block, families
 from tools.families import FAMILIES
 
@@ -54,14 +55,6 @@ def adapt(base):
     return get_peft_model(copy.deepcopy(base), PacaConfig(r=RANK, paca_alpha=8)).eval()
 
 
-def paca_layers(model):
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, PacaLayer)
-    }
-
-
 def outputs(model, family):
     """What the model computes besides the loss."""
     with torch.no_grad():
@@ -70,17 +63,15 @@ def outputs(model, family):
 
 
 def test_the_default_adapts_what_the_survey_says(base, trained):
-    adapted = {name for name, reason in survey(base).items() if not reason}
-    assert set(paca_layers(trained[0])) == adapted
-    assert {name for name, reason in survey(trained[0].get_base_model()).items() if not reason} == (
-        adapted
-    )
+    for model in (base, trained[0].get_base_model()):
+        chosen = {name for name, reason in survey(model).items() if not reason}
+        assert set(layers(trained[0])) == chosen
 
 
 def test_every_layer_is_trained_and_the_loss_falls(trained):
     model, losses = trained
     assert losses[3] < losses[2] < losses[1] < losses[0]
-    for name, layer in paca_layers(model).items():
+    for name, layer in layers(model).items():
         assert layer.delta_of("default").any(), name
 
 
@@ -88,7 +79,7 @@ def test_the_base_is_bit_identical_when_disabled(family, base, trained):
     model, _ = trained
     with model.disable_adapter():
         assert torch.equal(outputs(model, family), outputs(base, family))
-    for name, layer in paca_layers(model).items():
+    for name, layer in layers(model).items():
         assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight), name
     assert not torch.equal(outputs(model, family), outputs(base, family))
 
@@ -96,25 +87,25 @@ def test_the_base_is_bit_identical_when_disabled(family, base, trained):
 def test_kept_bytes_beyond_the_frozen_model_are_the_formula(family, base):
     """N * R elements per layer; where the base layer is called, the scaled delta, O * R, too."""
     model = adapt(base)
-    expected, handles = [], []
-    for layer in paca_layers(model).values():
+    expected = []
+    for layer in layers(model).values():
         num_scaled = layer.out_features * RANK if type(layer.base_layer) is Conv1D else 0
 
         def count(layer, args, num_scaled=num_scaled):
             num_tokens = args[0].numel() // layer.in_features
             expected.append((num_tokens * RANK + num_scaled) * args[0].itemsize)
 
-        handles.append(layer.register_forward_pre_hook(count))
+        layer.register_forward_pre_hook(count)
     kept = saved_bytes(model, family)
     assert kept - saved_bytes(copy.deepcopy(base), family) == sum(expected)
-    assert len(expected) == len(handles)
+    assert len(expected) == len(layers(model))
 
 
 def saved_bytes(model, family):
     """Bytes kept where every input of a linear layer needs a gradient, and its weight none."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
     model.requires_grad_()
-    for layer in layers:
+    for layer in linear:
         layer.weight.requires_grad_(False)
     with SavedBytes(model) as saved:
         loss = model(**family.make_batch()).loss
@@ -137,7 +128,7 @@ def test_the_exported_lora_computes_the_same(family, base, trained, tmp_path):
     base.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     result = export_lora(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora")
-    assert result.num_modules == len(paca_layers(model))
+    assert result.num_modules == len(layers(model))
     lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
     torch.testing.assert_close(outputs(lora, family), outputs(model, family), atol=1e-5, rtol=1e-4)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 from pacatune import PacaConfig
 from pacatune.adapters.folder import read_config
@@ -57,6 +57,14 @@ def make(folder, options):
     torch.save(outputs(model), folder / "outputs.pt")
 
 
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def edit(folder, **changes):
+    (folder / "adapter_config.json").write_text(json.dumps({**config_of(folder), **changes}))
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What PEFT's own PaCA makes of our adapters, and the folder of those that it wrote."""
@@ -66,8 +74,7 @@ def answers(tmp_path_factory):
     for name, (options, _) in NEEDS_OURS.items():
         make(folder / name, options)
         make(folder / f"{name}, as PACA", options)
-        path = folder / f"{name}, as PACA" / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "PACA"}))
+        edit(folder / f"{name}, as PACA", peft_type="PACA")
     names = [path.name for path in folder.iterdir()]
     cases = {name: f"interchange.read({str(folder / name)!r})" for name in names}
     (folder / "theirs").mkdir()
@@ -154,7 +161,7 @@ print(type(loaded.encoder.layer[0].attention.self.query).__module__, *right)
 def test_peft_reads_what_has_nothing_of_its_own(answers, name):
     folder, said = answers
     assert said[name] == "right"
-    assert json.loads((folder / name / "adapter_config.json").read_text())["peft_type"] == "PACA"
+    assert config_of(folder / name)["peft_type"] == "PACA"
     assert "PEFT 0.22 and newer read it without pacatune; " in str(inspect_adapter(folder / name))
 
 
@@ -181,20 +188,17 @@ def test_ours_reads_both_types_of_file(answers, name, suffix):
 
 def test_an_older_file_does_not_say_which_layers_it_adapts(answers, tmp_path):
     make(tmp_path, {"target_modules": ["mixed.out_proj"]})
-    path = tmp_path / "adapter_config.json"
-    values = json.loads(path.read_text())
-    del values["needs_pacatune_for"]
-    path.write_text(json.dumps({**values, "peft_type": "PACA"}))
+    edit(tmp_path, peft_type="PACA", needs_pacatune_for=None)
     assert "if all its modules are plain" in str(inspect_adapter(tmp_path).notes)
     PeftModel.from_pretrained(build(), tmp_path).save_pretrained(tmp_path)
-    assert json.loads(path.read_text())["peft_type"] == "PACATUNE"
+    assert config_of(tmp_path)["peft_type"] == "PACATUNE"
 
 
 @pytest.mark.parametrize("name", PEFT_WRITES)
 @pytest.mark.filterwarnings("ignore:`layers_to_transform` .* has no effect:UserWarning")
 def test_ours_reads_what_peft_writes(answers, name, tmp_path):
     folder = answers[0] / "theirs" / name
-    written = json.loads((folder / "adapter_config.json").read_text())
+    written = config_of(folder)
     assert "selection" not in written
     expected = torch.load(folder / "outputs.pt")
     model = PeftModel.from_pretrained(build(), folder)
@@ -243,28 +247,15 @@ def test_transformers_adds_and_loads_ours_beside_pefts_own(answers):
 
 
 def test_a_drawn_seed_is_recorded_and_follows_torchs_generator():
-    def indices_of(model):
-        return model.base_model.model.layers[0].paca_indices["default"]
+    def adapt(config, seed):
+        base = build()
+        torch.manual_seed(seed)
+        model = get_peft_model(base, config)
+        columns = model.base_model.model.layers[0].paca_indices["default"]
+        return model.peft_config["default"], columns.tolist()
 
     config = PacaConfig(r=3, target_modules=["layers.0"], random_seed=None)
-    base = build()
-    torch.manual_seed(3)
-    one = get_peft_model(base, config)
-    two = get_peft_model(build(), config)  # which seeds torch with 0
-    base = build()
-    torch.manual_seed(3)
-    three = get_peft_model(base, config)
-    seeds = [model.peft_config["default"].random_seed for model in (one, two, three)]
+    (one, columns), (two, _), (three, same) = (adapt(config, seed) for seed in (3, 0, 3))
     assert config.random_seed is None
-    assert seeds[0] == seeds[2] != seeds[1]
-    assert torch.equal(indices_of(one), indices_of(three))
-    assert torch.equal(
-        indices_of(get_peft_model(build(), one.peft_config["default"])), indices_of(one)
-    )
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, which has its doubts too
-def test_no_adapter_on_top_of_another_methods():
-    model = get_peft_model(build(), LoraConfig(target_modules=["layers.0"]))
-    with pytest.raises(TypeError, match=r"'layers.0' is adapted already, by peft.tuners.lora"):
-        get_peft_model(model.base_model.model, PacaConfig(r=2, target_modules=["layers.0"]))
+    assert one.random_seed == three.random_seed != two.random_seed
+    assert adapt(one, seed=5)[1] == columns == same

@@ -6,13 +6,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.tuner.layout import (
-    AttentionLayout,
-    ExpertsLayout,
-    adaptable_kind,
-    layout_of,
-    supported_kinds,
-)
+from pacatune.adapters.target import target_of_module
+from pacatune.tuner.layout import adaptable_kind, layout_of, supported_kinds
 
 
 class Experts(nn.Module):
@@ -63,37 +58,25 @@ def test_shapes(kind):
     assert layout.from_file(layout.to_file(delta)).equal(delta)
 
 
+@pytest.mark.parametrize("indices", [[[1, 3]], [[1, 3], [0, 1], [2, 3]]], ids=["one", "groups"])
 @kinds
-def test_columns_are_those_of_the_matrix(kind):
+def test_columns_are_those_of_the_matrix(kind, indices):
+    """Of row groups, each has its own."""
+    if len(indices) > 1 and kind in ("grouped", "depthwise"):
+        pytest.skip("has no row groups")
     weight, layout = weight_and_layout(kind)
-    indices = torch.tensor([1, 3])
-    columns = layout.read_columns(weight, indices)
+    given = torch.tensor(indices if len(indices) > 1 else indices[0])
+    columns = layout.read_columns(weight, given)
     assert layout.oriented(columns).shape == layout.delta_shape(2)
     changed = weight.clone()
-    layout.put_columns_(changed, indices, columns + 1)
+    layout.put_columns_(changed, given, columns + 1)
     matrix, expected = layout.matrix(changed), layout.matrix(weight).clone()
     assert expected.shape[1] == layout.in_features
-    expected[:, indices] += 1
-    torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
-    layout.put_columns_(changed, indices, columns)
-    assert changed.equal(weight)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("grouped", "depthwise")])
-def test_columns_of_row_groups(kind):
-    weight, layout = weight_and_layout(kind)
-    groups = 3
-    indices = torch.tensor([[1, 3], [0, 1], [2, 3]])
-    columns = layout.read_columns(weight, indices)
-    assert layout.oriented(columns).shape == layout.delta_shape(2)
-    changed = weight.clone()
-    layout.put_columns_(changed, indices, columns + 1)
-    matrix, expected = layout.matrix(changed), layout.matrix(weight).clone()
     by_expert = expected.unflatten(0, (getattr(layout, "num_experts", 1), -1))
-    for rows, own in zip(by_expert.chunk(groups, 1), indices, strict=True):
+    for rows, own in zip(by_expert.chunk(len(indices), 1), indices, strict=True):
         rows[:, :, own] += 1
     torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
-    layout.put_columns_(changed, indices, columns)
+    layout.put_columns_(changed, given, columns)
     assert changed.equal(weight)
 
 
@@ -118,20 +101,20 @@ def test_a_target_of_an_adapter_is_of_a_kind_with_a_name(kind):
         assert found.title in supported_kinds()
 
 
-def test_what_has_no_layout():
-    assert layout_of(nn.LayerNorm(3)) is None
-    assert layout_of(nn.ConvTranspose2d(4, 8, 3)) is None
-    assert layout_of(nn.Linear(3, 5), "bias") is None
-    assert layout_of(Experts(False), "router") is None
-    assert layout_of(nn.Linear(3, 5), "down_proj") is None
-    assert layout_of(nn.LayerNorm(3), "in_proj_weight") is None
-    assert isinstance(layout_of(nn.MultiheadAttention(4, 2)), AttentionLayout)
-    assert isinstance(layout_of(Experts(True), "down_proj"), ExpertsLayout)
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (nn.LayerNorm(3), ["weight", "in_proj_weight"]),
+        (nn.ConvTranspose2d(4, 8, 3), ["weight"]),
+        (nn.Linear(3, 5), ["bias", "down_proj"]),
+        (Experts(False), ["router"]),
+    ],
+)
+def test_what_has_no_layout(module, names):
+    assert [layout_of(module, name) for name in names] == [None] * len(names)
 
 
 def test_a_layer_of_peft_has_that_of_its_base():
-    from pacatune.adapters.target import target_of_module
-
     config = LoraConfig(target_modules=["0"])
     model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(3, 5)))
     assert target_of_module(model, "0").layout.file_shape == (5, 3)

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -41,7 +41,8 @@ def fill(model, adapter="default", seed=0):
     generator = torch.Generator().manual_seed(seed)
     for layer in layers(model):
         for part in (layer.lora_A, layer.lora_B, layer.lora_mixer):
-            part[adapter].weight.data.normal_(std=0.3, generator=generator)
+            if adapter in part:
+                part[adapter].weight.data.normal_(std=0.3, generator=generator)
 
 
 def adapt(base=None, **options):
@@ -82,22 +83,12 @@ def test_equals_plain_autograd():
     expected = reference(net, x, [theirs[:3], theirs[3:]], 6 / 4)
     found = model(x)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for y, weights, gradients in ((found, ours, []), (expected, theirs, [])):
-        gradients += torch.autograd.grad(y.square().sum(), [x, *weights], retain_graph=True)
-        weights.append(gradients)
-    for one, other in zip(ours[-1], theirs[-1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    assert [p.requires_grad for n, p in model.named_parameters() if "base_layer" in n] == [
-        False
-    ] * 4
-
-
-def test_gradients_by_differences():
-    net = get_peft_model(Net().double(), config_of(target_modules=["linear"]))
-    fill(net)
-    layer = layers(net)[0].double()
-    x = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+    gradients = [
+        torch.autograd.grad(y.square().sum(), [x, *weights])
+        for y, weights in ((found, ours), (expected, theirs))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "base_layer" in n)
 
 
 @pytest.mark.parametrize("mixer_init", ["kaiming", "orthogonal"])
@@ -130,36 +121,36 @@ def test_dropout_is_before_a():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A base and its adapter, in folders, and what both compute."""
+    base = build_model(64)
+    base.save_pretrained(tmp_path / "base")
+    model = adapt(base, rank_pattern={"down_proj": 2}, use_rslora=True)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model(ids()).logits
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(tmp_path, low_cpu_mem_usage):
-    model = adapt(rank_pattern={"down_proj": 2}, use_rslora=True)
-    expected = model(ids()).logits
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["peft_type"], saved["mixer_init"]) == ("MOSLORA", "kaiming")
-    loaded = PeftModel.from_pretrained(
-        build_model(64), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
-    ).eval()
+def test_save_and_load(saved, low_cpu_mem_usage):
+    folder, expected = saved
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    assert (config["peft_type"], config["mixer_init"]) == ("MOSLORA", "kaiming")
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(build_model(64), folder / "adapter", **options).eval()
     assert torch.equal(loaded(ids()).logits, expected)
     assert {len(layer.lora_mixer["default"].weight) for layer in layers(loaded)} == {2, 4}
 
 
-def test_transformers_loads_it(tmp_path):
-    base = build_model(64)
-    base.save_pretrained(tmp_path / "base")
-    model = adapt(base)
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    expected = model(ids()).logits
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32).eval()
+def test_transformers_loads_it(saved):
+    folder, expected = saved
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
     assert torch.equal(loaded(ids()).logits, expected)
 
 
-def test_plain_peft_refuses_it(tmp_path):
+def test_plain_peft_refuses_it(saved):
     """It would have to leave the mixer out; the `peft_type` is one that it does not know."""
-    base = build_model(64)
-    base.save_pretrained(tmp_path / "base")
-    adapt(base).save_pretrained(tmp_path / "adapter")
     code = """
         import sys
         sys.modules["pacatune"] = None
@@ -171,7 +162,7 @@ def test_plain_peft_refuses_it(tmp_path):
         except KeyError as error:
             print("refused", error)
     """
-    done = run_python(textwrap.dedent(code), tmp_path)
+    done = run_python(textwrap.dedent(code), saved[0])
     assert done.stdout.strip() == "refused 'MOSLORA'", done.stderr
 
 
@@ -228,25 +219,67 @@ def test_quantised_bases(name, tmp_path):
         assert (model(x) - expected).norm() < 0.2 * (expected - build()(x)).norm()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mixer_init": "zeros"}, r"`mixer_init` \('zeros'\) must be one of \['kaiming', 'orthog"),
-        ({"init_lora_weights": "pissa"}, r"`init_lora_weights` \('pissa'\) must be True, 'gaussi"),
-        ({"use_dora": True}, r"`use_dora` \(True\) cannot be used with MosLoRA; drop it"),
-        ({"target_parameters": ["w"]}, r"`target_parameters` \(\['w'\]\) cannot be used with Mos"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        config_of(**options)
+def test_several_adapters():
+    base = build_model(64)
+    plain = base(ids()).logits
+    model = adapt(base)
+    one = model(ids()).logits
+    model.add_adapter("other", config_of(r=2, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("other")
+    fill(model, "other", seed=1)
+    other = model(ids()).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids()).logits, plain)
+    rows = model(ids(), adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(rows[0], one[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows[1], other[1], rtol=1e-5, atol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".other." in name for name in trained)
+    assert any("lora_mixer.other" in name for name in trained)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert not [name for name, _ in model.named_parameters() if "other" in name]
+    assert torch.equal(model(ids()).logits, one)
 
 
 @pytest.mark.parametrize(
-    ("module", "kind"), [(nn.Conv2d(3, 3, 1), "Conv2d"), (nn.Embedding(4, 3), "Embedding")]
+    "combination_type", ["cat", pytest.param("svd", marks=needs("peft", "0.21"))]
 )
-def test_layers_that_are_not_linear(module, kind):
-    model = nn.ModuleDict({"first": nn.Linear(3, 3), "second": module})
-    with pytest.raises(TypeError, match=rf"Target module 'second' \({kind}\) is not supported"):
-        get_peft_model(model, config_of(target_modules=["first", "second"]))
-    assert type(model["first"]) is nn.Linear
+def test_weighted_sum(combination_type):
+    model = adapt()
+    model.add_adapter("other", config_of())
+    fill(model, "other", seed=1)
+    options = {"svd_rank": 8} if combination_type == "svd" else {}
+    model.add_weighted_adapter(
+        ["default", "other"], [0.7, 0.5], "sum", combination_type=combination_type, **options
+    )
+    for layer in layers(model):
+        parts = [layer.get_delta_weight(name) for name in ("default", "other")]
+        expected = 0.7 * parts[0] + 0.5 * parts[1]
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_that_would_be_wrong():
+    model = adapt()
+    with pytest.raises(ValueError, match=r"`combination_type` \('linear'\) must be one of \('cat'"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
+    with pytest.raises(ValueError, match=r"`adapter_name` \('default'\) is taken; delete it first"):
+        model.add_weighted_adapter(["default"], [1.0], "default")
+
+
+def test_conversion_to_lora():
+    model = adapt()
+    _, factors = convert_to_lora(model, rank=4, progressbar=False)
+    found = {
+        name.removesuffix(".lora_A.weight"): factors[name.replace("lora_A", "lora_B")] @ one
+        for name, one in factors.items()
+        if "lora_A" in name
+    }
+    expected = {
+        name: module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if isinstance(module, MosLoraLayer)
+    }
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, atol=1e-4, rtol=1e-4)

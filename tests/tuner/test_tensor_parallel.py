@@ -50,6 +50,7 @@ def test_model_without_a_plan():
     assert split_of(model, "layers.0.q", layer(model)) is None
     refuse_copies(model, ["q"])
     assert split_of(nn.Sequential(layer(model)), "0", layer(model)) is None
+    assert split_of(Planned({"layers.*.q": "rowwise"}), "layers.0.o", nn.Conv1d(2, 2, 1)) is None
 
 
 @pytest.mark.parametrize("plan", [{}, {"layers.*.q": "replicate"}, {"layers.*": "local_params"}])
@@ -62,58 +63,44 @@ def test_whole_layers_of_a_planned_model(plan):
     refuse_copies(model, ["q"])
 
 
+class Packed(nn.Linear):
+    """Has a forward of its own, as quantised layers do."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("plan", "module", "message"),
+    [
+        ({"layers.*.q": "mla_kv_a_proj"}, None, "style is 'mla_kv_a_proj' and its module a Linear"),
+        ({"layers.*": "all_reduce"}, None, "it is inside 'layers.0', whose style is 'all_reduce'"),
+        # A plain weight under such a style is a part that does not say so: of older releases.
+        ({"layers.*.q": "colwise"}, None, "its style is 'colwise'"),
+        ({"layers.*.q": "rowwise"}, None, "its style is 'rowwise'"),
+        ({"layers.*.q": "colwise"}, Packed(8, 8), "style is 'colwise' and its module a Packed"),
+        ({"layers.*.q": "embedding_rowwise"}, nn.Embedding(8, 4), "and its module a Embedding"),
+    ],
+)
+def test_unsupported_styles(plan, module, message):
+    model = Planned(plan)
+    model.layers[0]["q"] = module or layer(model)
+    config = PacaConfig(r=2, target_modules=["q"])
+    with pytest.raises(ValueError, match=f"'layers.0.q' shares its work .* {message}"):
+        check_targets(PacaModel, config, model)
+
+
 def test_plan_is_found_inside_a_wrapper():
     model = Planned({"layers.*.q": "packed_colwise"})
     with pytest.raises(ValueError, match=r"'model.layers.0.q' .* its style is 'packed_colwise'"):
         split_of(Wrapper(model), "model.layers.0.q", layer(model))
 
 
-@pytest.mark.parametrize(
-    ("plan", "message"),
-    [
-        ({"layers.*.q": "mla_kv_a_proj"}, "its style is 'mla_kv_a_proj' and its module a Linear"),
-        ({"layers.*": "all_reduce"}, "it is inside 'layers.0', whose style is 'all_reduce'"),
-        # A plain weight under such a style is a part that does not say so: of older releases.
-        ({"layers.*.q": "colwise"}, "its style is 'colwise'"),
-        ({"layers.*.q": "rowwise"}, "its style is 'rowwise'"),
-    ],
-)
-def test_unsupported_styles(plan, message):
-    model = Planned(plan)
-    config = PacaConfig(r=2, target_modules=["q"])
-    with pytest.raises(ValueError, match=f"'layers.0.q' shares its work .* {message}"):
-        check_targets(PacaModel, config, model)
-
-
-def test_other_modules():
-    model = Planned({"layers.*.q": "embedding_rowwise"})
-    model.layers[0]["q"] = nn.Embedding(8, 4)
-    assert split_of(model, "layers.0.o", nn.Conv1d(2, 2, 1)) is None
-    with pytest.raises(ValueError, match="style is 'embedding_rowwise' and its module a Embedding"):
-        split_of(model, "layers.0.q", layer(model))
-
-
-def test_linear_layers_with_a_forward_of_their_own():
-    """Quantised ones, for example."""
-
-    class Packed(nn.Linear):
-        def forward(self, x):
-            return super().forward(x)
-
-    model = Planned({"layers.*.q": "colwise"})
-    model.layers[0]["q"] = Packed(8, 8)
-    with pytest.raises(ValueError, match="style is 'colwise' and its module a Packed"):
-        split_of(model, "layers.0.q", layer(model))
-
-
-def test_marks_of_older_releases():
+def test_marks_of_older_releases(monkeypatch):
     module = nn.Linear(2, 2)
     module._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match=r"split by something else than a plan of transformers"):
         split_of(nn.Sequential(module), "0", module)
-
-
-def test_old_transformers(monkeypatch):
     monkeypatch.setattr(compat, "version", lambda package: "5.16.0")
     model = Planned({"layers.*.q": "colwise"})
     with pytest.raises(ValueError, match=r"tensor parallelism needs transformers 5.17"):

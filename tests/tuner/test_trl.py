@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacatune import MosLoraConfig, PacaConfig
 from pacatune.selection import choose_columns, collect_statistics
-from pacatune.tuner import PacaLayer
 from tests.releases import needs
+from tests.tuner.nets import layers
 
 pytestmark = [
     needs("trl"),
@@ -44,122 +44,103 @@ def load_adapter(base, folder, options=None):
     return PeftModel.from_pretrained(model.unload(), folder / "adapter", is_trainable=True)
 
 
+@pytest.fixture
+def train(tokenizer, tmp_path):
+    """Train, and return the trainer and what it logged of each step."""
+
+    def train(trainer, arguments, model, rows, options=None, **inputs):
+        common = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        trainer = trainer(
+            model,
+            args=arguments(**{**common, **(options or {})}),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            **inputs,
+        )
+        trainer.train()
+        return trainer, trainer.state.log_history[:-1]
+
+    return train
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sft(base, tokenizer, tmp_path, checkpointing):
+def test_sft(base, train, checkpointing):
     from trl import SFTConfig, SFTTrainer
 
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    trainer = SFTTrainer(
-        base,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=4,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=3,
-            gradient_checkpointing=checkpointing,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
-        train_dataset=Dataset.from_dict({"text": ["What is the capital of France? Paris."] * 24}),
-        processing_class=tokenizer,
-        peft_config=config(),
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    layers = [module for module in trainer.model.modules() if isinstance(module, PacaLayer)]
-    assert len(layers) == 6
-    assert all(layer.delta_of("default").abs().sum() > 0 for layer in layers)
+    rows = {"text": ["What is the capital of France? Paris."] * 24}
+    options = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "gradient_checkpointing": checkpointing,
+    }
+    trainer, steps = train(SFTTrainer, SFTConfig, base, rows, options, peft_config=config())
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    found = layers(trainer.model).values()
+    assert len(found) == 6
+    assert all(layer.delta_of("default").abs().sum() > 0 for layer in found)
     seen = trainer.model.unload().state_dict()
     assert all(torch.equal(seen[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient", "moslora"])
-def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path, selection):
+def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(
+    base, tokenizer, train, tmp_path, selection
+):
     """The first loss is log 2 only if policy and reference are the same adapter.
 
     TRL makes the reference from the configuration and copies parameters, so not the columns.
     """
     from trl import DPOConfig, DPOTrainer
 
-    options = config("random" if selection == "moslora" else selection)
+    if selection == "moslora":
+        options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    else:
+        options = config(selection)
     if selection == "gradient":
         batch = dict(tokenizer(["What is the capital?"], return_tensors="pt"))
         batches = [{**batch, "labels": batch["input_ids"]}]
         options = choose_columns(base, options, collect_statistics(base, batches, options))
-    if selection == "moslora":
-        options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     loaded = load_adapter(base, tmp_path, options)
     rows = {"prompt": ["What is"] * 4, "chosen": [" the capital"] * 4, "rejected": [" France"] * 4}
-    trainer = DPOTrainer(
-        loaded,
-        args=DPOConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)
-    assert losses[-1] < losses[0]
-
-
-def arguments(tmp_path):
-    return {
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
+    sizes = {"max_steps": 3, "per_device_train_batch_size": 2}
+    _, steps = train(DPOTrainer, DPOConfig, loaded, rows, sizes)
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert steps[-1]["loss"] < steps[0]["loss"]
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.")
-def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
+def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, train, tmp_path):
     """The first rewards, policy against reference, are zero up to rounding."""
     from trl.experimental.kto import KTOConfig, KTOTrainer
 
     rows = {"prompt": ["What is"] * 8, "completion": [" the capital", " France"] * 4}
-    trainer = KTOTrainer(
-        load_adapter(base, tmp_path),
-        args=KTOConfig(**arguments(tmp_path)),
-        train_dataset=Dataset.from_dict({**rows, "label": [True, False] * 4}),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    first, second, *_ = trainer.state.log_history
+    rows["label"] = [True, False] * 4
+    _, (first, second) = train(KTOTrainer, KTOConfig, load_adapter(base, tmp_path), rows)
     for name in ("rewards/chosen", "rewards/rejected"):
         assert first[name] == pytest.approx(0, abs=1e-6)
     assert second["rewards/chosen"] > second["rewards/rejected"]
 
 
-def test_grpo_from_a_loaded_adapter_takes_it_as_the_reference(base, tokenizer, tmp_path):
+def test_grpo_from_a_loaded_adapter_takes_it_as_the_reference(base, train, tmp_path):
     """The first divergence of the policy from the reference is zero."""
     from trl import GRPOConfig, GRPOTrainer
 
+    def reward(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    model, rows = load_adapter(base, tmp_path), {"prompt": ["What is"] * 8}
     options = {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}
-    trainer = GRPOTrainer(
-        load_adapter(base, tmp_path),
-        args=GRPOConfig(**options, **arguments(tmp_path)),
-        train_dataset=Dataset.from_dict({"prompt": ["What is"] * 8}),
-        processing_class=tokenizer,
-        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-    )
-    trainer.train()
-    first, second, *_ = trainer.state.log_history
+    _, (first, second) = train(GRPOTrainer, GRPOConfig, model, rows, options, reward_funcs=reward)
     assert first["kl"] == 0
     assert second["kl"] > 0

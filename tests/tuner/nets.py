@@ -1,0 +1,101 @@
+"""Adapters that do something on any small model, and what plain autograd says of it."""
+
+import copy
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pacatune import PacaConfig
+from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weight
+
+
+def adapt(base: nn.Module, *, random: bool = True, **options) -> nn.Module:
+    """Return a copy of the base with random updates."""
+    config = PacaConfig(**{"r": 3, "paca_alpha": 6, **options})
+    model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    if random:
+        fill(model)
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """Return the adapted layers by the name of what they adapt in the base model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: m for name, m in inner.named_modules() if hasattr(m, "paca_delta")}
+
+
+def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
+    return [layer.delta_of(adapter) for layer in layers(model).values() if adapter in layer.r]
+
+
+def fill(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
+    """Give an adapter random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for delta in deltas(model, adapter):
+            delta.normal_(std=0.2, generator=generator)
+
+
+def evaluate(model: nn.Module, *args, **kwargs) -> Any:
+    with torch.no_grad():
+        return model.eval()(*args, **kwargs)
+
+
+class Reference(nn.Module):
+    """The base model whose own forward runs with the adapted weights, made anew in each call."""
+
+    def __init__(self, base: nn.Module, model: nn.Module, *adapters: str) -> None:
+        super().__init__()
+        self.base = copy.deepcopy(base).requires_grad_(False)
+        self.adapters = adapters or ("default",)
+        self.updates = []
+        self.deltas = nn.ParameterList()
+        for adapter in self.adapters:
+            for name, layer in layers(model).items():
+                if adapter in layer.r:
+                    self.deltas.append(layer.delta_of(adapter).detach().clone())
+                    columns, scaling = layer.paca_indices[adapter], layer.scaling[adapter]
+                    self.updates.append((name, columns, scaling))
+
+    def forward(self, *args, **kwargs):
+        parameters = dict(self.base.named_parameters())
+        for (name, columns, scaling), delta in zip(self.updates, self.deltas, strict=True):
+            name = name if name in parameters else f"{name}.weight"
+            module = self.base.get_submodule(name.rpartition(".")[0])
+            parameters[name] = _adapted(module, parameters[name], delta, columns, scaling)
+        return torch.func.functional_call(self.base, parameters, args, kwargs)
+
+
+def _adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return adapted_kernel(weight, *update, module.groups)
+    if weight.dim() == 3:
+        is_transposed = type(module).__name__.startswith(("GptOss", "Llama4"))
+        return adapted_experts(weight, *update, is_transposed=is_transposed)
+    if isinstance(module, Conv1D):
+        return adapted_weight(weight.t(), *update).t()
+    return adapted_weight(weight, *update)
+
+
+def assert_equal(
+    model: nn.Module, reference: Reference, *args, tolerance=1e-10, seed=None, **kwargs
+) -> None:
+    """Hold outputs and the gradients of inputs and deltas against those of the reference."""
+    results = []
+    ours = [delta for adapter in reference.adapters for delta in deltas(model, adapter)]
+    for which, trained in ((model, ours), (reference, list(reference.deltas))):
+        if seed is not None:
+            torch.manual_seed(seed)
+        y = which(*args, **kwargs)
+        outputs = [getattr(y, "logits", y)] if not isinstance(y, tuple) else y
+        outputs = [one for one in outputs if one is not None]
+        sources = [*(x for x in args if x.requires_grad), *trained]
+        for source in sources:
+            source.grad = None
+        sum(one.square().mean() for one in outputs).backward()
+        results.append([*outputs, *(source.grad for source in sources)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)

@@ -1,0 +1,169 @@
+"""What cannot be adapted as a configuration says: the error says why, and the base is left alone
+(R5). test_config.py has what is wrong with a configuration by itself.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+
+from pacatune import MosLoraConfig, PacaConfig
+from tests.conftest import build_model
+from tests.releases import needs
+from tests.tuner import moe
+
+EXPERTS = {"target_parameters": moe.BOTH, "target_modules": []}
+GROUPS = {"groups": 2, "r": 1}
+
+
+def targets(*names: str) -> dict[str, list[str]]:
+    return {"target_modules": list(names)}
+
+
+Q = targets("q_proj")
+
+
+class NormedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return F.layer_norm(super().forward(ids), (8,))
+
+
+class OwnExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 4))
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def llama() -> nn.Module:
+    return build_model(64)
+
+
+def mixtral(change=lambda experts: None) -> nn.Module:
+    base = moe.build("mixtral")
+    change(base.model.layers[0].mlp.experts)
+    return base
+
+
+def parametrised() -> nn.Module:
+    base = llama()
+    nn.utils.parametrizations.weight_norm(base.model.layers[1].self_attn.q_proj)
+    return base
+
+
+def pack(experts: nn.Module) -> None:
+    packed = torch.zeros_like(experts.down_proj, dtype=torch.uint8)
+    experts.down_proj = nn.Parameter(packed, requires_grad=False)
+
+
+def share_out(experts: nn.Module) -> None:
+    experts._is_expert_parallel = True
+
+
+def one(layer: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"one": layer})
+
+
+BASES = {
+    "llama": llama,
+    "parametrised": parametrised,
+    "one of two convolutions": lambda: nn.ModuleDict(
+        {"one": nn.Conv2d(8, 8, 3, groups=8), "two": nn.Conv2d(4, 8, 3)}
+    ),
+    "convolution": lambda: one(nn.Conv2d(3, 8, 3)),
+    "transposed convolution": lambda: one(nn.ConvTranspose2d(3, 4, 3)),
+    "weight_norm": lambda: one(nn.utils.weight_norm(nn.Conv2d(3, 4, 3))),
+    "attention": lambda: one(nn.MultiheadAttention(12, 4, kdim=8)),
+    "max_norm": lambda: one(nn.Embedding(11, 8, max_norm=1.0)),
+    "normed embedding": lambda: one(NormedEmbedding(11, 8)),
+    "embedding": lambda: one(nn.Embedding(11, 8)),
+    "experts": mixtral,
+    "experts with biases": lambda: moe.build("gpt_oss"),
+    "own experts": lambda: nn.ModuleDict({"experts": OwnExperts()}),
+    "packed experts": lambda: mixtral(pack),
+    "shared experts": lambda: mixtral(share_out),
+}
+VALUES = [
+    ("llama", targets("q_proj", "query"), r"\['query'\] match no module.*q_proj \(2\)"),
+    ("llama", targets("query"), r"not found in the base model.*q_proj \(2\)"),
+    ("llama", Q | {"r": 33}, r"`r` \(33\) must be in \[1, in_features=32\] for 'model.layers.0"),
+    ("llama", {"target_modules": "all-linear", "r": 33}, r"`r` \(33\) must be in \[1, in_f"),
+    ("parametrised", Q, r"layers.1.self_attn.q_proj.*parametrised weight"),
+    (
+        "llama",
+        Q | {"groups": 5},
+        r"`groups` \(5\) must divide out_features=32 of 'model.layers.0.self_attn.q_proj'; "
+        "choose another number, or put .* into `exclude_modules`",
+    ),
+    ("llama", Q | GROUPS | {"selection": {"q_proj": [[0], [32]]}}, "gives column 32 for"),
+    ("llama", Q | GROUPS | {"selection": {"q_proj": [[0, 1], [2, 3]]}}, "whose rank is 1"),
+    ("one of two convolutions", targets("two", "one") | GROUPS, r"`groups` \(2\) .* by 'one', a c"),
+    ("convolution", {"r": 4}, r"`r` \(4\) must be in \[1, in_features=3\] for 'one'"),
+    ("weight_norm", {}, r"'one' has a parametrised weight"),
+    ("attention", {}, r"'one' has kdim=8 and vdim=12; both must be embed_dim=12"),
+    ("max_norm", {}, r"'one' has `max_norm` \(1.0\): it changes its weight"),
+    ("embedding", {"r": 9}, r"`r` \(9\) must be in \[1, in_features=8\] for 'one'"),
+    (
+        "experts",
+        {"target_parameters": ["experts.up"]},
+        r"\['experts.up'\] match no parameter of MixtralForCausalLM. It has these expert "
+        r"parameters: experts.down_proj \(2\), experts.gate_up_proj \(2\)\.",
+    ),
+    (
+        "experts",
+        {"target_parameters": ["q_proj.weight"]},
+        r"q_proj.weight' has shape \(16, 16\); it must be the three-dimensional weight of all "
+        "experts. Layers are named in `target_modules`. It has these expert parameters",
+    ),
+    ("experts", EXPERTS | {"layers_to_transform": [7]}, "every .* is left out by `exclude_mod"),
+    ("experts", EXPERTS | {"r": 17}, r"`r` \(17\) must be in \[1, in_features=16\] for .*gate"),
+    ("experts", EXPERTS | {"alpha_pattern": {"down": 2, "down_proj": 4}}, "'down' matches nothing"),
+    (
+        "experts with biases",
+        EXPERTS | {"bias": "all"},
+        r"`bias` \('all'\) must be 'none' with",
+    ),
+]
+TYPES = [
+    ("llama", targets("norm"), r"norm.*LlamaRMSNorm.* PaCA adapts torch.nn.Linear, .*Embedding"),
+    ("transposed convolution", {}, r"ConvTranspose2d\) is not supported.*torch.nn.Conv1d"),
+    ("normed embedding", {}, r"'one' \(NormedEmbedding\) is not supported: it has a forward of"),
+    (
+        "experts",
+        {"target_parameters": "up"},
+        r"`target_parameters` \('up'\) must be a list of names",
+    ),
+    ("own experts", EXPERTS, r"\(OwnExperts\) is not supported.*parameters: none"),
+    ("packed experts", EXPERTS, "is torch.uint8 Parameter; quantised and sharded experts"),
+    ("shared experts", EXPERTS, "quantised and sharded experts are not supported"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("error", "name", "options", "message"),
+    [*((ValueError, *row) for row in VALUES), *((TypeError, *row) for row in TYPES)],
+)
+def test_bases(error: type[Exception], name: str, options: dict, message: str) -> None:
+    base = BASES[name]()
+    before = [type(module) for module in base.modules()]
+    with pytest.raises(error, match=message):
+        get_peft_model(base, PacaConfig(**{"r": 2, "target_modules": ["one"], **options}))
+    assert [type(module) for module in base.modules()] == before
+
+
+@needs("peft", "0.19")
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 3)])
+def test_layers_that_are_not_linear_for_moslora(layer: nn.Module) -> None:
+    base, kind = nn.ModuleDict({"first": nn.Linear(3, 3), "second": layer}), type(layer).__name__
+    with pytest.raises(TypeError, match=rf"Target module 'second' \({kind}\) is not supported"):
+        get_peft_model(base, MosLoraConfig(r=2, target_modules=["first", "second"]))
+    assert type(base["first"]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, which has its doubts too
+def test_adapters_of_other_methods() -> None:
+    model = get_peft_model(one(nn.Linear(3, 3)), LoraConfig(target_modules=["one"]))
+    with pytest.raises(TypeError, match=r"'one' is adapted already, by peft.tuners.lora"):
+        get_peft_model(model.base_model.model, PacaConfig(r=2, target_modules=["one"]))
