@@ -8,7 +8,7 @@ WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm
-.PHONY: lint conformance
+.PHONY: lint conformance test-docs
 .PHONY: compat soak bench bench-check docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
@@ -17,6 +17,7 @@ help:
 	@echo 'make demo-vision       the same with real image models'
 	@echo 'make demo-rl           reinforcement learning on a small task: GRPO, in about ten minutes'
 	@echo 'make test              lint, types, spelling and every test'
+	@echo 'make test-docs         every block of code of the docs; make test runs those of README and quick start'
 	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
@@ -25,7 +26,7 @@ help:
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--all: what takes minutes, too'
-	@echo 'make docs              the tables of README and docs, and the site with the Python API'
+	@echo 'make docs              tables and picture of README and docs, and the site with commands and Python API'
 	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
 	@echo 'make report            pages and pictures of the committed results, in report/'
 
@@ -39,8 +40,7 @@ demo-rl: setup-demo-rl
 	@$(RUN) examples/grpo.py $(ARGS)
 
 test: lint
-	$(RUN) tests/conformance/run.py --quick -n $(WORKERS)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25 $(ARGS)
 
 lint: setup-dev
 	$(RUN) -m ruff check .
@@ -48,6 +48,9 @@ lint: setup-dev
 	$(RUN) -m mypy
 	$(RUN) -m codespell_lib
 	.venv/bin/lint-imports
+
+test-docs: setup-dev
+	$(RUN) -m pytest -m docs -n $(WORKERS) --dist loadfile tests/docs $(ARGS)
 
 conformance: setup-dev
 	$(RUN) tests/conformance/run.py -n $(WORKERS) $(ARGS)
@@ -79,10 +82,9 @@ bench-check: setup-dev
 	$(RUN) -m benchmarks.check $(ARGS)
 
 docs: setup-dev
-	$(RUN) -m tools.cli_reference
-	$(RUN) -m tools.llms_txt
 	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m tools.picture
 	$(RUN) -m mkdocs build --strict --quiet
 	@echo 'The site is in site/: open site/index.html.'
 

@@ -1,4 +1,4 @@
-"""Write the tables of measurements into README and docs from the committed results.
+"""Write the tables of measurements into docs from the committed results.
 
     python -m benchmarks.tables
 
@@ -20,7 +20,7 @@ from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,32 +71,20 @@ def _is_share(row: Row) -> bool:
     return row.what == "step" and (row.method == "paca" or row.unit == "ratio")
 
 
-def _kernels(*settings: str) -> View:
-    passes = ("forward", "backward", "with accumulation")
-    return View(
-        file="kernels",
-        where=lambda row: row.setting in settings and row.what in passes,
-        index=("method",),
-        columns=("setting", "what"),
-        floor="frozen",
-        remark="Lines below `frozen` say how many are beyond it.",
-    )
-
-
 VIEWS = {
     **{
         name: View(file=name, where=_is_share)
         for name in ("step", "step-groups", "step-compiled", "switch")
     },
     "roofline": View(file="roofline"),
-    "distance": View(
-        file="distance",
-        columns=("what",),
-        remark="In per cent of the frozen model's step, by clocks around each part in steps that "
-        "took turns with the others. Rest: Python, autograd, views and casts, colder caches.",
+    "kernels": View(
+        file="kernels",
+        where=_what("forward", "backward", "with accumulation"),
+        index=("method",),
+        columns=("setting", "what"),
+        floor="frozen",
+        remark="Lines below `frozen` say how many are beyond it.",
     ),
-    "kernels": _kernels("eager", "compiled"),
-    "kernels-more": _kernels("lean", "sharded", "whole-tensor passes"),
     "lean-units": View(file="lean", where=_what("kept per token and layer")),
     "lean-times": View(
         file="lean",

@@ -1,52 +1,66 @@
-"""Write the tables of options in docs/cli.md from the commands' own parsers.
-
-python -m tools.cli_reference
-"""
+"""The page of all commands, from their own parsers; built with the site."""
 
 import argparse
 import importlib
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 from jsonargparse import capture_parser
 
+from pacatune.cli.entry import COMMANDS
 from pacatune.cli.options import parser_of
 from pacatune.reports.rows import Table
-from tools.doc_block import rewrite
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "cli.md"
-# Commands whose options form sections, the longer name first.
-_WITH_SECTIONS = ("train-image", "train")
-_SECTIONS = ("model", "data", "paca", "moslora", "lora", "training")
+_INTRODUCTION = """# Commands
 
-
-def options_table(name):
-    """Return the options of a command (`merge`), or of a section of one (`train-data`).
-
-    With a task too: `train-data-of-grpo`.
-    """
-    name, _, task = name.partition("-of-")
-    for command in _WITH_SECTIONS:
-        if name == command or name.startswith(f"{command}-"):
-            return _section_table(command, name.removeprefix(command).removeprefix("-"), task)
-    return _table(find_parser(name)._actions)
+Every command with its options, which `pacatune COMMAND --help` shows too. Options of `train` and
+`train-image` form sections: a YAML file (`--config`) has them as mappings, options on the command
+line override it, and `--print_config` prints every option with its explanation as such a file. Of
+`training` every option of TRL's or transformers' class may be given; listed are those that are ours
+or have other defaults here.
+"""
+# Commands whose options form sections -> the sections, and tasks that have one of their own.
+_SECTIONS = ("model", "data", "paca", "lora", "moslora", "training")
+_OTHER_DATA = {"dpo": "of dpo, kto and reward", "grpo": "of grpo and rloo"}
+_IN_SECTIONS = ("train", "train-image")
 
 
-def find_parser(command, task=""):
-    """Return the parser of a command, for one of its tasks where it has several."""
+def page() -> str:
+    """Return the page as Markdown."""
+    return "\n".join([_INTRODUCTION, *_sections()])
+
+
+def _sections() -> Iterator[str]:
+    for command in COMMANDS:
+        yield f"## pacatune {command}\n"
+        if command in _IN_SECTIONS:
+            yield f"{find_parser(command).description}\n\n{_table(_own_actions(command))}\n"
+            for section in _SECTIONS:
+                yield f"### `{section}` of {command}\n\n{_table(_own_actions(command, section))}\n"
+            for task, whose in _OTHER_DATA.items() if command == "train" else ():
+                yield f"### `data` {whose}\n\n{_table(_own_actions(command, 'data', task))}\n"
+            continue
+        module = importlib.import_module(f"pacatune.cli.{command}")
+        for name in getattr(module, "SUBCOMMANDS", [""]):
+            heading = f"### pacatune {command} {name}\n\n" if name else ""
+            parser = find_parser(f"{command}-{name}" if name else command)
+            yield f"{heading}{parser.description}\n\n{_table(parser._actions)}\n"
+
+
+def find_parser(command: str, task: str = "") -> argparse.ArgumentParser:
+    """Return the parser of a command (`merge`, `patch-make`), for one of its tasks."""
     first, _, second = command.partition("-")
-    if first in ("evaluate", "patch"):
+    if command not in COMMANDS:
         module = importlib.import_module(f"pacatune.cli.{first}")
         return parser_of(f"{first} {second}", module.SUBCOMMANDS[second])
     module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
-    if command in _WITH_SECTIONS:
+    if command in _IN_SECTIONS:
         return module.all_options(*([task] if task else [])).parser
     if hasattr(module, "command"):
         return parser_of(command, module.command)
     return capture_parser(module.run, [])
 
 
-def _section_table(command, section, task):
+def _own_actions(command: str, section: str = "", task: str = "") -> list[argparse.Action]:
     """Return the options of one section; those of training that are not transformers' own."""
     from pacatune.training import TrainingConfig
     from pacatune.training.arguments import own_options
@@ -54,7 +68,7 @@ def _section_table(command, section, task):
 
     training = ImageTrainingConfig if command == "train-image" else TrainingConfig
     ours = {f"training.{name}" for name in own_options(training)}
-    actions = [
+    return [
         action
         for action in find_parser(command, task)._actions
         if action.option_strings
@@ -63,10 +77,9 @@ def _section_table(command, section, task):
         and (section != "training" or action.dest in ours)
         and action.dest not in _SECTIONS
     ]
-    return _table(actions)
 
 
-def _table(actions):
+def _table(actions: list[argparse.Action]) -> str:
     rows = []
     for action in actions:
         if isinstance(action, argparse._HelpAction):
@@ -79,7 +92,7 @@ def _table(actions):
     return "\n".join(Table(header=["option", "default", ""], cells=rows, num_index=3).markdown())
 
 
-def _default(action):
+def _default(action: argparse.Action) -> str:
     if action.required:
         return "required"
     if action.default in (None, False, "", [], argparse.SUPPRESS):
@@ -88,21 +101,7 @@ def _default(action):
     return f"`{value}`"
 
 
-def _help(action):
+def _help(action: argparse.Action) -> str:
     text = " ".join((action.help or "").replace("(default: %(default)s)", "").split())
     text = text.replace("%%", "%").replace("|", r"\|")
-    return text.strip() or _choices(action)
-
-
-def _choices(action):
-    return ", ".join(f"`{choice}`" for choice in action.choices or ())
-
-
-def main():
-    """Rewrite docs/cli.md."""
-    for path in rewrite([DOCUMENT], "options", options_table):
-        print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return text.strip() or ", ".join(f"`{choice}`" for choice in action.choices or ())

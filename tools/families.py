@@ -1,4 +1,4 @@
-"""Write the table of model families in docs/families.md from tiny models of each.
+"""Write the table of model families in docs/index.md from tiny models of each.
 
 python -m tools.families
 """
@@ -18,7 +18,7 @@ from tools.doc_block import rewrite
 
 __all__ = ["FAMILIES", "Family", "families_table"]
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "index.md"
 VOCAB_SIZE, IMAGE_SIZE, NUM_FRAMES = 64, 16, 32
 
 _SIZES = {
@@ -183,7 +183,7 @@ def _code(names: list[str]) -> str:
 
 
 def main() -> None:
-    """Rewrite docs/families.md."""
+    """Rewrite docs/index.md."""
     for path in rewrite([DOCUMENT], "families", families_table):
         print(f"wrote {path}")
 

@@ -6,6 +6,7 @@ import transformers
 from peft import PeftModel
 
 from pacatune.adapters import export
+from pacatune.adapters.base import load_base
 from pacatune.adapters.probe import run_probe
 from tests.adapters.fixtures import (
     adapter_copy,
@@ -16,6 +17,12 @@ from tests.adapters.fixtures import (
 )
 
 __all__ = ["adapter_copy", "adapter_dir", "forked_plain_peft", "lora_dir", "model_copy"]
+
+
+@pytest.fixture
+def model(tiny_model_dir):
+    """The tiny Llama, to be changed."""
+    return load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
 
 
 @pytest.fixture

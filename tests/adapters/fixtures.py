@@ -1,5 +1,6 @@
 """Finished adapters made by PEFT itself, for the tests of everything that is done to them."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -53,6 +54,37 @@ def save_adapter(
     if with_fingerprint:
         write_fingerprint(folder, model)
     return model.eval()
+
+
+def edit_json(path, **changes):
+    """Change some values of a JSON file; return its path."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def edit_tensors(path, change):
+    """Give a file's tensors to a function that changes the dictionary, and write them back."""
+    from safetensors.torch import load_file, save_file
+
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def scale(folder, factor, part="paca_delta"):
+    """Multiply the deltas of a saved adapter, or another part of it."""
+    edit_tensors(
+        folder, lambda tensors: [one.mul_(factor) for name, one in tensors.items() if part in name]
+    )
+
+
+def logits_of(model):
+    """What a language model or a classifier says of some tokens."""
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.arange(24).view(2, 12)).logits
 
 
 @pytest.fixture(scope="session")

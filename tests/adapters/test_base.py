@@ -1,4 +1,5 @@
-import json
+"""Bases and tokenizers of strangers: found, loaded in the dtype asked for, and no code run."""
+
 import os
 import shutil
 
@@ -13,11 +14,10 @@ from pacatune.adapters.base import (
     load_base,
     load_tokenizer,
 )
+from pacatune.adapters.folder import read_adapter
+from tests.adapters.fixtures import edit_json
 
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def test_the_given_base_comes_before_the_adapters_own():
@@ -29,11 +29,12 @@ def test_the_given_base_comes_before_the_adapters_own():
 
 
 def test_task_and_saved_class_decide_the_head(tiny_model_dir):
-    assert type(load_base(str(tiny_model_dir), task_type=None)).__name__ == "LlamaForCausalLM"
-    headless = empty_base(str(tiny_model_dir), task_type="FEATURE_EXTRACTION")
-    assert type(headless).__name__ == "LlamaModel"
-    classifier = empty_base(str(tiny_model_dir), task_type="SEQ_CLS")
-    assert type(classifier).__name__ == "LlamaForSequenceClassification"
+    def class_of(task_type):
+        return type(empty_base(str(tiny_model_dir), task_type=task_type)).__name__
+
+    assert class_of(None) == "LlamaForCausalLM"
+    assert class_of("FEATURE_EXTRACTION") == "LlamaModel"
+    assert class_of("SEQ_CLS") == "LlamaForSequenceClassification"
 
 
 def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
@@ -43,35 +44,39 @@ def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
 
 
 def test_a_missing_base_is_named(tmp_path, adapter_dir):
-    with pytest.raises(FileNotFoundError, match=r"'nowhere'\) is neither a file or folder here"):
-        load_base("nowhere", task_type=None)
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json; `model` must be a mod"):
-        load_base(str(tmp_path), task_type=None)
-    with pytest.raises(
-        FileNotFoundError, match=r"holds no config\.json \(it is an adapter, not a base\)"
+    for folder, message in (
+        ("nowhere", r"'nowhere'\) is neither a file or folder here"),
+        (tmp_path, r"holds no config\.json; `model` must be a model"),
+        (adapter_dir, r"holds no config\.json \(it is an adapter, not a base\)"),
     ):
-        load_base(str(adapter_dir), task_type=None)
+        with pytest.raises(FileNotFoundError, match=message):
+            load_base(str(folder), task_type=None)
 
 
-def test_an_unknown_architecture_is_refused_and_its_code_not_run(model_copy, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nonsense"}, "comes with code of its own, which is never executed"),
+        ({"architectures": ["EvilLM"]}, r"is a 'EvilLM', which transformers .* not run"),
+    ],
+)
+def test_an_unknown_architecture_is_refused_and_its_code_not_run(
+    model_copy, tmp_path, changes, message
+):
     (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    edit_config(model_copy, auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
-    edit_config(model_copy, model_type="nonsense")
-    with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
-        load_base(str(model_copy), task_type="CAUSAL_LM")
-    edit_config(model_copy, model_type="llama", architectures=["EvilForCausalLM"])
-    with pytest.raises(ValueError, match=r"is a 'EvilForCausalLM', which transformers .* not run"):
+    own_code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    edit_json(model_copy / "config.json", auto_map=own_code, **changes)
+    with pytest.raises(ValueError, match=message):
         load_base(str(model_copy), task_type=None)
     assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_weights_are_named(model_copy):
-    (model_copy / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
-        load_base(str(model_copy), task_type=None)
-    (model_copy / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
-        load_base(str(model_copy), task_type=None)
+    path = model_copy / "model.safetensors"
+    for damage in (lambda: path.write_bytes(b"no tensors"), path.unlink):
+        damage()
+        with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
+            load_base(str(model_copy), task_type=None)
 
 
 def test_a_tokenizer_is_found_missing_or_damaged(model_copy, tmp_path):
@@ -84,33 +89,25 @@ def test_a_tokenizer_is_found_missing_or_damaged(model_copy, tmp_path):
         load_tokenizer("someone/unreachable")
 
 
-def test_the_tokenizer_of_training_comes_first(model_copy, adapter_copy):
-    assert find_tokenizer(str(model_copy), adapter_copy).chat_template is not None
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(model_copy / name, adapter_copy)
-    (adapter_copy / "chat_template.jinja").write_text("ours")
-    assert find_tokenizer(str(model_copy), adapter_copy).chat_template == "ours"
-    assert find_tokenizer(str(model_copy), None).chat_template != "ours"
-
-
 @pytest.fixture
-def with_tokenizer(model_copy, adapter_copy):
+def with_tokenizer(tiny_model_dir, adapter_copy):
     """An adapter with a tokenizer of its own."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(model_copy / name, adapter_copy / name)
+    for name in TOKENIZER:
+        shutil.copy(tiny_model_dir / name, adapter_copy / name)
     (adapter_copy / "additional_chat_templates").mkdir()
     return adapter_copy
 
 
+def test_the_tokenizer_of_training_comes_first(tiny_model_dir, adapter_dir, with_tokenizer):
+    (with_tokenizer / "chat_template.jinja").write_text("ours")
+    base = str(tiny_model_dir)
+    assert find_tokenizer(base, with_tokenizer).chat_template == "ours"
+    for other in (None, adapter_dir):  # which has none
+        assert find_tokenizer(base, other).chat_template not in (None, "ours")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "added_tokens.json",
-        "additional_chat_templates/other.jinja",
-    ],
+    "name", [*TOKENIZER, "added_tokens.json", "additional_chat_templates/other.jinja"]
 )
 def test_no_file_of_a_tokenizer_is_outside_of_the_adapter(with_tokenizer, tmp_path, name):
     path, secret = with_tokenizer / name, tmp_path / "secret"
@@ -126,17 +123,16 @@ def test_no_file_of_a_tokenizer_is_outside_of_the_adapter(with_tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"merges_file": "/etc/passwd"}, {"vocab_file": "x"}, {"init_inputs": ["/etc/x"]}],
+    ("key", "value"),
+    [("merges_file", "/etc/passwd"), ("vocab_file", "x"), ("init_inputs", ["/etc/x"])],
 )
-def test_no_tokenizer_names_a_file_of_its_own(with_tokenizer, values):
+def test_no_tokenizer_names_a_file_of_its_own(with_tokenizer, key, value):
     path = with_tokenizer / "tokenizer_config.json"
-    good = json.loads(path.read_text())
-    path.write_text(json.dumps(good | {"vocab_file": None, "special_tokens_map_file": "/a"}))
+    edit_json(path, vocab_file=None, special_tokens_map_file="/a")
     (with_tokenizer / "notes").symlink_to("nowhere")  # nobody reads that
     load_tokenizer(str(with_tokenizer))
-    path.write_text(json.dumps(good | values))
-    with pytest.raises(ValueError, match=rf"tokenizer_config.json gives `{next(iter(values))}`"):
+    edit_json(path, **{key: value})
+    with pytest.raises(ValueError, match=rf"tokenizer_config.json gives `{key}`"):
         load_tokenizer(str(with_tokenizer))
 
 
@@ -144,23 +140,21 @@ def test_no_tokenizer_names_a_file_of_its_own(with_tokenizer, values):
 def test_the_hubs_cache_is_read_through_its_links(with_tokenizer, tmp_path, monkeypatch, inner):
     from huggingface_hub import constants
 
-    from pacatune.adapters.folder import read_adapter
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repository, revision = tmp_path / "hub" / "models--someone--adapter", "0" * 40
-    blobs, snapshot = repository / "blobs", repository / "snapshots" / revision
-    (snapshot / inner).mkdir(parents=True)
-    shutil.copytree(with_tokenizer, blobs)
+    snapshot = repository / "snapshots" / revision / inner
+    snapshot.mkdir(parents=True)
+    blobs = shutil.copytree(with_tokenizer, repository / "blobs")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     for path in blobs.iterdir():
         if path.is_file():
-            (snapshot / inner / path.name).symlink_to(os.path.relpath(path, snapshot / inner))
-    for folder in (snapshot / inner, *([] if inner else ["someone/adapter"])):
+            (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
+    for folder in (snapshot, *([] if inner else ["someone/adapter"])):
         adapter = read_adapter(folder)
-        assert adapter.folder == snapshot / inner
+        assert adapter.folder == snapshot
         assert load_tokenizer(str(adapter.folder)).chat_template is not None
     (blobs / "secret").symlink_to(tmp_path)
-    (snapshot / inner / "tokenizer.model").symlink_to(blobs / "secret" / "adapter" / "README.md")
+    (snapshot / "tokenizer.model").symlink_to(blobs / "secret" / "adapter" / "README.md")
     with pytest.raises(ValueError, match="outside of the folder"):
-        load_tokenizer(str(snapshot / inner))
+        load_tokenizer(str(snapshot))

@@ -10,14 +10,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.adapters.folder import open_adapter
 from pacatune.adapters.loading import answered_warnings, load_language_model
 from pacatune.adapters.merge import merge
-from tests.adapters.fixtures import save_adapter
-
-TOKENS = torch.arange(20)[None]
-
-
-@pytest.fixture(params=[1, 2, 3])
-def num_labels(request):
-    return request.param
+from tests.adapters.fixtures import edit_json, save_adapter
 
 
 @pytest.fixture
@@ -28,51 +21,51 @@ def classifier(tiny_model_dir, tmp_path, num_labels):
     return folder
 
 
-def scores(model_dir, folder, num_labels):
-    """Return what an adapter on its base says of some tokens."""
-    base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=num_labels)
-    with answered_warnings(), torch.no_grad():
-        return PeftModel.from_pretrained(base, folder).eval()(TOKENS).logits
-
-
-def test_the_head_says_how_many_classes_there_are(classifier, tiny_model_dir, num_labels):
-    found = num_labels_of(str(tiny_model_dir), open_adapter(classifier))
-    assert found == (None if num_labels == 2 else num_labels)  # as many as transformers' default
-
-
-def test_merging_keeps_the_head(classifier, tiny_model_dir, tmp_path, num_labels):
-    result = merge(str(tiny_model_dir), classifier, tmp_path / "merged")
-    assert result.error is not None
-    assert result.effect > 0
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    expected = scores(tiny_model_dir, classifier, num_labels)
+def logits_of(model):
     with torch.no_grad():
-        found = model.eval()(TOKENS).logits
-    assert found.shape == (1, num_labels)
-    assert torch.allclose(found, expected, atol=1e-5)
+        return model.eval()(torch.arange(20)[None]).logits
 
 
-def test_a_merged_lora_reward_model(tiny_model_dir, tmp_path):
-    base = load_base(str(tiny_model_dir), task_type="SEQ_CLS", num_labels=1)
+def adapted(model_dir, folder, num_labels):
+    base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=num_labels)
+    with answered_warnings():
+        return PeftModel.from_pretrained(base, folder)
+
+
+# 2 is transformers' default.
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+def test_merging_keeps_the_head(classifier, tiny_model_dir, tmp_path, num_labels):
+    found = num_labels_of(str(tiny_model_dir), open_adapter(classifier))
+    assert found == (None if num_labels == 2 else num_labels)
+    assert merge(str(tiny_model_dir), classifier, tmp_path / "merged").effect > 0
+    logits = logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))
+    assert logits.shape == (1, num_labels)
+    expected = logits_of(adapted(tiny_model_dir, classifier, num_labels))
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_a_merged_lora_reward_model(model_copy, tmp_path):
+    """Without a padding token it takes one sequence at a time."""
+    edit_json(model_copy / "config.json", pad_token_id=None)
+    base = load_base(str(model_copy), task_type="SEQ_CLS", num_labels=1)
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "lora")
-    merge(str(tiny_model_dir), tmp_path / "lora", tmp_path / "merged")
+    merge(str(model_copy), tmp_path / "lora", tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.num_labels == 1
 
 
+@pytest.mark.usefixtures("forked_plain_peft")
 @pytest.mark.parametrize("num_labels", [1])
-def test_exporting_needs_to_be_told_that_the_head_goes_along(
-    classifier, tiny_model_dir, tmp_path, forked_plain_peft
-):
+def test_exporting_needs_to_be_told_that_the_head_goes_along(classifier, tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"not PaCA's, first .*score.* Pass `keep_extra`"):
-        export_lora(str(tiny_model_dir), classifier, tmp_path / "lora")
-    result = export_lora(
-        str(tiny_model_dir), classifier, tmp_path / "lora", keep_extra=True, verify=True
-    )
+        export_lora(None, classifier, tmp_path / "lora")
+    result = export_lora(None, classifier, tmp_path / "lora", keep_extra=True, verify=True)
     assert result.error.max_absolute <= result.limit
-    found = scores(tiny_model_dir, tmp_path / "lora", 1)
-    assert torch.allclose(found, scores(tiny_model_dir, classifier, 1), atol=1e-5)
+    found, expected = (
+        logits_of(adapted(tiny_model_dir, folder, 1)) for folder in (tmp_path / "lora", classifier)
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_labels", [1])

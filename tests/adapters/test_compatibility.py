@@ -1,3 +1,5 @@
+"""R5: an adapter is put onto the base that it was trained on, and refused by any other."""
+
 import json
 
 import pytest
@@ -5,30 +7,22 @@ import torch
 from torch import nn
 
 from pacatune.adapters.base import empty_base, load_base
+from pacatune.adapters.fingerprint import differing_modules, fingerprint, write_fingerprint
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.loading import check_base
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_json, save_adapter
 
-
-@pytest.fixture
-def model(tiny_model_dir):
-    return load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
-
-
-@pytest.fixture
-def without_fingerprint(adapter_copy):
-    (adapter_copy / "pacatune.json").unlink()
-    return adapter_copy
+DOWN = "model.layers.0.mlp.down_proj"
 
 
 def edit_fingerprint(folder, change):
-    path = folder / "pacatune.json"
-    sidecar = json.loads(path.read_text())
-    change(sidecar["base_fingerprint"])
-    path.write_text(json.dumps(sidecar))
+    stored = json.loads((folder / "pacatune.json").read_text())["base_fingerprint"]
+    change(stored)
+    edit_json(folder / "pacatune.json", base_fingerprint=stored)
 
 
 def test_the_base_of_training_passes_without_notes(adapter_dir, model):
+    model.config._name_or_path = "/elsewhere/renamed"  # the fingerprint says more
     assert check_base(adapter_dir, model) == []
     assert check_base(read_adapter(adapter_dir), model.to(torch.bfloat16)) == []
 
@@ -39,37 +33,33 @@ def test_a_base_without_weights_is_compared_by_shape(adapter_dir, tiny_model_dir
     assert check_base(adapter_dir, empty) == []
 
 
-def test_a_missing_module_is_named_with_the_nearest(adapter_dir, model):
-    del model.model.layers[1]
-    message = (
-        r"LlamaForCausalLM\) has no module 'model\.layers\.1.*nearest name is 'model\.layers\.0"
-    )
+def put(module):
+    return lambda model: model.set_submodule(DOWN, module)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: model.model.layers.pop(1),
+            r"LlamaForCausalLM\) has no module 'model\.layers\.1.* nearest .* 'model\.layers\.0",
+        ),
+        (put(nn.Identity()), rf"no adaptable layer '{DOWN}'"),
+        (put(nn.Linear(64, 48)), r"delta of \(32, 4\) .* but the base needs \(48, 4\)"),
+        (put(nn.Linear(3, 32)), r"columns up to \d+, but the base .* has 3 columns"),
+    ],
+)
+def test_other_modules_are_refused(adapter_dir, model, change, message):
+    change(model)
     with pytest.raises(ValueError, match=message):
-        check_base(adapter_dir, model)
-
-
-def test_a_module_that_is_not_linear_is_refused(adapter_dir, model):
-    model.model.layers[0].mlp.down_proj = nn.Identity()
-    with pytest.raises(ValueError, match=r"no adaptable layer 'model\.layers\.0\.mlp\.down_proj'"):
-        check_base(adapter_dir, model)
-
-
-def test_other_sizes_are_refused(adapter_dir, model):
-    model.model.layers[0].mlp.down_proj = nn.Linear(64, 48)
-    with pytest.raises(ValueError, match=r"delta of \(32, 4\) .* but the base needs \(48, 4\)"):
-        check_base(adapter_dir, model)
-    model.model.layers[0].mlp.down_proj = nn.Linear(3, 32)
-    with pytest.raises(ValueError, match=r"columns up to \d+, but the base .* has 3 columns"):
         check_base(adapter_dir, model)
 
 
 def test_other_weights_are_refused_unless_allowed(adapter_dir, model):
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight.add_(1e-3)
-    message = (
-        r"weights of 1 of 6 adapted modules are not .* first 'model\.layers\.1\.self_attn\.v_proj'"
-    )
-    with pytest.raises(ValueError, match=message + r".*--allow-other-base"):
+        model.get_submodule(DOWN).weight.add_(1e-3)
+    message = rf"weights of 1 of 6 adapted modules are not .* first '{DOWN}'.*--allow-other-base"
+    with pytest.raises(ValueError, match=message):
         check_base(adapter_dir, model)
     (note,) = check_base(adapter_dir, model, allow_other_base=True)
     assert "weights of 1 of 6" in note
@@ -80,9 +70,8 @@ def test_other_weights_are_refused_unless_allowed(adapter_dir, model):
 )
 def test_another_architecture_is_refused(adapter_copy, model, key, value):
     edit_fingerprint(adapter_copy, lambda stored: stored.update({key: value}))
-    with pytest.raises(
-        ValueError, match=rf"trained on a base with `{key}` = {value!r} but this one"
-    ):
+    message = rf"trained on a base with `{key}` = {value!r} but this one"
+    with pytest.raises(ValueError, match=message):
         check_base(adapter_copy, model)
 
 
@@ -97,20 +86,15 @@ def test_modules_that_cannot_be_compared_are_noted(adapter_copy, model):
     assert note.startswith("1 of 6 adapted modules could not be compared")
 
 
-def test_without_a_fingerprint_the_name_decides(without_fingerprint, model):
-    (note,) = check_base(without_fingerprint, model)
+def test_without_a_fingerprint_the_name_decides(adapter_copy, model):
+    (adapter_copy / "pacatune.json").unlink()
+    (note,) = check_base(adapter_copy, model)
     assert note.startswith("the adapter has no fingerprint")
     model.config._name_or_path = "/elsewhere/tiny-mistral"
-    with pytest.raises(
-        ValueError, match=r"names the base '.*tiny-llama.' but this one is '/elsewhere"
-    ):
-        check_base(without_fingerprint, model)
-    assert len(check_base(without_fingerprint, model, allow_other_base=True)) == 2
-
-
-def test_with_a_fingerprint_the_name_may_differ(adapter_dir, model):
-    model.config._name_or_path = "/elsewhere/renamed"
-    assert check_base(adapter_dir, model) == []
+    message = r"names the base '.*tiny-llama.' but this one is '/elsewhere"
+    with pytest.raises(ValueError, match=message):
+        check_base(adapter_copy, model)
+    assert len(check_base(adapter_copy, model, allow_other_base=True)) == 2
 
 
 @pytest.mark.parametrize("stored", [1, [], {}, {"modules": 1}, {"modules": {"a": {"float32": 1}}}])
@@ -121,15 +105,90 @@ def test_a_malformed_fingerprint_is_refused(adapter_copy, model, stored):
 
 
 def test_other_tensors_must_have_their_place(tmp_path, tiny_model_dir, model):
-    save_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["lm_head"])
-    adapter = read_adapter(tmp_path / "adapter")
-    assert list(adapter.extra) == ["base_model.model.lm_head.weight"]
-    assert check_base(adapter, model) == []
+    save_adapter(tiny_model_dir, tmp_path, modules_to_save=["lm_head"])
+    assert list(read_adapter(tmp_path).extra) == ["base_model.model.lm_head.weight"]
+    assert check_base(tmp_path, model) == []
     model.lm_head = nn.Linear(32, 5, bias=False)
-    with pytest.raises(
-        ValueError, match=r"'lm_head\.weight' is \(300, 32\) in the adapter but \(5,"
-    ):
-        check_base(adapter, model)
+    message = r"'lm_head\.weight' is \(300, 32\) in the adapter but \(5,"
+    with pytest.raises(ValueError, match=message):
+        check_base(tmp_path, model)
     del model.lm_head
     with pytest.raises(ValueError, match=r"has no parameter 'lm_head\.weight' that the adapter"):
-        check_base(adapter, model)
+        check_base(tmp_path, model)
+
+
+# The fingerprint.
+
+
+@pytest.fixture
+def columns(adapter_dir):
+    return {name: u.indices for name, u in read_adapter(adapter_dir).modules.items()}
+
+
+def test_it_is_json_and_names_the_architecture(model, columns):
+    result = fingerprint(model, columns)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["architecture"], result["model_type"]) == ("LlamaForCausalLM", "llama")
+    assert (result["hidden_size"], result["num_hidden_layers"]) == (32, 2)
+    assert result["modules"].keys() == columns.keys()
+    assert result["modules"][DOWN].keys() == {"float32", "bfloat16", "float16"}
+    assert len({hashes["float32"] for hashes in result["modules"].values()}) == len(columns)
+
+
+def test_it_is_the_same_around_an_active_and_a_merged_adapter(
+    model, tiny_model_dir, tmp_path, columns
+):
+    """R2: it looks at the base."""
+    expected = fingerprint(model, columns)
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter")
+    assert fingerprint(adapted, columns) == expected
+    adapted(input_ids=torch.ones(1, 3, dtype=torch.int64))  # writes the adapted columns
+    assert fingerprint(adapted, columns) == expected
+    adapted.merge_adapter()
+    assert fingerprint(adapted, columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "current", "num_compared"),
+    [
+        ("float32", "bfloat16", 6),
+        ("bfloat16", "float32", 6),
+        ("float16", "float64", 6),
+        ("bfloat16", "bfloat16", 6),
+        ("bfloat16", "float16", 0),
+    ],
+)
+def test_one_base_loaded_in_two_dtypes_does_not_differ(
+    tiny_model_dir, columns, stored, current, num_compared
+):
+    first, second = (
+        fingerprint(load_base(str(tiny_model_dir), task_type=None, dtype=dtype), columns)
+        for dtype in (stored, current)
+    )
+    assert differing_modules(first["modules"], second["modules"]) == ([], num_compared)
+
+
+def test_a_slightly_trained_module_differs(model, columns):
+    first = fingerprint(model, columns)["modules"]
+    with torch.no_grad():
+        model.get_submodule(DOWN).weight.mul_(1.001)
+    assert differing_modules(first, fingerprint(model, columns)["modules"]) == ([DOWN], 6)
+
+
+def test_weights_that_cannot_be_read_have_no_hashes(model, columns):
+    assert fingerprint(model, {DOWN: torch.arange(64)})["modules"] == {DOWN: {}}
+    assert not any(fingerprint(model.to("meta"), columns)["modules"].values())
+
+
+def test_writing_keeps_what_else_the_sidecar_holds(adapter_copy, model):
+    path = adapter_copy / "pacatune.json"
+    expected = json.loads(path.read_text())
+    path.write_text(json.dumps({"other": 1}))
+    write_fingerprint(adapter_copy, model)
+    assert json.loads(path.read_text()) == {"other": 1, **expected}
+    assert not list(adapter_copy.glob("*.partial"))
+
+
+def test_writing_into_a_folder_without_an_adapter_is_refused(tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+        write_fingerprint(tmp_path, model)

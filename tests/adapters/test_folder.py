@@ -1,3 +1,5 @@
+"""Folders that a stranger made: read in full without the base, or refused by what is wrong."""
+
 import json
 import os
 import pickle
@@ -5,161 +7,36 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft import TaskType
 
-from pacatune.adapters.folder import LoraAdapter, locate_folder, open_adapter, read_adapter
+from pacatune.adapters.folder import (
+    AUTO_CLASSES,
+    LoraAdapter,
+    locate_folder,
+    open_adapter,
+    read_adapter,
+    read_config,
+    read_lora_config,
+)
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.files.plain import find_file
+from tests.adapters.fixtures import edit_json, edit_tensors
 
-
-def rewrite(folder, change):
-    """Let a function change the tensors of an adapter in place."""
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "pacatune.json"
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+V = "base_model.model.model.layers.0.self_attn.v_proj"
+HEAD = "base_model.model.lm_head.weight"
 
 
 def test_an_adapter_is_read_without_its_base(adapter_dir):
     adapter = read_adapter(adapter_dir)
     assert len(adapter.modules) == 6
     delta, indices = adapter.modules["model.layers.1.mlp.down_proj"]
-    assert delta.shape == (32, 4)
-    assert indices.shape == (4,)
+    assert (delta.shape, indices.shape) == ((32, 4), (4,))
     assert adapter.scaling("model.layers.1.mlp.down_proj") == 2
     assert adapter.config.r == 4
     assert not adapter.extra
     assert "base_fingerprint" in adapter.sidecar
-
-
-def test_patterns_give_modules_their_own_scaling(adapter_copy):
-    path = adapter_copy / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config |= {"rank_pattern": {r"layers\.0\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
-    path.write_text(json.dumps(config))
-
-    def shrink(tensors):
-        prefix = "base_model.model.model.layers.0.self_attn.v_proj"
-        for kind, keep in (("paca_delta", (slice(None), slice(2))), ("paca_indices", slice(2))):
-            tensors[f"{prefix}.{kind}"] = tensors[f"{prefix}.{kind}"][keep].contiguous()
-
-    rewrite(adapter_copy, shrink)
-    adapter = read_adapter(adapter_copy)
-    assert adapter.scaling("model.layers.0.self_attn.v_proj") == 2.5
-    assert adapter.scaling("model.layers.1.self_attn.v_proj") == 1.25
-    assert adapter.scaling("model.layers.0.self_attn.q_proj") == 2
-
-
-def test_other_tensors_are_kept_under_their_names(adapter_copy):
-    head = torch.ones(3, 2)
-    rewrite(adapter_copy, lambda tensors: tensors.update({"base_model.model.head.weight": head}))
-    adapter = read_adapter(adapter_copy)
-    assert torch.equal(adapter.extra["base_model.model.head.weight"], head)
-
-
-def test_a_missing_folder_or_file_is_named(adapter_copy, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"adapter folder '.*nowhere' does not exist"):
-        read_adapter(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is a file; give the folder that holds it"):
-        read_adapter(adapter_copy / "adapter_config.json")
-    (adapter_copy / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; is it the"):
-        read_adapter(adapter_copy)
-    (adapter_copy / "adapter_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; is it the"):
-        read_adapter(adapter_copy)
-
-
-def test_a_hub_id_that_cannot_be_reached_is_named():
-    with pytest.raises(FileNotFoundError, match=r"'someone/adapter' is neither a local folder nor"):
-        locate_folder("someone/adapter")
-
-
-def test_pickled_tensors_are_refused_unopened(adapter_copy, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (os.system, (f"touch {tmp_path}/exploded",))
-
-    (adapter_copy / "adapter_model.safetensors").unlink()
-    (adapter_copy / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match=r"adapter_model\.bin but no .* can run code when opened"):
-        read_adapter(adapter_copy)
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_a_link_to_outside_is_refused(adapter_copy, tmp_path):
-    for name in ("adapter_model.safetensors", "adapter_config.json", "pacatune.json"):
-        target = shutil.move(adapter_copy / name, tmp_path / name)
-        (adapter_copy / name).symlink_to(target)
-        with pytest.raises(ValueError, match=rf"{name} is a link to .*, outside of the folder"):
-            read_adapter(adapter_copy)
-        (adapter_copy / name).unlink()
-        shutil.move(target, adapter_copy / name)
-    read_adapter(adapter_copy)
-
-
-def test_links_of_the_hub_cache_are_followed(adapter_dir, tmp_path):
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    shutil.copytree(adapter_dir, blobs)
-    for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    assert len(read_adapter(snapshot).modules) == 6
-    (snapshot / "other").symlink_to(adapter_dir / "adapter_config.json")
-    with pytest.raises(ValueError, match="outside of the folder"):
-        find_file(snapshot, "other")
-
-
-def test_a_pipe_is_refused_instead_of_waited_for(adapter_copy):
-    (adapter_copy / "adapter_config.json").unlink()
-    os.mkfifo(adapter_copy / "adapter_config.json")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is not a regular file"):
-        read_adapter(adapter_copy)
-
-
-def test_tensors_of_another_rank_than_configured_are_refused(adapter_copy):
-    path = adapter_copy / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 8}))
-    with pytest.raises(ValueError, match=r"rank 4 in 1 row groups but .* 8 in 1 \(`r` = 8"):
-        read_adapter(adapter_copy)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4, "groups": 2}))
-    with pytest.raises(ValueError, match=r"in 1 row groups but .* 4 in 2 .* `groups` = 2\)"):
-        read_adapter(adapter_copy)
-
-
-def test_patterns_are_refused_that_would_be_tried_for_ever_on_names_of_the_file(adapter_copy):
-    path = adapter_copy / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {".*a.*a.*b": 8}}))
-    read_adapter(adapter_copy)
-    long = {f"{'a.' * 200}{n}.paca_delta": torch.ones(4, 4) for n in range(200)}
-    indices = {name.replace("delta", "indices"): torch.arange(4) for name in long}
-    rewrite(adapter_copy, lambda tensors: tensors.update(long | indices))
-    with pytest.raises(ValueError, match=r"adapter_config.json: `alpha_pattern` .* too many ways"):
-        read_adapter(adapter_copy)
-
-
-def test_a_file_without_tensors_of_paca_is_refused(adapter_copy):
-    rewrite(adapter_copy, lambda tensors: tensors.clear())
-    with pytest.raises(
-        ValueError, match="holds no `paca_delta`; it is empty or belongs to another"
-    ):
-        read_adapter(adapter_copy)
-
-
-def test_wrong_tensors_are_refused_with_the_file_named(adapter_copy):
-    name = "base_model.model.model.layers.0.self_attn.q_proj.paca_delta"
-    rewrite(adapter_copy, lambda tensors: tensors[name].fill_(torch.nan))
-    with pytest.raises(
-        ValueError, match=r"adapter_model\.safetensors: tensor 'model\.layers\.0.*not finite"
-    ):
-        read_adapter(adapter_copy)
-
-
-def test_a_damaged_sidecar_is_refused(adapter_copy):
-    (adapter_copy / "pacatune.json").write_text("{")
-    with pytest.raises(ValueError, match=r"pacatune\.json is not valid JSON"):
-        read_adapter(adapter_copy)
 
 
 def test_adapters_that_can_be_run_are_opened(adapter_dir, lora_dir):
@@ -169,27 +46,207 @@ def test_adapters_that_can_be_run_are_opened(adapter_dir, lora_dir):
     assert (adapter.folder, adapter.config.r) == (lora_dir, 4)
 
 
+def test_patterns_give_modules_their_own_scaling(adapter_copy):
+    patterns = {"rank_pattern": {r"layers\.0\..*v_proj": 2}, "alpha_pattern": {"v_proj": 5}}
+    edit_json(adapter_copy / CONFIG, **patterns)
+
+    def shrink(tensors):
+        tensors[f"{V}.paca_delta"] = tensors[f"{V}.paca_delta"][:, :2].contiguous()
+        tensors[f"{V}.paca_indices"] = tensors[f"{V}.paca_indices"][:2].contiguous()
+
+    edit_tensors(adapter_copy, shrink)
+    adapter = read_adapter(adapter_copy)
+    assert adapter.scaling("model.layers.0.self_attn.v_proj") == 2.5
+    assert adapter.scaling("model.layers.1.self_attn.v_proj") == 1.25
+    assert adapter.scaling("model.layers.0.self_attn.q_proj") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int64])
+def test_other_tensors_are_kept_under_their_names(adapter_copy, dtype):
+    head = torch.ones(3, 2).to(dtype)
+    edit_tensors(adapter_copy, lambda tensors: tensors.update({HEAD: head}))
+    found = read_adapter(adapter_copy).extra
+    assert torch.equal(found[HEAD].view(torch.uint8), head.view(torch.uint8))
+
+
+def add(name, tensor):
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+
+
+def many_names(folder):
+    """A pattern that would be tried for ever on them."""
+    edit_json(folder / CONFIG, alpha_pattern={".*a.*a.*b": 8})
+    read_adapter(folder)
+    names = [f"{'a.' * 200}{number}" for number in range(200)]
+    tensors = {f"{name}.paca_delta": torch.ones(4, 4) for name in names}
+    tensors |= {f"{name}.paca_indices": torch.arange(4) for name in names}
+    edit_tensors(folder, lambda own: own.update(tensors))
+
+
+def link(name):
+    def replace(folder):
+        target = shutil.move(folder / name, folder.parent / name)
+        (folder / name).symlink_to(target)
+
+    return replace
+
+
+def pipe(folder):
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: edit_json(folder / CONFIG, r=8), r"rank 4 in 1 row groups .* 8 in 1 \(`r`"),
+        (lambda folder: edit_json(folder / CONFIG, groups=2), r"4 in 2 .* `groups` = 2\)"),
+        (many_names, r"adapter_config.json: `alpha_pattern` .* too many ways"),
+        (lambda folder: edit_tensors(folder, dict.clear), "holds no `paca_delta`; it is empty or"),
+        (add(f"{Q}.paca_delta", torch.full((32, 4), torch.nan)), rf"{TENSORS}: .*q_.* not finite"),
+        (add(HEAD, torch.tensor([[1.0, torch.nan]])), rf"tensor '{HEAD}' holds .* not finite"),
+        (add(HEAD, torch.tensor([torch.inf]).bfloat16()), rf"tensor '{HEAD}' .* not finite"),
+        (add(HEAD, torch.tensor([torch.nan]).to(torch.float8_e4m3fn)), rf"'{HEAD}' .* not finite"),
+        (lambda folder: (folder / SIDECAR).write_text("{"), r"pacatune\.json is not valid JSON"),
+        (link(TENSORS), rf"{TENSORS} is a link to .*, outside of the folder"),
+        (link(CONFIG), rf"{CONFIG} is a link to .*, outside of the folder"),
+        (link(SIDECAR), rf"{SIDECAR} is a link to .*, outside of the folder"),
+        (pipe, r"adapter_config\.json is not a regular file"),
+    ],
+)
+def test_damaged_folders_are_refused(adapter_copy, damage, message):
+    damage(adapter_copy)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(adapter_copy)
+
+
 @pytest.mark.parametrize("read", [open_adapter, inspect_adapter])
 def test_a_lora_adapter_with_infinite_values_is_refused(lora_dir, tmp_path, read):
     folder = shutil.copytree(lora_dir, tmp_path / "lora")
-    rewrite(folder, lambda tensors: next(iter(tensors.values())).fill_(torch.inf))
+    edit_tensors(folder, lambda tensors: next(iter(tensors.values())).fill_(torch.inf))
     with pytest.raises(ValueError, match=r"tensor '.*lora_A.weight' holds values that are not"):
         read(folder)
 
 
+def test_a_missing_folder_or_file_is_named(adapter_copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter folder '.*nowhere' does not exist"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is a file; give the folder that holds it"):
+        read_adapter(adapter_copy / CONFIG)
+    for name in (TENSORS, CONFIG):
+        (adapter_copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"has no {name}; is it the"):
+            read_adapter(adapter_copy)
+    with pytest.raises(FileNotFoundError, match=r"'someone/adapter' is neither a local folder nor"):
+        locate_folder("someone/adapter")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_pickled_tensors_are_refused_unopened(adapter_copy, tmp_path):
+    (adapter_copy / TENSORS).unlink()
+    (adapter_copy / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(ValueError, match=r"adapter_model\.bin but no .* can run code when opened"):
+        read_adapter(adapter_copy)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_links_of_the_hub_cache_are_followed(adapter_dir, tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs = shutil.copytree(adapter_dir, tmp_path / "models--a--b" / "blobs")
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert len(read_adapter(snapshot).modules) == 6
+    (snapshot / "other").symlink_to(adapter_dir / CONFIG)
+    with pytest.raises(ValueError, match="outside of the folder"):
+        find_file(snapshot, "other")
+
+
+# The configuration.
+
+HANGS = "(([a-z_.0-9]+)+)+!"
+NO_PATTERN = r"`{}` \('{}'\) is no regular expression"
+
+
+@pytest.fixture
+def path(adapter_copy):
+    return adapter_copy / CONFIG
+
+
+def test_a_saved_configuration_is_read(path):
+    config = read_config(edit_json(path, rank_pattern={"v_proj": 2}, paca_alpha=4.5))
+    assert config.peft_type == "PACA"
+    assert (config.r, config.paca_alpha, config.rank_pattern) == (4, 4.5, {"v_proj": 2})
+    assert set(config.target_modules) == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_the_keys_of_another_reader_are_enough(path):
+    config = {"peft_type": "PACA", "r": 8, "paca_alpha": 16, "target_modules": "all-linear"}
+    path.write_text(json.dumps({**config, "random_seed": 1, "init_weights": True}))
+    assert read_config(path).paca_alpha == 16
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("changes", "message"),
     [
-        torch.tensor([[1.0, torch.nan]]),
-        torch.tensor([torch.inf], dtype=torch.bfloat16),
-        torch.tensor([torch.nan]).to(torch.float8_e4m3fn),
+        ({"paca_alfa": 8}, "unknown key 'paca_alfa'; the nearest known one is 'paca_alpha'"),
+        ({"auto_map": {}}, "unknown key 'auto_map'; the nearest .* 'auto_mapping'"),
+        ({"peft_type": "LORA"}, "gives `peft_type` = 'LORA'; it must be 'PACA'"),
+        ({"peft_type": None}, "gives `peft_type` = None; it must be 'PACA'"),
+        ({"r": "8"}, r"gives `r` = '8' \(str\); it must be int"),
+        ({"r": True}, r"gives `r` = 'True' \(bool\); it must be int"),
+        ({"r": 0}, r"`r` \(0\) must be an integer of at least 1"),
+        ({"paca_alpha": None}, r"`paca_alpha` \(None\) must be a finite number"),
+        ({"rank_pattern": {"q": "x"}}, r"gives `rank_pattern` = .* it must be dict\[str, int\]"),
+        ({"rank_pattern": {"q": 0}}, r"`rank_pattern\['q'\]` \(0\) must be"),
+        ({"alpha_pattern": [1]}, r"`alpha_pattern` \(\[1\]\) must be a dictionary"),
+        ({"target_modules": [1]}, r"gives `target_modules` = .* list\[str\] \| str \| None"),
+        ({"bias": "some"}, "gives `bias` = 'some' .*'none', 'all', 'paca_only'"),
+        ({"selection": "unheard_of"}, r"`selection` \('unheard_of'\) must be one of"),
+        ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
+        ({"target_modules": "(q_proj"}, NO_PATTERN.format("target_modules", r"\(q_proj")),
+        ({"selection": {"[": [4]}}, NO_PATTERN.format("columns", r"\[")),
+        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* too many ways"),
+        ({"selection": {HANGS: [4]}}, "`columns` .* too many ways"),
     ],
 )
-def test_tensors_beside_the_columns_are_finite_too(adapter_copy, wrong):
-    name = "base_model.model.lm_head.weight"
-    for tensor in (torch.ones(2).to(wrong.dtype), torch.arange(3)):
-        rewrite(adapter_copy, lambda tensors, tensor=tensor: tensors.update({name: tensor}))
-        read_adapter(adapter_copy)
-    rewrite(adapter_copy, lambda tensors: tensors.update({name: wrong}))
-    with pytest.raises(ValueError, match=rf"tensor '{name}' holds values that are not finite"):
-        read_adapter(adapter_copy)
+def test_a_wrong_configuration_is_refused(path, changes, message):
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*{message}"):
+        read_config(edit_json(path, **changes))
+
+
+def test_keys_of_another_peft_do_not_matter_while_they_are_off(path):
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.5, "use_future": False, "new": None}
+    path.write_text(json.dumps(config))
+    assert read_lora_config(path).lora_alpha == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "gives `peft_type` = 'IA3'; only adapters of the methods"),
+        ({"use_future": True}, "holds the unknown key 'use_future'; the nearest"),
+        ({"runtime_config": {"a": 1}}, "holds the unknown key 'runtime_config'"),
+        ({"megatron_config": {"a": 1}}, "sets `megatron_config`, which makes PEFT import a module"),
+        ({"target_modules": "("}, NO_PATTERN.format("target_modules", r"\(")),
+        ({"target_modules": [1]}, NO_PATTERN.format("target_modules", "1")),
+        ({"task_type": "NONSENSE"}, "Invalid task type"),
+        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* too many ways"),
+        ({"use_dora": True, "target_modules": 3}, NO_PATTERN.format("target_modules", "3")),
+    ],
+)
+def test_a_wrong_lora_configuration_is_refused(path, changes, message):
+    path.write_text(json.dumps({"peft_type": "LORA", **changes}))
+    with pytest.raises(ValueError, match=rf"{CONFIG}.*{message}"):
+        read_lora_config(path)
+
+
+def test_task_types_are_those_of_peft():
+    assert list(AUTO_CLASSES) == [task.value for task in TaskType]

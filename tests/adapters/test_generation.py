@@ -1,11 +1,17 @@
+"""Text with and without an adapter: one prompt or several at once, each as if it were alone."""
+
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pacatune.adapters.generation import Sampling, TextGenerator
+from pacatune.adapters.generation import Sampling, TextGenerator, _SeededChoice
 from tests.adapters.fixtures import save_adapter
 
-SHORT = Sampling(max_new_tokens=8)
+GREEDY = Sampling(max_new_tokens=12)
+PROMPTS = ("What is", "Please write a short answer to the question", "capital")
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -15,50 +21,93 @@ def generator(tiny_model_dir, tmp_path_factory):
     return TextGenerator(str(tiny_model_dir), folder)
 
 
-def greedy(model, tokens, num_tokens):
-    """The likeliest continuation, token by token."""
-    for _ in range(num_tokens):
-        with torch.no_grad():
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return tokens
+@pytest.fixture(scope="module")
+def prompts(generator):
+    return [generator.encode(prompt) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def without_template(model_copy):
+    """The tiny Llama without a chat template."""
+    (model_copy / "chat_template.jinja").unlink()
+    return model_copy
+
+
+def texts(generator, prompts, samplings):
+    return [one.text for one in generator.generate_batch(prompts, samplings)]
 
 
 def test_greedy_text_is_the_likeliest_and_is_streamed(generator, tiny_model_dir, tiny_tokenizer):
-    tokens = generator.encode("What is", chat=False)
+    start = tokens = generator.encode("What is", chat=False)
     pieces = []
-    text = generator.generate(tokens, SHORT, with_adapter=False, on_text=pieces.append)
+    text = generator.generate(tokens, GREEDY, with_adapter=False, on_text=pieces.append)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    expected = greedy(base, tokens, 8)[0, tokens.shape[1] :].tolist()
-    if 2 in expected:
-        expected = expected[: expected.index(2)]
-    assert text == tiny_tokenizer.decode(expected, skip_special_tokens=True)
-    assert "".join(pieces) == text
+    with torch.no_grad():
+        while tokens.shape[1] < start.shape[1] + 12 and tokens[0, -1] != 2:
+            tokens = torch.cat([tokens, base(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tiny_tokenizer.decode(tokens[0, start.shape[1] :], skip_special_tokens=True)
+    assert text == "".join(pieces) == expected
 
 
-def test_the_adapter_changes_the_text_and_can_be_left_out(generator, tiny_model_dir):
-    tokens = generator.encode("What is the capital")
-    without = generator.generate(tokens, SHORT, with_adapter=False)
-    assert generator.generate(tokens, SHORT) != without
-    assert generator.generate(tokens, SHORT, with_adapter=False) == without
-    plain = TextGenerator(str(tiny_model_dir))
-    assert plain.generate(tokens, SHORT) == without
+def test_the_adapter_changes_the_text_and_can_be_left_out(generator, tiny_model_dir, prompts):
+    without = generator.generate(prompts[0], GREEDY, with_adapter=False)
+    assert generator.generate(prompts[0], GREEDY) != without
+    assert generator.generate(prompts[0], GREEDY, with_adapter=False) == without
+    assert TextGenerator(str(tiny_model_dir)).generate(prompts[0], GREEDY) == without
 
 
-def test_sampling_is_seeded_and_leaves_the_global_state(generator):
-    tokens = generator.encode("What is")
-    texts = []
-    for seed in (1, 1, 2):
-        state = torch.get_rng_state()
-        sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=seed)
-        texts.append(generator.generate(tokens, sampling))
-        assert torch.equal(torch.get_rng_state(), state)
-    assert texts[0] == texts[1] != texts[2]
+def test_a_lora_adapter_generates_as_well(lora_dir, prompts):
+    generator = TextGenerator(None, lora_dir)
+    assert "is not checked" in generator.notes[0]
+    without = generator.generate(prompts[0], GREEDY, with_adapter=False)
+    assert generator.generate(prompts[0], GREEDY) != without
 
 
-def test_a_narrow_top_p_is_greedy(generator):
-    tokens = generator.encode("What is")
-    narrow = Sampling(max_new_tokens=8, temperature=1.0, top_p=1e-6)
-    assert generator.generate(tokens, narrow) == generator.generate(tokens, SHORT)
+def test_greedy_answers_are_those_of_one_prompt_alone(generator, prompts):
+    expected = [generator.generate(prompt, GREEDY) for prompt in prompts]
+    assert texts(generator, prompts, [GREEDY] * 3) == expected
+    assert len(set(expected)) == 3
+    narrow = dataclasses.replace(GREEDY, temperature=1.0, top_p=1e-6)
+    assert texts(generator, prompts, [narrow] * 3) == expected
+
+
+def test_each_row_has_its_own_seed_and_temperature(generator, prompts):
+    samplings = [dataclasses.replace(GREEDY, temperature=1.0, seed=seed) for seed in (1, 2, 3)]
+    state = torch.get_rng_state()
+    together = texts(generator, prompts, samplings)
+    for prompt, sampling, text in zip(prompts, samplings, together, strict=True):
+        assert generator.generate(prompt, sampling) == text
+    assert torch.equal(torch.get_rng_state(), state)
+    mixed = texts(generator, prompts, [samplings[0], GREEDY, samplings[2]])
+    assert mixed == [together[0], generator.generate(prompts[1], GREEDY), together[2]]
+    other = dataclasses.replace(samplings[0], seed=9)
+    assert texts(generator, prompts[:1], [other]) != together[:1]
+
+
+def test_tokens_are_drawn_from_the_softmax():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+    for options, kept in (({}, 4), ({"top_p": 0.9}, 2)):
+        samplings = [Sampling(temperature=0.5, seed=seed, **options) for seed in range(len(logits))]
+        scores = _SeededChoice(samplings)(torch.zeros(4000, 1, dtype=torch.long), logits)
+        share = scores.argmax(-1).bincount(minlength=4) / len(logits)
+        expected = (logits[0] / 0.5).softmax(-1)
+        expected[kept:] = 0
+        torch.testing.assert_close(share, expected / expected.sum(), atol=0.02, rtol=0)
+    assert torch.equal(logits[0], torch.tensor([2.0, 1.0, 0.0, -1.0]))
+
+
+def test_why_an_answer_ended_is_known(generator, prompts, monkeypatch):
+    (whole,) = generator.generate_batch(prompts[:1], [GREEDY])
+    assert (whole.finish_reason, whole.num_tokens) == ("length", 12)
+    # A token of the answer becomes the one that ends answers.
+    tokens = generator._model.generate(prompts[0], max_new_tokens=12, do_sample=False)
+    answer = tokens[0, prompts[0].shape[1] :].tolist()
+    stops = {"eos_token_id": [answer[5]], "pad_token_id": 0}
+    monkeypatch.setattr(generator, "_stop_tokens", lambda: stops)
+    cut, other = generator.generate_batch([prompts[0], prompts[2]], [GREEDY, GREEDY])
+    assert (cut.finish_reason, cut.num_tokens) == ("stop", answer.index(answer[5]))
+    assert whole.text.startswith(cut.text)
+    assert other.num_tokens > 0
 
 
 def test_prompts_are_written_as_conversations_if_there_is_a_template(generator, tiny_tokenizer):
@@ -68,14 +117,26 @@ def test_prompts_are_written_as_conversations_if_there_is_a_template(generator, 
     assert text.count("<s>") == 1
     raw = generator.encode("Hello", chat=False)[0]
     assert tiny_tokenizer.decode(raw) == "<s>Hello"
+    text = tiny_tokenizer.decode(generator.encode_chat([*CHAT, CHAT[0]])[0])
+    assert text.index("Hello") < text.index("Hi") < text.rindex("Hello")
+    assert text.endswith("<|assistant|>\n")
 
 
-def test_the_adapter_names_its_base(tiny_model_dir, adapter_dir):
+def test_without_a_template_text_is_continued(without_template, tiny_tokenizer):
+    generator = TextGenerator(str(without_template))
+    assert not generator.has_chat_template
+    assert generator.encode("Hello").shape == generator.encode("Hello", chat=False).shape
+    with pytest.raises(ValueError, match=r"`system` \('Be kind\.'\) needs a chat template"):
+        generator.encode("Hello", system="Be kind.")
+    with pytest.raises(ValueError, match=r"no chat template, .*: --chat-template FILE"):
+        generator.encode_chat(CHAT)
+    template = "{% for message in messages %}({{ message.content }}){% endfor %}"
+    given = TextGenerator(str(without_template), chat_template=template)
+    assert tiny_tokenizer.decode(given.encode_chat(CHAT)[0]).endswith("(Hello)(Hi)")
+
+
+def test_the_wrong_base_is_refused_before_generating(model, model_copy, adapter_dir):
     assert TextGenerator(None, adapter_dir).notes == []
-
-
-def test_the_wrong_base_is_refused_before_generating(model_copy, adapter_dir):
-    model = AutoModelForCausalLM.from_pretrained(model_copy)
     torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.weight)
     model.save_pretrained(model_copy)
     with pytest.raises(ValueError, match="weights of 1 of 6 adapted modules"):
@@ -84,25 +145,11 @@ def test_the_wrong_base_is_refused_before_generating(model_copy, adapter_dir):
     assert "weights of 1 of 6" in notes[0]
 
 
-def test_neither_model_nor_adapter_is_refused():
-    with pytest.raises(ValueError, match="`model` and `adapter` are both missing"):
-        TextGenerator(None)
-
-
-def test_a_base_without_tokenizer_is_refused(model_copy):
-    for path in [*model_copy.glob("tokenizer*"), model_copy / "chat_template.jinja"]:
+def test_a_base_without_tokenizer_is_refused(without_template):
+    for path in without_template.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(ValueError, match="has no tokenizer; put its tokenizer files"):
-        TextGenerator(str(model_copy))
-
-
-def test_without_a_template_text_is_continued(model_copy):
-    (model_copy / "chat_template.jinja").unlink()
-    generator = TextGenerator(str(model_copy))
-    assert not generator.has_chat_template
-    assert generator.encode("Hello").shape == generator.encode("Hello", chat=False).shape
-    with pytest.raises(ValueError, match=r"`system` \('Be kind\.'\) needs a chat template"):
-        generator.encode("Hello", system="Be kind.")
+        TextGenerator(str(without_template))
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
@@ -111,19 +158,17 @@ def test_an_empty_prompt_is_refused(generator, prompt):
         generator.encode(prompt)
 
 
-def test_a_lora_adapter_generates_as_well(tiny_model_dir, lora_dir):
-    generator = TextGenerator(str(tiny_model_dir), lora_dir)
-    assert "is not checked" in generator.notes[0]
-    tokens = generator.encode("What is")
-    without = generator.generate(tokens, SHORT, with_adapter=False)
-    assert generator.generate(tokens, SHORT) != without
-
-
-def test_more_tokens_than_the_model_can_read_are_refused(generator):
-    tokens = generator.encode("What is", chat=False)
-    message = rf"prompt \({tokens.shape[1]} tokens\) and `max_new_tokens` \(256\) exceed .* of 256"
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([12, 5], r"`samplings` \(2, with `max_new_tokens` \[5, 12\]\) must be one for each of 1"),
+        ([256], r"prompt \(\d+ tokens\) and `max_new_tokens` \(256\) exceed the .* context of 256"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(generator, prompts, lengths, message):
+    samplings = [Sampling(max_new_tokens=length) for length in lengths]
     with pytest.raises(ValueError, match=message):
-        generator.generate(tokens, Sampling(max_new_tokens=256))
+        generator.generate_batch(prompts[:1], samplings)
 
 
 @pytest.mark.parametrize(

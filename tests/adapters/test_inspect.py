@@ -1,40 +1,36 @@
+"""Adapters described and compared, without their base."""
+
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
 
-from pacatune.adapters.inspect import inspect_adapter
+from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.inspect import compare, inspect_adapter
 from pacatune.adapters.loading import answered_warnings
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter, scale
 
 
 def test_a_paca_adapter_is_described_in_full(adapter_dir, tiny_model_dir):
     report = inspect_adapter(adapter_dir)
-    assert (report.method, report.base, report.task_type) == (
-        "PACA",
-        str(tiny_model_dir),
-        "CAUSAL_LM",
-    )
+    assert (report.method, report.base) == ("PACA", str(tiny_model_dir))
+    assert (report.task_type, report.selection) == ("CAUSAL_LM", "random")
     assert (report.rank, report.alpha, report.scaling) == (4, 8, 2)
-    assert report.selection == "random"
     assert report.num_modules_by_kind == {"q_proj": 2, "v_proj": 2, "down_proj": 2}
     assert report.num_trainable_parameters == 2 * 4 * (32 + 16 + 32)
     assert report.file_bytes == (adapter_dir / "adapter_model.safetensors").stat().st_size
     assert not report.extra
     norms = [module.update_norm for module in report.modules]
     assert norms == sorted(norms, reverse=True)
-    tensors = load_file(adapter_dir / "adapter_model.safetensors")
-    key = f"base_model.model.{report.modules[0].name}"
-    assert norms[0] == pytest.approx(2 * float(tensors[f"{key}.paca_delta"].norm()))
-    assert report.modules[0].columns == tensors[f"{key}.paca_indices"].tolist()
+    delta, indices = read_adapter(adapter_dir).modules[report.modules[0].name]
+    assert norms[0] == pytest.approx(2 * float(delta.norm()))
+    assert report.modules[0].columns == indices.tolist()
 
 
 def test_what_only_we_can_read_is_said(tmp_path, tiny_model_dir):
-    plain = save_adapter(tiny_model_dir, tmp_path / "plain", with_fingerprint=False)
-    assert plain is not None
+    save_adapter(tiny_model_dir, tmp_path / "plain", with_fingerprint=False)
     notes = " ".join(inspect_adapter(tmp_path / "plain").notes)
     assert "PEFT 0.22 and newer read it without pacatune" in notes
     assert "exported as an exact LoRA adapter" in notes
@@ -51,12 +47,11 @@ def test_what_only_we_can_read_is_said(tmp_path, tiny_model_dir):
 
 
 def test_row_groups_are_described(tiny_model_dir, tmp_path):
-    save_adapter(tiny_model_dir, tmp_path / "ours", groups=4)
-    report = inspect_adapter(tmp_path / "ours")
+    save_adapter(tiny_model_dir, tmp_path, groups=4)
+    report, modules = inspect_adapter(tmp_path), read_adapter(tmp_path).modules
     assert report.num_trainable_parameters == 2 * 4 * (32 + 16 + 32)
-    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     for module in report.modules:
-        indices = tensors[f"base_model.model.{module.name}.paca_indices"]
+        indices = modules[module.name].indices
         assert module.rank == 4
         assert module.columns == indices.unique().tolist()
         assert module.columns_of_groups == indices.tolist()
@@ -66,55 +61,123 @@ def test_row_groups_are_described(tiny_model_dir, tmp_path):
     assert "does not know `groups`" in notes
 
 
-def test_an_untrained_adapter_is_said(adapter_copy):
-    path = adapter_copy / "adapter_model.safetensors"
-    save_file({n: t * 0 if "delta" in n else t for n, t in load_file(path).items()}, path)
+def test_an_untrained_adapter_is_said_and_like_nothing(adapter_dir, adapter_copy):
+    scale(adapter_copy, 0)
     assert any("every delta is zero" in note for note in inspect_adapter(adapter_copy).notes)
+    result = compare(adapter_dir, adapter_copy)
+    assert (result.cosine, result.norm_b) == (0, 0)
 
 
-def test_a_lora_adapter_is_described_by_its_factors(tiny_model_dir, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+def test_a_lora_adapter_is_described_by_its_factors(model, tmp_path):
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
     with answered_warnings():
-        model = get_peft_model(base, config)
-        model.save_pretrained(tmp_path / "lora")
-    report = inspect_adapter(tmp_path / "lora")
+        lora = get_peft_model(model, config)
+        lora.save_pretrained(tmp_path)
+    report = inspect_adapter(tmp_path)
     assert (report.method, report.rank, report.scaling, report.selection) == ("LORA", 3, 2, None)
     assert report.targets == ["q_proj"]
     assert report.num_trainable_parameters == 2 * 3 * (32 + 32)
     (module, _) = report.modules
-    layer = model.get_base_model().get_submodule(module.name)
-    norm = layer.get_delta_weight("default").detach().norm()
-    assert module.update_norm == pytest.approx(float(norm))
+    delta = lora.get_base_model().get_submodule(module.name).get_delta_weight("default")
+    assert module.update_norm == pytest.approx(float(delta.detach().norm()))
     assert module.columns is None
 
 
-def test_other_methods_are_described_by_their_size(adapter_copy):
-    path = adapter_copy / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "IA3", "target_modules": "a.*b"}))
+@pytest.fixture
+def other(tmp_path):
+    """Write the adapter of another method; return its report."""
+
+    def write(config, tensors):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        return inspect_adapter(tmp_path)
+
+    return write
+
+
+def test_other_methods_are_described_by_their_size(other):
     tensors = {"base_model.model.q.ia3_l": torch.ones(7, 1)}
-    save_file(tensors, adapter_copy / "adapter_model.safetensors")
-    report = inspect_adapter(adapter_copy)
+    report = other({"peft_type": "IA3", "target_modules": "a.*b"}, tensors)
     assert (report.method, report.rank, report.scaling) == ("IA3", None, None)
     assert report.targets == ["a.*b"]
     assert (report.num_trainable_parameters, report.modules) == (7, [])
 
 
 @pytest.mark.parametrize("method", [None, 3, {}])
-def test_a_configuration_without_a_method_is_refused(adapter_copy, method):
-    (adapter_copy / "adapter_config.json").write_text(json.dumps({"peft_type": method}))
+def test_a_configuration_without_a_method_is_refused(other, method):
     with pytest.raises(ValueError, match=r"gives `peft_type` = .*; it must name a PEFT method"):
-        inspect_adapter(adapter_copy)
+        other({"peft_type": method}, {"a": torch.ones(1)})
 
 
 @pytest.mark.parametrize("config", [{"r": "x"}, {"lora_alpha": []}, {"target_modules": 5}])
-def test_odd_values_of_other_methods_do_no_harm(adapter_copy, config):
-    path = adapter_copy / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", **config}))
+def test_odd_values_of_other_methods_do_no_harm(other, config):
     tensors = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(2, 1)}
     tensors |= {"k.lora_A.weight": torch.ones(3, 2), "k.lora_B.weight": torch.ones(2, 1)}
-    save_file(tensors, adapter_copy / "adapter_model.safetensors")
-    report = inspect_adapter(adapter_copy)
+    report = other({"peft_type": "LORA", **config}, tensors)
     assert report.method == "LORA"
     assert [module.name for module in report.modules] == ["q"]
     assert report.extra == ["k.lora_A.weight", "k.lora_B.weight"]
+
+
+# Two adapters side by side.
+
+
+def dense(folder):
+    """The whole update of an adapter as dense matrices."""
+    adapter = read_adapter(folder)
+    result = {}
+    for name, (delta, indices) in adapter.modules.items():
+        result[name] = torch.zeros(delta.shape[0], 64, dtype=torch.float64)
+        groups = len(indices) if indices.dim() == 2 else 1
+        parts = result[name].chunk(groups), delta.chunk(groups), indices.view(groups, -1)
+        for rows, own, columns in zip(*parts, strict=True):
+            rows[:, columns] = own.double() * adapter.scaling(name)
+    return result
+
+
+def test_an_adapter_equals_itself(adapter_dir):
+    result = compare(adapter_dir, read_adapter(adapter_dir))
+    assert result.cosine == pytest.approx(1)
+    assert result.norm_a == result.norm_b
+    assert all(module.num_shared_columns == 4 for module in result.modules)
+    assert (result.only_a, result.only_b) == ([], [])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_numbers_are_those_of_the_dense_updates(adapter_dir, tiny_model_dir, tmp_path, groups):
+    options = {"seed": 1, "random_seed": 7, "r": 20, "target_modules": ["q_proj", "k_proj"]}
+    save_adapter(tiny_model_dir, tmp_path, groups=groups, **options)
+    result = compare(adapter_dir, tmp_path)
+    a, b = dense(adapter_dir), dense(tmp_path)
+    dot = sum(float((a[name] * b[name]).sum()) for name in a.keys() & b.keys())
+    assert dot != 0
+    norm_a, norm_b = (sum(float(x.square().sum()) for x in u.values()) ** 0.5 for u in (a, b))
+    assert (result.norm_a, result.norm_b) == pytest.approx((norm_a, norm_b))
+    assert result.cosine == pytest.approx(dot / norm_a / norm_b)
+    assert set(result.only_a) == a.keys() - b.keys()
+    assert set(result.only_b) == b.keys() - a.keys()
+    for module in result.modules:
+        flat = (updates[module.name].flatten() for updates in (a, b))
+        assert module.cosine == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))
+        distinct = len(read_adapter(tmp_path).modules[module.name].indices.unique())
+        assert (module.rank_a, module.rank_b) == (4, distinct)
+
+
+def halve(folder):
+    def change(tensors):
+        tensors.update({n: t[:5].contiguous() for n, t in tensors.items() if "delta" in n})
+
+    edit_tensors(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (halve, r"kernel \(\d+,\) in .* but \(5,\) in .*one base"),
+        (lambda folder: edit_json(folder / "adapter_config.json", peft_type="LORA"), "be 'PACA'"),
+    ],
+)
+def test_what_cannot_be_compared(adapter_dir, adapter_copy, change, message):
+    change(adapter_copy)
+    with pytest.raises(ValueError, match=message):
+        compare(adapter_dir, adapter_copy)

@@ -1,70 +1,124 @@
-import importlib.util
+"""Adapters put onto their base: what runs is what the file holds, or it is refused."""
+
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pacatune import pretrained
-from pacatune.adapters.loading import load_language_model
+from pacatune.adapters.folder import open_adapter, read_adapter
+from pacatune.adapters.loading import attach, load_language_model
 from pacatune.tuner.quantized import forbid_packing
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_json, edit_tensors, logits_of, save_adapter
+from tests.releases import needs
 
-bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+CONFIG = "adapter_config.json"
+
+
+def test_an_attached_adapter_computes_what_was_saved(tiny_model_dir, tmp_path, model):
+    saved = save_adapter(tiny_model_dir, tmp_path / "adapter", rank_pattern={"v_proj": 2})
+    attached, notes = attach(model, read_adapter(tmp_path / "adapter"))
+    assert notes == []
+    assert not attached.training
+    expected = logits_of(saved)
+    assert torch.equal(logits_of(attached), expected)
+    with attached.disable_adapter():
+        assert not torch.allclose(logits_of(attached), expected, atol=1e-3)
+
+
+def test_an_adapter_of_another_base_is_refused_before_peft_sees_it(adapter_dir, model):
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(64, 48)
+    with pytest.raises(ValueError, match="belongs to another base"):
+        attach(model, read_adapter(adapter_dir))
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "v_proj", "down_proj", "k_proj"],
+            r"'model\.layers\.0\.self_attn\.k_proj' is adapted by its configuration only \(2 such",
+        ),
+        (
+            ["q_proj", "v_proj"],
+            r"down_proj\.paca_(delta|indices)', but this model has no such adapted module",
+        ),
+    ],
 )
+def test_file_and_configuration_adapt_the_same_modules(adapter_copy, model, targets, message):
+    edit_json(adapter_copy / CONFIG, target_modules=targets)
+    with pytest.raises(ValueError, match=message):
+        attach(model, read_adapter(adapter_copy))
 
 
-def logits(loaded):
-    with torch.no_grad():
-        return loaded.model(torch.arange(3, 40)[None]).logits
+def test_columns_of_the_file_win_over_those_of_the_seed(adapter_copy, model):
+    edit_json(adapter_copy / CONFIG, random_seed=12345)
+    adapter = read_adapter(adapter_copy)
+    attached, _ = attach(model, adapter)
+    name = "model.layers.0.mlp.down_proj"
+    layer = attached.get_base_model().get_submodule(name)
+    assert torch.equal(layer.paca_indices["default"], adapter.modules[name].indices)
 
 
-@bitsandbytes
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_base_with_a_lora_adapter(tiny_model_dir, lora_dir, kind):
+def test_values_that_do_not_arrive_are_noticed(adapter_copy, model):
+    adapter = read_adapter(adapter_copy)
+    path = adapter_copy / "adapter_model.safetensors"
+    changed = {n: t + 1 if "delta" in n else t for n, t in load_file(path).items()}
+    save_file(changed, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # the old file stays mapped
+    with pytest.raises(ValueError, match="does not hold the file's values after loading"):
+        attach(model, adapter)
+
+
+def test_a_lora_adapter_with_missing_tensors_is_refused(lora_dir, tmp_path, model):
+    folder = shutil.copytree(lora_dir, tmp_path / "lora")
+    edit_tensors(folder, lambda tensors: [tensors.pop(n) for n in [*tensors] if "v_proj" in n])
+    with pytest.raises(ValueError, match=r"PEFT cannot load the adapter .*missing adapter keys"):
+        attach(model, open_adapter(folder))
+
+
+# Language models, perhaps on a quantised base.
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.float32,
+}
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize(("kind", "options"), [("nf4", NF4), ("int8", {"load_in_8bit": True})])
+def test_quantised_base_with_a_lora_adapter(tiny_model_dir, lora_dir, kind, options):
     """The outputs are those of PEFT on a model that transformers quantised."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options = {"load_in_8bit": True}
-    if kind == "nf4":
-        options = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.float32,
-        }
-    base = AutoModelForCausalLM.from_pretrained(
-        tiny_model_dir,
-        quantization_config=BitsAndBytesConfig(**options),
-        device_map={"": "cpu"},
-        dtype="auto",
-    )
+    config = {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="auto", **config)
     forbid_packing(base)
-    expected = PeftModel.from_pretrained(base, lora_dir).eval()
-    loaded = load_language_model(str(tiny_model_dir), lora_dir, quantization=kind)
-    plain = load_language_model(str(tiny_model_dir), lora_dir)
-    with torch.no_grad():
-        assert torch.equal(logits(loaded), expected(torch.arange(3, 40)[None]).logits)
-    assert not torch.allclose(logits(loaded), logits(plain), atol=1e-4)
+    loaded = load_language_model(None, lora_dir, quantization=kind)
+    expected = logits_of(PeftModel.from_pretrained(base, lora_dir))
+    assert torch.equal(logits_of(loaded.model), expected)
+    plain = load_language_model(None, lora_dir)
+    assert not torch.allclose(logits_of(plain.model), expected, atol=1e-4)
 
 
-@bitsandbytes
+@needs("bitsandbytes")
 def test_paca_adapter_knows_its_quantised_base(tiny_model_dir, tmp_path):
     nf4 = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
     save_adapter(tiny_model_dir, tmp_path, quantization=nf4)
-    known = load_language_model(str(tiny_model_dir), tmp_path)
-    asked = load_language_model(str(tiny_model_dir), tmp_path, quantization="nf4")
-    assert torch.equal(logits(known), logits(asked))
+    known, asked = (
+        load_language_model(None, tmp_path, quantization=kind).model for kind in (None, "nf4")
+    )
+    assert torch.equal(logits_of(known), logits_of(asked))
     with pytest.raises(ValueError, match=r"`quantization` \('int8'\) is not the one .* \('nf4'\)"):
-        load_language_model(str(tiny_model_dir), tmp_path, quantization="int8")
+        load_language_model(None, tmp_path, quantization="int8")
 
 
-def test_unknown_quantization(tiny_model_dir):
-    with pytest.raises(ValueError, match=r"`quantization` \('nf5'\) must be one of nf4, fp4, int8"):
-        load_language_model(str(tiny_model_dir), quantization="nf5")
-
-
-@bitsandbytes
+@needs("bitsandbytes")
 def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
     quantised = load_language_model(str(tiny_model_dir), quantization="nf4")
     quantised.model.save_pretrained(tmp_path)
@@ -73,12 +127,11 @@ def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
         load_language_model(str(tmp_path), quantization="nf4")
 
 
-def test_bitsandbytes_is_missing(tiny_model_dir, monkeypatch):
+def test_what_cannot_be_loaded(tiny_model_dir, monkeypatch):
+    with pytest.raises(ValueError, match="`model` and `adapter` are both missing"):
+        load_language_model(None)
+    with pytest.raises(ValueError, match=r"`quantization` \('nf5'\) must be one of nf4, fp4, int8"):
+        load_language_model(str(tiny_model_dir), quantization="nf5")
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
-
-
-def test_nothing_to_load():
-    with pytest.raises(ValueError, match="`model` and `adapter` are both missing"):
-        load_language_model(None)

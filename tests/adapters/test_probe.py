@@ -1,16 +1,12 @@
+"""What models are asked when their outputs are compared."""
+
 import pytest
 import torch
-from transformers import (
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    Wav2Vec2Config,
-    Wav2Vec2Model,
-)
+from transformers import T5Config, T5ForConditionalGeneration, Wav2Vec2Config, Wav2Vec2Model
 
 from pacatune.adapters.base import load_base
 from pacatune.adapters.probe import output_error, probe_inputs, run_probe
+from tests.adapters import kinds
 from tools.families import FAMILIES
 
 
@@ -22,52 +18,44 @@ def test_tokens_and_a_text_for_a_language_model(tiny_model_dir, tiny_tokenizer):
     outputs = run_probe(model, [random, text])
     assert [output.dtype for output in outputs] == [torch.float32] * 2
     assert outputs[0].shape == (2, 32, len(tiny_tokenizer))
-    again = probe_inputs(model)
-    assert len(again) == 1
-    assert torch.equal(again[0]["input_ids"], random["input_ids"])
+    (again,) = probe_inputs(model)
+    assert torch.equal(again["input_ids"], random["input_ids"])
 
 
-def test_pixels_for_an_image_model():
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-    )
-    model = ViTForImageClassification(config).eval()
-    inputs = probe_inputs(model)
-    assert inputs[0]["pixel_values"].shape == (2, 3, 8, 8)
-    assert run_probe(model, inputs)[0].shape == (2, 2)
+def build_t5():
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=50)).eval()
 
 
-def test_both_sides_for_an_encoder_and_decoder():
-    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
-    model = T5ForConditionalGeneration(config).eval()
-    assert run_probe(model, probe_inputs(model))[0].shape == (2, 32, 50)
+TOKENS = {"input_ids": (2, 32)}
 
 
 @pytest.mark.parametrize(
-    ("family", "inputs", "shape"),
+    ("build", "inputs", "shape"),
     [
-        ("CLIP", {"input_ids": (2, 32), "pixel_values": (2, 3, 16, 16)}, (2, 2)),
-        ("Whisper", {"input_features": (2, 8, 32), "decoder_input_ids": (2, 32)}, (2, 32, 64)),
+        (lambda: kinds.build("convnext"), {"pixel_values": (2, 3, 32, 32)}, (2, 4)),
+        (build_t5, {**TOKENS, "decoder_input_ids": (2, 32)}, (2, 32, 50)),
+        (FAMILIES["CLIP"].build, {**TOKENS, "pixel_values": (2, 3, 16, 16)}, (2, 2)),
+        (
+            FAMILIES["Whisper"].build,
+            {"input_features": (2, 8, 32), "decoder_input_ids": (2, 32)},
+            (2, 32, 64),
+        ),
     ],
+    ids=["pixels", "both sides", "pairs", "sounds"],
 )
-def test_pairs_and_sounds(family, inputs, shape):
-    model = FAMILIES[family].build()
+def test_inputs_of_other_models(build, inputs, shape):
+    model = build()
     batches = probe_inputs(model)
     assert [{name: tensor.shape for name, tensor in batch.items()} for batch in batches] == [inputs]
     assert run_probe(model, batches)[0].shape == shape
 
 
 def test_other_inputs_are_refused():
-    config = Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    model = Wav2Vec2Model(Wav2Vec2Config(**sizes, num_attention_heads=2))
     with pytest.raises(ValueError, match=r"Wav2Vec2Model takes 'input_values'; .*--no-verify"):
-        probe_inputs(Wav2Vec2Model(config))
+        probe_inputs(model)
 
 
 def test_errors_are_relative_to_the_largest_output():

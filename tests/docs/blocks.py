@@ -2,7 +2,7 @@
 
 The blocks of a document run in order in one folder, as a reader would paste them. A YAML block is
 written to the file that its first line names. A block that cannot run here (hub, GPU, another
-program) has a visible line above it that says so; their number is fixed in test_pages.py.
+program) has a comment above it that says why. `make` lines run dry, `pip install` lines not at all.
 """
 
 import contextlib
@@ -25,20 +25,10 @@ DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.md")]
 )
-# Each part has a test file of its own, so that processes of the tests share the work; the rest
-# runs in test_training.py.
-PARTS = {
-    "commands": ("README.md", "docs/quickstart.md", "docs/cli.md"),
-    "measuring": (
-        "docs/bench.md",
-        "docs/compare.md",
-        "docs/evaluate.md",
-        "docs/memory.md",
-        "docs/mt_bench.md",
-    ),
-    "processes": ("docs/distributed.md", "docs/vllm.md"),
-}
-NOT_RUN_MARK = "*Not run in the tests:"
+# What a reader sees first runs in `make test`, the rest in `make test-docs`.
+FIRST = ("README.md", "docs/index.md")
+OF_PROCESSES = ("docs/distributed.md", "docs/tasks.md")
+NOT_RUN_MARK = "<!-- not run: "
 # Languages that are shown only.
 SHOWN = ("text", "math")
 
@@ -68,19 +58,6 @@ def read_blocks(document):
             language, above = None, ""
     assert language is None, f"{document}:{start}: the block is not closed"
     return blocks
-
-
-def is_make(block):
-    return block.language == "bash" and all(
-        line.startswith("make ") for line in block.code.splitlines()
-    )
-
-
-def documents_of(part):
-    """Documents with blocks of a part, or those of no part for "training"."""
-    elsewhere = {document for documents in PARTS.values() for document in documents}
-    chosen = PARTS.get(part) or [name for name in DOCUMENTS if name not in elsewhere]
-    return [name for name in chosen if read_blocks(name)]
 
 
 def run_blocks(document, folder, monkeypatch):
@@ -119,7 +96,12 @@ def run_command(line, folder, monkeypatch):
     """Run it in this process or a fork where that is the same, which spares loading torch anew."""
     words, _, output = line.partition(" > ")
     program, *rest = shlex.split(words) if is_plain(words) else [""]
-    if program == "torchrun":
+    if program == "pip":
+        return
+    if program == "make":
+        done = run(["make", "-n", *rest], ROOT)
+        assert done.returncode == 0, done.stderr
+    elif program == "torchrun":
         run_by_torchrun(rest, folder)
     elif program == "pacatune":
         with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
@@ -155,11 +137,6 @@ def run_python(block, folder, monkeypatch):
 
 
 def run_block(block, folder, monkeypatch):
-    if is_make(block):
-        for line in block.code.splitlines():
-            result = run(["bash", "-c", line.replace("make ", "make -n ", 1)], ROOT)
-            assert result.returncode == 0, result.stderr
-        return
     if block.language == "yaml":
         name = re.match(r"# ([\w.-]+\.ya?ml)\n", block.code)
         assert name, "the first line of a YAML block names its file: # run.yaml"

@@ -1,17 +1,11 @@
-"""Pages about several processes: their blocks run."""
-
-import multiprocessing
+"""Blocks of pages about several processes run, in `make test-docs`."""
 
 import pytest
 
-from tests.docs.blocks import documents_of
+from tests.docs.blocks import OF_PROCESSES
 
 
-def test_no_processes_of_another_folder_are_left():
-    assert multiprocessing.active_children() == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", documents_of("processes"))
+@pytest.mark.docs
+@pytest.mark.parametrize("document", OF_PROCESSES)
 def test_blocks_run(document, run_blocks):
     run_blocks(document)

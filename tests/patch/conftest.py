@@ -1,10 +1,11 @@
-"""Models of each kind with an adapter, saved once."""
+"""Models in 16 bits with an adapter, saved once."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
+from pacatune import patch
 from tests.adapters.fixtures import adapter_dir, save_adapter
 from tests.conftest import build_model
 
@@ -30,8 +31,6 @@ def bf16_adapter(tmp_path_factory, bf16_dir):
 @pytest.fixture(scope="session")
 def bf16_patch(bf16_dir, bf16_adapter):
     """The patch of both."""
-    from pacatune import patch
-
     return patch.make(bf16_dir, bf16_adapter)[0]
 
 
@@ -42,6 +41,12 @@ def sharded_dir(tmp_path_factory):
     build_model(300).bfloat16().save_pretrained(folder, max_shard_size="30KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
+
+
+@pytest.fixture
+def single(bf16_dir, tmp_path):
+    """A base of our own, in one file."""
+    return Path(shutil.copytree(bf16_dir, tmp_path / "base"))
 
 
 @pytest.fixture(params=["single", "sharded"])

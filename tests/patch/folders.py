@@ -1,19 +1,22 @@
 """What model folders hold."""
 
-import filecmp
+import torch
 
-
-def names_of(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def assert_same_files(one, other):
-    names = names_of(other)
-    assert [name for name in names_of(one) if name != ".pacatune-lock"] == names
-    assert filecmp.cmpfiles(one, other, names, shallow=False)[0] == names
+from pacatune.files.checkpoint import Checkpoint
+from pacatune.patch.edit import bits
 
 
 def contents(folder):
+    """Every file's bytes by its name."""
     return {
-        name: (folder / name).read_bytes() for name in names_of(folder) if name != ".pacatune-lock"
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".pacatune-lock"
     }
+
+
+def assert_same_tensors(one, other):
+    one, other = Checkpoint.open(one), Checkpoint.open(other)
+    assert one.entries.keys() == other.entries.keys()
+    for name in one.entries:
+        assert torch.equal(bits(one.tensor(name)), bits(other.tensor(name))), name

@@ -1,29 +1,38 @@
+"""What two models, or two patches, differ in."""
+
 import filecmp
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pacatune import patch
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
 from pacatune.patch.difference import changed_columns
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_tensors, save_adapter
 from tests.conftest import build_model
 from tests.releases import needs
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
 
-def changed_copy(base, folder, change):
-    """Copy a model and change its tensors."""
-    shutil.copytree(base, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+@pytest.fixture
+def changed(single):
+    """Change the tensors of a copy of the base; return its folder."""
+
+    def change_copy(change):
+        edit_tensors(single / "model.safetensors", change)
+        return single
+
+    return change_copy
+
+
+def assert_gives(base, made, other, folder):
+    """See that a patch turns a base into another model."""
+    patch.apply_to_folder(base, made, folder)
+    assert filecmp.cmp(folder / "model.safetensors", other / "model.safetensors", shallow=False)
 
 
 def test_two_models_give_the_adapters_patch(bf16_dir, bf16_adapter, bf16_patch, tmp_path):
@@ -34,50 +43,39 @@ def test_two_models_give_the_adapters_patch(bf16_dir, bf16_adapter, bf16_patch, 
     same = patch.compare_patches(bf16_patch, result.patch)
     assert (same.only_a, same.only_b, same.differing) == ([], [], [])
     assert sum(same.shared_columns.values()) == 24
-    patch.apply_to_folder(bf16_dir, result.patch, tmp_path / "out")
-    assert filecmp.cmp(
-        tmp_path / "out/model.safetensors", tmp_path / "merged/model.safetensors", shallow=False
-    )
+    assert_gives(bf16_dir, result.patch, tmp_path / "merged", tmp_path / "out")
     assert patch.diff(bf16_dir, bf16_dir).refusal() == "they are equal"
 
 
-def test_rows_and_biases_and_whole_vectors(bf16_dir, tmp_path):
+def test_rows_and_whole_vectors(bf16_dir, changed, tmp_path):
     def change(tensors):
         tensors["model.embed_tokens.weight"][[3, 7]] += 1
         tensors["model.norm.weight"] *= 2
 
-    other = changed_copy(bf16_dir, tmp_path / "other", change)
+    other = changed(change)
     made = patch.diff(bf16_dir, other).patch
     assert {name: edit.dim for name, edit in made.edits.items()} == {
         "model.embed_tokens.weight": 0,
         "model.norm.weight": 0,
     }
     assert made.edits["model.embed_tokens.weight"].indices.tolist() == [3, 7]
-    patch.apply_to_folder(bf16_dir, made, tmp_path / "out")
-    assert filecmp.cmp(
-        tmp_path / "out/model.safetensors", other / "model.safetensors", shallow=False
-    )
-
-
-def test_tokens_and_biases_of_an_adapter_by_way_of_the_merge(bf16_dir, tmp_path):
-    save_adapter(bf16_dir, tmp_path / "a", dtype="bfloat16", trainable_token_indices=[3, 5])
-    merge(str(bf16_dir), tmp_path / "a", tmp_path / "merged", verify=False)
-    made = patch.diff(bf16_dir, tmp_path / "merged").patch
-    assert made.edits["model.embed_tokens.weight"].indices.tolist() == [3, 5]
+    assert_gives(bf16_dir, made, other, tmp_path / "out")
 
 
 @needs("bitsandbytes")
 def test_columns_that_were_trained_on_few_bits_by_way_of_the_merge(tiny_model_dir, tmp_path):
     few_bits = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
-    save_adapter(tiny_model_dir, tmp_path / "a", quantization=few_bits)
-    with pytest.raises(ValueError, match="--base original"):
-        patch.make(tiny_model_dir, tmp_path / "a")
+    options = {"quantization": few_bits, "trainable_token_indices": [3, 5]}
+    save_adapter(tiny_model_dir, tmp_path / "a", **options)
     merge(str(tiny_model_dir), tmp_path / "a", tmp_path / "m", verify=False, onto="original")
     made = patch.diff(tiny_model_dir, tmp_path / "m").patch
-    columns = read_adapter(tmp_path / "a").modules
-    assert made.edits.keys() == {f"{module}.weight" for module in columns}
+    columns = {
+        f"{n}.weight": one.indices for n, one in read_adapter(tmp_path / "a").modules.items()
+    }
+    columns["model.embed_tokens.weight"] = torch.tensor([3, 5])
+    assert made.edits.keys() == columns.keys()
     for name, edit in made.edits.items():
-        assert torch.equal(edit.indices, columns[name.removesuffix(".weight")].indices)
+        assert torch.equal(edit.indices, columns[name])
 
 
 @pytest.mark.parametrize(
@@ -90,56 +88,53 @@ def test_columns_that_were_trained_on_few_bits_by_way_of_the_merge(tiny_model_di
         (lambda t: t.update({NAME: t[NAME][:4].clone()}), "1 tensors have another shape or dtype"),
     ],
 )
-def test_more_than_columns_is_no_patch(bf16_dir, tmp_path, change, message):
-    result = patch.diff(bf16_dir, changed_copy(bf16_dir, tmp_path / "other", change))
+def test_more_than_columns_is_no_patch(bf16_dir, changed, change, message):
+    result = patch.diff(bf16_dir, changed(change))
     assert result.patch is None
     assert result.refusal().startswith(message)
 
 
+def test_a_model_of_other_sizes(bf16_dir, tmp_path):
+    build_model(300, num_hidden_layers=1).bfloat16().save_pretrained(tmp_path / "other")
+    assert len(patch.diff(bf16_dir, tmp_path / "other").only_a) == 9
+    with pytest.raises(FileNotFoundError, match="has neither"):
+        patch.diff(bf16_dir, Path(tmp_path))
+
+
 def test_packed_numbers_and_single_numbers_are_no_columns(bf16_dir, tmp_path):
-    def packed(value):
-        def change(tensors):
-            tensors["packed"] = torch.zeros(4, 8, dtype=torch.uint8)
-            tensors["packed"][0, 0] = value
-            tensors["single"] = torch.tensor(float(value))
-
-        return change
-
-    one, other = (changed_copy(bf16_dir, tmp_path / str(n), packed(n)) for n in (1, 2))
-    result = patch.diff(one, other)
+    folders = tmp_path / "1", tmp_path / "2"
+    for value, folder in enumerate(folders):
+        folder.mkdir()
+        packed = torch.zeros(4, 8, dtype=torch.uint8)
+        packed[0, 0] = value
+        save_file({"packed": packed, "single": torch.tensor(value)}, folder / "model.safetensors")
+    result = patch.diff(*folders)
     assert result.patch is None
     assert sorted(result.whole) == ["packed", "single"]
 
 
-def test_columns_are_found_along_the_dimension_with_the_fewest():
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ((slice(None), slice(None), [1]), (2, [1])),
+        ((slice(None), [0, 3]), (1, [0, 3])),
+        (([5],), (0, [5])),
+    ],
+)
+def test_columns_are_found_along_the_dimension_with_the_fewest(place, expected):
     before = torch.zeros(6, 5, 4)
-    for place, dim, columns in (
-        ((slice(None), slice(None), [1]), 2, [1]),
-        ((slice(None), [0, 3]), 1, [0, 3]),
-        (([5],), 0, [5]),
-    ):
-        after = before.clone()
-        after[place] = 1
-        found_dim, found = changed_columns(before, after)
-        assert (found_dim, found.tolist()) == (dim, columns)
+    after = before.clone()
+    after[place] = 1
+    dim, columns = changed_columns(before, after)
+    assert (dim, columns.tolist()) == expected
     assert changed_columns(before, before.clone()) is None
     assert changed_columns(before, -before) is not None  # 0.0 and -0.0
 
 
 def test_patches_are_compared(bf16_dir, bf16_patch, tmp_path):
-    save_adapter(bf16_dir, tmp_path / "a", dtype="bfloat16", seed=1, target_modules=["q_proj"])
-    other, _ = patch.make(bf16_dir, tmp_path / "a")
+    save_adapter(bf16_dir, tmp_path, dtype="bfloat16", seed=1, target_modules=["q_proj"])
+    other, _ = patch.make(bf16_dir, tmp_path)
     result = patch.compare_patches(bf16_patch, other)
-    assert len(result.only_a) == 4
-    assert result.only_b == []
+    assert (len(result.only_a), result.only_b) == (4, [])
     assert result.num_shared_tensors == len(result.differing) == 2
     assert sum(result.shared_columns.values()) == 8
-
-
-def test_a_model_of_other_sizes(bf16_dir, tmp_path):
-    build_model(300, num_hidden_layers=1).bfloat16().save_pretrained(tmp_path / "other")
-    result = patch.diff(bf16_dir, tmp_path / "other")
-    assert "are in the first alone" in result.refusal()
-    assert len(result.only_a) == 9
-    with pytest.raises(FileNotFoundError, match="has neither"):
-        patch.diff(bf16_dir, Path(tmp_path))

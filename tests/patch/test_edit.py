@@ -1,23 +1,30 @@
+"""Edits of columns, their inverse, and several of them joined; bits are copied, never numbers."""
+
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pacatune.patch import ColumnEdit, Patch, edit_of, stack
+from pacatune.patch import Patch, edit_of, stack
 from pacatune.patch.edit import bits, column_bits, put_bits_, shared_columns
+
+WEIGHT = torch.arange(24.0).view(4, 6)
+NOTHING = torch.zeros(4, 0)
 
 
 def make_edit(columns, *, weight=None, name="a.weight", dim=1, seed=0, dtype=torch.bfloat16):
+    """Return an edit; of row groups where `columns` has a list for each."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.arange(24.0).view(4, 6).to(dtype) if weight is None else weight
+    weight = WEIGHT.to(dtype) if weight is None else weight
     indices = torch.tensor(columns)
-    new = torch.randn(weight.index_select(dim, indices).shape, generator=generator).to(dtype)
-    return edit_of(name, dim, weight, indices, new)
+    shape = [*weight.shape]
+    shape[dim] = indices.shape[-1]
+    return edit_of(name, dim, weight, indices, torch.randn(shape, generator=generator).to(dtype))
 
 
-def make_patch(*columns, **options):
+def make_patch(*columns, fingerprint=None, **options):
     edit = make_edit([*columns], **options)
-    return Patch(edits={edit.name: edit})
+    return Patch(edits={edit.name: edit}, fingerprint=fingerprint or {})
 
 
 @pytest.mark.parametrize(
@@ -29,22 +36,20 @@ def make_patch(*columns, **options):
         ({"indices": torch.tensor([1, 1])}, "must increase"),
         ({"indices": torch.tensor([-1, 1])}, "must increase"),
         ({"indices": torch.tensor([1, 6])}, "stay below 6"),
+        ({"indices": torch.arange(0), "original": NOTHING, "new": NOTHING}, "must increase"),
         ({"indices": torch.tensor([1])}, r"`original` must be \(4, 1\) to fit 1 columns"),
         ({"new": torch.zeros(4, 3)}, r"`new` must be \(4, 2\) .* got \(4, 3\)"),
         ({"new": torch.zeros(4, 2)}, "`original` is torch.bfloat16 and `new` is torch.float32"),
+        # Row groups
+        ({"indices": torch.tensor([[0, 2], [5, 2]])}, "must increase from 0 on"),
+        ({"indices": torch.tensor([[0, 2], [2, 6]])}, "stay below 6"),
+        ({"indices": torch.tensor([[0, 2]] * 3)}, "its 3 row groups must divide a dimension of"),
+        ({"indices": torch.tensor([[0, 2]] * 2), "row_dim": 1}, "got `row_dim` = 1"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
-    parts = {**vars(make_edit([1, 3])), **change}
     with pytest.raises(ValueError, match=message):
-        ColumnEdit(**parts)
-
-
-def test_an_edit_of_no_columns_is_refused():
-    empty = torch.zeros(4, 0)
-    no_columns = torch.zeros(0, dtype=torch.int64)
-    with pytest.raises(ValueError, match="must increase"):
-        ColumnEdit(name="a", dim=1, shape=(4, 6), indices=no_columns, original=empty, new=empty)
+        replace(make_edit([1, 3]), **change)
 
 
 def test_patches_of_nothing_and_of_other_names_are_refused():
@@ -52,6 +57,8 @@ def test_patches_of_nothing_and_of_other_names_are_refused():
         Patch(edits={})
     with pytest.raises(ValueError, match=r"has the edit of 'a.weight' under the name 'b'"):
         Patch(edits={"b": make_edit([1])})
+    with pytest.raises(ValueError, match="`patches` is empty"):
+        stack([])
 
 
 def test_the_inverse_takes_back():
@@ -63,6 +70,22 @@ def test_the_inverse_takes_back():
     assert patch.num_columns == 2
 
 
+def test_row_groups_have_columns_of_their_own():
+    edit = make_edit([[0, 2], [2, 5]], dtype=torch.float32)
+    assert edit.original.tolist() == [[0, 2], [6, 8], [14, 17], [20, 23]]
+    changed = WEIGHT.clone()
+    put_bits_(changed, 1, edit.indices, edit.new, edit.row_dim)
+    assert int((changed != WEIGHT).sum()) == 8
+    found = column_bits(changed, 1, edit.indices, edit.row_dim)
+    assert torch.equal(found.view(torch.float32), edit.new)
+    put_bits_(changed, 1, edit.indices, edit.original, edit.row_dim)
+    assert torch.equal(changed, WEIGHT)
+    assert stack([Patch(edits={"a.weight": edit})]).edits["a.weight"] is edit
+
+
+# Several patches.
+
+
 def test_disjoint_patches_stack_in_any_order():
     a, b = make_patch(1, 4), make_patch(0, 5, seed=1)
     c = make_patch(2, name="b.weight", seed=2)
@@ -72,33 +95,24 @@ def test_disjoint_patches_stack_in_any_order():
         assert edit.indices.tolist() == [0, 1, 4, 5]
         assert torch.equal(edit.new[:, 1:3], a.edits["a.weight"].new)
         assert torch.equal(edit.new[:, [0, 3]], b.edits["a.weight"].new)
-        assert torch.equal(edit.original, torch.arange(24.0).view(4, 6).bfloat16()[:, edit.indices])
+        assert torch.equal(edit.original, WEIGHT.bfloat16()[:, edit.indices])
         assert torch.equal(joint.edits["b.weight"].new, c.edits["b.weight"].new)
-    with pytest.raises(ValueError, match="`patches` is empty"):
-        stack([])
 
 
 def test_overlaps_are_refused_unless_told_how():
+    """A sum adds the changes and rounds once."""
     a, b = make_patch(1, 4), make_patch(3, 4, seed=1)
-    with pytest.raises(
-        ValueError, match=r"1 columns of 'a.weight' are .* column 4 for one\. Choose"
-    ):
+    message = r"1 columns of 'a.weight' are .* column 4 for one\. Choose"
+    with pytest.raises(ValueError, match=message):
         stack([a, b])
     mine, theirs = (patch.edits["a.weight"].new for patch in (a, b))
-    for overlap, column in (("first", mine[:, 1]), ("last", theirs[:, 1])):
+    base = WEIGHT[:, 4].double()
+    summed = base + (mine[:, 1].double() - base) + (theirs[:, 1].double() - base)
+    columns = {"first": mine[:, 1], "last": theirs[:, 1], "sum": summed.bfloat16()}
+    for overlap, column in columns.items():
         edit = stack([a, b], overlap=overlap).edits["a.weight"]
         assert edit.indices.tolist() == [1, 3, 4]
         assert torch.equal(edit.new, torch.stack((mine[:, 0], theirs[:, 0], column), 1))
-
-
-def test_a_sum_adds_the_changes_and_rounds_once():
-    a, b = make_patch(1, 4), make_patch(3, 4, seed=1)
-    edit = stack([a, b], overlap="sum").edits["a.weight"]
-    mine, theirs = a.edits["a.weight"], b.edits["a.weight"]
-    base = mine.original[:, 1].double()
-    expected = base + (mine.new[:, 1].double() - base) + (theirs.new[:, 1].double() - base)
-    assert torch.equal(edit.new[:, 2], expected.bfloat16())
-    assert torch.equal(edit.new[:, :2], torch.stack((mine.new[:, 0], theirs.new[:, 0]), 1))
 
 
 def test_a_sum_leaves_single_columns_to_the_bit():
@@ -110,74 +124,39 @@ def test_a_sum_leaves_single_columns_to_the_bit():
     assert torch.equal(bits(edit.new[:, 1].contiguous()), bits(odd[:, 0].contiguous()))
 
 
-def test_patches_of_different_bases_do_not_stack():
-    a = make_patch(1, 4)
-    other = make_patch(4, 5, weight=torch.ones(4, 6).bfloat16())
-    with pytest.raises(ValueError, match="different bases: they disagree about columns"):
-        stack([a, other], overlap="sum")
-    with pytest.raises(ValueError, match=r"different bases: .* for one and .*float32 for another"):
-        stack([a, make_patch(2, dtype=torch.float32)])
-    with pytest.raises(ValueError, match=r"along dimension 1 by one patch and along 0 by another"):
-        stack([a, make_patch(2, dim=0)])
-    edits = ({"a.weight": make_edit([1])}, {"a.weight": make_edit([2])})
-    one, two = (
-        Patch(edits=edit, fingerprint={"a.weight": {5: hashed}})
-        for edit, hashed in zip(edits, ("aa", "bb"), strict=True)
-    )
-    with pytest.raises(ValueError, match=r"disagree about column 5 of 'a.weight', which none"):
-        stack([one, two])
-
-
-def test_a_stack_knows_the_base_by_what_none_of_them_changes():
-    one = Patch(edits={"a.weight": make_edit([1])}, fingerprint={"a.weight": {2: "x", 5: "y"}})
-    two = Patch(edits={"a.weight": make_edit([2])}, fingerprint={"a.weight": {1: "z", 5: "y"}})
-    assert stack([one, two]).fingerprint == {"a.weight": {5: "y"}}
-
-
-def test_shared_columns_are_counted():
-    a, b = make_patch(1, 4).edits, make_patch(3, 4).edits
-    assert shared_columns(a, b) == {"a.weight": 1}
-    assert shared_columns(a, make_patch(0).edits) == {}
-    assert shared_columns(a, make_patch(0, dim=0).edits) == {"a.weight": 2}
-
-
-def grouped_edit(seed=0, **options):
-    """Two row groups of a (4, 6) tensor."""
-    weight = torch.arange(24.0).view(4, 6)
-    indices = torch.tensor([[0, 2], [2, 5]])
-    new = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
-    return weight, edit_of("a.weight", 1, weight, indices, new, **options)
-
-
-def test_row_groups_have_columns_of_their_own():
-    weight, edit = grouped_edit()
-    assert edit.original.tolist() == [[0, 2], [6, 8], [14, 17], [20, 23]]
-    changed = weight.clone()
-    put_bits_(changed, 1, edit.indices, edit.new, edit.row_dim)
-    assert int((changed != weight).sum()) == 8
-    found = column_bits(changed, 1, edit.indices, edit.row_dim)
-    assert torch.equal(found.view(torch.float32), edit.new)
-    put_bits_(changed, 1, edit.indices, edit.original, edit.row_dim)
-    assert torch.equal(changed, weight)
-    assert stack([Patch(edits={"a.weight": edit})]).edits["a.weight"] is edit
+def hashed(column, value):
+    return make_patch(column, fingerprint={"a.weight": {5: value}})
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("a", "b", "message"),
     [
-        ({"row_dim": 1}, "its 2 row groups must divide a dimension of .* got `row_dim` = 1"),
-        ({"indices": torch.tensor([[0, 2], [5, 2]])}, "must increase from 0 on"),
-        ({"indices": torch.tensor([[0, 2], [2, 6]])}, "stay below 6"),
-        ({"indices": torch.tensor([[0, 2], [1, 2], [2, 5]])}, "its 3 row groups must divide"),
+        (make_patch(4), make_patch(4, weight=WEIGHT.bfloat16() + 1), "disagree about columns"),
+        (make_patch(1), make_patch(2, dtype=torch.float32), r"bases: .* for one and .*float32 for"),
+        (make_patch(1), make_patch(2, dim=0), "along dimension 1 by one patch and along 0 by"),
+        (make_patch([0, 2], [2, 5]), make_patch(1), "has row groups; such patches cannot be"),
+        (hashed(1, "aa"), hashed(2, "bb"), "disagree about column 5 of 'a.weight', which none"),
     ],
 )
-def test_row_groups_that_do_not_fit(change, message):
+def test_patches_that_cannot_be_joined(a, b, message):
     with pytest.raises(ValueError, match=message):
-        replace(grouped_edit()[1], **change)
+        stack([a, b], overlap="sum")
 
 
-def test_patches_of_row_groups_of_one_tensor_are_not_joined():
-    patches = [Patch(edits={"a.weight": grouped_edit(seed)[1]}) for seed in range(2)]
-    with pytest.raises(ValueError, match="one of them has row groups; such patches cannot be"):
-        stack(patches, overlap="sum")
-    assert shared_columns(*(one.edits for one in patches)) == {"a.weight": 3}
+def test_a_stack_knows_the_base_by_what_none_of_them_changes():
+    one = make_patch(1, fingerprint={"a.weight": {2: "x", 5: "y"}})
+    two = make_patch(2, fingerprint={"a.weight": {1: "z", 5: "y"}})
+    assert stack([one, two]).fingerprint == {"a.weight": {5: "y"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (make_patch(3, 4), {"a.weight": 1}),
+        (make_patch(0), {}),
+        (make_patch(0, dim=0), {"a.weight": 2}),
+        (make_patch([0, 2], [1, 4]), {"a.weight": 2}),
+    ],
+)
+def test_shared_columns_are_counted(other, expected):
+    assert shared_columns(make_patch(1, 4).edits, other.edits) == expected

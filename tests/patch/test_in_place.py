@@ -1,4 +1,4 @@
-"""Patches in place, and kills at every moment of these."""
+"""R5: patches in place, all or nothing; also with kills at every moment of these."""
 
 import errno
 import json
@@ -6,97 +6,101 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX
+from pacatune.files.owned_folder import alone_in
 from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
+from tests.adapters.fixtures import edit_tensors
 from tests.full_disk import limited_files
 from tests.patch.folders import contents
 
 
-def test_in_place_and_back(base, bf16_patch, tmp_path):
-    before, size = contents(base), Checkpoint.open(base).num_bytes
-    shutil.copytree(base, tmp_path / "copy")
-    patch.apply_to_folder(base, bf16_patch, tmp_path / "out")
-    assert patch.apply_in_place(base, bf16_patch).checkpoint_bytes == size
-    assert contents(base) == contents(tmp_path / "out")
-    with pytest.raises(ValueError, match="base already holds the columns that would be"):
-        patch.apply_in_place(base, bf16_patch)
-    patch.apply_in_place(base, bf16_patch, revert=True)
+@pytest.fixture
+def unchanged(base):
+    """The base, which the test leaves as it was."""
+    before = contents(base)
+    yield base
     assert contents(base) == before
+
+
+def test_in_place_and_back(unchanged, bf16_patch, tmp_path):
+    size = Checkpoint.open(unchanged).num_bytes
+    patch.apply_to_folder(unchanged, bf16_patch, tmp_path / "out")
+    assert patch.apply_in_place(unchanged, bf16_patch).checkpoint_bytes == size
+    assert contents(unchanged) == contents(tmp_path / "out")
     with pytest.raises(ValueError, match="base already holds the columns that would be"):
-        patch.apply_in_place(base, bf16_patch, revert=True)
-    assert contents(base) == before
-    assert patch.recover(base) == []
+        patch.apply_in_place(unchanged, bf16_patch)
+    patch.apply_in_place(unchanged, bf16_patch, revert=True)
+    with pytest.raises(ValueError, match="base already holds the columns that would be"):
+        patch.apply_in_place(unchanged, bf16_patch, revert=True)
+    assert patch.recover(unchanged) == []
 
 
 def test_only_pages_with_columns_are_written(tmp_path):
     """16 columns of 64 KiB rows: a page for each row, as mincore of the file would say."""
     weight = torch.zeros(8, 32768, dtype=torch.bfloat16)
-    (tmp_path / "m").mkdir()
-    save_file({"w": weight, "x": torch.ones(4)}, tmp_path / "m" / "model.safetensors")
+    save_file({"w": weight, "x": torch.ones(4)}, tmp_path / "model.safetensors")
     edit = edit_of("w", 1, weight, torch.arange(16), torch.ones(8, 16, dtype=torch.bfloat16))
-    result = patch.apply_in_place(tmp_path / "m", Patch(edits={"w": edit}))
+    result = patch.apply_in_place(tmp_path, Patch(edits={"w": edit}))
     assert result.page_bytes == 8 * 4096
     assert result.column_bytes == 8 * 16 * 2
     rows = edit_of("w", 0, weight, torch.tensor([3]), torch.ones(1, 32768, dtype=torch.bfloat16))
-    assert folder_module._page_bytes(Checkpoint.open(tmp_path / "m"), Patch(edits={"w": rows})) in (
-        16 * 4096,
-        17 * 4096,
-    )
+    page_bytes = folder_module._page_bytes(Checkpoint.open(tmp_path), Patch(edits={"w": rows}))
+    assert page_bytes in (16 * 4096, 17 * 4096)
 
 
-def test_a_file_with_a_second_name_is_not_changed(base, bf16_patch, tmp_path):
-    (path,) = [
-        base / Checkpoint.open(base).entries[name].file for name in [next(iter(bf16_patch.edits))]
-    ]
-    os.link(path, tmp_path / "second")
-    before = contents(base)
+def test_a_file_with_a_second_name_is_not_changed(unchanged, bf16_patch, tmp_path):
+    name = next(iter(bf16_patch.edits))
+    os.link(unchanged / Checkpoint.open(unchanged).entries[name].file, tmp_path / "second")
     with pytest.raises(ValueError, match=r"has several names.*--output"):
-        patch.apply_in_place(base, bf16_patch)
-    assert contents(base) == before
+        patch.apply_in_place(unchanged, bf16_patch)
 
 
-def test_a_full_disk_is_known_before(base, bf16_patch, monkeypatch):
-    from collections import namedtuple
+def test_one_process_at_a_time(unchanged, bf16_patch):
+    for action in (patch.recover, lambda folder: patch.apply_in_place(folder, bf16_patch)):
+        with alone_in(unchanged), pytest.raises(ValueError, match="another run is at work in"):
+            action(unchanged)
 
+
+# Full disks and errors.
+
+
+def test_a_full_disk_is_known_before(unchanged, bf16_patch, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 2**16))
-    before = contents(base)
     with pytest.raises(ValueError, match=r"64.0 KiB free but 1\d\.\d MiB are needed; make room"):
-        patch.apply_in_place(base, bf16_patch)
-    assert contents(base) == before
+        patch.apply_in_place(unchanged, bf16_patch)
 
 
-def test_a_disk_that_runs_full_at_the_journal_changes_nothing(base, bf16_patch):
-    before = contents(base)
+def test_a_disk_that_runs_full_at_the_journal_changes_nothing(unchanged, bf16_patch):
     full = pytest.raises(ValueError, match=r"could not write '.*journal' .*nothing was left")
     with limited_files(), full:
-        patch.apply_in_place(base, bf16_patch)
-    assert contents(base) == before
+        patch.apply_in_place(unchanged, bf16_patch)
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "expected", "message"),
     [
-        (OSError("denied"), OSError),
-        (OSError(errno.ENOSPC, "no space left"), ValueError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError("denied"), OSError, "denied"),
+        (OSError(errno.ENOSPC, "no space left"), ValueError, r"not write '.*base' .*no space left"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
 def test_an_error_while_writing_is_rolled_back_at_once(
-    base, bf16_patch, monkeypatch, error, expected
+    unchanged, bf16_patch, monkeypatch, error, expected, message
 ):
-    before, write, calls = contents(base), folder_module._write, []
+    write, calls = folder_module._write, []
 
     def failing(path, checkpoint, edits):
         write(path, checkpoint, edits[: len(edits) // 2] if not calls else edits)
@@ -105,13 +109,12 @@ def test_an_error_while_writing_is_rolled_back_at_once(
             raise error
 
     monkeypatch.setattr(folder_module, "_write", failing)
-    with pytest.raises(expected, match=r"denied|could not write '.*base' .*no space left|^$"):
-        patch.apply_in_place(base, bf16_patch)
-    assert contents(base) == before
+    with pytest.raises(expected, match=message):
+        patch.apply_in_place(unchanged, bf16_patch)
 
 
-def test_a_rollback_that_fails_says_what_to_do(base, bf16_patch, monkeypatch):
-    before, write = contents(base), folder_module._write
+def test_a_rollback_that_fails_says_what_to_do(unchanged, bf16_patch, monkeypatch):
+    write = folder_module._write
 
     def failing(path, checkpoint, edits):
         write(path, checkpoint, edits[:1])
@@ -120,30 +123,20 @@ def test_a_rollback_that_fails_says_what_to_do(base, bf16_patch, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(folder_module, "_write", failing)
         with pytest.raises(ValueError, match=r"output error.*Its journal is kept.*recover --model"):
-            patch.apply_in_place(base, bf16_patch)
-    assert patch.recover(base)
-    assert contents(base) == before
+            patch.apply_in_place(unchanged, bf16_patch)
+    assert patch.recover(unchanged)
 
 
-def test_what_cannot_be_written_is_left_alone(base, bf16_patch, monkeypatch):
+def test_what_cannot_be_written_is_left_alone(unchanged, bf16_patch, monkeypatch):
     def refused(path):
         raise PermissionError(f"{path} is read-only")
 
     monkeypatch.setattr(folder_module, "writable", refused)
-    before = contents(base)
     with pytest.raises(PermissionError, match="is read-only"):
-        patch.apply_in_place(base, bf16_patch)
-    assert contents(base) == before
+        patch.apply_in_place(unchanged, bf16_patch)
 
 
-def test_one_process_at_a_time(base, bf16_patch):
-    from pacatune.files.owned_folder import alone_in
-
-    with alone_in(base):
-        for action in (lambda: patch.apply_in_place(base, bf16_patch), lambda: patch.recover(base)):
-            with pytest.raises(ValueError, match="another run is at work in"):
-                action()
-
+# Kills.
 
 ROOT = Path(__file__).parents[2]
 
@@ -303,67 +296,71 @@ def test_after_a_kill_asking_for_what_was_there_is_no_error(killed, bf16_patch, 
     assert contents(folder) == before
 
 
-def interrupt(base, made):
+@pytest.fixture
+def interrupted(unchanged, bf16_patch):
     """Leave a folder as a kill does while its columns are written."""
-    patch.save(made, base / JOURNAL_NAME)
-    files = {Checkpoint.open(base, half_edited=True).entries[name].file for name in made.edits}
-    for name in files:
-        (base / name).rename(base / f"{name}{PARKED_SUFFIX}")
-    return sorted(files)
+    patch.save(bf16_patch, unchanged / JOURNAL_NAME)
+    entries = Checkpoint.open(unchanged, half_edited=True).entries
+    for name in {entries[one].file for one in bf16_patch.edits}:
+        (unchanged / name).rename(unchanged / f"{name}{PARKED_SUFFIX}")
+    return unchanged
+
+
+def parked_in(folder):
+    return sorted(folder.glob(f"*{PARKED_SUFFIX}"))
 
 
 def refused(base, made, message):
     """See that nobody writes to a folder that is out of order."""
     before = contents(base)
-    for action in (patch.recover, lambda folder: patch.apply_in_place(folder, made)):
+    for action in (
+        patch.recover,
+        lambda folder: patch.recover(folder, finish=True),
+        lambda folder: patch.apply_in_place(folder, made),
+    ):
         with pytest.raises(ValueError, match=message):
             action(base)
-        with pytest.raises(ValueError, match=message):
-            patch.recover(base, finish=True)
         assert contents(base) == before
 
 
-def test_what_was_saved_after_an_interruption_is_kept(base, bf16_patch):
-    before = contents(base)
-    name = interrupt(base, bf16_patch)[-1]
-    (base / name).write_bytes(b"theirs")
-    refused(base, bf16_patch, rf"has both {name} and {name}.patching: .* Move it away, or remove")
-    (base / name).unlink()
-    assert patch.recover(base)
-    assert contents(base) == before
+def test_what_was_saved_after_an_interruption_is_kept(interrupted, bf16_patch):
+    theirs = parked_in(interrupted)[-1].with_suffix("")
+    theirs.write_bytes(b"theirs")
+    name = theirs.name
+    message = rf"has both {name} and {name}.patching: .* Move it away, or remove"
+    refused(interrupted, bf16_patch, message)
+    theirs.unlink()
+    assert patch.recover(interrupted)
 
 
-def test_a_model_saved_in_place_of_an_interrupted_one_is_kept(base, bf16_patch):
-    before = contents(base)
-    for name in interrupt(base, bf16_patch):
-        tensors = load_file(path := base / f"{name}{PARKED_SUFFIX}")
-        for key in bf16_patch.edits.keys() & tensors.keys():
-            tensors[key][0, 0] += 1
-        save_file(tensors, base / name, metadata={"format": "pt"})
-        path.unlink()
-    refused(base, bf16_patch, r"was replaced after .* interrupted: .* remove .*journal to keep it")
-    for name, whole in before.items():  # the base again
-        (base / name).write_bytes(whole)
-    assert patch.recover(base)
-    assert contents(base) == before
+def test_a_model_saved_in_place_of_an_interrupted_one_is_kept(interrupted, bf16_patch):
+    def train(tensors):
+        for name in bf16_patch.edits.keys() & tensors.keys():
+            tensors[name][0, 0] += 1
+
+    before = {path.with_suffix(""): path.read_bytes() for path in parked_in(interrupted)}
+    for path in parked_in(interrupted):
+        edit_tensors(path.rename(path.with_suffix("")), train)
+    message = r"was replaced after .* interrupted: .* remove .*journal to keep it"
+    refused(interrupted, bf16_patch, message)
+    for path, whole in before.items():  # the base again
+        path.write_bytes(whole)
+    assert patch.recover(interrupted)
 
 
-def test_a_damaged_journal_is_said_to_be_so(base, bf16_patch):
-    before = contents(base)
-    (base / JOURNAL_NAME).write_bytes(b"x")
+def test_a_damaged_journal_is_said_to_be_so(unchanged):
+    (unchanged / JOURNAL_NAME).write_bytes(b"x")
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        patch.recover(base)
-    (base / JOURNAL_NAME).unlink()
-    assert contents(base) == before
+        patch.recover(unchanged)
+    (unchanged / JOURNAL_NAME).unlink()
 
 
 def test_a_strangers_journal_leads_nowhere_else(base, bf16_patch, tmp_path):
-    name = next(iter(bf16_patch.edits))
-    file = Checkpoint.open(base).entries[name].file
-    shutil.move(base / file, tmp_path / "theirs.safetensors")
-    (base / file).symlink_to(tmp_path / "theirs.safetensors")
-    theirs = (tmp_path / "theirs.safetensors").read_bytes()
+    name = Checkpoint.open(base).entries[next(iter(bf16_patch.edits))].file
+    outside = Path(shutil.move(base / name, tmp_path / "theirs.safetensors"))
+    (base / name).symlink_to(outside)
+    theirs = outside.read_bytes()
     patch.save(bf16_patch, base / JOURNAL_NAME)
     with pytest.raises(ValueError, match="is a link"):
         patch.recover(base)
-    assert (tmp_path / "theirs.safetensors").read_bytes() == theirs
+    assert outside.read_bytes() == theirs

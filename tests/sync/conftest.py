@@ -1,8 +1,14 @@
 """A tiny adapted Llama, and what a server of its base holds."""
 
+import copy
+
 import pytest
 import torch
+from peft import get_peft_model
 
+from pacatune import PacaConfig
+from pacatune.patch.edit import bits
+from pacatune.sync import ColumnReceiver, ColumnSource
 from tests.conftest import build_model
 from tests.distributed import net
 from tests.distributed.conftest import pair
@@ -12,13 +18,10 @@ __all__ = ["pair"]
 VOCABULARY = 64
 
 
-def adapt(dtype=torch.float32, **options):
-    from peft import get_peft_model
-
-    from pacatune import PacaConfig
-
-    config = PacaConfig(**{"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options})
-    return get_peft_model(build_model(VOCABULARY).to(dtype), config)
+def adapt(dtype=torch.float32, base=None, **options):
+    """Return the tiny Llama, or another base, with an adapter."""
+    options = {"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options}
+    return get_peft_model(served(dtype) if base is None else base, PacaConfig(**options))
 
 
 def served(dtype=torch.float32):
@@ -35,10 +38,20 @@ def step(model, optimizer=None, seed=0):
     return model
 
 
+def change(model, number=0, by=1):
+    """Change one layer's delta."""
+    with torch.no_grad():
+        net.layers_of(model)[number].delta_of("default").add_(by)
+
+
+def bring(source, receiver, **options):
+    """Bring the columns over, and where they are, without a transport."""
+    receiver.expect(source.positions())
+    receiver.apply(source.columns(**options))
+
+
 def merged(model, dtype=None):
     """Tensors of the model that a merge writes, in the dtype that is served."""
-    import copy
-
     base = copy.deepcopy(model).merge_and_unload()
     return {name: tensor.to(dtype or tensor.dtype) for name, tensor in base.state_dict().items()}
 
@@ -48,7 +61,7 @@ def assert_bits(model, expected):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == expected[name].dtype, name
-        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
+        assert torch.equal(bits(tensor), bits(expected[name])), name
 
 
 def clone(model):
@@ -58,3 +71,21 @@ def clone(model):
 @pytest.fixture
 def model():
     return adapt()
+
+
+@pytest.fixture
+def server():
+    return served()
+
+
+@pytest.fixture
+def source(model):
+    return ColumnSource(model)
+
+
+@pytest.fixture
+def receiver(server, source):
+    """Knows where the columns are."""
+    receiver = ColumnReceiver(server)
+    receiver.expect(source.positions())
+    return receiver

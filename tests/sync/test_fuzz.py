@@ -4,25 +4,12 @@ import json
 import random
 
 import pytest
-import torch
 
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import from_wire, to_wire
 from tests.mutations import mutated
-from tests.sync.conftest import adapt, assert_bits, served
-
-
-def fused():
-    """The tensors of a server that joins some of them."""
-    tensors = dict(served().state_dict())
-    for layer in ("model.layers.0.", "model.layers.1."):
-        for joined, parts in (
-            ("self_attn.qkv_proj", [f"self_attn.{one}_proj" for one in "qkv"]),
-            ("mlp.gate_up_proj", ["mlp.gate_proj", "mlp.up_proj"]),
-        ):
-            found = [tensors.pop(f"{layer}{part}.weight") for part in parts]
-            tensors[f"{layer}{joined}.weight"] = torch.cat(found)
-    return tensors
+from tests.sync.conftest import adapt, assert_bits, clone, served
+from tests.sync.ranks import held_by
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -32,7 +19,7 @@ def test_mutated_messages(kind, groups):
     positions, columns = source.positions(), source.columns()
     words, buffer = to_wire(positions if kind == "positions" else columns)
     generator, num_refused = random.Random(f"{kind} {groups}"), 0
-    servers = [(fused(), True), (dict(served().state_dict()), False)]
+    servers = [(held_by(clone(served())), True), (clone(served()), False)]
     before = [{name: tensor.clone() for name, tensor in server.items()} for server, _ in servers]
     for number in range(300):
         server, is_partial = servers[number % 2]

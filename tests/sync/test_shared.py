@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
+import torch.multiprocessing  # its pickles pass memory, not values
 from torch import nn
 
 from pacatune.sync import SharedWeights
-from tests.conftest import build_model
 from tests.distributed import net
-from tests.sync.conftest import clone, merged, step
+from tests.sync.conftest import adapt, clone, merged, served, step
 
 IDS = torch.arange(3, 35).view(1, -1)
 
@@ -58,8 +58,6 @@ def watch(shared, model, count):
 
 class Sampler:
     def __init__(self, model, path):
-        import torch.multiprocessing  # its pickles pass memory, not values
-
         context = torch.multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=sample, args=(other, model, path), daemon=True)
@@ -78,35 +76,37 @@ class Sampler:
         version, logits = self.answer()
         return version, torch.from_numpy(logits) if version != "TimeoutError" else logits
 
+    @contextlib.contextmanager
+    def held(self):
+        """Have it read in this block; return the version that it sees."""
+        self.ask("hold")
+        yield self.answer()[0]
+        self.connection.send("go on")
+        assert self.answer() == ("let go", None)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A trainer here, a sampler there, and one copy of the weights."""
-    from peft import get_peft_model
-
-    from pacatune import PacaConfig
-
-    base = build_model(64)
-    base.share_memory()
+    base = served().share_memory()
     path = tmp_path_factory.mktemp("shared") / "gate"
     sampler = Sampler(base, path)
-    config = PacaConfig(r=4, paca_alpha=4, target_modules="all-linear")
-    model = get_peft_model(base, config)
     shared = SharedWeights(path, timeout=20)
-    yield model, sampler, shared
+    yield adapt(base=base, paca_alpha=4), sampler, shared
     shared.close()
     sampler.process.kill()
     sampler.process.join()
 
 
 def logits_of_merged(model):
-    plain = build_model(64)
+    plain = served()
     plain.load_state_dict(merged(model))
     with torch.no_grad():
         return plain(input_ids=IDS).logits
 
 
 def test_what_is_trained_is_what_is_sampled(world):
+    """R7, R2 and R4: the merge's logits, the base where one looks, no write more."""
     model, sampler, shared = world
     before = clone(model)
     assert sampler.logits(0.1)[1] == (
@@ -121,14 +121,11 @@ def test_what_is_trained_is_what_is_sampled(world):
         step(model, optimizer, number)
         assert shared.publish() == number == shared.version
         # In the same memory, and training needs no write more, so nobody waits.
-        sampler.ask("hold")
-        assert sampler.answer() == (number, None)
-        with net.counted_writes() as writes:
+        with sampler.held() as version, net.counted_writes() as writes:
+            assert version == number
             net.loss_of(model, net.batches()[0]).backward()
         assert writes == []
         optimizer.zero_grad()
-        sampler.connection.send("go on")
-        assert sampler.answer() == ("let go", None)
         version, logits = sampler.logits()
         assert version == number
         expected = logits_of_merged(model)  # it looks: the pretrained columns are back
@@ -141,33 +138,41 @@ def test_what_is_trained_is_what_is_sampled(world):
         assert torch.equal(tensor, after[name]) or "paca_delta" in name
 
 
-def test_a_reader_is_waited_for_and_a_dead_one_is_not(world, tmp_path):
+READ_FOR_EVER = """
+import sys, time
+from pacatune.sync import SharedWeights
+with SharedWeights(sys.argv[1]).reading() as version:
+    print(version, flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_reader_is_waited_for_and_a_dead_one_is_not(world):
     model, sampler, shared = world
     shared.attach(model)
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     step(model, optimizer)
     number = shared.publish()
-    sampler.ask("hold")
-    sampler.answer()
-    step(model, optimizer, 1)
-    with pytest.raises(TimeoutError, match=r"a reader has not ended its pass for 0.1 s"):
-        shared.publish(timeout=0.1)
-    sampler.connection.send("go on")
-    sampler.answer()
+    with sampler.held():
+        step(model, optimizer, 1)
+        with pytest.raises(TimeoutError, match=r"a reader has not ended its pass for 0.1 s"):
+            shared.publish(timeout=0.1)
     assert sampler.logits()[0] == number  # whole, as before
     assert shared.publish() == number + 1
-    code = (
-        "import sys, time; from pacatune.sync import SharedWeights\n"
-        "with SharedWeights(sys.argv[1]).reading() as version: print(version, flush=True); "
-        "time.sleep(100)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, shared.path], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", READ_FOR_EVER, shared.path]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert int(other.stdout.readline()) == number + 1
     with pytest.raises(TimeoutError, match="a reader has not ended"):
         shared.publish(timeout=0.05)
     other.send_signal(signal.SIGKILL)
     other.communicate()
     assert shared.publish(timeout=20) == number + 2
+
+
+def fill(model, value):
+    with torch.no_grad():
+        for layer in net.layers_of(model):
+            layer.delta_of("default").fill_(value)
 
 
 def test_readers_see_whole_updates(world):
@@ -204,10 +209,9 @@ def test_a_thread_that_looks_meanwhile(world):
     stop, looks = threading.Event(), []
 
     def look():
-        nonlocal looks
         weights = net.layers_of(model)
         while not stop.is_set():
-            looks += [len(layer.get_base_layer().weight) for layer in weights]
+            looks.extend(len(layer.get_base_layer().weight) for layer in weights)
             time.sleep(1e-4)
 
     thread = threading.Thread(target=look)
@@ -227,31 +231,26 @@ def test_a_thread_that_looks_meanwhile(world):
         pass
 
 
-def fill(model, value):
-    with torch.no_grad():
-        for layer in net.layers_of(model):
-            layer.delta_of("default").fill_(value)
+def adapted_embedding():
+    return adapt(base=nn.Sequential(nn.Embedding(8, 8)).share_memory(), target_modules=["0"])
 
 
-def test_models_that_cannot_share_are_refused(tmp_path):
-    from peft import get_peft_model
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (served, "has no PaCA layers"),
+        (adapt, r"q_proj': its weight is not shared: call"),
+        (adapted_embedding, r"columns are written into the weights of torch.nn.Linear"),
+    ],
+)
+def test_models_that_cannot_share(build, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        SharedWeights(tmp_path / "gate").attach(build())
 
-    from pacatune import PacaConfig
 
-    shared = SharedWeights(tmp_path / "gate")
-    with pytest.raises(ValueError, match="has no PaCA layers"):
-        shared.attach(build_model(64))
-    model = get_peft_model(build_model(64), PacaConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"q_proj': its weight is not shared: call"):
-        shared.attach(model)
-    embedding = get_peft_model(
-        nn.Sequential(nn.Embedding(8, 8)).share_memory(), PacaConfig(r=4, target_modules=["0"])
-    )
-    with pytest.raises(
-        ValueError, match=r"columns are written into the weights of torch.nn.Linear"
-    ):
-        shared.attach(embedding)
-    model.get_base_model().share_memory()
+def test_columns_that_cannot_be_written_are_not_published(tmp_path):
+    """R5: not into a weight that somebody holds, nor while the adapters are off."""
+    shared, model = SharedWeights(tmp_path / "gate"), adapt(base=served().share_memory())
     shared.attach(model)
     held = [parameter.detach() for parameter in model.parameters()]
     with pytest.raises(ValueError, match=r"q_proj.*: somebody holds a tensor in the memory"):
@@ -262,6 +261,9 @@ def test_models_that_cannot_share_are_refused(tmp_path):
     assert shared.publish() == 1
     shared.close()
     assert not any(layer.residency.is_written for layer in net.layers_of(model))
+
+
+def test_another_file_is_no_gate(tmp_path):
     (tmp_path / "other").write_text("something else")
     with pytest.raises(ValueError, match="is another file; choose a path"):
         SharedWeights(tmp_path / "other")

@@ -8,26 +8,22 @@ from datetime import timedelta
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pacatune.sync import ColumnReceiver, ColumnSource, Distributed, File, InProcess
+from tests.adapters import kinds
 from tests.distributed import net
 from tests.distributed.pair import Pair
 from tests.full_disk import limited_files
-from tests.releases import has, needs
-from tests.sync.conftest import adapt, assert_bits, merged, served, step
+from tests.releases import needs
+from tests.sync.conftest import adapt, assert_bits, bring, change, clone, merged, served, step
 
 # torch 2.6 has no FSDP2 on CPUs.
 on_cpu = needs("torch", "2.7")
 
 
-def change(model, number=0):
-    with torch.no_grad():
-        net.layers_of(model)[number].delta_of("default").add_(1)
-
-
-def test_in_process(model):
-    server, transport = served(), InProcess(capacity=2, timeout=0.05)
-    source, receiver = ColumnSource(model), ColumnReceiver(server)
+def test_in_process(model, server, source, receiver):
+    transport = InProcess(capacity=2, timeout=0.05)
     source.send(transport)
     assert receiver.receive(transport).number == 1
     change(model)
@@ -46,24 +42,32 @@ def test_in_process(model):
             receiver.receive(transport)
 
 
-def test_a_receiver_that_is_gone_loses_nothing(model):
-    transport = InProcess(capacity=2, timeout=0.02)
-    source = ColumnSource(model)
+def test_a_receiver_that_is_gone_loses_nothing(model, server, source):
+    transport, other = InProcess(capacity=2, timeout=0.02), InProcess(timeout=30)
     source.send(transport)
     change(model)
     with pytest.raises(TimeoutError, match=r"2 messages wait, .* is it still there"):
         source.send(transport)
-    server, other = served(), InProcess(timeout=30)  # of another server
-    receiver = ColumnReceiver(server)
-    source.send(other)
-    assert receiver.receive(other).since == 0
+    source.send(other)  # of another server
+    assert ColumnReceiver(server).receive(other).since == 0
     assert_bits(server, merged(model))
 
 
-def test_files_in_order(model, tmp_path):
-    server = served()
-    source, receiver = ColumnSource(model), ColumnReceiver(server)
-    sender, reader = File(tmp_path / "new" / "sync"), File(tmp_path / "new" / "sync", timeout=0.05)
+# Files.
+
+
+@pytest.fixture
+def reader(tmp_path):
+    return File(tmp_path, timeout=0.05)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_in_order(model, server, source, receiver, tmp_path):
+    folder = tmp_path / "new" / "sync"
+    sender, reader = File(folder), File(folder, timeout=0.05)
     with pytest.raises(TimeoutError, match=r"nothing new was written .* for 0.05 s"):
         receiver.receive(reader)
     for number in range(1, 4):
@@ -71,36 +75,39 @@ def test_files_in_order(model, tmp_path):
         source.send(sender)
         assert receiver.receive(reader).number == number
         assert_bits(server, merged(model))
-    assert not [path.name for path in (tmp_path / "new" / "sync").glob(".*")]
+    assert not list(folder.glob(".*"))
     sender.close()
     with pytest.raises(EOFError, match="no more columns will come"):
         receiver.receive(reader)
 
 
-def test_a_late_reader_begins_with_the_last_complete_sync(model, tmp_path):
-    source, sender = ColumnSource(model), File(tmp_path, keep=1)
+def test_a_late_reader_begins_with_the_last_complete_sync(model, server, source, reader, tmp_path):
+    sender = File(tmp_path, keep=1)
     for number in range(3):
         source.forget()
         step(model, seed=number)
         source.send(sender)
     change(model)
     source.send(sender)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f"00000{n}.safetensors" for n in (1, 3, 5, 6, 7)]
-    server = served()
-    receiver, reader = ColumnReceiver(server), File(tmp_path, timeout=0.05)
+    assert names_in(tmp_path) == [f"00000{n}.safetensors" for n in (1, 3, 5, 6, 7)]
+    receiver = ColumnReceiver(server)
     assert [receiver.receive(reader).number for _ in range(2)] == [3, 4]
     assert_bits(server, merged(model))
 
 
-def test_a_restarted_trainer_goes_on_in_its_folder(model, tmp_path):
-    server = served()
-    receiver, reader = ColumnReceiver(server), File(tmp_path, timeout=0.05)
+def test_a_slow_reader_skips_to_the_last_complete_sync(model, server, source, reader, tmp_path):
+    for seed in range(3):
+        step(model, seed=seed)
+        source.send(File(tmp_path))
+    assert ColumnReceiver(server).receive(reader).number == 3
+    assert_bits(server, merged(model))
+
+
+def test_a_restarted_trainer_goes_on_in_its_folder(model, server, receiver, reader, tmp_path):
     ColumnSource(model).send(File(tmp_path))
     receiver.receive(reader)
-    first = File(tmp_path)
     change(model)
-    source = ColumnSource(model)
+    first, source = File(tmp_path), ColumnSource(model)
     source.send(first)
     assert receiver.receive(reader).number == 1
     assert_bits(server, merged(model))
@@ -109,9 +116,8 @@ def test_a_restarted_trainer_goes_on_in_its_folder(model, tmp_path):
         source.send(first)
 
 
-def test_a_trainer_that_was_faster_keeps_its_message(model, tmp_path, monkeypatch):
+def test_a_trainer_that_was_faster_keeps_its_message(source, tmp_path, monkeypatch):
     """Both have looked at the folder before either has written."""
-    source = ColumnSource(model)
     source.send(File(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     second = File(tmp_path)
@@ -121,46 +127,48 @@ def test_a_trainer_that_was_faster_keeps_its_message(model, tmp_path, monkeypatc
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_other_files_are_refused(tmp_path):
-    from safetensors.torch import save_file
+POSITIONS = {"pacatune_sync": json.dumps({"kind": "positions"})}
 
-    save_file({"buffer": torch.zeros(3)}, tmp_path / "000001.safetensors")
-    with pytest.raises(ValueError, match="is no message of a trainer"):
-        File(tmp_path, timeout=0.1).receive()
-    words = json.dumps({"kind": "positions"})
-    path = tmp_path / "000001.safetensors"
-    save_file({"other": torch.zeros(3)}, path, metadata={"pacatune_sync": words})
-    with pytest.raises(ValueError, match="is no message of a trainer"):
-        File(tmp_path, timeout=0.1).receive()
-    (tmp_path / "000001.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        File(tmp_path, timeout=0.1).receive()
-    path.rename(tmp_path.parent / "elsewhere")
-    path.symlink_to(tmp_path.parent / "elsewhere")
-    with pytest.raises(ValueError, match=r"is a link to .*elsewhere, outside of the folder"):
-        File(tmp_path, timeout=0.1).receive()
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(ValueError, match="is not a regular file"):
-        File(tmp_path, timeout=0.1).receive()
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: save_file({"buffer": torch.zeros(3)}, path), "use a folder for syncs alone"),
+        (lambda path: save_file({"other": torch.zeros(3)}, path, POSITIONS), "it has no buffer"),
+        (lambda path: path.write_bytes(b"12345678"), "truncated or no safetensors file"),
+        (lambda path: path.symlink_to(__file__), "is a link to .*, outside of the folder"),
+        (os.mkfifo, "is not a regular file"),
+    ],
+)
+def test_other_files_are_refused(reader, tmp_path, write, message):
+    write(tmp_path / "000001.safetensors")
+    with pytest.raises(ValueError, match=message):
+        reader.receive()
+
+
+def test_a_folder_keeps_a_sync_at_least(tmp_path):
     with pytest.raises(ValueError, match=r"`keep` \(0\) must be at least 1"):
         File(tmp_path, keep=0)
 
 
-def test_a_disk_that_runs_full_keeps_what_was_sent(model, tmp_path):
-    source, sender = ColumnSource(model), File(tmp_path)
+def test_a_disk_that_runs_full_keeps_what_was_sent(
+    model, server, source, receiver, reader, tmp_path
+):
+    sender = File(tmp_path)
     source.send(sender)
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = names_in(tmp_path)
     step(model)
     full = pytest.raises(ValueError, match=r"could not write '.*000003.safetensors' .*nothing was")
     with limited_files(), full:
         source.send(sender)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert names_in(tmp_path) == before
     last = source.send(sender).number
-    receiver, reader = ColumnReceiver(server := served()), File(tmp_path, timeout=0.05)
     while receiver.receive(reader).number < last:
         pass
     assert_bits(server, merged(model))
+
+
+# Over processes.
 
 
 def train_and_serve():
@@ -181,14 +189,11 @@ def train_and_serve():
     receiver = ColumnReceiver(server)
     for _ in range(3):
         receiver.receive(transport)
-        expected.append({name: tensor.clone() for name, tensor in server.state_dict().items()})
+        expected.append(clone(server))
     assert receiver.receive(transport).number == 4
     for error in (EOFError, ConnectionError):
-        try:
+        with pytest.raises(error):
             receiver.receive(transport)
-        except error:
-            continue
-        raise AssertionError(error)
     return expected
 
 
@@ -203,28 +208,22 @@ def wait_in_vain():
     transport = Distributed(group, src=0, timeout=0.5)
     if torch.distributed.get_rank() == 0:
         time.sleep(1.5)
-        return None, None
+        return None
     with pytest.raises((TimeoutError, ConnectionError), match=r"the sender is gone, or too slow"):
         transport.receive()
     with pytest.raises(ConnectionError, match=r"cannot be used any more.*new_group"):
         transport.receive()
     with pytest.raises(ConnectionError, match="cannot be used"):
         transport.send(None)
-    return True, True
+    return True
 
 
 def test_a_trainer_that_does_not_send(tmp_path):
     pair = Pair(tmp_path / "rendezvous")
     try:
-        assert pair.run(wait_in_vain)[1] == (True, True)
+        assert pair.run(wait_in_vain)[1]
     finally:
         pair.close()
-
-
-def test_distributed_needs_a_group_and_its_roles(pair):
-    with pytest.raises(ValueError, match=r"call `torch.distributed.init_process_group` first"):
-        Distributed()
-    pair.run(take_the_wrong_part)
 
 
 def take_the_wrong_part():
@@ -237,7 +236,13 @@ def take_the_wrong_part():
             transport.send(None)
 
 
-# Trainers of which each process has a part.
+def test_distributed_needs_a_group_and_its_roles(pair):
+    with pytest.raises(ValueError, match=r"call `torch.distributed.init_process_group` first"):
+        Distributed()
+    pair.run(take_the_wrong_part)
+
+
+# R6: trainers of which each process has a part.
 
 
 def train_shards(how):
@@ -248,16 +253,13 @@ def train_shards(how):
     torch.manual_seed(0)
     sizes = tuple(net.UNEVEN.items()) if how == "uneven" else ()
     dtype = torch.bfloat16 if how == "bfloat16" else None
-    one = net.adapt("float32", sizes)
-    sharded = net.adapt("float32", sizes)
     options = {}
     if how == "mixed precision":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    model = shard(sharded, how != "gathered", **options)
-    source = ColumnSource(model, dtype)
+    one = net.adapt("float32", sizes)
+    model = shard(net.adapt("float32", sizes), how != "gathered", **options)
     server = net.build_base("float32", sizes).to(dtype or torch.float32)
-    base = {name: tensor.clone() for name, tensor in server.state_dict().items()}
-    receiver = ColumnReceiver(server)
+    base, source, receiver = clone(server), ColumnSource(model, dtype), ColumnReceiver(server)
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     for number in range(2):
         net.loss_of(model, net.half(net.batches()[number])).backward()
@@ -265,8 +267,7 @@ def train_shards(how):
         optimizer.zero_grad()
         with torch.no_grad():
             model(input_ids=net.batches()[2])  # leaves what it gathered, perhaps
-        receiver.expect(source.positions())
-        receiver.apply(source.columns())
+        bring(source, receiver)
     deltas = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.trained(model)]
     with torch.no_grad():
         for parameter, delta in zip(net.trained(one), deltas, strict=True):
@@ -286,39 +287,26 @@ def test_fsdp2(pair, how):
 
 
 def shard_conv1d():
-    from peft import get_peft_model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
-    from transformers import GPT2Config, GPT2LMHeadModel
 
-    from pacatune import PacaConfig
-
-    def build():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(n_embd=18, n_layer=1, n_head=2, vocab_size=32))
-
-    config = PacaConfig(r=5, target_modules=["c_attn", "c_proj"], init_weights=False)
-    torch.manual_seed(1)
-    one = get_peft_model(build(), config)
+    options = {"r": 5, "init_weights": False, **kinds.OPTIONS["conv1d"]}
+    one, other = (adapt(base=kinds.build("conv1d"), **options) for _ in range(2))
     with torch.no_grad():  # its sign has to survive
         for layer in net.layers_of(one):
             layer.get_base_layer().weight.fill_(-0.0)
             layer.delta_of("default").zero_()
-    sharded = fully_shard(get_peft_model(build(), config))
-    state = one.state_dict()
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
+    state, sharded, server = one.state_dict(), fully_shard(other), kinds.build("conv1d")
     set_model_state_dict(sharded, state, options=StateDictOptions(full_state_dict=True))
-    server = build()
-    receiver, source = ColumnReceiver(server), ColumnSource(sharded)
-    receiver.expect(source.positions())
-    receiver.apply(source.columns())
+    source = ColumnSource(sharded)
+    bring(source, ColumnReceiver(server))
     expected = merged(one)
-    for one_set in source.positions().sets:
-        parts = (
-            tensor.index_select(one_set.dim, one_set.indices).view(torch.int32)
-            for tensor in (server.get_parameter(one_set.name).detach(), expected[one_set.name])
+    for columns in source.positions().sets:
+        found, needed = (
+            tensors[columns.name].index_select(columns.dim, columns.indices).view(torch.int32)
+            for tensors in (server.state_dict(), expected)
         )
-        assert torch.equal(*parts)
+        assert torch.equal(found, needed)
     return True
 
 
@@ -329,19 +317,15 @@ def test_fsdp2_whose_shards_cut_the_columns(pair):
 
 
 def split_by_plan(folder):
-    from tests.distributed.tensor_parallel import adapt as adapt_parts
-    from tests.distributed.tensor_parallel import load
-    from tests.distributed.tensor_parallel import step as step_parts
+    from tests.distributed import tensor_parallel
 
-    model = adapt_parts(load(folder, "float32"))
-    source = ColumnSource(model)
-    server = load(folder, "float32", parts=False)
-    base = {name: tensor.clone() for name, tensor in server.state_dict().items()}
-    receiver = ColumnReceiver(server)
+    model = tensor_parallel.adapt(tensor_parallel.load(folder, "float32"))
+    server = tensor_parallel.load(folder, "float32", parts=False)
+    base, source, receiver = clone(server), ColumnSource(model), ColumnReceiver(server)
     receiver.expect(source.positions())
-    step_parts(model)
+    tensor_parallel.step(model)
     receiver.apply(source.columns())
-    one = adapt_parts(load(folder, "float32", parts=False))
+    one = tensor_parallel.adapt(tensor_parallel.load(folder, "float32", parts=False))
     with torch.no_grad():
         for other, layer in zip(net.layers_of(one), net.layers_of(model), strict=True):
             other.delta_of("default").copy_(layer.whole_delta("default"))
@@ -352,7 +336,7 @@ def split_by_plan(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has("transformers", "5.17"), reason="needs transformers >= 5.17")
+@needs("transformers", "5.17")
 def test_tensor_parallel_trainer(pair, tmp_path):
     net.build_base("float32").save_pretrained(tmp_path)
     assert pair.run(split_by_plan, str(tmp_path)) == [True, True]

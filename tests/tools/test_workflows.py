@@ -42,6 +42,8 @@ def test_jobs_call_targets_that_there_are():
         "lint": ["lint"],
         "test": ["test"],
         "docs": ["docs"],
+        "blocks-of-docs": ["test-docs"],
+        "conformance": ["conformance"],
         "build": ["dist"],
         "publish": [],
     }

@@ -1,4 +1,4 @@
-"""Adapters that do something on any small model, and what plain autograd says of it."""
+"""Adapters that do something on any small model, what plain autograd says of it, and a CNN."""
 
 import copy
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
@@ -99,3 +100,34 @@ def assert_equal(
         results.append([*outputs, *(source.grad for source in sources)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+class Cnn(nn.Module):
+    """A small image classifier with depthwise blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "expand": nn.Conv2d(8, 16, 1),
+                    "depthwise": nn.Conv2d(16, 16, 3, padding=1, groups=16),
+                    "project": nn.Conv2d(16, 8, 1),
+                }
+            )
+            for _ in range(2)
+        )
+        self.grouped = nn.Conv2d(8, 12, 3, groups=4, padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.silu(self.norm(self.stem(x)))
+        for block in self.blocks:
+            y = F.silu(block["expand"](x))
+            x = x + block["project"](F.silu(block["depthwise"](y)))
+        return self.head(self.grouped(x).mean((2, 3)))
+
+
+CNN_TARGETS = ["stem", "expand", "depthwise", "project", "grouped", "head"]

@@ -163,6 +163,7 @@ class Examples:
                     yield row
 
         features = _features(next(rows()))
+        # Without end, in one pass: Trainer resumes by skipping batches of the first pass alone.
         return IterableDataset.from_generator(rows, features=features).repeat(None)
 
 

@@ -4,7 +4,6 @@
 looking into an adapter does not wait for PEFT.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -25,6 +24,8 @@ RANDOM = "random"
 Columns = dict[str, list[int]] | dict[str, list[list[int]]]
 """Module name -> its columns, or those of each of its row groups."""
 _MAX_DEPTH = 8
+# The largest float32, in which updates are scaled; beyond it torch raises an error of its own.
+_MOST = (2 - 2**-23) * 2.0**127
 
 
 @dataclass
@@ -351,7 +352,7 @@ def _are_rates(values: Any) -> bool:
     return all(
         isinstance(row, list | tuple)
         and 0 < len(row) == len(rows[0])
-        and all(type(rate) in (int, float) and 0 < rate <= sys.float_info.max for rate in row)
+        and all(type(rate) in (int, float) and 0 < rate <= _MOST for rate in row)
         for row in rows
     )
 
@@ -362,5 +363,5 @@ def _check_rank(name: str, value: Any) -> None:
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"`{name}` ({value!r}) must be a finite number.")
+    if type(value) not in (int, float) or not abs(value) <= _MOST:
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number of 32 bits, as 16.")

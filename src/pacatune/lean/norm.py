@@ -206,6 +206,8 @@ def _sum_rows(x: Tensor) -> Tensor:
 
 def source_of(y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Norm] | None:
     """Return x, weight, bias and norm that gave `y`, if it is a lean norm's output as it came."""
+    # An attribute of `y`: the norm's saved tensors would not do, since checkpointing gives each of
+    # them once, and to patch blocks would need the code of each model.
     version, source = getattr(y, "lean_source", (None, None))
     return source if version == y._version else None
 

@@ -8,8 +8,8 @@
     difference    what two checkpoints or patches differ in
     adapter       from a PaCA adapter and back
 
-docs/patch.md says how to use them. A patch holds the bits that `ops.columns.adapted_columns` gives,
-which are those of training, merging and serving.
+docs/serving.md says how to use them. A patch holds the bits that `ops.columns.adapted_columns`
+gives, which are those of training, merging and serving.
 """
 
 from typing import TYPE_CHECKING

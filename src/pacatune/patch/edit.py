@@ -103,7 +103,8 @@ class ColumnEdit(ColumnPlace):
     original: Tensor
     """The columns of the base: `shape` with R in place of `shape[dim]`, in the base's dtype."""
     new: Tensor
-    """The columns of the patched tensor, in the same shape and dtype."""
+    """The columns of the patched tensor, in the same shape and dtype. `original` and an adapter's
+    deltas give them too, but whoever applies a patch need not know what an adapter is."""
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""

@@ -1,0 +1,194 @@
+"""Adapters of each kind of weight, through everything that is done to finished adapters (R7)."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel
+
+from pacatune.adapters.export import export_lora
+from pacatune.adapters.fingerprint import fingerprint
+from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.inspect import compare, inspect_adapter
+from pacatune.adapters.loading import attach, check_base, hotswap_adapter
+from pacatune.adapters.merge import merge
+from tests.adapters import kinds
+from tests.adapters.fixtures import edit_json
+from tests.releases import has
+from tests.tuner.nets import layers
+
+pytestmark = [
+    # With the base's embedding, which `make` leaves out of the file again.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    # What the notes of an export say as well.
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd:UserWarning"),
+]
+# Older releases of PEFT build LoRA of other shapes on these experts.
+LEAST_PEFT = {"mixtral": "0.20", "qwen2": "0.20", "qwen3": "0.20", "llama4": "0.19"}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Folders of the saved bases, by kind."""
+    found = {}
+
+    def base_of(kind):
+        if kind not in found:
+            folder = found[kind] = tmp_path_factory.mktemp("bases") / kind
+            kinds.build(kind).save_pretrained(folder)
+        return found[kind]
+
+    return base_of
+
+
+def make(kind, base, folder, **options):
+    model = kinds.save(kind, base, folder, **options)
+    model.save_pretrained(folder, save_embedding_layers=False)  # the base's own, that is
+    return model
+
+
+def pooled(model):
+    """What the pooling head returns; the probe of `merge` and `export` looks at hidden states."""
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(pixel_values=pixels).pooler_output
+
+
+@pytest.mark.parametrize(("kind", "groups"), kinds.CASES)
+def test_merges_and_verifies(kind, groups, bases, tmp_path):
+    base, adapter = bases(kind), tmp_path / "adapter"
+    model = make(kind, base, adapter, groups=groups)
+    result = merge(str(base), adapter, tmp_path / "merged")
+    assert result.error.max_relative < 1e-5 * result.effect + 1e-5
+    if kind in kinds.ATTENTION:
+        merged = AutoModel.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(pooled(merged), pooled(model))
+        assert not torch.allclose(pooled(merged), pooled(kinds.build(kind)), atol=1e-3)
+    else:
+        assert result.effect > 1e-3
+
+
+@pytest.mark.usefixtures("verified_here")
+@pytest.mark.parametrize(("kind", "groups"), kinds.CASES)
+def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_path):
+    base, adapter, lora = bases(kind), tmp_path / "adapter", tmp_path / "lora"
+    model = make(kind, base, adapter, groups=groups)
+    message = None
+    if kind == "projection":
+        message = r"is the out_proj of .* adds twice; merge the adapter"
+    elif not has("peft", LEAST_PEFT.get(kind, "0.18")):
+        message = r"LoRA for the experts of .* needs PEFT 0\.(19|20)"
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            export_lora(str(base), adapter, lora)
+        return
+    result = export_lora(str(base), adapter, lora, verify=True)
+    assert result.error.max_relative < 1e-5
+    assert result.rounding < 1e-6
+    if kind in kinds.CONVOLUTIONS:
+        assert_ranks_of_convolutions(adapter, lora)
+    is_convolution, has_groups = kind in kinds.CONVOLUTIONS, kind == "convnext"
+    notes = " ".join(result.notes)
+    assert ("convolutions have ranks of their own" in notes) == is_convolution
+    assert ("with groups but cannot merge" in notes) == has_groups
+    if kind in kinds.ATTENTION:
+        exported = PeftModel.from_pretrained(kinds.build(kind), lora)
+        torch.testing.assert_close(pooled(exported.eval()), pooled(model))
+
+
+def assert_ranks_of_convolutions(adapter, lora):
+    config = json.loads((lora / "adapter_config.json").read_text())
+    tensors = load_file(lora / "adapter_model.safetensors")
+    modules = read_adapter(adapter).modules
+    convolutions = {name for name, update in modules.items() if update.delta.ndim > 2}
+    assert len(config["rank_pattern"]) == len(convolutions) == len(config["alpha_pattern"])
+    for name in convolutions:
+        rank = config["rank_pattern"]["^" + re.escape(name)]
+        assert len(tensors[f"base_model.model.{name}.lora_A.weight"]) == rank
+    report = inspect_adapter(lora)
+    assert (len(report.modules), report.extra) == (len(modules), [])
+
+
+@pytest.mark.parametrize("kind", kinds.OPTIONS)
+def test_describes_and_compares(kind, bases, tmp_path):
+    for name, seed in (("one", 0), ("two", 5)):
+        make(kind, bases(kind), tmp_path / name, seed=seed, random_seed=seed)
+    one = read_adapter(tmp_path / "one")
+    report = inspect_adapter(tmp_path / "one")
+    assert {module.name for module in report.modules} == set(one.modules)
+    for module in report.modules:
+        assert module.rank == len(module.columns)
+        assert module.num_parameters == one.modules[module.name].delta.numel()
+    is_convolution = kind in kinds.CONVOLUTIONS
+    assert any("convolution" in note for note in report.notes) == is_convolution
+    assert any("Conv2d" in note for note in report.notes) == is_convolution
+    assert compare(one, one).cosine == pytest.approx(1)
+    assert abs(compare(one, tmp_path / "two").cosine) < 0.5
+
+
+@pytest.mark.parametrize("kind", kinds.OPTIONS)
+def test_hotswaps(kind, bases, tmp_path):
+    model = make(kind, bases(kind), tmp_path / "one")
+    other = make(kind, bases(kind), tmp_path / "two", seed=5, random_seed=5)
+    hotswap_adapter(model, tmp_path / "two")
+    for ours, theirs in zip(layers(model).values(), layers(other).values(), strict=True):
+        assert torch.equal(ours.delta_of("default"), theirs.delta_of("default"))
+        assert torch.equal(ours.paca_indices["default"], theirs.paca_indices["default"])
+        assert ours.scaling == theirs.scaling
+
+
+@pytest.mark.parametrize("kind", kinds.OPTIONS)
+def test_knows_its_base(kind, bases, tmp_path):
+    make(kind, bases(kind), tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter")
+    base, other = kinds.build(kind), kinds.build(kind)
+    assert check_base(adapter, base) == []
+    columns = {name: update.indices for name, update in adapter.modules.items()}
+    before = fingerprint(base, columns)["modules"]
+    peft_model, _ = attach(base, adapter)
+    assert fingerprint(peft_model, columns)["modules"] == before
+    assert any(before.values())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.5)
+    with pytest.raises(ValueError, match=r"weights of .* adapted modules are not those"):
+        check_base(adapter, other)
+
+
+def with_three_experts(base):
+    experts = base.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(experts, name, torch.nn.Parameter(getattr(experts, name)[:3]))
+
+
+def with_another_kernel(base):
+    name, conv = next((n, m) for n, m in base.named_modules() if isinstance(m, nn.Conv2d))
+    base.set_submodule(name, nn.Conv2d(conv.in_channels, conv.out_channels, 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("mixtral", with_three_experts, r"a delta of \(.*, 4\) and .* base needs \(.*, 3\)"),
+        ("gpt_oss", with_three_experts, r"a delta of \(.*, 4\) and .* base needs \(.*, 3\)"),
+        ("convnext", with_another_kernel, r"a delta of .* but the base needs \(\d+, 2, 9, 9\)"),
+    ],
+)
+def test_other_sizes_are_refused(kind, change, message, bases, tmp_path):
+    make(kind, bases(kind), tmp_path / "adapter")
+    base = kinds.build(kind)
+    change(base)
+    with pytest.raises(ValueError, match=message):
+        check_base(tmp_path / "adapter", base)
+
+
+def test_a_configuration_without_its_parameters_is_refused(bases, tmp_path):
+    make("mixtral", bases("mixtral"), tmp_path / "adapter", r=3)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    edit_json(path, target_parameters=["experts.other", "experts.down_proj"])
+    with pytest.raises(ValueError, match="fits its 3 `paca_indices` only as one of `target_param"):
+        read_adapter(tmp_path / "adapter")

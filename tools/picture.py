@@ -1,0 +1,82 @@
+"""Draw README's picture, light and dark, from the committed results.
+
+python -m tools.picture
+
+Left the time of a step, PaCA's as a share of LoRA's; right what a layer keeps for backward.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.results import ROOT, read
+from pacatune.reports.figures import new_figure
+from pacatune.reports.rows import Row
+
+FOLDER = ROOT / "docs" / "pictures"
+_THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
+_SETTINGS = ("512 tokens", "2048 tokens")
+_DTYPES = ("float32", "bfloat16")
+
+
+def shares() -> dict[str, Row]:
+    """Return PaCA's step as a share of LoRA's by what was trained on."""
+    rows = {row.setting: row for row in read("step").rows if row.method == "paca / lora"}
+    return {name: rows[name] for name in (f"{s}, {d}" for s in _SETTINGS for d in _DTYPES)}
+
+
+def kept() -> dict[str, tuple[float, float]]:
+    """Return the bytes that PaCA and LoRA keep per token, layer and channel, by lean level."""
+    rows = {(row.setting, row.method): row.value for row in read("lean").rows}
+    levels = ("plain", "level 1", "level 2", "level 3")
+    return {level: (rows[level, "paca"], rows[level, "lora"]) for level in levels}
+
+
+def draw(theme: str, folder: Path) -> Path:
+    """Draw the picture in the colours of a theme; return its path."""
+    text, ours, theirs = _THEMES[theme]
+    options = dict.fromkeys(("text.color", "xtick.color", "ytick.color"), text)
+    fixed = {"svg.fonttype": "none", "svg.hashsalt": "pacatune", "font.size": 9}
+    with matplotlib.rc_context({**options, **fixed}):
+        figure = new_figure(8.4, 2.5)
+        left, right = figure.subplots(1, 2)
+        found = shares()
+        _bars(left, list(found), [(row.value, 1.0) for row in found.values()], (ours, theirs))
+        for place, row in enumerate(found.values()):
+            left.plot([row.low, row.high], [place - 0.2] * 2, color=text, linewidth=1)
+        left.set_title("step time, LoRA's = 1 (line: 95 % interval)", fontsize=9)
+        _bars(right, list(kept()), list(kept().values()), (ours, theirs))
+        right.set_title("bytes kept per token, layer and channel", fontsize=9)
+        figure.legend(
+            right.containers, ["PaCA", "LoRA"], loc="outside lower center", ncols=2, frameon=False
+        )
+        path = folder / f"step-{theme}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, transparent=True, metadata={"Date": None})
+    return path
+
+
+def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours: Any) -> None:
+    """Draw two bars for each name, the first at the top, each with its number in it."""
+    for offset, colour, values in zip((-0.2, 0.2), colours, zip(*pairs, strict=True), strict=True):
+        places = [place + offset for place in range(len(names))]
+        axes.barh(places, values, height=0.38, color=colour)
+        for place, value in zip(places, values, strict=True):
+            axes.text(0, place, f"  {value:.3g}", color="white", fontsize=8, va="center_baseline")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks([])
+    axes.invert_yaxis()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def main() -> None:
+    """Draw both."""
+    for theme in _THEMES:
+        print(f"wrote {draw(theme, FOLDER)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
