@@ -127,7 +127,6 @@ def test_merged_disabled_and_unloaded(kind: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.mark.xfail(reason="the base layer gets the mode back that it had when it was merged")
 def test_unmerging_a_quantised_layer_leaves_its_mode() -> None:
     """bitsandbytes' 8-bit kernel rounds otherwise in training."""
     twin = make("quantised, int8")
@@ -274,12 +273,9 @@ def test_hooks_on_the_base_layer_run(kind: str) -> None:
 
 
 @floating
-def test_offloaded(kind: str, request) -> None:
+def test_offloaded(kind: str) -> None:
     from accelerate import cpu_offload
 
-    if kind == "Embedding":
-        reason = "its delta is called with the base layer, which accelerate then tries to move"
-        request.applymarker(pytest.mark.xfail(raises=NotImplementedError, reason=reason))
     twin = make(kind)
     x = twin.inputs()
     want = twin.expected(x, ["default"])[0]

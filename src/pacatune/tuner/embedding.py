@@ -17,19 +17,15 @@ from pacatune.tuner.layer import Delta
 
 __all__ = ["Embedding"]
 
+_OPTIONS = ("padding_idx", "scale_grad_by_freq", "sparse")
+
 
 class EmbeddingDelta(Delta):
     """Holds one adapter's (V, R) update of an embedding."""
 
-    def forward(self, ids: Tensor, base: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor, options: dict[str, Any]) -> Tensor:  # type: ignore[override]
         """Return delta[ids], (...) -> (..., R), with the options of the embedding."""
-        return F.embedding(
-            ids,
-            self.weight,
-            base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-            sparse=base.sparse,
-        )
+        return F.embedding(ids, self.weight, **options)
 
 
 class Embedding(AdditiveLayer):
@@ -68,7 +64,13 @@ class Embedding(AdditiveLayer):
         if indices.dim() == 2:  # those of each token's group
             indices = indices[x // (self.out_features // len(indices))]
         own = indices.expand(*x.shape, -1)
-        rows, old, scale = self.paca_delta[name](x, base), result.gather(-1, own), _scale_of(base)
+        # Not the layer itself, which accelerate would move where it has taken the weight away.
+        options = {option: getattr(base, option) for option in _OPTIONS}
+        rows, old, scale = (
+            self.paca_delta[name](x, options),
+            result.gather(-1, own),
+            _scale_of(base),
+        )
         if scale is None:
             return result.scatter(-1, own, adapted_columns(old, rows, scaling))
         if _is_whole(base.weight):

@@ -413,7 +413,7 @@ def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
 
 def _snapshot(module: nn.Module) -> dict[str, Any]:
     """What a module consists of, by reference; putting it back undoes any replacement."""
-    state = dict(module.__dict__)
+    state = {name: value for name, value in module.__dict__.items() if name != "training"}
     parameters = state.pop("_parameters")
     state["_parameters"] = parameters.copy()
     if "state" in state:  # bitsandbytes' 8-bit layers keep the quantised weight in it
