@@ -6,6 +6,9 @@ import pytest
 
 from pacatune.cli import main
 from tests.forks import run_python
+from tests.releases import needs
+
+pytestmark = [needs("trl"), needs("matplotlib")]  # commands of more than the core
 
 FOLDERS = """
 import sys

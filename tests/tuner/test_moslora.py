@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -268,6 +268,8 @@ def test_sums_that_would_be_wrong():
 
 
 def test_conversion_to_lora():
+    from peft import convert_to_lora
+
     model = adapt()
     _, factors = convert_to_lora(model, rank=4, progressbar=False)
     found = {

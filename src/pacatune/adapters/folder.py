@@ -1,6 +1,7 @@
 """Open an adapter folder that a stranger made, without its base model."""
 
 import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -54,14 +55,16 @@ def read_config(path: Path) -> PacaOptions:
             f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
     hints = typing.get_type_hints(PacaOptions)
-    known = {field.name for field in fields(PacaOptions)}
     for key, value in config.items():
-        if key not in known:
-            raise ValueError(_unknown_key(key, known, path))
+        if key not in hints:
+            raise ValueError(_unknown_key(key, {*hints}, path))
         if key in ("paca_alpha", "alpha_pattern"):
             continue  # PacaOptions checks these, and takes whole numbers
         try:
-            type_validator(key, value, hints[key])
+            hint = hints[key]
+            if isinstance(hint, types.UnionType):  # which huggingface_hub before 1.0 does not know
+                hint = typing.Union[typing.get_args(hint)]  # noqa: UP007 (not an annotation)
+            type_validator(key, value, hint)
         except TypeError as error:
             must = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
             raise ValueError(
