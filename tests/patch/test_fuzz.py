@@ -36,7 +36,9 @@ def test_mutated_descriptions(bf16_dir, bf16_patch, tmp_path, capsys):
     patch.save(bf16_patch, path)
     with safe_open(path, framework="pt") as file:
         text = file.metadata()[_KEY]
-    parts, generator, num_refused = load_file(path), random.Random(0), 0
+    generator, num_refused = random.Random(0), 0
+    # Copies: what is loaded is a map of the file, which is written anew below.
+    parts = {name: tensor.clone() for name, tensor in load_file(path).items()}
     checkpoint, tensors = Checkpoint.open(bf16_dir), load_file(bf16_dir / "model.safetensors")
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     for _ in range(300):
