@@ -18,7 +18,7 @@ line override it, and `--print_config` prints every option with its explanation 
 `training` every option of TRL's or transformers' class may be given; listed are those that are ours
 or have other defaults here.
 """
-# Commands whose options form sections -> the sections, and tasks that have one of their own.
+# Sections of the options of train and train-image, and tasks whose `data` has options of its own.
 _SECTIONS = ("model", "data", "paca", "lora", "moslora", "training")
 _OTHER_DATA = {"dpo": "of dpo, kto and reward", "grpo": "of grpo and rloo"}
 _IN_SECTIONS = ("train", "train-image")

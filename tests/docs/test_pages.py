@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import tables
+from benchmarks.results import read
 from pacatune.cli.entry import COMMANDS
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
@@ -38,6 +39,22 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     assert set(re.findall(r"\]\((\w+\.html)\)", text)) == built - {"index.html"}
     *_, about = zip(*re.findall(r"^- \[(.+?)\]\((.+?)\): (.*)$", text, re.MULTILINE), strict=True)
     assert all(len(line) > 10 and not line.endswith(":") for line in about)
+
+
+def test_the_first_screen_says_the_committed_numbers():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    row, (ours, theirs) = picture.shares()["2048 tokens, bfloat16"], picture.kept()["level 1"]
+    assert f"**{row.value:.2f} of LoRA's step time** ({row.low:.2f} to {row.high:.2f})" in text
+    assert f"**{ours:.0f} bytes kept for backward where LoRA keeps {theirs:.0f}**" in text
+    found = {
+        (row.method, row.what): row.value for row in read("kernels").rows if row.setting == "eager"
+    }
+    paca, lora = (
+        [round(found[name, way] - found["frozen", way]) for way in ("forward", "backward")]
+        for name in ("paca", "lora")
+    )
+    said = f"**{paca[0]} + {paca[1]} kernels beyond the frozen decoder layer, LoRA {lora[0]} + "
+    assert f"{said}{lora[1]}**" in text
 
 
 def test_the_picture_shows_the_committed_numbers():

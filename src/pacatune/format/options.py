@@ -364,4 +364,4 @@ def _check_rank(name: str, value: Any) -> None:
 
 def _check_alpha(name: str, value: Any) -> None:
     if type(value) not in (int, float) or not abs(value) <= _MOST:
-        raise ValueError(f"`{name}` ({value!r}) must be a finite number of 32 bits, as 16.")
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number that float32 holds.")

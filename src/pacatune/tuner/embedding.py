@@ -66,11 +66,8 @@ class Embedding(AdditiveLayer):
         own = indices.expand(*x.shape, -1)
         # Not the layer itself, which accelerate would move where it has taken the weight away.
         options = {option: getattr(base, option) for option in _OPTIONS}
-        rows, old, scale = (
-            self.paca_delta[name](x, options),
-            result.gather(-1, own),
-            _scale_of(base),
-        )
+        rows, old = self.paca_delta[name](x, options), result.gather(-1, own)
+        scale = _scale_of(base)
         if scale is None:
             return result.scatter(-1, own, adapted_columns(old, rows, scaling))
         if _is_whole(base.weight):
