@@ -131,9 +131,14 @@ def random_columns(
     import torch
 
     weight = torch.empty(1, num_columns, device="meta")
-    seeds = [seed_for(random_seed, name, group) for group in range(groups)]
-    chosen = [select_columns("random", weight, rank, seed=seed) for seed in seeds]
-    return chosen[0] if groups == 1 else torch.stack(chosen)
+    first = select_columns("random", weight, rank, seed=seed_for(random_seed, name))
+    if groups == 1:
+        return first
+    generator, chosen = torch.Generator(), [first]
+    for group in range(1, groups):  # there may be hundreds for each of hundreds of weights
+        generator.manual_seed(seed_for(random_seed, name, group))
+        chosen.append(select_random(weight, {}, rank, generator))
+    return torch.stack(chosen).sort(1).values
 
 
 def select_columns(

@@ -99,7 +99,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
-            x_NR = x_R.view(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
+            x_NR = x_R.reshape(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, held_indices(ctx, indices))
         if needs_x:
             gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)

@@ -34,11 +34,13 @@ __all__ = [
     "hold_indices",
     "is_spread_out",
     "joined_groups",
+    "kept_columns",
     "linear_of_groups",
     "note_distinct",
     "num_groups_of",
     "of_rows",
     "per_group",
+    "places_in",
     "rank_of",
     "refined",
     "row_index",
@@ -47,6 +49,9 @@ __all__ = [
     "spread",
 ]
 
+# Where distinct columns are a larger share of all, the input itself is kept: no copy is made, and
+# layers that share an input keep it once.
+_MOST_COPIED = 2 / 3
 # Indices -> their version, their distinct columns (U,), and where they are among these (G, R).
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -182,6 +187,13 @@ def distinct_columns(indices: Tensor) -> Tensor:
     return indices if indices.dim() == 1 else distinct_and_places(indices)[0]
 
 
+def kept_columns(indices: Tensor, in_features: int) -> Tensor | None:
+    """Return which columns of an input are kept for backward; None: the input itself."""
+    columns = distinct_columns(indices)
+    is_whole = indices.dim() == 2 and len(columns) > _MOST_COPIED * in_features
+    return None if is_whole else columns
+
+
 def select(x: Tensor, indices: Tensor) -> Tensor:
     """Return what is kept of an input for backward: its trained columns, each once.
 
@@ -190,13 +202,24 @@ def select(x: Tensor, indices: Tensor) -> Tensor:
         indices: (R,) or (G, R).
 
     Returns:
-        (..., U); in a compiled graph with row groups (..., G, R).
+        (..., U), or `x` itself where that is most of it; in a compiled graph with row groups
+        (..., G, R) or `x`.
     """
     if indices.dim() == 1:
         return x.index_select(-1, indices)
-    if is_spread_out(indices):
-        return select_each(x, indices)
-    return _pick(x, distinct_columns(indices))
+    if torch.compiler.is_compiling():
+        is_whole = indices.numel() > _MOST_COPIED * x.shape[-1]
+        return x if is_whole else select_each(x, indices)
+    columns = kept_columns(indices, x.shape[-1])
+    return x if columns is None else _pick(x, columns)
+
+
+def places_in(x_U: Tensor, indices: Tensor) -> Tensor:
+    """Return where the columns of row groups are in what `select` returned for them: (G, R)."""
+    if torch.compiler.is_compiling():
+        return indices
+    distinct, places = distinct_and_places(indices)
+    return places if len(distinct) == x_U.shape[-1] else indices
 
 
 def _pick(x: Tensor, columns: Tensor) -> Tensor:
@@ -217,7 +240,7 @@ def select_each(x: Tensor, indices: Tensor) -> Tensor:
 
 
 def is_spread_out(indices: Tensor) -> bool:
-    """Whether each group's columns are kept by themselves."""
+    """Whether what is distinct is not known, as in a graph, whose sizes must not depend on it."""
     return indices.dim() == 2 and torch.compiler.is_compiling()
 
 
@@ -225,7 +248,7 @@ def spread(x_U: Tensor, indices: Tensor) -> Tensor:
     """Return (..., U) of `select` as (..., G R), one group's columns after the other's."""
     if indices.dim() == 1:
         return x_U
-    return _pick(x_U, distinct_and_places(indices)[1].flatten())
+    return _pick(x_U, places_in(x_U, indices).flatten())
 
 
 def by_group(x_NU: Tensor, indices: Tensor) -> Tensor:
