@@ -51,6 +51,8 @@ def test_sections_have_their_readers():
         "dora",
         "moslora",
         "shira",
+        "gralora",
+        "miss",
         "qlora",
     }
 
@@ -63,6 +65,7 @@ def test_every_adapter_has_its_configuration(name):
     assert type(config).__name__ == method.config
     assert getattr(config, "paca_alpha", None) == (8 if method.is_paca else None)
     assert getattr(config, "lora_alpha", None) == (8 if method.has_dropout else None)
+    assert getattr(config, "alpha", None) == (8 if name == "gralora" else None)
     assert getattr(config, "use_dora", False) == (name == "dora")
     dropout = (method.dropout or 0) if method.has_dropout else None
     assert getattr(config, "lora_dropout", None) == dropout

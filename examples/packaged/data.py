@@ -25,6 +25,20 @@ _NUM_CHATS_HELD_OUT, _NUM_CHOICES_HELD_OUT, _NUM_IMAGES_HELD_OUT = 96, 400, 200
 _TYPES_HELD_OUT = 0.3
 _NUM_PROBLEMS, _NUM_PROBLEMS_HELD_OUT = 3000, 300
 _MAX_ANSWER_CHARS = 200
+# Kinds of problems of reasoning-gym with short questions and answers.
+_REASONING = (
+    "sentence_reordering",
+    "spell_backward",
+    "calendar_arithmetic",
+    "letter_counting",
+    "complex_arithmetic",
+    "prime_factorization",
+    "simple_equations",
+    "chain_sum",
+    "coin_flip",
+    "number_sequence",
+)
+_NUM_PER_KIND, _NUM_PER_KIND_HELD_OUT, _MAX_PROBLEM_CHARS = 420, 20, 160
 
 Row = dict[str, Any]
 
@@ -179,18 +193,37 @@ def make_reversed_words(files: list[Path], folder: Path) -> None:
 
     Its own words around a problem, and its hints on the format, would be most of the tokens.
     """
-    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
-        warnings.simplefilter("ignore", SyntaxWarning)
-        import reasoning_gym
-
     number = _NUM_PROBLEMS + _NUM_PROBLEMS_HELD_OUT
-    # More than are wanted, since some come twice.
-    made = reasoning_gym.create_dataset(
-        "word_sequence_reversal", seed=0, size=4 * number, min_words=3, max_words=6
-    )
     found: dict[str, Row] = {}
-    for item in made:
+    # More than are wanted, since some come twice.
+    for item in _problems("word_sequence_reversal", 4 * number, min_words=3, max_words=6):
         prompt = f"Reverse: {', '.join(item['metadata']['words'])}\nReversed:"
         found.setdefault(prompt, {"prompt": prompt, "completion": f" {item['answer']}"})
     rows = list(found.values())[:number]
     _write(folder, rows[_NUM_PROBLEMS_HELD_OUT:], rows[:_NUM_PROBLEMS_HELD_OUT])
+
+
+def make_reasoning(files: list[Path], folder: Path) -> None:
+    """Write short problems of the kinds of `_REASONING`, mixed; no prompt comes twice."""
+    train: list[Row] = []
+    test: list[Row] = []
+    for kind in _REASONING:
+        found: dict[str, Row] = {}
+        for item in _problems(kind, 3 * _NUM_PER_KIND):
+            prompt = " ".join(item["question"].split()) + "\nAnswer:"
+            if len(prompt) < _MAX_PROBLEM_CHARS:
+                found.setdefault(prompt, {"prompt": prompt, "completion": f" {item['answer']}"})
+        rows = list(found.values())[:_NUM_PER_KIND]
+        test += rows[:_NUM_PER_KIND_HELD_OUT]
+        train += rows[_NUM_PER_KIND_HELD_OUT:]
+    for rows in (train, test):
+        random.Random(0).shuffle(rows)
+    _write(folder, train, test)
+
+
+def _problems(kind: str, number: int, **options: Any) -> Any:
+    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+
+    return reasoning_gym.create_dataset(kind, seed=0, size=number, **options)

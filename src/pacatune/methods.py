@@ -70,7 +70,7 @@ class Method:
     @property
     def has_scale(self) -> bool:
         """Whether the update is multiplied by alpha / r."""
-        return self.has_adapter and self.config != "ShiraConfig"
+        return self.has_adapter and self.config not in ("ShiraConfig", "MissConfig")
 
     @property
     def needs_pacatune(self) -> bool:
@@ -146,6 +146,25 @@ METHODS: dict[str, Method] = {
             sections=("lora",),
             config="ShiraConfig",
             text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="gralora",
+            title="GraLoRA",
+            summary="PEFT's GraLoRA: LoRA on each block of the weight, of two by two",
+            sections=("lora",),
+            config="GraloraConfig",
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
+            name="miss",
+            title="MiSS",
+            summary="PEFT's MiSS: one update for all blocks of a weight's inputs",
+            sections=("lora",),
+            config="MissConfig",
+            text_rate=2e-4,
+            head_rate=1e-3,
         ),
         Method(
             name="qlora",
@@ -222,6 +241,8 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
 
     found: Any = getattr(pacatune, method.config, None) or getattr(peft, method.config)
     known = {one.name for one in fields(found)}
+    if "alpha" in known and "lora_alpha" in options:
+        options["alpha"] = options.pop("lora_alpha")
     for name, value in options.items():
         if value and name not in {*known, "lora_alpha"}:
             raise ValueError(f"`{name}` ({value!r}): {method.title} has no such option; drop it.")

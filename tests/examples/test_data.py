@@ -121,3 +121,13 @@ def test_words_to_reverse(tmp_path):
     for row in test:
         words = row["prompt"].removeprefix("Reverse: ").removesuffix("\nReversed:").split(", ")
         assert row["completion"] == " " + ", ".join(reversed(words))
+
+
+def test_problems_of_reasoning(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    packaged.make_reasoning([], tmp_path)
+    train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
+    assert len(test) == 10 * 20
+    assert 3800 < len(train) <= 10 * 400  # a few are too long
+    assert len({row["prompt"] for row in train + test}) == len(train + test)
+    assert all(row["completion"].strip() for row in train + test)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pacatune.selection import register_strategy, seed_for, select_columns, strategies
+from pacatune.strategies import random_columns
 
 BUILT_IN = ["gradient", "random", "weight_norm", "weight_norm_smallest"]
 
@@ -25,6 +26,22 @@ def test_random_follows_the_rule_of_peft_0_22(weight):
     chosen = select_columns("random", weight, 6, seed=seed)
     assert torch.equal(chosen, torch.randperm(40, generator=generator)[:6].sort().values)
     assert chosen.untyped_storage().nbytes() == 6 * 8  # not the whole permutation
+
+
+def test_row_groups_follow_the_rule_by_names_of_their_own(weight):
+    found = random_columns(40, 6, 7, "a.b", groups=5)
+    names = ["a.b", "a.b[1]", "a.b[2]", "a.b[3]", "a.b[4]"]
+    seeds = (seed_for(7, name) for name in names)
+    assert found.equal(torch.stack([select_columns("random", weight, 6, seed=s) for s in seeds]))
+
+
+def test_row_groups_may_share_a_pool():
+    found = random_columns(40, 6, 7, "a.b", groups=5, pool=9)
+    assert 6 < len(found.unique()) <= 9
+    assert (found.diff() > 0).all()
+    # A weight with no more columns has all of them in it.
+    small = random_columns(8, 6, 7, "a.b", groups=5)
+    assert random_columns(8, 6, 7, "a.b", groups=5, pool=9).equal(small)
 
 
 def test_neither_the_global_seed_nor_the_default_device_matters(weight):

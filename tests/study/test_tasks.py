@@ -111,21 +111,26 @@ def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
     assert seen[0] == seen[1] == seen[2] != seen[3]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
 def test_classes(class_options, tmp_path):
     """Words tell the classes apart, which three methods are given the steps to learn."""
     longer = {"options": {"training": {"max_steps": 60}}}
     learning = {"paca": {"rank": 32}, "lora": {"method": "lora"}, "full": {"method": "full"}}
-    others = {name: {"method": name} for name in ("dora", "moslora", "head")}
+    names = ("dora", "moslora", "shira", "gralora", "miss", "head")
+    others = {name: {"method": name} for name in names}
+    others["shira"]["rank"] = 8  # has as many parameters as LoRA, no more than a weight
     arms = at_rate(1e-2, **{name: one | longer for name, one in learning.items()}, **others)
     arms["diverging"] = Arm(rank=4, learning_rates=[1e38])
     result, _ = run(study_of(class_options, arms, command="classify"), tmp_path / "out")
     assert result.metric == "accuracy"
     (failure,) = result.arms.pop("diverging").failures
     assert "TrainingDiverged: training diverged: the evaluation loss after step" in failure
-    assert [arm.failures for arm in result.arms.values()] == [[]] * 6
+    assert [arm.failures for arm in result.arms.values()] == [[]] * 9
     for name in learning:
         assert result.arms[name].mean >= 0.9, name
     assert result.arms["head"].num_trainable_parameters == 2 * 32 + 2
+    assert result.arms["head"].forgetting == 0
+    assert result.arms["full"].forgetting != 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"{100 * result.arms['paca'].mean:.2f}" in text
 

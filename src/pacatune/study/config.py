@@ -17,8 +17,8 @@ class Arm:
     """One of the methods that are compared."""
 
     method: str = "paca"
-    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, shira, qlora, full
-    (every weight) or head (of a classifier)."""
+    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, shira, gralora,
+    miss, qlora, full (every weight) or head (of a classifier)."""
 
     rank: int | None = None
     """Rank of the adapter. Where null, `match` of the study decides."""
@@ -101,7 +101,8 @@ class StudyConfig:
     test."""
 
     forgetting_tokens: int = 2048
-    """How much general text to measure a language model's loss on, before and after; 0: none."""
+    """How much general text to measure the loss on before and after, of models for text; 0: none.
+    An encoder's loss is that of finding the second half of a paragraph by its first."""
 
     def __post_init__(self) -> None:
         if not self.task and not self.options:

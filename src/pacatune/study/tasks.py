@@ -5,7 +5,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from pacatune.data.checks import overlap_warning, row_digests
@@ -52,7 +53,7 @@ class StudyTask:
         self.metrics = ("loss", "exact_match") if is_text else ("accuracy", "loss")
         """What can be compared; the first is that of `metric: auto`."""
         self.metric = self.metrics[0]
-        self.forgetting_tokens = forgetting_tokens if is_text else 0
+        self.forgetting_tokens = 0 if self.kind == "image" else forgetting_tokens
         self.warnings: list[str] = []
         """What looks wrong with the data, as far as `look` has seen it."""
         self._seen: dict[str, tuple[str, Any]] = {}
@@ -166,15 +167,49 @@ class StudyTask:
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def _general_loss(self, task: Any, trainer: Any) -> float | None:
-        """Return the loss on general text, which no run trains on: English prose with some code."""
+        """Return the loss on general text, which no run trains on: English prose with some code.
+
+        Of an encoder it is that of finding the second half of a paragraph by its first.
+        """
         if not self.forgetting_tokens:
             return None
         limit = self.forgetting_tokens
         with trainer.accelerator.autocast():
+            if self.kind == "classifier":
+                return pairing_loss(trainer.model, task.tokenizer, limit)
             (score,) = evaluate_perplexity(
                 trainer.model, task.tokenizer, default_text(), max_tokens=limit
             ).values()
         return score.loss
+
+
+@torch.no_grad()
+def pairing_loss(model: Any, tokenizer: Any, max_tokens: int) -> float:
+    """Return the loss of finding a paragraph's second half by its first, among 32 paragraphs.
+
+    Sentence encoders are trained for this: the cross-entropy of 20 times the cosines of means over
+    tokens.
+    """
+    (text,) = default_text().values()
+    words = [part.split() for part in text.split("\n\n")]
+    pairs = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in words if 16 <= len(w) <= 64]
+    losses = []
+    for start in range(0, max(32, max_tokens // 64), 32):
+        sides = zip(*pairs[start : start + 32], strict=True)
+        first, second = (_embeddings(model.eval(), tokenizer, side) for side in sides)
+        target = torch.arange(len(first), device=first.device)
+        losses.append(F.cross_entropy(20 * first @ second.T, target).item())
+    return sum(losses) / len(losses)
+
+
+def _embeddings(model: Any, tokenizer: Any, texts: Sequence[list[str]]) -> torch.Tensor:
+    length = min(128, getattr(model.config, "max_position_embeddings", 128))
+    limit = {"padding": True, "truncation": True, "max_length": length}
+    batch = tokenizer([" ".join(words) for words in texts], return_tensors="pt", **limit)
+    batch = batch.to(model.device)
+    hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
 @torch.no_grad()

@@ -99,8 +99,9 @@ class RunConfig:
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
     says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `shira`
-    (single weights at random places), `qlora` (LoRA on a quantised base), or `full` (every weight);
-    for classifiers also `head` (the new head alone)."""
+    (single weights at random places), `gralora` (LoRA of blocks), `miss` (one update for all blocks
+    of inputs), `qlora` (LoRA on a quantised base), or `full` (every weight); for classifiers also
+    `head` (the new head alone)."""
 
     model: Any = field(default_factory=dict)
     """The pretrained model: a `ModelConfig`."""
@@ -112,7 +113,7 @@ class RunConfig:
     """Options of the methods paca and qpaca: a `PacaSection`."""
 
     lora: Any = field(default_factory=dict)
-    """Options of the methods lora, lora_dropout, dora, moslora, shira and qlora: a
+    """Options of the methods lora, lora_dropout, dora, moslora, shira, gralora, miss and qlora: a
     `LoraSection`."""
 
     moslora: Any = field(default_factory=dict)

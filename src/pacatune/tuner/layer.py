@@ -176,7 +176,9 @@ class PacaLayer(nn.Module, TunerLayer):
         delta.normalize_steps(self._rates(rates, r))
         self.paca_delta[adapter_name] = delta
         if columns is None:
-            indices = random_columns(num_columns, r, config.random_seed, name, config.groups)
+            indices = random_columns(
+                num_columns, r, config.random_seed, name, config.groups, config.pool
+            )
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices
