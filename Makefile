@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm
 .PHONY: lint conformance test-docs
-.PHONY: compat soak bench bench-check docs dist report
+.PHONY: compat soak bench bench-check metamath docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--all: what takes minutes, too'
+	@echo "make metamath PEFT=DIR PaCA in PEFT's comparison on MetaMathQA, in a checkout of PEFT; needs a GPU"
 	@echo 'make docs              tables and picture of README and docs, and the site with commands and Python API'
 	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
 	@echo 'make report            pages and pictures of the committed results, in report/'
@@ -80,6 +81,9 @@ bench: setup-dev
 
 bench-check: setup-dev
 	$(RUN) -m benchmarks.check $(ARGS)
+
+metamath: setup-dev
+	$(RUN) -m benchmarks.metamath $(PEFT) $(ARGS)
 
 docs: setup-dev
 	$(RUN) -m tools.families

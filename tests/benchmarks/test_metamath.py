@@ -1,60 +1,84 @@
-"""The configurations for PEFT's comparison load as PEFT's run.py loads them, and train as many
-parameters as their page says."""
-
-import json
-import subprocess
-import sys
-from pathlib import Path
+"""PaCA in PEFT's comparison on MetaMathQA, with a script in the place of PEFT's."""
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import PeftConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
-from pacatune import PacaConfig
+from benchmarks.metamath import __main__ as metamath
 
-ROOT = Path(__file__).parents[2] / "benchmarks" / "metamath"
-EXPERIMENTS = sorted(path.parent for path in ROOT.glob("experiments/*/*/adapter_config.json"))
-# LLaMA 3.2 3B but for its vocabulary; a layer stands for all 28.
-NUM_LAYERS = 28
-SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "head_dim": 128, "vocab_size": 8}
-HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8}
-LLAMA = LlamaConfig(num_hidden_layers=1, **SIZES, **HEADS)
-# As many as LoRA of rank 32, as nearly as other targets allow.
-STATED = {"rank12": 9_289_728, "rank17": 9_261_056, "rank53": 9_117_696}
-STATED |= dict.fromkeys(("rank32", "rank80"), 9_175_040)
+# Writes what PEFT's script writes, if pacatune has taught PEFT to read the configuration.
+SCRIPT = """
+import json, pathlib, sys
+from peft import PeftConfig
+_, _, folder = sys.argv
+config = PeftConfig.from_pretrained(folder)
+training = json.loads(pathlib.Path(folder, "training_params.json").read_text())
+score = training["optimizer_kwargs"]["lr"] + 0.5
+info = {"metrics": [{"test accuracy": score}], "train_time": 60.0, "num_trainable_params": 7}
+result = {"train_info": {**info, "accelerator_memory_max": 2**31}}
+name = folder.removeprefix("experiments/").replace("/", "--")
+with open("log", "a") as log:
+    log.write(name + "\\n")
+pathlib.Path("results", name + ".json").write_text(json.dumps(result))
+"""
 
 
-@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda path: path.name)
-def test_configuration(folder):
-    values = json.loads((folder / "adapter_config.json").read_text())
-    config = PeftConfig.from_pretrained(str(folder))
-    assert type(config) is (PacaConfig if folder.parent.name == "pacatune" else LoraConfig)
-    del values["peft_type"]
-    for name, value in values.items():
-        found = getattr(config, name)
-        assert (set(value) if isinstance(found, set) else value) == found
-    if values.get("normalize"):  # looks at weights, and changes no number of parameters
-        config.normalize = "none"
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A checkout of PEFT, with one arm to run at one rate."""
+    place = tmp_path / metamath.PLACE
+    (place / "results").mkdir(parents=True)
+    (place / "run.py").write_text(SCRIPT)
+    arm = "paca-rank80-groups16"
+    monkeypatch.setattr(metamath, "ARMS", {arm: metamath.ARMS[arm]})
+    monkeypatch.setattr(metamath, "RATES", (1e-3,))
+    return place
+
+
+def test_runs_what_has_no_result_and_changes_nothing_of_others(place, tmp_path, capsys):
+    other = place / "experiments" / "paca" / "llama-3.2-3B-rank80-lr3e-4" / "adapter_config.json"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    words = [str(tmp_path), "--seeds", "0", "1"]
+    assert metamath.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "| paca-rank80-groups16 | 0.001 | 7 | 2 | 50.1 ± 0.0 | 60 | 2.0 |" in shown
+    log = (place / "log").read_text().splitlines()
+    assert len(set(log)) == len(log) == 2
+    assert metamath.main(words) == 0  # nothing is left to run
+    assert (place / "log").read_text().splitlines() == log
+    assert capsys.readouterr().out == shown
+    assert other.read_text() == "{}"
+    folder = place / "experiments" / "pacatune" / log[0].partition("--")[2]
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds another configuration; move it away"):
+        metamath.main(words)
+
+
+def test_what_is_no_checkout_of_peft(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"has no method_comparison.* name its checkout"):
+        metamath.main([str(tmp_path)])
+    with pytest.raises(SystemExit):
+        metamath.main([])
+    assert "name a checkout of PEFT, or give --dry-run" in capsys.readouterr().err
+
+
+def test_dry_run(place, capsys):
+    assert metamath.main(["--dry-run"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[2] for line in lines] == ["9,175,040"]
+    assert all(float(line[3].rstrip("| ")) > 0 for line in lines)
+
+
+@pytest.mark.parametrize("name", metamath.ARMS)
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
+def test_parameters_are_those_of_peft(name, tmp_path):
+    adapter = metamath.ARMS[name]
+    metamath.write(tmp_path, adapter, {})
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    model = get_peft_model(LlamaForCausalLM(metamath.TINY), config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert metamath.count(adapter, metamath.TINY) == trained
     with torch.device("meta"):
-        model = LlamaForCausalLM(LLAMA)
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    number = NUM_LAYERS * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert number == STATED[folder.name.split("-")[3]]
-    assert f" {number:,} |" in (ROOT / "README.md").read_text(encoding="utf-8")
-    rate = json.loads((folder / "training_params.json").read_text())["optimizer_kwargs"]["lr"]
-    assert folder.name.endswith(f"-lr{rate:.0e}".replace("e-0", "e-"))
-
-
-def test_run_is_that_of_peft(tmp_path):
-    (tmp_path / "run.py").write_text(
-        "import sys\n"
-        "from peft import PeftConfig\n"
-        "print(__name__, sys.argv[1:], type(PeftConfig.from_pretrained(sys.argv[2])).__module__)\n"
-    )
-    script = tmp_path / "run_with_pacatune.py"
-    script.write_text((ROOT / script.name).read_text())
-    folder = ROOT / "experiments/pacatune/llama-3.2-3B-rank80-lr3e-4"
-    words = [sys.executable, str(script), "-v", str(folder)]
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith(f"__main__ ['-v', '{folder}'] pacatune.")
+        assert metamath.count(adapter) in (9_175_040, 9_289_728, 24_772_608)

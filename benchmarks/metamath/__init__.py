@@ -1,0 +1,1 @@
+"""PaCA in PEFT's comparison of methods on MetaMathQA; see README.md."""
