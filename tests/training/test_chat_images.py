@@ -129,15 +129,10 @@ def typed(messages):
     return [user({"type": "image"}, first["content"][1]), *texts]
 
 
-def convert(*messages, **columns):
-    messages = [*messages, answer("a")][:2]
-    row = Row("f, row 1", {"messages": messages, **columns})
-    return next(to_examples([row], "auto", has_template=True))
-
-
 def test_ways_to_name_an_image(images):
     def found(message, **columns):
-        example = convert(message, **columns)
+        row = Row("f, row 1", {"messages": [message, answer("a")], **columns})
+        example = next(to_examples([row]))
         (one,) = example.images
         assert example.messages[0]["content"].replace(one, "").strip("\ufdd0\ufdd1") == "q"
         return one
@@ -154,23 +149,6 @@ def test_ways_to_name_an_image(images):
         assert found(message, images=[path]) == path
     for one in (Image.open(path), {"bytes": data.getvalue(), "path": None}):
         assert found(plain, images=[one])[:22] == uri[:22]
-
-
-@pytest.mark.parametrize(
-    ("messages", "columns", "error"),
-    [
-        ([user({"type": "image"}, "q")], {"images": []}, "more images are shown than the column"),
-        ([user(image("no.png"))], {}, "the image is 'no.png', which is no file here"),
-        ([user(image("http://a/b.png"))], {}, "nothing is fetched while data is"),
-        ([user(image(3))], {}, "the image is 3; give a path or a data URI"),
-        ([user({"type": "audio"}, image("x"))], {}, "a part is 'audio'; give text, image"),
-        ([user("q"), {**user(image(__file__)), "role": "assistant"}], {}, "an answer has an image"),
-        ([{"role": "user", "content": "<image>q"}], {"images": [__file__] * 2}, "more than the me"),
-    ],
-)
-def test_wrong_images(messages, columns, error):
-    with pytest.raises(ValueError, match=rf"f, row 1: .*{error}"):
-        convert(*messages, **columns)
 
 
 def test_what_cannot_be_done(make_run, tiny_model_dir, images):

@@ -48,15 +48,17 @@ def _no_weights(monkeypatch, tmp_path):
         ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not "),
         # The model
         ({"model": {"path": "./no/such"}}, "model folder ./no/such does not exist; check"),
-        ({"model": {"path": "~/no-such-model"}}, "model folder ~/no-such-model does not exist"),
         ({"model": {"path": "."}}, r"holds no config.json; `model.path` must be"),
         ({"model": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2 .* installed"),
         (REQUIRED | {"model": EAGER}, "this model cannot be all lean, which 'require' ask"),
         (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) "),
         # What is trained
         ({"paca": {"target_modules": ["no_such"]}}, "no_such"),
-        ({"method": "lora", "lora": {"target_modules": ["no_such"]}}, "no_such"),
         ({"paca": {"r": 33}}, r"33.*32"),
+        (
+            {"paca": {"target_parameters": ["q.weigt"]}},
+            r"\['q.weigt'\] match no parameter of Llama",
+        ),
         ({"paca": {"rank_pattern": {"q_prj": 2}}}, r"`rank_pattern`: 'q_prj' matches nothing .* '"),
         ({"method": "lora", "lora": {"rank_pattern": {"q_prj": 2}}}, r"nothing .* 'q_proj'\?"),
         ({"paca": Q_OF_ONE | {"r": 2}}, r"`layers_to_transform`.* cannot be used when"),
