@@ -266,12 +266,7 @@ WEIGHTS = r"has turns of weight 0, and `data\.loss` 'all' learns all; drop one"
         (CHATML, answered(tool_calls=[{}]), {}, UNNAMED),
         (CHATML, [*PLAIN, *answered(weight=0)], {"learn_all": True}, WEIGHTS),
         (ROLES_APART, THOUGHT, {}, HIDDEN.format("content of turn 2")),
-        (
-            ROLES_APART,
-            [*PLAIN, TOOL, *PLAIN],
-            {},
-            HIDDEN.format(r"content of turn 3 \(role 'tool'"),
-        ),
+        (ROLES_APART, [*PLAIN, TOOL, *PLAIN], {}, HIDDEN.format("content of turn 3 .role 'tool'")),
         (REWRITING_TEMPLATE, [*PLAIN, *PLAIN], {}, REWRITTEN),
         (CHAT_TEMPLATE, PLAIN[::-1], {}, "the chat opens with an assistant turn, which .*; put a"),
         ("{{ raise_exception('no') }}", PLAIN, {}, r"chat template cannot render it \(no\); give"),

@@ -154,7 +154,8 @@ SWITCHED_OFF = {"training": {"eval_strategy": "no"}}
 STREAM = {"streaming": True, "eval_fraction": 0}
 TWO_SOURCES = {"path": "", "datasets": [{"path": "a"}, {"path": "b"}]}
 STOPS = {"early_stopping_patience": 2}
-GRPO = {"task": "grpo", "reward": ["a:f"]}
+GRPO, BETA = {"task": "grpo", "reward": ["a:f"]}, {"training": {"beta": 0.1}}
+NF4 = {"model": {"quantization": "nf4"}}
 NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
 
 
@@ -193,8 +194,8 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         ({"method": "lora", "moslora": {"mixer_init": "orthogonal"}}, "`moslora.mixer_init`"),
         ({"method": "shira", "lora": {"lora_alpha": 4.0}}, r"\(4.0\): what `method` \('shira'\) t"),
         (
-            {"method": "full", "model": {"quantization": "nf4"}},
-            r"`model.quantization` \('nf4'\) with `method` \('full'\): quantised weights cannot",
+            {"method": "full"} | NF4,
+            r"zation` \('nf4'\) with `method` \('full'\): quantised weights",
         ),
         ({"paca": {"target_modules": "(q"}}, r"paca.*target_modules` \('\(q'\) is no regular exp"),
         ({"lora": {"target_modules": "(q"}}, r"lora.*target_modules` \('\(q'\) is no regular exp"),
@@ -209,11 +210,8 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         ({"task": "reward", "method": "lora_dropout"}, r"off by `training.disable_dropout` \(True"),
         ({"task": "dpo", "adapter": "a"}, r"`adapter` \('a'\) .*: the reference is the model with"),
         ({"task": "kto", "adapter": "a"}, r"merge it \(`pacatune merge`\), which is exact, and gi"),
-        (
-            GRPO | {"adapter": "a", "training": {"beta": 0.1}},
-            r"merge it \(`pacatune merge`\), which is exact, and",
-        ),
-        (GRPO | {"method": "full", "training": {"beta": 0.1}}, "or set `training.beta` to 0"),
+        (GRPO | BETA | {"adapter": "a"}, r"merge it \(`pacatune merge`\), which is exact, and"),
+        (GRPO | BETA | {"method": "full"}, "or set `training.beta` to 0"),
         ({"task": "grpo"}, "there is no reward; give one on the command line, as in `--reward"),
         (GRPO | {"training": {"num_generations": 3}}, "must be divisible by"),
         ({"task": "classifier", "data": {"num_train": 0}}, r"`data.num_train` \(0\) must be at le"),

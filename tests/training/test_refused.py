@@ -20,6 +20,7 @@ EAGER, REQUIRED = {"attn_implementation": "eager"}, {"lean": "require"}
 Q = {"r": 2, "target_modules": ["q_proj"]}
 Q_OF_ONE = {"target_modules": r".*\.q_proj", "layers_to_transform": [1]}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+LOADING = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 SHARDED = r"`paca.selection` \(.*\) or `paca.normalize` \(.*\) .* which FSDP shards; choose"
 
@@ -80,12 +81,8 @@ def test_options(make_config, make_task_config, rewards_module, options, message
 @pytest.mark.parametrize(
     ("environment", "options", "message"),
     [
-        (FSDP | {"FSDP_VERSION": "1"}, {}, r"`fsdp_version` \(1\) .* must be 2: PEFT loads no ada"),
-        (
-            FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
-            {},
-            r"`fsdp_cpu_ram_efficient_loading` \(true\) .* must be false: accelerate cannot send",
-        ),
+        (FSDP | {"FSDP_VERSION": "1"}, {}, r"`fsdp_version` \(1\) .* must be 2: PEFT loads no"),
+        (FSDP | LOADING, {}, r"_loading` \(true\) .* must be false: accelerate cannot send"),
         (FSDP, {"paca": {"selection": "gradient"}}, SHARDED),
         (FSDP, {"paca": {"normalize": "input"}}, SHARDED),
         (PARALLEL | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, r"_tp_size` \(2\) .* must be 1: `pac"),
