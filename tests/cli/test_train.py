@@ -122,10 +122,7 @@ def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monke
         (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-        (
-            ["--auto_resume", "--overwrite"],
-            "--auto_resume decides what --resume and --overwrite say",
-        ),
+        (["--auto_resume", "--overwrite"], "--auto_resume decides what --resume and --overwrite"),
         (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),
         (["--training.optim", "best"], "best"),
     ],

@@ -35,11 +35,7 @@ def one(**source):
         (DataConfig, one() | {"path": "b"}, "`data.path` is for a single data set, and"),
         (DataConfig, one() | {"eval_split": "x"}, "`data.eval_split` is for a single"),
         (DataConfig, one() | {"format": "text"}, "`data.format` is for a single"),
-        (
-            PromptDataConfig,
-            {"size": 3},
-            r"`data.size` \(3\) is ignored where .* is 'x': .* drop it",
-        ),
+        (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
         (PromptDataConfig, {"options": {"a": 1}}, r"`data.options` .* is ignored .*; drop it"),
         (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),
         (ImageDataConfig, {"image_size": 0}, r"`data.image_size` \(0\) must be at least 1, or"),

@@ -9,6 +9,7 @@ from pacatune.data.read import Row
 from tests.data.conftest import ASSISTANT, USER
 
 CHAT, SYSTEM = [USER, ASSISTANT], {"role": "system", "content": "s"}
+ASKING = {"instruction": "q"}
 ASKED, ANSWERED = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 TEXT = {"type": "text", "text": "q"}
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -28,15 +29,11 @@ def convert(*rows, format="auto", has_template=True):
         ({"conversations": [ASKED, ANSWERED], "system": "s"}, [], [SYSTEM, *CHAT]),
         ({"prompt": "q", "completion": "a"}, "q", "a"),
         ({"prompt": [USER], "completion": [ASSISTANT]}, [USER], [ASSISTANT]),
-        ({"instruction": "q", "input": None, "output": "a"}, [USER], [ASSISTANT]),
+        (ASKING | {"input": None, "output": "a"}, [USER], [ASSISTANT]),
         # Empty columns that a format does not use.
-        ({"instruction": "q", "output": "a", "system": "", "history": []}, [USER], [ASSISTANT]),
-        ({"instruction": "q", "output": "a", "text": "t"}, [USER], [ASSISTANT]),  # more specific
-        (
-            {"instruction": "q", "input": "1", "output": "a"},
-            [{**USER, "content": "q\n\n1"}],
-            [ASSISTANT],
-        ),
+        (ASKING | {"output": "a", "system": "", "history": []}, [USER], [ASSISTANT]),
+        (ASKING | {"output": "a", "text": "t"}, [USER], [ASSISTANT]),  # more specific
+        (ASKING | {"input": "1", "output": "a"}, [{**USER, "content": "q\n\n1"}], [ASSISTANT]),
         ({"text": "t", "messages": None}, "", "t"),  # as tables fill what a row lacks
         (  # parts are lines; a table of such rows fills in the fields of other parts
             {"messages": [{**USER, "content": [{**TEXT, "image_url": None}, TEXT]}, ASSISTANT]},
@@ -123,17 +120,14 @@ MARKED = {"messages": [{**USER, "content": "<image>q"}, ASSISTANT]}
 ROLE = {"role": "assistnt", "content": "a"}
 HINTS = {"assistnt": "assistant", "Assistant": "assistant", "usr": "user", "human": "user"}
 HINTS |= {"gpt": "assistant", "function_call": "assistant", "observation": "tool", "xyzzy": ""}
+ACCEPTED = r"are not those; .* Accepted are messages \| conversations \| prompt, completion \| "
 ROLES = "roles are system, developer, user, assistant, tool, function, ipython, environment"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"question": "q", "answer": "a"},
-            r"the columns \['answer', 'question'\] are not those; .* Accepted are messages \| "
-            r"conversations \| prompt, completion \| instruction, output",
-        ),
+        ({"question": "q", "answer": "a"}, r"the columns \['answer', 'question'\] .* " + ACCEPTED),
         ({"prompt": "q", "completion": " "}, "'completion' is ' '; it must be a text. Fill it"),
         ({"prompt": "", "completion": "a"}, "'prompt' is ''; it must be a text"),
         ({"prompt": "q", "completion": 3}, "'completion' is 3; it must be a text"),
@@ -160,10 +154,7 @@ ROLES = "roles are system, developer, user, assistant, tool, function, ipython, 
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, r"messages\[0\]: the weight is 1;"),
         ({"messages": [{**USER, "train": True}, ASSISTANT]}, r"messages\[0\]: the weight is True;"),
         ({"messages": CHAT, "tools": "f"}, "'tools' is 'f'; it must be JSON"),
-        (
-            {"messages": CHAT, "functions": ["f"]},
-            "column 'functions' is not .*write it into .*`tools",
-        ),
+        ({"messages": CHAT, "functions": ["f"]}, "'functions' is not .*write it into .*`tools`"),
         (instructing(input=3), "'input' is 3; it must be a text"),
         (instructing(instruction=""), "'instruction' is ''; it must be a text"),
         (instructing(output=""), "'output' is ''; it must be a text"),

@@ -193,10 +193,7 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         ({"method": "full", "lora": {"r": 4}}, r"`lora.r` \(4\) is an option of lora, lora_dropou"),
         ({"method": "lora", "moslora": {"mixer_init": "orthogonal"}}, "`moslora.mixer_init`"),
         ({"method": "shira", "lora": {"lora_alpha": 4.0}}, r"\(4.0\): what `method` \('shira'\) t"),
-        (
-            {"method": "full"} | NF4,
-            r"zation` \('nf4'\) with `method` \('full'\): quantised weights",
-        ),
+        ({"method": "full"} | NF4, r"\('nf4'\) with `method` \('full'\): quantised weights cannot"),
         ({"paca": {"target_modules": "(q"}}, r"paca.*target_modules` \('\(q'\) is no regular exp"),
         ({"lora": {"target_modules": "(q"}}, r"lora.*target_modules` \('\(q'\) is no regular exp"),
         ({"paca": {"selection_batches": 0}}, r"`paca.selection_batches` \(0\) must be at least 1"),
