@@ -127,7 +127,7 @@ ROLES = "roles are system, developer, user, assistant, tool, function, ipython, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"question": "q", "answer": "a"}, r"the columns \['answer', 'question'\] .* " + ACCEPTED),
+        ({"question": "q", "answer": "a"}, r"the columns \['answer', 'question'\] " + ACCEPTED),
         ({"prompt": "q", "completion": " "}, "'completion' is ' '; it must be a text. Fill it"),
         ({"prompt": "", "completion": "a"}, "'prompt' is ''; it must be a text"),
         ({"prompt": "q", "completion": 3}, "'completion' is 3; it must be a text"),
