@@ -2,21 +2,39 @@
 
 import io
 from contextlib import redirect_stdout
-from dataclasses import replace
 
 import pytest
 import transformers
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 
 from pacatune.cli import main
+from pacatune.data import PreparedData
 from pacatune.data.config import TextClassConfig
-from pacatune.training import TASKS, preview, train
+from pacatune.training import TASKS, TaskSpec, preview, train
 from pacatune.training.classifier import split_texts
 from pacatune.training.task import task_of
 from pacatune.tuner.defaults import default_targets
 from tests.training.runs import CHECKPOINTING, QUIET, write_rows
+
+ORPO = TaskSpec(
+    arguments="trl.experimental.orpo.ORPOConfig",
+    trainer="trl.experimental.orpo.ORPOTrainer",
+    data="pacatune.data.PreferenceDataConfig",
+    prepare="tests.training.test_tasks.prepare_orpo",
+    tags=("orpo", "trl"),
+    columns=("row",),
+    loss_per="pair",
+    metrics={"rewards/accuracies": "held-out accuracy"},
+)
+
+
+def prepare_orpo(task):
+    rows = load_dataset("json", data_files=task.config.data.path, split="train")
+    rows = rows.add_column("row", list(range(len(rows))))
+    parts = rows.train_test_split(task.config.data.eval_fraction, seed=task.config.data.seed)
+    return PreparedData(parts["train"], parts["test"], 0, [])
 
 
 @pytest.mark.parametrize(
@@ -70,20 +88,24 @@ def test_same_losses_as_plain_trl(
     assert losses == pytest.approx(dict(report.train_losses), rel=exactly, abs=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # TRL's experimental parts use what transformers deprecates
 def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     """It is trained, shown, and known to the command."""
-    monkeypatch.setitem(
-        TASKS, "mine", replace(TASKS["dpo"], tags=("mine",), metrics={"loss": "mine"})
-    )
-    config = make_task_config("mine", training={"max_steps": 2})
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setitem(TASKS, "orpo", ORPO)
+    pair = {"chosen": "It is so.", "rejected": "No idea."}
+    rows = [{"prompt": f"What is {i}? ", **pair} for i in range(40)]
+    data = {"path": str(write_rows(tmp_path / "pairs.jsonl", rows))}
+    config = make_task_config("orpo", data=data, training={"learning_rate": 1e-2})
     report = train(config, console=console)
-    assert "mine after" in dict(report.table())
-    assert "task: mine\n" in (tmp_path / "out/config.yaml").read_text()
-    assert "- mine\n" in (tmp_path / "out/README.md").read_text()
+    assert report.eval_loss_after < report.eval_loss_before
+    assert report.eval_metrics["rewards/accuracies"]
+    assert "held-out accuracy after" in dict(report.table())
+    assert "- orpo\n" in (tmp_path / "out/README.md").read_text()
     preview(config, 1, console=console)
-    assert "rejected (9 tokens): No idea." in console.file.getvalue()
+    assert "rejected: No idea." in console.file.getvalue()
     with redirect_stdout(io.StringIO()) as shown:
-        assert main(["train", "--task", "mine", "--help"]) == 0
+        assert main(["train", "--task", "orpo", "--help"]) == 0
     assert "--training.disable_dropout" in shown.getvalue()
 
 
