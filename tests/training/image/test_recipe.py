@@ -103,7 +103,7 @@ def test_run(make_config, images_dir, vit_dir, tmp_path, console, method):
 
 @pytest.mark.parametrize(
     ("method", "train_batch_norm"),
-    [("paca", False), ("paca", True), ("lora", False), ("full", True)],
+    [("paca", False), ("paca", True), ("lora", False), ("full", False), ("full", True)],
 )
 def test_run_of_a_cnn(make_cnn, images_dir, timm_dir, tmp_path, console, method, train_batch_norm):
     """BatchNorm stays as it was pretrained, or its statistics are saved with the result."""
