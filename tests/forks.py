@@ -40,7 +40,6 @@ SEVERAL_PROCESSES = (
     "tests/training/test_deepspeed.py",
     "tests/training/test_distributed.py",
     "tests/training/test_restart.py",
-    "tests/training/test_sharded.py",
 )
 
 

@@ -38,15 +38,10 @@ def test_methods_are_compared_and_the_result_is_written(bench, tmp_path, monkeyp
     for job in result["jobs"].values():
         assert {"commit", "is_modified", "date", "machine", "versions", "noise"} <= set(job)
     assert {row.setting for row in rows} == {"2 x 8 tokens"}
-    for what in ("forward", "backward", "optimizer", "step", "throughput"):
-        found = {row.method: row for row in rows if row.what == what and row.unit != "ratio"}
-        assert set(found) == set(methods)
-        assert all(row.low <= row.value <= row.high for row in found.values())
-    for what in ("trained parameters", "forward operations", "kept for backward", "peak"):
-        assert [row.method for row in rows if row.what == what] == methods
-    ratios = {(row.method, row.what) for row in rows if row.unit == "ratio"}
-    pairs = ("paca / frozen", "paca / lora")
-    assert ratios == {(pair, what) for pair in pairs for what in ("step", "forward", "backward")}
+    for what in ("step", "throughput", "trained parameters", "forward operations", "peak"):
+        found = {row.method for row in rows if row.what == what and row.unit != "ratio"}
+        assert found == set(methods)
+    assert {row.method for row in rows if row.unit == "ratio"} == {"paca / frozen", "paca / lora"}
     assert "wrote bench.json, bench.md, bench.png in" in out
     assert (tmp_path / "out" / "bench.png").stat().st_size > 1000
     step = next(row for row in rows if row.what == "step")

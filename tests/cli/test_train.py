@@ -1,7 +1,6 @@
 """`pacatune train` and `train-image`: from words and config files to a run."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 import yaml
 
 from pacatune.cli import main, train, train_image
-from tests.data.conftest import chat, write_lines
+from tests.data.conftest import write_lines
 from tests.image_models import save_vit, write_images
 
 
@@ -105,36 +104,15 @@ def test_template_shows_what_is_given(shown):
     assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
 
 
-@pytest.fixture
-def preview(words, shown, monkeypatch):
-    """Show examples, for which no model is loaded."""
+def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    return lambda number, *more: shown(*words, "--preview", number, *more)
-
-
-def test_preview_shows_the_mask_and_trains_nothing(preview, tmp_path):
-    out = preview(2)
+    out = shown(*words, "--preview", 2)
     assert out.count("tokens,") == 2
     assert "<s>What is 0?[[ It is 0.</s>]]" in out
-    out = preview(1, "--training.max_length", "10")
+    out = shown(*words, "--preview", 1, "--training.max_length", "10")
     assert "10 tokens (cut from " in out
     assert "are cut at `training.max_length` (10) and never learn to stop" in out
     assert not (tmp_path / "out").exists()
-
-
-def test_preview_of_weights_and_of_tools_that_the_template_drops(preview, words, tmp_path, refused):
-    turns = chat("Hi?", "No.", "And?", "Yes.")
-    turns[1]["weight"] = 0
-    path = write_lines(tmp_path / "d.jsonl", [{"messages": turns}])
-    out = preview(1, "--data.eval_fraction", "0")
-    assert "No.</s>" in out
-    assert re.findall(r"\[\[(.*?)\]\]", out) == ["Yes.</s>", " and "]
-    call = {"function": {"name": "look", "arguments": {"at": "x"}}}
-    turns[3] = {"role": "assistant", "content": None, "tool_calls": [call]}
-    write_lines(tmp_path / "d.jsonl", [{"messages": turns}])
-    message = refused(*words, "--data.eval_fraction", "0", "--preview", "1")
-    assert f"{path}, row 1: the chat template does not show tool_calls of turn 4" in message
-    assert "`data.chat_template`" in message
 
 
 @pytest.mark.parametrize(
@@ -144,6 +122,7 @@ def test_preview_of_weights_and_of_tools_that_the_template_drops(preview, words,
         (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
         (["--resume"], "holds no run to resume"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--auto_resume", "--overwrite"], "--auto_resume decides what --resume and --overwrite"),
         (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),
         (["--training.optim", "best"], "best"),
     ],

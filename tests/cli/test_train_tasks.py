@@ -5,7 +5,6 @@ import sys
 import pytest
 import yaml
 
-from pacatune.cli import main
 from pacatune.cli.train import all_options, find_task, names_of_tasks, take_rewards
 from tests.data.conftest import write_lines
 
@@ -72,22 +71,6 @@ def test_a_config_file_runs_no_code(folder, shown, refused):
     assert not (folder / "ran").exists()
     shown(*words, "--reward=my_rewards:short")  # instead of the file's
     assert not (folder / "ran").exists()
-
-
-def test_resume_gives_the_rewards_again(folder, shown, capsys):
-    (folder / "my_rewards.py").write_text(
-        "calls = []\n\n\ndef short(completions, **kwargs):\n    calls.append(1)\n"
-        "    if len(calls) > 3:\n        raise OSError('gone')\n"
-        "    return [0.5] * len(completions)\n"
-    )
-    words = ["train", "--task", "grpo", "--config", "grpo.yaml", "--training.save_steps", "1"]
-    assert main([*words, *GIVEN]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert "reward 'my_rewards:short' raised OSError (gone) on " in message
-    assert "then continue from grpo-run/checkpoint-1 with --resume" in message
-    (folder / "my_rewards.py").write_text(REWARD)
-    del sys.modules["my_rewards"]
-    shown("train", "--config", "grpo-run/config.yaml", *GIVEN, "--resume")
 
 
 @pytest.mark.parametrize(

@@ -6,73 +6,41 @@ from pacatune.data import DataConfig, PromptDataConfig
 from pacatune.data.config import ImageDataConfig
 from pacatune.data.read import read_rows
 
-GENERATED = "reasoning-gym:chain_sum"
+GENERATED = {"path": "reasoning-gym:chain_sum", "eval_path": "d"}
 
 
 def several(*datasets, **options):
     return {"path": "", "datasets": list(datasets), **options}
 
 
+def one(**source):
+    return several({"path": "a", **source})
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         (DataConfig, {"path": ""}, "`data.path` is ''; give a file, a folder or a hub"),
-        (DataConfig, {"eval_fraction": -0.1}, r"`data.eval_fraction` \(-0.1\) must be in \[0, 1"),
-        (
-            DataConfig,
-            {"eval_fraction": 1},
-            r"`data.eval_fraction` \(1\) must be in \[0, 1\); use 0",
-        ),
+        (DataConfig, {"eval_fraction": -0.1}, r"`data.eval_fraction` \(-0.1\) must be in"),
+        (DataConfig, {"eval_fraction": 1}, r"\(1\) must be in \[0, 1\); use 0"),
         (DataConfig, {"mix_strategy": "all_exhausted"}, "is for `data.datasets` with weights"),
         (DataConfig, several(), "`data.path` is ''; give"),
         (DataConfig, several("a"), "`data.datasets` has 'a'; each must be a mapping, as {path"),
         (DataConfig, several({"name": ""}), "`data.datasets` has {'name': ''}; each must be a"),
-        (
-            DataConfig,
-            several({"path": "a", "weight": 0}),
-            r"`weight` \(0\) of a in `data.datasets`",
-        ),
-        (DataConfig, several({"path": "a", "weight": "x"}), r"`weight` \('x'\) of a .* a number"),
-        (
-            DataConfig,
-            several({"path": "a", "weight": 1}, {"path": "b"}),
-            "some of `data.datasets` have a `weight` and others none; give all one, or none",
-        ),
-        (
-            DataConfig,
-            several({"path": "a", "format": "msgs"}),
-            r"`data.datasets.format` \('msgs'\) must be",
-        ),
-        (
-            DataConfig,
-            several({"path": "a", "weights": 1}),
-            r"`data.datasets` \('weights'\) must be one of .* mean 'weight'",
-        ),
-        (DataConfig, several({"path": "a"}, path="b"), "`data.path` is for a single data set, and"),
-        (DataConfig, several({"path": "a"}, eval_split="x"), "`data.eval_split` is for a single"),
-        (DataConfig, several({"path": "a"}, format="text"), "`data.format` is for a single"),
-        (
-            PromptDataConfig,
-            {"size": 3},
-            r"`data.size` \(3\) is ignored where .* is 'x': .* drop it",
-        ),
+        (DataConfig, one(weight=0), r"`weight` \(0\) of a in `data.datasets`"),
+        (DataConfig, one(weight="x"), r"`weight` \('x'\) of a .* a number"),
+        (DataConfig, several({"path": "a", "weight": 1}, {"path": "b"}), "give all one, or none"),
+        (DataConfig, one(format="msgs"), r"`data.datasets.format` \('msgs'\) must be"),
+        (DataConfig, one(weights=1), r"`data.datasets` \('weights'\) .* mean 'weight'"),
+        (DataConfig, one() | {"path": "b"}, "`data.path` is for a single data set, and"),
+        (DataConfig, one() | {"eval_split": "x"}, "`data.eval_split` is for a single"),
+        (DataConfig, one() | {"format": "text"}, "`data.format` is for a single"),
+        (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
         (PromptDataConfig, {"options": {"a": 1}}, r"`data.options` .* is ignored .*; drop it"),
-        (
-            PromptDataConfig,
-            {"path": GENERATED, "eval_path": "d.jsonl"},
-            r"`data.eval_path` \('d.jsonl'\) is ignored where .* is 'reasoning-gym:.*; drop it",
-        ),
-        (
-            ImageDataConfig,
-            {"image_size": 0},
-            r"`data.image_size` \(0\) must be at least 1, or null",
-        ),
+        (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),
+        (ImageDataConfig, {"image_size": 0}, r"`data.image_size` \(0\) must be at least 1, or"),
         (ImageDataConfig, {"train_per_class": 0}, r"`data.train_per_class` \(0\) must be at least"),
-        (
-            ImageDataConfig,
-            {"augmentation": "mirror"},
-            r"`data.augmentation` \('mirror'\) must be one of none, flip, crop",
-        ),
+        (ImageDataConfig, {"augmentation": "mirror"}, r"\('mirror'\) must be one of none"),
     ],
 )
 def test_wrong_options(kind, options, message):

@@ -162,13 +162,10 @@ def test_texts_end_and_their_prompts_are_not_learned(tokenizer, adds_stop):
     assert "moved" in encoded["notes"]
 
 
-def test_all_is_learned_where_that_is_wanted(tokenizer):
+def test_all_is_learned_or_labels_are_cut_where_that_is_wanted(tokenizer):
     for parts in (("Hi?", " Yes."), ([], chat("Hi?", "Yes."))):
         encoded = encode(tokenizer, *parts, learn_all=True)
         assert encoded["labels"] == encoded["input_ids"]
-
-
-def test_labels_are_cut(tokenizer):
     whole = encode(tokenizer, "Hi?", " It is so.")
     cut = encode(tokenizer, "Hi?", " It is so.", max_length=7)
     assert (cut["labels"], cut["input_ids"]) == (whole["labels"][:7], whole["input_ids"][:7])
@@ -249,6 +246,7 @@ def test_only_the_arguments_of_a_call_are_read_from_a_table(tmp_path):
 
 THOUGHT = answered(content="<think>\nIt is summer.\n</think>\n\nYes.")
 FUNCTION_CALL = {"name": "f", "arguments": "{}"}
+TOOL = {"role": "tool", "content": "Yes."}
 UNNAMED = r"'tools' or a call has .*; each must be an object with a name"
 HIDDEN = r"the chat template does not show {}.*`data\.chat_template`"
 REWRITTEN = r"renders turn 2 otherwise .*\{% generation %\} marks, or train on single answers"
@@ -259,7 +257,6 @@ WEIGHTS = r"has turns of weight 0, and `data\.loss` 'all' learns all; drop one"
     ("template", "messages", "options", "message"),
     [
         (CHATML, CALLED, {"tools": TOOLS}, HIDDEN.format("tool_calls of turn 2")),
-        (CHATML, CALLED, {}, HIDDEN.format("tool_calls of turn 2")),
         (CHATML, PLAIN, {"tools": TOOLS}, HIDDEN.format(r"tools\[0\]")),
         (CHATML, answered(function_call=FUNCTION_CALL), {}, HIDDEN.format("tool_calls of turn 2")),
         (CHATML, answered(reasoning_content="Hm."), {}, HIDDEN.format("reasoning_content of turn")),
@@ -269,11 +266,7 @@ WEIGHTS = r"has turns of weight 0, and `data\.loss` 'all' learns all; drop one"
         (CHATML, answered(tool_calls=[{}]), {}, UNNAMED),
         (CHATML, [*PLAIN, *answered(weight=0)], {"learn_all": True}, WEIGHTS),
         (ROLES_APART, THOUGHT, {}, HIDDEN.format("content of turn 2")),
-        *(
-            (ROLES_APART, [*PLAIN, {"role": role, "content": "Yes."}, *PLAIN], {}, message)
-            for role in ("tool", "system", "developer")
-            for message in [HIDDEN.format(rf"content of turn 3 \(role '{role}'")]
-        ),
+        (ROLES_APART, [*PLAIN, TOOL, *PLAIN], {}, HIDDEN.format("content of turn 3 .role 'tool'")),
         (REWRITING_TEMPLATE, [*PLAIN, *PLAIN], {}, REWRITTEN),
         (CHAT_TEMPLATE, PLAIN[::-1], {}, "the chat opens with an assistant turn, which .*; put a"),
         ("{{ raise_exception('no') }}", PLAIN, {}, r"chat template cannot render it \(no\); give"),

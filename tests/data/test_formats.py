@@ -8,7 +8,8 @@ from pacatune.data.formats import Example, to_examples
 from pacatune.data.read import Row
 from tests.data.conftest import ASSISTANT, USER
 
-CHAT = [USER, ASSISTANT]
+CHAT, SYSTEM = [USER, ASSISTANT], {"role": "system", "content": "s"}
+ASKING = {"instruction": "q"}
 ASKED, ANSWERED = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 TEXT = {"type": "text", "text": "q"}
 CALL = {"name": "add", "arguments": {"a": 1}}
@@ -25,22 +26,14 @@ def convert(*rows, format="auto", has_template=True):
         ({"messages": CHAT}, [], CHAT),
         ({"conversations": [ASKED, ANSWERED], "system": ""}, [], CHAT),
         ({"conversations": CHAT}, [], CHAT),  # roles may have their own names
-        (
-            {"conversations": [ASKED, ANSWERED], "system": "s"},
-            [],
-            [{"role": "system", "content": "s"}, *CHAT],
-        ),
+        ({"conversations": [ASKED, ANSWERED], "system": "s"}, [], [SYSTEM, *CHAT]),
         ({"prompt": "q", "completion": "a"}, "q", "a"),
         ({"prompt": [USER], "completion": [ASSISTANT]}, [USER], [ASSISTANT]),
-        ({"instruction": "q", "input": None, "output": "a"}, [USER], [ASSISTANT]),
+        (ASKING | {"input": None, "output": "a"}, [USER], [ASSISTANT]),
         # Empty columns that a format does not use.
-        ({"instruction": "q", "output": "a", "system": "", "history": []}, [USER], [ASSISTANT]),
-        ({"instruction": "q", "output": "a", "text": "t"}, [USER], [ASSISTANT]),  # more specific
-        (
-            {"instruction": "Add.", "input": "1 2", "output": "a"},
-            [{"role": "user", "content": "Add.\n\n1 2"}],
-            [ASSISTANT],
-        ),
+        (ASKING | {"output": "a", "system": "", "history": []}, [USER], [ASSISTANT]),
+        (ASKING | {"output": "a", "text": "t"}, [USER], [ASSISTANT]),  # more specific
+        (ASKING | {"input": "1", "output": "a"}, [{**USER, "content": "q\n\n1"}], [ASSISTANT]),
         ({"text": "t", "messages": None}, "", "t"),  # as tables fill what a row lacks
         (  # parts are lines; a table of such rows fills in the fields of other parts
             {"messages": [{**USER, "content": [{**TEXT, "image_url": None}, TEXT]}, ASSISTANT]},
@@ -118,20 +111,23 @@ def sharing(**turn):
     return {"conversations": [ASKED, turn]}
 
 
+def showing(*images, **columns):
+    parts = [{"type": "image", "image": one} for one in images]
+    return {"messages": [{**USER, "content": parts}, ASSISTANT], **columns}
+
+
+MARKED = {"messages": [{**USER, "content": "<image>q"}, ASSISTANT]}
 ROLE = {"role": "assistnt", "content": "a"}
 HINTS = {"assistnt": "assistant", "Assistant": "assistant", "usr": "user", "human": "user"}
 HINTS |= {"gpt": "assistant", "function_call": "assistant", "observation": "tool", "xyzzy": ""}
+ACCEPTED = r"are not those; .* Accepted are messages \| conversations \| prompt, completion \| "
 ROLES = "roles are system, developer, user, assistant, tool, function, ipython, environment"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"question": "q", "answer": "a"},
-            r"the columns \['answer', 'question'\] are not those; .* Accepted are messages \| "
-            r"conversations \| prompt, completion \| instruction, output",
-        ),
+        ({"question": "q", "answer": "a"}, r"the columns \['answer', 'question'\] " + ACCEPTED),
         ({"prompt": "q", "completion": " "}, "'completion' is ' '; it must be a text. Fill it"),
         ({"prompt": "", "completion": "a"}, "'prompt' is ''; it must be a text"),
         ({"prompt": "q", "completion": 3}, "'completion' is 3; it must be a text"),
@@ -158,19 +154,13 @@ ROLES = "roles are system, developer, user, assistant, tool, function, ipython, 
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, r"messages\[0\]: the weight is 1;"),
         ({"messages": [{**USER, "train": True}, ASSISTANT]}, r"messages\[0\]: the weight is True;"),
         ({"messages": CHAT, "tools": "f"}, "'tools' is 'f'; it must be JSON"),
-        (
-            {"messages": CHAT, "functions": [{"name": "f"}]},
-            "column 'functions' is not used by format 'messages', so .*; write it into .*`tools`",
-        ),
+        ({"messages": CHAT, "functions": ["f"]}, "'functions' is not .*write it into .*`tools`"),
         (instructing(input=3), "'input' is 3; it must be a text"),
         (instructing(instruction=""), "'instruction' is ''; it must be a text"),
         (instructing(output=""), "'output' is ''; it must be a text"),
         (instructing(system="Be kind."), "column 'system' is not used by format 'instruction'"),
         (instructing(history=[["q", "a"]]), "column 'history' is not used by format 'instruction'"),
-        (
-            {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]},
-            "column 'tools' is not used by format 'prompt-completion'",
-        ),
+        ({"prompt": "q", "completion": "a", "tools": ["f"]}, "'tools' is not used by format 'prom"),
         ({"text": ""}, "'text' is ''; it must be a text"),
         ({"conversations": "hi"}, "'conversations' is 'hi'; it must be a list of messages"),
         ({"conversations": [ASKED]}, "'conversations' has no assistant turn"),
@@ -180,24 +170,24 @@ ROLES = "roles are system, developer, user, assistant, tool, function, ipython, 
         (sharing(**{"from": "gpt"}), r"conversations\[1\]: the content is ''"),
         (sharing(**{"from": "function_call", "value": "add(1)"}), r"'value' is 'add\(1\)'; it mu"),
         ({"conversations": [ASKED, ANSWERED], "tools": "add"}, "'tools' is 'add'; it must be JSON"),
-        (
-            {"conversations": [ASKED, ANSWERED], "images": ["no.png"]},
-            "the image is 'no.png', which is no file here",
-        ),
-        *(
-            (
-                {"messages": [*CHAT, {"role": role, "content": "a"}]},
-                rf"messages\[2\]: the role is '{role}'; "
-                + (f"did you mean '{meant}'[?] " if meant else "")
-                + ROLES,
-            )
-            for role, meant in HINTS.items()
-        ),
+        (showing("no.png"), "the image is 'no.png', which is no file here"),
+        (showing("http://a/b.png"), "nothing is fetched while data is read: give its path"),
+        (showing(3), "the image is 3; give a path or a data URI"),
+        (showing(None, images=[]), "more images are shown than the column 'images' has; add them"),
+        (MARKED | {"images": [__file__] * 2}, "'images' has more than the messages show as <imag"),
+        (answering(content=[{"type": "image", "image": __file__}]), "an answer has an image, and"),
     ],
 )
 def test_bad_rows(values, message):
     with pytest.raises(ValueError, match=f"f.jsonl, row 1: .*{message}"):
         convert(values)
+
+
+@pytest.mark.parametrize(("role", "meant"), HINTS.items())
+def test_wrong_roles(role, meant):
+    hint = f"did you mean '{meant}'[?] " if meant else ""
+    with pytest.raises(ValueError, match=rf"messages\[2\]: the role is '{role}'; {hint}{ROLES}"):
+        convert({"messages": [*CHAT, {"role": role, "content": "a"}]})
 
 
 def test_mixed_formats():

@@ -9,27 +9,17 @@ from tests.data.conftest import write_lines
 from tests.evaluation.mmlu import LETTERS, write_mmlu
 
 MMLU_ROW = {"question": " What is it? ", "choices": ["a", "b ", "c", "d"], "answer": 2}
-QUESTIONS = [
-    {
-        "question": " Which bone is longest?\nThink. ",
-        "choices": ["Femur", " Skull", "Rib\n", "Été"],
-        "answer": 3,
-        "subject": "anatomy",
-    },
-    {
-        "question": "What sells?",
-        "choices": ["{{ 1 }}", "2", "3", "4"],
-        "answer": 0,
-        "subject": "high_school_world_history",
-    },
-]
+BONE = {"question": " Which bone is longest?\nThink. ", "answer": 3, "subject": "anatomy"}
+BONE["choices"] = ["Femur", " Skull", "Rib\n", "Été"]
+SALE = {"question": "What sells?", "answer": 0, "subject": "high_school_world_history"}
+SALE["choices"] = ["{{ 1 }}", "2", "3", "4"]
 
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
     """lm-eval's own tasks on two questions."""
     folder = tmp_path_factory.mktemp("mmlu") / "tasks"
-    return write_mmlu(folder, questions={one["subject"]: [one] for one in QUESTIONS})
+    return write_mmlu(folder, questions={one["subject"]: [one] for one in (BONE, SALE)})
 
 
 def prepare(tokenizer, path, format="mmlu", **options):
@@ -42,8 +32,7 @@ def read(values, place="here"):
     return example
 
 
-@pytest.mark.parametrize("has_bos", [True, False])
-@pytest.mark.parametrize("one", QUESTIONS, ids=["anatomy", "history"])
+@pytest.mark.parametrize(("one", "has_bos"), [(BONE, True), (SALE, False)])
 def test_training_tokens_are_those_that_lm_eval_scores(
     tokenizer, tasks_dir, tmp_path, one, has_bos
 ):
@@ -101,22 +90,9 @@ def test_answers_are_letters_or_numbers():
     for number, letter in enumerate(LETTERS):
         for answer in (number, letter):
             assert read({**MMLU_ROW, "answer": answer}).completion == f" {letter}"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"question": None},
-        {"question": " "},
-        {"choices": ["a", "b"]},
-        {"choices": ["a", "b", "c", None]},
-        {"choices": None},
-        {"answer": "E"},
-        {"answer": 4},
-        {"answer": True},
-        {"answer": None},
-    ],
-)
-def test_wrong_rows_of_mmlu(change):
-    with pytest.raises(ValueError, match=r"data.jsonl, row 7: .* needs the text question, four"):
-        read({**MMLU_ROW, **change}, "data.jsonl, row 7")
+    wrong = {"question": [None, " "], "answer": ["E", 4, True, None]}
+    wrong["choices"] = [None, ["a", "b"], ["a", "b", "c", None]]
+    message = r"data.jsonl, row 7: .* needs the text question, four texts as choices, and as answer"
+    for name, value in ((name, value) for name, values in wrong.items() for value in values):
+        with pytest.raises(ValueError, match=message):
+            read({**MMLU_ROW, name: value}, "data.jsonl, row 7")

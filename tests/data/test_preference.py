@@ -54,6 +54,9 @@ def test_models_that_score_see_whole_texts(texts):
     assert texts(PAIR, learn_all=True) == whole
     without_prompt = {"chosen": "Yes.", "rejected": "No."}
     assert texts(without_prompt, learn_all=True) == ["<s>Yes.</s>", "<s>No.</s>"]
+    turns = "<s><|user|>\nWhat is 1?</s>\n<|assistant|>\n"
+    answers = (f"{turns}{answer}</s>\n" for answer in ("It is one.", "No idea."))
+    assert texts(CHAT, learn_all=True) == [*answers]
 
 
 def test_same_tokens_as_trl(prepare, tokenizer):
@@ -87,15 +90,12 @@ def test_pairs_become_judged_answers_of_which_both_are_held_out(prepare):
     assert not set(data.train["place"]) & set(data.evaluation["place"])
 
 
-@pytest.mark.parametrize(
-    ("text", "label"), [("true", True), ("False", False), (1, True), (0, False)]
-)
-def test_labels_of_tables(text, label):
-    row = Row("r", {"prompt": "a", "completion": "b", "label": text})
-    assert [found for _, found in to_judged([row])] == [label]
-
-
 JUDGED = {"prompt": "a", "completion": "b"}
+
+
+def test_labels_of_tables():
+    rows = [Row("r", {**JUDGED, "label": text}) for text in ("true", "False", 1, 0)]
+    assert [label for _, label in to_judged(rows)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

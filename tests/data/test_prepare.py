@@ -50,6 +50,8 @@ def test_columns_are_what_the_trainer_takes(prepare, tokenizer):
     learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(learned) == "It is 0.</s>"
     assert data.longest == max(map(len, data.train["input_ids"]))
+    whole = prepare(ROWS, eval_fraction=0, loss="all").train  # what is cached is of other options
+    assert whole["labels"][:] == whole["input_ids"][:] == data.train["input_ids"][:]
 
 
 def test_several_processes_give_the_same(prepare, tmp_path, monkeypatch):
@@ -70,40 +72,29 @@ def test_separate_evaluation_data(prepare, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_kept", "message"),
+    ("row", "num_kept", "message"),
     [
-        (
-            [talk("Hi?", "Yes."), talk("Hi?", "It is so. " * 20)],
-            2,
-            "1 of 2 training examples are cut at .* [(]30[)] and never learn to stop: .*row 2.$",
-        ),
-        (
-            [talk("Hi?", "Yes."), talk("Hi? " * 40, "Yes.")],
-            1,
-            "1 of 2 training examples do not fit into .* [(]30[)] and are left out: .*row 2.$",
-        ),
-        (
-            [{"prompt": "It ", "completion": "is so."}],
-            1,
-            "1 of 1 training examples have a prompt that is tokenized otherwise",
-        ),
+        (talk("Hi?", "It is so. " * 20), 2, "are cut at .* [(]30[)] and never learn to stop: .*2"),
+        (talk("Hi? " * 40, "Yes."), 1, "do not fit into .* [(]30[)] and are left out: .*row 2.$"),
     ],
 )
-def test_warnings(prepare, rows, num_kept, message):
-    data = prepare(rows, eval_fraction=0, max_length=30)
+def test_warnings(prepare, row, num_kept, message):
+    data = prepare([talk("Hi?", "Yes."), row], eval_fraction=0, max_length=30)
     (warning,) = data.warnings
-    assert re.match(message, warning)
+    assert re.match(f"1 of 2 training examples {message}", warning)
     assert len(data.train) == num_kept
     assert data.longest == max(len(row["labels"]) for row in data.train) <= 30
 
 
-def test_stop_token_that_is_never_trained(prepare, tokenizer):
+def test_other_warnings(prepare, tokenizer):
+    (warning,) = prepare([{"prompt": "It ", "completion": "is so."}], eval_fraction=0).warnings
+    assert warning.startswith("1 of 1 training examples have a prompt that is tokenized otherwise")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "")
     (warning,) = prepare(ROWS).warnings
     assert warning.startswith("19 of 19 training examples do not end in a stop token, so the model")
 
 
-TWICE = "{{ bos_token }}" + CHAT_TEMPLATE
+TWICE, DOUBLED = "{{ bos_token }}" + CHAT_TEMPLATE, [{"text": "a"}, {"text": "<s>b"}]
 NOTHING_MARKED = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'tool' %}"
     "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
@@ -116,12 +107,8 @@ NOTHING_MARKED = (
         (ROWS[:1], {"eval_fraction": 0.5}, r"`data.eval_fraction` \(0.5\) of 1 rows leaves none"),
         (ROWS, {"max_length": 5}, r"all 19 training examples are longer than .*\(5\)"),
         ([*ROWS[:1], talk("Hi?", "")], {}, r"data.jsonl, row 2: messages\[1\]: the content is ''"),
-        ([{"text": "a"}, {"text": "<s>b"}], {}, "row 2: begins with '<s>' twice, once from the to"),
-        (
-            [{"text": "a"}, {"text": "<s>b"}],
-            {"num_processes": 2},
-            "row 2: begins with '<s>' twice",
-        ),
+        (DOUBLED, {}, "row 2: begins with '<s>' twice, once from the tokenizer; remove"),
+        (DOUBLED, {"num_processes": 2}, "row 2: begins with '<s>' twice"),
         (ROWS, {"template": None}, r"row 1: the chat template cannot .*not set .*; give a `data"),
         (ROWS, {"template": NOTHING_MARKED}, "row 1: nothing to learn, no token is .*; remove it"),
         (ROWS, {"template": TWICE}, "row 1: begins with '<s>' twice, once from the tokenizer; rem"),

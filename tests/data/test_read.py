@@ -17,14 +17,7 @@ def rows_of(path, **options):
     [  # A row of JSONL has the number of its line.
         ("a.jsonl", '\ufeff{"text": "a"}\n\n{"text": "é"}\n', {1: {"text": "a"}, 3: {"text": "é"}}),
         ("a.json", '[{"text": "a"}, {"text": "b"}]', {1: {"text": "a"}, 2: {"text": "b"}}),
-        (
-            "a.csv",
-            'prompt,completion\n"a, b",c\n"two\nlines",d\n',
-            {
-                1: {"prompt": "a, b", "completion": "c"},
-                2: {"prompt": "two\nlines", "completion": "d"},
-            },
-        ),
+        ("a.csv", 'a,b\n"1,",c\n"3\n",d\n', {1: {"a": "1,", "b": "c"}, 2: {"a": "3\n", "b": "d"}}),
     ],
 )
 def test_files(tmp_path, name, content, rows):

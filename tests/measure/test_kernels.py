@@ -9,12 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from pacatune.lean import ACTIVATIONS, gated_product
-from pacatune.measure.kernels import (
-    KernelCounter,
-    Operand,
-    branches_of_gpu,
-    num_of_multi_tensor,
-)
+from pacatune.measure.kernels import KernelCounter, Operand, branches_of_gpu, num_of_multi_tensor
 from pacatune.ops import linear
 
 

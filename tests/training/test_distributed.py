@@ -1,4 +1,7 @@
-"""Two processes on CPUs (gloo) give the losses and the adapter of one."""
+"""R6: two processes on CPUs (gloo) give the losses and the adapter of one.
+
+Sharded checkpoints of FSDP2: what they hold, and runs that go on from them.
+"""
 
 import io
 import re
@@ -8,15 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from transformers import AutoModelForCausalLM
 
-from pacatune.cli import main
-from pacatune.training import PacaSection, train
+from pacatune.training import train
+from pacatune.training.output import refuse_missing_weights
 from tests.examples.test_launch import LAUNCH
 from tests.training import runs
 from tests.training.launching import launch, save_config
-from tests.training.runs import QUIET, assert_same, read_json
+from tests.training.runs import ADAPTER, QUIET, assert_same, read_json, refused
 
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
 ON_CPU = f"import runpy; runpy.run_path({FSDP_ON_CPU!r}, run_name='__main__')"
@@ -90,7 +96,6 @@ def assert_whole(checkpoint):
     ("launcher", "quantization"), [("ddp", None), ("fsdp2", None), ("fsdp2", "nf4")]
 )
 def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, quantization):
-    """R6: two processes give the losses and the adapter of one, resumed too."""
     config = config_of(make_config, data_path, tmp_path, "one", 8, quantization)
     train(config, console=QUIET)
     config = config_of(make_config, data_path, tmp_path, "two", 4, quantization)
@@ -123,17 +128,75 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     assert_close(tmp_path / "two-go-on", tmp_path / "one")
 
 
+def sharded_options():
+    options = launcher_options("fsdp2")
+    options["env"]["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
+    return options
+
+
+def saved_names(checkpoint, what):
+    return set(FileSystemReader(checkpoint / what).read_metadata().state_dict_metadata)
+
+
 @pytest.mark.slow
-def test_two_processes_choose_the_columns_of_one(make_config, data_path, tmp_path):
-    """One process takes twice as many batches of the same size; the statistics are of the same."""
-    for name, accumulation in (("one", 2), ("two", 1)):
-        config = config_of(make_config, data_path, tmp_path, name, 4)
-        config.training.given.update(gradient_accumulation_steps=accumulation, max_steps=2)
-        config.paca = PacaSection(r=4, selection="gradient", selection_batches=5)
-        save_config(config, tmp_path / f"{name}.yaml")
-    assert main(["train", "--config", str(tmp_path / "one.yaml")]) == 0
-    done = launch("train", "--config", tmp_path / "two.yaml")
-    assert done.stdout.count("columns chosen by gradient from 5 batches") == 1
-    one, two = (read_json(tmp_path / name, "adapter_config.json") for name in ("one", "two"))
-    assert one["columns"] == two["columns"]
-    assert_close(tmp_path / "one", tmp_path / "two")
+def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
+    """They hold the adapter whole and shards of what is trained; other numbers go on."""
+
+    def configure(name, batch_size):
+        config = config_of(make_config, data_path, tmp_path, name, batch_size)
+        config.training.given.update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
+        config.training.given["metric_for_best_model"] = "eval_loss"  # as a run settles it
+        config.paca.modules_to_save = ["lm_head"]
+        return config
+
+    # It starts from an adapter of one process.
+    first = configure("first", 8)
+    first.training.given.update(max_steps=2)
+    train(first, console=QUIET)
+    save_config(configure("two", 4), tmp_path / "run.yaml")
+    start = ["--adapter", tmp_path / "first"]
+    launch("train", "--config", tmp_path / "run.yaml", *start, **sharded_options())
+    one, two = (read_json(tmp_path / name, "report.json") for name in ("first", "two"))
+    assert two["eval_loss_before"] == pytest.approx(one["eval_loss_after"], rel=1e-5)
+
+    # A checkpoint has the whole adapter, and shards of nothing but what is trained and chosen.
+    checkpoint = tmp_path / "two/checkpoint-6"
+    assert_same(checkpoint, tmp_path / "two")
+    whole = load_file(checkpoint / ADAPTER)
+    assert saved_names(checkpoint, "pytorch_model_fsdp_0") == {f"model.{name}" for name in whole}
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    states = saved_names(checkpoint, "optimizer_0")
+    assert {n.split(".", 2)[2].rpartition(".")[0] for n in states if ".state." in n} == trained
+
+    # A run that goes on from one ends with the very same.
+    folder = cut(tmp_path / "two", 2, "cut")
+    words = ["train", "--config", tmp_path / "run.yaml", *start, "--resume"]
+    words += ["--training.output_dir"]
+    launch(*words, folder, **sharded_options())
+    assert_same(folder, tmp_path / "two")
+
+    # One process goes on from two, and four from one; a state that was lost would move the weights.
+    before = tmp_path / "two"
+    for num_processes, step in ((1, 2), (4, 4)):
+        folder = cut(before, step, f"by {num_processes}")
+        size = ["--training.per_device_train_batch_size", 8 // num_processes]
+        launch(*words, folder, *size, num_processes=num_processes, **sharded_options())
+        assert_close(folder, tmp_path / "two")
+        before = folder
+
+    # A process that shards nothing cannot read the shards.
+    config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
+    config.adapter = str(tmp_path / "first")
+    kind = "FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and cannot be continued by a run"
+    message = (
+        f"checkpoint-4 was saved by {kind} without FSDP2 or DeepSpeed. Launch the run as before"
+    )
+    refused(message, config, resume=True)
+
+    refuse_missing_weights(checkpoint)
+    (checkpoint / "optimizer_0/__1_0.distcp").unlink()
+    message = r"optimizer_0/__1_0.distcp was written by .* a disk that all nodes"
+    with pytest.raises(ValueError, match=message):
+        refuse_missing_weights(checkpoint)

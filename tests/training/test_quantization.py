@@ -9,7 +9,6 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.training import language as models
 from pacatune.training import train
 from pacatune.training.task import task_of
-from tests.conftest import build_model
 from tests.training.runs import QUIET, assert_close, read_json, refused
 
 
@@ -54,15 +53,6 @@ def goes_on(make_config, tmp_path):
     one, two = (read_adapter(tmp_path / name) for name in ("out", "on"))
     assert one.config.base_quantization == two.config.base_quantization
     assert_close(one.folder, two.folder, atol=1e-6, rtol=0)
-
-
-def test_columns_from_the_checkpoint(make_config, tiny_tokenizer, tmp_path):
-    # bitsandbytes 0.50 dequantises rows of no whole block wrongly on CPUs with AVX-512: 64 wide.
-    build_model(len(tiny_tokenizer), hidden_size=64).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    model = {"path": str(tmp_path / "model"), "quantization": "nf4"}
-    train(make_config(model=model, paca={"columns_from": "original"}), console=QUIET)
-    assert read_json(tmp_path / "out/adapter_config.json")["columns_from"] == "original"
 
 
 def test_resumes(make_config, assert_resumes):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacatune.adapters.loading import check_base
@@ -24,6 +25,7 @@ from tests.training.runs import (
     refused,
     write_rows,
 )
+from tests.tuner.moe import BOTH, build
 
 REPORT_KEYS = {
     *("eval_loss_before", "eval_loss_after", "train_loss", "num_trainable_parameters", "step_ms"),
@@ -87,6 +89,9 @@ def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, c
         return
 
     assert check_base(out, AutoModelForCausalLM.from_pretrained(tiny_model_dir)) == []
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace("FOLDER", str(out)), names := {})
+    assert names["model"].active_adapter == "default"
     said = console.file.getvalue()
     assert "training 8,192 of 37,792 parameters (paca): 2 x q_proj (32 -> 32)" in said
     assert said.index("data: 54 examples, 6 held out") < said.index("step 0/7: evaluation loss")
@@ -101,65 +106,51 @@ def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, c
     assert old == new
 
 
-@pytest.mark.parametrize(
-    ("data", "training"), [({"eval_fraction": 0}, {}), ({}, {"eval_strategy": "no"})]
-)
-def test_run_without_evaluation(make_config, data, training):
-    training |= {"max_steps": 2, "train_sampling_strategy": "sequential"}
-    report = train(make_config(data=data, training=training), console=QUIET)
-    assert report.eval_loss_before is report.eval_loss_after is None
-    assert (report.num_train_examples, report.num_eval_examples) == (60, 0)
-    shuffled = make_config(data=data, training={**training, "shuffle_dataset": True})
-    other = train(shuffled, overwrite=True, console=QUIET)
-    assert other.train_losses[0] != report.train_losses[0]
+def test_run_without_evaluation(make_config):
+    """Either says so; and data that is shuffled before it is read in order is another order."""
+    training = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    shuffled = {"shuffle_dataset": True, "eval_strategy": "no"}
+    one, two = (
+        train(make_config(data=data, training=training | more), overwrite=True, console=QUIET)
+        for data, more in (({"eval_fraction": 0}, {}), ({}, shuffled))
+    )
+    for report in (one, two):
+        assert report.eval_loss_before is report.eval_loss_after is None
+        assert (report.num_train_examples, report.num_eval_examples) == (60, 0)
+    assert one.train_losses[0] != two.train_losses[0]
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
-def test_packed_examples_are_trained_as_alone(make_config, strategy):
+def test_packed_examples_are_trained_as_alone(make_config):
     options = {"per_device_train_batch_size": 57, "per_device_eval_batch_size": 60, "max_steps": 2}
     alone = train(make_config(training=options), console=QUIET)
-    options |= {"packing": True, "packing_strategy": strategy, "max_length": 64}
-    packed = train(make_config(training=options), overwrite=True, console=QUIET)
-    assert packed.eval_loss_before == pytest.approx(alone.eval_loss_before, rel=1e-5)
-    assert dict(packed.train_losses) == pytest.approx(dict(alone.train_losses), rel=1e-4)
+    for strategy in ("bfd", "bfd_split"):
+        options |= {"packing": True, "packing_strategy": strategy, "max_length": 64}
+        packed = train(make_config(training=options), overwrite=True, console=QUIET)
+        assert packed.eval_loss_before == pytest.approx(alone.eval_loss_before, rel=1e-5)
+        assert dict(packed.train_losses) == pytest.approx(dict(alone.train_losses), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("method", "more", "less", "share"),
-    [
-        ("paca", {}, {"training": {CHECKPOINTING: True}}, 1),
-        ("paca", {"lean": "off"}, {"lean": "require"}, 0.85),
-        ("lora", {"lean": "off"}, {"lean": "require"}, 0.85),
-        ("full", {"lean": "off"}, {"lean": "require"}, 0.85),
-        ("paca", {}, {"lean_level": 2}, 0.8),
-    ],
-)
-def test_what_keeps_less_changes_no_loss(make_config, console, method, more, less, share):
-    plain = train(make_config(method, **more), console=QUIET)
-    lean = train(make_config(method, **less), overwrite=True, console=console)
-    assert dict(lean.train_losses) == pytest.approx(dict(plain.train_losses), abs=1e-4)
-    assert lean.saved_activation_bytes < share * plain.saved_activation_bytes
+@pytest.mark.parametrize("method", ["paca", "lora", "full"])
+def test_what_keeps_less_changes_no_loss(make_config, console, method):
     made = "2 x attention, 2 x gated_mlp, 5 x norm"
+    runs = [("off", {"lean": "off"}, 1), (made, {"lean": "require"}, 0.85)]
+    if method == "paca":
+        runs += [(made, {"training": {CHECKPOINTING: True}}, 0.85)]
+        runs += [(f"level 2: {made}", {"lean_level": 2}, 0.7)]
+    reports = [
+        train(make_config(method, **options), overwrite=True, console=console)
+        for _, options, _ in runs
+    ]
+    plain, lean, *others = reports
+    for report, (shown, _, share) in zip(reports, runs, strict=True):
+        assert dict(report.table())["lean activations"] == shown
+        assert dict(report.train_losses) == pytest.approx(dict(plain.train_losses), abs=1e-4)
+        assert report.saved_activation_bytes <= share * plain.saved_activation_bytes
+    assert plain.lean is None
     assert lean.lean["left"] == {}  # TRL computes the loss, in chunks as well
-    shown = [dict(one.table())["lean activations"] for one in (plain, lean)]
-    if more:
-        assert shown == ["off", made]
-        assert plain.lean is None
-        assert "lean: 2 x attention" in console.file.getvalue()
-    elif "lean_level" in less:
-        assert shown[1] == f"level 2: {made}"
-        assert plain.train_losses == lean.train_losses
-
-
-def test_what_cannot_be_lean_is_said_once(make_config, console):
-    eager = {"attn_implementation": "eager"}
-    report = train(make_config(model=eager, training={"max_steps": 1}), console=console)
-    ((reason, names),) = report.lean["left"].items()
-    assert reason.startswith("eager attention keeps the scores of all pairs of tokens")
-    assert len(names) == 2
-    text = console.file.getvalue()
-    assert text.count("eager attention keeps") == 2  # when it is made, and in the table at the end
-    assert "self_attn and 1 more: eager attention" in text
+    assert "lean: 2 x attention" in console.file.getvalue()
+    assert all(one.saved_activation_bytes < lean.saved_activation_bytes for one in others)
+    assert all(one.train_losses == lean.train_losses for one in others[1:])
 
 
 def test_early_stopping_keeps_the_best(make_config, tmp_path):
@@ -174,16 +165,19 @@ def test_early_stopping_keeps_the_best(make_config, tmp_path):
     assert_same(tmp_path / f"out/checkpoint-{best[1]}", tmp_path / "out")
 
 
-def test_warnings_about_the_data(make_config, tmp_path, console):
+def test_what_is_said_once(make_config, tmp_path, console):
+    """What is wrong with the data, and what cannot be lean."""
     path = write_rows(tmp_path / "long.jsonl", [{"text": "It is so. " * 80}, {"text": "No."}])
-    training = {"max_steps": 1, "max_length": 300}
-    train(
-        make_config(data={"path": str(path), "eval_fraction": 0}, training=training),
-        console=console,
-    )
+    options = {"data": {"path": str(path), "eval_fraction": 0}}
+    options |= {"model": {"attn_implementation": "eager"}}
+    config = make_config(**options, training={"max_steps": 1, "max_length": 300})
+    ((reason, _),) = train(config, console=console).lean["left"].items()
     said = console.file.getvalue()
     assert "training examples are cut at `training.max_length` (300)" in said
     assert "has 300 tokens, but the model was made for 256; lower `training.max_length`" in said
+    assert reason.startswith("eager attention keeps the scores of all pairs of tokens")
+    assert said.count("eager attention keeps") == 2  # when it is made, and in the table at the end
+    assert "self_attn and 1 more: eager attention" in said
 
 
 def test_what_fails_on_the_way(make_config, tiny_model_dir, tmp_path, monkeypatch):
@@ -203,3 +197,37 @@ def test_what_fails_on_the_way(make_config, tiny_model_dir, tmp_path, monkeypatc
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", save_pretrained)
     message = r"could not write .*checkpoint-2' \(No space left on device"
     refused(message, make_config(), overwrite=True)
+
+
+@pytest.fixture(scope="module")
+def mixtral_dir(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("tiny-mixtral")
+    build("mixtral", dtype=torch.float32, vocab_size=len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("paca", {"gate_up_proj.paca_delta", "down_proj.paca_delta"}),
+        ("lora", {"base_layer.lora_B.weight", "experts.lora_B.weight"}),
+    ],
+)
+def test_experts_are_trained_beside_the_attention(
+    method, trained, make_config, mixtral_dir, tmp_path
+):
+    options = {"model": {"path": str(mixtral_dir)}, "training": {"max_steps": 2}}
+    options[method] = {"r": 2, "target_parameters": BOTH}
+    report = train(make_config(method, **options))
+    assert report.eval_loss_after < report.eval_loss_before
+    assert sum("mlp.experts" in name for name in report.targets) == 4
+    assert sum("self_attn" in name for name in report.targets) == 8
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    moved = {name for name, x in tensors.items() if "experts" in name and x.abs().sum() > 0}
+    for layer in (0, 1):
+        for name in trained:
+            assert any(f"layers.{layer}." in one and one.endswith(name) for one in moved)
+    reasons = " ".join(report.lean["left"])
+    assert "fused experts are not made lean" in reasons
+    assert "act(gate(x))" not in reasons

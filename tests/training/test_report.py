@@ -1,31 +1,36 @@
+"""What a run says of itself: while it trains, in its report, and on its card."""
+
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from pacatune.reports.provenance import versions
-from pacatune.training import train
+from pacatune.training.progress import Meter, ProgressReporter
 from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
+from pacatune.training.sft import TextTrainer
 from pacatune.training.task import task_of
-from tests.training.runs import QUIET, read_json
+from tests.training.runs import read_json
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
 def make_report(**changes):
-    values = {"task": "sft", "method": "paca", "model": "owner/model", "versions": versions("trl")}
-    values |= {"eval_loss_before": 2.5, "eval_loss_after": 1.25, "train_loss": 1.5}
-    values |= {"num_trainable_parameters": 1000, "num_parameters": 100_000, "num_steps": 3}
-    values |= {"num_train_examples": 20, "num_eval_examples": 2, "seed": 42, "learning_rate": 5e-4}
-    values |= {"step_ms": 12.34, "tokens_per_second": 5000.0, "saved_activation_bytes": 2**20}
-    values |= {"peak_memory_bytes": 2**30, "peak_memory_kind": "process_peak_resident"}
-    values |= {
-        "targets": ["layers.0.q_proj", "layers.1.q_proj"],
-        "device": "cpu",
-        "dtype": "float32",
+    values = {
+        **{"task": "sft", "method": "paca", "model": "owner/model", "versions": versions("trl")},
+        **{"eval_loss_before": 2.5, "eval_loss_after": 1.25, "train_loss": 1.5, "step_ms": 12.34},
+        **{"num_trainable_parameters": 1000, "num_parameters": 100_000, "num_steps": 3},
+        **{"num_train_examples": 20, "num_eval_examples": 2, "seed": 42, "learning_rate": 5e-4},
+        **{"peak_memory_bytes": 2**30, "peak_memory_kind": "process_peak_resident"},
+        **{"tokens_per_second": 5000.0, "saved_activation_bytes": 2**20, "device": "cpu"},
+        **{"targets": ["layers.0.q_proj", "layers.1.q_proj"], "dtype": "float32"},
+        **{"train_losses": [(1, 2.0), (3, 1.25)], "eval_losses": [(0, 2.5), (3, 1.25)]},
     }
-    values |= {"train_losses": [(1, 2.0), (3, 1.25)], "eval_losses": [(0, 2.5), (3, 1.25)]}
     return Report(**{**values, **changes})
 
 
@@ -34,6 +39,9 @@ def test_files(tmp_path):
     write_report(report, tmp_path)
     saved = read_json(tmp_path / "report.json")
     assert saved == json.loads(json.dumps(report.to_dict()))
+    assert not saved.keys() & {"task", "more", "rows", "details", "train_metrics", "eval_metrics"}
+    assert saved.keys() - make_report(tokens_per_second=None).to_dict() == {"tokens_per_second"}
+    assert make_report(task="dpo").to_dict().keys() >= {"train_metrics", "eval_metrics_after"}
     text = (tmp_path / "report.md").read_text()
     for part in (
         "# paca on owner/model",
@@ -96,9 +104,47 @@ def test_card(make_config, tmp_path, method, library, contains):
     assert ("import pacatune" in body) == (method in ("paca", "moslora"))
 
 
-def test_code_of_the_card_runs(make_config, tmp_path):
-    train(make_config(training={"max_steps": 1}), console=QUIET)
-    folder = tmp_path / "out"
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(code.replace("FOLDER", str(folder)), names := {})
-    assert names["model"].active_adapter == "default"
+ARGUMENTS = SimpleNamespace(disable_tqdm=False)
+
+
+def state(step):
+    return SimpleNamespace(global_step=step, max_steps=40)
+
+
+def test_meter():
+    """Its time is the median without the first step; items are numbers or tensors."""
+    meter = Meter()
+    assert (meter.step_ms, meter.items_per_second) == (None, 0)
+    for seconds, milliseconds in (([9.0], 9000), ([9.0, 0.1, 0.5, 0.3], 300), ([9, 0.1, 0.3], 200)):
+        meter.step_seconds[:] = seconds
+        assert meter.step_ms == pytest.approx(milliseconds)
+    ids, mask = torch.zeros(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    meter.add(TextTrainer.num_items(None, {"input_ids": ids, "attention_mask": mask}))
+    meter.add(TextTrainer.num_items(None, {"input_ids": ids}))
+    meter.step_seconds[:] = [2.0]
+    assert meter.items_per_second == (8 + 10) / 2  # padding is not counted
+
+
+def lines(**options):
+    console = Console(file=io.StringIO(), **{"width": 200, "force_terminal": False, **options})
+    meter = Meter()
+    meter.step_seconds[:], meter.num_items = [1.0], 100
+    reporter = ProgressReporter(console, meter)
+    reporter.on_train_begin(ARGUMENTS, state(0))
+    reporter.on_log(ARGUMENTS, state(0), None, logs={"eval_loss": 3.0, "step": 0})
+    for step in range(1, 41):
+        reporter.on_step_end(ARGUMENTS, state(step))
+        reporter.on_log(ARGUMENTS, state(step), None, logs={"loss": 2.0, "grad_norm": 1.0})
+    reporter.close()
+    return console.file.getvalue()
+
+
+def test_what_is_shown():
+    text = lines()
+    assert text.startswith("step 0/40: evaluation loss 3.0000\n")
+    assert "step 40/40: loss 2.0000  100 tokens/s  peak " in text
+    assert text.count("\n") == 22
+    bar = lines(force_terminal=True)
+    assert "step 40/40" in bar
+    assert "loss 2.0000  100 tokens/s  peak" in bar
+    assert lines(quiet=True) == ""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pacatune.cli import main
 from pacatune.training import train
 from pacatune.training.output import run_folder
 from pacatune.training.recipe import start_or_resume
@@ -93,10 +92,3 @@ def test_processes_that_see_different_folders_are_refused(make_config, tmp_path)
     code = f"import os, sys; rank = int(os.environ['RANK']); {elsewhere}; {COMMAND}"
     with pytest.raises(AssertionError, match=r"see different things in .*checkpoint-2, no checkpo"):
         launch("train", "--config", tmp_path / "run.yaml", "--auto_resume", code=code)
-
-
-def test_resuming_by_itself_excludes_the_others(make_config, tmp_path, capsys):
-    save_config(make_config(), tmp_path / "run.yaml")
-    words = ["train", "--config", str(tmp_path / "run.yaml"), "--auto_resume", "--overwrite"]
-    assert main(words) == 2
-    assert "--auto_resume decides what --resume and --overwrite say" in capsys.readouterr().err

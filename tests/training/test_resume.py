@@ -33,10 +33,8 @@ def test_sigkill(make_config, tmp_path):
 
     train(config("whole"), console=QUIET)
     save_config(config("killed"), tmp_path / "run.yaml")
-    program, folder = (
-        Program(COMMAND, "train", "--config", tmp_path / "run.yaml"),
-        tmp_path / "killed",
-    )
+    program = Program(COMMAND, "train", "--config", tmp_path / "run.yaml")
+    folder = tmp_path / "killed"
     while not (folder / "checkpoint-4").exists():
         assert program.is_alive(), program.wait().stderr
         time.sleep(0.01)

@@ -10,14 +10,7 @@ from pacatune.training import train
 from pacatune.training.output import last_checkpoint, read_state
 from pacatune.tuner.layer import PacaLayer
 from tests.conftest import build_model
-from tests.training.runs import (
-    QUIET,
-    assert_same,
-    assert_same_run,
-    interrupt,
-    make_trainer,
-    refused,
-)
+from tests.training.runs import QUIET, assert_same, assert_same_run, make_trainer, refused
 
 pytestmark = pytest.mark.usefixtures("rewards_module")
 GAP = "sampling/sampling_logp_difference/max"
@@ -192,9 +185,3 @@ def test_reasoning_gym(make_task_config, tmp_path):
     assert "rewards/reasoning-gym.chain_sum/mean" in report.train_metrics
     text = (tmp_path / "out" / "config.yaml").read_text()
     assert text.startswith("# Repeat with: pacatune train --config config.yaml\n")
-
-
-def test_resume_refuses_another_reward(make_task_config, monkeypatch):
-    interrupt(make_task_config("grpo"), monkeypatch, 3)
-    config = make_task_config("grpo", reward=["my_rewards:even"])
-    refused(r"reward: .*my_rewards:short'\] -> \['my_rewards:e", config, resume=True)

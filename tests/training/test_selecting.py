@@ -1,6 +1,7 @@
 """Columns chosen from the training data: which data, by how many processes, and when resumed."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from pacatune.training import PacaSection, train
 from pacatune.training.config_file import to_values
 from pacatune.training.selecting import share_of_batches
 from pacatune.training.task import make_adapter_config, task_of
-from tests.training.runs import CHECKPOINTING, QUIET, assert_same_run, interrupt, read_json
+from tests.training.runs import CHECKPOINTING, QUIET, read_json
 
 GRADIENT = {"selection": "gradient", "selection_batches": 2}
 INPUT = {"normalize": "input", "selection_batches": 2}
@@ -55,7 +56,6 @@ def test_a_batch_is_what_the_trainer_makes_of_it(make_config, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("options", "checkpointing", "said", "columns"),
     [
-        (GRADIENT, False, "by gradient", "gradient, num_batches 2"),
         (GRADIENT, True, "by gradient", "gradient, num_batches 2"),
         (INPUT, False, "by random and normalised by input", NORMALISED),
     ],
@@ -98,18 +98,12 @@ def test_another_run_takes_columns_and_rates(make_config, tmp_path, console, opt
 
 
 @pytest.mark.parametrize("options", [GRADIENT, INPUT, {"normalize": "weight", "use_rslora": True}])
-def test_a_resumed_run_keeps_its_columns(make_config, tmp_path, monkeypatch, options):
-    def config(name):
-        training = {"output_dir": str(tmp_path / name), "max_steps": 4, "save_total_limit": 9}
-        section = {"r": 4, "rank_pattern": {"q_proj": 2}, **options}
-        return make_config(paca=section, training=training)
-
-    train(config("whole"), console=QUIET)
-    interrupt(config("cut"), monkeypatch, 2)
-    chosen = "pacatune.selection.collect_statistics"
-    monkeypatch.setattr(chosen, lambda *_, **__: pytest.fail("chosen anew"))
-    train(config("cut"), resume=True, console=QUIET)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+def test_a_resumed_run_keeps_its_columns(make_config, tmp_path, assert_resumes, options):
+    section = {"r": 4, "rank_pattern": {"q_proj": 2}, **options}
+    training = {"max_steps": 4, "save_total_limit": 9}
+    with patch("pacatune.selection.collect_statistics", wraps=collect_statistics) as collect:
+        assert_resumes(2, make_config, paca=section, training=training)
+    assert collect.call_count == 2 * ("selection_batches" in options)  # not when it is resumed
     one, two = (read_json(tmp_path / name / "adapter_config.json") for name in ("whole", "cut"))
     assert one == two
 
@@ -117,8 +111,7 @@ def test_a_resumed_run_keeps_its_columns(make_config, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize("task", ["dpo", "kto", "reward", "grpo"])
 def test_columns_for_other_tasks(make_task_config, rewards_module, task):
     training = {"max_steps": 1, "eval_strategy": "no"}
-    config = make_task_config(task, paca=GRADIENT | INPUT, training=training)
-    report = train(config, console=QUIET)
+    report = train(make_task_config(task, paca=GRADIENT | INPUT, training=training), console=QUIET)
     assert report.columns == "gradient, num_batches 2, normalize input"
 
 

@@ -15,7 +15,7 @@ from pacatune.training.config_file import read_values
 from pacatune.training.language import load_tokenizer
 from pacatune.training.start import read_start, settle
 from tests.training.launching import save_config
-from tests.training.runs import ADAPTER, QUIET, assert_close, read_json, refused
+from tests.training.runs import QUIET, assert_close, read_json, refused
 
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
 PACA = {"r": 3, "paca_alpha": 6, "selection": "weight_norm", "rank_pattern": {"q_proj": 2}}
@@ -111,8 +111,6 @@ def test_contradictions(
     ):
         with pytest.raises(ValueError, match=match):
             settle(make_config(**{"adapter": str(paca), **options}))
-    with pytest.raises(FileNotFoundError, match=r"adapter folder 'no/such/folder'"):
-        settle(make_config(adapter="no/such/folder"))
     path = tmp_path / "run.yaml"
     save_config(settle(make_config(adapter=str(paca))), path)
     path.write_text(path.read_text().replace("  r: 3\n", "  r: 16\n"))
@@ -121,11 +119,6 @@ def test_contradictions(
 
     config = make_task_config("reward", adapter=str(paca))
     refused("is for the task type CAUSAL_LM, and this run", config)
-    pickled = shutil.copytree(paca, tmp_path / "pickled")
-    (pickled / ADAPTER).unlink()
-    torch.save({}, pickled / "adapter_model.bin")
-    config = make_config(adapter=str(pickled))
-    refused("pickled files can run code when opened and are refused", config)
     model = shutil.copytree(tiny_model_dir, tmp_path / "other")
     tensors = load_file(model / "model.safetensors")
     tensors = {name: tensor + 1 for name, tensor in tensors.items()}

@@ -8,13 +8,13 @@ import transformers
 import trl
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 from pacatune.cli import main
 from pacatune.data import PreparedData
 from pacatune.data.config import TextClassConfig
 from pacatune.training import TASKS, TaskSpec, preview, train
 from pacatune.training.classifier import split_texts
+from pacatune.training.task import task_of
 from pacatune.tuner.defaults import default_targets
 from tests.training.runs import CHECKPOINTING, QUIET, write_rows
 
@@ -90,24 +90,20 @@ def test_same_losses_as_plain_trl(
 
 @pytest.mark.filterwarnings("ignore")  # TRL's experimental parts use what transformers deprecates
 def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
+    """It is trained, shown, and known to the command."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.setitem(TASKS, "orpo", ORPO)
-    rows = [
-        {"prompt": f"What is {i}? ", "chosen": f"It is {7 * i % 10}.", "rejected": "No idea."}
-        for i in range(40)
-    ]
+    pair = {"chosen": "It is so.", "rejected": "No idea."}
+    rows = [{"prompt": f"What is {i}? ", **pair} for i in range(40)]
     data = {"path": str(write_rows(tmp_path / "pairs.jsonl", rows))}
     config = make_task_config("orpo", data=data, training={"learning_rate": 1e-2})
     report = train(config, console=console)
     assert report.eval_loss_after < report.eval_loss_before
     assert report.eval_metrics["rewards/accuracies"]
     assert "held-out accuracy after" in dict(report.table())
-    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert any(values.any() for values in tensors.values())
-    assert "orpo" in (tmp_path / "out/README.md").read_text()
+    assert "- orpo\n" in (tmp_path / "out/README.md").read_text()
     preview(config, 1, console=console)
     assert "rejected: No idea." in console.file.getvalue()
-    # The command has it too.
     with redirect_stdout(io.StringIO()) as shown:
         assert main(["train", "--task", "orpo", "--help"]) == 0
     assert "--training.disable_dropout" in shown.getvalue()
@@ -126,6 +122,16 @@ def test_preview(make_task_config, rewards_module, console, task, shown):
     preview(make_task_config(task), 2, console=console)
     out = console.file.getvalue()
     assert all(text in out for text in shown), out
+
+
+def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):
+    """A run is not resumed on them, even if prompts and preferred answers are the same."""
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(pairs_path.read_text().replace("No idea.", "None."))
+    for task in ("dpo", "kto", "reward"):
+        configs = [make_task_config(task, data={"path": str(p)}) for p in (pairs_path, changed)]
+        one, two = (task_of(config).prepare().fingerprint for config in configs)
+        assert one != two
 
 
 def test_split_of_a_classifier(tmp_path):

@@ -67,14 +67,11 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(table, kind):
     torch.set_rng_state(state)
 
 
-def test_flip_mirrors_about_half_of_the_images():
+def test_flip_mirrors_about_half_and_crop_takes_at_least_a_quarter():
     image = Image.fromarray(np.array([[[0] * 3, [255] * 3]], np.uint8))
     flip = Augmentation("flip", 16, seed=0)
     first = [np.asarray(flip(image, 0, index))[0, 0, 0] for index in range(200)]
     assert 70 < sum(value == 255 for value in first) < 130
-
-
-def test_crop_takes_at_least_a_quarter():
     rows, columns = np.mgrid[0:200, 0:200]
     image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=2).astype(np.uint8))
     crop = Augmentation("crop", 64, seed=0)

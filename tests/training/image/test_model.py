@@ -1,7 +1,9 @@
-"""What a model says about itself, and what is refused, before any weight is read."""
+"""What a model says about itself, and what is refused, before any weight is read; mixed images
+and mistakes beside."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -16,14 +19,16 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTConfig,
     TimmWrapperConfig,
-    ViTConfig,
 )
 
 from pacatune.training import RunConfig
 from pacatune.training.image.config import PRESETS, find_preset
 from pacatune.training.image.model import ImageBase, find_batch_norms, size_of
-from pacatune.training.image.task import ImageTask
+from pacatune.training.image.report import compare
+from pacatune.training.image.report import describe as in_words
+from pacatune.training.image.task import ImageTask, ImageTrainer
 from pacatune.training.task import find_heads, make_trainable
+from pacatune.training.trainer import RunTrainer, accuracy
 from tests.image_models import CLASSES, save_timm
 from tests.training.runs import read_json
 
@@ -127,19 +132,6 @@ def test_weights_are_those_of_the_folder(vit_dir, tmp_path):
         describe(tmp_path / "model").load(torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("owner/model", "is neither a file or folder here nor a model of the hub"),
-        ("resnet18", r"'timm/resnet18\.a1_in1k'\) is neither"),  # its hub id
-        ("resnet18.no_such", "is neither a file or folder here nor a model of the hub"),
-    ],
-)
-def test_hub_model_without_a_network(path, message):
-    with pytest.raises(FileNotFoundError, match=message):
-        describe(path)
-
-
 def test_what_is_trained_of_a_transformer(make_config):
     """The linear layers of its blocks and a new head, or one of them, or all."""
     head, linear = 32 * 3 + 3, 2 * (4 * 32 + 64 + 32)
@@ -189,36 +181,31 @@ def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
     assert len(names) == len(find_batch_norms(describe(timm_dir).empty_model()))
 
 
-def test_refused(make_config):
-    norms = {"training": {"train_batch_norm": True}}
-    message = "train_batch_norm` is true, but ViTForImageClassification has no BatchNorm; leave it"
-    for method in ("paca", "head"):
-        with pytest.raises(ValueError, match=message):
-            plan(make_config(method, **norms))
-    for section, message in (
-        ({"r": 33}, r"33.*32"),
-        ({"target_modules": ["fc1", "no_such"]}, "no_such"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            plan(make_config(paca=section))
-
-
+NO_NORM = "train_batch_norm` is true, but ViTForImageClassification has no BatchNorm; leave it"
+NOWHERE = "is neither a file or folder here nor a model of the hub"
 FEW = r"every convolution of Timm.* has fewer input channels than the rank 5000.*lower `r`"
+DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer")
 @pytest.mark.parametrize(
-    ("method", "section", "message"),
+    ("kind", "method", "options", "message"),
     [
-        ("paca", {"r": 5000}, FEW),
-        ("lora", {"r": 5000}, FEW),
-        ("moslora", {"r": 4}, r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"),
-        ("lora", {"r": 4, "target_modules": ["conv_dw"]}, r"Conv2d with groups=\d+ and rank 4"),
+        ("vit", "paca", {"training": {"train_batch_norm": True}}, NO_NORM),
+        ("vit", "head", {"training": {"train_batch_norm": True}}, NO_NORM),
+        ("vit", "paca", {"paca": {"target_modules": ["fc1", "no_such"]}}, "no_such"),
+        ("vit", "paca", {"model": {"path": "owner/model"}}, NOWHERE),
+        ("vit", "paca", {"model": {"path": "resnet18"}}, rf"'timm/resnet18\.a1_in1k'\) {NOWHERE}"),
+        ("vit", "paca", {"model": {"path": "resnet18.no_such"}}, NOWHERE),
+        ("cnn", "paca", {"paca": {"r": 5000}}, FEW),
+        ("cnn", "lora", {"lora": {"r": 5000}}, FEW),
+        ("cnn", "moslora", {}, r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"),
+        ("cnn", "lora", {"lora": DEPTHWISE}, r"Conv2d with groups=\d+ and rank 4"),
     ],
 )
-def test_refused_of_a_cnn(make_cnn, method, section, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        plan(make_cnn(method, **{"paca" if method == "paca" else "lora": section}))
+def test_refused(make_config, make_cnn, kind, method, options, message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        plan((make_cnn if kind == "cnn" else make_config)(method, **options))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +243,7 @@ def test_two_heads_are_both_trained():
 
 
 def test_presets_are_runs_of_the_models_of_the_paper():
-    """ViT-B/16 and EfficientNetV2-L, built without weights from what transformers and timm know."""
+    """EfficientNetV2-L is built without weights from what timm knows."""
     for name in PRESETS:
         given = {section: {} for section in ("model", "data", "training")}
         for option, value in find_preset(name).items():
@@ -266,8 +253,43 @@ def test_presets_are_runs_of_the_models_of_the_paper():
         assert (data.path.partition(":")[0], data.eval_split) == ("torchvision", "test")
     path = find_preset("efficientnetv2-l-cifar10")["model.path"]
     name = path.removeprefix("timm/").partition(".")[0]
-    cnn = TimmWrapperConfig(architecture=name, num_labels=10)
-    for config, millions in ((ViTConfig(num_labels=10), 86), (cnn, 117)):
-        with torch.device("meta"):
-            model = AutoModelForImageClassification.from_config(config)
-        assert round(model.num_parameters() / 1e6) == millions
+    config = TimmWrapperConfig(architecture=name, num_labels=10)
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    assert round(model.num_parameters() / 1e6) == 117
+
+
+def test_images_are_mixed_in_the_shares_of_their_classes(monkeypatch):
+    pixels, labels = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 2, 1, 0])
+    trainer = object.__new__(ImageTrainer)
+    trainer.args = SimpleNamespace(mixup_alpha=0.4, train_batch_norm=True)
+    trainer.model = SimpleNamespace(training=True, config=SimpleNamespace(num_labels=3))
+    monkeypatch.setattr(RunTrainer, "compute_loss", lambda self, model, inputs: inputs)
+    mixed = trainer.compute_loss(trainer.model, {"labels": labels, "pixel_values": pixels})
+    classes = F.one_hot(labels, 3).float()
+    share = mixed["labels"][1, 1]  # its partner is of another class
+    assert 0 < share < 1
+    for values, name in ((pixels, "pixel_values"), (classes, "labels")):
+        expected = share * values + (1 - share) * values.roll(1, 0)
+        torch.testing.assert_close(mixed[name], expected)
+
+
+def test_surest_mistakes_come_first():
+    places = {"place": [f"{number}.png" for number in range(4)]}
+    images = SimpleNamespace(classes=("cat", "dog"), table=places)
+    logits = np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 5.0], [3.0, 0.0]], np.float32)
+    found = compare(logits, np.array([1, 0, 0, 0]), images)
+    first, second, third = found["mistakes"]
+    assert (first["place"], first["label"], first["predicted"]) == ("2.png", "cat", "dog")
+    assert first["probability"] == pytest.approx(1 / (1 + np.exp(-5.0)))
+    assert (second["position"], second["label"]) == (0, "dog")
+    assert third["position"] == 1
+    assert found["confusion"] == [[1, 2], [1, 0]]
+    prediction = SimpleNamespace(predictions=logits, label_ids=np.array([1, 0, 0, 0]))
+    assert accuracy(prediction) == {"accuracy": 1 / 4}
+
+
+def test_most_frequent_confusions_come_first():
+    text = in_words(["a", "b", "c"], [[5, 1, 0], [3, 4, 0], [0, 2, 9]])
+    assert "|\n| b | a | 3 |\n| c | b | 2 |\n| a | b | 1 |\n\n" in text
+    assert "No held-out image was misclassified." in in_words(["a", "b"], [[2, 0], [0, 3]])
