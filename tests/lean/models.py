@@ -1,13 +1,16 @@
 """Tiny models of the families that lean modules are for, and twins of them."""
 
 import copy
+import warnings
+from contextlib import nullcontext
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.measure.counters import SavedBytes
+from tests.lean.twins import assert_results_close, cast
 from tests.releases import has
 from tools.families import FAMILIES, VOCAB_SIZE, Family
 
@@ -73,29 +76,39 @@ def make_batch(name, dtype=torch.float32):
         mask = torch.ones_like(batch["input_ids"])
         mask[0, -5:] = mask[1, -2:] = 0
         batch |= {"attention_mask": mask, "labels": batch["labels"].masked_fill(mask == 0, -100)}
-    return {
-        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in batch.items()
-    }
+    return cast(batch, dtype)
 
 
-def gradients(model, batch):
-    """Return the loss and the gradient of each trained parameter, and the bytes kept."""
+def gradients(model, batch, within=nullcontext):
+    """Return the loss and the gradient of each trained parameter, and the bytes kept.
+
+    The forward pass runs within a context, whose hooks may take what would be kept.
+    """
     model.zero_grad()
-    with SavedBytes(model) as saved:
+    with SavedBytes(model) as saved, within():
         loss = model(**batch).loss
     loss.backward()
+    return results(model, loss), saved.num_bytes
+
+
+def results(model, loss):
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}, saved.num_bytes
+    return {"loss": loss.detach(), **found}
 
 
 def exact_gradients(model, batch):
     """The same in float64, where lean modules are out of use."""
-    wide = {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in batch.items()
-    }
-    return gradients(copy.deepcopy(model).double(), wide)[0]
+    return gradients(copy.deepcopy(model).double(), cast(batch, torch.float64))[0]
+
+
+def checkpointed(model, use_reentrant):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
+        model.get_base_model().gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
+        )
+    model.enable_input_require_grads()
+    return model
 
 
 def classes(model):
@@ -118,13 +131,24 @@ def assert_close_to_exact(lean, plain, exact, factor=2.0):
     assert theirs < 0.3 * scale
 
 
-def adapted(name="Llama", dtype=torch.float32, **options):
-    config = PacaConfig(r=4, target_modules="all-linear", init_weights=False, **options)
+def adapt(model, method="paca", **options):
+    """Return the model with random adapters of a method."""
     torch.manual_seed(0)
-    return get_peft_model(build(name, dtype), config).train()
+    options = {"r": 4, "target_modules": "all-linear", **options}
+    if method == "paca":
+        config = PacaConfig(init_weights=False, **options)
+    else:
+        config = LoraConfig(use_dora=method == "dora", **options)
+    model = get_peft_model(model, config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def adapted(name="Llama", dtype=torch.float32, **options):
+    return adapt(build(name, dtype), **options)
 
 
 def assert_equal_results(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, atol=2e-6, rtol=2e-4, msg=name)
+    assert_results_close(ours, theirs, atol=2e-6, rtol=2e-4)

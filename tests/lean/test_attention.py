@@ -1,98 +1,24 @@
-"""Grouped attention that keeps no repeated heads."""
+"""Attention that keeps no repeated heads, and transformers' registry of such functions."""
+
+import gc
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from pacatune import lean
 from pacatune.lean import attend
-from pacatune.lean.attention import repeat_heads
-from tests.lean.twins import assert_within_own_error, run
+from pacatune.lean.attention import find_registry
+from tests.lean.functions import CASES, H, plain_attention, sdpa
+from tests.lean.models import adapted, build, gradients
+from tests.lean.twins import cast, leaves
+from tests.releases import needs
 
-B, H, K, T, D = 2, 6, 2, 7, 4
-
-
-def make(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    sizes = {"query": H, "key": K, "value": K}
-    return {
-        # as projections give them: heads are not the outer dimension in memory
-        name: torch.randn(B, T, heads, D, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .transpose(1, 2)
-        for name, heads in sizes.items()
-    }
-
-
-def make_mask(kind, dtype):
-    seen = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T).clone()
-    seen[0, :, :, :2] = False
-    seen[0, :, :2, 0] = True
-    if kind == "bool":
-        return seen
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def attention(kind, dtype, dropout=0.0):
-    mask = None if kind == "causal" else make_mask(kind, dtype)
-
-    def apply(query, key, value):
-        torch.manual_seed(0)
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=0.3
-        )
-
-    return apply
-
-
-def plain(query, key, value, apply):
-    times = query.shape[1] // key.shape[1]
-    return apply(query, repeat_heads(key, times), repeat_heads(value, times))
-
-
-@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
-def test_gradcheck(kind):
-    tensors = tuple(x.requires_grad_() for x in make().values())
-    apply = attention(kind, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, apply), tensors, fast_mode=True)
-
-
-@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
-@pytest.mark.parametrize(
-    "trained", [{"query", "key", "value"}, {"query"}, {"key"}, {"value", "key"}]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_plain(kind, trained, dtype):
-    tensors, apply = make(dtype), attention(kind, dtype)
-    ours, _ = run(lambda **x: attend(**x, apply=apply), tensors, trained)
-    theirs, _ = run(lambda **x: plain(**x, apply=apply), tensors, trained)
-    wide = {name: x.double() for name, x in tensors.items()}
-    exact, _ = run(lambda **x: plain(**x, apply=attention(kind, torch.float64)), wide, trained)
-    assert torch.equal(ours["y"], theirs["y"])
-    assert_within_own_error(ours, theirs, exact)
-
-
-def test_dropout_is_the_same_in_both_directions():
-    tensors, apply = make(torch.float32), attention("bool", torch.float32, dropout=0.5)
-    trained = {"query", "key", "value"}
-    ours, _ = run(lambda **x: attend(**x, apply=apply), tensors, trained)
-    theirs, _ = run(lambda **x: plain(**x, apply=apply), tensors, trained)
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
-
-
-def test_bytes_kept():
-    tensors, apply = make(torch.bfloat16), attention("causal", torch.bfloat16)
-    trained = {"query", "key", "value"}
-    _, ours = run(lambda **x: attend(**x, apply=apply), tensors, trained)
-    _, theirs = run(lambda **x: plain(**x, apply=apply), tensors, trained)
-    heads, sums = B * T * D * 2, B * H * T * 4
-    assert ours == (2 * H + 2 * K) * heads + sums
-    assert theirs == 4 * H * heads + sums
+TENSORS = cast(CASES["attention, causal"].tensors, torch.float32)
 
 
 def test_the_graph_holds_nothing_when_hooks_take_what_is_kept():
     """Non-reentrant checkpointing and offloading rely on it."""
-    tensors = {name: x.requires_grad_() for name, x in make(torch.float32).items()}
+    tensors = leaves(TENSORS, TENSORS)
     kept = []
 
     def pack(x):
@@ -101,10 +27,10 @@ def test_the_graph_holds_nothing_when_hooks_take_what_is_kept():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, kept.__getitem__):
         doubled = {name: 2 * x for name, x in tensors.items()}
-        y = attend(**doubled, apply=attention("causal", torch.float32))
+        y = attend(**doubled, apply=sdpa("causal"))
     addresses = [x.untyped_storage()._weak_ref() for x in (*doubled.values(), y)]
     expected = torch.autograd.grad(
-        plain(**{n: 2 * x for n, x in tensors.items()}, apply=attention("causal", torch.float32))
+        plain_attention(**{n: 2 * x for n, x in tensors.items()}, apply=sdpa("causal"))
         .square().sum(),
         tuple(tensors.values()),
     )  # fmt: skip
@@ -121,8 +47,8 @@ def test_the_graph_holds_nothing_when_hooks_take_what_is_kept():
 
 def test_tensors_without_memory_are_told_apart():
     """Estimates run on them."""
-    tensors = {name: x.to("meta").requires_grad_() for name, x in make(torch.float32).items()}
-    apply, kept = attention("causal", torch.float32), []
+    tensors = {name: x.to("meta").requires_grad_() for name, x in TENSORS.items()}
+    apply, kept = sdpa("causal"), []
 
     def pack(x):
         kept.append(x)
@@ -135,40 +61,93 @@ def test_tensors_without_memory_are_told_apart():
     assert sum(x.shape[1:2] == (H,) and x.dim() == 4 for x in kept) >= 2
 
 
-def test_autocast():
-    tensors, apply = make(torch.float32), attention("causal", torch.bfloat16)
-    trained = {"query", "key", "value"}
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, kept = run(lambda **x: attend(**x, apply=apply), tensors, trained)
-        theirs, _ = run(lambda **x: plain(**x, apply=apply), tensors, trained)
-    assert torch.equal(ours["y"], theirs["y"])
-    assert ours["query"].dtype == torch.float32
-    torch.testing.assert_close(ours["key"], theirs["key"], atol=0.03, rtol=0.03)
-    assert kept == (2 * H + 2 * K) * B * T * D * 2 + B * H * T * 4
+@pytest.mark.parametrize(
+    "is_bias_trained", [pytest.param(True, marks=needs("transformers", "5.14")), False]
+)
+def test_attention_with_a_bias(is_bias_trained):
+    """A bias that is learned gets its gradient; one that is not changes nothing."""
+    model = build("Llama")
+    attention = model.model.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(1, 4, 6, 6, generator=generator).requires_grad_(is_bias_trained)
+    results = []
+    for is_lean in (False, True):
+        if is_lean:
+            lean.enable(model)
+        query, key, value = (
+            torch.randn(2, heads, 6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+        inputs = [query, key, value, *([bias] if is_bias_trained else [])]
+        apply = find_registry()["sdpa"]
+        y, _ = apply(attention, query, key, value, mask, position_bias=bias, scaling=0.3)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
-def test_without_gradients_nothing_is_kept():
-    tensors, apply = make(torch.float32), attention("bool", torch.float32)
-    ours, kept = run(lambda **x: attend(**x, apply=apply), tensors, set())
-    theirs, _ = run(lambda **x: plain(**x, apply=apply), tensors, set())
-    assert torch.equal(ours["y"], theirs["y"])
-    assert kept == 0
+@pytest.fixture
+def _no_other_models():
+    gc.unfreeze()  # a model of an earlier test may be among what conftest.py has frozen
+    gc.collect()
+    assert find_registry()["sdpa"].__name__ == "sdpa_attention_forward"
 
 
-def test_retained_graph():
-    tensors = {name: x.requires_grad_() for name, x in make().items()}
-    y = attend(**tensors, apply=attention("bool", torch.float64)).sum()
-    first = torch.autograd.grad(y, tuple(tensors.values()), retain_graph=True)
-    second = torch.autograd.grad(y, tuple(tensors.values()))
-    assert all(map(torch.equal, first, second))
+@pytest.mark.usefixtures("_no_other_models")
+def test_a_model_that_is_gone_leaves_the_registry():
+    plain = find_registry()["sdpa"]
+    model = build("Llama")
+    lean.enable(model)
+    assert find_registry()["sdpa"] is not plain
+    del model
+    gc.collect()
+    assert find_registry()["sdpa"] is plain
 
 
-def test_errors():
-    tensors = make()
-    apply = attention("causal", torch.float64)
-    with pytest.raises(ValueError, match="`key` has 4 heads, which must divide the 6 heads"):
-        attend(tensors["query"], tensors["query"][:, :4], tensors["query"][:, :4], apply)
-    query = tensors["query"].requires_grad_()
-    y = attend(query, tensors["key"], tensors["value"], apply)
-    with pytest.raises(RuntimeError, match="A lean module has no second derivative"):
-        torch.autograd.grad(y.sum(), query, create_graph=True)
+@pytest.mark.usefixtures("_no_other_models")
+def test_two_models_share_the_registry(batch):
+    plain = find_registry()["sdpa"]
+    models = [adapted(), adapted()]
+    for model in models:
+        lean.enable(model)
+    assert find_registry()["sdpa"].plain is plain
+    lean.disable(models[0])
+    assert find_registry()["sdpa"].plain is plain
+    lean.disable(models[1])
+    lean.disable(models[1])
+    assert find_registry()["sdpa"] is plain
+
+
+@pytest.mark.usefixtures("_no_other_models")
+def test_somebody_elses_attention_function_comes_back(batch):
+    registry, plain = find_registry(), find_registry()["sdpa"]
+
+    def other(*args, **kwargs):
+        return plain(*args, **kwargs)
+
+    registry["sdpa"] = other
+    try:
+        model = adapted()
+        lean.enable(model)
+        gradients(model, batch)
+        lean.disable(model)
+        assert registry["sdpa"] is other
+    finally:
+        del registry["sdpa"]
+
+
+def test_a_mask_is_made_additive_once(batch):
+    model = adapted(dtype=torch.bfloat16)
+    lean.enable(model)
+    shapes = []
+
+    def pack(x):
+        if x.dim() == 4 and x.shape[-2:] == (20, 20):
+            shapes.append(x.untyped_storage().data_ptr())
+        return x.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(**batch)
+    assert len(shapes) == 2
+    assert len(set(shapes)) == 1

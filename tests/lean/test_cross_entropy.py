@@ -9,94 +9,24 @@ from torch.nn import functional as F
 from benchmarks.gpu_promises import Reads
 from pacatune.lean import linear_cross_entropy
 from pacatune.lean.loss import LazyLogits, _rows_per_chunk
-from tests.lean.twins import assert_within_own_error, run
+from tests.lean.functions import CASES, WIDTH, N, V, loss, plain_loss
+from tests.lean.twins import assert_results_close, cast, leaves, run
 
-N, WIDTH, V = 11, 6, 9
-
-
-def make(dtype=torch.float64, bias=True, ignored=(1, 4, 5)):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    target = torch.randint(V, (N,), generator=generator)
-    target[list(ignored)] = -100
-    rows = {"x": normal(N, WIDTH), "weight": normal(V, WIDTH), "bias": normal(V) if bias else None}
-    return rows | {"target": target}
-
-
-def plain(x, weight, target, bias=None, transform=None, **options):
-    logits = F.linear(x, weight, bias)
-    return F.cross_entropy(logits if transform is None else transform(logits), target, **options)
-
-
-def cap(logits):
-    return torch.tanh(logits.float() / 3.0) * 3.0
-
-
-def cap_in_place(logits):
-    return torch.tanh(logits / 3.0) * 3.0
-
-
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, {"label_smoothing": 0.2}])
-def test_gradcheck(options):
-    tensors = make()
-    target = tensors.pop("target")
-    inputs = tuple(x.requires_grad_() for x in tensors.values())
-    assert torch.autograd.gradcheck(
-        lambda x, weight, bias: linear_cross_entropy(
-            x, weight, target, bias, transform=cap_in_place, chunk_rows=3, **options
-        ),
-        inputs,
-    )
-
-
-ALL, SOME = {"x", "weight", "bias"}, (1, 4, 5)
-
-
-@pytest.mark.parametrize(
-    ("trained", "ignored", "transform", "dtype"),
-    [
-        *(
-            (ALL, SOME, transform, dtype)
-            for transform in (None, torch.Tensor.float, cap)
-            for dtype in (torch.float32, torch.bfloat16)
-        ),
-        *((ALL, ignored, cap, torch.bfloat16) for ignored in [(), tuple(range(10)), range(N)]),
-        *(({name}, SOME, None, torch.bfloat16) for name in ALL),
-    ],
-)
-def test_equals_plain(trained, ignored, transform, dtype):
-    tensors = make(dtype, ignored=ignored)
-    options = {"transform": transform, "reduction": "sum"}
-    if len(ignored) < N:  # the mean of nothing is no number
-        options = {"transform": transform, "label_smoothing": 0.1}
-    ours, _ = run(lambda **x: linear_cross_entropy(**x, chunk_rows=4, **options), tensors, trained)
-    theirs, _ = run(lambda **x: plain(**x, **options), tensors, trained)
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    options["transform"] = cap_in_place if transform is cap else None
-    exact, _ = run(lambda **x: plain(**x, **options), wide, trained)
-    assert ours["y"].dtype == theirs["y"].dtype
-    assert_within_own_error(ours, theirs, exact)
+LOSS = CASES["loss"]
 
 
 def test_mean_over_no_rows_is_what_torch_says():
-    tensors = make(torch.float32, ignored=range(N))
-    ours, _ = run(linear_cross_entropy, tensors, {"x"})
-    theirs, _ = run(plain, tensors, {"x"})
-    assert ours["y"].isnan()
-    assert theirs["y"].isnan()
+    tensors = loss(ignored=range(N)).tensors
+    assert linear_cross_entropy(**tensors).isnan()
+    assert plain_loss(**tensors).isnan()
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 100, None])
+@pytest.mark.parametrize("chunk_rows", [1, 100, None])
 def test_chunks_do_not_matter(chunk_rows):
-    tensors = make(torch.float64)
-    trained = {"x", "weight", "bias"}
+    tensors, trained = LOSS.tensors, LOSS.floating
     ours, _ = run(lambda **x: linear_cross_entropy(**x, chunk_rows=chunk_rows), tensors, trained)
-    theirs, _ = run(plain, tensors, trained)
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    theirs, _ = run(LOSS.plain, tensors, trained)
+    assert_results_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -109,56 +39,10 @@ def test_chunks_are_whole_tiles_of_a_gemm(num_words, num_rows):
 
 def test_a_gpu_is_waited_for_once():
     """Which rows count is read by the host, in the forward pass."""
-    tensors = make(torch.float32)
+    tensors = leaves(LOSS.tensors, {"x"})
     with Reads() as reads:
-        linear_cross_entropy(tensors.pop("x").requires_grad_(), **tensors, chunk_rows=4).backward()
+        linear_cross_entropy(**tensors, chunk_rows=4).backward()
     assert reads.names == ["nonzero"]
-
-
-def test_autocast():
-    tensors = make(torch.float32)
-    trained = {"x", "weight", "bias"}
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, _ = run(lambda **x: linear_cross_entropy(**x, chunk_rows=4), tensors, trained)
-        theirs, _ = run(plain, tensors, trained)
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    exact, _ = run(plain, wide, trained)
-    assert ours["y"].dtype == theirs["y"].dtype
-    assert ours["weight"].dtype == torch.float32
-    assert_within_own_error(ours, theirs, exact)
-
-
-def test_bytes_kept():
-    """With a frozen head: the gradient of the rows that count, and their places."""
-    tensors = make(torch.bfloat16, bias=False)
-    _, ours = run(linear_cross_entropy, tensors, {"x"})
-    assert ours == 8 * WIDTH * 2 + 8 * 8
-    _, theirs = run(lambda **x: plain(**x, transform=torch.Tensor.float), tensors, {"x"})
-    assert theirs > N * V * 4
-
-
-def test_errors():
-    tensors = make()
-    x, weight, target = tensors["x"], tensors["weight"], tensors["target"]
-    for arguments, message in [
-        ((x, weight[:, 1:], target), r"`x` must be \(N, I\) and `weight` \(V, I\), got \(11, 6\)"),
-        ((x, weight, target[1:]), r"`target` must be \(N=11,\) int64, got \(10,\)"),
-        (
-            (x, weight, target.int()),
-            r"`target` must be \(N=11,\) int64, got \(11,\) of torch.int32",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            linear_cross_entropy(*arguments)
-    with pytest.raises(ValueError, match=r"`reduction` \('none'\) must be 'mean' or 'sum'"):
-        linear_cross_entropy(x, weight, target, reduction="none")
-    with pytest.raises(ValueError, match=r"`chunk_rows` \(0\) must be at least 1"):
-        linear_cross_entropy(x, weight, target, chunk_rows=0)
-    with pytest.raises(IndexError, match="out of bounds"):
-        linear_cross_entropy(x, weight, target + V)
-    loss = linear_cross_entropy(x.requires_grad_(), weight, target)
-    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
-        torch.autograd.grad(loss, x, create_graph=True)
 
 
 class Counting(LazyLogits):
@@ -173,7 +57,7 @@ class Counting(LazyLogits):
 
 @pytest.fixture
 def lazy(monkeypatch):
-    tensors = make(torch.float32, ignored=())
+    tensors = cast(loss(ignored=()).tensors, torch.float32)
     x = tensors["x"][:10].reshape(2, 5, WIDTH)
     monkeypatch.setattr(Counting, "num_computed", 0)
     monkeypatch.setattr("pacatune.lean.loss.LazyLogits", Counting)

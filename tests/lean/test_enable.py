@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -10,19 +9,21 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig, lean
-from pacatune.lean.attention import find_registry
-from tests.lean.models import adapted, assert_equal_results, build, classes, gradients
-from tests.releases import compiles_whole, needs
+from tests.lean.models import (
+    adapted,
+    assert_equal_results,
+    build,
+    checkpointed,
+    classes,
+    gradients,
+    results,
+)
+from tests.releases import compiles_whole
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(model, batch, use_reentrant):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
-        model.get_base_model().gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-        )
-    model.enable_input_require_grads()
+    checkpointed(model, use_reentrant)
     batch["use_cache"] = False
     plain, plain_bytes = gradients(model, batch)
     lean.enable(model)
@@ -53,25 +54,6 @@ def test_compile(model, batch):
     assert_equal_results(ours, plain)
 
 
-def test_ten_steps_are_those_of_a_twin(model, batch):
-    twin = copy.deepcopy(model)
-    lean.enable(model)
-    losses = []
-    for contender in (model, twin):
-        trained = [p for p in contender.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        losses.append([])
-        for _ in range(10):
-            for _ in range(2):
-                loss = contender(**batch).loss / 2
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
-    assert losses[1][-1] < losses[1][0] - 0.05
-
-
 def test_disabled_and_looked_at_between_forward_and_backward(model, batch):
     plain, _ = gradients(model, batch)
     lean.enable(model)
@@ -82,8 +64,7 @@ def test_disabled_and_looked_at_between_forward_and_backward(model, batch):
         model(**batch)
     lean.disable(model)
     loss.backward()
-    ours = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert_equal_results({"loss": loss.detach(), **ours}, plain)
+    assert_equal_results(results(model, loss), plain)
     assert all(torch.equal(base[name], x) for name, x in model.state_dict().items())
 
 
@@ -140,32 +121,6 @@ def test_evaluation_and_generation_take_the_modules_own_way(model, batch):
     assert torch.equal(model(**batch).logits, expected[1])
 
 
-@pytest.mark.parametrize(
-    "is_bias_trained", [pytest.param(True, marks=needs("transformers", "5.14")), False]
-)
-def test_attention_with_a_bias(is_bias_trained):
-    """A bias that is learned gets its gradient; one that is not changes nothing."""
-    model = build("Llama")
-    attention = model.model.layers[0].self_attn
-    generator = torch.Generator().manual_seed(0)
-    bias = torch.randn(1, 4, 6, 6, generator=generator).requires_grad_(is_bias_trained)
-    results = []
-    for is_lean in (False, True):
-        if is_lean:
-            lean.enable(model)
-        query, key, value = (
-            torch.randn(2, heads, 6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-            for heads in (4, 2, 2)
-        )
-        mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
-        inputs = [query, key, value, *([bias] if is_bias_trained else [])]
-        apply = find_registry()["sdpa"]
-        y, _ = apply(attention, query, key, value, mask, position_bias=bias, scaling=0.3)
-        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_copies_and_pickles_are_plain(model, batch):
     lean.enable(model)
     expected, _ = gradients(model, batch)
@@ -200,18 +155,22 @@ def test_a_class_that_was_derived_since(model, batch):
     assert isinstance(gradients(model, batch)[0]["loss"], torch.Tensor)
 
 
-def test_errors():
-    with pytest.raises(TypeError, match=r"`model` is a dict; give a torch\.nn\.Module\."):
-        lean.enable({})
-    with pytest.raises(ValueError, match=r"`mode` \('off'\) must be 'auto' or 'require'"):
-        lean.enable(nn.Linear(2, 2), mode="off")
-    with pytest.raises(ValueError, match="cannot be all lean"):
-        lean.enable(nn.Linear(2, 2), mode="require")
-
-
-def test_names():
-    assert lean.__all__ == sorted(lean.__all__)
-    assert {"enable", "disable", "LeanReport"} <= set(lean.__all__)
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ({}, {}, r"`model` is a dict; give a torch\.nn\.Module\."),
+        (nn.Linear(2, 2), {"mode": "off"}, r"`mode` \('off'\) must be 'auto' or 'require'"),
+        (nn.Linear(2, 2), {"mode": "require"}, "cannot be all lean"),
+        *(
+            (nn.Linear(2, 2), {"level": level},
+             rf"`level` \({level!r}\) must be 1, 2 or 3; to do without, call")
+            for level in (0, 4, "2", None)
+        ),
+    ],
+)  # fmt: skip
+def test_errors(model, options, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        lean.enable(model, **options)
 
 
 def test_report_as_json(model):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from pacatune import PacaConfig, lean
-from tests.lean.models import adapted, assert_equal_results, build, gradients, make_batch
+from pacatune import lean
+from tests.lean.models import adapt, adapted, assert_equal_results, build, gradients, make_batch
 
 
 def test_logits_can_be_read_in_training(model, batch):
@@ -38,9 +37,7 @@ def test_the_head_keeps_no_logits(name):
 
 
 def test_a_trained_copy_of_the_head(batch):
-    model = build("Llama")
-    config = PacaConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = get_peft_model(model, config).train()
+    model = adapt(build("Llama"), target_modules=["q_proj"], modules_to_save=["lm_head"])
     plain, plain_bytes = gradients(model, batch)
     report = lean.enable(model)
     assert report.made["loss"] == ["base_model.model"]
@@ -50,9 +47,9 @@ def test_a_trained_copy_of_the_head(batch):
     assert lean_bytes < plain_bytes
 
 
-@pytest.mark.parametrize("kind", [PacaConfig, LoraConfig])
-def test_an_adapter_on_the_head_is_left_alone(batch, kind):
-    model = get_peft_model(build("Llama"), kind(r=4, target_modules=["lm_head", "q_proj"])).train()
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_an_adapter_on_the_head_is_left_alone(batch, method):
+    model = adapt(build("Llama"), method, target_modules=["lm_head", "q_proj"])
     plain, _ = gradients(model, batch)
     report = lean.enable(model)
     assert "loss" not in report.made
@@ -65,7 +62,7 @@ def test_an_adapter_on_the_head_is_left_alone(batch, kind):
 def test_an_adapter_that_comes_later(batch):
     model = build("Llama")
     lean.enable(model)
-    later = get_peft_model(model, PacaConfig(r=4, target_modules="all-linear", init_weights=False))
+    later = adapt(model)
     ours, _ = gradients(later, batch)
     lean.disable(later)
     assert_equal_results(ours, gradients(later, batch)[0])

@@ -17,6 +17,14 @@ def leaves(tensors, trained):
     }
 
 
+def cast(tensors, dtype):
+    """Return floating tensors in another dtype, and the others as they are."""
+    return {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in tensors.items()
+    }
+
+
 def run(function, tensors, trained, seed=1):
     """Return output and gradients by name, and the bytes kept, inputs included."""
     inputs = leaves(tensors, trained)
@@ -34,7 +42,14 @@ def assert_within_own_error(lean, plain, exact, factor=1.5):
     """Compare errors against float64: ours may be larger than plain autograd's by a factor."""
     assert lean.keys() == plain.keys() == exact.keys()
     for name, reference in exact.items():
+        assert lean[name].dtype == plain[name].dtype, name
         ours, theirs = ((r[name].double() - reference).norm() for r in (lean, plain))
         scale = reference.norm()
         bound = factor * theirs + torch.finfo(lean[name].dtype).eps * scale
         assert ours <= bound, (name, ours / scale, theirs / scale)
+
+
+def assert_results_close(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, msg=name, **tolerance)

@@ -1,15 +1,15 @@
-"""Everything is float64 unless dtype is the point: float32 may take the additive form."""
+"""A small network in float64, adapted; every test runs on the branches of a GPU, too."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pacatune.residency import put
 from tests.residency.devices import as_on_a_gpu
-from tests.residency.net import Net
+from tests.residency.net import Net, adapt
 
 ON_CPUS_ALONE = {
     "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
@@ -48,6 +48,11 @@ def _seeded() -> None:
 def _base() -> Net:
     torch.manual_seed(0)
     return Net().double()
+
+
+@pytest.fixture(name="model")
+def _model(base: Net) -> nn.Module:
+    return adapt(base)
 
 
 @pytest.fixture(name="x")

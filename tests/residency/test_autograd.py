@@ -1,104 +1,208 @@
-"""R3: our writes never trip autograd, and looking changes no gradient."""
+"""R3: our writes never trip autograd; a backward pass is that of its forward, or refused."""
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
 
-from pacatune import PacaConfig
-from tests.residency.looks import LOOKS, assert_sees_base
-from tests.residency.net import Net, adapt, assert_base, deltas, expected
+from tests.residency.looks import COPIED, LOOKS, assert_sees_base
+from tests.residency.net import (
+    add_other,
+    assert_base,
+    assert_gradients,
+    deltas,
+    evaluate,
+    expected,
+    layers,
+    move,
+)
 from tests.residency.twin import KINDS, twin_of
 
 
-class TestR3Autograd:
-    """Our writes never trip autograd, and looking changes no gradient."""
-
-    def test_two_forwards_before_one_backward(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
-        want = [expected(base, model, x)[1], expected(base, model, 2 * x)[1]]
-        (model(x).square().sum() + model(2 * x).square().sum()).backward()
-        for delta, one, two in zip(deltas(model), want[0][1:], want[1][1:], strict=True):
-            torch.testing.assert_close(delta.grad, one + two)
-
-    def test_retain_graph(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
-        want = expected(base, model, x)[1]
-        loss = model(x).square().sum()
+def test_two_forwards_before_one_backward_twice(base, model, x):
+    wanted = [expected(base, model, batch)[1] for batch in (x, 2 * x)]
+    loss = model(x).square().sum() + model(2 * x).square().sum()
+    for times in (1, 2):
         loss.backward(retain_graph=True)
-        loss.backward()
-        for delta, grad in zip(deltas(model), want[1:], strict=True):
-            torch.testing.assert_close(delta.grad, 2 * grad)
+        assert_gradients(model, [times * (a + b) for a, b in zip(*wanted, strict=True)], x)
 
-    def test_reference_pass_between_forward_and_backward(self, base: Net, x: Tensor) -> None:
-        """As DPO does with one model for policy and reference."""
-        model = adapt(base)
-        want = expected(base, model, x)[1]
-        loss = model(x).square().sum()
-        with torch.no_grad(), model.disable_adapter():
-            assert torch.equal(model(x), base(x))
-        loss.backward()
-        for delta, grad in zip(deltas(model), want[1:], strict=True):
-            torch.testing.assert_close(delta.grad, grad)
 
-    @pytest.mark.parametrize("keep", [False, True], ids=["dropped", "held"])
-    @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
-    @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
-    def test_looks_between_forward_and_backward(
-        self, look, keep: bool, checkpointing: str | None, base: Net, x: Tensor
-    ) -> None:
-        model = adapt(base)
-        model.base_model.model.checkpointing = checkpointing
-        want = expected(base, model, x)[1]
-        batch = x.clone().requires_grad_()
-        loss = model(batch).square().sum()
-        seen = look(model)
+@pytest.mark.parametrize(
+    ("look", "checkpointing"),
+    [*((look, None) for look in LOOKS), *(("state_dict", f"{n}reentrant") for n in ("", "non-"))],
+)
+@pytest.mark.parametrize("keep", [False, True], ids=["dropped", "held"])
+def test_looks_between_forward_and_backward(look, checkpointing, keep, base, model, x):
+    model.base_model.model.checkpointing = checkpointing
+    wanted = expected(base, model, x)[1]
+    loss = model(x.requires_grad_()).square().sum()
+    seen = LOOKS[look](model)
+    assert_sees_base(base, seen)
+    if not keep:
+        del seen
+    loss.backward()
+    assert_gradients(model, wanted, x)
+    if keep and look in (*COPIED, "state_dict"):
         assert_sees_base(base, seen)
-        if not keep:
-            del seen
+
+
+def reference(model: nn.Module, x: Tensor) -> None:
+    """As DPO does with one model for policy and reference."""
+    with model.disable_adapter():
+        evaluate(model, x)
+
+
+def switch_and_back(model: nn.Module, x: Tensor) -> None:
+    add_other(model)
+    model.set_adapter("other")
+    model(x)
+    model.set_adapter("default")
+
+
+def call_functionally(model: nn.Module, x: Tensor) -> None:
+    """With other tensors in the weights' place meanwhile."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, parameters, (x,))
+
+
+def merge_and_unmerge(model: nn.Module, x: Tensor) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def call_while_merged(model: nn.Module, x: Tensor) -> None:
+    model.merge_adapter()
+    call_functionally(model, x)
+    model.unmerge_adapter()
+    call_functionally(model, x)
+
+
+def merge_something_broken(model: nn.Module, x: Tensor) -> None:
+    kept = deltas(model)[1].detach().clone()
+    deltas(model)[1].data.fill_(torch.nan)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            merge(safe_merge=True)
+        assert [layer.merged_adapters for layer in layers(model)] == [[], []]
+    deltas(model)[1].data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        reference,
+        switch_and_back,
+        merge_and_unmerge,
+        call_while_merged,
+        merge_something_broken,
+    ],
+    ids=lambda act: act.__name__,
+)
+def test_gradients_are_those_of_the_forward_pass(act, base, model, x):
+    merge_and_unmerge(model, x)  # what has been before does not matter
+    wanted = expected(base, model, x)[1]
+    loss = model(x).square().sum()
+    act(model, x)
+    loss.backward()
+    assert_gradients(model, wanted, x)
+    assert_base(base, model)
+
+
+def test_a_backward_after_unloading(base, model, x):
+    """When the plain model has been handed back; its weights are torch's own."""
+    wanted, trained = expected(base, model, x)[1], deltas(model)
+    loss = model(x).square().sum()
+    plain = model.unload()
+    loss.backward()
+    for delta, grad in zip(trained, wanted[1:], strict=True):
+        torch.testing.assert_close(delta.grad, grad)
+    assert type(plain.first._parameters) is dict
+    for ours, theirs in zip(plain.parameters(), base.parameters(), strict=True):
+        assert type(ours) is nn.Parameter
+        assert torch.equal(ours, theirs)
+
+
+def change_base(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        layers(model)[1].base_layer.weight.mul_(2)
+
+
+def change_base_while_merged(model: nn.Module, x: Tensor) -> None:
+    model.merge_adapter()
+    change_base(model, x)
+    model.unmerge_adapter()
+
+
+def merge(model: nn.Module, x: Tensor) -> None:
+    model.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("before", "act", "words"),
+    [
+        (None, merge, r"before the adapter was merged.*unmerge_adapter"),
+        (None, change_base, r"whose base weight was changed.*forward pass again"),
+        (None, change_base_while_merged, "whose base weight was changed"),
+        (merge, lambda model, x: model.unmerge_adapter(), "modified by an inplace operation"),
+    ],
+)
+def test_backward_of_another_function_is_refused(before, act, words, model, x):
+    if before is not None:
+        before(model, x)
+    loss = model(x.requires_grad_()).square().sum()
+    act(model, x)
+    with pytest.raises(RuntimeError, match=words):
         loss.backward()
-        for ours, theirs in zip([batch.grad, *(d.grad for d in deltas(model))], want, strict=True):
-            torch.testing.assert_close(ours, theirs)
-        if keep and look is not LOOKS["attribute"] and look is not LOOKS["parameters"]:
-            assert_sees_base(base, seen)
 
-    def test_switch_and_back_between_forward_and_backward(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
-        model.add_adapter("other", PacaConfig(r=4, target_modules=["first", "second"]))
-        model.set_adapter("default")
-        want = expected(base, model, x)[1]
-        loss = model(x).square().sum()
-        model.set_adapter("other")
-        model(x)
-        model.set_adapter("default")
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fused_step_between_forward_and_backward(kind):
+    """The gradients are those of the forward pass, or refused; it counts no version."""
+    twin = twin_of(kind)
+    delta = twin.layer.delta_of("default")
+    delta.grad = torch.ones_like(delta)
+    x = twin.inputs()
+    sources = [x.requires_grad_(), delta] if x.is_floating_point() else [delta]
+    y, values = twin.expected(x, twin.active)
+    wanted = torch.autograd.grad(y.sum(), [*sources[:-1], *values])
+    loss = twin.model(x).sum()
+    torch.optim.AdamW([delta], lr=1.0, fused=True).step()
+    try:
+        found = torch.autograd.grad(loss, sources)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+        return
+    for ours, theirs in zip(found, wanted, strict=True):
+        twin.close(ours, theirs)
+
+
+def copies() -> saved_tensors_hooks:
+    """As activation offloading does; a copy of the weight would be of another state."""
+    return saved_tensors_hooks(torch.clone, lambda kept: kept)
+
+
+@pytest.mark.parametrize("between", [nn.Module.state_dict, move])
+@pytest.mark.parametrize("hooks", [copies, allow_mutation_on_saved_tensors])
+def test_hooks_that_keep_what_is_saved(hooks, between, base, model, x):
+    """Of a delta that was changed since, they keep the old values."""
+    wanted = expected(base, model, x)[1]
+    with hooks():
+        loss = model(x.requires_grad_()).square().sum()
+        between(model)
+        model(x)  # the new columns are in the weight
         loss.backward()
-        for delta, grad in zip(deltas(model), want[1:], strict=True):
-            torch.testing.assert_close(delta.grad, grad)
+    assert_gradients(model, wanted, x)
 
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_a_fused_step_between_forward_and_backward(self, kind: str) -> None:
-        """The gradients are those of the forward pass, or refused; it counts no version."""
-        twin = twin_of(kind)
-        (delta,) = (twin.layer.delta_of(name) for name in twin.active)
-        delta.grad = torch.ones_like(delta)
-        x = twin.inputs()
-        sources = [x.requires_grad_(), delta] if x.is_floating_point() else [delta]
-        y, values = twin.expected(x, twin.active)
-        want = torch.autograd.grad(y.sum(), [*sources[:-1], *values])
-        loss = twin.model(x).sum()
-        torch.optim.AdamW([delta], lr=1.0, fused=True).step()
-        try:
-            found = torch.autograd.grad(loss, sources)
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)  # noqa: PT017
-            return
-        for ours, theirs in zip(found, want, strict=True):
-            twin.close(ours, theirs)
 
-    def test_backward_after_merging_is_refused(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
-        loss = model(x.clone().requires_grad_()).square().sum()
-        model.merge_adapter()
-        with pytest.raises(RuntimeError, match=r"before the adapter was merged.*unmerge_adapter"):
-            loss.backward()
-        model.unmerge_adapter()
-        assert_base(base, model)
+def test_no_weight_is_saved(model, x):
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(saved.append, lambda t: t):
+        model(x.requires_grad_())
+    weights = {layer.residency.weight.data_ptr() for layer in layers(model)}
+    assert not weights & {t.data_ptr() for t in saved if isinstance(t, Tensor)}
+
+
+def test_torch_func_leaves_residency_as_it_was(model, x):
+    call_functionally(model, x)
+    model(x)
+    assert all(layer.residency.is_written for layer in layers(model))

@@ -1,4 +1,5 @@
-"""R4: at most two column writes per layer and optimiser step, none per micro-batch."""
+"""R4: at most two column writes per layer and optimiser step, none per micro-batch; evaluation
+writes nothing (R2a)."""
 
 import sys
 from collections.abc import Callable
@@ -6,89 +7,92 @@ from types import FrameType
 
 import pytest
 import torch
-from torch import Tensor
 
 from pacatune.residency import resident
-from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.net import (
+    Net,
+    adapt,
+    assert_base,
+    assert_gradients,
+    check,
+    deltas,
+    evaluate,
+    expected,
+    layers,
+)
 
 
-class TestR4Cost:
-    """At most two column writes per layer and optimiser step, none per micro-batch."""
-
-    @pytest.mark.parametrize("accumulation", [1, 3, 4])
-    @pytest.mark.parametrize("checkpointing", [None, "reentrant", "non-reentrant"])
-    def test_one_write_per_step_if_nobody_holds_the_weight(
-        self, accumulation: int, checkpointing: str | None, base: Net, x: Tensor, writes: list[int]
-    ) -> None:
-        model = adapt(base)
-        model.base_model.model.checkpointing = checkpointing
-        optimizer = torch.optim.AdamW(deltas(model), lr=0.1, fused=True)
-        for step in range(5):
-            writes.clear()
-            for _ in range(accumulation):
-                model(x.clone().requires_grad_()).sum().backward()
-            optimizer.step()
-            # Reentrant checkpointing evaluates first, which takes out what is no longer right.
-            assert len(writes) == (2 if checkpointing == "reentrant" and step else 1) * 2
-
-    def test_two_writes_per_step_if_somebody_does(
-        self, base: Net, x: Tensor, writes: list[int]
-    ) -> None:
-        model = adapt(base)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(5):
-            writes.clear()
-            for _ in range(3):
-                model(x).sum().backward()
-            optimizer.step()
-            assert len(writes) == 2 * len(layers(model))
-
-    def test_evaluation_never_writes(self, base: Net, x: Tensor, writes: list[int]) -> None:
-        model = adapt(base)
-        y = expected(base, model, x)[0]
-        with torch.no_grad():
-            for _ in range(10):
-                torch.testing.assert_close(model(x), y)
-        assert not writes
-
-    def test_evaluation_uses_what_training_has_written(
-        self, base: Net, x: Tensor, writes: list[int]
-    ) -> None:
-        model = adapt(base)
-        y = model(x)
+@pytest.mark.parametrize(
+    ("accumulation", "checkpointing"),
+    [(1, None), (4, None), (3, "reentrant"), (3, "non-reentrant")],
+)
+def test_one_write_per_step_if_nobody_holds_the_weight(
+    accumulation, checkpointing, base, model, x, writes
+):
+    model.base_model.model.checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(deltas(model), lr=0.1, fused=True)
+    for step in range(4):
         writes.clear()
-        with torch.no_grad():
-            assert torch.equal(model(x), y)
-        assert not writes
+        sums = [0.0] * 3
+        for micro in range(accumulation):
+            batch = (x + micro + step).requires_grad_()
+            y, wanted = expected(base, model, batch.detach())
+            sums = [wanted[0], *(a + b for a, b in zip(sums[1:], wanted[1:], strict=True))]
+            out = model(batch)
+            torch.testing.assert_close(out, y)
+            out.square().sum().backward()
+            assert_gradients(model, sums, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        # Reentrant checkpointing evaluates first, which takes out what is no longer right.
+        assert len(writes) == (2 if checkpointing == "reentrant" and step else 1) * 2
 
-    def test_evaluation_writes_once_if_told_to(
-        self, base: Net, x: Tensor, writes: list[int]
-    ) -> None:
-        model = adapt(base)
-        y = expected(base, model, x)[0]
-        with resident(model), torch.no_grad():
-            for _ in range(10):
-                torch.testing.assert_close(model(x), y)
-            assert len(writes) == len(layers(model))
-            assert all(layer.residency.is_written for layer in layers(model))
-        assert_base(base, model)
 
-    def test_inference_mode(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
-        with torch.inference_mode():
-            y = model(x)
-        torch.testing.assert_close(y, expected(base, model, x)[0])
-        check(base, model, x)
+def test_two_writes_per_step_if_somebody_does(model, x, writes):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(5):
+        writes.clear()
+        for _ in range(3):
+            model(x).sum().backward()
+        optimizer.step()
+        assert len(writes) == 2 * len(layers(model))
 
-    def test_a_layer_costs_few_python_frames(self) -> None:
-        model = adapt(Net())
-        x = torch.randn(8, 10, requires_grad=True)
-        model(x).sum().backward()  # writes
-        layer, done = layers(model)[0], []
-        forward = frames_from("_wrapped_call_impl", lambda: done.append(layer(x)))
-        backward = frames_from("apply", done[0].sum().backward)
-        assert 10 < len(forward) <= 29, forward
-        assert 5 < len(backward) <= 13, backward
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_never_writes(mode, base, model, x, writes):
+    """It uses what training has written."""
+    y = expected(base, model, x)[0]
+    for _ in range(3):
+        with mode():
+            torch.testing.assert_close(model(x), y)
+    assert not writes
+    check(base, model, x)
+    trained = model(x)
+    writes.clear()
+    with mode():
+        assert torch.equal(model(x), trained)
+    assert not writes
+
+
+def test_evaluation_writes_once_if_told_to(base, model, x, writes):
+    y = expected(base, model, x)[0]
+    with resident(model):
+        for _ in range(10):
+            torch.testing.assert_close(evaluate(model, x), y)
+        assert len(writes) == len(layers(model))
+        assert all(layer.residency.is_written for layer in layers(model))
+    assert_base(base, model)
+
+
+def test_a_layer_costs_few_python_frames():
+    model = adapt(Net())
+    x = torch.randn(8, 10, requires_grad=True)
+    model(x).sum().backward()  # writes
+    layer, done = layers(model)[0], []
+    forward = frames_from("_wrapped_call_impl", lambda: done.append(layer(x)))
+    backward = frames_from("apply", done[0].sum().backward)
+    assert 10 < len(forward) <= 29, forward
+    assert 5 < len(backward) <= 13, backward
 
 
 def frames_from(first: str, function: Callable[[], None]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Whatever interrupts a write or a restore, at whatever line, the base can be recovered."""
+"""R2: whatever interrupts a write or a restore, at whatever line, the base can be recovered."""
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pacatune import PacaConfig
 from pacatune.residency import passes, put, together, weight
 from pacatune.residency.watching import LOCK
-from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.net import (
+    add_other,
+    assert_base,
+    assert_close,
+    check,
+    deltas,
+    expected,
+    layers,
+    move,
+)
 
 FILES = {module.__file__ for module in (passes, put, together, weight)}
 
@@ -44,6 +52,24 @@ def at_line(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
             LOCK.release()
 
 
+@pytest.fixture(name="model")
+def _model(model: nn.Module) -> nn.Module:
+    """Used again after each interruption, since making it takes most of a test."""
+    add_other(model)
+    return model
+
+
+def prepare(model: nn.Module, x: Tensor) -> None:
+    """Put the columns of the first adapter into the weights, with the same values each time."""
+    model.set_adapter("default")
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.normal_(generator=torch.Generator().manual_seed(delta.numel()))
+    train(model, x)
+    step(model, x, lr=0.0)  # from now on all weights are written together
+    train(model, x)
+
+
 def train(model: nn.Module, x: Tensor) -> None:
     model(x).square().sum().backward()
 
@@ -52,8 +78,8 @@ def look(model: nn.Module, x: Tensor) -> None:
     list(model.parameters())
 
 
-def step(model: nn.Module, x: Tensor) -> None:
-    torch.optim.SGD(deltas(model), lr=0.1).step()
+def step(model: nn.Module, x: Tensor, lr: float = 0.1) -> None:
+    torch.optim.SGD(deltas(model), lr=lr).step()
 
 
 def switch(model: nn.Module, x: Tensor) -> None:
@@ -65,54 +91,39 @@ def merge(model: nn.Module, x: Tensor) -> None:
     model.merge_adapter()
 
 
-def two_adapters(base: Net) -> nn.Module:
-    """A model that is used again after each interruption, since making it takes most of a test."""
-    model = adapt(base)
-    model.add_adapter("other", PacaConfig(r=4, target_modules=["first", "second"], random_seed=7))
-    return model
+def leave(model: nn.Module) -> None:
+    """Change nothing."""
 
 
-def prepare(model: nn.Module, x: Tensor) -> None:
-    """Put the columns of the first adapter into the weights, with the same values each time."""
-    model.set_adapter("default")
-    with torch.no_grad():
-        for delta in deltas(model):
-            delta.normal_(generator=torch.Generator().manual_seed(delta.numel()))
-    train(model, x)
-    torch.optim.SGD(deltas(model), lr=0.0).step()  # from now on all weights are written together
-    train(model, x)
+def scale(model: nn.Module, factor: float = 2.0) -> None:
+    for layer in layers(model):
+        layer.scaling["default"] *= factor
 
 
 @pytest.mark.parametrize(
-    ("operation", "is_changed", "error"),
+    ("change", "operation", "error"),
     [
-        *((operation, True, KeyboardInterrupt) for operation in (train, look, step, switch, merge)),
-        # An `Exception`; switching looks at weights, restores and writes.
-        *((operation, True, torch.OutOfMemoryError) for operation in (train, switch)),
-        # Other lines than where deltas have changed, which those of the others are not.
-        (train, False, KeyboardInterrupt),
+        *((move, operation, KeyboardInterrupt) for operation in (train, look, step, switch, merge)),
+        (move, switch, torch.OutOfMemoryError),  # an `Exception`
+        (leave, train, KeyboardInterrupt),  # other lines than where deltas have changed
+        (scale, train, KeyboardInterrupt),
     ],
 )
-def test_an_exception_at_every_line(
-    operation, is_changed: bool, error: type, base: Net, x: Tensor
-) -> None:
+def test_an_exception_at_every_line(change, operation, error, base, model, x):
     def fail() -> None:
         raise error
 
-    model, number, has_ended = two_adapters(base), 0, False
+    number, has_ended = 0, False
     while not has_ended:
         number += 1
         prepare(model, x)
-        if is_changed:
-            with torch.no_grad():
-                for delta in deltas(model):
-                    delta.add_(0.1)
-        with at_line(number, fail):
-            try:
-                operation(model, x)
-                has_ended = True
-            except error:
-                pass
+        change(model)
+        with at_line(number, fail), suppress(error):
+            operation(model, x)
+            has_ended = True
+        if change is scale:  # columns of the failed write are nobody's, when all is as it was
+            scale(model, 0.5)
+            assert_close(model(x).detach(), expected(base, model, x)[0])
         if operation is merge:
             model.unmerge_adapter()
         assert_base(base, model)
@@ -122,84 +133,49 @@ def test_an_exception_at_every_line(
     assert number > 10
 
 
-def test_a_look_at_every_line(base: Net, x: Tensor) -> None:
+def test_a_look_at_every_line(base, model, x):
     """As a signal handler that saves the model does, in the middle of a write."""
-    model, number, seen = two_adapters(base), 0, [[base.first.weight]]
-    while seen:
+    number, looks = 0, [1]
+    while looks:
         number += 1
         prepare(model, x)
-        with torch.no_grad():
-            for delta in deltas(model):
-                delta.add_(0.1)
-        seen.clear()
+        move(model)
+        looks.clear()
 
         def handler() -> None:
-            seen.append([layer.base_layer.weight.detach().clone() for layer in layers(model)])
+            looks.append(1)
+            assert_base(base, model)
 
         with at_line(number, handler):
             check(base, model, x)
-        for weights in seen:
-            assert torch.equal(weights[0], base.first.weight)
-            assert torch.equal(weights[1], base.second.weight)
         assert_base(base, model)
     assert number > 60
 
 
-@pytest.mark.parametrize("operation", ["index_select", "add", "write"])
+@pytest.mark.parametrize(
+    ("owner", "operation"),
+    [(torch.Tensor, "index_select"), (torch.Tensor, "index_copy_"), (torch, "add")],
+)
+@pytest.mark.parametrize("fails_at", [1, 2])
 def test_out_of_memory_in_every_operation(
-    operation: str, base: Net, x: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    owner, operation, fails_at, base, model, x, monkeypatch: pytest.MonkeyPatch
+):
     """As `auto_find_batch_size` catches it, while another adapter's columns are copied aside."""
-    model = two_adapters(base)
     prepare(model, x)
     model.set_adapter("other")
-    owner = torch if operation == "add" else torch.Tensor
-    if operation == "write":
-        operation = "index_copy_"
-    original = getattr(owner, operation)
-    for fails_at in (1, 2):
-        calls = 0
+    original, calls = getattr(owner, operation), []
 
-        def out_of_memory(*args: Any, _at: int = fails_at, **kwargs: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            if calls == _at:
-                raise torch.OutOfMemoryError("out of memory")
-            return original(*args, **kwargs)
+    def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*args, **kwargs)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, operation, out_of_memory)
-            with pytest.raises(torch.OutOfMemoryError):
-                train(model, x)
-        check(base, model, x, "other")
-        model.set_adapter("default")
-        check(base, model, x)
-        assert_base(base, model)
-        model.set_adapter("other")
-
-
-def test_a_write_of_another_scaling_that_fails_at_any_line(base: Net, x: Tensor) -> None:
-    """The columns that a failed write has put in are nobody's, when all is as it was before."""
-
-    def fail() -> None:
-        raise KeyboardInterrupt
-
-    model, number, has_ended = two_adapters(base), 0, False
-    while not has_ended:
-        number += 1
-        prepare(model, x)
-        scalings = [layer.scaling["default"] for layer in layers(model)]
-        for layer in layers(model):
-            layer.scaling["default"] *= 3
-        with at_line(number, fail):
-            try:
-                train(model, x)
-                has_ended = True
-            except KeyboardInterrupt:
-                pass
-        for layer, scaling in zip(layers(model), scalings, strict=True):
-            layer.scaling["default"] = scaling
-        torch.testing.assert_close(model(x).detach(), expected(base, model, x)[0])
-        check(base, model, x)
-        assert_base(base, model)
-    assert number > 10
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, operation, out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, x)
+    check(base, model, x, "other")
+    model.set_adapter("default")
+    check(base, model, x)
+    assert_base(base, model)

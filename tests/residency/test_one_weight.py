@@ -1,8 +1,6 @@
-"""In 16 bits every path multiplies with the same bits of W', and those are what merging writes."""
+"""R7: in 16 bits every path multiplies with the same bits of W', which merging writes, too."""
 
-import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -57,10 +55,10 @@ def trained(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def held(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    weight = layers(model)[0].base_layer.weight.detach()
+    weights = [layers(model)[0].base_layer.weight.detach()]
     found = probed(model, dtype)
     assert not layers(model)[0].residency.is_written
-    assert weight is not None
+    weights.clear()
     return found
 
 
@@ -70,8 +68,8 @@ def evaluated(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def resident(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad(), pacatune.resident(model):
-        return probed(model, dtype)
+    with pacatune.resident(model):
+        return evaluated(model, dtype)
 
 
 def hooked(model: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -99,29 +97,65 @@ def compiled(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def compiled_evaluation(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    torch._dynamo.reset()
     with torch.no_grad():
-        return probed(torch.compile(model, backend="aot_eager", fullgraph=True), dtype)
+        return compiled(model, dtype)
 
 
 def merged(model: nn.Module, dtype: torch.dtype) -> Tensor:
     return model.merge_and_unload()[0].weight.detach()
 
 
-PATHS = [trained, held, evaluated, resident, hooked, mixed, several, merged]
+def backward(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """What gradients of the input are multiplied with."""
+    x = torch.zeros(OUT, IN, dtype=dtype, requires_grad=True)
+    model(x).backward(torch.eye(OUT, dtype=dtype))
+    return x.grad
+
+
+def held_backward(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    weights = [layers(model)[0].base_layer.weight.detach()]
+    found = backward(model, dtype)
+    weights.clear()
+    return found
+
+
+PATHS = [
+    trained,
+    held,
+    evaluated,
+    resident,
+    hooked,
+    mixed,
+    several,
+    merged,
+    backward,
+    held_backward,
+]
 COMPILED = [compiled, compiled_evaluation]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "path",
-    [*PATHS, *(pytest.param(path, marks=compiles_whole) for path in COMPILED)],
-    ids=lambda path: path.__name__,
+    ("path", "dtype"),
+    [
+        *((path, torch.bfloat16) for path in PATHS),
+        (trained, torch.float16),
+        (held, torch.float16),
+        *(pytest.param(path, torch.bfloat16, marks=compiles_whole) for path in COMPILED),
+    ],
 )
-def test_every_path_has_the_same_bits(path, dtype: torch.dtype) -> None:
+def test_every_path_has_the_same_bits(path, dtype):
     model = build(dtype)
     want = expected(model)
     assert torch.equal(path(model, dtype), want)
+
+
+@pytest.mark.parametrize("path", [trained, held])
+def test_autocast_rounds_the_same_columns(path):
+    model = build(torch.float32)
+    want = expected(model).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = path(model, torch.float32)
+    assert torch.equal(found, want)
 
 
 def probed_layer(twin: Twin, adds: bool) -> Tensor:
@@ -161,9 +195,7 @@ def probed_layer(twin: Twin, adds: bool) -> Tensor:
         if groups in KINDS[kind].groups
     ],
 )
-def test_every_kind_of_layer_is_merged_as_it_is_trained(
-    kind: str, groups: int, delta_dtype: torch.dtype, adds: bool
-) -> None:
+def test_every_kind_of_layer_is_merged_as_it_is_trained(kind, groups, delta_dtype, adds):
     """With a hook on the base layer, or a second adapter, what is added has the same bits."""
     twin = twin_of(kind, torch.bfloat16, groups=groups)
     base = twin.layer.get_base_layer()
@@ -191,7 +223,7 @@ def test_every_kind_of_layer_is_merged_as_it_is_trained(
 
 
 @pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
-def test_a_quantised_layer_trains_what_is_written_in_16_bits(delta_dtype: torch.dtype) -> None:
+def test_a_quantised_layer_trains_what_is_written_in_16_bits(delta_dtype):
     plain = quantise(nn.Linear(64, OUT, bias=False).bfloat16(), "bitsandbytes-nf4")
     model = get_peft_model(nn.Sequential(plain), PacaConfig(r=RANK, target_modules=["0"]))
     layer = model.get_base_model()[0]
@@ -205,26 +237,3 @@ def test_a_quantised_layer_trains_what_is_written_in_16_bits(delta_dtype: torch.
     assert torch.equal(y.detach().t(), weight)
     (gx,) = torch.autograd.grad(y, x, torch.eye(64, OUT, dtype=torch.bfloat16))
     assert torch.equal(gx[:OUT], weight)
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-def test_gradients_of_the_input_have_them_too(is_held: bool) -> None:
-    model = build(torch.bfloat16)
-    want = expected(model)
-    keep = layers(model)[0].base_layer.weight.detach() if is_held else nullcontext()
-    x = torch.zeros(OUT, IN, dtype=torch.bfloat16, requires_grad=True)
-    model(x).backward(torch.eye(OUT, dtype=torch.bfloat16))
-    assert keep is not None
-    assert torch.equal(x.grad, want)
-
-
-@pytest.mark.parametrize("is_held", [False, True])
-def test_autocast_rounds_the_same_columns(is_held: bool) -> None:
-    model = build(torch.float32)
-    want = expected(model).bfloat16()
-    keep = layers(model)[0].base_layer.weight.detach() if is_held else nullcontext()
-    model = copy.deepcopy(model) if not is_held else model
-    with torch.autocast("cpu", torch.bfloat16):
-        found = probed(model, torch.float32)
-    assert keep is not None
-    assert torch.equal(found, want)

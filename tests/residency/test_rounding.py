@@ -1,4 +1,4 @@
-"""In few bits, ours is as far from float64 as plain autograd is, terms cancelling or not."""
+"""R7: in few bits, ours is as far from float64 as plain autograd is, terms cancelling or not."""
 
 import contextlib
 import copy
@@ -32,7 +32,7 @@ def in_float64(twin: Twin, x: Tensor, gy: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_error_is_that_of_plain_autograd(kind: str, autocast: bool) -> None:
+def test_error_is_that_of_plain_autograd(kind, autocast):
     squares = []
     for seed in range(NUM_SEEDS):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Any number of threads may evaluate one model; one may train while others look."""
+"""Any number of threads may evaluate one model; one may train while others look (R2, R2a)."""
 
 import copy
 import sys
@@ -18,7 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pacatune import PacaConfig, resident
 from pacatune.residency.watching import LOCK
 from tests import forks
-from tests.residency.net import Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.looks import HANDED_OUT, LOOKS, assert_sees_base
+from tests.residency.net import (
+    Net,
+    adapt,
+    assert_base,
+    assert_close,
+    check,
+    check_evaluation,
+    deltas,
+    expected,
+    layers,
+)
 
 NUM_ROUNDS = 30
 
@@ -48,96 +59,98 @@ def together(pool: ThreadPoolExecutor, *tasks: Callable[[], Any]) -> list[Any]:
     return [future.result() for future in [pool.submit(run, task) for task in tasks]]
 
 
-def evaluate(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x)
+def is_written(model: nn.Module) -> list[bool]:
+    return [layer.residency.is_written for layer in layers(model)]
 
 
-def test_the_first_forward_in_several_threads(base: Net, x: Tensor, pool) -> None:
-    model = adapt(base)
-    want = expected(base, model, x)[0]
+def evaluate_resident(base: Net, model: nn.Module, x: Tensor) -> None:
+    with resident(model):
+        for _ in range(3):
+            check_evaluation(base, model, x)
+
+
+def look(base: Net, model: nn.Module, x: Tensor) -> None:
+    assert_sees_base(base, model.state_dict())
+
+
+@pytest.mark.parametrize("other", [check_evaluation, evaluate_resident, look])
+def test_evaluation_beside_another_thread(other, base, model, x, pool):
     for _ in range(NUM_ROUNDS):
         model(x)  # columns of training are in the weight, or are not
         if torch.rand(()) < 0.5:
             list(model.parameters())
-        for y in together(pool, *[lambda: evaluate(model, x)] * 3):
-            torch.testing.assert_close(y, want)
+        tasks = [check_evaluation, check_evaluation, other]
+        together(pool, *(lambda task=task: task(base, model, x) for task in tasks))
     assert_base(base, model)
 
 
-def test_generation_after_a_switch_of_adapters(pool) -> None:
-    """As a server with a thread pool does."""
+def llama(**options) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return an adapted model, and what generates with it."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     base = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    before = copy.deepcopy(base.state_dict())
-    options = {"r": 16, "paca_alpha": 128, "target_modules": "all-linear", "init_weights": False}
-    model = get_peft_model(base, PacaConfig(**options, random_seed=1)).eval()
-    model.add_adapter("other", PacaConfig(**options, random_seed=2))
+    model = get_peft_model(base, PacaConfig(**options)).eval()
     ids = torch.randint(0, 64, (2, 16))
 
     def generate() -> Tensor:
-        kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **kwargs)
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
+    return model, generate
+
+
+def test_generation_after_a_switch_of_adapters(pool):
+    """As a server with a thread pool does."""
+    options = {"r": 16, "paca_alpha": 128, "target_modules": "all-linear", "init_weights": False}
+    model, generate = llama(**options, random_seed=1)
+    before = copy.deepcopy(model).unload().state_dict()
+    model.add_adapter("other", PacaConfig(**options, random_seed=2))
     want = {}
     for name in ("default", "other"):
         model.set_adapter(name)
         want[name] = generate()
     assert not torch.equal(want["default"], want["other"])
-    for _ in range(5):
-        for name in ("default", "other"):
-            model.set_adapter(name)
-            for found in together(pool, generate, generate):
-                assert torch.equal(found, want[name])
+    for name in ["default", "other"] * 5:
+        model.set_adapter(name)
+        for found in together(pool, generate, generate):
+            assert torch.equal(found, want[name])
     for name, tensor in model.unload().state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
-def test_evaluation_beside_looks(base: Net, x: Tensor, pool) -> None:
-    model = adapt(base)
-    want = expected(base, model, x)[0]
-    key = "base_model.model.first.base_layer.weight"
+def test_the_thread_that_trains_generates_with_resident_columns(pool):
+    model, generate = llama(r=4, target_modules="all-linear", init_weights=False)
+    seen: list[bool] = []
+    model.get_base_model().model.layers[0].mlp.register_forward_hook(
+        lambda *call: seen.append(is_written(model)[0])
+    )
 
-    def look() -> Tensor:
-        return model.state_dict()[key].clone()
+    def share_of_written(run: Callable[[], object] = generate) -> float:
+        seen.clear()
+        run()
+        return sum(seen) / len(seen)
 
-    for _ in range(NUM_ROUNDS):
-        model(x)
-        *outputs, seen = together(pool, *[lambda: evaluate(model, x)] * 2, look)
-        for y in outputs:
-            torch.testing.assert_close(y, want)
-        assert torch.equal(seen, base.first.weight)
+    assert share_of_written() == 0  # nobody has trained: perhaps many threads serve
+    ids = torch.randint(0, 64, (1, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert share_of_written() == 1
+    assert not any(is_written(model))
+    assert share_of_written(lambda: pool.submit(generate).result()) == 0
 
 
-@pytest.mark.parametrize("holds", ["values", "parameters", "nothing"])
-def test_training_beside_looks(holds: str, base: Net, x: Tensor, pool) -> None:
+@pytest.mark.parametrize("look", ["state_dict", "parameters"])
+def test_training_beside_looks(look, base, model, x, pool):
     """A thread that saves or logs sees the base, as long as it holds what it saw."""
-    model, twin = adapt(base), adapt(base)
-    weights = [base.first.weight.clone(), base.second.weight.clone()]
-    stop, failures, num_looks = threading.Event(), [], 0
+    twin, pretrained = adapt(base), copy.deepcopy(base)
+    stop, looks = threading.Event(), []
 
-    def look() -> None:
-        nonlocal num_looks
+    def look_again_and_again() -> None:
         while not stop.is_set():
-            if holds == "parameters":
-                held = [layer.base_layer.weight for layer in layers(model)]
-            elif holds == "values":
-                state = model.state_dict()
-                held = [
-                    state[f"base_model.model.{name}.base_layer.weight"]
-                    for name in ("first", "second")
-                ]
-            else:
-                list(model.parameters())
-                held = []
-            num_looks += 1
-            failures.extend(
-                1 for pair in zip(held, weights, strict=False) if not torch.equal(*pair)
-            )
+            looks.append(1)
+            assert_sees_base(pretrained, LOOKS[look](model))
 
-    looking = pool.submit(look)
+    looking = pool.submit(look_again_and_again)
     losses: list[list[float]] = [[], []]
     try:
         for number, one in enumerate((model, twin)):
@@ -151,72 +164,25 @@ def test_training_beside_looks(holds: str, base: Net, x: Tensor, pool) -> None:
     finally:
         stop.set()
     looking.result()
-    assert num_looks
-    assert not failures
+    assert looks
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     check(base, model, x)
     assert_base(base, model)
 
 
-def test_evaluation_beside_a_thread_that_is_resident(base: Net, x: Tensor, pool) -> None:
-    model = adapt(base)
-    want = expected(base, model, x)[0]
-
-    def evaluate_resident() -> Tensor:
-        with resident(model), torch.no_grad():
-            return torch.stack([model(x) for _ in range(3)])
-
-    for _ in range(NUM_ROUNDS):
-        ours, theirs = together(pool, evaluate_resident, lambda: evaluate(model, x))
-        torch.testing.assert_close(theirs, want)
-        torch.testing.assert_close(ours, want.expand_as(ours))
-    assert_base(base, model)
-
-
-def test_one_thread_at_a_time_is_resident(base: Net, x: Tensor, pool) -> None:
-    model = adapt(base)
-    want = expected(base, model, x)[0]
-
+def test_one_thread_at_a_time_is_resident(base, model, x, pool):
     def enter() -> bool:
-        with resident(model), torch.no_grad():
-            torch.testing.assert_close(model(x), want)
-            return any(layer.residency.is_written for layer in layers(model))
+        with resident(model):
+            check_evaluation(base, model, x)
+            return any(is_written(model))
 
     with resident(model):
         assert not pool.submit(enter).result()
         assert enter()  # the same thread may, within
-        assert any(layer.residency.is_written for layer in layers(model))
+        assert any(is_written(model))
     assert_base(base, model)
     assert pool.submit(enter).result()
     assert_base(base, model)
-
-
-def test_the_thread_that_trains_generates_with_resident_columns() -> None:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
-    model = get_peft_model(base, PacaConfig(r=4, target_modules="all-linear", init_weights=False))
-    ids, seen = torch.randint(0, 64, (1, 8)), []
-
-    def note(*_: Any) -> None:
-        seen.append(all(layer.residency.is_written for layer in layers(model)[:1]))
-
-    model.get_base_model().model.layers[0].mlp.register_forward_hook(note)
-
-    def generate() -> None:
-        seen.clear()
-        with torch.no_grad():
-            model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
-
-    generate()
-    assert not any(seen)  # nobody has trained: perhaps many threads serve
-    model(input_ids=ids, labels=ids).loss.backward()
-    generate()
-    assert all(seen)
-    assert not any(layer.residency.is_written for layer in layers(model))
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(generate).result()
-    assert not any(seen)
 
 
 def _child(model: nn.Module, x: Tensor, results: Any, done: Any) -> None:
@@ -229,12 +195,10 @@ def _child(model: nn.Module, x: Tensor, results: Any, done: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_processes_that_share_the_memory(method: str, base: Net, x: Tensor) -> None:
+def test_processes_that_share_the_memory(method, base, model, x):
     import torch.multiprocessing as multiprocessing
 
     forks.server()
-    model = adapt(base)
-    want = expected(base, model, x)[0]
     model.share_memory()
     context = multiprocessing.get_context(method)
     results, done = context.SimpleQueue(), context.Event()
@@ -242,36 +206,17 @@ def test_processes_that_share_the_memory(method: str, base: Net, x: Tensor) -> N
     process.start()
     try:
         found = torch.tensor(results.get(), dtype=torch.float64)
-        torch.testing.assert_close(found, want)
+        assert_close(found, expected(base, model, x)[0])
         assert_base(base, model)
-        torch.testing.assert_close(evaluate(model, x), want)
+        check_evaluation(base, model, x)
     finally:
         done.set()
         process.join()
     assert process.exitcode == 0
 
 
-HANDED_OUT: dict[str, Callable[[Any], object]] = {
-    "[]": lambda parameters: parameters["weight"],
-    "get": lambda parameters: parameters.get("weight"),
-    "items": lambda parameters: parameters.items(),
-    "values": lambda parameters: parameters.values(),
-    "copy": lambda parameters: parameters.copy(),
-    "pop": lambda parameters: parameters.pop("weight"),
-    "dict": dict,
-    "popitem": lambda parameters: parameters.popitem(),
-    "setdefault": lambda parameters: parameters.setdefault("weight"),
-    "repr": repr,
-    "del": lambda parameters: parameters.__delitem__("weight"),
-    "=": lambda parameters: parameters.__setitem__("weight", nn.Parameter(torch.zeros(2, 2))),
-    "pickle": lambda parameters: parameters.__reduce_ex__(2),
-}
-
-
 @pytest.mark.parametrize("hand_out", HANDED_OUT.values(), ids=HANDED_OUT)
-def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, base: Net, pool) -> None:
-    model = adapt(base)
-    layer = layers(model)[0]
+def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, model, pool):
     seen: list[bool] = []
 
     def may_write() -> bool:
@@ -280,13 +225,12 @@ def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, base: Net,
         return is_free
 
     class Residency:
-        def look(self) -> None:
+        def look(self, weight: object = None) -> None:
             seen.append(pool.submit(may_write).result())
 
-        def replace(self, weight: object) -> None:
-            self.look()
+        replace = look
 
-    stand_in, parameters = Residency(), layer.base_layer._parameters
+    stand_in, parameters = Residency(), layers(model)[0].base_layer._parameters
     parameters.residency = weakref.ref(stand_in)
     hand_out(parameters)
     assert seen
@@ -297,9 +241,8 @@ class TestMeanwhile:
     """What another thread does while a reader computes, at the worst moment."""
 
     @pytest.fixture(autouse=True)
-    def _of_one_layer(self, base: Net) -> None:
-        self.model = adapt(base)
-        self.layer = layers(self.model)[0]
+    def _of_one_layer(self, base, model):
+        self.model, self.layer = model, layers(model)[0]
         self.indices, scaling = self.layer.paca_indices["default"], self.layer.scaling["default"]
         self.update = self.layer.delta_of("default"), self.indices, scaling
         self.pretrained = base.first.weight.detach().clone()
@@ -320,17 +263,17 @@ class TestMeanwhile:
     def write(self) -> None:
         assert self.layer.residency.write(*self.update)
 
-    def test_columns_are_written(self) -> None:
+    def test_columns_are_written(self):
         found = self.layer.residency.read(self.compute(self.write), *self.update, writes=False)
         assert self.states == [False, True]
         torch.testing.assert_close(found, self.adapted)
 
-    def test_columns_are_written_below_a_reader_of_the_pretrained(self) -> None:
+    def test_columns_are_written_below_a_reader_of_the_pretrained(self):
         found = self.layer.residency.read_pretrained(self.compute(self.write))
         assert self.states == [False, False]
         assert torch.equal(found, self.pretrained)
 
-    def test_columns_are_written_while_what_they_add_is_computed(self) -> None:
+    def test_columns_are_written_while_what_they_add_is_computed(self):
         self.layer.residency.find_weight()
 
         def compute() -> Tensor:
@@ -340,20 +283,19 @@ class TestMeanwhile:
         self.layer.residency.addition(compute, torch.float64, *self.update)
         assert self.layer.residency.added is None
 
-    def test_somebody_looks_again_and_again(self) -> None:
+    def test_somebody_looks_again_and_again(self):
         compute = self.compute(self.layer.residency.look, times=9)
         assert self.layer.residency.read(compute, *self.update, writes=True) is not None
         assert self.states == [True, False]
 
-    def test_the_adapter_is_merged(self) -> None:
+    def test_the_adapter_is_merged(self):
         compute = self.compute(self.model.merge_adapter)
         assert self.layer.residency.read(compute, *self.update, writes=False) is None
 
 
 @pytest.mark.parametrize("change", ["write", "rewrite", "restore"])
-def test_who_starts_to_read_within_a_change(change: str, base: Net, pool) -> None:
+def test_who_starts_to_read_within_a_change(change, base, model, pool):
     """Before whichever line announces the change: nobody takes one state for the other."""
-    model = adapt(base)
     layer, delta = layers(model)[0], deltas(model)[0].detach().clone()
     residency, indices = layer.residency, layer.paca_indices["default"]
     mine, others = ((deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))

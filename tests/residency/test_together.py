@@ -1,4 +1,4 @@
-"""Columns of all weights of one optimiser are written and restored by one launch."""
+"""R4 on a GPU: one launch writes and restores the columns of all weights of one optimiser."""
 
 import copy
 
@@ -8,20 +8,27 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pacatune import PacaConfig
-from tests.residency.net import deltas, layers
+from tests.residency.net import assert_close, deltas, layers
 
 NUM_LAYERS = 5
+OPTIONS = {"target_modules": r"\d", "init_weights": False}
 
 
 def build() -> nn.Module:
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(NUM_LAYERS))).double()
-    config = PacaConfig(r=3, target_modules=r"\d", init_weights=False)
-    return get_peft_model(base, config, autocast_adapter_dtype=False)
+    return get_peft_model(base, PacaConfig(r=3, **OPTIONS), autocast_adapter_dtype=False)
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(deltas(model), lr=0.05)
+@pytest.fixture(name="model")
+def _model() -> nn.Module:
+    return build()
+
+
+def add_other(model: nn.Module) -> None:
+    model.add_adapter("other", PacaConfig(r=2, random_seed=5, **OPTIONS))
+    for layer in layers(model):
+        layer.paca_delta["other"].double()
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -29,57 +36,53 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return model(x).square().sum()
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    """Copies, without a look."""
-    return [dict.get(m.base_layer._parameters, "weight").detach().clone() for m in layers(model)]
-
-
-@pytest.mark.parametrize("looks", [None, "clip_grad_norm_", "zero_grad", "state_dict"])
-def test_launches_of_a_step(looks: str | None, launches: list[int], writes: list[int]) -> None:
-    model = build()
-    twin, optimizer = copy.deepcopy(model), optimizer_of(model)
-    theirs = optimizer_of(twin)
-    counts = []
-    for step in range(4):
-        launches.clear()
-        writes.clear()
-        for each in (model, twin):
-            for _ in range(2):  # micro-batches
-                loss_of(each, step).backward()
-            if each is twin:
-                list(each.parameters())
-                continue
-            if looks == "clip_grad_norm_":
-                nn.utils.clip_grad_norm_(each.parameters(), 1e9)
-            if looks == "zero_grad":
-                optimizer.step()
-                each.zero_grad()
-            if looks == "state_dict":
-                each.state_dict()
-            counts.append((list(launches), len(writes) - sum(launches)))  # apart
-            if looks != "zero_grad":
-                optimizer.step()
-                optimizer.zero_grad()
-        theirs.step()
-        theirs.zero_grad()
-    # One for all, and of a look at one after the other, the first alone and then the others.
-    expected = ([NUM_LAYERS], 0) if looks is None else ([NUM_LAYERS, NUM_LAYERS - 1], 1)
-    assert counts[2:] == [expected] * 2
-    for ours, other in zip(deltas(model), deltas(twin), strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-10)
-
-
-def trained(model: nn.Module, steps: int = 2) -> torch.optim.Optimizer:
-    optimizer = optimizer_of(model)
-    for step in range(steps):
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(deltas(model), lr=0.05)
+    for step in range(2):
         loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
 
 
-def test_a_weight_that_somebody_holds_is_left_out(launches: list[int]) -> None:
-    model = build()
+def weights(model: nn.Module) -> list[Tensor]:
+    """Copies, without a look."""
+    return [dict.get(m.base_layer._parameters, "weight").detach().clone() for m in layers(model)]
+
+
+LOOKS = {
+    "none": lambda model: None,
+    "clip_grad_norm_": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e9),
+    "zero_grad": lambda model: model.zero_grad(),
+    "state_dict": lambda model: model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_launches_of_a_step(looks, model, launches, writes):
+    twin = copy.deepcopy(model)  # of which columns are never in a weight when it steps
+    steps = [torch.optim.AdamW(deltas(each), lr=0.05) for each in (model, twin)]
+    for number in range(4):
+        for each, optimizer in zip((model, twin), steps, strict=True):
+            launches.clear()
+            writes.clear()
+            for _ in range(2):  # micro-batches
+                loss_of(each, number).backward()
+            if looks == "zero_grad":  # the others come before the step
+                optimizer.step()
+            LOOKS["state_dict" if each is twin else looks](each)
+            counts = list(launches), len(writes) - sum(launches)  # apart
+            # One for all, and of a look at one after the other, the first alone and then the rest.
+            wanted = ([NUM_LAYERS], 0) if looks == "none" else ([NUM_LAYERS, NUM_LAYERS - 1], 1)
+            assert each is twin or number < 2 or counts == wanted
+            if looks != "zero_grad":
+                optimizer.step()
+            optimizer.zero_grad()
+    for ours, other in zip(deltas(model), deltas(twin), strict=True):
+        assert_close(ours, other)
+
+
+def test_a_weight_that_somebody_holds_is_left_out(model, launches):
     base = weights(model)
     optimizer = trained(model)
     held = layers(model)[2].base_layer.weight.detach()
@@ -92,8 +95,7 @@ def test_a_weight_that_somebody_holds_is_left_out(launches: list[int]) -> None:
     assert all(map(torch.equal, weights(model), base))
 
 
-def test_a_weight_that_was_changed_is_told_of_by_its_own_look(launches: list[int]) -> None:
-    model = build()
+def test_a_weight_that_was_changed_is_told_of_by_its_own_look(model, launches):
     trained(model)
     loss_of(model, 3).backward()
     changed = dict.get(layers(model)[3].base_layer._parameters, "weight")
@@ -107,8 +109,7 @@ def test_a_weight_that_was_changed_is_told_of_by_its_own_look(launches: list[int
     found[4].base_layer.weight  # noqa: B018
 
 
-def test_deltas_that_are_not_trained_now_wait(launches: list[int]) -> None:
-    model = build()
+def test_deltas_that_are_not_trained_now_wait(model, launches):
     optimizer = trained(model)
     frozen = deltas(model)[4]
     frozen.requires_grad_(False)
@@ -118,15 +119,11 @@ def test_deltas_that_are_not_trained_now_wait(launches: list[int]) -> None:
     optimizer.step()
 
 
-def test_another_adapter_does_not_get_the_columns_of_the_first(launches: list[int]) -> None:
-    model = build()
+def test_another_adapter_does_not_get_the_columns_of_the_first(model, launches):
     base = weights(model)
     trained(model)
-    config = PacaConfig(r=2, target_modules=r"\d", init_weights=False, random_seed=5)
-    model.add_adapter("other", config)
+    add_other(model)
     model.set_adapter("other")
-    for layer in layers(model):
-        layer.paca_delta["other"].double()
     twin = copy.deepcopy(model)
     loss, want = loss_of(model, 7), loss_of(twin, 7)
     torch.testing.assert_close(loss, want)
@@ -138,13 +135,9 @@ def test_another_adapter_does_not_get_the_columns_of_the_first(launches: list[in
     assert all(map(torch.equal, weights(model), base))
 
 
-def test_two_adapters_of_one_optimizer_are_one_member(launches: list[int]) -> None:
+def test_two_adapters_of_one_optimizer_are_one_member(model, launches):
     """Each weight is written once for all, with the columns of the adapter that is trained now."""
-    model = build()
-    config = PacaConfig(r=2, target_modules=r"\d", init_weights=False, random_seed=5)
-    model.add_adapter("other", config)
-    for layer in layers(model):
-        layer.paca_delta["other"].double()
+    add_other(model)
     optimizer = torch.optim.SGD(deltas(model) + deltas(model, "other"), lr=0.01)
     for step in range(4):
         name = "other" if step % 2 else "default"
@@ -157,9 +150,8 @@ def test_two_adapters_of_one_optimizer_are_one_member(launches: list[int]) -> No
     assert all(layer.residency.is_written for layer in layers(model))
 
 
-def test_a_weight_is_read_again_where_its_changes_may_go_unnoticed() -> None:
+def test_a_weight_is_read_again_where_its_changes_may_go_unnoticed(model):
     """On a CPU after any look, for numpy; elsewhere after a use of `.data`."""
-    model = build()
     trained(model)
     layer = layers(model)[1]
     with torch.no_grad():
@@ -171,7 +163,7 @@ def test_a_weight_is_read_again_where_its_changes_may_go_unnoticed() -> None:
     assert all(map(torch.equal, weights(model), base))
 
 
-def test_a_model_that_is_gone_is_no_member(launches: list[int]) -> None:
+def test_a_model_that_is_gone_is_no_member(launches):
     first, second = build(), build()
     optimizer = torch.optim.SGD(deltas(first) + deltas(second), lr=0.01)
     for _ in range(2):

@@ -12,12 +12,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency.weight
 from pacatune.ops.reference import adapted_weight
-from tests.residency.net import ALPHA, Net, adapt, assert_base, check, deltas, expected, layers
+from tests.residency.net import (
+    ALPHA,
+    adapt,
+    assert_base,
+    assert_close,
+    check,
+    deltas,
+    evaluate,
+    expected,
+    layers,
+)
 from tests.residency.twin import KINDS, twin_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
 )
+
+
+is_written = pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
 
 
 def trace(model: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
@@ -26,9 +39,9 @@ def trace(model: nn.Module, x: Tensor) -> torch.jit.ScriptModule:
         return torch.jit.trace(model.base_model.model, x, check_trace=False)
 
 
-@pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
+@is_written
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer(kind: str, is_written: bool) -> None:
+def test_every_kind_of_layer(kind, is_written):
     twin = twin_of(kind)
     x = twin.inputs()
     want = twin.expected(x, twin.active)[0]
@@ -50,21 +63,19 @@ def test_every_kind_of_layer(kind: str, is_written: bool) -> None:
     twin.close(torch.jit.load(buffer)(x), want)
 
 
-def test_while_the_model_is_trained(base: Net, x: Tensor) -> None:
+def test_while_the_model_is_trained(base, model, x):
     """The trace holds the model's own tensors: its answers are those of the trained model."""
-    model = adapt(base)
     traced = trace(model, x)
     optimizer = torch.optim.SGD(deltas(model), lr=0.01)
     for _ in range(3):
         check(base, model, x)
-        torch.testing.assert_close(traced(x), expected(base, model, x)[0])
+        assert_close(traced(x), expected(base, model, x)[0])
         optimizer.step()
-        torch.testing.assert_close(traced(x), expected(base, model, x)[0])
+        assert_close(traced(x), expected(base, model, x)[0])
     assert_base(base, model)
 
 
-def test_second_derivatives_come_from_torch_func(base: Net, x: Tensor) -> None:
-    model = adapt(base)
+def test_second_derivatives_come_from_torch_func(base, model, x):
     twin = copy.deepcopy(base)
     with torch.no_grad():
         for layer, plain in zip(layers(model), (twin.first, twin.second), strict=True):
@@ -88,42 +99,35 @@ def test_second_derivatives_come_from_torch_func(base: Net, x: Tensor) -> None:
         torch.autograd.grad(model(x).sum(), deltas(model), create_graph=True)
 
 
-def test_make_fx(base: Net, x: Tensor) -> None:
-    model = adapt(base)
+@is_written
+def test_make_fx(is_written, base, model, x):
     want = expected(base, model, x)[0]
+    if is_written:
+        check(base, model, x)
     graph = make_fx(lambda x: model.base_model.model(x))(x)
-    torch.testing.assert_close(graph(x), want)
-    check(base, model, x)
-    torch.testing.assert_close(graph(x), want)
-    other = adapt(base)
-    check(base, other, x)
-    want = expected(base, other, x)[0]
-    graph = make_fx(lambda x: other.base_model.model(x))(x)
     for _ in range(2):
-        torch.testing.assert_close(graph(x), want)
-        check(base, other, x)
+        assert_close(graph(x), want)
+        check(base, model, x)
+    assert_close(graph(x), want)
 
 
-@pytest.mark.parametrize("is_written", [False, True], ids=["pretrained", "written"])
-def test_torch_export(is_written: bool, base: Net, x: Tensor) -> None:
-    model = adapt(base)
+@is_written
+def test_torch_export(is_written, base, model, x):
     want = expected(base, model, x)[0]
     if is_written:
         model(x)
     program = torch.export.export(model.base_model.model, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), want)
-    check(base, model, x)
-    torch.testing.assert_close(program.module()(x), want)
-    list(model.parameters())
-    torch.testing.assert_close(program.module()(x), want)
+    for then in (lambda: check(base, model, x), lambda: list(model.parameters()), lambda: None):
+        assert_close(program.module()(x), want)
+        then()
 
 
-def test_torch_export_that_would_leave_no_note(base: Net, x: Tensor) -> None:
+def test_torch_export_that_would_leave_no_note(model, x):
     with pytest.raises(Exception, match=r"export the model with `strict=False`|Observed exception"):
-        torch.export.export(adapt(base).base_model.model, (x,), strict=True)
+        torch.export.export(model.base_model.model, (x,), strict=True)
 
 
-def test_onnx(base: Net, x: Tensor, tmp_path) -> None:
+def test_onnx(base, x, tmp_path):
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     from onnx.reference import ReferenceEvaluator
 
@@ -150,22 +154,17 @@ class TestCapture:
         monkeypatch.setattr(pacatune.residency.weight, "_is_on_gpu", lambda weight: True)
         monkeypatch.setattr(pacatune.residency.weight, "_is_capturing", lambda: self.is_capturing)
 
-    def test_the_pretrained_weight_is_captured(
-        self, base: Net, x: Tensor, writes: list[int]
-    ) -> None:
-        model = adapt(base)
+    def test_the_pretrained_weight_is_captured(self, base, model, x, writes):
         self.is_capturing = True
         check(base, model, x)
-        with torch.no_grad():
-            model(x)
+        evaluate(model, x)
         self.is_capturing = False
         check(base, model, x)  # the graph may be replayed at any time from now on
         assert not writes
         assert not any(layer.residency.added for layer in layers(model))
 
-    def test_what_evaluation_has_kept_is_not_captured(self, base: Net, x: Tensor) -> None:
+    def test_what_evaluation_has_kept_is_not_captured(self, model, x):
         """Its memory may be gone when the graph is replayed."""
-        model = adapt(base)
         with torch.no_grad():
             model(x)
             layer = layers(model)[0].residency
@@ -177,8 +176,7 @@ class TestCapture:
             found = layer.addition(kept.clone, dtype, delta, indices, scaling)
         assert found.data_ptr() != kept.data_ptr()
 
-    def test_columns_in_the_weight_are_refused(self, base: Net, x: Tensor) -> None:
-        model = adapt(base)
+    def test_columns_in_the_weight_are_refused(self, base, model, x):
         check(base, model, x)
         self.is_capturing = True
         with pytest.raises(RuntimeError, match=r"CUDA graph.*Call `model.zero_grad\(\)` before"):

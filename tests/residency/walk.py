@@ -91,6 +91,11 @@ class Walk(RuleBasedStateMachine):
         model = adapted(plain, KINDS[kind], groups=self.rng.choice(KINDS[kind].groups))
         self.twin = Twin(model, plain, KINDS[kind], self.rng)
 
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Return an input, and the plain layer's output with the adapters in its weight."""
+        x, names = self.twin.inputs(), self.twin.merged or self.twin.active
+        return x, self.twin.expected(x, names)[0]
+
     @invariant()
     def counted(self) -> None:
         """Count the operations of all walks."""
@@ -106,8 +111,7 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def evaluate(self) -> None:
         twin = self.twin
-        x = twin.inputs()
-        wanted = twin.expected(x, twin.merged or twin.active)[0]
+        x, wanted = self.example()
         with torch.inference_mode(self.rng.random() < 0.3), torch.set_grad_enabled(False):
             twin.close(twin.model(x), wanted)
 
@@ -115,8 +119,7 @@ class Walk(RuleBasedStateMachine):
     def evaluate_resident(self) -> None:
         """As a thread that has the model to itself may."""
         twin = self.twin
-        x = twin.inputs()
-        wanted = twin.expected(x, twin.merged or twin.active)[0]
+        x, wanted = self.example()
         with resident(twin.model), torch.no_grad():
             for _ in range(2):
                 twin.close(twin.model(x), wanted)
@@ -128,8 +131,7 @@ class Walk(RuleBasedStateMachine):
     def call_functionally(self) -> None:
         """With other tensors in the parameters' place."""
         twin = self.twin
-        x = twin.inputs()
-        wanted = twin.expected(x, twin.merged or twin.active)[0]
+        x, wanted = self.example()
         parameters = {name: p.detach() for name, p in twin.model.named_parameters()}
         twin.close(torch.func.functional_call(twin.model, parameters, (x,)), wanted)
 
@@ -137,8 +139,7 @@ class Walk(RuleBasedStateMachine):
     def evaluate_in_two_threads(self) -> None:
         """While this one looks."""
         twin = self.twin
-        x = twin.inputs()
-        wanted = twin.expected(x, twin.merged or twin.active)[0]
+        x, wanted = self.example()
         futures = [POOL.submit(_evaluate, twin.model, x) for _ in range(2)]
         if not twin.merged:
             twin.check_base()

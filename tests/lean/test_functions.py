@@ -1,0 +1,175 @@
+"""Every lean function beside plain autograd: gradients, the error of 16 bits, bytes kept."""
+
+import pytest
+import torch
+
+from pacatune.lean import attend, gated_product, layer_norm, linear_cross_entropy, rms_norm
+from pacatune.lean.batch_norm import frozen_batch_norm
+from tests.lean.functions import CASES, FORMS, B, D, H, K, N, T, V, attention, gated, sdpa
+from tests.lean.twins import assert_results_close, assert_within_own_error, cast, leaves, run
+
+FIRST = ["attention, causal", "product, silu", "rms_norm, llama", "layer_norm of (5, 8)", "loss"]
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def compare(case, tensors):
+    """Hold the error to that of plain autograd in the same dtypes; return the results of both."""
+    ours, theirs = (run(f, tensors, case.floating)[0] for f in (case.function, case.plain))
+    exact, _ = run(case.plain, cast(tensors, torch.float64), case.floating)
+    assert_within_own_error(ours, theirs, exact)
+    return ours, theirs
+
+
+@every_case
+def test_gradcheck(name):
+    case = CASES[name]
+    inputs = leaves(case.tensors, case.floating)
+    names = sorted(case.floating)
+
+    def function(*given):
+        return case.function(**inputs | dict(zip(names, given, strict=True)))
+
+    assert torch.autograd.gradcheck(function, tuple(inputs[n] for n in names), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_case
+def test_error_is_that_of_plain_autograd(name, dtype):
+    case = CASES[name]
+    ours, theirs = compare(case, cast(case.tensors, dtype))
+    assert "loss" in name or torch.equal(ours["y"], theirs["y"])
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_gradients_of_some_inputs(name):
+    case = CASES[name]
+    for trained in [*({one} for one in case.floating), {"key", "value"} & case.floating]:
+        ours, _ = run(case.function, case.tensors, trained)
+        theirs, _ = run(case.plain, case.tensors, trained)
+        assert_results_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [
+        *((f"rms_norm, {form}", "x") for form in FORMS),
+        ("product, silu", "gate"),
+        ("batch_norm, 2d", "x"),
+    ],
+)
+def test_two_dtypes(name, narrow):
+    case = CASES[name]
+    tensors = cast(case.tensors, torch.float32)
+    tensors[narrow] = tensors[narrow].bfloat16()
+    compare(case, tensors)
+
+
+@pytest.mark.parametrize("name", ["attention, causal", "loss"])
+def test_autocast(name):
+    case = CASES[name]
+    tensors = cast(case.tensors, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, kept = run(case.function, tensors, case.floating)
+        theirs, kept_plain = run(case.plain, tensors, case.floating)
+    exact, _ = run(case.plain, cast(tensors, torch.float64), case.floating)
+    assert_within_own_error(ours, theirs, exact)
+    assert kept < kept_plain
+
+
+ROWS = 6 * 8 * 2  # of norms
+HEADS, SUMS = B * T * D * 2, B * H * T * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "num_bytes"),
+    [
+        ("attention, causal", {"query", "key", "value"}, (2 * H + 2 * K) * HEADS + SUMS),
+        *(
+            (f"product, {name}", {"gate", "up"}, 2 * 5 * 6 * 2)
+            for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu2")
+        ),
+        ("rms_norm, llama", {"x"}, ROWS + 8 * 2 + 6 * 4),
+        ("rms_norm, llama", {"x", "weight"}, ROWS + 8 * 2 + 6 * 4),
+        ("layer_norm of (2, 3, 8)", {"x"}, ROWS + 8 * 2 + 2 * 6 * 4),
+        ("batch_norm, 2d", {"x"}, 2 * 6 * 2),
+        # The gradient of the rows that count, and their places.
+        ("loss, no bias", {"x"}, 8 * 6 * 2 + 8 * 8),
+        *((name, set(), 0) for name in FIRST),
+    ],
+)
+def test_bytes_kept(name, trained, num_bytes):
+    case = CASES[name]
+    tensors = cast(case.tensors, torch.bfloat16)
+    _, kept = run(case.function, tensors, trained)
+    _, kept_plain = run(case.plain, tensors, trained)
+    assert kept == num_bytes
+    assert kept < kept_plain or not trained
+
+
+def test_silu_gives_the_very_gradients_of_autograd():
+    case = gated("silu", (40, 64))
+    ours, theirs = compare(case, cast(case.tensors, torch.bfloat16))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_dropout_is_the_same_in_both_directions():
+    case = attention("bool", dropout=0.5)
+    tensors = cast(case.tensors, torch.float32)
+    ours, theirs = (run(f, tensors, case.floating)[0] for f in (case.function, case.plain))
+    assert_results_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_retained_graphs_and_what_is_refused(name):
+    case = CASES[name]
+    inputs = leaves(case.tensors, case.floating)
+    trained = [inputs[n] for n in case.floating]
+    y = case.function(**{n: x if x.dtype == torch.int64 else 1 * x for n, x in inputs.items()})
+    first, second = (torch.autograd.grad(y.sum(), trained, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(y.sum(), trained, create_graph=True)
+
+
+def test_an_inplace_change_between_is_noticed():
+    tensors = leaves(CASES["product, silu"].tensors, {"gate"})
+    y = gated_product(**tensors)
+    tensors["up"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+X, ONES = torch.ones(3, 8), torch.ones(8)
+QUERY, KEY = torch.ones(B, H, T, D), torch.ones(B, 4, T, D)
+STATISTICS = CASES["batch_norm, 2d"].tensors
+LOSS = {n: x for n, x in CASES["loss"].tensors.items() if n != "bias"}
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "words"),
+    [
+        (rms_norm, {"x": X, "weight": ONES[1:]},
+         r"must be \(I=8,\) to fit `x` \(3, 8\), got shape \(7,\)"),
+        (layer_norm, {"x": X, "weight": ONES, "bias": torch.ones(9)}, r"must be \(I=8,\)"),
+        *((frozen_batch_norm, STATISTICS | {name: ONES[:6].clone().requires_grad_()},
+           f"`{name}` asks for a gradient, but is frozen here") for name in ("weight", "bias")),
+        (gated_product, {"gate": X, "up": X, "activation": "swish"},
+         r"`activation` \('swish'\) must be one of"),
+        (gated_product, {"gate": X, "up": X[:2]}, r"one shape, got \(3, 8\) and \(2, 8\)"),
+        (attend, {"query": QUERY, "key": KEY, "value": KEY, "apply": sdpa("causal")},
+         "`key` has 4 heads, which must divide the 6 heads"),
+        (linear_cross_entropy, LOSS | {"weight": LOSS["weight"][:, 1:]},
+         r"`x` must be \(N, I\) and `weight` \(V, I\), got \(11, 6\)"),
+        (linear_cross_entropy, LOSS | {"target": LOSS["target"][1:]},
+         r"`target` must be \(N=11,\) int64, got \(10,\)"),
+        (linear_cross_entropy, LOSS | {"target": LOSS["target"].int()},
+         r"`target` must be \(N=11,\) int64, got \(11,\) of torch.int32"),
+        (linear_cross_entropy, LOSS | {"reduction": "none"},
+         r"`reduction` \('none'\) must be 'mean' or 'sum'"),
+        (linear_cross_entropy, LOSS | {"chunk_rows": 0}, r"`chunk_rows` \(0\) must be at least 1"),
+        (linear_cross_entropy, LOSS | {"target": torch.full((N,), V)}, "out of bounds"),
+    ],
+)  # fmt: skip
+def test_errors(call, arguments, words):
+    with pytest.raises((ValueError, IndexError), match=words):
+        call(**arguments)
