@@ -24,6 +24,7 @@ from pacatune.ops.row_groups import (
     joined_groups,
     of_rows,
     row_index,
+    select,
 )
 from tests.ops import twin
 from tests.ops.twin import assert_equal, normal
@@ -212,6 +213,15 @@ def test_gradient_of_delta_by_the_branch_of_gpus(gpu_branch, leading, dtype) -> 
     assert (ours.double() - truth).abs().max() <= limit * size
 
 
+@pytest.mark.usefixtures("product", "gpu_branch")
+def test_gradient_of_delta_without_a_scale_on_gpus() -> None:
+    tensors, gy = make((5,)), normal(5, OUT, seed=1)
+    kept = select(tensors["x"], tensors["indices"])
+    found = linear.grad_delta(gy, kept, 1.0, torch.float64, tensors["indices"])
+    whole = gy.t().mm(tensors["x"])
+    torch.testing.assert_close(found, whole.gather(1, row_index(tensors["indices"], whole.shape)))
+
+
 def test_new_indices_in_the_same_memory_are_seen() -> None:
     tensors = make((5,))
     linear_gradients("additive", tensors, {"delta"})
@@ -288,6 +298,19 @@ def test_experts(is_transposed, is_grouped, is_compiled) -> None:
         {"x", "delta"},
     )
     assert_equal(ours, theirs)
+
+
+def test_low_precision_error_of_experts_is_within_plain_autograds() -> None:
+    tensors = {
+        "x": normal(64, 96, dtype=torch.bfloat16),
+        "weight": normal(4, 48, 96, dtype=torch.bfloat16, seed=1),
+        "delta": normal(4, 48, 8, seed=2).float() * 0.5,
+        "indices": choose(groups=6, columns=96, rank=8),
+        "offsets": torch.tensor([16, 16, 40, 64], dtype=torch.int32),
+    }
+    both = paca_experts_linear, reference.paca_experts_linear
+    calls = (lambda one=one, **leaves: one(**leaves, scaling=SCALING) for one in both)
+    twin.assert_error_of_plain(*calls, tensors, {"x", "delta"}, 2.0)
 
 
 @pytest.mark.parametrize("has_kernel", [False, True])

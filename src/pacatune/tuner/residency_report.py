@@ -37,7 +37,6 @@ def residency_report(model: nn.Module) -> ResidencyReport:
     Resident: the columns are written into the weight once per optimizer step (in a compiled graph,
     too; under FSDP2 into the weight that it gathers), and a pass is one product. Additive: the
     weight is left alone, and the product of the columns is added. Both give the same results.
-    Few tokens in float32 on a CPU take the additive form whatever is said here: it is faster.
 
     Args:
         model: With PaCA layers anywhere in it; other layers are not mentioned.
