@@ -8,7 +8,7 @@ from typing import Any
 
 from pacatune.reports.rows import Row, spread_of_mean, table
 
-FILES = ("quality", "selection")
+FILES = ("quality", "selection", "groups")
 """Studies of one name are kept in `results/NAME.json`; folders of their parts begin with it."""
 _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "")}
 
@@ -29,6 +29,9 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(what=score, value=mean, unit=unit, each=each, **ends, **names)
         if arm["forgetting"] is not None:
             yield Row(what="forgetting", value=arm["forgetting"], **names)
+        if arm.get("saved_activation_bytes") is not None:
+            kept = arm["saved_activation_bytes"]
+            yield Row(what="kept for backward", value=kept, unit="bytes", **names)
         for rate, value in arm["rates"].items():
             if value is not None:
                 at = f"{float(rate):g}"
@@ -46,15 +49,17 @@ def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, forgetting or transfer."""
+    """Return a table of one of `FILES`: scores, differences, forgetting, kept or transfer."""
     known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
     named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
     is_transfer = what == "transfer"
-    chosen = {n: study for n, study in named.items() if (n == "transfer") == is_transfer}
+    curves = {name for name in named if name.startswith(("transfer", "rate"))}
+    chosen = {n: study for n, study in named.items() if (n in curves) == is_transfer}
     rows = [row for name, study in chosen.items() for row in rows_of(name, study)]
     if what == "differences":
         rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
-    quantities = {"scores": "test", "differences": "", "forgetting": what, "transfer": "validation"}
+    quantities = {"scores": "test", "differences": "", "transfer": "validation"}
+    quantities |= {"forgetting": what, "kept": what}
     if what not in quantities:
         raise ValueError(
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."
