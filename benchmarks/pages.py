@@ -36,8 +36,8 @@ def make_pages(folder: Path) -> Iterator[Path]:
     for path in sorted(RESULTS.glob("bench-*.json")):
         write_bench(_read(path), _ready(folder / path.stem))
         yield folder / path.stem / "bench.md"
-    for kind in FILES:
-        for name, study in _read(RESULTS / f"{kind}.json").items():
+    for path in filter(Path.is_file, (RESULTS / f"{kind}.json" for kind in FILES)):
+        for name, study in _read(path).items():
             output = folder / "studies" / name
             write_report(StudyResult.from_dict(study), _ready(output))
             yield output / REPORT_NAME

@@ -226,6 +226,9 @@ def test_keys_of_another_peft_do_not_matter_while_they_are_off(path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.5, "use_future": False, "new": None}
     path.write_text(json.dumps(config))
     assert read_lora_config(path).lora_alpha == 0.5
+    for method in ("SHIRA", "GRALORA", "MISS"):
+        path.write_text(json.dumps(config | {"peft_type": method, "lora_alpha": None}))
+        assert read_lora_config(path).r == 4
 
 
 @pytest.mark.parametrize(

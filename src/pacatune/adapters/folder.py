@@ -24,12 +24,12 @@ from pacatune.format.tensors import (
     group_tensors,
     split_tensor_name,
 )
+from pacatune.methods import METHODS
 from pacatune.names import nearest
 from pacatune.ops.row_groups import num_groups_of, rank_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
+    from peft import PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -84,23 +84,26 @@ def read_config(path: Path) -> PacaOptions:
     return options
 
 
-def read_lora_config(path: Path) -> "LoraConfig":
-    """Read the configuration of a LoRA or MosLoRA adapter, as far as PEFT does not check it itself.
+def read_lora_config(path: Path) -> "PeftConfig":
+    """Read the configuration of a LoRA, or of another of `METHODS` that is not PaCA.
 
-    Keys of another version of PEFT are passed over while they are empty, so off.
+    As far as PEFT does not check it itself. Keys of another version of PEFT are passed over while
+    they are empty, so off.
     """
     config = read_json_object(path)
     method = config.get("peft_type")
-    if method not in ("LORA", "MOSLORA"):
+    rows = [row for row in METHODS.values() if row.has_adapter and not row.is_paca]
+    names = {row.config.removesuffix("Config").upper(): row.config for row in rows}
+    if method not in names:
         raise ValueError(
-            f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, LORA and "
-            "MOSLORA can be loaded."
+            f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, "
+            f"{', '.join(names)} can be loaded."
         )
-    from peft import LoraConfig
+    import peft
 
     from pacatune.tuner.moslora import MosLoraConfig
 
-    config_class = LoraConfig if method == "LORA" else MosLoraConfig
+    config_class: Any = MosLoraConfig if method == "MOSLORA" else getattr(peft, names[method])
     known = {field.name for field in fields(config_class)} - {"runtime_config"}
     for key, value in config.items():
         if key not in known and value:
@@ -113,7 +116,8 @@ def read_lora_config(path: Path) -> "LoraConfig":
     try:
         check_patterns(config)
         check_effort(config)
-        return config_class(**{key: value for key, value in config.items() if key in known})
+        found: PeftConfig = config_class(**{k: v for k, v in config.items() if k in known})
+        return found
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -162,7 +166,7 @@ class LoraAdapter:
 
     folder: Path
     """Where it lies."""
-    config: "LoraConfig"
+    config: "PeftConfig"
     """Its configuration."""
 
 
@@ -218,9 +222,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder=folder, config=config, modules=modules, extra=extra, sidecar=sidecar)
 
 
-def _own_patterns(config: "PacaOptions | LoraConfig") -> dict[str, Any]:
+def _own_patterns(config: "PacaOptions | PeftConfig") -> dict[str, Any]:
     """Return the patterns that are matched with the names in an adapter's file."""
-    return {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+    names = ("rank_pattern", "alpha_pattern")
+    return {name: getattr(config, name, {}) for name in names}
 
 
 def locate_folder(folder: str | Path) -> Path:
@@ -255,7 +260,7 @@ def find_tensors(folder: Path) -> Path:
     return find_file(folder, TENSORS_NAME)
 
 
-def module_rank(config: "PacaOptions | LoraConfig", module: str) -> int:
+def module_rank(config: "PacaOptions | PeftConfig", module: str) -> int:
     """Return the rank that the configuration gives a module, `rank_pattern` included."""
     return int(pattern_value(config.rank_pattern, module, config.r))
 

@@ -70,7 +70,7 @@ def check_base(
         ValueError: If a module is missing or of another shape, or the base is another one.
     """
     if isinstance(adapter, LoraAdapter):
-        return [f"the base is not checked against {adapter.folder}: it is a LoRA adapter."]
+        return [f"the base is not checked against {adapter.folder}: it is no PaCA adapter."]
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
     model = unwrap(model)

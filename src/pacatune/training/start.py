@@ -65,8 +65,7 @@ def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
     kind = {
         **dict.fromkeys(FILE_TYPES, "paca"),
         "LORA": "dora" if found.get("use_dora") else "lora",
-        "MOSLORA": "moslora",
-    }.get(str(found.get("peft_type")), found.get("peft_type"))
+    }.get(str(found.get("peft_type")), str(found.get("peft_type")).lower())
     if kind not in (method.name, method.variant_of):
         raise ValueError(
             f"`adapter` ({config.adapter}) is of the kind {kind!r}, and `method` ({method.name!r}) "

@@ -58,6 +58,7 @@ def logits_of(model, pixels):
     return model(pixel_values=pixels).logits
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
 @pytest.mark.parametrize("method", CLASSIFIER_METHODS)
 def test_run(make_config, images_dir, vit_dir, tmp_path, console, method):
     config = make_config(method, training={"max_steps": 14, "save_steps": 7, "eval_steps": 7})
