@@ -58,8 +58,8 @@ def fold_mixers(adapter: LoraAdapter) -> FoldedAdapter:
     extra = read_tensors(find_tensors(adapter.folder))
     if not any(key.endswith(f".{_MIXER}") for key in extra):
         raise ValueError(
-            f"{adapter.folder} holds no `lora_mixer`; save the adapter again. Only PaCA and MosLoRA "
-            "become LoRA; what is LoRA already needs no export."
+            f"{adapter.folder} holds no `lora_mixer`; save the adapter again. Only PaCA and "
+            "MosLoRA become LoRA; what is LoRA already needs no export."
         )
     modules = {}
     for name in dict.fromkeys(found[1] for key in extra if (found := _PART.fullmatch(key))):
