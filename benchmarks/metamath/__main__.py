@@ -171,7 +171,10 @@ def main(argv: list[str] | None = None) -> int:
     elif options.peft is None:
         parser.error("name a checkout of PEFT, or give --dry-run")
     else:
-        compare(options.peft.expanduser(), options.seeds)
+        try:
+            compare(options.peft.expanduser(), options.seeds)
+        except OSError as error:
+            sys.exit(f"error: {error}")
     return 0
 
 
