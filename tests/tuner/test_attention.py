@@ -227,6 +227,7 @@ def test_both_parts_merged_and_unloaded() -> None:
     assert [name for name, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
     assert list(merged.state_dict()) == list(base.state_dict())
     torch.testing.assert_close(evaluate(merged, *args)[0], y)
+    assert vars(merged.get_submodule("attn")).keys() == vars(base.get_submodule("attn")).keys()
     for name, tensor in model.unload().state_dict().items():
         assert torch.equal(tensor, base.state_dict()[name])
 

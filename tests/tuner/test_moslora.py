@@ -219,6 +219,20 @@ def test_quantised_bases(name, tmp_path):
         assert (model(x) - expected).norm() < 0.2 * (expected - build()(x)).norm()
 
 
+class Packed(torch.Tensor):
+    """A weight that is not the matrix which it shows, like torchao's."""
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(8, 8, dtype=torch.int8), torch.zeros(8, 8).as_subclass(Packed)]
+)
+def test_other_quantised_weights_are_refused(weight):
+    linear = nn.Linear(8, 8)
+    linear._parameters["weight"] = weight
+    with pytest.raises(TypeError, match=r"'0' \(Linear\) is not supported. MosLoRA adapts"):
+        get_peft_model(nn.Sequential(linear), config_of(target_modules=["0"]))
+
+
 def test_several_adapters():
     base = build_model(64)
     plain = base(ids()).logits
