@@ -56,6 +56,12 @@ def frozen(model):
     return copies
 
 
+def is_unchanged(model, before):
+    """Whether all frozen parameters are what `frozen` returned."""
+    after = frozen(model)
+    return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def adapter_of(model, state_dict=None):
     """What would be saved."""
     from peft import get_peft_model_state_dict
@@ -82,13 +88,13 @@ def batches():
 
 @contextmanager
 def counted_writes():
-    """Yield a list that grows by one with each weight whose columns are written or restored."""
+    """Yield a list that gets the address of each weight whose columns are written or restored."""
     from pacatune.residency import put as residency_put
 
     put, writes = residency_put.put_columns_, []
 
     def counted(*call):
-        writes.append(call[0].shape)
+        writes.append(call[0].data_ptr())
         put(*call)
 
     residency_put.put_columns_ = counted
@@ -114,7 +120,9 @@ def loss_of(model, ids):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def train(model, optimizer=None, *, accumulation=1, part=whole, no_sync=nullcontext):
+def train(
+    model, optimizer=None, *, accumulation=1, part=whole, no_sync=nullcontext, loss_of=loss_of
+):
     """Five steps of AdamW; `no_sync` surrounds all but the last micro-batch of each."""
     optimizer = optimizer or torch.optim.AdamW(trained(model), lr=1e-2)
     losses = []

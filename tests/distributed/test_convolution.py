@@ -55,8 +55,7 @@ def train_ddp():
     model = adapt()
     before = net.frozen(model)
     losses = train(nn.parallel.DistributedDataParallel(model), net.half)
-    after = net.frozen(model)
-    return losses, net.adapter_of(model), all(torch.equal(before[n], after[n]) for n in before)
+    return losses, net.adapter_of(model), net.is_unchanged(model, before)
 
 
 def train_fsdp2():

@@ -42,8 +42,7 @@ def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentra
     before = net.frozen(model)
     with net.counted_writes() as writes:
         losses = net.train(model, part=net.half)
-    after = net.frozen(model)
-    same_shards = all(torch.equal(before[name], after[name]) for name in before)
+    same_shards = net.is_unchanged(model, before)
     return losses, full_adapter_of(model), same_shards and len(writes) > 0
 
 
@@ -66,7 +65,7 @@ def train_on_smaller_shards(dtype):
     model = shard(net.adapt(dtype), 2)
     before = net.frozen(model)
     losses = net.train(model, part=net.half)
-    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    same = net.is_unchanged(model, before)
     whole = full_state_dict(model)
     one = net.adapt(dtype).state_dict()
     same &= all(torch.equal(whole[name], one[name]) for name in one if "base_layer" in name)
@@ -88,21 +87,32 @@ def train_in_mixed_precision(reshard):
     before = net.frozen(model)
     with net.counted_writes() as writes:
         losses = net.train(model, part=net.half)
-    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    same = net.is_unchanged(model, before)
     return losses, full_adapter_of(model), same and len(writes) > 0
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_mixed_precision_policy(pair, reshard):
+def distance(result, exact):
+    """Largest difference of the losses, and the size of the difference of the adapters."""
+    losses = max(abs(a - b) for a, b in zip(result[0], exact[0], strict=True))
+    squares = [(result[1][name] - exact[1][name]).double().square().sum() for name in exact[1]]
+    return losses, float(sum(squares)) ** 0.5
+
+
+def assert_as_exact_as_one_process(results):
     """Within the error that one process has in bfloat16."""
-    results = pair.run(train_in_mixed_precision, reshard)
-    assert all(same for *_, same in results)
     mean = [sum(pair) / 2 for pair in zip(results[0][0], results[1][0], strict=True)]
     exact = net.one_process("float32", (), True)
     losses, adapter = distance((mean, results[0][1]), exact)
     losses_of_one, adapter_of_one = distance(net.one_process("bfloat16"), exact)
     assert losses <= 1.5 * losses_of_one
     assert adapter <= 1.5 * adapter_of_one
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_mixed_precision_policy(pair, reshard):
+    results = pair.run(train_in_mixed_precision, reshard)
+    assert all(same for *_, same in results)
+    assert_as_exact_as_one_process(results)
 
 
 def train_compiled_shards(groups, num_blocks):
@@ -112,7 +122,7 @@ def train_compiled_shards(groups, num_blocks):
         block.compile(backend="aot_eager")
     with net.counted_writes() as writes:
         losses = net.train(model, part=net.half)
-    same = all(torch.equal(tensor, before[name]) for name, tensor in net.frozen(model).items())
+    same = net.is_unchanged(model, before)
     return losses, full_adapter_of(model), same and len(writes) > 0
 
 
@@ -190,25 +200,12 @@ def test_float32(pair):
     assert all(same_shards for *_, same_shards in results)
 
 
-def distance(result, exact):
-    """Largest difference of the losses, and the size of the difference of the adapters."""
-    losses = max(abs(a - b) for a, b in zip(result[0], exact[0], strict=True))
-    squares = [(result[1][name] - exact[1][name]).double().square().sum() for name in exact[1]]
-    return losses, float(sum(squares)) ** 0.5
-
-
 @pytest.mark.parametrize("reshard", [True, False])
 def test_bfloat16_base_with_float32_deltas(pair, reshard):
     results = pair.run(train_shards, "bfloat16", (), False, reshard)
     assert all(same_shards for *_, same_shards in results)
     assert {tensor.dtype for tensor in results[0][1].values()} == {torch.float32, torch.int64}
-    mean = [sum(pair) / 2 for pair in zip(results[0][0], results[1][0], strict=True)]
-    # Within the error that one process has in bfloat16.
-    exact = net.one_process("float32", (), True)
-    losses, adapter = distance((mean, results[0][1]), exact)
-    losses_of_one, adapter_of_one = distance(net.one_process("bfloat16"), exact)
-    assert losses <= 1.5 * losses_of_one
-    assert adapter <= 1.5 * adapter_of_one
+    assert_as_exact_as_one_process(results)
 
 
 def test_out_features_that_cannot_be_halved(pair):

@@ -51,8 +51,7 @@ def merge(make, groups):
     model.merge_adapter()
     merged, adapter = logits_of(model), list(net.adapter_of(model).values())
     model.unmerge_adapter()
-    after = net.frozen(model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert net.is_unchanged(model, before)
     base = model.merge_and_unload()
     assert not net.layers_of(base)
     weights = [whole(parameter) for parameter in base.parameters()]
