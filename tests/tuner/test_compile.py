@@ -77,7 +77,10 @@ def train(model, forward, steps, passes=1, between=lambda model: None, after=lam
 
 
 @pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=compiles_whole)])
-@pytest.mark.parametrize(("groups", "backend"), [(1, "eager"), (1, "aot_eager"), (3, "aot_eager")])
+@pytest.mark.parametrize(
+    ("groups", "backend"),
+    [(1, "eager"), (3, "eager"), (1, "aot_eager"), (2, "aot_eager"), (3, "aot_eager")],
+)
 def test_trains_as_eager(groups, backend, is_whole):
     pair = Pair(groups, backend, fullgraph=is_whole)
     pair.train_alike(8)
@@ -232,6 +235,16 @@ def test_hooks_on_saved_tensors(pair, keep):
 
     losses = train(pair.model, forward, 4)
     assert losses == pytest.approx(train(pair.twin, pair.twin, 4), rel=1e-10)
+
+
+@compiles_whole
+@pytest.mark.parametrize(("groups", "kept"), [(1, 3), (2, 6), (3, 10)])
+def test_what_is_kept_of_inputs(groups, kept):
+    """Of 10 columns the 3 of each group, or all where 9 are trained. A tanh keeps the next 12."""
+    pair, found = Pair(groups), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        pair.compiled(batch())
+    assert sorted(t.numel() / 70 for t in found if 70 in t.shape) == [kept, 12]
 
 
 @compiles_whole

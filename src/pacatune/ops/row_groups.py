@@ -45,7 +45,6 @@ __all__ = [
     "refined",
     "row_index",
     "select",
-    "select_each",
     "spread",
 ]
 
@@ -209,7 +208,8 @@ def select(x: Tensor, indices: Tensor) -> Tensor:
         return x.index_select(-1, indices)
     if torch.compiler.is_compiling():
         is_whole = indices.numel() > _MOST_COPIED * x.shape[-1]
-        return x if is_whole else select_each(x, indices)
+        each = indices.flatten()
+        return x if is_whole else x.index_select(-1, each).unflatten(-1, indices.shape)
     columns = kept_columns(indices, x.shape[-1])
     return x if columns is None else _pick(x, columns)
 
@@ -230,13 +230,6 @@ def _pick(x: Tensor, columns: Tensor) -> Tensor:
     if x.itemsize == 2 and x.device.type == "cpu":
         return x.movedim(-1, 0)[columns].movedim(0, -1)
     return x.index_select(-1, columns)
-
-
-def select_each(x: Tensor, indices: Tensor) -> Tensor:
-    """Return (..., R), or (..., G, R): the columns of each group, whatever others have."""
-    if indices.dim() == 1:
-        return x.index_select(-1, indices)
-    return x.index_select(-1, indices.flatten()).unflatten(-1, indices.shape)
 
 
 def is_spread_out(indices: Tensor) -> bool:

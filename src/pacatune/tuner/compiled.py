@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
-from pacatune.ops.row_groups import select, select_each
+from pacatune.ops.row_groups import select
 from pacatune.residency import Pass, Residency
 
 __all__ = ["compiled_linear", "handle_of"]
@@ -150,7 +150,7 @@ def _linear_grad(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, delta, indices, scaling, _, handle, *_ = inputs
-    x_R = None if delta is None else select_each(x, indices)
+    x_R = None if delta is None else select(x, indices)
     ctx.call = scaling, x.shape[-1]
     ctx.save_for_backward(x_R, delta, indices, handle, output[1])
 
@@ -164,7 +164,7 @@ def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         gx = torch.ops.pacatune.linear_grad(gy, delta, indices, scaling, handle, base, in_features)
     if needs_delta:
-        x_NR = x_R.reshape(gy_NO.shape[0], *indices.shape)
+        x_NR = x_R.reshape(gy_NO.shape[0], *x_R.shape[gy.dim() - 1 :])
         gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype, indices)
     if needs_bias:
         gbias = gy_NO.sum(0)
