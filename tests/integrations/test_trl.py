@@ -4,34 +4,42 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from trl.trainer import grpo_trainer, rloo_trainer
 
-from pacatune.integrations.trl import ColumnGeneration, column_sync
+from pacatune.integrations.trl import ColumnGeneration, _sends_columns, column_sync
 from tests.conftest import build_model
 from tests.sync.conftest import VOCABULARY, adapt
 
 
-def generation(model, mode="server", *, enable_sleep_mode=False):
-    found = object.__new__(ColumnGeneration)
-    found.model, found.mode, found.enable_sleep_mode = model, mode, enable_sleep_mode
-    return found
-
-
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 def test_trainers_of_the_block_have_ours():
+    from trl.experimental.async_grpo import AsyncGRPOTrainer
+    from trl.experimental.online_dpo import OnlineDPOTrainer
+
     plain = grpo_trainer.VLLMGeneration
+    apart = (OnlineDPOTrainer, AsyncGRPOTrainer)
+    inits = [kind.__init__ for kind in apart]
     with column_sync():
         assert grpo_trainer.VLLMGeneration is rloo_trainer.VLLMGeneration is ColumnGeneration
+        assert all(kind.__init__ is not init for kind, init in zip(apart, inits, strict=True))
     assert grpo_trainer.VLLMGeneration is rloo_trainer.VLLMGeneration is plain
     with pytest.raises(KeyError), column_sync():
         raise KeyError
     assert grpo_trainer.VLLMGeneration is plain
+    assert [kind.__init__ for kind in apart] == inits
 
 
-def test_columns_are_sent_for_paca():
-    assert generation(adapt())._why_not() is None
-    assert generation(adapt(), "colocate")._why_not() is None
-
-
-def test_others_are_sent_as_trl_does_it():
+def test_columns_are_sent_for_paca(caplog):
+    assert _sends_columns(adapt(), sleeps=False)
     lora = get_peft_model(build_model(VOCABULARY), LoraConfig(target_modules="all-linear"))
-    assert "no PaCA layers" in generation(lora)._why_not()
-    assert "discards" in generation(adapt(), "colocate", enable_sleep_mode=True)._why_not()
-    assert "trains" in generation(adapt(modules_to_save=["lm_head"]))._why_not()
+    assert not _sends_columns(lora, sleeps=False)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "sleeps", "reason"),
+    [({}, True, "discards the weights"), ({"modules_to_save": ["lm_head"]}, False, "trains")],
+)
+def test_where_everything_is_sent_it_is_said(options, sleeps, reason, caplog):
+    assert not _sends_columns(adapt(**options), sleeps)
+    (record,) = caplog.records
+    assert record.message.startswith("vLLM gets every parameter at each sync, not columns: ")
+    assert reason in record.message

@@ -10,46 +10,51 @@ from functools import partial
 
 import pytest
 
-from tests.vllm.conftest import SMALL, trained_digests
+from tests.vllm.conftest import PROMPTS, SMALL, trained_digests
 
 
 def reward(completions, **kwargs):
     return [float(len(set(text))) for text in completions]
 
 
-def grpo(path, folder, **options):
+def options(folder, **more):
+    return {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        **more,
+    }
+
+
+def make(kind, path, args):
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
     from pacatune import PacaConfig
     from pacatune.integrations.trl import column_sync
 
-    args = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=2,
-        learning_rate=5e-3,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=12,
-        use_vllm=True,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "bfloat16"},
-        **options,
-    )
-    rows = Dataset.from_dict({"prompt": ["The capital of France is", "Once upon a time"] * 4})
+    rows = Dataset.from_dict({"prompt": PROMPTS * 4})
     with column_sync():
-        return GRPOTrainer(
+        return kind(
             path,
             reward_funcs=reward,
             args=args,
             train_dataset=rows,
             peft_config=PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM"),
         )
+
+
+def online(kind, config, path, folder, **more):
+    """A trainer whose answers come from `VLLMGeneration`."""
+    more |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
+    args = config(**options(folder, **more), model_init_kwargs={"dtype": "bfloat16"})
+    return make(kind, path, args)
 
 
 def sampling_gaps(trainer):
@@ -61,41 +66,76 @@ def sampling_gaps(trainer):
     ]
 
 
-def test_colocate(model_path, tmp_path, monkeypatch):
+@pytest.fixture
+def eager(monkeypatch):
+    """TRL would compile the model, which takes minutes on a CPU."""
+    from trl.experimental.online_dpo import online_dpo_trainer
     from trl.generation import vllm_generation
+
+    for module in (vllm_generation, online_dpo_trainer):
+        monkeypatch.setattr(module, "LLM", partial(module.LLM, enforce_eager=True))
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
+    import trl
 
     from pacatune.integrations.trl import ColumnGeneration
 
-    # TRL would compile the model, which takes minutes on a CPU.
-    monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, enforce_eager=True))
-    trainer = grpo(model_path, tmp_path, vllm_mode="colocate", vllm_max_model_length=256)
+    classes = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    more = {"vllm_mode": "colocate", "vllm_max_model_length": 256}
+    trainer = online(*classes, model_path, tmp_path, **more)
     generation = trainer.vllm_generation
     assert type(generation) is ColumnGeneration
-    base = weights_in(generation)
+    base = weights_in(generation.llm)
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     sent = []
     plain = generation.sync_weights
 
     def counted():
         plain()
-        sent.append(generation._source.number)
+        sent.append(generation._send._source.number)
 
     generation.sync_weights = counted
     trainer.train()
     assert len(sent) == 2
-    gaps = sampling_gaps(trainer)
-    assert len(gaps) == 2
-    assert max(gaps) < 0.1, gaps
+    if kind == "GRPO":
+        gaps = sampling_gaps(trainer)
+        assert len(gaps) == 2
+        assert max(gaps) < 0.1, gaps
 
     generation.sync_weights()
-    served = weights_in(generation)
+    served = weights_in(generation.llm)
     monkeypatch.undo()
     assert served == trained_digests(trainer.model)
     assert served != base
+    generation.llm.llm_engine.engine_core.shutdown()
 
 
-def weights_in(generation):
-    (found,) = generation.llm.collective_rpc("compute_weight_checksums")
+def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
+    from transformers import AutoTokenizer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    args = OnlineDPOConfig(
+        **options(tmp_path, max_new_tokens=12, max_length=48, use_vllm=True),
+        vllm_mode="colocate",
+        model_init_kwargs={"dtype": "bfloat16"},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    trainer = make(partial(OnlineDPOTrainer, processing_class=tokenizer), model_path, args)
+    base = weights_in(trainer.llm)
+    monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
+    trainer.train()
+    trainer._move_model_to_vllm()
+    served = weights_in(trainer.llm)
+    monkeypatch.undo()
+    assert served == trained_digests(trainer.model)
+    assert served != base
+    trainer.llm.llm_engine.engine_core.shutdown()
+
+
+def weights_in(llm):
+    (found,) = llm.collective_rpc("compute_weight_checksums")
     return {name.rpartition(":")[2]: one for name, one in found.items()}
 
 
@@ -138,7 +178,10 @@ def wait_for(address, process, log, seconds=300):
 
 
 def test_server(model_path, tmp_path, server):
-    trainer = grpo(model_path, tmp_path / "run", vllm_mode="server", vllm_server_base_url=server)
+    from trl import GRPOConfig, GRPOTrainer
+
+    more = {"vllm_mode": "server", "vllm_server_base_url": server}
+    trainer = online(GRPOTrainer, GRPOConfig, model_path, tmp_path / "run", **more)
     before = weights_of(server)
     trainer.train()
     assert max(sampling_gaps(trainer)) < 0.1, sampling_gaps(trainer)
@@ -148,6 +191,37 @@ def test_server(model_path, tmp_path, server):
     assert served != before
     trainer.vllm_generation.vllm_client.columns.revert()
     assert weights_of(server) == before
+
+
+def test_async_grpo(model_path, tmp_path, server, monkeypatch):
+    """Its training pass needs FlashAttention 3, which no CPU has: the updates are random here."""
+    from transformers import AutoTokenizer
+    from trl.chat_template_utils import qwen2_5_chat_template
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
+
+    # For a column of its log it asks for the GPU's name.
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
+    args = AsyncGRPOConfig(
+        **options(tmp_path / "run", dtype="bfloat16"), vllm_server_base_url=server
+    )
+    # It reads answers by the template of a chat, and knows that of some models.
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.chat_template = qwen2_5_chat_template
+    trainer = make(partial(AsyncGRPOTrainer, processing_class=tokenizer), model_path, args)
+    before = weights_of(server)
+    trainer.weight_transfer.init_weight_transfer()  # as when training begins
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
+            trainer._sync_weight()
+        served = weights_of(server)
+        assert served == trained_digests(trainer.model)
+        assert (served == before) == (number == 0)
+        assert trainer.model_version == number + 1
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(std=0.01)
+    trainer.weight_transfer.destroy()
 
 
 def weights_of(address):

@@ -9,9 +9,12 @@ the columns of W' are sent, to vLLM in this process (`vllm_mode="colocate"`) or 
 models are synced as TRL does it.
 """
 
+import functools
+import inspect
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +25,7 @@ from trl.generation import vllm_client, vllm_generation
 from pacatune.integrations.broadcast import BACKEND
 from pacatune.integrations.vllm import VllmTransport
 from pacatune.sync.source import ColumnSource
+from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layer import PacaLayer
 
 logger = logging.getLogger(__name__)
@@ -29,21 +33,49 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def column_sync() -> Iterator[None]:
-    """Have the trainers of TRL that are made in this block send columns to vLLM."""
+    """Have the trainers of TRL that are made in this block send columns to vLLM.
+
+    GRPO, RLOO and whatever else samples by TRL's `VLLMGeneration`; OnlineDPO and AsyncGRPO if their
+    classes were imported before the block.
+    """
     from trl.trainer import grpo_trainer, rloo_trainer
 
     plain = vllm_generation.VLLMGeneration
-    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("trl.")]
-    users = [one for one in loaded if vars(one).get("VLLMGeneration") is plain]
+    loaded = {name: one for name, one in list(sys.modules.items()) if name.startswith("trl.")}
+    users = [one for one in loaded.values() if vars(one).get("VLLMGeneration") is plain]
     assert grpo_trainer in users, "TRL makes it by this name"
     assert rloo_trainer in users, "TRL makes it by this name"
+    kinds = {
+        vars(loaded[name])[cls]: init for (name, cls), init in _APART.items() if name in loaded
+    }
+    inits = {kind: kind.__init__ for kind in kinds}
     for module in users:
         vars(module)["VLLMGeneration"] = ColumnGeneration
+    for kind, init in kinds.items():
+        kind.__init__ = _with_init(init, inits[kind])
     try:
         yield
     finally:
         for module in users:
             vars(module)["VLLMGeneration"] = plain
+        for kind, init in inits.items():
+            kind.__init__ = init
+
+
+def _with_init(init: Callable[..., None], plain: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(plain)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, plain, *args, **kwargs)
+
+    return make
+
+
+def _has_our_engine(address: str, config: Any) -> None:
+    if config is None or config["backend"] != BACKEND:
+        raise RuntimeError(
+            f"the vLLM server at {address} runs with weight_transfer_config={config}; "
+            f"""restart it with `--weight-transfer-config '{{"backend": "{BACKEND}"}}'`."""
+        )
 
 
 class ColumnClient(vllm_client.VLLMClient):
@@ -53,85 +85,180 @@ class ColumnClient(vllm_client.VLLMClient):
 
     def init_communicator(self, device: Any = 0) -> None:
         """Prepare the server's engine; columns come with the requests, from any device."""
-        config = self.get_server_info()["weight_transfer_config"]
-        if config is None or config["backend"] != BACKEND:
-            raise RuntimeError(
-                f"the vLLM server at {self.base_url} runs with weight_transfer_config={config}; "
-                f"""restart it with `--weight-transfer-config '{{"backend": "{BACKEND}"}}'`."""
-            )
+        _has_our_engine(self.base_url, self.get_server_info()["weight_transfer_config"])
         self.columns = VllmTransport(self.base_url)
 
 
 class ColumnGeneration(vllm_generation.VLLMGeneration):
     """TRL's vLLM of a trainer, which gets a PaCA model's columns."""
 
-    _source: ColumnSource | None = None
-    _transport: VllmTransport | None = None
-    _sends_columns = False
+    _send: "_Sender | None" = None
 
     def _init_vllm(self) -> None:
-        reason = self._why_not()
-        if reason is not None:
-            if any(isinstance(module, PacaLayer) for module in self.model.modules()):
-                logger.warning("vLLM gets every parameter at each sync, not columns: %s", reason)
+        sleeps = self.mode == "colocate" and self.enable_sleep_mode
+        if not _sends_columns(self.model, sleeps):
             super()._init_vllm()
             return
-        with _with_our_engine():
+        with _our_engine(vllm_generation, lambda: True):
             super()._init_vllm()
-        self._sends_columns = True
-        if self.mode == "colocate":
-            self._transport = VllmTransport(self.llm)
-        elif self.accelerator.is_main_process:
-            self._transport = self.vllm_client.columns
-
-    def _why_not(self) -> str | None:
-        if self.mode == "colocate" and self.enable_sleep_mode:
-            return "`vllm_enable_sleep_mode` discards the weights after each batch."
-        try:
-            ColumnSource(self.model)
-        except ValueError as error:
-            return str(error)
-        return None
+        self._send = _Sender(self, self.mode)
 
     def sync_weights(self) -> None:
         """Send the columns that were changed; a collective if the model is sharded."""
-        if not self._sends_columns:
-            super().sync_weights()
-            return
+        (self._send or super().sync_weights)()
+
+
+class _Sender:
+    """Brings the columns of a trainer's model to the vLLM that it samples with.
+
+    Args:
+        owner: Has `model`, `accelerator`, and `llm` or `vllm_client`.
+        mode: colocate or server.
+    """
+
+    def __init__(self, owner: Any, mode: str) -> None:
+        self._owner, self._mode = owner, mode
+        self._source: ColumnSource | None = None
+        self.transport: VllmTransport | None = None
+        if mode == "colocate":
+            self.transport = VllmTransport(owner.llm)
+        elif owner.accelerator.is_main_process:
+            self.transport = getattr(owner.vllm_client, "columns", None)
+
+    def __call__(self) -> None:
         if self._source is None:
             # Not earlier: the trainer shards the model after it has made this object.
-            self._source = ColumnSource(self.model, self._served_dtype())
+            self._source = ColumnSource(self._owner.model, self._served_dtype())
             self._check_base(self._source)
-        self._source.send(self._transport)
+        self._source.send(self.transport)
 
     def _check_base(self, source: ColumnSource) -> None:
-        if self._transport is not None:
-            self._transport.check_base(source)
+        if self.transport is not None:
+            self.transport.check_base(source)
             return
         source.positions()
         source.base_columns()
         source.forget()
 
     def _served_dtype(self) -> torch.dtype:
-        if self.mode == "colocate":
-            return self.llm.llm_engine.vllm_config.model_config.dtype
+        if self._mode == "colocate":
+            return self._owner.llm.llm_engine.vllm_config.model_config.dtype
         found = [None]
-        if self.accelerator.is_main_process:
-            found = [self.vllm_client.get_server_info()["model_config"]["dtype"]]
-        if self.accelerator.num_processes > 1:
+        if self._owner.accelerator.is_main_process:
+            found = [self._owner.vllm_client.get_server_info()["model_config"]["dtype"]]
+        if self._owner.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(found, src=0)
         return getattr(torch, str(found[0]).removeprefix("torch."))
 
 
+def _sends_columns(model: Any, sleeps: bool) -> bool:
+    """Whether a model's columns can be sent; if it has some and they cannot, say why."""
+    reason = "`vllm_enable_sleep_mode` discards the weights after each batch." if sleeps else ""
+    if not reason:
+        try:
+            ColumnSource(model)
+        except ValueError as error:
+            reason = str(error)
+    if reason and any(isinstance(module, PacaLayer) for module in model.modules()):
+        logger.warning("vLLM gets every parameter at each sync, not columns: %s", reason)
+    return not reason
+
+
 @contextmanager
-def _with_our_engine() -> Iterator[None]:
-    """Have TRL start vLLM with our engine, or talk to a server with it."""
-    plain = {name: getattr(vllm_generation, name, None) for name in ("LLM", "VLLMClient")}
-    transfer = {"backend": BACKEND}
-    vars(vllm_generation)["VLLMClient"] = ColumnClient
-    if plain["LLM"] is not None:  # else TRL says that vLLM is missing
-        vars(vllm_generation)["LLM"] = partial(plain["LLM"], weight_transfer_config=transfer)
+def _our_engine(module: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
+    """Have a module of TRL start vLLM with our engine, or talk to a server with it."""
+    plain = {name: vars(module)[name] for name in ("LLM", "VLLMClient") if name in vars(module)}
+
+    def llm(*args: Any, **kwargs: Any) -> Any:
+        if is_ours():
+            kwargs["weight_transfer_config"] = {"backend": BACKEND}
+        return plain["LLM"](*args, **kwargs)
+
+    def client(*args: Any, **kwargs: Any) -> Any:
+        return (ColumnClient if is_ours() else plain["VLLMClient"])(*args, **kwargs)
+
+    vars(module)["VLLMClient"] = client
+    if "LLM" in plain:  # else TRL says that vLLM is missing
+        vars(module)["LLM"] = llm
     try:
         yield
     finally:
-        vars(vllm_generation).update({k: one for k, one in plain.items() if one is not None})
+        vars(module).update(plain)
+
+
+def _init_online_dpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Make a trainer that starts vLLM and moves weights by itself."""
+    module = sys.modules[type(self).__mro__[0].__module__]
+    is_ours = functools.cache(lambda: _sends_columns(self.model, self.args.vllm_enable_sleep_mode))
+    with _our_engine(module, is_ours):
+        init(self, *args, **kwargs)
+    if self.use_vllm and is_ours():
+        self._move_model_to_vllm = _Sender(self, self.vllm_mode)
+
+
+class ColumnTransfer:
+    """What TRL's AsyncGRPO asks of a way to send weights, for columns in requests to its server."""
+
+    trainer: Any = None
+
+    def init_weight_transfer(self) -> None:
+        """Prepare the server's engine."""
+        client = self.trainer.vllm_client
+        client.wait_for_server_ready()
+        _has_our_engine(client.server_url, client.get_server_info()["weight_transfer_config"])
+        self.trainer._send.transport = VllmTransport(client.server_url)
+
+    def pause(self) -> None:
+        """Have running answers wait."""
+        self.trainer.vllm_client.pause()
+
+    def resume(self) -> None:
+        """Go on with them."""
+        self.trainer.vllm_client.resume()
+
+    def send_weights(self, iterator: Iterator[Any]) -> None:
+        """Refuse: whole tensors are not what is sent."""
+        raise RuntimeError("columns are sent in the place of tensors; see `column_sync`.")
+
+    def destroy(self) -> None:
+        """Leave the server as it is."""
+
+
+def _init_async_grpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Make a trainer whose server answers while it trains."""
+    given = inspect.signature(init).bind(self, *args, **kwargs).arguments
+    if not isinstance(given.get("peft_config"), PacaConfig) or given.get("weight_transfer"):
+        init(self, *args, **kwargs)
+        return
+    transfer = ColumnTransfer()
+    init(self, *args, **kwargs, weight_transfer=transfer)
+    ColumnSource(self.accelerator.unwrap_model(self.model))  # says what cannot be sent
+    transfer.trainer, self._send = self, _Sender(self, "server")
+    self._sync_weight_merged = partial(_sync_columns, self)
+
+
+def _sync_columns(trainer: Any, start: float) -> tuple[float, float, float]:
+    """Do what TRL's method of this place does, without a merge; return when its phases ended."""
+    is_main = trainer.accelerator.is_main_process
+    if is_main:
+        trainer.weight_transfer.pause()
+    paused = time.time()
+    trainer.accelerator.wait_for_everyone()
+    ready = time.time()
+    trainer._send()
+    sent = time.time()
+    trainer.accelerator.wait_for_everyone()
+    if is_main:
+        trainer.weight_transfer.resume()
+        trainer.model_version += 1
+        if trainer.rollout_worker:
+            trainer.rollout_worker.update_model_version(trainer.model_version)
+    return paused, ready, sent
+
+
+_EXPERIMENTAL = "trl.experimental"
+_APART = {
+    (f"{_EXPERIMENTAL}.online_dpo.online_dpo_trainer", "OnlineDPOTrainer"): _init_online_dpo,
+    (f"{_EXPERIMENTAL}.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer"): _init_async_grpo,
+}
+"""Trainers with a way of their own to vLLM -> what makes one."""

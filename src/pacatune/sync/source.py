@@ -128,7 +128,7 @@ class ColumnSource:
         if is_known and self._positions is not None:
             return self._positions
         _refuse_more(self.model)
-        base = _base_of(self.model)
+        base = base_of(self.model)
         self._weights = [
             _Weight(base, parameter, layer, name, self.dtype) for parameter, layer, name in found
         ]
@@ -314,7 +314,7 @@ class _Weight:
 # What is adapted, and how it is called.
 
 
-def _base_of(model: Any) -> nn.Module:
+def base_of(model: Any) -> nn.Module:
     """Return the base model inside wrappers (DDP, torch.compile, PEFT)."""
     while not callable(getattr(model, "get_base_model", None)):
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
@@ -324,7 +324,8 @@ def _base_of(model: Any) -> nn.Module:
     return cast(nn.Module, model.get_base_model())
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return what a parameter of the base model is called without wrappers and layers of ours."""
     for inside in ("_checkpoint_wrapped_module", "_orig_mod", "base_layer"):
         name = name.replace(f"{inside}.", "")
     return name
@@ -333,7 +334,7 @@ def _plain_name(name: str) -> str:
 def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
     """Yield each layer that has the adapter, its parameter's name, and that of the adapter."""
     num_layers = num_found = 0
-    for name, module in _base_of(model).named_modules():
+    for name, module in base_of(model).named_modules():
         if is_foreign(module):
             raise ValueError(
                 f"{name!r} is a layer of PEFT's own PaCA; make the adapter with "
@@ -353,7 +354,7 @@ def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Pac
             num_found += 1
             is_own = name.rpartition(".")[2] == module.parameter_name
             full = name if is_own else f"{name}.{module.parameter_name}"
-            yield _plain_name(full), module, names[0]
+            yield plain_name(full), module, names[0]
     if not num_layers:
         raise ValueError(
             "the model has no PaCA layers; adapt it first: `get_peft_model(model, "
@@ -422,7 +423,7 @@ def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple
     owners = {owner(name) for name in parameters}
     found = {}
     for name, parameter in base.named_parameters():
-        plain, shape = _plain_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
+        plain, shape = plain_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
         if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
             found[plain] = shape
     return found
