@@ -104,14 +104,20 @@ VIEWS = {
         index=("model",),
         columns=("setting",),
     ),
-    "sync": View(
-        file="sync",
-        where=_what("sent per sync", "make and write"),
+    "rl-sync": View(
+        file="rl_sync",
+        where=_what("sent per sync", "sync", "token / base"),
         index=("method",),
-        columns=("what", "model"),
+        columns=("what", "model", "setting"),
     ),
-    "sync-drift": View(
-        file="sync",
+    "rl-gap": View(
+        file="rl_sync",
+        where=lambda row: "gap" in row.what,
+        index=("method",),
+        columns=("what", "setting"),
+    ),
+    "rl-base": View(
+        file="rl_sync",
         where=_what("changed elements of the base", "mean change"),
         index=("method",),
         columns=("what",),
