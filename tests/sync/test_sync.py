@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.patch.memory import Place
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import from_wire, to_wire
+from pacatune.tuner.quantized import dequantized
 from tests.adapters import kinds
 from tests.conftest import build_model
 from tests.distributed import net
@@ -28,6 +30,7 @@ from tests.sync.conftest import (
     step,
 )
 from tests.tuner import nets
+from tests.tuner.quantizers import quantise
 
 
 @pytest.mark.parametrize(
@@ -318,6 +321,42 @@ def adapt_tied():
 def test_models_without_columns_to_send(build, message):
     with pytest.raises(ValueError, match=message):
         ColumnSource(build())
+
+
+def in_few_bits(name, **options):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    base[0], base[2] = quantise(base[0], name), quantise(base[2], name)
+    return adapt(base=base, target_modules=["0", "2"], **options)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_trainer_in_4_bits_beside_a_sampler_in_16(groups):
+    """Whose base is what training dequantises; then it computes what the training pass does."""
+    trainer = in_few_bits("bitsandbytes-nf4", groups=groups)
+    for number in range(2):
+        change(trainer, number, by=0.01 * (1 + number))
+    sampler = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    for layer in net.layers_of(trainer):
+        own = sampler[0 if layer is trainer.base_model.model[0] else 2]
+        own.weight.data = dequantized(layer.quantization_backend, layer.base_layer, torch.bfloat16)
+        own.bias.data = layer.base_layer.bias.data.bfloat16()
+    before, source, receiver = clone(sampler), ColumnSource(trainer), ColumnReceiver(sampler)
+    receiver.expect(source.positions())
+    receiver.check_base(source.base_columns())
+    bring(source, receiver, everything=True)
+    x = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(trainer(x), sampler(x))
+    change(trainer, by=0.5)
+    assert receiver.apply(source.columns())
+    assert torch.equal(trainer(x), sampler(x))
+    receiver.revert()
+    assert_bits(sampler, before)
+
+
+def test_8_bits_are_trained_by_their_own_kernel():
+    with pytest.raises(ValueError, match=r"'0.weight' is quantised \(bnb 8bit\), and kernels of"):
+        ColumnSource(in_few_bits("bitsandbytes-int8"))
 
 
 def test_merged_columns_are_not_sent(model, source):

@@ -32,6 +32,7 @@ from pacatune.sync.spread import (
 from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.model import is_foreign
+from pacatune.tuner.quantized import dequantized
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
@@ -230,6 +231,9 @@ class _Weight:
         indices = layout.tensor_columns(self.indices.detach().cpu())
         self.wire_indices = indices.to(weight.device)
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        if layer.quantization_backend is not None:
+            shape = tuple(layout.dense_shape)
+            dtype = dtype or cast(Any, layer.get_base_layer()).compute_dtype
         self.columns = ColumnSet(
             name=_checkpoint_name(base, parameter, shape),
             parameter=parameter,
@@ -298,9 +302,13 @@ class _Weight:
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
-        if is_spread(weight):
+        backend = self.layer.quantization_backend
+        if is_spread(weight) or backend is not None:
             token = identity_of(weight)
             if self.kept is None or self.kept[0] != token:
+                if backend is not None:  # as the training pass does it
+                    base = self.layer.get_base_layer()
+                    weight = dequantized(backend, base, self.columns.dtype)
                 self.kept = token, columns_of(weight, self.wire_indices, self.columns)
             return self.kept[1]
         if not weight.numel():
@@ -375,11 +383,12 @@ def _refuse_more(model: nn.Module) -> None:
 
 
 def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
-    if layer.quantization_backend is not None:
+    backend = layer.quantization_backend
+    if backend is not None and backend.backend_name != "bnb 4bit":
         raise ValueError(
-            f"{parameter!r} is quantised: its numbers are packed, and no columns of them can be "
-            "exchanged. Train on the base in 16 bits, or serve the adapter (`pacatune export --to "
-            "lora`)."
+            f"{parameter!r} is quantised ({backend.backend_name}), and kernels of its own train it, "
+            "which no server in 16 bits repeats. Train on the base in 16 bits or in bitsandbytes' "
+            "4, or serve the adapter (`pacatune export --to lora`)."
         )
     if layer.shares_weight:
         raise ValueError(
