@@ -24,7 +24,7 @@ SWAP = "swap"
 METHODS = {name: method.summary for name, method in MEASURED.items()} | {
     SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
     "lora_r4": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
-    "paca_g8": "ours, with 8 row groups",
+    **{f"paca_g{groups}": f"ours, with {groups} row groups" for groups in (8, 16, 64)},
     "additive": "ours in plain autograd, weight untouched: the fallback's form",
 }
 USUAL = ("frozen", OURS, SWAP, "lora", "lora_r4", "lora_dropout", "dora", "full")
@@ -33,7 +33,7 @@ USUAL = ("frozen", OURS, SWAP, "lora", "lora_r4", "lora_dropout", "dora", "full"
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     SWAP: (OURS, {}),
     "additive": (OURS, {}),
-    "paca_g8": (OURS, {"groups": 8}),
+    **{f"paca_g{groups}": (OURS, {"groups": groups}) for groups in (8, 16, 64)},
     "lora_r4": ("lora", {"rank": 4, "alpha": 4}),
 }
 RANK, DROPOUT = 8, 0.1

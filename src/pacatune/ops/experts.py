@@ -17,6 +17,7 @@ Two equal ways to form the products of all groups:
     grouped      torch's grouped GEMM, where it takes the dtype and the sizes
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,16 +26,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
-from pacatune.ops.linear import autocast, grad_delta
+from pacatune.ops.linear import add_columns_, autocast, grad_delta
 from pacatune.ops.row_groups import (
+    by_group,
     check_indices,
     distinct_and_places,
-    group_inputs,
-    group_rows,
     held_indices,
     hold_indices,
     is_spread_out,
-    per_group,
     rank_of,
     select,
 )
@@ -220,9 +219,8 @@ class _ExpertsLinear(torch.autograd.Function):
         gx, gdelta, how = None, None, (offsets, is_grouped)
         gy = gy.contiguous()
         if needs_delta:
-            pairs = zip(group_rows(gy, indices_R, 1), group_inputs(x_R, indices_R), strict=True)
-            options = offsets, scaling, delta_EOR.dtype, is_grouped
-            gdelta = _joined([_grad_delta(rows, x_SR, *options) for rows, x_SR in pairs])
+            options = offsets, scaling, delta_EOR.dtype
+            gdelta = _grad_delta(gy, x_R, indices_R, *options, is_grouped)
         if needs_x:
             weight_EOI = weight.transpose(1, 2) if is_transposed and weight is not None else weight
             if weight_EOI is None:
@@ -233,26 +231,33 @@ class _ExpertsLinear(torch.autograd.Function):
                 distinct, columns = _adapted(weight_EOI, delta_EOR, indices_R, scaling)
                 gx.index_copy_(1, distinct, _products(gy, columns.transpose(1, 2), *how))
             elif delta_EOR is not None:
-                rows = (group_rows(one, indices_R, 1) for one in (gy, delta_EOR))
-                for indices, gy_So, delta_EoR in zip(per_group(indices_R), *rows, strict=True):
-                    columns_SR = _products(gy_So, delta_EoR.transpose(1, 2), *how)
-                    gx.index_add_(1, indices, columns_SR, alpha=scaling)
+                distinct, update = _joined(delta_EOR, indices_R, x_shape[1])
+                columns_SU = _products(gy, update.transpose(1, 2), *how)
+                gx.index_add_(1, distinct, columns_SU, alpha=scaling)
         return gx, None, gdelta, None, None, None, None, None
 
 
 def _column_products(
     x_SU: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor, is_grouped: bool
 ) -> Tensor:
-    """Return x_e[:, indices] delta_e^T of all experts, row group by row group: (S, O).
+    """Return x_e[:, indices] delta_e^T of all experts: (S, O).
 
     An (E, O, 2R) `delta` is of the same inputs twice: the new columns and minus the old ones, as
     `column_update` has them.
     """
-    inputs = group_inputs(x_SU, indices)
-    if delta.shape[2] > rank_of(indices):
-        inputs = [torch.cat((x_SR, x_SR), 1) for x_SR in inputs]
-    pairs = zip(inputs, group_rows(delta, indices, 1), strict=True)
-    return _joined([_products(x_SR, rows, offsets, is_grouped) for x_SR, rows in pairs])
+    if indices.dim() == 2 and not is_grouped and not torch.compiler.is_compiling():
+        y = x_SU.new_zeros(len(x_SU), delta.shape[1])
+        for expert, rows in _rows_of(offsets):  # one batched product for each
+            add_columns_(y[rows], x_SU[rows], delta[expert].to(y.dtype), indices)
+        return y
+    times = delta.shape[2] // rank_of(indices)
+    inputs = [x_SU] if indices.dim() == 1 else by_group(x_SU, indices).unbind(0)
+    rows_of_groups = delta.chunk(len(inputs), 1)
+    parts = [
+        _products(torch.cat([x_SR] * times, 1), rows, offsets, is_grouped)
+        for x_SR, rows in zip(inputs, rows_of_groups, strict=True)
+    ]
+    return torch.cat(parts, 1)
 
 
 def _adapted(
@@ -263,18 +268,26 @@ def _adapted(
     adapted = adapted_columns(read(indices), delta, scaling)
     if indices.dim() == 1:
         return indices, adapted
-    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
-        distinct, places = torch.arange(weight_EOI.shape[2], device=delta.device), indices
-    else:
-        distinct, places = distinct_and_places(indices)
+    distinct, places = _distinct(indices, weight_EOI.shape[2])
     columns = read(distinct)
     put_columns_(columns, places, adapted, dim=2, row_dim=1)
     return distinct, columns
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Return what the row groups' outputs are together, along dimension 1."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+def _joined(delta: Tensor, indices: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Return the same of an update, with zeros where a row group has no such column."""
+    if indices.dim() == 1:
+        return indices, delta
+    distinct, places = _distinct(indices, in_features)
+    joined = delta.new_zeros(*delta.shape[:2], len(distinct))
+    put_columns_(joined, places, delta, dim=2, row_dim=1)
+    return distinct, joined
+
+
+def _distinct(indices: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
+        return torch.arange(in_features, device=indices.device), indices
+    return distinct_and_places(indices)
 
 
 def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:
@@ -289,14 +302,24 @@ def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> T
 
 
 def _grad_delta(
-    gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype, is_grouped: bool
+    gy: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    is_grouped: bool,
 ) -> Tensor:
-    """Return scaling * dy_e^T x_e of all groups: (S, O), (S, R) -> (E, O, R)."""
-    if is_grouped and _can_group(gy, x):
-        return F.grouped_mm(gy.t(), x, offs=offsets).to(dtype).mul_(scaling)
+    """Return scaling * dy_e^T x_e[:, indices] of all experts: (E, O, R); x is `select`'s."""
+    if is_grouped:
+        inputs = [x] if indices.dim() == 1 else by_group(x, indices).unbind(0)
+        pairs = list(zip(gy.chunk(len(inputs), 1), inputs, strict=True))
+        if all(_can_group(*pair) for pair in pairs):
+            parts = [F.grouped_mm(rows.t(), x_SR, offs=offsets) for rows, x_SR in pairs]
+            return torch.cat(parts, 1).to(dtype).mul_(scaling)
     if torch.compiler.is_compiling():
-        return torch.ops.pacatune.experts_grad_delta(gy, x, offsets, scaling, dtype)
-    return _grad_delta_per_expert(gy, x, offsets, scaling, dtype)
+        return torch.ops.pacatune.experts_grad_delta(gy, x, indices, offsets, scaling, dtype)
+    return _grad_delta_per_expert(gy, x, indices, offsets, scaling, dtype)
 
 
 _HAS_GROUPED = hasattr(F, "grouped_mm")  # of a newer torch than 2.6
@@ -318,26 +341,28 @@ def _can_group(*tensors: Tensor) -> bool:
     return True
 
 
-def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[1])
+def _rows_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield the experts that have tokens, and which."""
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if start < end:
-            torch.mm(x[start:end], weight[expert].to(x.dtype).t(), out=y[start:end])
+            yield expert, slice(start, end)
         start = end
-    y[start:].zero_()
+
+
+def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    y = x.new_zeros(len(x), weight.shape[1])
+    for expert, rows in _rows_of(offsets):
+        torch.mm(x[rows], weight[expert].to(x.dtype).t(), out=y[rows])
     return y
 
 
 def _grad_delta_per_expert(
-    gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
+    gy: Tensor, x: Tensor, indices: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    gdelta = gy.new_zeros(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if start < end:
-            gdelta[expert] = grad_delta(gy[start:end], x[start:end], scaling, dtype)
-        start = end
+    gdelta = gy.new_zeros(len(offsets), gy.shape[1], rank_of(indices), dtype=dtype)
+    for expert, rows in _rows_of(offsets):
+        gdelta[expert] = grad_delta(gy[rows], x[rows], scaling, dtype, indices)
     return gdelta
 
 
@@ -356,5 +381,7 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 @_grad_delta_op.register_fake
-def _(gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    return gy.new_empty(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)
+def _(
+    gy: Tensor, x: Tensor, indices: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    return gy.new_empty(len(offsets), gy.shape[1], rank_of(indices), dtype=dtype)

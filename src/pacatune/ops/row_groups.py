@@ -28,8 +28,6 @@ __all__ = [
     "distinct_columns",
     "expected_distinct",
     "flat_positions",
-    "group_inputs",
-    "group_rows",
     "held_indices",
     "hold_indices",
     "is_spread_out",
@@ -255,16 +253,6 @@ def by_rows(y_NO: Tensor, groups: int) -> Tensor:
     """Return (N, O) as the (G, N, O/G) outputs of each group, a view."""
     num_tokens, num_rows = y_NO.shape
     return y_NO.view(num_tokens, groups, num_rows // groups).transpose(0, 1)
-
-
-def group_inputs(x_NU: Tensor, indices: Tensor) -> Sequence[Tensor]:
-    """Return the (N, R) inputs of each group; without groups, `x_NU` itself."""
-    return [x_NU] if indices.dim() == 1 else by_group(x_NU, indices).unbind(0)
-
-
-def group_rows(y: Tensor, indices: Tensor, dim: int) -> Sequence[Tensor]:
-    """Return each group's rows of a tensor with the O outputs in `dim`."""
-    return [y] if indices.dim() == 1 else y.chunk(len(indices), dim)
 
 
 def joined_groups(update: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

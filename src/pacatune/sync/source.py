@@ -386,9 +386,9 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
     backend = layer.quantization_backend
     if backend is not None and backend.backend_name != "bnb 4bit":
         raise ValueError(
-            f"{parameter!r} is quantised ({backend.backend_name}), and kernels of its own train it, "
-            "which no server in 16 bits repeats. Train on the base in 16 bits or in bitsandbytes' "
-            "4, or serve the adapter (`pacatune export --to lora`)."
+            f"{parameter!r} is quantised ({backend.backend_name}), and trained by kernels of its "
+            "own, which no server in 16 bits repeats. Train on the base in 16 bits or in "
+            "bitsandbytes' 4, or serve the adapter (`pacatune export --to lora`)."
         )
     if layer.shares_weight:
         raise ValueError(
