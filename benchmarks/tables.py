@@ -104,28 +104,24 @@ VIEWS = {
         index=("model",),
         columns=("setting",),
     ),
-    "rl-sync": View(
-        file="rl_sync",
-        where=_what("sent per sync", "sync", "token / base"),
-        index=("method",),
-        columns=("what", "model", "setting"),
-    ),
     "rl-gap": View(
         file="rl_sync",
-        where=lambda row: "gap" in row.what,
+        where=_what("gap, same tokens", "largest gap, same tokens", "gap, drawn tokens"),
         index=("method",),
         columns=("what", "setting"),
     ),
-    "rl-base": View(
+    "rl-sync": View(
         file="rl_sync",
-        where=_what("changed elements of the base", "mean change"),
+        where=_what("sent per sync", "sync", "token / base", "changed elements of the base"),
         index=("method",),
-        columns=("what",),
+        columns=("what", "model", "setting"),
     ),
     "patch": View(
         file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),
-    "demo-rl": View(file="demo-rl", columns=("what", "method")),
+    "demo-rl": View(
+        file="demo-rl", where=lambda row: "gap" not in row.what, columns=("what", "method")
+    ),
 }
 """Name of a block -> what it shows."""
 

@@ -1,8 +1,9 @@
-"""Draw README's picture, light and dark, from the committed results.
+"""Draw README's pictures, light and dark, from the committed results.
 
 python -m tools.picture
 
-Left the time of a step, PaCA's as a share of LoRA's; right what a layer keeps for backward.
+    step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
+    sync    what a sampler is from its trainer, what a sync sends, and what a token costs
 """
 
 import sys
@@ -19,6 +20,12 @@ FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
 _SETTINGS = ("512 tokens", "2048 tokens")
 _DTYPES = ("float32", "bfloat16")
+_SYNCED = {
+    "paca": "PaCA's columns",
+    "lora": "LoRA, merged",
+    "lora-adapter": "LoRA, beside",
+    "full": "full",
+}
 
 
 def shares() -> dict[str, Row]:
@@ -34,28 +41,62 @@ def kept() -> dict[str, tuple[float, float]]:
     return {level: (rows[level, "paca"], rows[level, "lora"]) for level in levels}
 
 
-def draw(theme: str, folder: Path) -> Path:
-    """Draw the picture in the colours of a theme; return its path."""
-    text, ours, theirs = _THEMES[theme]
-    options = dict.fromkeys(("text.color", "xtick.color", "ytick.color"), text)
+def synced() -> dict[str, dict[str, float]]:
+    """Return what each panel of the second picture shows of each way to sync a sampler."""
+    rows = {(r.what, r.method, r.model or r.setting): r.value for r in read("rl_sync").rows}
+
+    def of(what: str, where: str, default: float | None = None, scale: float = 1.0) -> Any:
+        return {
+            title: scale * rows.get((what, method, where), default)
+            for method, title in _SYNCED.items()
+        }
+
+    return {
+        "mean |log p_train - log p_sample|": of("gap, same tokens", "transformers"),
+        "GiB per sync, LLaMA3-8B": of("sent per sync", "llama3-8b", scale=2**-30),
+        # Merged weights are the base's.
+        "time per output token, base = 1": of("token / base", "transformers", 1.0),
+    }
+
+
+def draw(name: str, theme: str, folder: Path) -> Path:
+    """Draw a picture in the colours of a theme; return its path."""
+    options = dict.fromkeys(("text.color", "xtick.color", "ytick.color"), _THEMES[theme][0])
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "pacatune", "font.size": 9}
     with matplotlib.rc_context({**options, **fixed}):
-        figure = new_figure(8.4, 2.5)
-        left, right = figure.subplots(1, 2)
-        found = shares()
-        _bars(left, list(found), [(row.value, 1.0) for row in found.values()], (ours, theirs))
-        for place, row in enumerate(found.values()):
-            left.plot([row.low, row.high], [place - 0.2] * 2, color=text, linewidth=1)
-        left.set_title("step time, LoRA's = 1 (line: 95 % interval)", fontsize=9)
-        _bars(right, list(kept()), list(kept().values()), (ours, theirs))
-        right.set_title("bytes kept per token, layer and channel", fontsize=9)
-        figure.legend(
-            right.containers, ["PaCA", "LoRA"], loc="outside lower center", ncols=2, frameon=False
-        )
-        path = folder / f"step-{theme}.svg"
+        figure = new_figure(8.4, 2.5 if name == "step" else 1.7)
+        (_draw_step if name == "step" else _draw_sync)(figure, *_THEMES[theme])
+        path = folder / f"{name}-{theme}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None})
     return path
+
+
+def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
+    left, right = figure.subplots(1, 2)
+    found = shares()
+    _bars(left, list(found), [(row.value, 1.0) for row in found.values()], (ours, theirs))
+    for place, row in enumerate(found.values()):
+        left.plot([row.low, row.high], [place - 0.2] * 2, color=text, linewidth=1)
+    left.set_title("step time, LoRA's = 1 (line: 95 % interval)", fontsize=9)
+    _bars(right, list(kept()), list(kept().values()), (ours, theirs))
+    right.set_title("bytes kept per token, layer and channel", fontsize=9)
+    figure.legend(
+        right.containers, ["PaCA", "LoRA"], loc="outside lower center", ncols=2, frameon=False
+    )
+
+
+def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
+    panels = synced()
+    for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        places = range(len(values))
+        axes.barh(places, values.values(), color=[ours] + [theirs] * (len(values) - 1))
+        for place, value in zip(places, values.values(), strict=True):
+            axes.text(value, place, f" {value:.3g}", color=text, fontsize=8, va="center_baseline")
+        axes.set_yticks(places, values if title == next(iter(panels)) else [""] * len(values))
+        axes.set_title(title, fontsize=9)
+        axes.margins(x=0.2)
+        _bare(axes)
 
 
 def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours: Any) -> None:
@@ -66,6 +107,10 @@ def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours
         for place, value in zip(places, values, strict=True):
             axes.text(0, place, f"  {value:.3g}", color="white", fontsize=8, va="center_baseline")
     axes.set_yticks(range(len(names)), names)
+    _bare(axes)
+
+
+def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.invert_yaxis()
     for spine in axes.spines.values():
@@ -73,9 +118,10 @@ def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours
 
 
 def main() -> None:
-    """Draw both."""
-    for theme in _THEMES:
-        print(f"wrote {draw(theme, FOLDER)}")
+    """Draw all."""
+    for name in ("step", "sync"):
+        for theme in _THEMES:
+            print(f"wrote {draw(name, theme, FOLDER)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Run the tests with a real vLLM on the CPU: sh tools/test_vllm.sh [PYTEST_OPTIONS]
+# A long run beside a server: sh tools/test_vllm.sh soak [OPTIONS]; a command: sh tools/test_vllm.sh -m MODULE
 #
 # They have an environment of their own, .venv-vllm, since vLLM pins other releases than the tests
 # of `make test` have. What is installed there is made anew where tools/vllm.txt or the extras change.
@@ -18,4 +19,9 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     printf '%s' "$wanted" >"$stamp"
 fi
 # vLLM forks and starts processes that outlive warnings; what they say is not ours.
-OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 exec "$python" -m pytest -W default -p no:cacheprovider tests/vllm "$@"
+export HF_HUB_OFFLINE=1
+case "${1:-}" in
+soak) shift; OMP_NUM_THREADS=1 exec "$python" -W ignore -m tests.vllm.soak "$@" ;;
+-m) exec "$python" "$@" ;;
+esac
+OMP_NUM_THREADS=2 exec "$python" -m pytest -W default -p no:cacheprovider tests/vllm "$@"

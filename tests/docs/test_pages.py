@@ -57,12 +57,38 @@ def test_the_first_screen_says_the_committed_numbers():
     assert f"{said}{lora[1]}**" in text
 
 
-def test_the_picture_shows_the_committed_numbers():
-    values = [row.value for row in picture.shares().values()]
-    values += [value for pair in picture.kept().values() for value in pair]
-    for path in picture.FOLDER.glob("*.svg"):
-        drawn = set(re.findall(r">\s*([\d.]+)</text>", path.read_text(encoding="utf-8")))
-        assert {f"{value:.3g}" for value in values} <= drawn, "run `make docs`"
+def test_the_table_of_syncs_says_the_committed_numbers():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = {(r.what, r.method, r.model or r.setting): r for r in read("rl_sync").rows}
+    gap, sent, changed = (
+        [rows.get((what, method, where)) for method in ("paca", "lora", "lora-adapter")]
+        for what, where in (
+            ("gap, same tokens", "transformers"),
+            ("sent per sync", "SmolLM2-135M"),
+            ("changed elements of the base", ""),
+        )
+    )
+    paca, lora = (rows["token / base", one, "transformers"] for one in ("paca", "lora-adapter"))
+    ours, theirs = (f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for r in (paca, lora))
+    for said in (
+        f"| {gap[0].value:g} | {gap[1].value:.3f} | {gap[2].value:.3f} |",
+        "| " + " | ".join(f"{row.value / 2**20:.1f} MiB" for row in sent) + " |",
+        f"| {ours} | as the base | {theirs} |",
+        f"| {changed[0].value:g} % | {changed[1].value:.1f} % | 0 % |",
+    ):
+        assert said in text
+
+
+def test_the_pictures_show_the_committed_numbers():
+    step = [row.value for row in picture.shares().values()]
+    step += [value for pair in picture.kept().values() for value in pair]
+    sync = [value for panel in picture.synced().values() for value in panel.values()]
+    for name, values in (("step", step), ("sync", sync)):
+        paths = list(picture.FOLDER.glob(f"{name}-*.svg"))
+        assert len(paths) == 2
+        for path in paths:
+            drawn = set(re.findall(r">\s*([\d.e-]+)</text>", path.read_text(encoding="utf-8")))
+            assert {f"{value:.3g}" for value in values} <= drawn, "run `make docs`"
 
 
 def test_tables_of_measurements_are_those_of_the_committed_results():

