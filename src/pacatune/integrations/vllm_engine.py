@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.platforms import current_platform
 
 from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.sync.message import Columns, Positions, from_wire
@@ -137,6 +138,11 @@ def refuse_unreachable(model: torch.nn.Module, positions: Positions, tp_size: in
             raise ValueError(
                 f"{one.name!r}: vLLM's latent attention keeps products of this weight, which "
                 "columns would not reach; leave it out of the targets."
+            )
+        if len(one.shape) > 2 and current_platform.is_cpu():
+            raise ValueError(
+                f"{one.name!r}: vLLM packs the weights of experts for CPUs, and columns cannot be "
+                "written there; leave them out of the targets, or serve on a GPU."
             )
         if module in joined and tp_size > 1:
             raise ValueError(
