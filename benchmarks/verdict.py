@@ -2,8 +2,8 @@
 
     python -m benchmarks.verdict                # reads results/groups.json
 
-Prints for each study which arms are better or worse than `paca` and than LoRA, and which settings
-could become the default.
+Prints for each study that is there which arms are better or worse than `paca` and than LoRA, and
+which settings could become the default.
 """
 
 import json
@@ -50,8 +50,8 @@ def on_model(studies: Mapping[str, Study], model: str, arm: str, other: str) -> 
     """Return the same over the studies of a model: better on one, and worse on none."""
     found = set()
     for name in MODELS[model]:
-        study = studies[name]
-        if arm in study["arms"]:
+        study = studies.get(name)
+        if study is not None and arm in study["arms"]:
             found.add(judged(study, arm, best_lora(study) if other == "LoRA" else other))
     return "worse" if "worse" in found else "better" if "better" in found else ""
 
@@ -84,7 +84,7 @@ def table(studies: Mapping[str, Study]) -> Table:
             arm,
             *(
                 on_model(studies, model, arm, other)
-                if any(arm in studies[name]["arms"] for name in MODELS[model])
+                if any(arm in studies[name]["arms"] for name in MODELS[model] if name in studies)
                 else "-"
                 for model in MODELS
                 for other in ("paca", "LoRA")
