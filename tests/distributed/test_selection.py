@@ -8,7 +8,7 @@ from tests.distributed.net import batches, build_base, layers_of, loss_of
 def options():
     from pacatune import PacaConfig
 
-    return PacaConfig(r=4, target_modules="all-linear", selection="gradient", normalize="input")
+    return PacaConfig(r=4, target_modules="all-linear", selection="gradient")
 
 
 def collect(shared):

@@ -96,31 +96,6 @@ def test_losses_and_adapter(pair, stage, accumulation):
     assert all(same_base for *_, same_base in results)
 
 
-def step_by_column(stage):
-    model = net.adapt("float32", normalize="weight")
-    try:
-        train_engine(model, configure(stage))
-    except ValueError as error:
-        return str(error)
-    return "trained"
-
-
-def train_normalised():
-    """Without DeepSpeed."""
-    model = net.adapt(normalize="weight")
-    return net.train(model), net.adapter_of(model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_steps_that_are_normalised_by_column_are_refused(pair, stage):
-    for message in pair.run(step_by_column, stage):
-        assert "flat buffers in which there are none (FSDP1, DeepSpeed)" in message
-    # DeepSpeed holds that model until the process ends; the next one is not taken for it.
-    net.assert_equal_to_one(pair.run(train_zero, stage), net.one_process("float32"), atol=1e-5)
-    net.assert_equal_to_one(pair.run(train_normalised), net.one_process(normalize="weight"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(pair, reentrant):

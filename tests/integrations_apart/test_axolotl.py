@@ -182,7 +182,7 @@ def test_the_page(write_config, tiny_model_dir, chats, tmp_path):
     shown["datasets"][0]["path"] = str(chats)
     cfg = load_cfg(write_config(**shown))
     model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
-    assert (config.r, config.paca_alpha, config.groups, config.normalize) == (16, 16, 2, "weight")
+    assert (config.r, config.paca_alpha, config.groups) == (16, 16, 2)
     assert sum(isinstance(module, PacaLayer) for module in model.modules()) == 2 * 7
 
 

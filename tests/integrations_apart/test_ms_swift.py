@@ -160,7 +160,7 @@ def test_refusals(arguments, options, message):
 
 def test_the_page():
     exec(documented("# paca_plugin.py"), {})
-    assert PacaTuner.options == {"groups": 2, "normalize": "weight"}
+    assert PacaTuner.options == {"groups": 2, "random_seed": 1}
     register()
 
 

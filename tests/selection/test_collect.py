@@ -11,12 +11,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pacatune import PacaConfig
-from pacatune.selection import collect_statistics
+from pacatune.selection import collect_statistics, register_strategy
 from pacatune.tuner.quantized import weight_matrix
 from tests.conftest import build_model
 from tests.selection.nets import TARGETS, build, gradient_sums, loss_of, make_batches
 from tests.tuner import moe
 from tests.tuner.quantizers import QUANTIZERS, quantise
+
+INPUTS, BOTH = "of inputs", "of both"
+
+
+@pytest.fixture(autouse=True)
+def strategies(own_strategies):
+    """What is collected is asked for by strategies that nobody runs."""
+    register_strategy(INPUTS, needs=("activation",))(lambda *args: pytest.fail("chooses"))
+    register_strategy(BOTH, needs=("gradient", "activation"))(lambda *args: pytest.fail("chooses"))
 
 
 def config_of(selection="gradient", targets=TARGETS, **options):
@@ -71,7 +80,7 @@ def test_activations_are_the_inputs():
             model(ids)
     for handle in handles:
         handle.remove()
-    statistics = collect(model, batches, "random", targets, normalize="input")
+    statistics = collect(model, batches, INPUTS, targets)
     for name, sums in expected.items():
         name = f"{name}.in_proj_weight" if name == "attention" else name
         values = statistics.of(name)["activation"]
@@ -85,19 +94,16 @@ def test_activations_take_no_backward_pass():
         calls.append(torch.is_grad_enabled())
         return model(batch[0])
 
-    config = config_of("random", ["up"], normalize="input")
+    config = config_of(INPUTS, ["up"])
     collect_statistics(build(), make_batches(2), config, loss_fn=forward_only)
     assert calls == [False, False]
 
 
 def test_both_kinds_in_one_pass():
     model = build()
-    both = collect(model, targets=["up", "down"], normalize="input")
-    for kind, options in (
-        ("gradient", {}),
-        ("activation", {"selection": "random", "normalize": "input"}),
-    ):
-        one = collect(model, targets=["up", "down"], **options)
+    both = collect(model, selection=BOTH, targets=["up", "down"])
+    for kind, selection in (("gradient", "gradient"), ("activation", INPUTS)):
+        one = collect(model, selection=selection, targets=["up", "down"])
         for name in ("up", "down"):
             expected = one.of(name)[kind]
             torch.testing.assert_close(both.of(name)[kind], expected, rtol=1e-12, atol=0)
@@ -109,7 +115,7 @@ def test_padding_does_not_count():
     ids = torch.randint(3, 64, (2, 7), generator=generator)
     padded = torch.cat([ids, torch.full((2, 3), 9)], 1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)], 1)
-    config = PacaConfig(normalize="input", target_modules=["q_proj", "down_proj"])
+    config = PacaConfig(selection=INPUTS, target_modules=["q_proj", "down_proj"])
     sums = [
         collect_statistics(model, [batch], config)
         for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask})
@@ -181,7 +187,7 @@ def test_the_model_is_left_as_it_was(fails):
     before = state_of(model)
     if fails:
         with pytest.raises(TypeError):
-            collect(model, [*make_batches(1), None], normalize="input", targets=["up"])
+            collect(model, [*make_batches(1), None], BOTH, targets=["up"])
     else:
         collect(model)
     after = state_of(model)
@@ -219,7 +225,7 @@ def test_gradients_of_experts(kind):
     for name, sums in expected.items():
         values = statistics.of(name)["gradient"]
         torch.testing.assert_close(values, sums, rtol=1e-6, atol=0, msg=name)
-    config = PacaConfig(normalize="input", target_modules=[], target_parameters=moe.BOTH)
+    config = PacaConfig(selection=INPUTS, target_modules=[], target_parameters=moe.BOTH)
     with pytest.raises(ValueError, match="is weights of experts, whose inputs are inside"):
         collect_statistics(model, tokens, config, loss_fn=moe.loss_of)
 
@@ -255,7 +261,7 @@ def test_gradients_of_quantised_layers(name):
 
 
 def test_nothing_to_collect():
-    with pytest.raises(ValueError, match=r"`selection` \('random'\) and .* need no statistics"):
+    with pytest.raises(ValueError, match=r"`selection` \('random'\) needs no statistics"):
         collect(build(), selection="random")
 
 
@@ -276,7 +282,7 @@ def test_models_that_cannot_be_observed():
 
 def test_targets_without_activations():
     with pytest.raises(ValueError, match="target 'embed' is an embedding, whose input has no col"):
-        collect(build(), normalize="input", targets=["embed", "up"])
+        collect(build(), selection=INPUTS, targets=["embed", "up"])
 
 
 def test_batches_and_losses_that_are_none():

@@ -137,6 +137,6 @@ def test_options_of_other_methods(text_options):
     options = {**text_options, "paca": {"bias": "all"}, **WITH_LORA}
     assert run_of(options, "paca").lora.use_rslora is False
     assert run_of(options, "lora").lora.use_rslora is True
-    arms = {"a": Arm(method="paca", rank=4, options={"paca": {"normalize": "input"}})}
+    arms = {"a": Arm(method="paca", rank=4, options={"paca": {"groups": 2}})}
     run = run_of(text_options, "a", {**arms, "paca": Arm(rank=4)})
-    assert run.paca.normalize == run.adapter_options()["normalize"] == "input"
+    assert run.paca.groups == run.adapter_options()["groups"] == 2

@@ -22,7 +22,7 @@ Q_OF_ONE = {"target_modules": r".*\.q_proj", "layers_to_transform": [1]}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LOADING = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
-SHARDED = r"`paca.selection` \(.*\) or `paca.normalize` \(.*\) .* which FSDP shards; choose"
+SHARDED = r"`paca.selection` \(.*\) needs .* which FSDP shards; choose"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,6 @@ def test_options(make_config, make_task_config, rewards_module, options, message
         (FSDP | {"FSDP_VERSION": "1"}, {}, r"`fsdp_version` \(1\) .* must be 2: PEFT loads no"),
         (FSDP | LOADING, {}, r"_loading` \(true\) .* must be false: accelerate cannot send"),
         (FSDP, {"paca": {"selection": "gradient"}}, SHARDED),
-        (FSDP, {"paca": {"normalize": "input"}}, SHARDED),
         (PARALLEL | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, {}, r"_tp_size` \(2\) .* must be 1: `pac"),
         (PARALLEL | {"PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, r"_cp_size` \(2\) .* must be 1"),
         (PARALLEL | {"PARALLELISM_CONFIG_SP_SIZE": "2"}, {}, r"_sp_size` \(2\) .* must be 1"),
@@ -97,7 +96,6 @@ def test_ways_to_shard(make_config, monkeypatch, environment, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paca": {"normalize": "weight"}}, r"\('weight'\) acts on the steps of single columns, a"),
         ({"paca": {"selection": "gradient"}}, r"\('gradient'\) .* whole model, which DeepSpeed sh"),
         ({"method": "full"}, r"`zero3_save_16bit_model` \(false\) .* must be true: .* \('full'\)"),
     ],

@@ -10,7 +10,6 @@ NESTED = {}
 for _ in range(800):
     NESTED = {"": NESTED}
 GROUPS = {"groups": 2, "r": 2}
-WEIGHT = {"normalize": "weight"}
 
 
 @pytest.mark.parametrize(
@@ -60,13 +59,6 @@ WEIGHT = {"normalize": "weight"}
         (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),
         ({"r": 2, "selection": {"q": [[0], [1]]}}, "must be a list of column numbers"),
         # Rates
-        ({"normalize": "output"}, "`normalize` .'output'. must be one of none, input, weight"),
-        ({"column_rates": {"up": [1.0]}}, r"`normalize` .'none'. what they were found by; drop"),
-        (WEIGHT | {"column_rates": [1.0]}, "must be module names and lists of"),
-        (WEIGHT | {"column_rates": {"up": []}}, "lists of finite numbers above 0"),
-        (WEIGHT | {"column_rates": {"up": [1.0, 0.0]}}, "finite numbers above 0"),
-        (WEIGHT | {"column_rates": {"up": [[1.0], 2.0]}}, "numbers above 0"),
-        (WEIGHT | {"column_rates": {"up": [True]}}, "numbers above 0"),
         ({"use_rslora": 1}, "`use_rslora` .1. must be true or false"),
     ],
 )

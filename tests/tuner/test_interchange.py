@@ -26,7 +26,6 @@ READ_BY_PEFT = {
     "no seed": {"random_seed": None},
     "alpha": {"paca_alpha": -2.5},
     "columns": {"selection": "weight_norm"},
-    "rates": {"normalize": "weight"},
     "alpha over sqrt(r)": {"use_rslora": True, "paca_alpha": 5},
     "head": {"modules_to_save": ["head"]},
 }

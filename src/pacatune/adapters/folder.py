@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
+_GONE = ("normalize", "column_rates")  # of earlier checkouts: they changed training's steps alone
 
 # PEFT's TaskType, checked here so that a file can be read without PEFT.
 AUTO_CLASSES = {
@@ -54,6 +55,8 @@ def read_config(path: Path) -> PacaOptions:
             f"{path} gives `peft_type` = {method!r}; it must be "
             f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
+    for gone in _GONE:
+        config.pop(gone, None)
     hints = typing.get_type_hints(PacaOptions)
     for key, value in config.items():
         if key not in hints:

@@ -73,8 +73,6 @@ class AdapterReport:
     """PaCA: the strategy that chose the columns; "fixed" where they were given."""
     selection_options: dict[str, Any] | None
     """PaCA: what they were chosen from, such as the number of batches."""
-    normalize: str | None
-    """PaCA: by what the steps of single columns were normalised, "none" or not."""
     targets: list[str]
     """`target_modules` of the configuration."""
     modules: list[ModuleReport]
@@ -130,7 +128,6 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         random_seed=_typed(config, "random_seed", int),
         selection=_typed(config, "selection", str),
         selection_options=_typed(config, "selection_options", dict),
-        normalize=_typed(config, "normalize", str),
         targets=[targets] if isinstance(targets, str) else sorted(map(str, targets)),
         modules=sorted(modules, key=lambda module: -module.update_norm),
         num_modules_by_kind=dict(Counter(m.name.rpartition(".")[2] for m in modules)),

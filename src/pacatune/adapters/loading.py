@@ -39,7 +39,6 @@ from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
-from pacatune.tuner.config import given_to
 from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import Layout
 
@@ -386,11 +385,10 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
         alpha = adapter.scaling(name) * rank_of(update.indices)
-        rates = given_to(adapter.config.column_rates, name)
-        layer.replace_update(adapter_name, delta, update.indices, alpha, rates)
+        layer.replace_update(adapter_name, delta, update.indices, alpha)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None:
-        for option in ("groups", "selection", "selection_options", "normalize", "column_rates"):
+        for option in ("groups", "selection", "selection_options"):
             setattr(config, option, getattr(adapter.config, option))
         keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 

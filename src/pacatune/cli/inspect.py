@@ -137,7 +137,7 @@ def _report(report: Any, options: Inspect) -> str:
 def _selection(report: Any) -> str | None:
     if report.selection is None:
         return None
-    options = {**(report.selection_options or {}), "normalised by": report.normalize}
+    options = dict(report.selection_options or {})
     if report.selection == "random":
         options["seed"] = report.random_seed
     shown = (f"{key} {value}" for key, value in options.items() if value not in (None, "none"))

@@ -73,10 +73,6 @@ class PacaChoices(TargetOptions):
     selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
     registered one. Or the columns themselves, by the module's name or pattern."""
-    normalize: Literal["none", "input", "weight"] = "none"
-    """Normalise the optimizer's steps by column, with rates that are fixed before training.
-    `input`: smaller steps where a column's inputs are large, so that each changes the output by as
-    much; it needs statistics of data. `weight`: in proportion to the column's norm."""
     random_seed: int | None = 42
     """Chooses the columns, together with each module's name. Null: drawn from torch's global
     generator when the adapter is made, and recorded; processes that train together must agree."""
@@ -124,8 +120,6 @@ class PacaOptions(PacaChoices):
     in when they are not random."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
-    column_rates: dict[str, list[Any]] | None = None
-    """Module name -> factors of its columns' steps; filled in with `normalize`."""
     needs_pacatune_for: list[str] | None = None
     """Kinds of adapted modules that PEFT's own PaCA does not adapt, or wrongly; filled in when the
     adapter is saved."""
@@ -146,7 +140,6 @@ class PacaOptions(PacaChoices):
                 setattr(self, option.name, chosen)
         if type(self.use_rslora) is not bool:
             raise ValueError(f"`use_rslora` ({self.use_rslora!r}) must be true or false.")
-        self._check_rates()
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"`layers_pattern` ({self.layers_pattern!r}) says where to count layers, so it "
@@ -171,23 +164,11 @@ class PacaOptions(PacaChoices):
         return options + (self.needs_pacatune_for or [])
 
     def statistics(self) -> tuple[str, ...]:
-        """Return the kinds of statistics from data by which columns or rates are to be decided."""
+        """Return the kinds of statistics from data by which columns are to be chosen."""
         from pacatune.strategies import KINDS, needs_of
 
         kinds = set() if self.columns is not None else set(needs_of(str(self.selection)))
-        if self.normalize == "input" and self.column_rates is None:
-            kinds.add("activation")
         return tuple(kind for kind in KINDS if kind in kinds)
-
-    def _check_rates(self) -> None:
-        given: Any = self.column_rates
-        is_valid = isinstance(given, dict) and all(map(_are_rates, given.values()))
-        if given is not None and not (is_valid and self.normalize != "none"):
-            raise ValueError(
-                f"`column_rates` ({_short(given)}) must be module names and lists of finite "
-                "numbers above 0, one for each column, and `normalize` "
-                f"({self.normalize!r}) what they were found by; drop them."
-            )
 
     def _check_kinds(self) -> None:
         for name, value in vars(self).items():
@@ -355,19 +336,6 @@ def _sorted_list(name: str, values: Any) -> list[int]:
     if len(set(values)) < len(values):
         raise ValueError(f"`columns[{name!r}]` ({str(values)[:80]}) repeats a column.")
     return sorted(values)
-
-
-def _are_rates(values: Any) -> bool:
-    """Whether these are numbers above 0, or equally many in each of several lists."""
-    if not isinstance(values, list | tuple):
-        return False
-    rows = values if any(isinstance(row, list | tuple) for row in values) else [values]
-    return all(
-        isinstance(row, list | tuple)
-        and 0 < len(row) == len(rows[0])
-        and all(type(rate) in (int, float) and 0 < rate <= _MOST for rate in row)
-        for row in rows
-    )
 
 
 def _check_rank(name: str, value: Any) -> None:

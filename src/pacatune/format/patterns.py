@@ -19,7 +19,6 @@ PATTERN_OPTIONS = (
     "rank_pattern",
     "alpha_pattern",
     "columns",
-    "column_rates",
     "modules_to_save",
 )
 _PLAIN_NAME = re.compile(r"[\w.]*")

@@ -53,7 +53,7 @@ def collect_statistics(
         model: The base, whole on its device and not adapted. It runs in the mode it is in, with
             BatchNorm evaluating; a gradient checkpoint works as in training.
         batches: What is in one iteration each; the paper takes 100.
-        config: Says which weights, and by its `selection` and `normalize` what is collected.
+        config: Says which weights, and by its `selection` what is collected.
         loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, or for activations
             just `model(**batch)`, with the batch on the model's device.
 
@@ -65,8 +65,7 @@ def collect_statistics(
     kinds = config.statistics()
     if not kinds:
         raise ValueError(
-            f"`selection` ({config.selection!r}) and `normalize` ({config.normalize!r}) need no "
-            "statistics; make the adapter without."
+            f"`selection` ({config.selection!r}) needs no statistics; make the adapter without."
         )
     _check_model(model)
     collector = _Collector(find_targets(model, config), kinds)

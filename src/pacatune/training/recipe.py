@@ -217,12 +217,6 @@ def check_environment(config: RunConfig) -> None:
             "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
             f"otherwise no process has the result of `method` ({config.method!r}) to save it."
         )
-    normalize = config.paca.normalize  # "none" where another method is trained
-    if plugin is not None and normalize != "none":
-        raise ValueError(
-            f"`paca.normalize` ({normalize!r}) acts on the steps of single columns, and DeepSpeed "
-            "steps on flat copies, which have none; drop it, or shard by FSDP2 (fsdp2.yaml)."
-        )
     available = get_available_reporting_integrations()
     for name in training.report_to or ():
         if name not in available:

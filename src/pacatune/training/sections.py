@@ -66,8 +66,6 @@ class PacaSection(PacaChoices):
 
             path = Path(str(self.selection)).expanduser()
             values["selection"] = load_columns(path)
-            if self.normalize != "none":
-                values["column_rates"] = _rates_in(path, self.normalize)
         return copy.deepcopy(values)
 
 
@@ -80,17 +78,6 @@ def check_selection_file(name: str) -> None:
             f"`paca.selection` ({name!r}) is no strategy, and no file or folder of this name "
             f"exists; {suggest(name, strategies())}"
         )
-
-
-def _rates_in(path: Path, normalize: str) -> dict[str, list[Any]] | None:
-    """Return the rates of an adapter whose steps were normalised in the same way, or None."""
-    from pacatune.adapters.folder import CONFIG_NAME, read_config
-    from pacatune.files.plain import find_file
-
-    if not (path / CONFIG_NAME).is_file():
-        return None
-    saved = read_config(find_file(path, CONFIG_NAME))
-    return saved.column_rates if saved.normalize == normalize else None
 
 
 @dataclass(kw_only=True)

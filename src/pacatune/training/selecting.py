@@ -34,9 +34,8 @@ def check_selection(
         why = "the whole model, which FSDP shards"
     if why is not None:
         raise ValueError(
-            f"`paca.selection` ({options.selection!r}) or `paca.normalize` ({options.normalize!r}) "
-            f"needs {why}; choose without data (random, weight_norm), or give the folder of a run "
-            "without that, for one step, as `paca.selection`."
+            f"`paca.selection` ({options.selection!r}) needs {why}; choose without data (random, "
+            "weight_norm), or give the folder of a run without that, for one step."
         )
 
 
@@ -63,7 +62,7 @@ def choose_from_data(
         from pacatune.adapters.folder import CONFIG_NAME, read_config
 
         saved = read_config(checkpoint / CONFIG_NAME)
-        for name in ("columns", "column_rates", "selection_options"):
+        for name in ("columns", "selection_options"):
             setattr(adapter, name, getattr(saved, name))
         return cast(PeftConfig, adapter)
     from pacatune.selection import choose_columns, collect_statistics
@@ -89,8 +88,6 @@ def choose_from_data(
     model.train(was_training)
     seconds = time.perf_counter() - start
     chosen = f"columns chosen by {adapter.selection}"
-    if adapter.normalize == "input":
-        chosen += " and normalised by input"
     say(console, f"{chosen} from {statistics.num_batches} batches ({seconds:.1f} s)")
     return choose_columns(model, adapter, statistics)
 
@@ -115,11 +112,9 @@ def describe_columns(model: Any) -> str | None:
     if getattr(config, "peft_type", None) != "PACA":
         return None
     options = dict(config.selection_options or {})
-    if config.normalize != "none":
-        options["normalize"] = config.normalize
     return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
 
 
 def _kinds(adapter: Any) -> tuple[str, ...]:
-    """Return the statistics that columns and rates are chosen by."""
+    """Return the statistics that columns are chosen by."""
     return adapter.statistics() if getattr(adapter, "peft_type", None) == "PACA" else ()

@@ -164,7 +164,6 @@ def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
         options.columns_from = "dequantized"
         if options.columns is None:
             options.selection = "random"
-        options.normalize, options.column_rates = "none", None
     adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
     for layer in adapted.modules():
         if isinstance(layer, _BatchNorm):  # saved for its statistics, if at all

@@ -18,7 +18,6 @@ from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.strategies import (
     FIXED,
-    check_known,
     needs_of,
     random_columns,
     seed_for,
@@ -27,7 +26,6 @@ from pacatune.strategies import (
 from pacatune.tuner.compat import get_quantization_kwargs
 from pacatune.tuner.config import (
     PacaConfig,
-    given_to,
     key_of_columns,
     refuse_idle_layers,
     seeded,
@@ -35,7 +33,6 @@ from pacatune.tuner.config import (
 from pacatune.tuner.defaults import default_targets
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import weight_matrix
-from pacatune.tuner.rates import rates_by_input, rates_by_weight
 from pacatune.tuner.targets import Target, check_targets, for_module
 
 if TYPE_CHECKING:
@@ -58,12 +55,10 @@ def choose_columns(
     Args:
         model: The base, with or without other adapters; not changed.
         config: The adapter's configuration. Columns that it gives already stay.
-        statistics: What its `selection` and `normalize` need, see
-            `pacatune.selection.collect_statistics`.
+        statistics: What its `selection` needs, see `pacatune.selection.collect_statistics`.
 
     Returns:
-        A copy of `config` with the columns of every target in `columns`, and their rates in
-        `column_rates` where steps are to be normalised.
+        A copy of `config` with the columns of every target in `columns`.
 
     Raises:
         ValueError: If statistics are missing, columns do not fit their weight or name no target,
@@ -78,23 +73,18 @@ def choose_columns(
             f"`columns` gives none for {len(missing)} adapted modules, first {missing[0]!r}; name "
             "them too, or take them out of `target_modules`."
         )
-    looks_at: tuple[str, ...] = (config.normalize,) if config.column_rates is None else ()
     if len(given) < len(targets):
-        looks_at, config = (*looks_at, *needs_of(str(config.selection))), seeded(config)
-    if "weight" in looks_at:
-        _refuse_merged(model)
+        if "weight" in needs_of(str(config.selection)):
+            _refuse_merged(model)
+        config = seeded(config)
     columns: dict[str, Any] = {}
-    rates: dict[str, list[Any]] = {}
     for name, target in targets.items():
         try:
             columns[name] = given.get(name) or _choose(model, config, name, target, statistics)
-            rates[name] = _rates(model, config, name, target, columns[name], statistics)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from None
     config = copy.copy(config)
     config.columns = columns
-    if config.normalize != "none":
-        config.column_rates = rates
     if statistics is not None and config.selection_options is None:
         config.selection_options = {"num_batches": statistics.num_batches}
     return config
@@ -114,39 +104,6 @@ def _choose(
     weight, values = _known(model, needs_of(selection), name, target, statistics)
     seed = seed_for(config.random_seed, name)
     return select_columns(selection, weight, target.rank, seed=seed, statistics=values).tolist()
-
-
-def _rates(
-    model: nn.Module,
-    config: PacaConfig,
-    name: str,
-    target: Target,
-    columns: list[Any],
-    statistics: "ColumnStatistics | None",
-) -> list[Any]:
-    """Return the rates of a module's columns, given or of four digits each; none without any."""
-    if config.column_rates is not None:
-        rates = given_to(config.column_rates, name) or []
-        number = len(rates[0] if rates and isinstance(rates[0], list | tuple) else rates)
-        if number != target.rank:
-            raise ValueError(
-                f"`column_rates` gives {number} rates ({str(rates)[:80]}) and the rank is "
-                f"{target.rank}; drop all of them, and they are found anew."
-            )
-        return rates
-    if config.normalize == "none":
-        return []
-    needs = ("activation",) if config.normalize == "input" else ("weight",)
-    weight, values = _known(model, needs, name, target, statistics)
-    check_known(f"`normalize` ({config.normalize!r})", needs, weight, values)
-    by_input = config.normalize == "input"
-    found = rates_by_input(values["activation"]) if by_input else rates_by_weight(weight)
-    is_grouped = isinstance(columns[0], list)
-    rounded = [
-        [float(f"{rate:.4g}") for rate in found[group].tolist()]
-        for group in (columns if is_grouped else [columns])
-    ]
-    return rounded if is_grouped else rounded[0]
 
 
 def _known(
@@ -238,7 +195,7 @@ def _refuse_merged(model: nn.Module) -> None:
         if isinstance(layer, PacaLayer) and layer.merged_adapters:
             raise ValueError(
                 f"adapters {layer.merged_adapters} are merged into the weights, from which columns "
-                "are to be chosen, or their rates; unmerge them first."
+                "are to be chosen; unmerge them first."
             )
 
 

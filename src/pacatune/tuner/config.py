@@ -69,7 +69,7 @@ def refuse_idle_layers(config: PeftConfig) -> None:
 
 
 def given_to(given: Mapping[str, list[Any]] | None, name: str) -> list[Any] | None:
-    """Return which of the columns or rates of a configuration a module has, None if none."""
+    """Return which of the columns of a configuration a module has, None if none."""
     key = key_of_columns(given, name) if given else None
     return None if key is None else (given or {})[key]
 

@@ -19,7 +19,6 @@ from pacatune.strategies import random_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
-from pacatune.tuner.rates import Rates, watch
 
 __all__ = [
     "Delta",
@@ -41,23 +40,10 @@ class Delta(nn.Module):
     `.default.`, FSDP1 wraps modules, and ZeRO-3 gathers when a module is called.
     """
 
-    rates: Rates | None = None
-    """What the optimiser's steps are multiplied by, where they are normalised per column."""
-
     def __init__(self, *shape: int) -> None:
         super().__init__()
         # Watched from the start: a compiled graph would be made anew for another class.
         self.weight = DeltaParameter(torch.zeros(shape))
-
-    def normalize_steps(self, rates: Rates | None) -> None:
-        """Let optimisers step by column from now on, or as they do."""
-        self.rates = rates
-        if rates is not None:
-            watch(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.normalize_steps(self.rates)
 
     def forward(
         self, columns: Tensor, scaling: float | None, apply: Callable[..., Tensor] = F.linear
@@ -105,7 +91,6 @@ class PacaLayer(nn.Module, TunerLayer):
         r: int,
         paca_alpha: float,
         columns: list[int] | list[list[int]] | None = None,
-        rates: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
@@ -125,8 +110,7 @@ class PacaLayer(nn.Module, TunerLayer):
         self.residency: Residency | None = None
         self._attach()
         self._active_adapter = adapter_name
-        given: Any = {"columns": columns, "rates": rates}
-        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha, **given)
+        self.update_layer(adapter_name, name, config, r=r, paca_alpha=paca_alpha, columns=columns)
 
     def _attach(self) -> None:
         base_layer = self.base_layer
@@ -159,7 +143,6 @@ class PacaLayer(nn.Module, TunerLayer):
         r: int,
         paca_alpha: float,
         columns: list[int] | list[list[int]] | None = None,
-        rates: list[Any] | None = None,
     ) -> None:
         """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
@@ -173,7 +156,6 @@ class PacaLayer(nn.Module, TunerLayer):
         delta = self.delta_class(*self.layout.delta_shape(r))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
-        delta.normalize_steps(self._rates(rates, r))
         self.paca_delta[adapter_name] = delta
         if columns is None:
             indices = random_columns(
@@ -184,11 +166,6 @@ class PacaLayer(nn.Module, TunerLayer):
         self.paca_indices[adapter_name] = indices
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _rates(self, values: list[Any] | None, r: int) -> Rates | None:
-        if values is None:
-            return None
-        return Rates(values, self.layout.delta_shape(r), self.layout.delta_dim)
 
     def delta_of(self, adapter_name: str) -> nn.Parameter:
         """Return one adapter's (O, R) update, before scaling."""
@@ -205,12 +182,10 @@ class PacaLayer(nn.Module, TunerLayer):
         delta: Tensor,
         indices: Tensor,
         paca_alpha: float,
-        rates: list[Any] | None = None,
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        They are an (O, R) delta, (R,) or (G, R) sorted indices, the factor paca_alpha / R, and the
-        rates of the new columns.
+        They are an (O, R) delta, (R,) or (G, R) sorted indices, and the factor paca_alpha / R.
         """
         holder, rank = cast(Delta, self.paca_delta[adapter_name]), rank_of(indices)
         old = holder.weight
@@ -218,7 +193,6 @@ class PacaLayer(nn.Module, TunerLayer):
             old.copy_(delta)
         else:
             holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
-        holder.normalize_steps(self._rates(rates, rank))
         self.paca_indices[adapter_name] = indices.to(old.device)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank

@@ -154,8 +154,7 @@ class PacaModel(Tuner):
         _warn_of_idle_layers(config)
         config = settle_scaling(model, config)
         is_random = config.columns is None and config.selection == "random"
-        is_plain = is_random and config.normalize == "none"
-        config = seeded(config) if is_plain else choose_columns(model, config)
+        config = seeded(config) if is_random else choose_columns(model, config)
         self.peft_config[adapter_name] = config
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
@@ -364,12 +363,6 @@ class PacaModel(Tuner):
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
         columns = other_columns(_PlainNames(model), adapter_name, remapped)
-        if columns and isinstance(config, PacaConfig) and config.column_rates is not None:
-            raise ValueError(
-                f"Adapter {adapter_name!r} has `column_rates`, which are of other columns than "
-                f"those of the file (first {min(columns)!r}). Load it with its own configuration "
-                "(`load_adapter`, `from_pretrained`), or as an adapter without `normalize`."
-            )
         keep_columns(config, columns)
         return remapped
 

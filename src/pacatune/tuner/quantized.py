@@ -192,7 +192,7 @@ def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) ->
     backend = resolve_quantization_backend(module, **kwargs)
     if backend is not None and not backend.supports_merge:
         raise ValueError(
-            f"`selection` or `normalize` looks at the weights, and those of a "
+            f"`selection` looks at the weights, and those of a "
             f"{type(module).__name__} ({backend.backend_name}) cannot be dequantised; choose by "
             "something else."
         )
@@ -201,8 +201,8 @@ def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) ->
     weight: Tensor = getattr(module, parameter_name)
     if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
         raise ValueError(
-            f"`selection` or `normalize` looks at the weights, and those of a "
-            f"{type(module).__name__} are sharded; choose columns and rates before the model is "
+            f"`selection` looks at the weights, and those of a "
+            f"{type(module).__name__} are sharded; choose columns before the model is "
             "sharded."
         )
     layout = layout_of(module, parameter_name)

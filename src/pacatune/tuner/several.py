@@ -65,8 +65,6 @@ def add_weighted_adapter(
         selection_options=None,
         groups=1,
         columns={name: indices.tolist() for name, (_, indices) in sums.items()},
-        normalize="none",
-        column_rates=None,
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     for name, (delta, indices) in sums.items():

@@ -292,12 +292,11 @@ def parameters_count(config: PacaConfig) -> Iterator[None]:
 
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
-    """Return rank, alpha, given columns and their rates of a target, patterns resolved."""
+    """Return rank, alpha and given columns of a target, patterns resolved."""
     return {
         "r": for_module(config.rank_pattern, target_of(name), config.r),
         "paca_alpha": for_module(config.alpha_pattern, target_of(name), config.paca_alpha),
         "columns": given_to(config.columns, name),
-        "rates": given_to(config.column_rates, name),
     }
 
 

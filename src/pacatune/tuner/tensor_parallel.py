@@ -204,12 +204,11 @@ class TensorParallelLinear(Linear):
         delta: Tensor,
         indices: Tensor,
         paca_alpha: float,
-        rates: list[Any] | None = None,
     ) -> None:
         """Give an adapter other values, the same whole (O, R) of them on each process."""
         old = self.delta_of(adapter_name)
         shared = self.split.distribute(delta.to(device=old.device, dtype=old.dtype))
-        super().replace_update(adapter_name, shared, indices, paca_alpha, rates)
+        super().replace_update(adapter_name, shared, indices, paca_alpha)
 
     def _is_bare(self, base: dict[str, Any]) -> bool:
         others = {key: value for key, value in base.items() if key != "forward"}

@@ -219,14 +219,13 @@ def test_what_keeps_less_changes_no_loss(make_cnn):
 
 
 def test_bfloat16_weights_and_columns_from_the_images(make_config, tmp_path):
-    section = {"r": 4, "selection": "gradient", "selection_batches": 2, "normalize": "input"}
+    section = {"r": 4, "selection": "gradient", "selection_batches": 2}
     report = train(make_config(model={"dtype": "bfloat16"}, paca=section), console=QUIET)
     assert report.dtype == "bfloat16"
     assert report.eval_loss_after < report.eval_loss_before
-    assert report.columns == "gradient, num_batches 2, normalize input"
+    assert report.columns == "gradient, num_batches 2"
     saved = read_json(tmp_path / "out/adapter_config.json")
     assert saved["columns"] == load_columns(tmp_path / "out")
-    assert saved["column_rates"].keys() == saved["columns"].keys()
 
 
 def test_pictures_and_card(make_config, images_dir, tmp_path, capsys, drawn):
