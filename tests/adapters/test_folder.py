@@ -222,6 +222,12 @@ def test_a_wrong_configuration_is_refused(path, changes, message):
         read_config(edit_json(path, **changes))
 
 
+def test_options_that_left_changed_no_adapter(path):
+    """Steps normalised by column: the file is read without them."""
+    before = read_config(path)
+    assert read_config(edit_json(path, normalize="input", column_rates={"a": [1.0]})) == before
+
+
 def test_keys_of_another_peft_do_not_matter_while_they_are_off(path):
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.5, "use_future": False, "new": None}
     path.write_text(json.dumps(config))
