@@ -46,10 +46,7 @@ def synced() -> dict[str, dict[str, float]]:
     rows = {(r.what, r.method, r.model or r.setting): r.value for r in read("rl_sync").rows}
 
     def of(what: str, where: str, default: float | None = None, scale: float = 1.0) -> Any:
-        return {
-            title: scale * rows.get((what, method, where), default)
-            for method, title in _SYNCED.items()
-        }
+        return {title: scale * rows.get((what, m, where), default) for m, title in _SYNCED.items()}
 
     return {
         "mean |log p_train - log p_sample|": of("gap, same tokens", "transformers"),
@@ -87,13 +84,12 @@ def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
 
 
 def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
-    panels = synced()
-    for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        places = range(len(values))
+    for number, (title, values) in enumerate(synced().items()):
+        axes, places = figure.add_subplot(1, 3, number + 1), range(len(values))
         axes.barh(places, values.values(), color=[ours] + [theirs] * (len(values) - 1))
         for place, value in zip(places, values.values(), strict=True):
             axes.text(value, place, f" {value:.3g}", color=text, fontsize=8, va="center_baseline")
-        axes.set_yticks(places, values if title == next(iter(panels)) else [""] * len(values))
+        axes.set_yticks(places, [""] * len(values) if number else values)
         axes.set_title(title, fontsize=9)
         axes.margins(x=0.2)
         _bare(axes)

@@ -6,7 +6,7 @@ from trl.trainer import grpo_trainer, rloo_trainer
 
 from pacatune.integrations.trl import ColumnGeneration, _sends_columns, column_sync
 from tests.conftest import build_model
-from tests.sync.conftest import VOCABULARY, adapt
+from tests.sync.conftest import VOCABULARY, adapt, in_few_bits
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
@@ -35,11 +35,15 @@ def test_columns_are_sent_for_paca(caplog):
 
 
 @pytest.mark.parametrize(
-    ("options", "sleeps", "reason"),
-    [({}, True, "discards the weights"), ({"modules_to_save": ["lm_head"]}, False, "trains")],
+    ("build", "sleeps", "reason"),
+    [
+        (adapt, True, "discards the weights"),
+        (lambda: adapt(modules_to_save=["lm_head"]), False, "trains"),
+        (lambda: in_few_bits("bitsandbytes-nf4"), False, "the base is quantised"),
+    ],
 )
-def test_where_everything_is_sent_it_is_said(options, sleeps, reason, caplog):
-    assert not _sends_columns(adapt(**options), sleeps)
+def test_where_everything_is_sent_it_is_said(build, sleeps, reason, caplog):
+    assert not _sends_columns(build(), sleeps)
     (record,) = caplog.records
     assert record.message.startswith("vLLM gets every parameter at each sync, not columns: ")
     assert reason in record.message

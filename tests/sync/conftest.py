@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.patch.edit import bits
@@ -12,6 +13,7 @@ from pacatune.sync import ColumnReceiver, ColumnSource
 from tests.conftest import build_model
 from tests.distributed import net
 from tests.distributed.conftest import pair
+from tests.tuner.quantizers import quantise
 
 __all__ = ["pair"]
 
@@ -22,6 +24,13 @@ def adapt(dtype=torch.float32, base=None, **options):
     """Return the tiny Llama, or another base, with an adapter."""
     options = {"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options}
     return get_peft_model(served(dtype) if base is None else base, PacaConfig(**options))
+
+
+def in_few_bits(name, **options):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    base[0], base[2] = quantise(base[0], name), quantise(base[2], name)
+    return adapt(base=base, target_modules=["0", "2"], **options)
 
 
 def served(dtype=torch.float32):

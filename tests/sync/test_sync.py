@@ -25,12 +25,12 @@ from tests.sync.conftest import (
     bring,
     change,
     clone,
+    in_few_bits,
     merged,
     served,
     step,
 )
 from tests.tuner import nets
-from tests.tuner.quantizers import quantise
 
 
 @pytest.mark.parametrize(
@@ -321,13 +321,6 @@ def adapt_tied():
 def test_models_without_columns_to_send(build, message):
     with pytest.raises(ValueError, match=message):
         ColumnSource(build())
-
-
-def in_few_bits(name, **options):
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
-    base[0], base[2] = quantise(base[0], name), quantise(base[2], name)
-    return adapt(base=base, target_modules=["0", "2"], **options)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

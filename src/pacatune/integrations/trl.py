@@ -153,13 +153,16 @@ class _Sender:
 
 def _sends_columns(model: Any, sleeps: bool) -> bool:
     """Whether a model's columns can be sent; if it has some and they cannot, say why."""
+    layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
     reason = "`vllm_enable_sleep_mode` discards the weights after each batch." if sleeps else ""
+    if any(layer.quantization_backend is not None for layer in layers):
+        reason = "the base is quantised, and TRL has vLLM serve another one than it dequantises to."
     if not reason:
         try:
             ColumnSource(model)
         except ValueError as error:
             reason = str(error)
-    if reason and any(isinstance(module, PacaLayer) for module in model.modules()):
+    if reason and layers:
         logger.warning("vLLM gets every parameter at each sync, not columns: %s", reason)
     return not reason
 
@@ -188,7 +191,7 @@ def _our_engine(module: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
 
 def _init_online_dpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Make a trainer that starts vLLM and moves weights by itself."""
-    module = sys.modules[type(self).__mro__[0].__module__]
+    module = sys.modules[_ONLINE_DPO]
     is_ours = functools.cache(lambda: _sends_columns(self.model, self.args.vllm_enable_sleep_mode))
     with _our_engine(module, is_ours):
         init(self, *args, **kwargs)
@@ -256,9 +259,10 @@ def _sync_columns(trainer: Any, start: float) -> tuple[float, float, float]:
     return paused, ready, sent
 
 
-_EXPERIMENTAL = "trl.experimental"
+_ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
+_ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer"
 _APART = {
-    (f"{_EXPERIMENTAL}.online_dpo.online_dpo_trainer", "OnlineDPOTrainer"): _init_online_dpo,
-    (f"{_EXPERIMENTAL}.async_grpo.async_grpo_trainer", "AsyncGRPOTrainer"): _init_async_grpo,
+    (_ONLINE_DPO, "OnlineDPOTrainer"): _init_online_dpo,
+    (_ASYNC_GRPO, "AsyncGRPOTrainer"): _init_async_grpo,
 }
 """Trainers with a way of their own to vLLM -> what makes one."""
