@@ -9,6 +9,8 @@ allows.
 
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -19,10 +21,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.methods import CPU
 from benchmarks.results import counted, new_parser, record
-from benchmarks.sync import adapt, seconds_of
 from pacatune import patch
 from pacatune.adapters.merge import merge
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.measure.methods import adapt
 from pacatune.measure.models import llama_values, make_model
 from pacatune.measure.timing import time_row
 from pacatune.reports.rows import Row
@@ -40,9 +42,20 @@ def build(seed: int, folder: Path) -> tuple[Path, Path]:
     base, adapter = folder / "base", folder / "adapter"
     made: Any = make_model(VALUES, torch.bfloat16, CPU, seed=seed)
     made.save_pretrained(base)
-    adapted: Any = adapt(load(base), "paca", RANK, seed).model
+    adapted: Any = adapt(load(base), "paca", rank=RANK, seed=seed).model
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.01)
     adapted.save_pretrained(adapter)
     return base, adapter
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Return the time of one run."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def load(folder: Path) -> Any:

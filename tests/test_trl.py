@@ -58,7 +58,7 @@ def tensors(path):
 def test_sft_is_that_of_the_trainer(folder, words, tiny_model_dir, tmp_path):
     data = folder(lambda word: {"prompt": word, "completion": " Many."})
     plain = trl.ModelConfig, trl.get_peft_config
-    options = '{"selection": "weight_norm", "use_rslora": true}'
+    options = '{"selection": "weight_norm"}'
     main(["sft", *words, "--dataset_name", data, "--paca", options])
     assert (trl.ModelConfig, trl.get_peft_config) == plain
 
@@ -80,7 +80,6 @@ def test_sft_is_that_of_the_trainer(folder, words, tiny_model_dir, tmp_path):
             r=4,
             paca_alpha=8,
             selection="weight_norm",
-            use_rslora=True,
             task_type="CAUSAL_LM",
         ),
     )

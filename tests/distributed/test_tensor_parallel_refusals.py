@@ -35,7 +35,7 @@ def refused(folder, options):
             {"modules_to_save": ["lm_head"]},
             r"`modules_to_save` .*'lm_head' is split .*style 'colwise_gather_output'",
         ),
-        ({"selection": "weight_norm"}, "choose columns and rates before the model is sharded"),
+        ({"selection": "weight_norm"}, "choose columns before the model is sharded"),
     ],
 )
 def test_refusals_change_nothing(pair, save_base, options, message):
