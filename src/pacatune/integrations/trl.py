@@ -134,6 +134,7 @@ class _Sender:
 
     def _check_base(self, source: ColumnSource) -> None:
         if self.transport is not None:
+            self.transport.revert()  # what a run that was killed has left in a server
             self.transport.check_base(source)
             return
         source.positions()
