@@ -3,7 +3,7 @@
     make soak-rl                        300 steps with SmolLM2-135M
     make soak-rl ARGS="--steps 12"      fewer
 
-Fails if memory, threads or open files grow from the first third of each process's samples to the
+Fails if memory, threads or open files grow from the middle third of each process's samples to the
 last, if a step is lost, if the served weights are not the trained ones, or if after taking the
 columns back they are not the base's.
 """
@@ -32,7 +32,8 @@ def is_reversed(completions, words, **kwargs):
 """
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "paper", "light", "music", "bread")
 GROWTH = {"memory": 1.1, "threads": 1.0, "files": 1.0}
-"""Of which factor more in the last third than in the first one is a leak."""
+"""Of which factor more in the last third than in the middle one is a leak."""
+_NUM_WARM = 6  # steps of a process before it is watched
 
 
 class Watch:
@@ -55,7 +56,7 @@ class Watch:
         found = {}
         for name, values in self.samples.items():
             third = len(values) // 3
-            if third >= 5:  # a life that is too short says nothing
+            if third >= 10:  # a life that is too short says nothing
                 growth = statistics.median(values[-third:]) / statistics.median(
                     values[third : 2 * third]
                 )
@@ -104,9 +105,10 @@ def run_until(command: list[str], folder: Path, step: int, watches: list[Watch])
     with (folder / "train.log").open("ab") as log:
         process = subprocess.Popen([*command, *resume], stdout=log, stderr=log, cwd=folder)
     watches.append(Watch(process.pid))
+    warm = step_of(folder) + _NUM_WARM
     while (status := process.poll()) is None and step_of(folder) < step:
         time.sleep(2)
-        for watch in watches:
+        for watch in watches if step_of(folder) >= warm else ():
             watch.look()
     if status is None:
         process.send_signal(signal.SIGKILL)
