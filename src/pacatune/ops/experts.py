@@ -17,7 +17,7 @@ Two equal ways to form the products of all groups:
     grouped      torch's grouped GEMM, where it takes the dtype and the sizes
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -250,14 +250,21 @@ def _column_products(
         for expert, rows in _rows_of(offsets):  # one batched product for each
             add_columns_(y[rows], x_SU[rows], delta[expert].to(y.dtype), indices)
         return y
-    times = delta.shape[2] // rank_of(indices)
-    inputs = [x_SU] if indices.dim() == 1 else by_group(x_SU, indices).unbind(0)
-    rows_of_groups = delta.chunk(len(inputs), 1)
-    parts = [
-        _products(torch.cat([x_SR] * times, 1), rows, offsets, is_grouped)
-        for x_SR, rows in zip(inputs, rows_of_groups, strict=True)
-    ]
-    return torch.cat(parts, 1)
+    inputs = _inputs_of_groups(x_SU, indices)
+    if delta.shape[2] > rank_of(indices):
+        inputs = [torch.cat((x_SR, x_SR), 1) for x_SR in inputs]
+    pairs = zip(inputs, delta.chunk(len(inputs), 1), strict=True)
+    return _side_by_side([_products(x_SR, rows, offsets, is_grouped) for x_SR, rows in pairs])
+
+
+def _inputs_of_groups(x_SU: Tensor, indices: Tensor) -> Sequence[Tensor]:
+    """Return the (S, R) inputs of each row group; without groups, `x_SU` itself."""
+    return [x_SU] if indices.dim() == 1 else by_group(x_SU, indices).unbind(0)
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """Return what the row groups' outputs are together, along dimension 1; one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _adapted(
@@ -312,11 +319,11 @@ def _grad_delta(
 ) -> Tensor:
     """Return scaling * dy_e^T x_e[:, indices] of all experts: (E, O, R); x is `select`'s."""
     if is_grouped:
-        inputs = [x] if indices.dim() == 1 else by_group(x, indices).unbind(0)
+        inputs = _inputs_of_groups(x, indices)
         pairs = list(zip(gy.chunk(len(inputs), 1), inputs, strict=True))
         if all(_can_group(*pair) for pair in pairs):
             parts = [F.grouped_mm(rows.t(), x_SR, offs=offsets) for rows, x_SR in pairs]
-            return torch.cat(parts, 1).to(dtype).mul_(scaling)
+            return _side_by_side(parts).to(dtype).mul_(scaling)
     if torch.compiler.is_compiling():
         return torch.ops.pacatune.experts_grad_delta(gy, x, indices, offsets, scaling, dtype)
     return _grad_delta_per_expert(gy, x, indices, offsets, scaling, dtype)
@@ -351,9 +358,11 @@ def _rows_of(offsets: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    y = x.new_zeros(len(x), weight.shape[1])
+    y, end = x.new_empty(len(x), weight.shape[1]), 0
     for expert, rows in _rows_of(offsets):
         torch.mm(x[rows], weight[expert].to(x.dtype).t(), out=y[rows])
+        end = rows.stop
+    y[end:].zero_()
     return y
 
 
