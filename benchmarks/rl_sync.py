@@ -3,7 +3,8 @@
     python -m benchmarks.rl_sync                   writes benchmarks/results/rl_sync.json
     python -m benchmarks.rl_sync --quick           the same in minutes, less often
 
-With a Python that has vLLM (`make test-vllm` makes .venv-vllm) a real vLLM is measured, too. Each
+With a Python that has vLLM (`sh tools/test_vllm.sh -m benchmarks.rl_sync`) a real vLLM is measured,
+too. What is measured without one, or quickly, goes to rl_sync-part.json and leaves the other. Each
 method trains a copy of SmolLM2-135M-Instruct in bfloat16 and brings it to a sampler.
 
     sent, sync          bytes; making and writing them, beside any transport
@@ -387,10 +388,7 @@ def measure_base(args: Any) -> list[Row]:
 def measure(args: Any) -> list[Row]:
     """Return every row."""
     rows = [*measure_syncs(args), *measure_base(args)]
-    if importlib.util.find_spec("vllm") is None:
-        print("vLLM is not installed here: transformers' generation alone was measured.")
-        return rows
-    return rows + measure_vllm(args)
+    return rows + (measure_vllm(args) if args.has_vllm else [])
 
 
 def main(options: list[str] | None = None) -> None:
@@ -404,7 +402,11 @@ def main(options: list[str] | None = None) -> None:
         f"syncs, a training step before each; gaps of {16 * args.drawn} drawn tokens or more; what "
         f"{args.cycles} syncs leave of one block; sizes of larger models from their shapes"
     )
-    record("rl_sync", how, lambda: measure(args), args, options, METHODS)
+    args.has_vllm = importlib.util.find_spec("vllm") is not None
+    name = "rl_sync" if args.has_vllm and not args.quick else "rl_sync-part"
+    record(name, how, lambda: measure(args), args, options, METHODS)
+    if not args.has_vllm:
+        print("vLLM is not installed here: transformers' generation alone was measured.")
 
 
 if __name__ == "__main__":

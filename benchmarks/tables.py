@@ -120,7 +120,10 @@ VIEWS = {
         file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),
     "demo-rl": View(
-        file="demo-rl", where=lambda row: "gap" not in row.what, columns=("what", "method")
+        file="demo-rl",
+        where=lambda row: "gap" not in row.what,
+        columns=("what", "method"),
+        remark="The command is `python examples/grpo.py --seed SEED` now.",
     ),
 }
 """Name of a block -> what it shows."""

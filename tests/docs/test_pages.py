@@ -68,12 +68,18 @@ def test_the_table_of_syncs_says_the_committed_numbers():
             ("changed elements of the base", ""),
         )
     )
-    paca, lora = (rows["token / base", one, "transformers"] for one in ("paca", "lora-adapter"))
-    ours, theirs = (f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})" for r in (paca, lora))
+    times = {
+        where: [
+            f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
+            for r in (rows["token / base", one, where] for one in ("paca", "lora-adapter"))
+        ]
+        for where in ("transformers", "vLLM")
+    }
     for said in (
         f"| {gap[0].value:g} | {gap[1].value:.3f} | {gap[2].value:.3f} |",
         "| " + " | ".join(f"{row.value / 2**20:.1f} MiB" for row in sent) + " |",
-        f"| {ours} | as the base | {theirs} |",
+        "| {} | as the base | {} |".format(*times["transformers"]),
+        "| {} | not measured | {} |".format(*times["vLLM"]),
         f"| {changed[0].value:g} % | {changed[1].value:.1f} % | 0 % |",
     ):
         assert said in text

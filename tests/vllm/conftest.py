@@ -114,12 +114,12 @@ def adapted(path, **options):
     return get_peft_model(base, PacaConfig(r=16, paca_alpha=16, **options))
 
 
-def save_small_model(tokenizer_path, folder):
+def save_small_model(tokenizer_path, folder, kind="Llama", **more):
     """Two layers at random, whose heads two ranks can share; SmolLM2 has nine."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=49152,
         hidden_size=128,
         intermediate_size=256,
@@ -127,9 +127,11 @@ def save_small_model(tokenizer_path, folder):
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
+        **more,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16()
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
 
 
 class Trainer:

@@ -99,11 +99,15 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
         assert max(gaps) < 0.1, gaps
 
     generation.sync_weights()
-    served = weights_in(generation.llm)
+    check_and_end(generation.llm, trainer.model, base, monkeypatch)
+
+
+def check_and_end(llm, model, base, monkeypatch):
+    served = weights_in(llm)
     monkeypatch.undo()
-    assert served == trained_digests(trainer.model)
+    assert served == trained_digests(model)
     assert served != base
-    generation.llm.llm_engine.engine_core.shutdown()
+    llm.llm_engine.engine_core.shutdown()
 
 
 def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
@@ -121,11 +125,7 @@ def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     trainer.train()
     trainer._move_model_to_vllm()
-    served = weights_in(trainer.llm)
-    monkeypatch.undo()
-    assert served == trained_digests(trainer.model)
-    assert served != base
-    trainer.llm.llm_engine.engine_core.shutdown()
+    check_and_end(trainer.llm, trainer.model, base, monkeypatch)
 
 
 def weights_in(llm):

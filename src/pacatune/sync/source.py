@@ -4,6 +4,7 @@
                      written, nobody looks
     FSDP2, TP        deltas are gathered, (O, R) of each layer; the originals once
     ZeRO-3           each layer is gathered as DeepSpeed does it, its weight the first time only
+    4 bits           a weight is dequantised once, as each training pass does it
 
 The bits are those of `ops.columns.adapted_columns`, which training, merging and patches have. They
 are rounded to the dtype that is served once, after that.
@@ -234,6 +235,11 @@ class _Weight:
         if layer.quantization_backend is not None:
             shape = tuple(layout.dense_shape)
             dtype = dtype or cast(Any, layer.get_base_layer()).compute_dtype
+            if dtype is None:
+                raise ValueError(
+                    f"{parameter!r} is in 4 bits and does not say in what it computes; give the "
+                    "sampler's dtype: `ColumnSource(model, dtype)`."
+                )
         self.columns = ColumnSet(
             name=_checkpoint_name(base, parameter, shape),
             parameter=parameter,
