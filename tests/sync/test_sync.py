@@ -351,7 +351,7 @@ def test_4_bits_that_name_no_dtype_need_the_samplers():
     trainer = in_few_bits("bitsandbytes-nf4")
     for layer in net.layers_of(trainer):
         layer.base_layer.compute_dtype = None
-    with pytest.raises(ValueError, match="'0.weight' is in 4 bits and does not say in what"):
+    with pytest.raises(ValueError, match=r"'0.weight' is in 4 bits and does not say in what"):
         ColumnSource(trainer)
     assert ColumnSource(trainer, torch.bfloat16).columns().num_bytes
 
