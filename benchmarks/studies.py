@@ -49,7 +49,7 @@ def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, forgetting, kept or transfer."""
+    """Return a table of one of `FILES`: scores, differences, costs or transfer (scores by rate)."""
     known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
     named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
     is_transfer = what == "transfer"
@@ -59,7 +59,7 @@ def block(kind: str, what: str, results: Path) -> str:
     if what == "differences":
         rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
     quantities = {"scores": "test", "differences": "", "transfer": "validation"}
-    quantities |= {"forgetting": what, "kept": what}
+    quantities["costs"] = ("kept", "forgetting")
     if what not in quantities:
         raise ValueError(
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."

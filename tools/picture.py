@@ -1,18 +1,22 @@
-"""Draw README's pictures, light and dark, from the committed results.
+"""Draw the pictures of README and docs, light and dark, from the committed results.
 
 python -m tools.picture
 
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
+    groups  what arms of the study of row groups keep for backward, and their scores
 """
 
+import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from benchmarks.results import ROOT, read
+from benchmarks.results import RESULTS, ROOT, read
+from benchmarks.studies import rows_of
 from pacatune.reports.figures import new_figure
 from pacatune.reports.rows import Row
 
@@ -20,6 +24,8 @@ FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
 _SETTINGS = ("512 tokens", "2048 tokens")
 _DTYPES = ("float32", "bfloat16")
+_FAR = 0.08  # of a score from the median
+_KEPT = "kept for backward"
 _SYNCED = {
     "paca": "PaCA's columns",
     "lora": "LoRA, merged",
@@ -56,13 +62,29 @@ def synced() -> dict[str, dict[str, float]]:
     }
 
 
+def groups() -> dict[str, dict[str, tuple[float, float]]]:
+    """Return what each arm keeps, PaCA's = 1, and its score, of each study of row groups."""
+    found = {}
+    known = json.loads((RESULTS / "groups.json").read_text(encoding="utf-8"))
+    for name, study in known.items():
+        rows = {(row.what, row.method): row.value for row in rows_of(name, study)}
+        score = next(what for what, _ in rows if what.startswith("test "))
+        title = f"{name.removeprefix('groups-')}, {score}"
+        if not name.startswith("groups-rate"):
+            kept = rows[_KEPT, "paca"]
+            arms = [arm for arm in study["arms"] if "normalized" not in arm]
+            found[title] = {arm: (rows[_KEPT, arm] / kept, rows[score, arm]) for arm in arms}
+    return found
+
+
 def draw(name: str, theme: str, folder: Path) -> Path:
     """Draw a picture in the colours of a theme; return its path."""
     options = dict.fromkeys(("text.color", "xtick.color", "ytick.color"), _THEMES[theme][0])
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "pacatune", "font.size": 9}
     with matplotlib.rc_context({**options, **fixed}):
-        figure = new_figure(8.4, 2.5 if name == "step" else 1.7)
-        (_draw_step if name == "step" else _draw_sync)(figure, *_THEMES[theme])
+        draw_it, height = _PICTURES[name]
+        figure = new_figure(8.4, height)
+        draw_it(figure, *_THEMES[theme])
         path = folder / f"{name}-{theme}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True, metadata={"Date": None})
@@ -95,6 +117,25 @@ def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
         _bare(axes)
 
 
+def _draw_groups(figure: Any, text: str, ours: str, theirs: str) -> None:
+    panels = groups()
+    for number, (title, arms) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        middle = statistics.median(score for _, score in arms.values())
+        near = [score for _, score in arms.values() if abs(score / middle - 1) < _FAR]
+        for name, (kept, score) in arms.items():
+            place = min(max(score, min(near)), max(near))  # at the edge a method that has failed
+            colour = ours if name.startswith(("paca", "groups", "pool")) else theirs
+            axes.plot(kept, place, "o" if place == score else "v", color=colour)
+            label = name if place == score else f"{name} {score:.3g}"
+            axes.annotate(label, (kept, place), (4, 0), textcoords="offset points", fontsize=7)
+        axes.margins(x=0.2, y=0.1)
+        if "loss" in title:
+            axes.invert_yaxis()
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("kept for backward, PaCA = 1", color=text)
+
+
 def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours: Any) -> None:
     """Draw two bars for each name, the first at the top, each with its number in it."""
     for offset, colour, values in zip((-0.2, 0.2), colours, zip(*pairs, strict=True), strict=True):
@@ -113,9 +154,13 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
+_PICTURES = {"step": (_draw_step, 2.5), "sync": (_draw_sync, 1.7), "groups": (_draw_groups, 3.0)}
+"""Name -> what draws it, and its height in inches."""
+
+
 def main() -> None:
     """Draw all."""
-    for name in ("step", "sync"):
+    for name in _PICTURES:
         for theme in _THEMES:
             print(f"wrote {draw(name, theme, FOLDER)}")
 

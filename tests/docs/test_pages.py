@@ -95,6 +95,10 @@ def test_the_pictures_show_the_committed_numbers():
         for path in paths:
             drawn = set(re.findall(r">\s*([\d.e-]+)</text>", path.read_text(encoding="utf-8")))
             assert {f"{value:.3g}" for value in values} <= drawn, "run `make docs`"
+    for path in picture.FOLDER.glob("groups-*.svg"):
+        drawn = set(re.findall(r">\s*([^<>]+)</text>", path.read_text(encoding="utf-8")))
+        for title, arms in picture.groups().items():
+            assert {title, *arms} <= drawn | {text.split()[0] for text in drawn}, "run `make docs`"
 
 
 def test_tables_of_measurements_are_those_of_the_committed_results():
