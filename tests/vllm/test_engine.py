@@ -148,6 +148,18 @@ def test_another_dtype_is_refused(llm, base, model_path):
     assert served_digests(llm) == base[0]
 
 
+def test_a_trainer_goes_on_after_one_that_was_killed_within_a_sync(llm, trainer, source):
+    llm.start_weight_update()
+    transport = VllmTransport(llm)
+    source.forget()
+    source.send(transport)
+    assert served_digests(llm) == trained_digests(trainer.model)
+    llm.start_weight_update()
+    with pytest.raises(Exception, match="already active"):  # another trainer's, which lives
+        transport.revert()
+    llm.finish_weight_update()
+
+
 def test_after_an_error_the_next_send_is_complete(llm, trainer, source):
     transport = VllmTransport(llm)
     transport.revert()

@@ -75,7 +75,7 @@ class VllmTransport:
         self.client, self.timeout = _client_of(vllm, timeout), timeout
         self._files = None if folder is None else File(folder)
         self._group: Broadcast | None = None
-        self._is_broken = False
+        self._is_broken = self._has_begun = False
         if broadcast is None:
             info = {} if folder is None else {"folder": str(Path(folder).absolute())}
             self.client.init_weight_transfer_engine(info)
@@ -157,7 +157,15 @@ class VllmTransport:
         request.result()
 
     def _request(self, update: dict[str, Any], version: str | None = None) -> None:
-        self.client.start_weight_update()
+        try:
+            self.client.start_weight_update()
+        except Exception as error:
+            if self._has_begun or "already active" not in str(error):
+                raise
+            # A trainer was killed within a sync, of which everything or nothing is written.
+            self.client.finish_weight_update(None)
+            self.client.start_weight_update()
+        self._has_begun = True
         self.client.update_weights(update)
         self.client.finish_weight_update(version)
         if update["kind"] in ("columns", "revert"):
