@@ -28,8 +28,8 @@ class PacaSection(PacaChoices):
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
 
     selection_batches: int = 100
-    """How many batches of the training data are looked at where columns are chosen by gradients; over
-    all processes."""
+    """How many batches of the training data, over all processes, are looked at where columns are
+    chosen by gradients."""
 
     def __post_init__(self) -> None:
         try:
