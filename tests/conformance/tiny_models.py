@@ -29,114 +29,66 @@ def _tiny_models():
 
         return run
 
-    def opt(cls, layers=5, hidden=16, ffn=4):
-        return seeded(
-            lambda: cls(
-                t.OPTConfig(
-                    vocab_size=v,
-                    hidden_size=hidden,
-                    word_embed_proj_dim=hidden,
-                    ffn_dim=ffn,
-                    num_hidden_layers=layers,
-                    num_attention_heads=4,
-                    max_position_embeddings=100,
-                    dropout=0.0,
-                    attention_dropout=0.0,
-                )
-            )
-        )
+    def of(model_cls, config_cls, **options):
+        return seeded(lambda: model_cls(config_cls(vocab_size=v, **options)))
+
+    def opt(layers=5, hidden=16, ffn=4):
+        sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": ffn}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 100}
+        more = {"num_hidden_layers": layers, "dropout": 0.0, "attention_dropout": 0.0}
+        return of(t.OPTForCausalLM, t.OPTConfig, **sizes, **more)
+
+    ends = {"bos_token_id": v - 1, "eos_token_id": v - 1}
 
     def gpt(config_cls, model_cls, **more):
-        common = {"vocab_size": v, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 100}
-        ends = {"bos_token_id": v - 1, "eos_token_id": v - 1}
-        return seeded(lambda: model_cls(config_cls(**common, **ends, **more)))
+        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 100}
+        return of(model_cls, config_cls, **sizes, **ends, **more)
 
     gpt2 = gpt(t.GPT2Config, t.GPT2LMHeadModel)
-
     # Of PEFT 0.18's tests, beside the others.
-    def bloom():
-        return t.BloomForCausalLM(t.BloomConfig(vocab_size=v, hidden_size=32, n_layer=3, n_head=4))
-
-    def gpt_neo():
-        return t.GPTNeoForCausalLM(
-            t.GPTNeoConfig(
-                vocab_size=v,
-                hidden_size=32,
-                num_layers=2,
-                num_heads=4,
-                attention_types=[[["global", "local"], 1]],
-                max_position_embeddings=100,
-                bos_token_id=v - 1,
-                eos_token_id=v - 1,
-            )
-        )
+    bloom = of(t.BloomForCausalLM, t.BloomConfig, hidden_size=32, n_layer=3, n_head=4)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 100}
+    types = {"attention_types": [[["global", "local"], 1]]}
+    gpt_neo = of(t.GPTNeoForCausalLM, t.GPTNeoConfig, **sizes, **types, **ends)
 
     def llamaish(config_cls, model_cls, **more):
-        common = {
-            "vocab_size": v,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 100,
-            "head_dim": 4,
-            "pad_token_id": 0,
-        }
-        return seeded(lambda: model_cls(config_cls(**{**common, **more})))
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 4}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        common = {**sizes, "max_position_embeddings": 100, "pad_token_id": 0}
+        return of(model_cls, config_cls, **{**common, **more})
 
     def bertish(config_cls, model_cls, **more):
-        common = {
-            "vocab_size": v,
-            "hidden_size": 32,
-            "intermediate_size": 37,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-        }
-        return seeded(lambda: model_cls(config_cls(**{**common, **more})))
+        sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 3}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+        return of(model_cls, config_cls, **sizes, **more)
 
-    def t5():
-        return t.T5ForConditionalGeneration(
-            t.T5Config(
-                vocab_size=v,
-                d_model=32,
-                d_kv=8,
-                d_ff=37,
-                num_layers=3,
-                num_decoder_layers=3,
-                num_heads=4,
-                dropout_rate=0.0,  # gradients of two passes are compared
-                decoder_start_token_id=0,
-            )
-        )
-
-    def bart():
-        return t.BartForConditionalGeneration(
-            t.BartConfig(
-                vocab_size=v,
-                d_model=16,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=8,
-                decoder_ffn_dim=8,
-                max_position_embeddings=50,
-            )
-        )
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 3, "num_decoder_layers": 3}
+    more = {
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }  # gradients of two passes are compared
+    t5 = of(t.T5ForConditionalGeneration, t.T5Config, num_heads=4, **sizes, **more)
+    sides = ("encoder", "decoder")
+    sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 8}
+    sizes = {f"{side}_{name}": size for side in sides for name, size in sizes.items()}
+    sizes |= {"d_model": 16, "max_position_embeddings": 50}
+    bart = of(t.BartForConditionalGeneration, t.BartConfig, **sizes)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+    resnet_config = t.ResNetConfig(**sizes, hidden_act="relu", num_labels=3)
+    resnet = seeded(lambda: t.ResNetForImageClassification(resnet_config))
 
     models = {
-        "peft-internal-testing/tiny-random-OPTForCausalLM": opt(t.OPTForCausalLM),
-        "peft-internal-testing/opt-125m": opt(t.OPTForCausalLM, layers=12, hidden=64, ffn=64),
+        "peft-internal-testing/tiny-random-OPTForCausalLM": opt(),
+        "peft-internal-testing/opt-125m": opt(layers=12, hidden=64, ffn=64),
         "peft-internal-testing/tiny-random-GPT2LMHeadModel": gpt2,
         "peft-internal-testing/tiny-random-gpt2": gpt2,
         "hf-internal-testing/tiny-random-gpt2": gpt2,
         "peft-internal-testing/tiny-random-GPTJForCausalLM": gpt(
             t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4
         ),
-        "hf-internal-testing/tiny-random-BloomForCausalLM": seeded(bloom),
-        "hf-internal-testing/tiny-random-gpt_neo": seeded(gpt_neo),
+        "hf-internal-testing/tiny-random-BloomForCausalLM": bloom,
+        "hf-internal-testing/tiny-random-gpt_neo": gpt_neo,
         "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": gpt(
             t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM
         ),
@@ -150,18 +102,15 @@ def _tiny_models():
         "hf-internal-testing/tiny-random-Gemma3ForCausalLM": llamaish(
             t.Gemma3TextConfig, t.Gemma3ForCausalLM, sliding_window=32
         ),
-        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": seeded(t5),
-        "peft-internal-testing/tiny-random-BartForConditionalGeneration": seeded(bart),
+        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": t5,
+        "peft-internal-testing/tiny-random-BartForConditionalGeneration": bart,
         "peft-internal-testing/tiny-random-BertModel": bertish(t.BertConfig, t.BertModel),
         "peft-internal-testing/tiny-random-RobertaModel": bertish(t.RobertaConfig, t.RobertaModel),
         "peft-internal-testing/tiny-random-DebertaModel": bertish(
-            t.DebertaConfig, t.DebertaModel, relative_attention=True, pos_att_type=["p2c", "c2p"]
+            t.DebertaConfig, t.DebertaModel, **relative
         ),
         "peft-internal-testing/tiny-random-DebertaV2Model": bertish(
-            t.DebertaV2Config,
-            t.DebertaV2Model,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
+            t.DebertaV2Config, t.DebertaV2Model, **relative
         ),
         "peft-internal-testing/tiny-random-BertForSequenceClassification": bertish(
             t.BertConfig, t.BertForSequenceClassification
@@ -172,17 +121,7 @@ def _tiny_models():
         "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": llamaish(
             t.LlamaConfig, t.LlamaForSequenceClassification
         ),
-        "peft-internal-testing/tiny-random-ResNetForImageClassification": seeded(
-            lambda: t.ResNetForImageClassification(
-                t.ResNetConfig(
-                    embedding_size=8,
-                    hidden_sizes=[8, 16, 24, 32],
-                    depths=[1, 1, 2, 1],
-                    hidden_act="relu",
-                    num_labels=3,
-                )
-            )
-        ),
+        "peft-internal-testing/tiny-random-ResNetForImageClassification": resnet,
     }
     if hasattr(t, "Llama4ForCausalLM"):
         models["trl-internal-testing/tiny-Llama4ForCausalLM"] = llamaish(
