@@ -26,9 +26,13 @@ def adapt(dtype=torch.float32, base=None, **options):
     return get_peft_model(served(dtype) if base is None else base, PacaConfig(**options))
 
 
-def in_few_bits(name, **options):
+def two_layers():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+
+
+def in_few_bits(name, **options):
+    base = two_layers()
     base[0], base[2] = quantise(base[0], name), quantise(base[2], name)
     return adapt(base=base, target_modules=["0", "2"], **options)
 
@@ -98,3 +102,14 @@ def receiver(server, source):
     receiver = ColumnReceiver(server)
     receiver.expect(source.positions())
     return receiver
+
+
+@pytest.fixture
+def sync(model, server, source, receiver):
+    """Brings what has changed over; the server then has the bits of a merge."""
+
+    def check():
+        receiver.apply(source.columns())
+        assert_bits(server, merged(model))
+
+    return check
