@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.vllm.conftest import free_port_of_this_machine, serve, weights_of
+from tests.vllm.conftest import find_free_port, serve, weights_of
 
 REWARD = """
 def is_reversed(completions, words, **kwargs):
@@ -130,7 +130,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(folder), os.environ.get("PYTHONPATH")])
     )
-    port, steps, watches = free_port_of_this_machine(), args.steps, []
+    port, steps, watches = find_free_port(), args.steps, []
     address = f"http://127.0.0.1:{port}"
     command = prepare(folder, args.model, steps, address)
     print(f"the run is in {folder}", flush=True)

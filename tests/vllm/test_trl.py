@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from tests.vllm.conftest import PROMPTS, serve, trained_digests, weights_of
+from tests.vllm.conftest import PROMPTS, serve, served_digests, trained_digests, weights_of
 
 
 def reward(completions, **kwargs):
@@ -81,7 +81,7 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
     trainer = online(*classes, model_path, tmp_path, **more)
     generation = trainer.vllm_generation
     assert type(generation) is ColumnGeneration
-    base = weights_in(generation.llm)
+    base = served_digests(generation.llm)
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     sent = []
     plain = generation.sync_weights
@@ -103,7 +103,7 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
 
 
 def check_and_end(llm, model, base, monkeypatch):
-    served = weights_in(llm)
+    served = served_digests(llm)
     monkeypatch.undo()
     assert served == trained_digests(model)
     assert served != base
@@ -121,16 +121,11 @@ def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     trainer = make(partial(OnlineDPOTrainer, processing_class=tokenizer), model_path, args)
-    base = weights_in(trainer.llm)
+    base = served_digests(trainer.llm)
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     trainer.train()
     trainer._move_model_to_vllm()
     check_and_end(trainer.llm, trainer.model, base, monkeypatch)
-
-
-def weights_in(llm):
-    (found,) = llm.collective_rpc("compute_weight_checksums")
-    return {name.rpartition(":")[2]: one for name, one in found.items()}
 
 
 @pytest.fixture
