@@ -1,5 +1,7 @@
 """Questions, references and prompts: what is read, what is refused."""
 
+import itertools
+
 import pytest
 
 from experiments.mt_bench.questions import (
@@ -84,13 +86,8 @@ def test_places_are_filled_and_braces_in_texts_stay(prompts, questions, category
 
 
 def test_another_judge_prompt_or_answer_is_another_key(prompts, questions):
-    keys = {
-        render(prompts, questions[0], answers, turn, judge).key
-        for answers in (ANSWERS, ("other", "second"))
-        for turn in (1, 2)
-        for judge in ("a", "b")
-    }
-    assert len(keys) == 8
+    cases = itertools.product((ANSWERS, ("other", "second")), (1, 2), ("a", "b"))
+    assert len({render(prompts, questions[0], *case).key for case in cases}) == 8
 
 
 @pytest.mark.parametrize("change", [{"name": "other"}, {"output_format": "[[A]]"}])
