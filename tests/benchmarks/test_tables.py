@@ -9,21 +9,13 @@ from pacatune.reports.rows import Row
 
 def write(folder, **changes):
     names = {"what": "step", "model": "a model", "setting": "16 tokens"}
-    rows = [
-        Row(method="paca", value=10.0, unit="ms", **names),
-        Row(method="lora", value=12.5, unit="ms", **names),
-        Row(method="paca / lora", value=0.8, low=0.75, high=0.9, unit="ratio", **names),
-    ]
-    values = {
-        "how": "A model; medians",
-        "command": "python -m benchmarks.step",
-        "device": "a CPU, 2 cores",
-        "versions": {"torch": "2.13.0"},
-        "commit": "0123456789abcdef",
-        "is_modified": False,
-        "methods": {"paca": "ours", "lora": "PEFT's LoRA", "dora": "not there"},
-        "rows": [row.to_dict() for row in rows],
-    }
+    rows = [Row(method=m, value=v, unit="ms", **names) for m, v in (("paca", 10.0), ("lora", 12.5))]
+    rows.append(Row(method="paca / lora", value=0.8, low=0.75, high=0.9, unit="ratio", **names))
+    values = {"how": "A model; medians", "command": "python -m benchmarks.step"}
+    values |= {"device": "a CPU, 2 cores", "versions": {"torch": "2.13.0"}}
+    values |= {"commit": "0123456789abcdef", "is_modified": False}
+    values["methods"] = {"paca": "ours", "lora": "PEFT's LoRA", "dora": "not there"}
+    values["rows"] = [row.to_dict() for row in rows]
     write_json(values | changes, folder / "step.json")
 
 
@@ -63,16 +55,10 @@ def test_every_table_has_its_committed_numbers(name):
 
 
 def arm(*values):
-    return {
-        "mean": sum(values) / 2,
-        "values": {str(seed): value for seed, value in enumerate(values)},
-        "learning_rate": 0.01,
-        "at_edge": False,
-        "num_trainable_parameters": 100,
-        "forgetting": None,
-        "saved_activation_bytes": 2**20,
-        "rates": {"0.01": 0.5, "0.1": None},
-    }
+    sizes = {"num_trainable_parameters": 100, "saved_activation_bytes": 2**20}
+    rates = {"learning_rate": 0.01, "at_edge": False, "rates": {"0.01": 0.5, "0.1": None}}
+    found = {"mean": sum(values) / 2, "values": {str(s): value for s, value in enumerate(values)}}
+    return {**found, **sizes, **rates, "forgetting": None}
 
 
 def test_studies_are_compared_seed_by_seed():
