@@ -50,25 +50,24 @@ def _inject(module, suite):
             marks = getattr(func, "pytestmark", None)
             if not name.startswith("test") or not marks or not callable(func):
                 continue
-            new = []
-            hit = False
-            for mark in marks:
-                if mark.name == "parametrize":
-                    names = mark.args[0]
-                    names = names.split(",") if isinstance(names, str) else names
-                    names = [n.strip() for n in names]
-                    values = replacement(suite, names, mark.args[1])
-                    if values is not None:
-                        kwargs = {k: v for k, v in mark.kwargs.items() if k != "ids" or callable(v)}
-                        names = names if len(names) > 1 else names[0]
-                        mark = pytest.mark.parametrize(names, values, **kwargs).mark
-                        hit = True
-                new.append(mark)
-            if hit:
+            new = [_replaced(mark, suite) for mark in marks]
+            if any(one is not other for one, other in zip(new, marks, strict=True)):
                 func.pytestmark = new
                 touched.add((owner, name))
     module.__peft_conformance__ = touched
-    return touched
+
+
+def _replaced(mark, suite):
+    """Return the mark, or one with our cases in its place."""
+    if mark.name != "parametrize":
+        return mark
+    names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+    names = [name.strip() for name in names]
+    values = replacement(suite, names, mark.args[1])
+    if values is None:
+        return mark
+    kwargs = {k: v for k, v in mark.kwargs.items() if k != "ids" or callable(v)}
+    return pytest.mark.parametrize(names if len(names) > 1 else names[0], values, **kwargs).mark
 
 
 class _AlwaysCached(dict):
@@ -77,11 +76,10 @@ class _AlwaysCached(dict):
     def __contains__(self, key):
         return True
 
-    def __missing__(self, key):
-        return 1
-
     def get(self, key, default=None):
         return 1
+
+    __getitem__ = get
 
     def __delitem__(self, key):
         pass

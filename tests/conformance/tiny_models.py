@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -78,74 +79,52 @@ def _tiny_models():
     resnet_config = t.ResNetConfig(**sizes, hidden_act="relu", num_labels=3)
     resnet = seeded(lambda: t.ResNetForImageClassification(resnet_config))
 
+    peft, hf = "peft-internal-testing/tiny-random-", "hf-internal-testing/tiny-random-"
+    trl = "trl-internal-testing/tiny-"
     models = {
-        "peft-internal-testing/tiny-random-OPTForCausalLM": opt(),
+        f"{peft}OPTForCausalLM": opt(),
         "peft-internal-testing/opt-125m": opt(layers=12, hidden=64, ffn=64),
-        "peft-internal-testing/tiny-random-GPT2LMHeadModel": gpt2,
-        "peft-internal-testing/tiny-random-gpt2": gpt2,
-        "hf-internal-testing/tiny-random-gpt2": gpt2,
-        "peft-internal-testing/tiny-random-GPTJForCausalLM": gpt(
-            t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4
-        ),
-        "hf-internal-testing/tiny-random-BloomForCausalLM": bloom,
-        "hf-internal-testing/tiny-random-gpt_neo": gpt_neo,
-        "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": gpt(
-            t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM
-        ),
-        "trl-internal-testing/tiny-random-LlamaForCausalLM": llamaish(
+        **dict.fromkeys((f"{peft}GPT2LMHeadModel", f"{peft}gpt2", f"{hf}gpt2"), gpt2),
+        f"{peft}GPTJForCausalLM": gpt(t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4),
+        f"{hf}BloomForCausalLM": bloom,
+        f"{hf}gpt_neo": gpt_neo,
+        f"{hf}GPTBigCodeForCausalLM": gpt(t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM),
+        f"{trl}random-LlamaForCausalLM": llamaish(
             t.LlamaConfig, t.LlamaForCausalLM, num_key_value_heads=4
         ),
-        "hf-internal-testing/tiny-random-MistralForCausalLM": llamaish(
-            t.MistralConfig, t.MistralForCausalLM
-        ),
+        f"{hf}MistralForCausalLM": llamaish(t.MistralConfig, t.MistralForCausalLM),
         "peft-internal-testing/tiny-dummy-qwen2": llamaish(t.Qwen2Config, t.Qwen2ForCausalLM),
-        "hf-internal-testing/tiny-random-Gemma3ForCausalLM": llamaish(
+        f"{hf}Gemma3ForCausalLM": llamaish(
             t.Gemma3TextConfig, t.Gemma3ForCausalLM, sliding_window=32
         ),
-        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": t5,
-        "peft-internal-testing/tiny-random-BartForConditionalGeneration": bart,
-        "peft-internal-testing/tiny-random-BertModel": bertish(t.BertConfig, t.BertModel),
-        "peft-internal-testing/tiny-random-RobertaModel": bertish(t.RobertaConfig, t.RobertaModel),
-        "peft-internal-testing/tiny-random-DebertaModel": bertish(
-            t.DebertaConfig, t.DebertaModel, **relative
-        ),
-        "peft-internal-testing/tiny-random-DebertaV2Model": bertish(
-            t.DebertaV2Config, t.DebertaV2Model, **relative
-        ),
-        "peft-internal-testing/tiny-random-BertForSequenceClassification": bertish(
-            t.BertConfig, t.BertForSequenceClassification
-        ),
-        "peft-internal-testing/tiny-random-RobertaForSequenceClassification": bertish(
-            t.RobertaConfig, t.RobertaForSequenceClassification
-        ),
-        "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": llamaish(
+        f"{peft}T5ForConditionalGeneration-calibrated": t5,
+        f"{peft}BartForConditionalGeneration": bart,
+        f"{peft}DebertaModel": bertish(t.DebertaConfig, t.DebertaModel, **relative),
+        f"{peft}DebertaV2Model": bertish(t.DebertaV2Config, t.DebertaV2Model, **relative),
+        f"{trl}LlamaForSequenceClassification-3.2": llamaish(
             t.LlamaConfig, t.LlamaForSequenceClassification
         ),
-        "peft-internal-testing/tiny-random-ResNetForImageClassification": resnet,
+        f"{peft}ResNetForImageClassification": resnet,
     }
+    kinds = ("Model", "ForSequenceClassification")
+    for family, kind in itertools.product(("Bert", "Roberta"), kinds):
+        model_cls = getattr(t, f"{family}{kind}")
+        models[f"{peft}{family}{kind}"] = bertish(getattr(t, f"{family}Config"), model_cls)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     if hasattr(t, "Llama4ForCausalLM"):
-        models["trl-internal-testing/tiny-Llama4ForCausalLM"] = llamaish(
+        layers = {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 1]}
+        sizes = {"intermediate_size_mlp": 32, "attention_chunk_size": 64}
+        models[f"{trl}Llama4ForCausalLM"] = llamaish(
             t.Llama4TextConfig,
             t.Llama4ForCausalLM,
-            intermediate_size_mlp=32,
-            num_local_experts=4,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=1,
-            attention_chunk_size=64,
-            no_rope_layers=[1, 1],
+            **{**experts, "num_experts_per_tok": 1, **layers, **sizes},
         )
     if hasattr(t, "GptOssForCausalLM"):
-        models["trl-internal-testing/tiny-GptOssForCausalLM"] = llamaish(
-            t.GptOssConfig, t.GptOssForCausalLM, num_local_experts=4, num_experts_per_tok=2
-        )
+        models[f"{trl}GptOssForCausalLM"] = llamaish(t.GptOssConfig, t.GptOssForCausalLM, **experts)
     if hasattr(t, "Qwen3MoeForCausalLM"):
-        models["trl-internal-testing/tiny-Qwen3MoeForCausalLM"] = llamaish(
-            t.Qwen3MoeConfig,
-            t.Qwen3MoeForCausalLM,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            decoder_sparse_step=1,
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        models[f"{trl}Qwen3MoeForCausalLM"] = llamaish(
+            t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM, **sizes, decoder_sparse_step=1
         )
     return models
 
@@ -157,13 +136,8 @@ def _tiny_tokenizer():
     vocab = {"<unk>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i + 3 for i in range(100)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=64,
-    )
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
 
 
 def write_tiny_models(root):
@@ -184,19 +158,10 @@ def write_tiny_models(root):
         snapshot.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(snapshot)
         if "ResNet" in repo:
-            (snapshot / "preprocessor_config.json").write_text(
-                json.dumps(
-                    {
-                        "image_processor_type": "ConvNextImageProcessor",
-                        "do_resize": True,
-                        "size": {"shortest_edge": 64},
-                        "crop_pct": 0.875,
-                        "do_normalize": True,
-                        "image_mean": [0.5] * 3,
-                        "image_std": [0.5] * 3,
-                    }
-                )
-            )
+            half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
+            resize = {"do_resize": True, "size": {"shortest_edge": 64}, "crop_pct": 0.875}
+            values = {"image_processor_type": "ConvNextImageProcessor", **resize, **half}
+            (snapshot / "preprocessor_config.json").write_text(json.dumps(values))
         else:
             _tiny_tokenizer().save_pretrained(snapshot)
         (folder / "refs").mkdir(exist_ok=True)
