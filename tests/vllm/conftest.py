@@ -51,7 +51,6 @@ def stop(llm):
 
 @pytest.fixture(scope="session")
 def llm(model_path):
-    """A vLLM whose engine and worker are processes of their own."""
     engine = start(model_path)
     yield engine
     stop(engine)
@@ -116,16 +115,9 @@ def save_small_model(tokenizer_path, folder, kind="Llama", **more):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=49152,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **more,
-    )
+    sizes = {"vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=True, **sizes, **more)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16()
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
@@ -192,6 +184,22 @@ def weights_of(address):
         f"{address}/weight_checker", data=data, headers={"Content-Type": "application/json"}
     )
     return by_name(json.loads(urllib.request.urlopen(request, timeout=120).read())["checksums"])
+
+
+def grpo_words(folder, model, reward, **training):
+    """Words of a `pacatune train` on prompts.jsonl, whose answers come from vLLM."""
+    training = {
+        "output_dir": folder / "run",
+        "use_vllm": "true",
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-3,
+        "use_cpu": "true",
+        **training,
+    }
+    words = [word for k, v in training.items() for word in (f"--training.{k}", str(v))]
+    words += ["--model.path", str(model), "--data.path", str(folder / "prompts.jsonl")]
+    return ["train", *words, "--task", "grpo", "--reward", reward]
 
 
 def find_free_port():

@@ -26,7 +26,6 @@ def source(trainer):
 
 @pytest.fixture(scope="module", autouse=True)
 def base(llm):
-    """What is served before any sync."""
     return served_digests(llm), answers(llm)
 
 

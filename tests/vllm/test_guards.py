@@ -10,7 +10,6 @@ from pacatune.sync import ColumnSet, Positions
 
 
 def refuse(model, name, size=1):
-    """Ask the engine to refuse columns of a weight."""
     from pacatune.integrations.vllm_engine import refuse_unreachable
 
     indices = torch.tensor([1, 3])

@@ -12,19 +12,10 @@ def reward(completions, **kwargs):
 
 
 def options(folder, **more):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        **more,
-    }
+    options = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no"}
+    options |= {"max_steps": 2, "learning_rate": 5e-3, "per_device_train_batch_size": 4}
+    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    return options | more
 
 
 def make(kind, path, args):
@@ -34,18 +25,12 @@ def make(kind, path, args):
     from pacatune.integrations.trl import column_sync
 
     rows = Dataset.from_dict({"prompt": PROMPTS * 4})
+    config = PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM")
     with column_sync():
-        return kind(
-            path,
-            reward_funcs=reward,
-            args=args,
-            train_dataset=rows,
-            peft_config=PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM"),
-        )
+        return kind(path, reward_funcs=reward, args=args, train_dataset=rows, peft_config=config)
 
 
 def online(kind, config, path, folder, **more):
-    """A trainer whose answers come from `VLLMGeneration`."""
     more |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
     args = config(**options(folder, **more), model_init_kwargs={"dtype": "bfloat16"})
     return make(kind, path, args)
@@ -53,11 +38,8 @@ def online(kind, config, path, folder, **more):
 
 def sampling_gaps(trainer):
     """How far the sampler's log-probabilities are from the trainer's, by logged step."""
-    return [
-        row["sampling/sampling_logp_difference/mean"]
-        for row in trainer.state.log_history
-        if "sampling/sampling_logp_difference/mean" in row
-    ]
+    name = "sampling/sampling_logp_difference/mean"
+    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 @pytest.fixture
