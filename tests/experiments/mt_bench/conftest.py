@@ -67,7 +67,6 @@ def prompt_rows():
 
 @pytest.fixture
 def files(tmp_path):
-    """Paths of questions, references and judge prompts."""
     rows = question_rows()
     numbers = [row["question_id"] for row in rows if row["category"] in ("math", "coding")]
     references = [answer_row(number, "reference one", "reference two") for number in numbers]

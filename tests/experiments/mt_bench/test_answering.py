@@ -21,7 +21,6 @@ def generator(tiny_model_dir):
 
 @pytest.fixture
 def asked(generator, monkeypatch):
-    """Prompts and samplings of each call of `generate_batch`."""
     calls, generate_batch = [], generator.generate_batch
 
     def record(prompts, samplings):

@@ -42,7 +42,6 @@ def run(tiny_model_dir, files, judge, out, capsys):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """No model may be loaded."""
     monkeypatch.setattr(answering, "TextGenerator", lambda *a, **k: pytest.fail("too late"))
 
 
@@ -56,7 +55,6 @@ def answers_of(out):
 
 
 def answer_as_other(out):
-    """Answers of another model, which need none here."""
     rows = [answer_row(row["question_id"], "first {it}", "second") for row in question_rows()]
     write_lines(out / "model_answer" / "other.jsonl", rows)
 
