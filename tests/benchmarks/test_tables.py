@@ -3,39 +3,7 @@
 import pytest
 
 from benchmarks import studies, tables
-from benchmarks.results import RESULTS, read, write_json
-from pacatune.reports.rows import Row
-
-
-def write(folder, **changes):
-    names = {"what": "step", "model": "a model", "setting": "16 tokens"}
-    rows = [Row(method=m, value=v, unit="ms", **names) for m, v in (("paca", 10.0), ("lora", 12.5))]
-    rows.append(Row(method="paca / lora", value=0.8, low=0.75, high=0.9, unit="ratio", **names))
-    values = {"how": "A model; medians", "command": "python -m benchmarks.step"}
-    values |= {"device": "a CPU, 2 cores", "versions": {"torch": "2.13.0"}}
-    values |= {"commit": "0123456789abcdef", "is_modified": False}
-    values["methods"] = {"paca": "ours", "lora": "PEFT's LoRA", "dora": "not there"}
-    values["rows"] = [row.to_dict() for row in rows]
-    write_json(values | changes, folder / "step.json")
-
-
-def test_a_table_shows_times_shares_and_where_they_come_from(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`python -m benchmarks\.step` writes it"):
-        tables.block("step", tmp_path)
-    write(tmp_path)
-    assert tables.block("step", tmp_path).splitlines() == [
-        "| setting | paca, ms | paca / lora |",
-        "|---|--:|--:|",
-        "| 16 tokens | 10 | 0.800 (0.750 to 0.900) |",
-        "",
-        "`paca`: ours; `lora`: PEFT's LoRA.",
-        "",
-        "A model; medians, on a CPU, 2 cores (torch 2.13.0). `python -m benchmarks.step` at commit "
-        "012345678 wrote `benchmarks/results/step.json`.",
-    ]
-    write(tmp_path, is_modified=True)
-    told = "012345678, with changes that were not committed, wrote"
-    assert told in tables.block("step", tmp_path)
+from benchmarks.results import RESULTS, read
 
 
 @pytest.mark.parametrize("name", tables.VIEWS)
@@ -72,10 +40,12 @@ def test_studies_are_compared_seed_by_seed():
     assert {row.what for row in rows} == {"test accuracy", "validation", "kept for backward"}
 
 
-def test_tables_of_studies_and_those_that_there_are_not():
+def test_tables_of_studies_and_those_that_there_are_not(tmp_path):
     assert "| groups16 |" in studies.block("quality", "differences", RESULTS)
     assert studies.block("quality", "scores", RESULTS).startswith("| method | ")
     with pytest.raises(ValueError, match="no table 'other' of the study quality"):
         studies.block("quality", "other", RESULTS)
     with pytest.raises(ValueError, match="no table 'steps'; there are step, "):
         tables.block("steps")
+    with pytest.raises(FileNotFoundError, match=r"`python -m benchmarks\.step` writes it"):
+        tables.block("step", tmp_path)

@@ -77,7 +77,6 @@ def commands(draw, place):
 
 
 def make_project(folder):
-    """Make what every case begins with."""
     from pacatune.cli import main
     from pacatune.measure.bench import result_folder
     from tests.conftest import build_model, build_tokenizer
@@ -217,7 +216,6 @@ def try_folders(number, first=0):
 
 
 def main():
-    """Read the command line; exit with 1 if something was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folders", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first")

@@ -26,7 +26,6 @@ def test_fifty_random_folders():
 
 @pytest.fixture
 def project(tmp_path, tiny_model_dir, monkeypatch):
-    """The current folder of a user with data."""
     monkeypatch.chdir(tmp_path)
     row = json.dumps({"prompt": "What is 1?", "completion": "It is 7."}) + "\n"
     (tmp_path / "data.jsonl").write_text(row)

@@ -21,7 +21,6 @@ VOCABULARY = 64
 
 
 def adapt(dtype=torch.float32, base=None, **options):
-    """Return the tiny Llama, or another base, with an adapter."""
     options = {"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options}
     return get_peft_model(served(dtype) if base is None else base, PacaConfig(**options))
 
@@ -52,7 +51,6 @@ def step(model, optimizer=None, seed=0):
 
 
 def change(model, number=0, by=1):
-    """Change one layer's delta."""
     with torch.no_grad():
         net.layers_of(model)[number].delta_of("default").add_(by)
 

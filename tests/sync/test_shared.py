@@ -21,7 +21,6 @@ IDS = torch.arange(3, 35).view(1, -1)
 
 
 def sample(connection, model, path):
-    """Answer what the test asks of the other process."""
     torch.set_num_threads(1)
     shared = SharedWeights(path, timeout=20)
     while True:
