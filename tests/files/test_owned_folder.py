@@ -238,29 +238,19 @@ def test_a_line_that_was_cut_off(ours):
     assert ours.foreign() == []
 
 
-@pytest.fixture
-def busy(tmp_path):
-    """A folder that another process is in."""
-    path = tmp_path / "out"
-    with folder_at(path).going_on():
-        folder_at(path).write("report.md", "x")
-    command = [sys.executable, "-c", SCRIPT, str(path)]
+def test_another_process_is_kept_out_until_its_end(tmp_path):
+    folder = folder_at(tmp_path / "out")
+    with folder.going_on():
+        folder.write("report.md", "x")
+    command = [sys.executable, "-c", SCRIPT, str(folder.path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    message = r"another run is at work in .*out; .*--output DIR"
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        yield path, process
-
-
-def test_another_process_is_kept_out_until_its_end(busy):
-    path, process = busy
-    with (
-        pytest.raises(ValueError, match=r"another run is at work in .*out; .*--output DIR"),
-        folder_at(path).going_on(),
-    ):
-        pass
-    process.kill()
-    process.wait()
-    with folder_at(path).going_on():
+        with pytest.raises(ValueError, match=message), folder_at(folder.path).going_on():
+            pass
+        process.kill()
+    with folder_at(folder.path).going_on():
         pass
 
 

@@ -16,14 +16,10 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a C
 SECTIONS = gpu_check.make_sections(torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    output = tmp_path_factory.mktemp("gpu-check") / "out.json"
+def test_what_the_result_says(tmp_path):
+    output = tmp_path / "out.json"
     assert gpu_check.main(["--device", "cpu", "--output", str(output)]) == 0
-    return json.loads(output.read_text())
-
-
-def test_what_the_result_says(result):
+    result = json.loads(output.read_text())
     assert {n: result["sections"][n]["status"] for n in SECTIONS} == dict.fromkeys(
         SECTIONS, "passed"
     )
