@@ -22,7 +22,6 @@ PLUGIN = "pacatune.integrations.axolotl.PacaPlugin"
 
 @pytest.fixture
 def write_config(tiny_model_dir, chats, tmp_path):
-
     def write(**changes):
         options = {"plugins": [PLUGIN], "adapter": "paca", "lora_r": 4, "lora_alpha": 8}
         options |= {"base_model": str(tiny_model_dir), "output_dir": str(tmp_path / "run")}
