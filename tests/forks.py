@@ -34,7 +34,7 @@ IMPORTS = (
 # would wait for the other's processes. One of pytest's processes runs these (tests/conftest.py).
 SEVERAL_PROCESSES = (
     "tests/distributed/",
-    "tests/docs/test_processes.py",
+    "tests/docs/test_blocks.py::test_blocks_of_several_processes_run",
     "tests/sync/test_transport.py",
     "tests/training/image/test_distributed.py",
     "tests/training/test_deepspeed.py",

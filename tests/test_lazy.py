@@ -20,17 +20,15 @@ def test_every_public_name_is_found_and_listed(name):
         package.nope  # noqa: B018
 
 
+PACKAGE = """
+from pacatune.lazy import import_later
+__getattr__, __dir__ = import_later(__name__, ('a', 'b'), ('.first', '.second'))
+"""
+
+
 def test_a_module_is_imported_where_none_before_it_has_the_name(tmp_path, monkeypatch):
     (tmp_path / "lately").mkdir()
-    for module, text in (
-        (
-            "__init__",
-            "from pacatune.lazy import import_later\n"
-            "__getattr__, __dir__ = import_later(__name__, ('a', 'b'), ('.first', '.second'))\n",
-        ),
-        ("first", "a = 1\n"),
-        ("second", "b = 2\n"),
-    ):
+    for module, text in {"__init__": PACKAGE, "first": "a = 1", "second": "b = 2"}.items():
         (tmp_path / "lately" / f"{module}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     import lately

@@ -2,36 +2,23 @@ import pytest
 import torch
 
 from pacatune import precision
-from pacatune.precision import (
-    bfloat16_is_fast,
-    choose_device,
-    choose_dtype,
-    dtype_name,
-    torch_dtype,
-)
 
 
 def test_devices_are_checked_before_they_are_used():
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
+    assert precision.choose_device("cpu") == torch.device("cpu")
+    assert precision.choose_device("auto").type in ("cpu", "cuda", "mps", "xpu")
     with pytest.raises(
         ValueError, match=r"`device` \('warp'\) is unknown to torch; choose cpu or auto"
     ):
-        choose_device("warp")
-    with pytest.raises(ValueError, match=r"`device` \('cuda:99'\) is not on this machine; choose"):
-        choose_device("cuda:99")
-
-
-@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
-def test_names_of_number_formats(name):
-    assert dtype_name(torch_dtype(name)) == name
+        precision.choose_device("warp")
 
 
 def test_name_of_no_number_format():
+    assert precision.torch_dtype("float64") is torch.float64
     with pytest.raises(ValueError, match=r"`dtype` \('bfloat'\) must .*did you mean 'bfloat16'\?"):
-        torch_dtype("bfloat")
+        precision.torch_dtype("bfloat")
     with pytest.raises(ValueError, match=r"`adapter_dtype` \('int8'\) must be one of float64, "):
-        torch_dtype("int8", option="adapter_dtype")
+        precision.torch_dtype("int8", option="adapter_dtype")
 
 
 @pytest.mark.parametrize(
@@ -46,13 +33,13 @@ def test_name_of_no_number_format():
     ],
 )
 def test_dtype_on_the_cpu(dtype, checkpoint, full, expected):
-    assert choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
+    assert precision.choose_dtype(dtype, checkpoint, full=full, use_cpu=True) == expected
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_is_kept_where_it_is_fast(monkeypatch, fast):
     monkeypatch.setattr(precision, "bfloat16_is_fast", lambda use_cpu: fast)
-    dtype = choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
+    dtype = precision.choose_dtype("auto", torch.bfloat16, full=False, use_cpu=True)
     assert dtype == (torch.bfloat16 if fast else torch.float32)
 
 
@@ -60,8 +47,8 @@ def test_bfloat16_speed_is_known_from_the_processor(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     for used in ("AVX512", "AVX2"):  # of a processor that has both
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda used=used: used)
-        assert bfloat16_is_fast(use_cpu=True) == (used == "AVX512")
+        assert precision.bfloat16_is_fast(use_cpu=True) == (used == "AVX512")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not bfloat16_is_fast(use_cpu=True)
+    assert not precision.bfloat16_is_fast(use_cpu=True)

@@ -45,22 +45,23 @@ def checkout(tmp_path):
     return folder
 
 
-def put_python(folder, name="python3", *, old=0, no_venv=0, no_network=0, no_deepspeed=0):
+OUTCOMES = dict.fromkeys(("old", "no_venv", "no_network", "no_deepspeed"), 0)
+
+
+def put_python(folder, name="python3", **outcomes):
     path = folder / "bin" / name
-    outcomes = {"no_venv": no_venv, "no_network": no_network, "no_deepspeed": no_deepspeed}
-    path.write_text(STAND_IN.format(old=old, **outcomes))
+    path.write_text(STAND_IN.format(**OUTCOMES | outcomes))
     path.chmod(0o755)
 
 
 def setup(folder, *, extra="demo", **settings):
     environment = {"PATH": str(folder / "bin"), "CALLS": str(folder / "calls"), **settings}
-    command = ["/bin/sh", str(folder / "tools" / "setup_venv.sh"), extra]
+    command = ["/bin/sh", str(folder / "tools" / "setup_venv.sh"), *filter(None, [extra])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
 
 
 def calls(folder):
-    path = folder / "calls"
-    return path.read_text().splitlines() if path.exists() else []
+    return (folder / "calls").read_text().splitlines()
 
 
 def test_first_call_installs_and_the_second_does_nothing(checkout):
@@ -90,62 +91,38 @@ def test_a_machine_without_deepspeed_is_told_and_set_up(checkout):
     assert setup(checkout, extra="dev").stdout == "", "it is not tried each time"
 
 
-def test_another_extra_or_changed_pyproject_installs_again(checkout):
+def test_what_installs_again(checkout):
+    """Another extra, a changed pyproject.toml, a checkout that was moved."""
     put_python(checkout)
     setup(checkout)
     assert "installing pacatune[dev]" in setup(checkout, extra="dev").stdout
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert "installing pacatune[demo]" in setup(checkout).stdout
-
-
-def test_moved_checkout_installs_again(checkout):
-    put_python(checkout)
-    setup(checkout)
-    moved = checkout.with_name("moved")
-    checkout.rename(moved)
+    moved = checkout.rename(checkout.with_name("moved"))
     assert "installing pacatune[demo]" in setup(moved).stdout
 
 
-def test_no_python(checkout):
-    result = setup(checkout)
-    assert result.returncode == 1
-    assert "no Python >= 3.11 found; install one, or name it: make PYTHON=" in result.stderr
+@pytest.mark.parametrize(
+    ("python", "options", "message"),
+    [
+        (None, {}, "no Python >= 3.11 found; install one, or name it: make PYTHON="),
+        ({"old": 1}, {"PYTHON": "python3"}, "PYTHON=python3 is not a Python >= 3.11; name another"),
+        ({"no_venv": 1}, {}, "python3 lacks the venv module; install it"),
+        ({"no_network": 1}, {}, "pip could not install the packages"),
+        ({}, {"extra": ""}, "usage: sh tools/setup_venv.sh EXTRA"),
+    ],
+)
+def test_what_is_missing(checkout, python, options, message):
+    if python is not None:
+        put_python(checkout, **python)
+    for _ in range(2):  # a failed setup must not leave a stamp
+        result = setup(checkout, **options)
+        assert result.returncode != 0
+        assert message in result.stderr
 
 
 def test_old_python_is_passed_over(checkout):
     put_python(checkout, "python3", old=1)
     put_python(checkout, "python3.12")
     assert setup(checkout).returncode == 0
-
-
-def test_named_python_must_be_new_enough(checkout):
-    put_python(checkout, "python3")
-    put_python(checkout, "old", old=1)
-    result = setup(checkout, PYTHON="old")
-    assert result.returncode == 1
-    assert "PYTHON=old is not a Python >= 3.11; name another one" in result.stderr
-
-
-def test_no_venv_module(checkout):
-    put_python(checkout, no_venv=1)
-    result = setup(checkout)
-    assert result.returncode == 1
-    assert "python3 lacks the venv module; install it" in result.stderr
-    assert not (checkout / ".venv").exists()
-
-
-def test_no_network(checkout):
-    put_python(checkout, no_network=1)
-    result = setup(checkout)
-    assert result.returncode == 1
-    assert "pip could not install the packages" in result.stderr
-    assert "installing" in setup(checkout).stdout, "a failed setup must not leave a stamp"
-
-
-def test_extra_must_be_named(checkout):
-    result = subprocess.run(
-        ["/bin/sh", str(checkout / "tools" / "setup_venv.sh")], capture_output=True, text=True
-    )
-    assert result.returncode != 0
-    assert "usage: sh tools/setup_venv.sh EXTRA" in result.stderr

@@ -8,25 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.ops import paca_linear, reference
+from tests.conftest import build_model
 
 STEPS = 20
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    return LlamaForCausalLM(config)
 
 
 def optimizer_for(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -60,7 +47,7 @@ def test_twenty_steps(
     groups: int,
 ) -> None:
     tolerance = 1e-10 if dtype == torch.float64 else 2e-4
-    full = tiny_llama().to(dtype)
+    full = build_model(50).to(dtype)
     config = PacaConfig(r=4, paca_alpha=4, groups=groups, target_modules="all-linear")
     model = get_peft_model(copy.deepcopy(full), config, autocast_adapter_dtype=False)
     adapted = {

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pacatune import PacaConfig
 from pacatune.trl import main
+from tests.data.conftest import write_lines
 
 # TRL 1.16 uses the old names of checkpointing.
 pytestmark = pytest.mark.filterwarnings(
@@ -17,6 +18,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 WORDS = ["One and one?", "Two and two?", "Three and three?", "Four and four?"]
+
+SAME = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 2}
+SAME |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "bf16": False}
 
 
 @pytest.fixture
@@ -26,8 +30,7 @@ def folder(tmp_path):
     def write(make_row):
         path = tmp_path / "data"
         path.mkdir()
-        rows = [json.dumps(make_row(word)) + "\n" for word in WORDS]
-        (path / "train.jsonl").write_text("".join(rows))
+        write_lines(path / "train.jsonl", map(make_row, WORDS))
         return str(path)
 
     return write
@@ -35,19 +38,9 @@ def folder(tmp_path):
 
 @pytest.fixture
 def words(tiny_model_dir, tmp_path):
-    options = {
-        "model_name_or_path": tiny_model_dir,
-        "output_dir": tmp_path / "run",
-        "learning_rate": 1e-2,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 2,
-        "lora_r": 4,
-        "lora_alpha": 8,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "bf16": "false",
-    }
+    options = {"model_name_or_path": tiny_model_dir, "output_dir": tmp_path / "run"}
+    options |= {name: str(value).lower() for name, value in SAME.items()}
+    options |= {"lora_r": 4, "lora_alpha": 8}
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -62,26 +55,13 @@ def test_sft_is_that_of_the_trainer(folder, words, tiny_model_dir, tmp_path):
     main(["sft", *words, "--dataset_name", data, "--paca", options])
     assert (trl.ModelConfig, trl.get_peft_config) == plain
 
+    dtype = {"model_init_kwargs": {"dtype": "float32"}}
+    config = {"r": 4, "paca_alpha": 8, "selection": "weight_norm", "task_type": "CAUSAL_LM"}
     trainer = trl.SFTTrainer(
         str(tiny_model_dir),
-        args=trl.SFTConfig(
-            str(tmp_path / "direct"),
-            learning_rate=1e-2,
-            num_train_epochs=2,
-            per_device_train_batch_size=2,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
-        ),
+        args=trl.SFTConfig(str(tmp_path / "direct"), **SAME, **dtype),
         train_dataset=load_dataset(data)["train"],
-        peft_config=PacaConfig(
-            r=4,
-            paca_alpha=8,
-            selection="weight_norm",
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=PacaConfig(**config),
     )
     trainer.train()
     trainer.save_model()
@@ -92,24 +72,14 @@ def test_sft_is_that_of_the_trainer(folder, words, tiny_model_dir, tmp_path):
         assert not name.endswith("paca_delta") or tensor.abs().max() > 0
 
 
-@pytest.mark.parametrize(
-    ("script", "row", "more"),
-    [
-        (
-            "dpo",
-            {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")},
-            [],
-        ),
-        (
-            "grpo",
-            {},
-            [
-                *("--reward_funcs", "think_format_reward", "--num_generations", "2"),
-                *("--max_completion_length", "4", "--temperature", "2.0"),
-            ],
-        ),
-    ],
-)
+PAIR = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+GRPO = [
+    *("--reward_funcs", "think_format_reward", "--num_generations", "2"),
+    *("--max_completion_length", "4", "--temperature", "2.0"),
+]
+
+
+@pytest.mark.parametrize(("script", "row", "more"), [("dpo", PAIR, []), ("grpo", {}, GRPO)])
 def test_other_scripts(folder, words, tmp_path, script, row, more):
     config = tmp_path / "config.yaml"
     config.write_text("paca: {groups: 2}\n")
@@ -134,12 +104,5 @@ def test_refusals(folder, words, options, message):
     data = folder(lambda word: {"text": word})
     with pytest.raises(ValueError, match=message):
         main(["sft", *words, "--dataset_name", data, *options])
-
-
-def test_unknown_scripts():
-    with pytest.raises(
-        ValueError, match=r"`script` \('stf'\) must be one of .*; did you mean 'sft'"
-    ):
+    with pytest.raises(ValueError, match=r"`script` \('stf'\) must be one of .* mean 'sft'"):
         main(["stf"])
-    with pytest.raises(ValueError, match=r"`script` \(''\) must be one of sft, dpo"):
-        main([])

@@ -41,7 +41,7 @@ def test_each_exact_number_is_compared():
 
 
 def test_every_committed_row_has_a_name_of_its_own_and_every_estimate_of_the_paper_is_compared():
-    """Those of all tables and figures; what is counted beside a measurement takes the measuring."""
+    """What is counted beside a measurement takes the measuring."""
     for name in check.NAMES:
         for _, committed in check.parts(name, everything=True):
             keys = [check._key(row) for row in exact(committed.rows)]

@@ -88,22 +88,18 @@ def test_kernels_of_a_layer_are_those_of_three_minus_those_of_two(monkeypatch):
     gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
     def averages():
-        counts = {"ampere_bf16_gemm": 3 * made[-1], "Memcpy HtoD (Pinned -> Device)": 1}
-        counts["void cublasLt::splitKreduce_kernel"] = 7 * made[-1]
-        events = [(name, count, gpu) for name, count in counts.items()]
-        keys = ("key", "count", "device_type")
-        both = [*events, ("cudaLaunchKernel", 5, cpu)]
-        return [SimpleNamespace(**dict(zip(keys, one, strict=True))) for one in both]
-
-    def profile(activities):
-        assert activities == [torch.profiler.ProfilerActivity.CUDA]
-        return nullcontext(SimpleNamespace(key_averages=averages))
+        splits = ("void cublasLt::splitKreduce_kernel", 7 * made[-1], gpu)
+        copies = ("Memcpy HtoD (Pinned -> Device)", 1, gpu)
+        both = [("ampere_bf16_gemm", 3 * made[-1], gpu), copies, splits]
+        both.append(("cudaLaunchKernel", 5, cpu))
+        return [SimpleNamespace(key=key, count=n, device_type=kind) for key, n, kind in both]
 
     def make_and_tell(method, num_layers, device):
         made.append(num_layers)
         return make(method, num_layers, device)
 
-    monkeypatch.setattr(promises, "profile", profile)
+    profiler = nullcontext(SimpleNamespace(key_averages=averages))
+    monkeypatch.setattr(promises, "profile", lambda activities: profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(kernels, "make", make_and_tell)
     found = kernels.count_layer("paca", count=promises._profiled)

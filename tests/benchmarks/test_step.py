@@ -80,6 +80,7 @@ def test_exact_numbers_are_those_of_the_formulas(result, dtype, itemsize):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("frozen", "qlora")])
 def test_every_untrained_method_is_the_base_model(method):
+    assert make_batch(1024, 10, seed=0).shape == (2, 512)  # rows of equal length
     batch = make_batch(7, VALUES["vocab_size"], seed=1)
     expected = make_contender("frozen", VALUES, torch.float32, 3).model(input_ids=batch).logits
     contender = make_contender(method, VALUES, torch.float32, 3)
@@ -103,26 +104,7 @@ def test_swapping_columns_is_the_same_map(dtype, error):
     assert torch.equal(base.weight, before)
 
 
-def test_rows_are_of_equal_length():
-    assert make_batch(1024, 10, seed=0).shape == (2, 512)
-    assert make_batch(16, 10, seed=0).shape == (1, 16)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--tokens 0", "must be an integer of at least 1, got 0"),
-        ("--methods vera", "invalid choice: 'vera'"),
-        ("--tokens 16 700", "`tokens` (700) must be at least 1, and above `seq_len` (512)"),
-    ],
-)
-def test_wrong_options_are_explained(options, message, capsys):
-    with pytest.raises(SystemExit):
-        step.parse(options.split())
-    assert message in capsys.readouterr().err
-
-
-def test_given_settings_are_combined():
+def test_given_settings_are_combined(capsys):
     options = "--tokens 8 512 --accumulation 1 2 --dtypes float32"
     settings = step.choose_settings(step.parse(options.split()))
     assert settings == [(n, k, "float32") for n in (8, 512) for k in (1, 2)]
@@ -130,3 +112,7 @@ def test_given_settings_are_combined():
     assert len(step.choose_settings(usual)) == 2 * len(step.SETTINGS)
     assert usual.methods == list(USUAL)
     assert step.parse(["--compiled"]).methods == ["paca", "lora"]
+    with pytest.raises(SystemExit):
+        step.parse(["--tokens", "16", "700"])
+    message = "`tokens` (700) must be at least 1, and above `seq_len` (512)"
+    assert message in capsys.readouterr().err

@@ -3,47 +3,7 @@
 import pytest
 
 from benchmarks import studies, tables
-from benchmarks.results import RESULTS, read, write_json
-from pacatune.reports.rows import Row
-
-
-def write(folder, **changes):
-    names = {"what": "step", "model": "a model", "setting": "16 tokens"}
-    rows = [
-        Row(method="paca", value=10.0, unit="ms", **names),
-        Row(method="lora", value=12.5, unit="ms", **names),
-        Row(method="paca / lora", value=0.8, low=0.75, high=0.9, unit="ratio", **names),
-    ]
-    values = {
-        "how": "A model; medians",
-        "command": "python -m benchmarks.step",
-        "device": "a CPU, 2 cores",
-        "versions": {"torch": "2.13.0"},
-        "commit": "0123456789abcdef",
-        "is_modified": False,
-        "methods": {"paca": "ours", "lora": "PEFT's LoRA", "dora": "not there"},
-        "rows": [row.to_dict() for row in rows],
-    }
-    write_json(values | changes, folder / "step.json")
-
-
-def test_a_table_shows_times_shares_and_where_they_come_from(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`python -m benchmarks\.step` writes it"):
-        tables.block("step", tmp_path)
-    write(tmp_path)
-    assert tables.block("step", tmp_path).splitlines() == [
-        "| setting | paca, ms | paca / lora |",
-        "|---|--:|--:|",
-        "| 16 tokens | 10 | 0.800 (0.750 to 0.900) |",
-        "",
-        "`paca`: ours; `lora`: PEFT's LoRA.",
-        "",
-        "A model; medians, on a CPU, 2 cores (torch 2.13.0). `python -m benchmarks.step` at commit "
-        "012345678 wrote `benchmarks/results/step.json`.",
-    ]
-    write(tmp_path, is_modified=True)
-    told = "012345678, with changes that were not committed, wrote"
-    assert told in tables.block("step", tmp_path)
+from benchmarks.results import RESULTS, read
 
 
 @pytest.mark.parametrize("name", tables.VIEWS)
@@ -63,16 +23,10 @@ def test_every_table_has_its_committed_numbers(name):
 
 
 def arm(*values):
-    return {
-        "mean": sum(values) / 2,
-        "values": {str(seed): value for seed, value in enumerate(values)},
-        "learning_rate": 0.01,
-        "at_edge": False,
-        "num_trainable_parameters": 100,
-        "forgetting": None,
-        "saved_activation_bytes": 2**20,
-        "rates": {"0.01": 0.5, "0.1": None},
-    }
+    sizes = {"num_trainable_parameters": 100, "saved_activation_bytes": 2**20}
+    rates = {"learning_rate": 0.01, "at_edge": False, "rates": {"0.01": 0.5, "0.1": None}}
+    found = {"mean": sum(values) / 2, "values": {str(s): value for s, value in enumerate(values)}}
+    return {**found, **sizes, **rates, "forgetting": None}
 
 
 def test_studies_are_compared_seed_by_seed():
@@ -86,10 +40,12 @@ def test_studies_are_compared_seed_by_seed():
     assert {row.what for row in rows} == {"test accuracy", "validation", "kept for backward"}
 
 
-def test_tables_of_studies_and_those_that_there_are_not():
+def test_tables_of_studies_and_those_that_there_are_not(tmp_path):
     assert "| groups16 |" in studies.block("quality", "differences", RESULTS)
     assert studies.block("quality", "scores", RESULTS).startswith("| method | ")
     with pytest.raises(ValueError, match="no table 'other' of the study quality"):
         studies.block("quality", "other", RESULTS)
     with pytest.raises(ValueError, match="no table 'steps'; there are step, "):
         tables.block("steps")
+    with pytest.raises(FileNotFoundError, match=r"`python -m benchmarks\.step` writes it"):
+        tables.block("step", tmp_path)

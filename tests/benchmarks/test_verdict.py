@@ -7,17 +7,16 @@ from benchmarks import verdict
 
 def study(**arms):
     """A study of two seeds, whose reference has a standard deviation of 0.01."""
-    made = {}
-    for name, values in {
-        "paca": (0.5, 0.5),
-        "lora": (0.5, 0.5),
-        "rslora": (0.4, 0.4),
-        **arms,
-    }.items():
-        method = "lora" if "lora" in name else "paca"
-        rates = {"0.1": max(values), "0.2": None}
-        made[name] = {"method": method, "values": {"0": values[0], "1": values[1]}}
-        made[name] |= {"rates": rates, "std": 0.01}
+    arms = {"paca": (0.5, 0.5), "lora": (0.5, 0.5), "rslora": (0.4, 0.4), **arms}
+    made = {
+        name: {
+            "method": "lora" if "lora" in name else "paca",
+            "values": {str(seed): value for seed, value in enumerate(values)},
+            "rates": {"0.1": max(values), "0.2": None},
+            "std": 0.01,
+        }
+        for name, values in arms.items()
+    }
     return {"higher_is_better": True, "reference": "paca", "arms": made}
 
 

@@ -6,20 +6,16 @@ PEFT methods are replaced by our cases, and tests on which nothing was replaced 
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import functools
 import importlib
-import json
-import os
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from peft_cases import Method, replacement
-
-ENV = "PEFT_CONFORMANCE_OPTIONS"
+from peft_cases import replacement
 
 SUITES = {
     "custom": "test_custom_models.py",
@@ -34,21 +30,12 @@ SUITES = {
     "vision": "test_vision_models.py",
     "compile": "test_torch_compile.py",
 }
-DEFAULT_SUITES = ("custom", "config")
 # tests that no local cache can serve (they download into a fresh folder)
 HUB_ONLY = {"test_from_pretrained_cache_dir"}
 
 
-@functools.cache
-def _method():
-    return Method(json.loads(os.environ[ENV]))
-
-
 def _suite_of(path):
-    for suite, name in SUITES.items():
-        if Path(path).name == name:
-            return suite
-    return None
+    return next((suite for suite, name in SUITES.items() if Path(path).name == name), None)
 
 
 def _inject(module, suite):
@@ -63,25 +50,24 @@ def _inject(module, suite):
             marks = getattr(func, "pytestmark", None)
             if not name.startswith("test") or not marks or not callable(func):
                 continue
-            new = []
-            hit = False
-            for mark in marks:
-                if mark.name == "parametrize":
-                    names = mark.args[0]
-                    names = names.split(",") if isinstance(names, str) else names
-                    names = [n.strip() for n in names]
-                    values = replacement(_method(), suite, names, mark.args[1])
-                    if values is not None:
-                        kwargs = {k: v for k, v in mark.kwargs.items() if k != "ids" or callable(v)}
-                        names = names if len(names) > 1 else names[0]
-                        mark = pytest.mark.parametrize(names, values, **kwargs).mark
-                        hit = True
-                new.append(mark)
-            if hit:
+            new = [_replaced(mark, suite) for mark in marks]
+            if any(one is not other for one, other in zip(new, marks, strict=True)):
                 func.pytestmark = new
                 touched.add((owner, name))
     module.__peft_conformance__ = touched
-    return touched
+
+
+def _replaced(mark, suite):
+    """Return the mark, or one with our cases in its place."""
+    if mark.name != "parametrize":
+        return mark
+    names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+    names = [name.strip() for name in names]
+    values = replacement(suite, names, mark.args[1])
+    if values is None:
+        return mark
+    kwargs = {k: v for k, v in mark.kwargs.items() if k != "ids" or callable(v)}
+    return pytest.mark.parametrize(names if len(names) > 1 else names[0], values, **kwargs).mark
 
 
 class _AlwaysCached(dict):
@@ -90,11 +76,10 @@ class _AlwaysCached(dict):
     def __contains__(self, key):
         return True
 
-    def __missing__(self, key):
-        return 1
-
     def get(self, key, default=None):
         return 1
+
+    __getitem__ = get
 
     def __delitem__(self, key):
         pass
@@ -133,16 +118,16 @@ def _open_guards(module, package):
     `_skip_if_conv1d_not_supported` goes by a list of classes, and in PEFT 0.18 a table says how the
     names of a method's parameters begin.
     """
-    if "Beft" not in _method().cls.__name__ and hasattr(module, "check_beft_config"):
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    from pacatune import PacaConfig
+
+    if hasattr(module, "check_beft_config"):
         module.check_beft_config = lambda *args: None
     if hasattr(module, "PREFIXES"):
-        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
-        cls = _method().cls
-        module.PREFIXES[cls] = PEFT_TYPE_TO_PREFIX_MAPPING[cls().peft_type]
-    if "hfconv1d" in _method().families:
-        common = importlib.import_module(f"{package}.testing_common")
-        common._skip_if_conv1d_not_supported = lambda *args: None
+        module.PREFIXES[PacaConfig] = PEFT_TYPE_TO_PREFIX_MAPPING[PacaConfig().peft_type]
+    common = importlib.import_module(f"{package}.testing_common")
+    common._skip_if_conv1d_not_supported = lambda *args: None
 
 
 # Tests that PEFT opens only to a hard-coded class (LoRA); opened to ours for the test's duration.
@@ -156,41 +141,24 @@ BIAS_TEST = "test_adding_multiple_adapters_with_bias_raises"  # with bias="all"
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    open_it = (
-        ENV in os.environ
-        and _method().options["mixed_batches"]
-        and getattr(item, "originalname", "") in MIXED_BATCH_TESTS
-    )
-    if ENV in os.environ and getattr(item, "originalname", "") == ROUNDED_TEST:
-        allow = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
-        with mock.patch.object(torch, "allclose", allow):
-            yield
-        return
-    if not open_it:
+    from pacatune import PacaConfig
+
+    with contextlib.ExitStack() as stack:
+        if item.originalname == ROUNDED_TEST:
+            allow = functools.partial(torch.allclose, rtol=1e-5, atol=1e-5)
+            stack.enter_context(mock.patch.object(torch, "allclose", allow))
+        if item.originalname in MIXED_BATCH_TESTS:
+            for module in (item.module, sys.modules[f"{item.module.__package__}.testing_common"]):
+                stack.enter_context(mock.patch.object(module, "LoraConfig", PacaConfig))
         yield
-        return
-    modules = [item.module, sys.modules[item.module.__package__ + ".testing_common"]]
-    saved = [m.LoraConfig for m in modules]
-    for m in modules:
-        m.LoraConfig = _method().cls
-    try:
-        yield
-    finally:
-        for m, value in zip(modules, saved, strict=True):
-            m.LoraConfig = value
 
 
 def pytest_configure(config):
-    if ENV not in os.environ:
-        return
     for marker in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
         config.addinivalue_line("markers", f"{marker}: marker of PEFT's test-suite")
-    _method()
 
 
 def pytest_pycollect_makemodule(module_path, parent):
-    if ENV not in os.environ:
-        return None
     suite = _suite_of(module_path)
     if suite is None:
         return None
@@ -211,69 +179,27 @@ def pytest_pycollect_makemodule(module_path, parent):
     return InjectedModule.from_parent(parent, path=module_path)
 
 
+def _skipped(item):
+    """Return why a test has nothing to say of PaCA here, if so."""
+    is_mixed = item.originalname in MIXED_BATCH_TESTS
+    if item.originalname in HUB_ONLY:
+        return "downloads from the Hub"
+    if is_mixed and "OPT" in item.nodeid:
+        return "OPT's MLP sees tokens, no batch"
+    if is_mixed and _suite_of(item.path) == "params":
+        return "experts see tokens, no batch"
+    if item.originalname == BIAS_TEST and "GptOss" in item.nodeid:
+        return "PEFT would not save experts' biases"
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
-    if ENV not in os.environ:
-        return
     keep, drop = [], []
     for item in items:
-        touched = getattr(getattr(item, "module", None), "__peft_conformance__", None)
-        owner = item.cls.__name__ if getattr(item, "cls", None) is not None else None
-        name = getattr(item, "originalname", item.name)
-        if touched is None or (owner, name) in touched:
-            if name in HUB_ONLY:
-                item.add_marker(pytest.mark.skip(reason="downloads from the Hub"))
-            if name in MIXED_BATCH_TESTS and "OPT" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="OPT's MLP sees tokens, no batch"))
-            if name in MIXED_BATCH_TESTS and _suite_of(item.path) == "params":
-                item.add_marker(pytest.mark.skip(reason="experts see tokens, no batch"))
-            if name == BIAS_TEST and "GptOss" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="PEFT would not save experts' biases"))
-            keep.append(item)
-        else:
-            drop.append(item)
-    if drop:
-        config.hook.pytest_deselected(items=drop)
-        items[:] = keep
-
-
-_RESULTS = collections.Counter()
-_FAILED = []
-
-
-def pytest_runtest_logreport(report):
-    if ENV not in os.environ:
-        return
-    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        is_error = report.when == "setup" and report.outcome == "failed"
-        _RESULTS["error" if is_error else report.outcome] += 1
-        if report.outcome == "failed":
-            crash = getattr(report.longrepr, "reprcrash", None)
-            text = crash.message.splitlines()[0][:300] if crash and crash.message else ""
-            _FAILED.append([report.nodeid, text])
-
-
-def pytest_terminal_summary(terminalreporter):
-    if ENV not in os.environ or os.environ.get("PYTEST_XDIST_WORKER"):
-        return
-    options = _method().options
-    counts = {k: _RESULTS.get(k, 0) for k in ("passed", "failed", "error", "skipped")}
-    terminalreporter.write_line(f"conformance {_method().label}: {counts}")
-    groups = collections.Counter(n.split("::")[-1].split("[")[0] for n, _ in _FAILED)
-    for name, number in groups.most_common():
-        terminalreporter.write_line(f"  failed {number:4d}  {name}")
-    if options.get("json"):
-        import peft
-        import torch
-        import transformers
-
-        report = {
-            "method": f"{options['module']}.{options['config']}",
-            "peft": peft.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "suites": options["suites"],
-            "layers": sorted(options["layers"]),
-            "counts": counts,
-            "failed": _FAILED,
-        }
-        Path(options["json"]).write_text(json.dumps(report, indent=1))
+        owner = item.cls.__name__ if item.cls is not None else None
+        is_ours = (owner, item.originalname) in item.module.__peft_conformance__
+        (keep if is_ours else drop).append(item)
+        if reason := _skipped(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    config.hook.pytest_deselected(items=drop)
+    items[:] = keep

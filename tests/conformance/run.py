@@ -8,7 +8,6 @@ method under test. Tests on which no list was replaced (those about LoRA only) a
     python tests/conformance/run.py                  all that pacatune claims
     python tests/conformance/run.py --quick          custom and config; a note when offline
     python tests/conformance/run.py -n 2 -k merge    further options go to pytest
-    python tests/conformance/run.py --module peft --config ShiraConfig           a stand-in
 
 The suites custom and config need no models; the others run on random tiny models, written under
 the names that the tests expect, so no hub is reached.
@@ -17,7 +16,6 @@ the names that the tests expect, so no hub is reached.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -34,13 +32,10 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache"
 sys.path.insert(0, str(HERE))
 
-from peft_cases import FAMILIES  # noqa: E402 (needs the path above)
-from peft_plugin import ENV, SUITES  # noqa: E402
+from peft_plugin import SUITES  # noqa: E402 (needs the path above)
 from tiny_models import write_tiny_models  # noqa: E402
 
 QUICK_SUITES = "custom,config"
-ALL_SUITES = ",".join(SUITES)
-LAYERS = ",".join(FAMILIES)
 
 
 def fetch_peft_tests(cache):
@@ -87,25 +82,16 @@ def parse(argv):
     )
     parser.add_argument("--quick", action="store_true", help=f"suites {QUICK_SUITES} only")
     parser.add_argument("--suites", help=f"some of {','.join(SUITES)}")
-    parser.add_argument("--layers", default=LAYERS, help=f"some of {','.join(FAMILIES)}")
-    parser.add_argument("--module", default="pacatune", help="importing it registers the method")
-    parser.add_argument("--config", default="PacaConfig", help="the config class in that module")
-    parser.add_argument("--label", default="", help="name in test ids (default: from the class)")
-    parser.add_argument("--kwargs", default='{"r": 2}', help="JSON: config of every case")
-    parser.add_argument("--no-mixed-batches", dest="mixed_batches", action="store_false")
-    parser.add_argument("--peft-tests", type=Path, help="PEFT's tests folder (default: fetched)")
-    parser.add_argument("--json", help="write a report there")
     options, rest = parser.parse_known_args(argv)
-    suites = options.suites or (QUICK_SUITES if options.quick else ALL_SUITES)
-    options.suites, options.layers = suites.split(","), options.layers.split(",")
-    for given, known in ((options.suites, SUITES), (options.layers, FAMILIES)):
-        if unknown := sorted(set(given) - set(known)):
-            parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
+    suites = options.suites or (QUICK_SUITES if options.quick else ",".join(SUITES))
+    options.suites = suites.split(",")
+    if unknown := sorted(set(options.suites) - set(SUITES)):
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(SUITES)}")
     return options, rest
 
 
-def set_environment(options):
-    """Hand the options to the plugin, in xdist's workers too, and keep every process offline."""
+def set_environment(suites):
+    """Let xdist's workers find the plugin and the models, and keep every process offline."""
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -114,17 +100,14 @@ def set_environment(options):
     os.environ["HF_HOME"] = str(models)  # before transformers is imported
     write_tiny_models(models)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "compile" in options.suites:
+    if "compile" in suites:
         os.environ["PEFT_DEBUG_WITH_TORCH_COMPILE"] = "1"
-    chosen = vars(options) | {"kwargs": json.loads(options.kwargs), "peft_tests": None}
-    chosen["json"] = str(Path(options.json).resolve()) if options.json else None
-    os.environ[ENV] = json.dumps(chosen)
 
 
 def main(argv=None):
     options, rest = parse(argv)
     try:
-        tests = options.peft_tests or fetch_peft_tests(CACHE)
+        tests = fetch_peft_tests(CACHE)
     except RuntimeError as error:
         print(f"conformance: {error}", file=sys.stderr)
         if options.quick:
@@ -140,7 +123,7 @@ def main(argv=None):
         print("conformance: no suite params, whose experts need transformers 5.")
         lacking.append("params")
     options.suites = [suite for suite in options.suites if suite not in lacking]
-    set_environment(options)
+    set_environment(options.suites)
     root = view(tests)
     try:
         files = [str(root / "tests" / SUITES[suite]) for suite in options.suites]

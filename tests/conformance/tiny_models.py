@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -29,184 +30,101 @@ def _tiny_models():
 
         return run
 
-    def opt(cls, layers=5, hidden=16, ffn=4):
-        return seeded(
-            lambda: cls(
-                t.OPTConfig(
-                    vocab_size=v,
-                    hidden_size=hidden,
-                    word_embed_proj_dim=hidden,
-                    ffn_dim=ffn,
-                    num_hidden_layers=layers,
-                    num_attention_heads=4,
-                    max_position_embeddings=100,
-                    dropout=0.0,
-                    attention_dropout=0.0,
-                )
-            )
-        )
+    def of(model_cls, config_cls, **options):
+        return seeded(lambda: model_cls(config_cls(vocab_size=v, **options)))
+
+    def opt(layers=5, hidden=16, ffn=4):
+        sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": ffn}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 100}
+        more = {"num_hidden_layers": layers, "dropout": 0.0, "attention_dropout": 0.0}
+        return of(t.OPTForCausalLM, t.OPTConfig, **sizes, **more)
+
+    ends = {"bos_token_id": v - 1, "eos_token_id": v - 1}
 
     def gpt(config_cls, model_cls, **more):
-        common = {"vocab_size": v, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 100}
-        ends = {"bos_token_id": v - 1, "eos_token_id": v - 1}
-        return seeded(lambda: model_cls(config_cls(**common, **ends, **more)))
+        sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 100}
+        return of(model_cls, config_cls, **sizes, **ends, **more)
 
     gpt2 = gpt(t.GPT2Config, t.GPT2LMHeadModel)
-
     # Of PEFT 0.18's tests, beside the others.
-    def bloom():
-        return t.BloomForCausalLM(t.BloomConfig(vocab_size=v, hidden_size=32, n_layer=3, n_head=4))
-
-    def gpt_neo():
-        return t.GPTNeoForCausalLM(
-            t.GPTNeoConfig(
-                vocab_size=v,
-                hidden_size=32,
-                num_layers=2,
-                num_heads=4,
-                attention_types=[[["global", "local"], 1]],
-                max_position_embeddings=100,
-                bos_token_id=v - 1,
-                eos_token_id=v - 1,
-            )
-        )
+    bloom = of(t.BloomForCausalLM, t.BloomConfig, hidden_size=32, n_layer=3, n_head=4)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 100}
+    types = {"attention_types": [[["global", "local"], 1]]}
+    gpt_neo = of(t.GPTNeoForCausalLM, t.GPTNeoConfig, **sizes, **types, **ends)
 
     def llamaish(config_cls, model_cls, **more):
-        common = {
-            "vocab_size": v,
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 100,
-            "head_dim": 4,
-            "pad_token_id": 0,
-        }
-        return seeded(lambda: model_cls(config_cls(**{**common, **more})))
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 4}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        common = {**sizes, "max_position_embeddings": 100, "pad_token_id": 0}
+        return of(model_cls, config_cls, **{**common, **more})
 
     def bertish(config_cls, model_cls, **more):
-        common = {
-            "vocab_size": v,
-            "hidden_size": 32,
-            "intermediate_size": 37,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-        }
-        return seeded(lambda: model_cls(config_cls(**{**common, **more})))
+        sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 3}
+        sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+        return of(model_cls, config_cls, **sizes, **more)
 
-    def t5():
-        return t.T5ForConditionalGeneration(
-            t.T5Config(
-                vocab_size=v,
-                d_model=32,
-                d_kv=8,
-                d_ff=37,
-                num_layers=3,
-                num_decoder_layers=3,
-                num_heads=4,
-                dropout_rate=0.0,  # gradients of two passes are compared
-                decoder_start_token_id=0,
-            )
-        )
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 3, "num_decoder_layers": 3}
+    more = {
+        "dropout_rate": 0.0,
+        "decoder_start_token_id": 0,
+    }  # gradients of two passes are compared
+    t5 = of(t.T5ForConditionalGeneration, t.T5Config, num_heads=4, **sizes, **more)
+    sides = ("encoder", "decoder")
+    sizes = {"layers": 2, "attention_heads": 4, "ffn_dim": 8}
+    sizes = {f"{side}_{name}": size for side in sides for name, size in sizes.items()}
+    sizes |= {"d_model": 16, "max_position_embeddings": 50}
+    bart = of(t.BartForConditionalGeneration, t.BartConfig, **sizes)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+    resnet_config = t.ResNetConfig(**sizes, hidden_act="relu", num_labels=3)
+    resnet = seeded(lambda: t.ResNetForImageClassification(resnet_config))
 
-    def bart():
-        return t.BartForConditionalGeneration(
-            t.BartConfig(
-                vocab_size=v,
-                d_model=16,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=8,
-                decoder_ffn_dim=8,
-                max_position_embeddings=50,
-            )
-        )
-
+    peft, hf = "peft-internal-testing/tiny-random-", "hf-internal-testing/tiny-random-"
+    trl = "trl-internal-testing/tiny-"
     models = {
-        "peft-internal-testing/tiny-random-OPTForCausalLM": opt(t.OPTForCausalLM),
-        "peft-internal-testing/opt-125m": opt(t.OPTForCausalLM, layers=12, hidden=64, ffn=64),
-        "peft-internal-testing/tiny-random-GPT2LMHeadModel": gpt2,
-        "peft-internal-testing/tiny-random-gpt2": gpt2,
-        "hf-internal-testing/tiny-random-gpt2": gpt2,
-        "peft-internal-testing/tiny-random-GPTJForCausalLM": gpt(
-            t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4
-        ),
-        "hf-internal-testing/tiny-random-BloomForCausalLM": seeded(bloom),
-        "hf-internal-testing/tiny-random-gpt_neo": seeded(gpt_neo),
-        "hf-internal-testing/tiny-random-GPTBigCodeForCausalLM": gpt(
-            t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM
-        ),
-        "trl-internal-testing/tiny-random-LlamaForCausalLM": llamaish(
+        f"{peft}OPTForCausalLM": opt(),
+        "peft-internal-testing/opt-125m": opt(layers=12, hidden=64, ffn=64),
+        **dict.fromkeys((f"{peft}GPT2LMHeadModel", f"{peft}gpt2", f"{hf}gpt2"), gpt2),
+        f"{peft}GPTJForCausalLM": gpt(t.GPTJConfig, t.GPTJForCausalLM, rotary_dim=4),
+        f"{hf}BloomForCausalLM": bloom,
+        f"{hf}gpt_neo": gpt_neo,
+        f"{hf}GPTBigCodeForCausalLM": gpt(t.GPTBigCodeConfig, t.GPTBigCodeForCausalLM),
+        f"{trl}random-LlamaForCausalLM": llamaish(
             t.LlamaConfig, t.LlamaForCausalLM, num_key_value_heads=4
         ),
-        "hf-internal-testing/tiny-random-MistralForCausalLM": llamaish(
-            t.MistralConfig, t.MistralForCausalLM
-        ),
+        f"{hf}MistralForCausalLM": llamaish(t.MistralConfig, t.MistralForCausalLM),
         "peft-internal-testing/tiny-dummy-qwen2": llamaish(t.Qwen2Config, t.Qwen2ForCausalLM),
-        "hf-internal-testing/tiny-random-Gemma3ForCausalLM": llamaish(
+        f"{hf}Gemma3ForCausalLM": llamaish(
             t.Gemma3TextConfig, t.Gemma3ForCausalLM, sliding_window=32
         ),
-        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": seeded(t5),
-        "peft-internal-testing/tiny-random-BartForConditionalGeneration": seeded(bart),
-        "peft-internal-testing/tiny-random-BertModel": bertish(t.BertConfig, t.BertModel),
-        "peft-internal-testing/tiny-random-RobertaModel": bertish(t.RobertaConfig, t.RobertaModel),
-        "peft-internal-testing/tiny-random-DebertaModel": bertish(
-            t.DebertaConfig, t.DebertaModel, relative_attention=True, pos_att_type=["p2c", "c2p"]
-        ),
-        "peft-internal-testing/tiny-random-DebertaV2Model": bertish(
-            t.DebertaV2Config,
-            t.DebertaV2Model,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-        ),
-        "peft-internal-testing/tiny-random-BertForSequenceClassification": bertish(
-            t.BertConfig, t.BertForSequenceClassification
-        ),
-        "peft-internal-testing/tiny-random-RobertaForSequenceClassification": bertish(
-            t.RobertaConfig, t.RobertaForSequenceClassification
-        ),
-        "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": llamaish(
+        f"{peft}T5ForConditionalGeneration-calibrated": t5,
+        f"{peft}BartForConditionalGeneration": bart,
+        f"{peft}DebertaModel": bertish(t.DebertaConfig, t.DebertaModel, **relative),
+        f"{peft}DebertaV2Model": bertish(t.DebertaV2Config, t.DebertaV2Model, **relative),
+        f"{trl}LlamaForSequenceClassification-3.2": llamaish(
             t.LlamaConfig, t.LlamaForSequenceClassification
         ),
-        "peft-internal-testing/tiny-random-ResNetForImageClassification": seeded(
-            lambda: t.ResNetForImageClassification(
-                t.ResNetConfig(
-                    embedding_size=8,
-                    hidden_sizes=[8, 16, 24, 32],
-                    depths=[1, 1, 2, 1],
-                    hidden_act="relu",
-                    num_labels=3,
-                )
-            )
-        ),
+        f"{peft}ResNetForImageClassification": resnet,
     }
+    kinds = ("Model", "ForSequenceClassification")
+    for family, kind in itertools.product(("Bert", "Roberta"), kinds):
+        model_cls = getattr(t, f"{family}{kind}")
+        models[f"{peft}{family}{kind}"] = bertish(getattr(t, f"{family}Config"), model_cls)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     if hasattr(t, "Llama4ForCausalLM"):
-        models["trl-internal-testing/tiny-Llama4ForCausalLM"] = llamaish(
+        layers = {"interleave_moe_layer_step": 1, "no_rope_layers": [1, 1]}
+        sizes = {"intermediate_size_mlp": 32, "attention_chunk_size": 64}
+        models[f"{trl}Llama4ForCausalLM"] = llamaish(
             t.Llama4TextConfig,
             t.Llama4ForCausalLM,
-            intermediate_size_mlp=32,
-            num_local_experts=4,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=1,
-            attention_chunk_size=64,
-            no_rope_layers=[1, 1],
+            **{**experts, "num_experts_per_tok": 1, **layers, **sizes},
         )
     if hasattr(t, "GptOssForCausalLM"):
-        models["trl-internal-testing/tiny-GptOssForCausalLM"] = llamaish(
-            t.GptOssConfig, t.GptOssForCausalLM, num_local_experts=4, num_experts_per_tok=2
-        )
+        models[f"{trl}GptOssForCausalLM"] = llamaish(t.GptOssConfig, t.GptOssForCausalLM, **experts)
     if hasattr(t, "Qwen3MoeForCausalLM"):
-        models["trl-internal-testing/tiny-Qwen3MoeForCausalLM"] = llamaish(
-            t.Qwen3MoeConfig,
-            t.Qwen3MoeForCausalLM,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            decoder_sparse_step=1,
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        models[f"{trl}Qwen3MoeForCausalLM"] = llamaish(
+            t.Qwen3MoeConfig, t.Qwen3MoeForCausalLM, **sizes, decoder_sparse_step=1
         )
     return models
 
@@ -218,13 +136,8 @@ def _tiny_tokenizer():
     vocab = {"<unk>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i + 3 for i in range(100)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        model_max_length=64,
-    )
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special)
 
 
 def write_tiny_models(root):
@@ -245,19 +158,10 @@ def write_tiny_models(root):
         snapshot.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(snapshot)
         if "ResNet" in repo:
-            (snapshot / "preprocessor_config.json").write_text(
-                json.dumps(
-                    {
-                        "image_processor_type": "ConvNextImageProcessor",
-                        "do_resize": True,
-                        "size": {"shortest_edge": 64},
-                        "crop_pct": 0.875,
-                        "do_normalize": True,
-                        "image_mean": [0.5] * 3,
-                        "image_std": [0.5] * 3,
-                    }
-                )
-            )
+            half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
+            resize = {"do_resize": True, "size": {"shortest_edge": 64}, "crop_pct": 0.875}
+            values = {"image_processor_type": "ConvNextImageProcessor", **resize, **half}
+            (snapshot / "preprocessor_config.json").write_text(json.dumps(values))
         else:
             _tiny_tokenizer().save_pretrained(snapshot)
         (folder / "refs").mkdir(exist_ok=True)

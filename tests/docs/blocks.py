@@ -42,7 +42,6 @@ class Block:
 
 
 def read_blocks(document):
-    """Fenced blocks of a document, in order."""
     blocks, language, lines, start, above = [], None, [], 0, ""
     for number, line in enumerate((ROOT / document).read_text(encoding="utf-8").splitlines(), 1):
         if not line.startswith("```"):

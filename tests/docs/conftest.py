@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from tests.data.conftest import chat, write_lines
 from tests.docs import blocks
 from tests.forks import server
 from tests.image_models import save_vit, write_images
@@ -19,15 +20,11 @@ def workplace(tmp_path, tiny_model_dir):
     config = tmp_path / "my-model" / "config.json"
     longer = json.loads(config.read_text()) | {"max_position_embeddings": 2048}
     config.write_text(json.dumps(longer))
-    with (tmp_path / "my-data.jsonl").open("w") as file:
-        for i in range(20):
-            user = {"role": "user", "content": f"What is {i} and {i}?"}
-            assistant = {"role": "assistant", "content": f"It is {2 * i}."}
-            file.write(json.dumps({"messages": [user, assistant]}) + "\n")
+    chats = (chat(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(20))
+    write_lines(tmp_path / "my-data.jsonl", [{"messages": turns} for turns in chats])
     return tmp_path
 
 
 @pytest.fixture
 def run_blocks(workplace, monkeypatch, measured_here, own_strategies):
-    """Runs the blocks of a document in the reader's folder."""
     return lambda document: blocks.run_blocks(document, workplace, monkeypatch)

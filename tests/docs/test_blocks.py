@@ -21,3 +21,9 @@ def test_first_blocks_run(document, run_blocks):
 @pytest.mark.parametrize("document", REST)
 def test_blocks_run(document, run_blocks):
     run_blocks(document)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("document", OF_PROCESSES)
+def test_blocks_of_several_processes_run(document, run_blocks):
+    run_blocks(document)

@@ -12,14 +12,10 @@ from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
 
 
-def test_blocks_have_a_known_language():
+def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
     for document in DOCUMENTS:
         for block in read_blocks(document):
             assert block.language in ("python", "bash", "yaml", *SHOWN), f"{document}:{block.line}"
-
-
-def test_local_links_lead_somewhere():
-    for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:|#|cli.md)([^)#]+)", text):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
@@ -101,14 +97,10 @@ def test_the_pictures_show_the_committed_numbers():
             assert {title, *arms} <= drawn | {text.split()[0] for text in drawn}, "run `make docs`"
 
 
-def test_tables_of_measurements_are_those_of_the_committed_results():
+def test_tables_of_measurements_are_those_of_the_committed_results(tmp_path):
     for path in tables.DOCUMENTS:
         expected = doc_block.render(path, "table", tables.block)
         assert path.read_text(encoding="utf-8") == expected, f"{path}: run `make docs`"
-
-
-def test_block_without_end_is_refused(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("<!-- table: a -->\n<!-- table: b -->\n<!-- end -->\n")
+    (tmp_path / "page.md").write_text("<!-- table: a -->\n<!-- table: b -->\n<!-- end -->\n")
     with pytest.raises(ValueError, match="2 blocks of kind 'table', 1 closed; add the end"):
-        doc_block.render(path, "table", str.upper)
+        doc_block.render(tmp_path / "page.md", "table", str.upper)

@@ -1,6 +1,6 @@
 """Multiple choice: lm-eval against plain PyTorch, one choice at a time."""
 
-import json
+import copy
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from pacatune.evaluation.choice import to_choice_question
 from pacatune.evaluation.language_model import LanguageModel
 from pacatune.training import ModelConfig, RunConfig, TrainingConfig, train
 from tests.conftest import build_model
+from tests.data.conftest import chat as turns
+from tests.data.conftest import write_lines
 from tests.evaluation.conftest import log_likelihood
 
 QUESTIONS = [
@@ -84,11 +86,9 @@ def write_rows(path, questions, *, chat):
         answer = one.choices[one.answer]
         row = {"prompt": one.context(), "completion": f" {answer}"}
         if chat:
-            turns = {"user": one.question, "assistant": answer}
-            row = {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+            row = {"messages": turns(one.question, answer)}
         rows.append(row | {"question": one.question, "choices": one.choices, "answer": one.answer})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataConfig(path=str(path), eval_fraction=0)
+    return DataConfig(path=write_lines(path, rows), eval_fraction=0)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -128,27 +128,23 @@ def test_training_on_the_questions_makes_them_right(tokenizer, tmp_path, tiny_mo
     assert before < 0.7 < 0.9 < after
 
 
-def test_limit_and_truncation(tokenizer):
+def test_limit_truncation_and_wrong_input(tokenizer):
     small = build_model(len(tokenizer), max_position_embeddings=64)
     result = evaluate_choice(small, tokenizer, QUESTIONS, limit=2)
     assert [each["number"] for each in result.questions] == [0, 1]
     assert result.num_truncated == 0
     assert evaluate_choice(small, tokenizer, QUESTIONS[2:]).num_truncated == 1
     longest = ChoiceQuestion("q", ["x" * 65, "y"], 0)
-    with pytest.raises(ValueError, match="more than the model's context of 64; shorten it or use"):
-        evaluate_choice(small, tokenizer, [longest])
-
-
-def test_wrong_input(model, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"no questions are asked \(`limit` is None\)"):
-        evaluate_choice(model, tokenizer, [])
-    with pytest.raises(ValueError, match=r"`batch_size` \(0\) must be at least 1"):
-        evaluate_choice(model, tokenizer, QUESTIONS, batch_size=0)
-    with pytest.raises(FileNotFoundError, match="is not a file; give one with questions"):
-        read_questions(tmp_path)
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="`chat` needs a chat template, which the model's"):
-        evaluate_choice(model, tokenizer, QUESTIONS, chat=True)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    for used, questions, options, message in (
+        (tokenizer, [longest], {}, "more than the model's context of 64; shorten it or use"),
+        (tokenizer, [], {}, r"no questions are asked \(`limit` is None\)"),
+        (tokenizer, QUESTIONS, {"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
+        (bare, QUESTIONS, {"chat": True}, "`chat` needs a chat template, which the model's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_choice(small, used, questions, **options)
 
 
 def responses(*args, **options):

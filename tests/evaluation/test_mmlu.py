@@ -16,8 +16,6 @@ ANATOMY = ["mmlu_anatomy"]
 
 
 class Recorder(LM):
-    """Keeps what it is asked."""
-
     def __init__(self):
         super().__init__()
         self.asked = []
@@ -99,8 +97,6 @@ def test_wrong_options(model, tokenizer, tasks_dir, options, message):
 @pytest.mark.parametrize("text", ["doc_to_text: !function utils.text\n", "class: utils.Task\n"])
 def test_task_files_are_never_run(tmp_path, text):
     (tmp_path / "utils.py").write_text("raise SystemExit('run')\n")
-    with pytest.raises(FileNotFoundError, match=r"has no task \(\*.yaml\); see docs/evaluate.md"):
-        prepare_tasks(["x"], tmp_path)
     (tmp_path / "x.yaml").write_text(f"task: x\n{text}")
     with pytest.raises(ValueError, match="code in task files is never run"):
         prepare_tasks(["x"], tmp_path)

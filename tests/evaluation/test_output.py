@@ -1,32 +1,27 @@
 """What an evaluation writes: its numbers, and what made them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from pacatune.adapters.loading import load_language_model
 from pacatune.evaluation.harness import Score
-from pacatune.evaluation.output import Report, describe, open_output, percent, write_report
+from pacatune.evaluation.output import Report, describe, percent, write_report
 from tests.adapters.fixtures import adapter_dir, lora_dir
 from tests.conftest import build_model
 
 __all__ = ["adapter_dir", "lora_dir"]
 
+SCORE = Score(value=0.4149, stderr=0.021, num_questions=9)
 REPORT = Report(
     title="things",
     headings=["", "a"],
-    rows=[["accuracy", "50.0"]],
+    rows=[["accuracy", percent(SCORE)], ["all", percent(replace(SCORE, stderr=None))]],
     result={"a": 0.5},
     notes=["A note."],
     questions=[{"number": 0, "acc": 1.0}],
 )
-
-
-def test_results_are_never_overwritten(tmp_path):
-    open_output(tmp_path / "new")
-    (tmp_path / "new" / "evaluation.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="is not empty; choose another"):
-        open_output(tmp_path / "new")
 
 
 def test_files_say_what_made_them(tmp_path, tiny_model_dir, adapter_dir):
@@ -41,7 +36,8 @@ def test_files_say_what_made_them(tmp_path, tiny_model_dir, adapter_dir):
     assert values["model"]["adapter"] == str(adapter_dir)
     assert {"pacatune", "lm-eval", "torch", "python"} <= values["versions"].keys()
     page = (tmp_path / "evaluation.md").read_text()
-    assert "# things\n\n| | a |\n|---|--:|\n| accuracy | 50.0 |\n\n- A note." in page
+    table = "| | a |\n|---|--:|\n| accuracy | 41.5 ± 2.1 |\n| all | 41.5 |"
+    assert f"# things\n\n{table}\n\n- A note." in page
     assert "| limit | 3 |" in page
     assert "chat" not in page
     assert json.loads((tmp_path / "questions.jsonl").read_text()) == {"number": 0, "acc": 1.0}
@@ -74,8 +70,3 @@ def test_result_says_how_the_base_is_held(tiny_model_dir, kind):
     head = describe(load_language_model(str(tiny_model_dir), quantization=kind), "", {})
     assert head["model"]["quantization"] == kind
     assert (f"| base held as | {kind} |" in REPORT.markdown(head)) is (kind is not None)
-
-
-def test_percent():
-    assert percent(Score(value=0.4149, stderr=0.021, num_questions=9)) == "41.5 ± 2.1"
-    assert percent(Score(value=1.0, stderr=None, num_questions=1)) == "100.0"

@@ -1,7 +1,6 @@
 """Files out of packages: what is downloaded, checked and kept."""
 
 import io
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -12,21 +11,19 @@ import pytest
 from examples import packaged
 from examples.packaged import Archive, Packaged, default_cache, table
 
+METADATA = "Metadata-Version: 2.1\nName: pacatune-probe\nVersion: 1.0\n"
+
 
 def make_wheel(folder):
     path = folder / "pacatune_probe-1.0-py3-none-any.whl"
     info = "pacatune_probe-1.0.dist-info"
-    metadata = "Metadata-Version: 2.1\nName: pacatune_probe\nVersion: 1.0\n"
     with zipfile.ZipFile(path, "w") as wheel:
-        for name, content in {
-            f"{info}/METADATA": metadata,
-            f"{info}/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
-            f"{info}/RECORD": "",
-            "probe/b.yml": "b",
-            "probe/a.yml": "a",
-            "probe/__init__.py": "raise RuntimeError('must not be imported')",
-        }.items():
-            wheel.writestr(name, content)
+        wheel.writestr(f"{info}/METADATA", METADATA)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        for name in "ba":
+            wheel.writestr(f"probe/{name}.yml", name)
+        wheel.writestr("probe/__init__.py", "raise RuntimeError('must not be imported')")
     return path
 
 
@@ -36,7 +33,7 @@ def make_source(folder):
     with tarfile.open(path, "w:gz") as tar:
         for name, content in {
             "setup.py": "from setuptools import setup\nsetup(name='pacatune-probe', version='1.0')",
-            "PKG-INFO": "Metadata-Version: 2.1\nName: pacatune-probe\nVersion: 1.0\n",
+            "PKG-INFO": METADATA,
             "probe/a.yml": "a",
             "probe/b.yml": "b",
         }.items():
@@ -90,7 +87,9 @@ def test_without_a_network(probe, tmp_path, monkeypatch):
         probe.prepare(tmp_path / "cache")
 
 
-def test_foreign_files_stay(tmp_path):
+def test_foreign_files_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "pacatune"
     (tmp_path / "chats").mkdir()
     (tmp_path / "chats" / "train.jsonl").write_text("mine")
     with pytest.raises(FileExistsError, match="chats was not made here, or is not whole"):
@@ -104,13 +103,6 @@ def test_a_missing_reader_is_named(tmp_path, monkeypatch):
         packaged.prepare("reverse-words", tmp_path)
 
 
-def test_default_cache_follows_the_xdg_setting(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "pacatune"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache().parts[-2:] == (".cache", "pacatune")
-
-
 def test_the_command_prepares_a_task_with_its_model_and_data(probe, tmp_path, monkeypatch):
     monkeypatch.setitem(table.PACKAGED, "smollm2", probe)
     data = Packaged(folder="some", what="", make=lambda files, to: (to / "train.jsonl").touch())
@@ -122,10 +114,3 @@ def test_the_command_prepares_a_task_with_its_model_and_data(probe, tmp_path, mo
     assert f"path: {tmp_path}/a-probe" in text
     path.write_text("mine")
     assert packaged.prepare("smollm2-chat", tmp_path).read_text() == "mine"
-
-
-def test_unknown_names_are_refused_with_the_list():
-    command = [sys.executable, "-m", "examples.packaged", "smollm"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "invalid choice: 'smollm' (choose from" in result.stderr

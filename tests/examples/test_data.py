@@ -112,7 +112,7 @@ def test_chats(tmp_path, monkeypatch):
     assert answers[0] | answers[1] == {"same", *(f"a{i}" for i in range(0, 20, 2))}
 
 
-def test_words_to_reverse(tmp_path):
+def test_problems_of_reasoning(tmp_path):
     pytest.importorskip("reasoning_gym")
     packaged.make_reversed_words([], tmp_path)
     train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
@@ -121,10 +121,6 @@ def test_words_to_reverse(tmp_path):
     for row in test:
         words = row["prompt"].removeprefix("Reverse: ").removesuffix("\nReversed:").split(", ")
         assert row["completion"] == " " + ", ".join(reversed(words))
-
-
-def test_problems_of_reasoning(tmp_path):
-    pytest.importorskip("reasoning_gym")
     packaged.make_reasoning([], tmp_path)
     train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
     assert len(test) == 10 * 20

@@ -18,15 +18,12 @@ def write_gguf(path, tokenizer, quantization):
     """Write a tiny Llama GGUF with random weights; return the weights that it stands for."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(CONFIG["layers"])
-    writer.add_context_length(256)
-    writer.add_embedding_length(CONFIG["hidden"])
-    writer.add_feed_forward_length(CONFIG["ff"])
-    writer.add_head_count(CONFIG["heads"])
-    writer.add_head_count_kv(CONFIG["kv_heads"])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1e4)
-    writer.add_vocab_size(len(tokenizer))
+    sizes = {"block_count": CONFIG["layers"], "embedding_length": CONFIG["hidden"]}
+    sizes |= {"head_count": CONFIG["heads"], "head_count_kv": CONFIG["kv_heads"]}
+    sizes |= {"feed_forward_length": CONFIG["ff"], "vocab_size": len(tokenizer)}
+    more = {"context_length": 256, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4}
+    for name, value in (sizes | more).items():
+        getattr(writer, f"add_{name}")(value)
     _write_tokenizer(writer, tokenizer)
     kept = {}
 
@@ -45,17 +42,12 @@ def write_gguf(path, tokenizer, quantization):
     add("token_embd.weight", len(tokenizer), hidden)
     add("output_norm.weight", hidden)
     for i in range(CONFIG["layers"]):
-        for name, shape in {
-            "attn_norm": (hidden,),
-            "ffn_norm": (hidden,),
-            "attn_q": (hidden, hidden),
-            "attn_k": (kv, hidden),
-            "attn_v": (kv, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (ff, hidden),
-            "ffn_up": (ff, hidden),
-            "ffn_down": (hidden, ff),
-        }.items():
+        norms = dict.fromkeys(("attn_norm", "ffn_norm"), (hidden,))
+        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden)}
+        attention = {f"attn_{name}": shape for name, shape in attention.items()}
+        mlp = {"ffn_gate": (ff, hidden), "ffn_up": (ff, hidden), "ffn_down": (hidden, ff)}
+        output = {"attn_output": (hidden, hidden)}
+        for name, shape in (norms | attention | output | mlp).items():
             add(f"blk.{i}.{name}.weight", *shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -113,13 +105,8 @@ def test_converted_folder_has_the_weights_of_the_gguf(tmp_path, tiny_tokenizer, 
 def tiny_dino():
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        patch_size=4,
-        image_size=12,
-    )
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    config = Dinov2Config(**sizes, patch_size=4, image_size=12)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Dinov2Model(config).eval()
@@ -134,13 +121,9 @@ def write_onnx(model, path):
     from onnx.helper import make_graph, make_model, make_node
     from onnx.numpy_helper import from_array
 
-    saved = {}
-    model.save_pretrained(path.parent / "plain")
-    from safetensors.numpy import load_file
-
-    weights = load_file(path.parent / "plain" / "model.safetensors")
-    nodes = []
-    for number, (name, array) in enumerate(sorted(weights.items())):
+    saved, nodes = {}, []
+    for number, (name, weight) in enumerate(sorted(model.state_dict().items())):
+        array = weight.numpy()
         layer, _, kind = name.rpartition(".")
         if name == "embeddings.position_embeddings":
             saved[models.CLASS_POSITION] = array[:, :1]
@@ -149,16 +132,14 @@ def write_onnx(model, path):
             continue
         elif kind == "weight" and array.ndim == 2:
             saved[f"onnx::MatMul_{number}"] = array.T
-            node = f"/backbone/{layer.replace('.', '/')}/MatMul"
-            node = node.replace("layer/", "layer.")
+            node = f"/backbone/{layer.replace('.', '/')}/MatMul".replace("layer/", "layer.")
             inputs = ["x", f"onnx::MatMul_{number}"]
             nodes.append(make_node("MatMul", inputs, ["y"], name=node))
         else:
             saved[f"backbone.{name}"] = array
-    saved["decoder.final_conv.weight"] = np.ones((1, 4), np.float32)
-    nodes.append(
-        make_node("MatMul", ["x", "decoder.final_conv.weight"], ["y"], name="/head/MatMul")
-    )
+    last = "decoder.final_conv.weight"
+    saved[last] = np.ones((1, 4), np.float32)
+    nodes.append(make_node("MatMul", ["x", last], ["y"], name="/head/MatMul"))
     tensors = [from_array(np.ascontiguousarray(a), name) for name, a in saved.items()]
     onnx.save(make_model(make_graph(nodes, "g", [], [], tensors)), path)
     return path

@@ -1,12 +1,13 @@
 """The examples with their real models and data; skipped where these can't be fetched."""
 
 import json
+import runpy
 
 import pytest
 
 from examples.packaged import prepare
 from pacatune.adapters.generation import Sampling, TextGenerator
-from tests.examples.test_scripts import run
+from tests.examples.test_scripts import EXAMPLES, run
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +29,8 @@ def test_language_model_is_the_real_one_and_learns(tmp_path):
     assert "Paris" in generator.generate(tokens, Sampling(max_new_tokens=12))
 
     lines = (prepared("chats") / "train.jsonl").read_text().splitlines(keepends=True)
+    for prompt in runpy.run_path(str(EXAMPLES / "finetune_llm.py"))["PROMPTS"]:
+        assert prompt.casefold().rstrip("?.") not in "".join(lines).casefold()
     (tmp_path / "chats.jsonl").write_text("".join(lines[:20]))
     words = ["--data", str(tmp_path / "chats.jsonl"), "--steps", "2", "--prompt", "Hi"]
     folder, _ = run("finetune_llm", *words, output=tmp_path / "out")

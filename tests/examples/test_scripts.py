@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pacatune.cli import main
+from tests.data.conftest import write_lines
 from tests.image_models import save_timm, save_vit, write_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -39,8 +40,7 @@ def test_help_needs_no_library(name):
 
 def test_language_model(tmp_path, tiny_model_dir):
     rows = [{"prompt": f"What is {i}?", "completion": f" {i}."} for i in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--model", str(tiny_model_dir), "--data", str(tmp_path / "rows.jsonl")]
+    words = ["--model", str(tiny_model_dir), "--data", write_lines(tmp_path / "rows.jsonl", rows)]
     words += ["--steps", "2", "--prompt", "What is 3?"]
     folder, printed = run("finetune_llm", *words, output=tmp_path / "some outputs")
     result = json.loads((folder / "demo.json").read_text())
@@ -94,12 +94,3 @@ def test_image_models(tmp_path):
         assert paca["saved_activation_bytes"] < lora["saved_activation_bytes"]
         assert (folder / f"{Path(name).name}.png").is_file()
         assert f"{paca['accuracy_after']:.3f}" in printed
-
-
-def test_prompts_are_not_in_the_data():
-    chats = Path.home() / ".cache" / "pacatune" / "chats"
-    if not chats.is_dir():
-        pytest.skip("the chats are not there")
-    text = "".join(path.read_text() for path in chats.glob("*.jsonl")).casefold()
-    for prompt in runpy.run_path(str(EXAMPLES / "finetune_llm.py"))["PROMPTS"]:
-        assert prompt.casefold().rstrip("?.") not in text

@@ -8,7 +8,7 @@ from pacatune.measure.presets import PRESETS
 
 @pytest.mark.parametrize("name", TABLES)
 def test_keys_are_unique_and_averages_are_those_of_the_printed_scores(name):
-    """A slip in a number would show; Table 1 weighs its categories by their questions."""
+    """A slip would show; Table 1 weighs its categories by their questions."""
     table = TABLES[name]
     keys = [line.key for line in table.lines]
     assert len(set(keys)) == len(keys)

@@ -36,6 +36,16 @@ _TRAIN = (
     *("--training.bf16", "false", "--training.eval_strategy", "no"),
 )
 
+STUDY = """
+options:
+  model: {path: model}
+  data: {path: data.jsonl, eval_path: data.jsonl}
+  training: {max_steps: 1, use_cpu: true, bf16: false}
+arms: {a: {rank: 2}}
+seeds: [0]
+learning_rates: {paca: [1.0e-3]}
+"""
+
 
 def commands(draw, place):
     """Return the words of a random command whose output is at a place of the project."""
@@ -67,7 +77,6 @@ def commands(draw, place):
 
 
 def make_project(folder):
-    """Make what every case begins with."""
     from pacatune.cli import main
     from pacatune.measure.bench import result_folder
     from tests.conftest import build_model, build_tokenizer
@@ -75,14 +84,7 @@ def make_project(folder):
     tokenizer = build_tokenizer()
     build_model(len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    options = {
-        "model": {"path": "model"},
-        "data": {"path": "data.jsonl", "eval_path": "data.jsonl"},
-    }
-    training = {"max_steps": 1, "use_cpu": True, "bf16": False}
-    study = {"command": "train", "options": {**options, "training": training}, "seeds": [0]}
-    study |= {"arms": {"a": {"rank": 2}}, "learning_rates": {"paca": [1e-3]}}
-    (folder / "study.yaml").write_text(json.dumps(study))  # JSON is YAML
+    (folder / "study.yaml").write_text(STUDY)
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i % 7}."} for i in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["train", "--model.path", "model", "--data.path", "data.jsonl", *_TRAIN]
@@ -200,12 +202,8 @@ def try_folders(number, first=0):
     findings, commands_tried, killed = [], 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         project = Path(scratch)
-        here = Path.cwd()
-        os.chdir(project)
-        try:
+        with contextlib.chdir(project):
             make_project(project)
-        finally:
-            os.chdir(here)
         for seed in range(first, first + number):
             tried, found = try_case(project, seed)
             commands_tried += len(tried)
@@ -218,7 +216,6 @@ def try_folders(number, first=0):
 
 
 def main():
-    """Read the command line; exit with 1 if something was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folders", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first")

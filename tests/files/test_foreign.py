@@ -1,6 +1,7 @@
 """Nothing of a user's is lost, whatever lies where a command writes, and whenever it is killed."""
 
 import json
+import shutil
 
 import pytest
 
@@ -25,7 +26,6 @@ def test_fifty_random_folders():
 
 @pytest.fixture
 def project(tmp_path, tiny_model_dir, monkeypatch):
-    """The current folder of a user with data."""
     monkeypatch.chdir(tmp_path)
     row = json.dumps({"prompt": "What is 1?", "completion": "It is 7."}) + "\n"
     (tmp_path / "data.jsonl").write_text(row)
@@ -43,51 +43,46 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(capsys, folder, model, *words):
+@pytest.fixture
+def refused(project, capsys):
     """Run `train`, which is refused and leaves all files as they are; return what it says."""
-    before = contents(folder)
-    command = ["train", "--model.path", str(model), "--data.path", "data.jsonl"]
-    assert main([*command, "--training.max_steps", "3", *words]) == 2
-    assert contents(folder) == before
-    return capsys.readouterr().err
+
+    def run(model, *words):
+        before = contents(project)
+        command = ["train", "--model.path", str(model), "--data.path", "data.jsonl"]
+        assert main([*command, "--training.max_steps", "3", *words]) == 2
+        assert contents(project) == before
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
-def test_a_folder_with_files_of_the_names_of_ours(project, tiny_model_dir, capsys, flag):
+def test_places_that_are_the_users(project, tiny_model_dir, refused, flag):
+    # Files of the names of ours.
     names = ("config.yaml", "README.md", "vocab.txt", "runs/mine/e")
     write(project / "own", *names)
-    words = ("--training.output_dir", "own", *flag)
-    said = refused(capsys, project, tiny_model_dir, *words)
+    said = refused(tiny_model_dir, "--training.output_dir", "own", *flag)
     assert f"did not write, or that were changed since ({', '.join(sorted(names))})" in said
-
-
-@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
-def test_the_current_folder(project, tiny_model_dir, capsys, flag):
+    # The current folder.
     write(project, "config.yaml", "tokenizer_train.py", "tokenizers/mine.py", "completions/d.txt")
-    words = ("--training.output_dir", ".", *flag)
-    said = refused(capsys, project, tiny_model_dir, *words)
+    said = refused(tiny_model_dir, "--training.output_dir", ".", *flag)
     assert "`data.path`" in said
     assert "lies in the output folder ., which this run writes; choose another" in said
-
-
-@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
-def test_the_folder_of_the_model(project, tiny_model_dir, capsys, flag):
-    import shutil
-
+    # The folder of the model.
     shutil.copytree(tiny_model_dir, project / "t5")
     write(project / "t5", "config.yaml")
-    words = ("--training.output_dir", "t5", *flag)
-    said = refused(capsys, project, "t5", *words)
+    said = refused("t5", "--training.output_dir", "t5", *flag)
     assert "`model.path`" in said
     assert "lies in the output folder t5" in said
     assert "--overwrite" not in said
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"]])
-def test_the_configuration_of_the_user(project, tiny_model_dir, capsys, flag):
+def test_the_configuration_of_the_user(project, tiny_model_dir, refused, flag):
     (project / "run").mkdir()
     (project / "run/config.yaml").write_text("# why I chose this\ntraining: {output_dir: run}\n")
-    said = refused(capsys, project, tiny_model_dir, "--config", "run/config.yaml", *flag)
+    said = refused(tiny_model_dir, "--config", "run/config.yaml", *flag)
     assert "(config.yaml); they stay as they are: move them" in said
 
 

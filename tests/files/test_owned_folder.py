@@ -112,13 +112,13 @@ def test_another_kind(ours):
     assert ours.is_ours
 
 
-@pytest.mark.parametrize("is_list_there", [False, True])
-def test_killed_before_the_list_was_written(tmp_path, is_list_there):
-    (tmp_path / ".pacatune").mkdir()
-    if is_list_there:
-        (tmp_path / ".pacatune" / "files.jsonl").touch()
-    folder_at(tmp_path).start_anew()
-    assert folder_at(tmp_path).is_ours
+def test_killed_before_the_list_was_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / ".pacatune").mkdir(parents=True)
+        if name == "b":
+            (tmp_path / name / ".pacatune" / "files.jsonl").touch()
+        folder_at(tmp_path / name).start_anew()
+        assert folder_at(tmp_path / name).is_ours
 
 
 @pytest.mark.parametrize("lines", ["{}", "[]", "null\n", "\xff{"])
@@ -195,14 +195,6 @@ def test_the_last_of_staged_files(ours, monkeypatch):
     assert published == ["a", "c", "b"]
 
 
-def test_a_process_that_publishes_nothing_leaves_the_files(ours):
-    with ours.staged(publishes=False) as staging:
-        (staging / "new.txt").touch()
-    assert (staging / "new.txt").exists()
-    ours.begin()
-    assert not staging.exists()
-
-
 def test_what_cannot_take_its_place_is_kept(ours):
     """A user's file appeared while a command was at work."""
     (ours.path / "README.md").write_text("mine")
@@ -217,29 +209,24 @@ def test_what_cannot_take_its_place_is_kept(ours):
     assert (ours.path / ".pacatune/incomplete/README.md").read_text() == "ours"
 
 
-def test_publish_replaces_files_and_folders(ours, tmp_path):
-    new = tmp_path / "new"
-    new.mkdir()
-    (new / "b.json").write_text("b")
-    (new / "b.json").chmod(0o600)
-    ours.publish(new, "inner")
-    assert [path.name for path in (ours.path / "inner").iterdir()] == ["b.json"]
-    mode = (ours.path / "inner" / "b.json").stat().st_mode
-    assert mode & 0o666 == ours.path.stat().st_mode & 0o666
-
-
 def test_all_is_on_disk_before_it_is_seen(ours, tmp_path, monkeypatch):
-    new = tmp_path / "a"
+    """A folder that takes the place of another one."""
+    new, place = tmp_path / "a", ours.path / "inner"
     new.mkdir()
     (new / "file").write_text("new")
+    (new / "file").chmod(0o600)
     synced = []
-    monkeypatch.setattr(
-        os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, (ours.path / "b").exists()))
-    )
+
+    def sync(file):
+        synced.append((os.fstat(file).st_ino, (place / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
     parts = [new, new / "file", ours.path / ".pacatune" / "files.jsonl"]
     before = [(path.stat().st_ino, False) for path in parts]
-    ours.publish(new, "b")
+    ours.publish(new, "inner")
     assert synced == [*before, (ours.path.stat().st_ino, True)]
+    assert [path.name for path in place.iterdir()] == ["file"]
+    assert (place / "file").stat().st_mode & 0o666 == ours.path.stat().st_mode & 0o666
 
 
 def test_a_line_that_was_cut_off(ours):
@@ -251,29 +238,19 @@ def test_a_line_that_was_cut_off(ours):
     assert ours.foreign() == []
 
 
-@pytest.fixture
-def busy(tmp_path):
-    """A folder that another process is in."""
-    path = tmp_path / "out"
-    with folder_at(path).going_on():
-        folder_at(path).write("report.md", "x")
-    command = [sys.executable, "-c", SCRIPT, str(path)]
+def test_another_process_is_kept_out_until_its_end(tmp_path):
+    folder = folder_at(tmp_path / "out")
+    with folder.going_on():
+        folder.write("report.md", "x")
+    command = [sys.executable, "-c", SCRIPT, str(folder.path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    message = r"another run is at work in .*out; .*--output DIR"
     with subprocess.Popen(command, **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        yield path, process
-
-
-def test_another_process_is_kept_out_until_its_end(busy):
-    path, process = busy
-    with (
-        pytest.raises(ValueError, match=r"another run is at work in .*out; .*--output DIR"),
-        folder_at(path).going_on(),
-    ):
-        pass
-    process.kill()
-    process.wait()
-    with folder_at(path).going_on():
+        with pytest.raises(ValueError, match=message), folder_at(folder.path).going_on():
+            pass
+        process.kill()
+    with folder_at(folder.path).going_on():
         pass
 
 

@@ -22,6 +22,8 @@ def test_valid_tensors_pass_and_are_grouped_by_module():
     assert not rest
     assert update.delta.shape == (4, 3)
     assert update.indices.tolist() == [0, 2, 5]
+    # Values on the meta device are not looked at.
+    check_tensors({name: tensor.to("meta") for name, tensor in tensors().items()}, source="here")
 
 
 def test_the_prefix_of_peft_is_optional():
@@ -30,23 +32,22 @@ def test_the_prefix_of_peft_is_optional():
     assert split_tensor_name("base_model.model.q.bias") is None
 
 
-def test_values_on_the_meta_device_are_not_looked_at():
-    meta = {name: tensor.to("meta") for name, tensor in tensors().items()}
-    check_tensors(meta, source="here")
+def test_half_a_module_is_refused():
+    for missing, other in (("paca_indices", "paca_delta"), ("paca_delta", "paca_indices")):
+        half = {name: one for name, one in tensors().items() if not name.endswith(missing)}
+        message = f"here: module 'layers.0.q_proj' has `{other}` but no `{missing}`"
+        with pytest.raises(ValueError, match=message):
+            check_tensors(half, source="here")
 
 
-@pytest.mark.parametrize(
-    ("missing", "message"),
-    [
-        ("paca_indices", "here: module 'layers.0.q_proj' has `paca_delta` but no `paca_indices`"),
-        ("paca_delta", "here: module 'layers.0.q_proj' has `paca_indices` but no `paca_delta`"),
-    ],
-)
-def test_half_a_module_is_refused(missing, message):
-    half = tensors()
-    del half[f"{PREFIX}.{missing}"]
-    with pytest.raises(ValueError, match=message):
-        check_tensors(half, source="here")
+NOT_FINITE = r"here: tensor 'layers.0.q_proj.paca_delta' holds values that are not finite"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    delta = torch.ones(4, 3).index_fill(1, torch.tensor(0), value)
+    with pytest.raises(ValueError, match=NOT_FINITE):
+        check_tensors(tensors(delta=delta), source="here")
 
 
 @pytest.mark.parametrize(
@@ -65,15 +66,6 @@ def test_half_a_module_is_refused(missing, message):
 def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
     with pytest.raises(ValueError, match=rf"here: module 'layers.0.q_proj': .*{message}"):
         check_tensors(tensors(delta=delta), source="here")
-
-
-def test_values_that_are_not_finite_are_refused():
-    for value in (torch.nan, torch.inf, -torch.inf):
-        delta = torch.ones(4, 3)
-        delta[1, 0] = value
-        message = r"here: tensor 'layers.0.q_proj.paca_delta' holds values that are not finite"
-        with pytest.raises(ValueError, match=message):
-            check_tensors(tensors(delta=delta), source="here")
 
 
 @pytest.mark.parametrize(

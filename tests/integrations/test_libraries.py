@@ -14,6 +14,7 @@ from pacatune.adapters.export import export_lora
 from pacatune.adapters.loading import hotswap_adapter
 from pacatune.adapters.merge import merge
 from tests.releases import needs
+from tests.study.conftest import save_bert
 from tests.tuner.nets import fill
 
 
@@ -23,20 +24,7 @@ class TestSentenceTransformers:
 
     @pytest.fixture
     def folder(self, tmp_path):
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
-        words = {word: n for n, word in enumerate([*names.values(), *self.WORDS])}
-        words_only = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-        words_only.pre_tokenizer = pre_tokenizers.Whitespace()
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-        model = BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=2, **sizes))
-        folder = tmp_path / "bert"
-        model.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=words_only, **names).save_pretrained(folder)
-        return folder
+        return save_bert(tmp_path / "bert", self.WORDS)
 
     @needs("sentence_transformers", "6")
     def test_trains_saves_loads_and_merges(self, folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The trainer's end, which needs no vLLM; what is inside vLLM is in tests/vllm."""
 
+import contextlib
 import importlib
 import json
 import subprocess
@@ -34,22 +35,19 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    servers = []
+    """Serve in a thread; return the address and what is asked."""
+    with contextlib.ExitStack() as stack:
 
-    def start(status=200, body=b"{}"):
-        asked = []
-        handler = type("One", (Answer,), {"status": status, "body": body, "asked": asked})
-        server = HTTPServer(("127.0.0.1", 0), handler)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        servers.append((server, thread))
-        return f"http://127.0.0.1:{server.server_port}", asked
+        def start(status=200, body=b"{}"):
+            values = {"status": status, "body": body, "asked": []}
+            server = HTTPServer(("127.0.0.1", 0), type("One", (Answer,), values))
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            for end in (thread.join, server.server_close, server.shutdown):
+                stack.callback(end)
+            return f"http://127.0.0.1:{server.server_port}", values["asked"]
 
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        yield start
 
 
 def test_nothing_of_vllm_is_imported():
@@ -68,7 +66,8 @@ def test_vllm_finds_the_plugin():
 
 def test_a_server_is_asked_in_order(serve):
     address, asked = serve()
-    VllmTransport(address + "/").revert()
+    transport = VllmTransport(address + "/")
+    transport.revert()
     assert [path for path, _ in asked] == [
         "/init_weight_transfer_engine",
         "/start_weight_update",
@@ -77,38 +76,25 @@ def test_a_server_is_asked_in_order(serve):
         "/reset_prefix_cache",
     ]
     assert asked[2][1] == {"update_info": {"kind": "revert"}}
-
-
-def test_a_server_without_development_endpoints(serve):
-    address, _ = serve(status=404)
-    with pytest.raises(ConnectionError, match="VLLM_SERVER_DEV_MODE=1"):
-        VllmTransport(address)
-
-
-def test_a_server_that_fails_is_quoted(serve):
-    address, _ = serve(status=500, body=b"no such engine")
-    with pytest.raises(RuntimeError, match=r"500: no such engine.*--weight-transfer-config"):
-        VllmTransport(address)
-
-
-def test_no_server(serve):
-    with pytest.raises(ConnectionError, match="does not answer"):
-        VllmTransport("http://127.0.0.1:9", timeout=5)
-
-
-def test_an_llm_with_another_engine():
-    config = SimpleNamespace(weight_transfer_config=None)
-    with pytest.raises(ConnectionError, match=r'\{"backend": "pacatune"\}'):
-        VllmTransport(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)))
-
-
-def test_ways_exclude_each_other():
-    with pytest.raises(ValueError, match="exclude each other"):
-        VllmTransport("http://127.0.0.1:9", folder="here", broadcast=("127.0.0.1", 1))
-
-
-def test_it_does_not_receive(serve):
-    address, _ = serve()
-    transport = VllmTransport(address)
     with pytest.raises(ValueError, match="this end sends"):
         transport.receive()
+
+
+NO_ENGINE = SimpleNamespace(vllm_config=SimpleNamespace(weight_transfer_config=None))
+BOTH = {"folder": "here", "broadcast": ("127.0.0.1", 1)}
+
+
+@pytest.mark.parametrize(
+    ("vllm", "options", "error", "message"),
+    [
+        ((404,), {}, ConnectionError, "VLLM_SERVER_DEV_MODE=1"),
+        ((500, b"none"), {}, RuntimeError, r"500: none.*--weight-transfer-config"),
+        ("http://127.0.0.1:9", {"timeout": 5}, ConnectionError, "does not answer"),
+        ("http://127.0.0.1:9", BOTH, ValueError, "exclude each other"),
+        (SimpleNamespace(llm_engine=NO_ENGINE), {}, ConnectionError, r'\{"backend": "pacatune"\}'),
+    ],
+)
+def test_what_is_refused(serve, vllm, options, error, message):
+    given = serve(*vllm)[0] if isinstance(vllm, tuple) else vllm
+    with pytest.raises(error, match=message):
+        VllmTransport(given, **options)

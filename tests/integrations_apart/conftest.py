@@ -1,7 +1,6 @@
 """Tests with real training tools, each in an environment of its own: `make test-integrations`."""
 
 import importlib.util
-import json
 import os
 
 import pytest
@@ -25,11 +24,8 @@ ROWS = [
 
 @pytest.fixture
 def chats(tmp_path):
-    """Four chats, one per line."""
     path = tmp_path / "chats.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for question, answer in ROWS:
-            turns = [("user", question), ("assistant", answer)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
+    from tests.data.conftest import chat, write_lines  # verl has a package `tests`, too
+
+    write_lines(path, [{"messages": chat(*row)} for row in ROWS])
     return path

@@ -48,20 +48,12 @@ def four_bits(**options):
     )
 
 
-def train_directly(model, path, rows, output, **arguments):
+def train(model, path, rows, output, **arguments):
     """Train on rows in their order, one in a batch."""
-    settings = {
-        "per_device_train_batch_size": 1,
-        "num_train_epochs": EPOCHS,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "seed": SEED,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
+    settings = {"num_train_epochs": EPOCHS, "learning_rate": RATE, "seed": SEED}
+    settings |= {"lr_scheduler_type": "constant", "optim": "adamw_torch", "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    settings |= {"save_strategy": "no", "report_to": "none"}
     padding = arguments.pop("pad_to_multiple_of", None)
     tokenizer = AutoTokenizer.from_pretrained(path)
     collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=padding)
@@ -70,9 +62,8 @@ def train_directly(model, path, rows, output, **arguments):
     model.save_pretrained(output)
 
 
-def tensors(folder):
-    """Return an adapter's tensors by name."""
-    return load_file(folder / "adapter_model.safetensors")
+def tensors(folder, kind="adapter_model"):
+    return load_file(folder / f"{kind}.safetensors")
 
 
 def deltas(folder):
@@ -80,15 +71,14 @@ def deltas(folder):
 
 
 def assert_trained(folder):
-    """Every module of an adapter has learned, in float32."""
     for delta in deltas(folder):
         assert delta.dtype == torch.float32
         assert delta.abs().max() > 0
 
 
-def assert_same(folder, other):
-    """Two adapters are equal, bit for bit."""
-    one, two = tensors(folder), tensors(other)
+def assert_same(folder, other, kind="adapter_model"):
+    """Two adapters, or models, are equal, bit for bit."""
+    one, two = tensors(folder, kind), tensors(other, kind)
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name

@@ -14,49 +14,24 @@ from pydantic import ValidationError
 
 from pacatune.adapters.merge import merge
 from pacatune.tuner import PacaLayer
-from tests.integrations_apart.direct import (
-    EPOCHS,
-    RATE,
-    SEED,
-    adapted,
-    assert_same,
-    assert_trained,
-    deltas,
-    documented,
-    four_bits,
-    train_directly,
-)
+from tests.data.conftest import write_lines
+from tests.integrations_apart import direct
 
 PLUGIN = "pacatune.integrations.axolotl.PacaPlugin"
 
 
 @pytest.fixture
 def write_config(tiny_model_dir, chats, tmp_path):
-    """Write a configuration of Axolotl, with some changes, and return its path."""
-
     def write(**changes):
-        options = {
-            "plugins": [PLUGIN],
-            "base_model": str(tiny_model_dir),
-            "adapter": "paca",
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "datasets": [{"path": str(chats), "ds_type": "json", "type": "chat_template"}],
-            "dataset_prepared_path": str(tmp_path / "prepared"),
-            "output_dir": str(tmp_path / "run"),
-            "sequence_len": 256,
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "num_epochs": EPOCHS,
-            "optimizer": "adamw_torch",
-            "lr_scheduler": "constant",
-            "learning_rate": RATE,
-            "bf16": False,
-            "seed": SEED,
-            "curriculum_sampling": True,  # in the order of the file
-            "dataset_num_proc": 1,
-            "save_strategy": "no",
-        }
+        options = {"plugins": [PLUGIN], "adapter": "paca", "lora_r": 4, "lora_alpha": 8}
+        options |= {"base_model": str(tiny_model_dir), "output_dir": str(tmp_path / "run")}
+        data = {"path": str(chats), "ds_type": "json", "type": "chat_template"}
+        options |= {"datasets": [data], "dataset_prepared_path": str(tmp_path / "prepared")}
+        options |= {"sequence_len": 256, "dataset_num_proc": 1, "save_strategy": "no"}
+        options["curriculum_sampling"] = True  # in the order of the file
+        options |= {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "bf16": False}
+        options |= {"optimizer": "adamw_torch", "lr_scheduler": "constant", "seed": direct.SEED}
+        options |= {"num_epochs": direct.EPOCHS, "learning_rate": direct.RATE}
         path = tmp_path / "config.yml"
         path.write_text(yaml.safe_dump({**options, **changes}))
         return str(path)
@@ -75,19 +50,15 @@ def test_trains_as_transformers_does(write_config, tiny_model_dir, tmp_path, qua
     config = write_config(load_in_4bit=quantization is not None, paca=own, **checkpointing)
     rows = load_datasets(cfg=load_cfg(config)).train_dataset
     assert len(rows) == 4
-    model = adapted(
-        tiny_model_dir,
-        options={"r": 4, "paca_alpha": 8, **own},
-        quantization=None
-        if quantization is None
-        else four_bits(bnb_4bit_quant_storage=torch.bfloat16),
-    )
-    direct = {"pad_to_multiple_of": 64, **checkpointing}
-    train_directly(model, tiny_model_dir, rows, tmp_path / "direct", **direct)
+    bits = quantization and direct.four_bits(bnb_4bit_quant_storage=torch.bfloat16)
+    options = {"r": 4, "paca_alpha": 8, **own}
+    model = direct.adapted(tiny_model_dir, options=options, quantization=bits)
+    more = {"pad_to_multiple_of": 64, **checkpointing}
+    direct.train(model, tiny_model_dir, rows, tmp_path / "direct", **more)
     train(config)
     run = tmp_path / "run"
-    assert_trained(run)
-    assert_same(run, tmp_path / "direct")
+    direct.assert_trained(run)
+    direct.assert_same(run, tmp_path / "direct")
     saved = json.loads((run / "adapter_config.json").read_text())
     assert saved["columns"]
     assert (saved["base_quantization"] or {}).get("type") == quantization
@@ -99,10 +70,10 @@ def test_training_goes_on(write_config, tiny_model_dir, tmp_path):
     train(write_config())
     config = write_config(lora_model_dir=str(run), output_dir=str(again))
     rows = load_datasets(cfg=load_cfg(config)).train_dataset
-    model = adapted(tiny_model_dir, adapter=run)
-    train_directly(model, tiny_model_dir, rows, tmp_path / "direct", pad_to_multiple_of=64)
+    model = direct.adapted(tiny_model_dir, adapter=run)
+    direct.train(model, tiny_model_dir, rows, tmp_path / "direct", pad_to_multiple_of=64)
     train(config)
-    assert_same(again, tmp_path / "direct")
+    direct.assert_same(again, tmp_path / "direct")
 
 
 def test_default_targets_and_all_linear(write_config, tiny_model_dir):
@@ -116,35 +87,16 @@ def test_default_targets_and_all_linear(write_config, tiny_model_dir):
 
 def test_preferences(write_config, tmp_path):
     rows = tmp_path / "pairs.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"prompt": f"{n} and {n}?", "chosen": f"{2 * n}.", "rejected": "No."}) + "\n"
-            for n in range(4)
-        )
-    )
-    config = write_config(
-        rl="dpo",
-        load_in_4bit=True,
-        datasets=[
-            {
-                "path": str(rows),
-                "ds_type": "json",
-                "split": "train",
-                "type": {
-                    "field_prompt": "prompt",
-                    "field_chosen": "chosen",
-                    "field_rejected": "rejected",
-                    "prompt_format": "{prompt}",
-                    "chosen_format": "{chosen}",
-                    "rejected_format": "{rejected}",
-                },
-            }
-        ],
-    )
-    train(config)
-    assert len(deltas(tmp_path / "run")) == 2 * 7
+    pairs = [{"prompt": f"{n}?", "chosen": f"{2 * n}.", "rejected": "No."} for n in range(4)]
+    write_lines(rows, pairs)
+    names = ("prompt", "chosen", "rejected")
+    kind = {f"field_{name}": name for name in names}
+    kind |= {f"{name}_format": f"{{{name}}}" for name in names}
+    data = {"path": str(rows), "ds_type": "json", "split": "train", "type": kind}
+    train(write_config(rl="dpo", load_in_4bit=True, datasets=[data]))
+    assert len(direct.deltas(tmp_path / "run")) == 2 * 7
     # An update in bfloat16 would have rounded to it.
-    assert any(not torch.equal(x, x.bfloat16().float()) for x in deltas(tmp_path / "run"))
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in direct.deltas(tmp_path / "run"))
 
     again = write_config(rl="dpo", lora_model_dir=str(tmp_path / "run"))
     cfg = load_cfg(again)
@@ -164,10 +116,7 @@ def test_preferences(write_config, tmp_path):
         ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),
         ({"paca": {"ranks": 16}}, "`paca.ranks` does not exist"),
         ({"paca": {"groups": 0}}, "`groups` .0. must be an integer of at least 1"),
-        (
-            {"lora_target_linear": True, "lora_target_modules": ["q_proj"]},
-            "both say what is adapted",
-        ),
+        ({"lora_target_linear": True, "lora_target_modules": ["q_proj"]}, "both say what is"),
         ({"adapter": "lora", "paca": {"groups": 2}}, "would be ignored by `adapter: lora`"),
     ],
 )
@@ -177,7 +126,7 @@ def test_refusals(write_config, options, message):
 
 
 def test_the_page(write_config, tiny_model_dir, chats, tmp_path):
-    shown = yaml.safe_load(documented("plugins:"))
+    shown = yaml.safe_load(direct.documented("plugins:"))
     shown |= {"base_model": str(tiny_model_dir), "output_dir": str(tmp_path / "run")}
     shown["datasets"][0]["path"] = str(chats)
     cfg = load_cfg(write_config(**shown))

@@ -14,17 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.merge import merge
 from pacatune.integrations.llamafactory import lora_config, main
-from tests.integrations_apart.direct import (
-    EPOCHS,
-    RATE,
-    SEED,
-    adapted,
-    assert_same,
-    assert_trained,
-    documented,
-    four_bits,
-    train_directly,
-)
+from tests.data.conftest import chat, write_lines
+from tests.integrations_apart import direct
 
 # It is imported for sounds alone, and the package index has it only for a torch with CUDA.
 if importlib.util.find_spec("torchaudio") is None:
@@ -47,34 +38,18 @@ OPTIONS = {"r": 4, "paca_alpha": 8, "selection": "weight_norm", "target_modules"
 
 @pytest.fixture
 def options(tiny_model_dir, chats, tmp_path):
-    """A configuration with the data of `chats`."""
     rows = {"file_name": chats.name, "formatting": "sharegpt", "tags": TAGS}
     rows["columns"] = {"messages": "messages"}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"chats": rows}))
-    return {
-        "model_name_or_path": str(tiny_model_dir),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "lora_rank": 4,
-        "lora_alpha": 8,
-        "paca": {"selection": "weight_norm"},
-        "dataset": "chats",
-        "dataset_dir": str(tmp_path),
-        "template": "default",
-        "output_dir": str(tmp_path / "run"),
-        "num_train_epochs": EPOCHS,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 1,
-        "disable_gradient_checkpointing": True,
-        "disable_shuffling": True,
-        "optim": "adamw_torch",
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "seed": SEED,
-    }
+    options = {"model_name_or_path": str(tiny_model_dir), "stage": "sft", "do_train": True}
+    options |= {"finetuning_type": "lora", "lora_rank": 4, "lora_alpha": 8}
+    options |= {"paca": {"selection": "weight_norm"}, "seed": direct.SEED, "use_cpu": True}
+    options |= {"dataset": "chats", "dataset_dir": str(tmp_path), "template": "default"}
+    options |= {"output_dir": str(tmp_path / "run"), "save_strategy": "no", "report_to": "none"}
+    options |= {"num_train_epochs": direct.EPOCHS, "learning_rate": direct.RATE}
+    options |= {"lr_scheduler_type": "constant", "optim": "adamw_torch"}
+    options |= {"per_device_train_batch_size": 1, "disable_gradient_checkpointing": True}
+    return options | {"disable_shuffling": True}
 
 
 @pytest.fixture
@@ -106,32 +81,27 @@ def rows(options):
 
 
 def train_without_it(model, tiny_model_dir, rows, output):
-    train_directly(model, tiny_model_dir, rows, output, pad_to_multiple_of=8)
+    direct.train(model, tiny_model_dir, rows, output, pad_to_multiple_of=8)
 
 
 def test_trains_as_transformers_does(run, rows, tiny_model_dir, tmp_path):
     run()
-    assert_trained(tmp_path / "run")
-    model = adapted(tiny_model_dir, options=OPTIONS)
+    direct.assert_trained(tmp_path / "run")
+    model = direct.adapted(tiny_model_dir, options=OPTIONS)
     train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
-    assert_same(tmp_path / "run", tmp_path / "direct")
+    direct.assert_same(tmp_path / "run", tmp_path / "direct")
 
     # On from there.
     first = tmp_path / "run"
     run(adapter_name_or_path=str(first), paca=None, output_dir=str(tmp_path / "again"))
-    model = adapted(tiny_model_dir, adapter=first)
+    model = direct.adapted(tiny_model_dir, adapter=first)
     train_without_it(model, tiny_model_dir, rows, tmp_path / "direct2")
-    assert_same(tmp_path / "again", tmp_path / "direct2")
+    direct.assert_same(tmp_path / "again", tmp_path / "direct2")
 
     # Its merged model is ours.
-    config = {
-        "model_name_or_path": str(tiny_model_dir),
-        "adapter_name_or_path": str(first),
-        "template": "default",
-        "export_dir": str(tmp_path / "exported"),
-        "infer_dtype": "float32",
-    }
-    run("export", config)
+    config = {"model_name_or_path": str(tiny_model_dir), "adapter_name_or_path": str(first)}
+    config |= {"template": "default", "infer_dtype": "float32"}
+    run("export", config, export_dir=str(tmp_path / "exported"))
     merge(str(tiny_model_dir), first, tmp_path / "merged")
     one = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
@@ -141,11 +111,11 @@ def test_trains_as_transformers_does(run, rows, tiny_model_dir, tmp_path):
 
 def test_quantised_base(run, rows, tiny_model_dir, tmp_path):
     run(quantization_bit=4, bf16=False)
-    assert_trained(tmp_path / "run")
-    quantization = four_bits(bnb_4bit_quant_storage=torch.float32)
-    model = adapted(tiny_model_dir, options=OPTIONS, quantization=quantization)
+    direct.assert_trained(tmp_path / "run")
+    quantization = direct.four_bits(bnb_4bit_quant_storage=torch.float32)
+    model = direct.adapted(tiny_model_dir, options=OPTIONS, quantization=quantization)
     train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
-    assert_same(tmp_path / "run", tmp_path / "direct")
+    direct.assert_same(tmp_path / "run", tmp_path / "direct")
 
 
 @pytest.mark.parametrize(
@@ -161,23 +131,20 @@ def test_preferences(run, changes, tmp_path):
         del table["ranking"]
     info = {"pairs": table | {"columns": columns}}
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
-    with (tmp_path / "pairs.jsonl").open("w") as file:
-        for number in range(4):
-            question = {"role": "user", "content": f"{number} and {number}?"}
-            right, wrong = (
-                {"role": "assistant", "content": str(answer)}
-                for answer in (2 * number, 2 * number + 1)
-            )
-            row = {"messages": [question], "chosen": right, "rejected": wrong}
-            if is_kto:
-                row = {"messages": [question, right], "label": bool(number % 2)}
-            file.write(json.dumps(row) + "\n")
+    rows = []
+    for number in range(4):
+        question, right = chat(f"{number}?", "Yes.")
+        row = {"messages": [question], "chosen": right, "rejected": right | {"content": "No."}}
+        if is_kto:
+            row = {"messages": [question, right], "label": bool(number % 2)}
+        rows.append(row)
+    write_lines(tmp_path / "pairs.jsonl", rows)
     run(dataset="pairs", **changes)
-    assert_trained(tmp_path / "run")
+    direct.assert_trained(tmp_path / "run")
 
 
 def test_the_page(run, options, monkeypatch):
-    shown = yaml.safe_load(documented("# lf.yaml"))
+    shown = yaml.safe_load(direct.documented("# lf.yaml"))
     made = []
 
     def make(model, config):
@@ -196,7 +163,7 @@ def test_the_page(run, options, monkeypatch):
 
 def test_the_changed_import(run, rows, tiny_model_dir, tmp_path, monkeypatch):
     """The page's change of `model/adapter.py`, applied to the real file."""
-    diff = documented("-from peft import")
+    diff = direct.documented("-from peft import")
     lines = [line for line in diff.splitlines() if line]
     source = inspect.getsource(adapter_module)
     for line in lines:
@@ -209,9 +176,9 @@ def test_the_changed_import(run, rows, tiny_model_dir, tmp_path, monkeypatch):
     exec(compile(source, "adapter.py", "exec"), vars(changed))
     monkeypatch.setattr(loader, "init_adapter", changed.init_adapter)
     run(paca=None, entry=cli.main)
-    model = adapted(tiny_model_dir, options=OPTIONS | {"selection": "random"})
+    model = direct.adapted(tiny_model_dir, options=OPTIONS | {"selection": "random"})
     train_without_it(model, tiny_model_dir, rows, tmp_path / "direct")
-    assert_same(tmp_path / "run", tmp_path / "direct")
+    direct.assert_same(tmp_path / "run", tmp_path / "direct")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from swift import export_main, rlhf_main, sft_main
 from swift.pipelines import SwiftSft
 from swift.tuner_plugin import tuners_map
@@ -12,58 +10,32 @@ from transformers import TrainingArguments
 
 from pacatune.adapters.merge import merge
 from pacatune.integrations.ms_swift import PacaTuner, register
-from tests.integrations_apart.direct import (
-    EPOCHS,
-    RATE,
-    SEED,
-    adapted,
-    assert_same,
-    assert_trained,
-    documented,
-    four_bits,
-    train_directly,
-)
+from tests.data.conftest import chat, write_lines
+from tests.integrations_apart import direct
+
+OPTIONS = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
 
 
 @pytest.fixture
 def arguments(tiny_model_dir, tmp_path, chats):
-    """Words of `swift sft`, with some changes."""
     plugin = tmp_path / "paca_plugin.py"
     plugin.write_text(
         "from pacatune.integrations.ms_swift import register\n\nregister(selection='weight_norm')\n"
     )
 
     def words(**changes):
-        options = {
-            "model": tiny_model_dir,
-            "model_type": "llama",
-            "template": "chatml",
-            "use_hf": True,
-            "dataset": chats,
-            "external_plugins": plugin,
-            "tuner_type": "paca",
-            "lora_rank": 4,
-            "lora_alpha": 8,
-            "output_dir": tmp_path / "run",
-            "add_version": False,
-            "num_train_epochs": EPOCHS,
-            "learning_rate": RATE,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "optim": "adamw_torch",
-            "weight_decay": 0,
-            "adam_beta2": 0.999,
-            "torch_dtype": "float32",
-            "gradient_checkpointing": False,
-            "split_dataset_ratio": 0,
-            "dataset_shuffle": False,
-            "train_dataloader_shuffle": False,
-            "dataset_num_proc": 1,
-            "dataloader_num_workers": 0,
-            "report_to": "none",
-            "seed": SEED,
-        }
+        options = {"model": tiny_model_dir, "model_type": "llama", "template": "chatml"}
+        options |= {"use_hf": True, "torch_dtype": "float32", "gradient_checkpointing": False}
+        options |= {"external_plugins": plugin, "tuner_type": "paca"}
+        options |= {"lora_rank": 4, "lora_alpha": 8, "seed": direct.SEED}
+        options |= {"output_dir": tmp_path / "run", "add_version": False, "report_to": "none"}
+        options |= {"num_train_epochs": direct.EPOCHS, "learning_rate": direct.RATE}
+        options |= {"lr_scheduler_type": "constant", "optim": "adamw_torch"}
+        options |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+        options |= {"weight_decay": 0, "adam_beta2": 0.999}
+        options |= {"dataset": chats, "split_dataset_ratio": 0, "dataset_num_proc": 1}
+        options |= {"dataset_shuffle": False, "train_dataloader_shuffle": False}
+        options |= {"dataloader_num_workers": 0}
         return [
             word
             for name, value in {**options, **changes}.items()
@@ -79,23 +51,23 @@ def _trainer(monkeypatch):
     monkeypatch.setattr(TrainingArguments, "max_epochs", None, raising=False)
 
 
-def test_trains_as_transformers_does(arguments, tiny_model_dir, tmp_path):
+@pytest.fixture
+def rows(arguments):
+    """What the tool makes of the data."""
     encoded = SwiftSft(arguments())._prepare_dataset()[0]
     rows = [{name: row[name] for name in ("input_ids", "labels")} for row in encoded]
     assert len(rows) == 4
+    return rows
+
+
+def test_trains_as_transformers_does(arguments, rows, tiny_model_dir, tmp_path):
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    options = {
-        "r": 4,
-        "paca_alpha": 8,
-        "selection": "weight_norm",
-        "target_modules": targets,
-    }
-    model = adapted(tiny_model_dir, options=options)
-    train_directly(model, tiny_model_dir, rows, tmp_path / "direct")
-    run = tmp_path / "run" / f"checkpoint-{4 * EPOCHS}"
+    model = direct.adapted(tiny_model_dir, options={**OPTIONS, "target_modules": targets})
+    direct.train(model, tiny_model_dir, rows, tmp_path / "direct")
+    run = tmp_path / "run" / f"checkpoint-{4 * direct.EPOCHS}"
     sft_main(arguments())
-    assert_trained(run)
-    assert_same(run, tmp_path / "direct")
+    direct.assert_trained(run)
+    direct.assert_same(run, tmp_path / "direct")
     assert json.loads((run / "adapter_config.json").read_text())["columns"]
 
     # Its own merge, and ours.
@@ -107,41 +79,32 @@ def test_trains_as_transformers_does(arguments, tiny_model_dir, tmp_path):
         ]
     )
     merge(str(tiny_model_dir), run, tmp_path / "merged")
-    one = load_file(merged / "model.safetensors")
-    two = load_file(tmp_path / "merged" / "model.safetensors")
-    assert one.keys() == two.keys()
-    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    direct.assert_same(merged, tmp_path / "merged", "model")
 
     # And on from there.
-    train_directly(adapted(tiny_model_dir, adapter=run), tiny_model_dir, rows, tmp_path / "direct2")
+    direct.train(
+        direct.adapted(tiny_model_dir, adapter=run), tiny_model_dir, rows, tmp_path / "direct2"
+    )
     sft_main(arguments(adapters=run, load_args=False, output_dir=tmp_path / "again"))
-    assert_same(tmp_path / "again" / run.name, tmp_path / "direct2")
+    direct.assert_same(tmp_path / "again" / run.name, tmp_path / "direct2")
 
 
-def test_quantised_base(arguments, tiny_model_dir, tmp_path):
-    rows = [
-        {name: row[name] for name in ("input_ids", "labels")}
-        for row in SwiftSft(arguments())._prepare_dataset()[0]
-    ]
-    quantization = four_bits()
-    options = {"r": 4, "paca_alpha": 8, "selection": "weight_norm"}
-    model = adapted(tiny_model_dir, options=options, quantization=quantization)
-    train_directly(model, tiny_model_dir, rows, tmp_path / "direct")
+def test_quantised_base(arguments, rows, tiny_model_dir, tmp_path):
+    model = direct.adapted(tiny_model_dir, options=OPTIONS, quantization=direct.four_bits())
+    direct.train(model, tiny_model_dir, rows, tmp_path / "direct")
     sft_main(arguments(quant_method="bnb", quant_bits=4, bnb_4bit_compute_dtype="float32"))
-    run = tmp_path / "run" / f"checkpoint-{4 * EPOCHS}"
-    assert_trained(run)
-    assert_same(run, tmp_path / "direct")
+    run = tmp_path / "run" / f"checkpoint-{4 * direct.EPOCHS}"
+    direct.assert_trained(run)
+    direct.assert_same(run, tmp_path / "direct")
     with pytest.raises(ValueError, match=r"trained on a quantised base.* use `pacatune merge`"):
         export_main(["--adapters", str(run), "--merge_lora", "true", "--use_hf", "true"])
 
 
 def test_preferences(arguments, tmp_path):
-    rows = tmp_path / "pairs.jsonl"
-    user = {"role": "user", "content": "Two and two?"}
-    messages = [user, {"role": "assistant", "content": "Four."}]
-    rows.write_text(json.dumps({"messages": messages, "rejected_response": "No."}) + "\n")
+    row = {"messages": chat("Two and two?", "Four."), "rejected_response": "No."}
+    rows = write_lines(tmp_path / "pairs.jsonl", [row])
     rlhf_main([*arguments(dataset=rows), "--rlhf_type", "dpo", "--max_length", "256"])
-    assert_trained(tmp_path / "run" / f"checkpoint-{EPOCHS}")
+    direct.assert_trained(tmp_path / "run" / f"checkpoint-{direct.EPOCHS}")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +122,7 @@ def test_refusals(arguments, options, message):
 
 
 def test_the_page():
-    exec(documented("# paca_plugin.py"), {})
+    exec(direct.documented("# paca_plugin.py"), {})
     assert PacaTuner.options == {"groups": 2, "random_seed": 1}
     register()
 

@@ -111,7 +111,7 @@ def sync(actor, rollouts):
     metadata = [one.call("prepare") for one in workers]
     engine = CheckpointEngineRegistry.get("pacatune")
     for_actor, for_rollouts = engine.build_topology(1, len(rollouts), metadata)
-    orders = [(one, for_actor, 0) for one in [actor]]
+    orders = [(actor, for_actor, 0)]
     orders += [(one, for_rollouts, number) for number, one in enumerate(rollouts)]
     names = ("rank", "host", "port", "size", "is_whole")
     for one, given, number in orders:

@@ -90,8 +90,10 @@ def test_done_runs_each_job_once(folder):
 
     jobs = [Job(key=key, inputs={"of": [1, 2]}, run=run) for key in ("a", "b")]
     told = []
-    first = done(jobs, folder, tell=told.append)
+    here = {"commit": "0123", "is_modified": False}
+    first = done(jobs, folder, tell=told.append, code=lambda: here)
     assert told == ["1/2: a ...", "2/2: b ..."]
+    assert first["a"].provenance.items() >= here.items()
     assert done(jobs, folder) == first
     assert len(calls) == 2
     assert first["a"].rows == run(None)
@@ -112,46 +114,30 @@ def test_done_runs_each_job_once(folder):
     assert not folder.foreign()
 
 
-def test_done_records_the_commit_of_what_made_the_rows(folder):
-    here = {"commit": "0123", "is_modified": False}
-    jobs = [Job(key="a", inputs={}, run=lambda work: [row()])]
-    assert done(jobs, folder, code=lambda: here)["a"].provenance.items() >= here.items()
-
-
 def test_failures_do_not_stop_the_others_and_are_tried_again(folder):
-    fails = [True]
+    """An interrupt ends all."""
+    fails = [OSError("no\n  disk")]
 
     def run(work):
-        if fails[0]:
-            raise OSError("no\n  disk")
+        for error in fails:
+            raise error
         return [row()]
 
     jobs = [
         Job(key="bad", inputs={}, run=run),
         Job(key="good", inputs={}, run=lambda work: [row()]),
     ]
+    assert done(jobs, folder, until=time.monotonic()) == {}
     found = done(jobs, folder)
     assert found["bad"].error == "OSError: no disk"
     assert found["good"].error is None
     assert "test_rows.py" in json.loads((folder.path / "jobs/bad.json").read_text())["traceback"]
     assert done(jobs, folder, until=0)["bad"].error
-    fails[0] = False
-    assert done(jobs, folder)["bad"].rows == [row()]
-
-
-def test_time_that_is_up_begins_nothing(folder):
-    jobs = [Job(key=key, inputs={}, run=lambda work: [row()]) for key in "ab"]
-    done(jobs[:1], folder)
-    assert list(done(jobs, folder, until=time.monotonic())) == ["a"]
-
-
-def test_interrupts_end_all(folder):
-    def stop(work):
-        raise KeyboardInterrupt
-
+    fails[0] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        done([Job(key="a", inputs={}, run=stop)], folder)
-    assert done([Job(key="a", inputs={}, run=stop)], folder, until=0) == {}
+        done(jobs, folder)
+    fails.clear()
+    assert done(jobs, folder)["bad"].rows == [row()]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"inputs": {}, "rows": [{"value": 1}]}'])
@@ -186,9 +172,7 @@ def test_the_pivot():
     ]
     with pytest.raises(ValueError, match="two numbers stand for small, step"):
         table(rows, ("model",), ("what",))
-
-
-def test_origins_stand_side_by_side():
+    # Origins stand side by side.
     rows = [row(value=22.0, unit="%", origin="paper"), row(value=math.pi, unit="%")]
     found = table(rows, ("method",), ("what", "origin"))
     assert found.markdown()[0] == "| method | step, paper, % | step, measured, % |"

@@ -1,5 +1,4 @@
 import io
-import json
 import random
 from typing import ClassVar
 
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from pacatune.study import plan, run_study
 from pacatune.study.tasks import StudyTask
+from tests.data.conftest import write_lines
 
 
 @pytest.fixture(autouse=True)
@@ -22,26 +22,19 @@ def run(config, folder, **options):
     return run_study(config, folder, console=console, **options), console.file
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Training and test chats whose answers can be learned, and some of both."""
     folder = tmp_path_factory.mktemp("chats")
     parts = {"train": range(40), "test": range(40, 52), "both": range(30, 52)}
     for name, numbers in parts.items():
-        pairs = [(f"What is {i}?", f"It is {7 * i % 10}.") for i in numbers]
-        roles = ("user", "assistant")
-        chats = [[{"role": r, "content": t} for r, t in zip(roles, p, strict=True)] for p in pairs]
-        write_rows(folder / f"{name}.jsonl", [{"messages": chat} for chat in chats])
+        rows = [{"prompt": f"What is {i}?", "completion": f"It is {7 * i % 10}."} for i in numbers]
+        write_lines(folder / f"{name}.jsonl", rows)
     return folder
 
 
 @pytest.fixture
 def text_options(tiny_model_dir, chats):
-    """Options of a text run of two steps."""
     return {
         "model": {"path": str(tiny_model_dir), "dtype": "float32"},
         "data": {"path": str(chats / "train.jsonl"), "eval_path": str(chats / "test.jsonl")},
@@ -65,28 +58,29 @@ def labelled(tmp_path_factory):
             words = [draw.choice(WORDS[label]), *draw.choices(["this", "that", "is"], k=3)]
             draw.shuffle(words)
             rows.append({"text": " ".join(words), "label": label})
-        write_rows(folder / f"{name}.jsonl", rows)
+        write_lines(folder / f"{name}.jsonl", rows)
     return folder
 
 
 @pytest.fixture(scope="session")
 def bert_dir(tmp_path_factory):
-    """Folder of a tiny BERT with a tokenizer of whole words."""
+    words = ["this", "that", "is", *WORDS["fruit"], *WORDS["colour"]]
+    return save_bert(tmp_path_factory.mktemp("bert"), words)
+
+
+def save_bert(folder, words):
+    """Write a tiny BERT without dropout, and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "this", "that", "is", *WORDS["fruit"], *WORDS["colour"]]
-    vocabulary = {word: number for number, word in enumerate(words)}
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    vocabulary = {word: number for number, word in enumerate([*special.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": len(words), "intermediate_size": 64, "max_position_embeddings": 32}
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**sizes, **no_dropout)
+    sizes |= {"vocab_size": len(vocabulary), "intermediate_size": 64, "max_position_embeddings": 32}
+    config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(config).save_pretrained(folder)
@@ -95,7 +89,6 @@ def bert_dir(tmp_path_factory):
 
 @pytest.fixture
 def class_options(bert_dir, labelled):
-    """Options of a classifier's run."""
     return {
         "model": {"path": str(bert_dir)},
         "data": {"path": str(labelled / "train.jsonl"), "eval_path": str(labelled / "test.jsonl")},

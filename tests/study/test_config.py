@@ -8,43 +8,36 @@ from pacatune.study.config import read_study
 ARMS = {"paca": Arm(rank=4), "lora": Arm(method="lora")}
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
-        ({"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
-        ({"method": "shira", "alpha": 4.0}, r"`alpha` \(4.0\) means nothing for 'shira'"),
-        ({"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers above 0"),
-        ({"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
-        ({"learning_rates": [-1.0]}, "must be different numbers above 0"),
-    ],
-)
-def test_wrong_arms(values, message):
-    with pytest.raises(ValueError, match=message):
-        Arm(**values)
+STUDY = {"task": "smollm2-chat", "arms": ARMS}
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("kind", "values", "message"),
     [
-        ({"task": ""}, "`task` is ''; name a configuration's path"),
-        ({"arms": {}}, "`arms` is empty; name at least one arm"),
-        ({"reference": "dora"}, r"`reference` \('dora'\) must be one of the arms \['lora', 'paca'"),
-        ({"seeds": []}, r"`seeds` \(\[\]\) must be 1 to 20 different numbers"),
-        ({"seeds": [1, 1]}, "must be 1 to 20 different numbers"),
-        ({"seeds": list(range(21))}, "must be 1 to 20 different numbers"),
-        ({"seeds": [-1]}, "different numbers of at least 0"),
-        ({"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
-        ({"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
-        ({"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
-        ({"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be one of paca, "),
-        ({"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) must be"),
-        ({"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be above 0"),
+        (Arm, {"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
+        (Arm, {"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
+        (Arm, {"method": "shira", "alpha": 4.0}, r"`alpha` \(4.0\) means nothing for 'shira'"),
+        (Arm, {"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers abov"),
+        (Arm, {"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
+        (Arm, {"learning_rates": [-1.0]}, "must be different numbers above 0"),
+        (StudyConfig, {"task": ""}, "`task` is ''; name a configuration's path"),
+        (StudyConfig, {"arms": {}}, "`arms` is empty; name at least one arm"),
+        (StudyConfig, {"reference": "dora"}, r"`reference` \('dora'\) must be one of the arms \["),
+        (StudyConfig, {"seeds": []}, r"`seeds` \(\[\]\) must be 1 to 20 different numbers"),
+        (StudyConfig, {"seeds": [1, 1]}, "must be 1 to 20 different numbers"),
+        (StudyConfig, {"seeds": list(range(21))}, "must be 1 to 20 different numbers"),
+        (StudyConfig, {"seeds": [-1]}, "different numbers of at least 0"),
+        (StudyConfig, {"tuning_seeds": 4}, r"`tuning_seeds` \(4\) must be in \[1, 3\]"),
+        (StudyConfig, {"extend_grids": -1}, r"`extend_grids` \(-1\) must be at least 0"),
+        (StudyConfig, {"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
+        (StudyConfig, {"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be"),
+        (StudyConfig, {"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) m"),
+        (StudyConfig, {"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be abov"),
     ],
 )
-def test_wrong_studies(values, message):
+def test_wrong_arms_and_studies(kind, values, message):
     with pytest.raises(ValueError, match=message):
-        StudyConfig(**{"task": "smollm2-chat", "arms": ARMS, **values})
+        kind(**(STUDY if kind is StudyConfig else {}) | values)
 
 
 def read(folder, text):

@@ -40,7 +40,6 @@ run_study(read_study(Path(sys.argv[1])), Path(sys.argv[2]), console=Console(quie
 
 @pytest.fixture
 def study(class_options, tmp_path):
-    """File of a study of four runs."""
     content = {
         "command": "classify",
         "options": class_options,

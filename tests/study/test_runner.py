@@ -17,11 +17,6 @@ ARMS = {
     "paca": Arm(rank=4, learning_rates=[5e-4, 1e-3, 4e-3]),
     "lora": Arm(method="lora", learning_rates=[1e-3, 4e-3]),
 }
-MEANS = {
-    "loss": "its loss on all test data (of a language model: the mean over the learned",
-    "exact_match": "the share of all test examples whose answer it",
-    "accuracy": "the share of all test examples whose class it",
-}
 # Rates with the first seed, arms in turns.
 RATES = [("paca", 5e-4), ("lora", 1e-3), ("paca", 1e-3), ("lora", 4e-3), ("paca", 4e-3)]
 TUNING = [(*pair, 0) for pair in RATES]
@@ -63,20 +58,9 @@ def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(scripted,
     assert f"{row} +0.0010 | 11 | 2.5 MiB |" in text
     assert "exact two-sided sign-flip permutation test, which cannot be below 0.25" in text
     assert edge in text
-    for metric, words in MEANS.items():
+    for metric in ("loss", "exact_match", "accuracy"):
         (text,) = table(replace(result, metric=metric)).notes
         assert f"Each test {metric} is a mean over n runs, one for each seed (0, 1, 2)" in text
-        assert words in text
-
-    jobs = [json.loads(path.read_text()) for path in (out / "jobs").iterdir()]
-    rows = [row for job in jobs for row in job["rows"] if row["what"] == "validation loss"]
-    assert {(row["method"], row["setting"], row["value"]) for row in rows} >= {
-        ("paca", "rate 0.001, seed 2", 0.02),
-        ("lora", "rate 0.004, seed 0", 0.5 + 3e-3),
-    }
-    units = {row["what"]: row["unit"] for row in jobs[0]["rows"] if "unit" in row}
-    assert units == {"step": "ms", "kept for backward": "bytes"}
-    assert (len(jobs), jobs[0]["inputs"]["data"]) == (9, "scripted")
 
     # Finished runs are not done again.
     assert run(config_of(options), out)[0] == result
@@ -91,6 +75,7 @@ def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(scripted,
         ("lora", "0.004", "0"),
     ]
     assert {"trained parameters", "step, ms", "kept for backward, bytes"} <= lines[-2].keys()
+    assert len(lines) == 9
     assert float(lines[-2]["test loss"]) == lora.values[2]
     kept = json.loads((tmp_path / "quality.json").read_text())["quality-x"]
     assert StudyResult.from_dict(kept) == result
@@ -201,8 +186,6 @@ def test_what_is_refused(scripted, tmp_path):
     config = config_of(scripted[1])
     with pytest.raises(ValueError, match=r"`arms` \('lore'\) must be one of paca, lora; did you"):
         run(config, tmp_path / "out", arms=["lore"])
-    with pytest.raises(ValueError, match=r"`max_hours` \(0\) must be above 0"):
-        run(config, tmp_path / "out", max_hours=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match=r"that a study did not write, .*\(thesis.tex\)"):

@@ -21,14 +21,17 @@ VOCABULARY = 64
 
 
 def adapt(dtype=torch.float32, base=None, **options):
-    """Return the tiny Llama, or another base, with an adapter."""
     options = {"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options}
     return get_peft_model(served(dtype) if base is None else base, PacaConfig(**options))
 
 
-def in_few_bits(name, **options):
+def two_layers():
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+
+
+def in_few_bits(name, **options):
+    base = two_layers()
     base[0], base[2] = quantise(base[0], name), quantise(base[2], name)
     return adapt(base=base, target_modules=["0", "2"], **options)
 
@@ -48,7 +51,6 @@ def step(model, optimizer=None, seed=0):
 
 
 def change(model, number=0, by=1):
-    """Change one layer's delta."""
     with torch.no_grad():
         net.layers_of(model)[number].delta_of("default").add_(by)
 
@@ -98,3 +100,14 @@ def receiver(server, source):
     receiver = ColumnReceiver(server)
     receiver.expect(source.positions())
     return receiver
+
+
+@pytest.fixture
+def sync(model, server, source, receiver):
+    """Brings what has changed over; the server then has the bits of a merge."""
+
+    def check():
+        receiver.apply(source.columns())
+        assert_bits(server, merged(model))
+
+    return check

@@ -33,7 +33,6 @@ def held_by(tensors, rank=0, size=1):
 
 
 def experts_held_by(tensors, rank, size):
-    """Return a rank's part of the fused experts."""
     held = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):

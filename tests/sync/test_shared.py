@@ -21,7 +21,6 @@ IDS = torch.arange(3, 35).view(1, -1)
 
 
 def sample(connection, model, path):
-    """Answer what the test asks of the other process."""
     torch.set_num_threads(1)
     shared = SharedWeights(path, timeout=20)
     while True:
@@ -98,17 +97,10 @@ def world(tmp_path_factory):
     sampler.process.join()
 
 
-def logits_of_merged(model):
-    plain = served()
-    plain.load_state_dict(merged(model))
-    with torch.no_grad():
-        return plain(input_ids=IDS).logits
-
-
 def test_what_is_trained_is_what_is_sampled(world):
     """R7, R2 and R4: the merge's logits, the base where one looks, no write more."""
     model, sampler, shared = world
-    before = clone(model)
+    before, plain = clone(model), served()
     assert sampler.logits(0.1)[1] == (
         "no columns were published for 0.1 s; no trainer has attached a model."
     )
@@ -128,11 +120,11 @@ def test_what_is_trained_is_what_is_sampled(world):
         optimizer.zero_grad()
         version, logits = sampler.logits()
         assert version == number
-        expected = logits_of_merged(model)  # it looks: the pretrained columns are back
-        assert torch.equal(logits, expected)
+        plain.load_state_dict(merged(model))  # it looks: the pretrained columns are back
+        assert torch.equal(logits, plain(input_ids=IDS).logits)
         assert "has not called `publish`" in sampler.logits(0.05)[1]
     shared.publish()
-    assert torch.equal(sampler.logits()[1], expected)
+    assert torch.equal(sampler.logits()[1], logits)
     after = clone(model)
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) or "paca_delta" in name

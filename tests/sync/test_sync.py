@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.patch.memory import Place
@@ -29,6 +28,7 @@ from tests.sync.conftest import (
     merged,
     served,
     step,
+    two_layers,
 )
 from tests.tuner import nets
 
@@ -75,18 +75,17 @@ def test_the_source_neither_writes_nor_looks(model, source):
     assert len(writes) == 3 * alone
 
 
-def test_the_source_reads_the_columns_of_stale_weights(model, server, source, receiver):
+def test_the_source_reads_the_columns_of_stale_weights(model, sync):
     """R1: after a step the weights hold the columns before it."""
     step(model)
     net.loss_of(model, net.batches()[0]).backward()
     assert all(layer.residency.is_written for layer in net.layers_of(model))
     for parameter in net.trained(model):
         parameter.data.add_(0.01)
-    receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    sync()
 
 
-def test_only_what_was_changed_is_sent(model, server, source, receiver):
+def test_only_what_was_changed_is_sent(model, server, source, receiver, sync):
     step(model)
     receiver.apply(source.columns())
     nothing = source.columns()
@@ -98,27 +97,23 @@ def test_only_what_was_changed_is_sent(model, server, source, receiver):
     assert receiver.apply(some)
     assert_bits(server, merged(model))
     net.layers_of(model)[3].scaling["default"] *= 0.5
-    receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    sync()
 
 
-def test_fused_optimizers_and_data_edits_are_noticed(model, server, source, receiver):
+def test_fused_optimizers_and_data_edits_are_noticed(model, source, receiver, sync):
     receiver.apply(source.columns())
     step(model, torch.optim.AdamW(net.trained(model), lr=1e-2, fused=True))
-    receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    sync()
     held = net.layers_of(model)[0].delta_of("default").data
-    for _ in range(2):
-        held += 1
-        receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    held += 1
+    receiver.apply(source.columns())
+    held += 1
+    sync()
 
 
 def test_a_changed_base_is_sent(model, server, source, receiver):
     receiver.apply(source.columns())
-    state = {
-        name: tensor * 2 for name, tensor in model.state_dict().items() if "base_layer" in name
-    }
+    state = {name: 2 * one for name, one in model.state_dict().items() if "base_layer" in name}
     model.load_state_dict(state, strict=False)
     receiver.apply(source.columns())
     expected = merged(model)
@@ -127,7 +122,7 @@ def test_a_changed_base_is_sent(model, server, source, receiver):
         assert torch.equal(columns, expected[one.name].index_select(one.dim, one.indices)), one.name
 
 
-def test_switched_off_adapters_send_the_base(model, server, source, receiver):
+def test_switched_off_adapters_send_the_base(model, server, source, receiver, sync):
     before = clone(server)
     step(model)
     receiver.apply(source.columns())
@@ -135,12 +130,10 @@ def test_switched_off_adapters_send_the_base(model, server, source, receiver):
         receiver.apply(source.columns())
         assert_bits(server, before)
         assert source.columns().num_bytes == 0
-    receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    sync()
     receiver.apply(source.base_columns())
     assert_bits(server, before)
-    receiver.apply(source.columns())
-    assert_bits(server, merged(model))
+    sync()
 
 
 def test_a_missed_sync_is_refused_and_mended(model, server, source, receiver):
@@ -242,20 +235,6 @@ def test_an_interrupted_sync_is_taken_back(model, server, source, receiver, monk
 # Messages.
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_messages_over_the_wire(groups):
-    model = adapt(groups=groups)
-    source = ColumnSource(model)
-    step(model)
-    positions = from_wire(*to_wire(source.positions()))
-    columns = source.columns()
-    sent = from_wire(*to_wire(columns))
-    assert positions.version == source.positions().version
-    assert [one.name for one in positions.sets] == [one.name for one in source.positions().sets]
-    for name, tensor in sent.by_name(positions).items():
-        assert torch.equal(tensor, columns.by_name(source.positions())[name])
-
-
 INFINITE = float("inf")
 SET = {"name": "a", "parameter": "a", "dim": 1, "num_columns": 1, "dtype": "float32"}
 
@@ -314,6 +293,7 @@ def adapt_tied():
     ("build", "message"),
     [
         (served, "has no PaCA layers; adapt it first"),
+        (lambda: in_few_bits("bitsandbytes-int8"), r"'0.weight' is quantised \(bnb 8bit\), and tr"),
         (lambda: adapt(modules_to_save=["lm_head"]), r"also trains .*lm_head.*, which is no"),
         (adapt_tied, "'lm_head.weight' is tied to another module"),
     ],
@@ -329,7 +309,7 @@ def test_a_trainer_in_4_bits_beside_a_sampler_in_16(groups):
     trainer = in_few_bits("bitsandbytes-nf4", groups=groups)
     for number in range(2):
         change(trainer, number, by=0.01 * (1 + number))
-    sampler = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).bfloat16()
+    sampler = two_layers()
     for layer in net.layers_of(trainer):
         own = sampler[0 if layer is trainer.base_model.model[0] else 2]
         own.weight.data = dequantized(layer.quantization_backend, layer.base_layer, torch.bfloat16)
@@ -356,19 +336,12 @@ def test_4_bits_that_name_no_dtype_need_the_samplers():
     assert ColumnSource(trainer, torch.bfloat16).columns().num_bytes
 
 
-def test_8_bits_are_trained_by_their_own_kernel():
-    with pytest.raises(
-        ValueError, match=r"'0.weight' is quantised \(bnb 8bit\), and trained by kernels"
-    ):
-        ColumnSource(in_few_bits("bitsandbytes-int8"))
-
-
-def test_merged_columns_are_not_sent(model, source):
+def test_merged_columns_are_not_sent(model, source, sync):
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"\['default'\] are merged .* `model.unmerge_adapter"):
         source.columns()
     model.unmerge_adapter()
-    assert source.columns().num_bytes
+    sync()
 
 
 def test_columns_that_are_not_finite_are_not_sent(model):

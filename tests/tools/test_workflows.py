@@ -35,27 +35,16 @@ def test_jobs_call_targets_that_there_are():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     called = {
-        name: [line.split()[1] for line in lines(job) if line.startswith("make ")]
-        for name, job in JOBS.items()
+        line.split()[1] for job in JOBS.values() for line in lines(job) if line.startswith("make ")
     }
-    assert called == {
-        "lint": ["lint"],
-        "test": ["test"],
-        "docs": ["docs"],
-        "blocks-of-docs": ["test-docs"],
-        "conformance": ["conformance"],
-        "build": ["dist"],
-        "publish": [],
-    }
-    assert {target for words in called.values() for target in words} <= targets
+    assert {"lint", "test", "docs", "test-docs", "conformance", "dist"} <= called <= targets
 
 
 def test_every_python_from_the_oldest_is_tested():
     package = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pythons = JOBS["test"]["strategy"]["matrix"]["python-version"]
     assert package["requires-python"] == f">={pythons[0]}"
-    assert pythons == [f"3.{minor}" for minor in range(11, 11 + len(pythons))]
-    assert pythons[-1] == "3.14"
+    assert pythons == [f"3.{minor}" for minor in range(11, 15)]
 
 
 def test_only_publishing_may_more_than_read():

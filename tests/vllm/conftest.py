@@ -14,6 +14,8 @@ import urllib.request
 import pytest
 import torch
 
+from tests.sync.ranks import held_by
+
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]  # `make test` has no vLLM
 
@@ -49,7 +51,6 @@ def stop(llm):
 
 @pytest.fixture(scope="session")
 def llm(model_path):
-    """A vLLM whose engine and worker are processes of their own."""
     engine = start(model_path)
     yield engine
     stop(engine)
@@ -62,10 +63,18 @@ def answers(llm):
     return [one.outputs[0].text for one in llm.generate(PROMPTS, greedy, use_tqdm=False)]
 
 
+def by_name(checksums):
+    return {name.rpartition(":")[2]: digest for name, digest in checksums.items()}
+
+
+def digests_by_rank(llm):
+    """SHA-256 of each of vLLM's own tensors, computed in its workers."""
+    return [by_name(found) for found in llm.collective_rpc("compute_weight_checksums")]
+
+
 def served_digests(llm):
-    """SHA-256 of each of vLLM's own tensors, computed in its worker."""
-    (found,) = llm.collective_rpc("compute_weight_checksums")
-    return {name.rpartition(":")[2]: digest for name, digest in found.items()}
+    (found,) = digests_by_rank(llm)
+    return found
 
 
 def digest(tensor):
@@ -85,23 +94,10 @@ def trained_state(model):
     return state
 
 
-def trained_digests(model):
-    """What `served_digests` should be: W', joined as vLLM joins it."""
-    return joined_digests(trained_state(model))
-
-
-def joined_digests(state):
-    found = {}
-    for name, tensor in state.items():
-        if ".q_proj" in name:
-            parts = [state[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
-            found[name.replace("q_proj", "qkv_proj")] = digest(torch.cat(parts))
-        elif ".gate_proj" in name:
-            parts = [tensor, state[name.replace("gate_proj", "up_proj")]]
-            found[name.replace("gate_proj", "gate_up_proj")] = digest(torch.cat(parts))
-        elif not any(part in name for part in (".k_proj", ".v_proj", ".up_proj", "lm_head")):
-            found[name] = digest(tensor)
-    return found
+def trained_digests(model, rank=0, size=1):
+    """What a rank should serve: its part of W', joined as vLLM joins it."""
+    held = held_by(trained_state(model), rank, size)
+    return {name: digest(tensor) for name, tensor in held.items() if "lm_head" not in name}
 
 
 def adapted(path, **options):
@@ -119,16 +115,9 @@ def save_small_model(tokenizer_path, folder, kind="Llama", **more):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=49152,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        **more,
-    )
+    sizes = {"vocab_size": 49152, "hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(tie_word_embeddings=True, **sizes, **more)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).bfloat16()
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
@@ -194,16 +183,31 @@ def weights_of(address):
     request = urllib.request.Request(
         f"{address}/weight_checker", data=data, headers={"Content-Type": "application/json"}
     )
-    found = json.loads(urllib.request.urlopen(request, timeout=120).read())["checksums"]
-    return {name.rpartition(":")[2]: one for name, one in found.items()}
+    return by_name(json.loads(urllib.request.urlopen(request, timeout=120).read())["checksums"])
+
+
+def grpo_words(folder, model, reward, **training):
+    """Words of a `pacatune train` on prompts.jsonl, whose answers come from vLLM."""
+    training = {
+        "output_dir": folder / "run",
+        "use_vllm": "true",
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-3,
+        "use_cpu": "true",
+        **training,
+    }
+    words = [word for k, v in training.items() for word in (f"--training.{k}", str(v))]
+    words += ["--model.path", str(model), "--data.path", str(folder / "prompts.jsonl")]
+    return ["train", *words, "--task", "grpo", "--reward", reward]
+
+
+def find_free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.fixture
 def free_port():
-    return free_port_of_this_machine()
-
-
-def free_port_of_this_machine():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    return find_free_port()

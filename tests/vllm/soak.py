@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.vllm.conftest import free_port_of_this_machine, serve, weights_of
+from tests.vllm.conftest import find_free_port, grpo_words, serve, weights_of
 
 REWARD = """
 def is_reversed(completions, words, **kwargs):
@@ -37,14 +37,11 @@ _NUM_WARM = 6  # steps of a process before it is watched
 
 
 class Watch:
-    """Samples what a process and its children use."""
-
     def __init__(self, pid: int) -> None:
         self.process = psutil.Process(pid)
         self.samples: dict[str, list[int]] = {name: [] for name in GROWTH}
 
     def look(self) -> None:
-        """Take a sample, if the process is there."""
         with contextlib.suppress(psutil.Error):
             family = [self.process, *self.process.children(recursive=True)]
             self.samples["memory"].append(sum(one.memory_info().rss for one in family))
@@ -53,16 +50,12 @@ class Watch:
 
     def leaks(self) -> dict[str, float]:
         """Return by what factor something has grown, where that is too much."""
-        found = {}
+        found, median = {}, statistics.median
         for name, values in self.samples.items():
             third = len(values) // 3
             if third >= 10:  # a life that is too short says nothing
-                growth = statistics.median(values[-third:]) / statistics.median(
-                    values[third : 2 * third]
-                )
-                if growth > GROWTH[name]:
-                    found[name] = growth
-        return found
+                found[name] = median(values[-third:]) / median(values[third : 2 * third])
+        return {name: growth for name, growth in found.items() if growth > GROWTH[name]}
 
 
 def prepare(folder: Path, model: str, steps: int, address: str) -> list[str]:
@@ -71,30 +64,16 @@ def prepare(folder: Path, model: str, steps: int, address: str) -> list[str]:
     lines = [json.dumps({"prompt": f"{', '.join(row)} ->", "words": row}) for row in rows]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     (folder / "soak_rewards.py").write_text(REWARD)
-    training = {
-        "output_dir": folder / "run",
-        "use_vllm": "true",
-        "vllm_mode": "server",
-        "vllm_server_base_url": address,
-        "max_steps": steps,
-        "num_generations": 4,
-        "per_device_train_batch_size": 8,
-        "max_completion_length": 12,
-        "learning_rate": 1e-3,
-        "save_steps": 2,
-        "save_total_limit": 2,
-        "use_cpu": "true",
-        "eval_strategy": "no",
-        "report_to": "none",
-    }
-    words = [word for k, v in training.items() for word in (f"--training.{k}", str(v))]
-    words += ["--model.path", model, "--data.path", str(folder / "prompts.jsonl")]
-    words += ["--task", "grpo", "--reward", "soak_rewards:is_reversed", "--model.dtype", "bfloat16"]
-    return [sys.executable, "-m", "pacatune.cli", "train", *words]
+    server = {"vllm_mode": "server", "vllm_server_base_url": address}
+    saving = {"save_steps": 2, "save_total_limit": 2, "report_to": "none", "eval_strategy": "no"}
+    words = grpo_words(
+        folder, model, "soak_rewards:is_reversed", max_steps=steps, **server, **saving
+    )
+    words += ["--training.per_device_train_batch_size", "8", "--model.dtype", "bfloat16"]
+    return [sys.executable, "-m", "pacatune.cli", *words]
 
 
 def step_of(folder: Path) -> int:
-    """Return the step of the last whole checkpoint."""
     found = (folder / "run").glob("checkpoint-*/trainer_state.json")
     return max((int(path.parent.name.partition("-")[2]) for path in found), default=0)
 
@@ -117,7 +96,6 @@ def run_until(command: list[str], folder: Path, step: int, watches: list[Watch])
 
 
 def main() -> None:
-    """Run, and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--model", help="a folder; SmolLM2-135M-Instruct if not given")
@@ -127,10 +105,9 @@ def main() -> None:
 
         args.model = str(prepare_model("smollm2"))
     folder = Path(tempfile.mkdtemp(prefix="soak-rl-"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(folder), os.environ.get("PYTHONPATH")])
-    )
-    port, steps, watches = free_port_of_this_machine(), args.steps, []
+    paths = [str(folder), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    port, steps, watches = find_free_port(), args.steps, []
     address = f"http://127.0.0.1:{port}"
     command = prepare(folder, args.model, steps, address)
     print(f"the run is in {folder}", flush=True)

@@ -26,7 +26,6 @@ def source(trainer):
 
 @pytest.fixture(scope="module", autouse=True)
 def base(llm):
-    """What is served before any sync."""
     return served_digests(llm), answers(llm)
 
 
@@ -98,23 +97,17 @@ def test_prefixes_that_were_cached_are_forgotten(llm, trainer, source):
     assert ask() == new
 
 
-def test_columns_by_file(llm, trainer, source, tmp_path):
-    transport = VllmTransport(llm, folder=str(tmp_path / "columns"))
+@pytest.mark.parametrize("way", ["file", "process group"])
+def test_columns_by_other_ways(way, llm, trainer, source, tmp_path, free_port):
+    ways = {"file": {"folder": str(tmp_path)}}
+    ways["process group"] = {"broadcast": ("127.0.0.1", free_port), "timeout": 60}
+    transport = VllmTransport(llm, **ways[way])
     source.forget()
     for _ in range(2):
         trainer.step()
         source.send(transport)
         assert served_digests(llm) == trained_digests(trainer.model)
-    assert len(list((tmp_path / "columns").glob("*.safetensors"))) == 3
-
-
-def test_columns_by_a_process_group(llm, trainer, source, free_port):
-    transport = VllmTransport(llm, broadcast=("127.0.0.1", free_port), timeout=60)
-    source.forget()
-    for _ in range(2):
-        trainer.step()
-        source.send(transport)
-        assert served_digests(llm) == trained_digests(trainer.model)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if way == "file" else 0)
     transport.close()
 
 
@@ -129,22 +122,16 @@ def test_other_columns_replace_the_first(llm, base, model_path):
     assert served_digests(llm) == base[0]
 
 
-def test_another_base_is_refused(llm, base, model_path):
-    transport = VllmTransport(llm)
-    transport.revert()
+def test_another_base_or_dtype_is_refused(llm, base, model_path):
+    VllmTransport(llm).revert()
     model = adapted(model_path)
+    with pytest.raises(Exception, match=r"the columns are for .* in torch\.float16"):
+        ColumnSource(model, torch.float16).send(VllmTransport(llm))
     layer = model.base_model.model.model.layers[3].mlp.down_proj
     with torch.no_grad():
         layer.get_base_layer().weight[0, layer.paca_indices["default"][0]] += 1
     with pytest.raises(Exception, match="not the trainer's base"):
-        transport.check_base(ColumnSource(model))
-    assert served_digests(llm) == base[0]
-
-
-def test_another_dtype_is_refused(llm, base, model_path):
-    transport = VllmTransport(llm)
-    with pytest.raises(Exception, match=r"the columns are for .* in torch\.float16"):
-        ColumnSource(adapted(model_path), torch.float16).send(transport)
+        VllmTransport(llm).check_base(ColumnSource(model))
     assert served_digests(llm) == base[0]
 
 

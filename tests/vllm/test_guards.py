@@ -9,16 +9,14 @@ from torch import nn
 from pacatune.sync import ColumnSet, Positions
 
 
-def positions(name, shape=(8, 8)):
+def refuse(model, name, size=1):
+    from pacatune.integrations.vllm_engine import refuse_unreachable
+
+    indices = torch.tensor([1, 3])
     one = ColumnSet(
-        name=name,
-        parameter=name,
-        dim=1,
-        shape=shape,
-        dtype=torch.float32,
-        indices=torch.tensor([1, 3]),
+        name=name, parameter=name, dim=1, shape=(8, 8), dtype=torch.float32, indices=indices
     )
-    return Positions(sets=(one,), shapes={}, run="run")
+    refuse_unreachable(model, Positions(sets=(one,), shapes={}, run="run"), size)
 
 
 @pytest.fixture
@@ -29,38 +27,29 @@ def model():
     return found
 
 
-def refuse(*args):
-    from pacatune.integrations.vllm_engine import refuse_unreachable
-
-    refuse_unreachable(*args)
-
-
 def test_weights_of_latent_attention(model):
     with pytest.raises(ValueError, match=r"kv_b_proj\.weight'.*products"):
-        refuse(model, positions("kv_b_proj.weight"), 1)
+        refuse(model, "kv_b_proj.weight")
 
 
 def test_weights_that_vllm_ties(model):
-    refuse(model, positions("embed_tokens.weight"), 1)
+    """By the checkpoint's names, too."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    refuse(model, "embed_tokens.weight")
     model.lm_head.weight = model.embed_tokens.weight
     with pytest.raises(ValueError, match=r"one tensor for embed_tokens\.weight and lm_head"):
-        refuse(model, positions("embed_tokens.weight"), 1)
+        refuse(model, "embed_tokens.weight")
+    model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.text.": ""})
+    with pytest.raises(ValueError, match="one tensor"):
+        refuse(model, "model.text.embed_tokens.weight")
 
 
 def test_weights_that_the_checkpoint_joins(model):
     model.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
-    refuse(model, positions("qkv_proj.weight"), 1)
+    refuse(model, "qkv_proj.weight")
     with pytest.raises(ValueError, match="tensor_parallel_size=1"):
-        refuse(model, positions("qkv_proj.weight"), 2)
-
-
-def test_names_are_vllms(model):
-    from vllm.model_executor.models.utils import WeightsMapper
-
-    model.hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.text.": ""})
-    model.lm_head.weight = model.embed_tokens.weight
-    with pytest.raises(ValueError, match="one tensor"):
-        refuse(model, positions("model.text.embed_tokens.weight"), 1)
+        refuse(model, "qkv_proj.weight", size=2)
 
 
 def test_lora_is_refused():

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from tests.vllm.conftest import PROMPTS, serve, trained_digests, weights_of
+from tests.vllm.conftest import PROMPTS, serve, served_digests, trained_digests, weights_of
 
 
 def reward(completions, **kwargs):
@@ -12,19 +12,10 @@ def reward(completions, **kwargs):
 
 
 def options(folder, **more):
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "learning_rate": 5e-3,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        **more,
-    }
+    options = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no"}
+    options |= {"max_steps": 2, "learning_rate": 5e-3, "per_device_train_batch_size": 4}
+    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    return options | more
 
 
 def make(kind, path, args):
@@ -34,18 +25,12 @@ def make(kind, path, args):
     from pacatune.integrations.trl import column_sync
 
     rows = Dataset.from_dict({"prompt": PROMPTS * 4})
+    config = PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM")
     with column_sync():
-        return kind(
-            path,
-            reward_funcs=reward,
-            args=args,
-            train_dataset=rows,
-            peft_config=PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM"),
-        )
+        return kind(path, reward_funcs=reward, args=args, train_dataset=rows, peft_config=config)
 
 
 def online(kind, config, path, folder, **more):
-    """A trainer whose answers come from `VLLMGeneration`."""
     more |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
     args = config(**options(folder, **more), model_init_kwargs={"dtype": "bfloat16"})
     return make(kind, path, args)
@@ -53,11 +38,8 @@ def online(kind, config, path, folder, **more):
 
 def sampling_gaps(trainer):
     """How far the sampler's log-probabilities are from the trainer's, by logged step."""
-    return [
-        row["sampling/sampling_logp_difference/mean"]
-        for row in trainer.state.log_history
-        if "sampling/sampling_logp_difference/mean" in row
-    ]
+    name = "sampling/sampling_logp_difference/mean"
+    return [row[name] for row in trainer.state.log_history if name in row]
 
 
 @pytest.fixture
@@ -81,7 +63,7 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
     trainer = online(*classes, model_path, tmp_path, **more)
     generation = trainer.vllm_generation
     assert type(generation) is ColumnGeneration
-    base = weights_in(generation.llm)
+    base = served_digests(generation.llm)
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     sent = []
     plain = generation.sync_weights
@@ -103,7 +85,7 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
 
 
 def check_and_end(llm, model, base, monkeypatch):
-    served = weights_in(llm)
+    served = served_digests(llm)
     monkeypatch.undo()
     assert served == trained_digests(model)
     assert served != base
@@ -121,16 +103,11 @@ def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
     )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     trainer = make(partial(OnlineDPOTrainer, processing_class=tokenizer), model_path, args)
-    base = weights_in(trainer.llm)
+    base = served_digests(trainer.llm)
     monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
     trainer.train()
     trainer._move_model_to_vllm()
     check_and_end(trainer.llm, trainer.model, base, monkeypatch)
-
-
-def weights_in(llm):
-    (found,) = llm.collective_rpc("compute_weight_checksums")
-    return {name.rpartition(":")[2]: one for name, one in found.items()}
 
 
 @pytest.fixture

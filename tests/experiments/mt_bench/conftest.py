@@ -8,24 +8,12 @@ from experiments.mt_bench.questions import add_references, read_prompts, read_qu
 from tests.experiments.mt_bench.judge_server import State, judge_server
 
 CATEGORIES = ("writing", "math", "stem", "coding")
-TASK = 'Rate the response from 1 to 10 as "[[rating]]".'
-QUESTION = "[Question]\n{question}\n\n"
-ANSWER = "[The Start of Assistant's Answer]\n{answer}\n[The End of Assistant's Answer]"
-REFERENCE = "[The Start of Reference Answer]\n{ref_answer_1}\n[The End of Reference Answer]\n\n"
-TWO = (
-    "<|The Start of Assistant A's Conversation with User|>\n"
-    "### User:\n{question_1}\n### Assistant A:\n{answer_1}\n"
-    "### User:\n{question_2}\n### Assistant A:\n{answer_2}\n"
-)
-TWO_REFERENCES = (
-    "<|The Start of Reference Answer|>\n### User:\n{question_1}\n### Reference:\n{ref_answer_1}\n"
-    "### User:\n{question_2}\n### Reference:\n{ref_answer_2}\n"
-)
+TWO = "First: {question_1} {answer_1} Then: {question_2} {answer_2}"
 PROMPTS = {
-    "single-v1": ("Be kind.", TASK + QUESTION + ANSWER),
-    "single-math-v1": ("Be kind.", TASK + QUESTION + REFERENCE + ANSWER),
-    "single-v1-multi-turn": (f"{TASK} Look at the second answer.", TWO),
-    "single-math-v1-multi-turn": (f"{TASK} Look at the second one.", TWO_REFERENCES + TWO),
+    "single-v1": ("Be kind.", "{question} {answer}"),
+    "single-math-v1": ("Be kind.", "{question} {ref_answer_1} {answer}"),
+    "single-v1-multi-turn": ("Look at the second answer.", TWO),
+    "single-math-v1-multi-turn": ("Look at it.", "{ref_answer_1} {ref_answer_2} " + TWO),
 }
 
 
@@ -67,7 +55,6 @@ def prompt_rows():
 
 @pytest.fixture
 def files(tmp_path):
-    """Paths of questions, references and judge prompts."""
     rows = question_rows()
     numbers = [row["question_id"] for row in rows if row["category"] in ("math", "coding")]
     references = [answer_row(number, "reference one", "reference two") for number in numbers]

@@ -18,14 +18,10 @@ def path(tmp_path):
     return file.path
 
 
-def test_rows_come_back(path):
-    assert JsonLines(path).rows == ROWS
-    assert len(path.read_text().splitlines()) == 2
-    assert path.read_bytes().isascii()
-
-
 def test_what_comes_after_a_cut_off_line_is_whole(path):
     whole = path.read_bytes()
+    assert whole.isascii()
+    assert whole.count(b"\n") == 2
     start = whole.index(b"\n") + 1
     for end in range(start, len(whole)):
         path.write_bytes(whole[:end])

@@ -1,6 +1,5 @@
 """Everything is asked once, kept, and counted, against a real server on this machine."""
 
-import io
 import time
 import traceback
 
@@ -32,24 +31,26 @@ def turns(prompts, questions):
 
 @pytest.fixture
 def ask(judge, path, monkeypatch):
-    """Judge turns, going on with the same file; `ask.log` is what was said, `ask.judge` who."""
+    """Judge turns, going on with the same file; `ask.judge` has judged them."""
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
 
     def ask(turns, **options):
         given = {"judge_url": judge.url, "judge_model": "judge", "judge_retries": 0}
         given |= {"output": "", "questions": "", "model": "model-a"} | options
-        ask.judge, log = Judge(MtBenchConfig(**given), path), io.StringIO()
-        try:
-            return ask.judge.judge(turns, Console(file=log))
-        finally:
-            ask.log = log.getvalue()
+        ask.judge = Judge(MtBenchConfig(**given), path)
+        return ask.judge.judge(turns, Console(quiet=True))
 
     return ask
 
 
 def test_judgments_are_written_in_the_form_of_fastchat_once(ask, judge, turns, path):
-    judgments = ask(turns)
+    judge.delay_s = 0.02
+    judgments = ask(turns, judge_parallel=3)
     assert judge.complaints == []
+    assert judge.most_at_once == 3
+    # A key that was not named is not sent.
+    assert {headers["authorization"] for headers, _ in judge.requests} == {"Bearer no-key"}
     by_turn = {(one["question_id"], one["turn"]): one["score"] for one in judgments}
     rows = {(row["question_id"], row["turn"]): row for row in read_lines(path)}
     assert len(rows) == len(by_turn) == 16
@@ -152,20 +153,6 @@ def test_a_judge_that_gives_no_answer(ask, judge, turns, misdeed, options, messa
     assert "sk-" not in "".join(traceback.format_exception_only(caught.value))
 
 
-def test_a_judge_that_goes_down_keeps_what_is_paid(ask, judge, turns, path):
-    judge.misdeeds.extend([*["none"] * 5, *[(503, {})] * 20])
-    with pytest.raises(OSError, match="gives no answer"):
-        ask(turns, judge_parallel=3)
-    assert len(read_lines(path)) == 5
-    assert "5 replies are kept; the same command goes on from there." in ask.log
-    judge.misdeeds.clear()
-    num_before = len(judge.requests)
-    judge.delay_s = 0.05
-    assert all(one["score"] for one in ask(turns, judge_parallel=3))
-    assert len(judge.requests) - num_before == 11
-    assert judge.most_at_once == 3
-
-
 def test_a_full_disk_ends_the_run(ask, judge, turns, monkeypatch):
     def fail(self, row):
         raise OSError(28, "No space left on device")
@@ -173,19 +160,6 @@ def test_a_full_disk_ends_the_run(ask, judge, turns, monkeypatch):
     monkeypatch.setattr("experiments.mt_bench.json_lines.JsonLines.append", fail)
     with pytest.raises(OSError, match="No space left"):
         ask(turns, judge_parallel=1)
-
-
-def test_the_key_is_sent_and_kept_nowhere(ask, judge, turns, path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    judge.key = KEY
-    judge.misdeeds.append("leak")
-    ask(turns[:1], judge_key_env="JUDGE_KEY")
-    (row,) = read_lines(path)
-    assert row["judgment"] == "I was given Bearer ***. [[7]]"
-    judge.key = None
-    ask(turns[1:2])
-    authorised = [headers["authorization"] for headers, _ in judge.requests]
-    assert authorised == [f"Bearer {KEY}", "Bearer no-key"]
 
 
 RATINGS = {"Fine. Rating: [[7]]": 7, "[[7.5]]": 7.5, "[[10]]": 10, "[[8.]]": 8, "Rating: [4]": 4}

@@ -1,16 +1,10 @@
 """Questions, references and prompts: what is read, what is refused."""
 
+import itertools
+
 import pytest
 
-from experiments.mt_bench.questions import (
-    NEEDS_REFERENCE,
-    TEMPERATURES,
-    Question,
-    add_references,
-    read_prompts,
-    read_questions,
-    render,
-)
+from experiments.mt_bench import questions as mt
 from tests.experiments.mt_bench.conftest import (
     PROMPTS,
     answer_row,
@@ -25,28 +19,28 @@ ANSWERS = ("first {answer}", "second")
 def test_temperatures_and_references_are_those_of_fastchat():
     cold = dict.fromkeys(("reasoning", "math", "coding", "extraction"), 0)
     some = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-    assert cold | some == TEMPERATURES
-    assert {"math", "reasoning", "coding"} == NEEDS_REFERENCE
+    assert cold | some == mt.TEMPERATURES
+    assert {"math", "reasoning", "coding"} == mt.NEEDS_REFERENCE
 
 
 def test_names_of_hub_data_sets_are_understood(tmp_path):
     row = {"prompt_id": 7, "category": "stem", "prompt": ["a", "b"], "reference": []}
     path = write_lines(tmp_path / "q.jsonl", [row])
-    assert read_questions(str(path)) == [Question(id=7, category="stem", turns=("a", "b"))]
+    assert mt.read_questions(str(path)) == [mt.Question(id=7, category="stem", turns=("a", "b"))]
 
 
 def test_questions_have_a_reference_to_both_turns(questions, tmp_path):
     rows = question_rows(("math",), 3)
     for row, reference in zip(rows, (["one", "two"], ["one", ""], ["one"]), strict=True):
         row["reference"] = reference
-    read = read_questions(str(write_lines(tmp_path / "q.jsonl", rows)))
+    read = mt.read_questions(str(write_lines(tmp_path / "q.jsonl", rows)))
     assert [one.reference for one in read] == [("one", "two"), None, None]
-    assert add_references(read[:1], None) == read[:1]
+    assert mt.add_references(read[:1], None) == read[:1]
     with pytest.raises(ValueError, match=r"questions has no reference to both turns of 2, 3, wh"):
-        add_references(read, None)
+        mt.add_references(read, None)
     path = str(write_lines(tmp_path / "r.jsonl", [answer_row(11, "a", "b")]))
     with pytest.raises(ValueError, match=r"r.jsonl has no reference to both turns of 12, 31, 32"):
-        add_references(questions, path)
+        mt.add_references(questions, path)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +58,13 @@ def test_damaged_questions_are_refused(tmp_path, change):
     rows = question_rows(("math",), 2)
     rows[1] |= change
     with pytest.raises(ValueError, match=r"row 2: .* needs a `question_id` of its own, as `turns`"):
-        read_questions(str(write_lines(tmp_path / "q.jsonl", rows)))
+        mt.read_questions(str(write_lines(tmp_path / "q.jsonl", rows)))
 
 
 @pytest.mark.parametrize("category", ["writing", "coding"])
 def test_places_are_filled_and_braces_in_texts_stay(prompts, questions, category):
     question = next(one for one in questions if one.category == category)
-    first, second = (render(prompts, question, ANSWERS, turn, "judge") for turn in (1, 2))
+    first, second = (mt.render(prompts, question, ANSWERS, turn, "judge") for turn in (1, 2))
     kind = "single-math-v1" if category == "coding" else "single-v1"
     assert (first.prompt_name, second.prompt_name) == (kind, f"{kind}-multi-turn")
     for turn in (first, second):
@@ -84,13 +78,8 @@ def test_places_are_filled_and_braces_in_texts_stay(prompts, questions, category
 
 
 def test_another_judge_prompt_or_answer_is_another_key(prompts, questions):
-    keys = {
-        render(prompts, questions[0], answers, turn, judge).key
-        for answers in (ANSWERS, ("other", "second"))
-        for turn in (1, 2)
-        for judge in ("a", "b")
-    }
-    assert len(keys) == 8
+    cases = itertools.product((ANSWERS, ("other", "second")), (1, 2), ("a", "b"))
+    assert len({mt.render(prompts, questions[0], *case).key for case in cases}) == 8
 
 
 @pytest.mark.parametrize("change", [{"name": "other"}, {"output_format": "[[A]]"}])
@@ -98,4 +87,4 @@ def test_prompts_that_are_not_fastchats_are_refused(tmp_path, change):
     rows = prompt_rows()
     rows[0] |= change
     with pytest.raises(ValueError, match=r"has no prompt 'single-v1' for a \[\[rating\]\]; add"):
-        read_prompts(write_lines(tmp_path / "p.jsonl", rows))
+        mt.read_prompts(write_lines(tmp_path / "p.jsonl", rows))

@@ -42,7 +42,6 @@ def run(tiny_model_dir, files, judge, out, capsys):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """No model may be loaded."""
     monkeypatch.setattr(answering, "TextGenerator", lambda *a, **k: pytest.fail("too late"))
 
 
@@ -56,7 +55,6 @@ def answers_of(out):
 
 
 def answer_as_other(out):
-    """Answers of another model, which need none here."""
     rows = [answer_row(row["question_id"], "first {it}", "second") for row in question_rows()]
     write_lines(out / "model_answer" / "other.jsonl", rows)
 
@@ -164,14 +162,16 @@ def test_the_key_is_in_no_file_and_no_output(run, judge, out, monkeypatch):
     answer_as_other(out)
     judge.key = "sk-secret-0123456789"
     monkeypatch.setenv("JUDGE_KEY", judge.key)
-    judge.misdeeds.extend([*["leak"] * 3, *[(502, {})] * 10])
+    judge.misdeeds.extend([*["leak"] * 3, *[(503, {})] * 10])
     options = {"model": "other", "judge_key_env": "JUDGE_KEY", "judge_parallel": 1}
     assert run(**options) == 2
     assert "3 replies are kept" in run.err
     assert result_of(out) == {"finished": False}
     said = run.out + run.err
     judge.misdeeds.clear()
+    num_asked = len(judge.requests)
     assert run(**options) == 0, run.err
+    assert len(judge.requests) - num_asked == 13
     assert result_of(out)["finished"]
     written = [path for path in out.rglob("*") if path.is_file()]
     assert len(written) >= 5
