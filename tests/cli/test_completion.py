@@ -14,27 +14,17 @@ from pacatune.cli.entry import COMMANDS
 # What is typed before the tab, and the words of the line after it.
 CASES = {
     "mer": "merge",
-    "--debug mer": "--debug merge",
     "patch ap": "patch apply",
-    "patch apply --pa": "patch apply --patch",
-    "evaluate mm": "evaluate mmlu",
     "merge --dtype bfl": "merge --dtype bfloat16",
-    "merge --no-v": "merge --no-verify",
     "merge --allow-other-base --no-v": "merge --allow-other-base --no-verify",
-    "export --to lo": "export --to lora",
     "train --paca.selection_b": "train --paca.selection_batches",
-    "train --lean req": "train --lean require",
-    "train --method lora_d": "train --method lora_dropout",
     "train --task dp": "train --task dpo",
     "train --training.bf16 tr": "train --training.bf16 true",
     "train --config long-n": "train --config long-name.yaml",
     "inspect long-n": "inspect long-name.yaml",
     # a number follows, which no file is
     "train --paca.r long-n": "train --paca.r long-n",
-    "train --resume --ov": "train --resume --overwrite",
     "train-image --pres": "train-image --preset",
-    "estimate --lean-l": "estimate --lean-level",
-    "completion zs": "completion zsh",
 }
 
 

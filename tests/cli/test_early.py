@@ -28,7 +28,6 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"train {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         (f"train-image {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         ("train --config typo.yaml", "unknown key 'training.learning_rte'; did you mean 'training"),
         (f"{RUN} d.jsonl --task grpo --reward a:b", "field 'prompt' is missing"),
@@ -62,7 +61,6 @@ def test_options_are_shown_without_torch_as_with_it(command, shown):
     [
         ("train --help", 0, SHOWING, "Number of trained input columns of each weight"),
         ("completion bash", 0, SHOWING, "selection_batches"),
-        ("patch make --help", 0, HEAVY, "usage: pacatune patch make"),
         ("patch", 2, HEAVY, "usage: pacatune patch"),
     ],
 )

@@ -137,6 +137,7 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path):
     """The recipe adds nothing to what Trainer and the model's own loss compute."""
     settings = {"max_steps": 7, "per_device_train_batch_size": 6, "logging_steps": 1}
     settings |= {"gradient_accumulation_steps": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+    settings["lr_scheduler_type"] = "linear"
     data = {"path": str(images_dir / "train"), "eval_fraction": 0}
     config = make_config("full", data=data, training=settings)
     report = train(config, console=QUIET)
