@@ -109,9 +109,6 @@ def test_graphs_of_the_old_columns_refuse_to_go_back(model, bf16_patch):
         y.sum().backward()
 
 
-# Adapters.
-
-
 def test_a_model_with_an_adapter_is_refused(unchanged, bf16_patch, bf16_adapter):
     adapted = PeftModel.from_pretrained(unchanged, bf16_adapter, is_trainable=True)
     adapted(torch.arange(128).view(1, 128))  # the columns are resident now
@@ -121,21 +118,14 @@ def test_a_model_with_an_adapter_is_refused(unchanged, bf16_patch, bf16_adapter)
     plain = adapted.unload()
     patch.apply(plain, bf16_patch)
     patch.revert(plain, bf16_patch)
-
-
-def test_a_merged_adapter_is_reverted_as_a_patch(unchanged, bf16_patch, bf16_adapter):
+    # A merged adapter is reverted as a patch.
     merged = PeftModel.from_pretrained(unchanged, bf16_adapter).merge_and_unload()
     patch.revert(merged, bf16_patch)
     assert merged is unchanged
 
 
 def test_adapters_of_other_modules_do_not_matter(model, bf16_patch):
-    adapted = get_peft_model(model, LoraConfig(target_modules=["gate_proj"]))
-    patch.apply(adapted, bf16_patch)
-    patch.revert(adapted, bf16_patch)
-
-
-# Models that a patch does not fit.
+    patch.apply(get_peft_model(model, LoraConfig(target_modules=["gate_proj"])), bf16_patch)
 
 
 class Sharded:
