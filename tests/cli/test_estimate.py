@@ -5,7 +5,6 @@ import json
 import pytest
 
 from pacatune.cli import main
-from pacatune.measure.presets import PRESETS
 from tests.measure.real_step import LLAMA, write_config
 
 
@@ -77,11 +76,6 @@ def test_table_shows_parts_spread_and_notes(capsys, config):
     assert "activations" in captured.out
     assert "fits in 3.00 GiB: yes" in captured.out
     assert captured.err == "note: the model was made for 64 tokens, not 128.\n"
-
-
-def test_help_names_the_models_that_ship(shown):
-    out = shown("estimate", "--help")
-    assert all(name in out for name in PRESETS)
 
 
 def test_the_time_of_a_step(estimate, config, capsys):

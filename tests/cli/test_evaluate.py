@@ -121,9 +121,3 @@ def test_what_was_scored_is_kept_when_the_next_fails(folder, tmp_path, monkeypat
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert values["finished"] is False
     assert list(values["result"]) == data[:1]
-
-
-def test_an_unknown_task(folder, tmp_path, refused):
-    words = ["--tasks", "mmlu_stm", "--tasks-dir", folder / "tasks", "--model", folder / "m"]
-    said = refused("evaluate", "lm-eval", *words, "--output", tmp_path / "out")
-    assert said.startswith("unknown task 'mmlu_stm'; the")

@@ -87,18 +87,14 @@ def test_template_explains_every_key_and_is_a_config(command, request, tmp_path,
 
 
 def test_template_shows_what_is_given(shown):
-    keys = {"learning_rate", "packing", "fsdp_config", "neftune_noise_alpha"}
     text = shown("train", "--print_config", "--paca.r", "3", "--paca.rank_pattern.q_proj", "2")
     values = yaml.safe_load(text)
-    assert keys <= values["training"].keys()
-    found = [values["paca"][name] for name in ("r", "rank_pattern", "target_modules")]
-    assert found == [3, {"q_proj": 2}, None]
+    assert {"learning_rate", "packing", "fsdp_config"} <= values["training"].keys()
+    assert (values["paca"]["r"], values["paca"]["rank_pattern"]) == (3, {"q_proj": 2})
     preset = ["--preset", "vit-b16-pets", "--data.image_size", "96", "--print_config"]
     values = yaml.safe_load(shown("train-image", *preset))
     assert values["model"]["path"] == "google/vit-base-patch16-224-in21k"
-    found = (values["data"]["path"], values["data"]["image_size"])
-    assert found == ("torchvision:OxfordIIITPet", 96)
-    assert values["training"]["per_device_train_batch_size"] == 64
+    assert values["data"]["image_size"] == 96
     # Nothing of it is left for the next command of this process.
     assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
 

@@ -54,33 +54,19 @@ def test_a_config_file_runs_no_code(folder, shown, refused):
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "text", "task"),
-    [
-        ([], "", "sft"),
-        (["--task=rloo"], "", "rloo"),
-        ([], "task: reward\n", "reward"),
-        (["--task", "dpo"], "task: dpo\n", "dpo"),
-    ],
-)
-def test_find_task(tmp_path, words, text, task):
-    (tmp_path / "c.yaml").write_text(text + "method: lora\n")
-    assert find_task([*words, "--config", str(tmp_path / "c.yaml")]) == task
+def test_find_task(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: lora\n")
+    (tmp_path / "d.yaml").write_text("task: reward\n")
+    one, two = (["--config", str(tmp_path / name)] for name in ("c.yaml", "d.yaml"))
+    found = [find_task(words) for words in (one, ["--task=rloo", *one], two)]
+    assert found == ["sft", "rloo", "reward"]
 
 
-@pytest.mark.parametrize(
-    ("words", "rewards"),
-    [
-        (["--reward", "a:f", "--reward=b:g"], ["a:f", "b:g"]),
-        (["--reward+", "[a:f, 'b:g']"], ["a:f", "b:g"]),
-        ([], []),
-    ],
-)
-def test_take_rewards(words, rewards):
-    rest, found = take_rewards(["--method", "lora", *words])
-    assert found == rewards
-    assert rest[:2] == ["--method", "lora"]
-    assert len(rest) == (3 if rewards else 2)
+def test_take_rewards():
+    for words in (["--reward", "a:f", "--reward=b:g"], ["--reward+", "[a:f, 'b:g']"]):
+        rest, found = take_rewards(["--method", "lora", *words])
+        assert (rest[:2], len(rest), found) == (["--method", "lora"], 3, ["a:f", "b:g"])
+    assert take_rewards(["--method", "lora"]) == (["--method", "lora"], [])
 
 
 @pytest.mark.parametrize("task", names_of_tasks())
@@ -93,8 +79,3 @@ def test_template_is_a_config_file(task, tmp_path, shown):
     if task in ("grpo", "rloo"):
         words = take_rewards([*words, "--reward", "a:f"])[0]
     assert options.to_config(options.parse(words)).task == task
-
-
-def test_help_names_the_tasks(shown):
-    out = " ".join(shown("train", "--task", "dpo", "--help").split())
-    assert "the options of the task dpo; those of others (sft, kto, reward, grpo, r" in out
