@@ -19,7 +19,6 @@ from pacatune.training.output import (
 
 
 def make_run(folder, *names):
-    """Make a folder that a run has filled."""
     run = run_folder(folder)
     run.begin()
     for name in ("config.yaml", *names):
@@ -88,8 +87,7 @@ def test_folders_that_are_refused(check, folders, folder, options, message):
 
 def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    message = f"nothing can be written in {tmp_path}; choose another `training.output_dir`"
-    with pytest.raises(PermissionError, match=message):
+    with pytest.raises(PermissionError, match=f"nothing can be written in {tmp_path}; choose"):
         check(tmp_path / "new" / "deep")
 
 

@@ -44,7 +44,6 @@ def test_kto(make_task_config, console):
     assert report.eval_loss_before == pytest.approx(0.5)
     assert report.eval_metrics_after["rewards/margins"] > 0.03
     assert report.num_train_examples == 64  # two answers of each of 32 pairs
-    assert "kl" in report.train_metrics
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])

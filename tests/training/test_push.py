@@ -58,8 +58,6 @@ def test_the_finished_folder_is_uploaded(hub, make_config, tmp_path, capsys):
 def test_nothing_is_uploaded_unless_asked(hub, make_config, console):
     train(run_of(make_config), console=console)
     assert not hub.created
-    with pytest.raises(ValueError, match=r"`training.hub_model_id` \('a/b'\) is not offered: give"):
-        make_config(training={"hub_model_id": "a/b"})
 
 
 def test_what_is_wrong_is_found_before_training(hub, make_config, tmp_path, console):

@@ -18,7 +18,6 @@ from pacatune.training.task import task_of
 from tests.training.runs import (
     CHECKPOINTING,
     QUIET,
-    assert_same,
     assert_same_run,
     out_of_memory,
     read_json,
@@ -139,18 +138,6 @@ def test_what_keeps_less_changes_no_loss(make_config, console, method):
     assert "lean: 2 x attention" in console.file.getvalue()
     assert all(one.saved_activation_bytes < lean.saved_activation_bytes for one in others)
     assert all(one.train_losses == lean.train_losses for one in others[1:])
-
-
-def test_early_stopping_keeps_the_best(make_config, tmp_path):
-    training = {
-        **{"learning_rate": 0.5, "eval_steps": 1, "save_steps": 1, "num_train_epochs": 12},
-        **{"lr_scheduler_type": "constant", "warmup_steps": 0},
-    }
-    report = train(make_config(training=training, early_stopping_patience=2), console=QUIET)
-    best = min((loss, step) for step, loss in report.eval_losses if step > 0)
-    assert report.num_steps == best[1] + 2 < 96
-    assert report.eval_loss_after == pytest.approx(best[0], rel=1e-5)
-    assert_same(tmp_path / f"out/checkpoint-{best[1]}", tmp_path / "out")
 
 
 def test_what_is_said_once(make_config, tmp_path, console):

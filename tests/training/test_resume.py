@@ -92,11 +92,9 @@ def test_second_signal_stops_at_once(make_config, tmp_path, monkeypatch):
     stop_at(monkeypatch, 5, twice)
     # A shell starts background jobs with SIGINT ignored, and tests may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt) as caught:
-            train(make_config(), console=QUIET)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(make_config(), console=QUIET)
+    signal.signal(signal.SIGINT, before)
     assert not isinstance(caught.value, TrainingInterrupted)
     assert not (tmp_path / "out" / "checkpoint-5").exists()
 

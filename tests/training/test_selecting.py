@@ -20,7 +20,7 @@ GRADIENT = {"selection": "gradient", "selection_batches": 2}
 def run_of(seed=7, selection_batches=100, **options):
     training = {"seed": seed, "per_device_train_batch_size": 4, "process_index": 0, "world_size": 1}
     section = SimpleNamespace(selection_batches=selection_batches)
-    return SimpleNamespace(paca=section, training=SimpleNamespace(**{**training, **options}))
+    return SimpleNamespace(paca=section, training=SimpleNamespace(**training | options))
 
 
 def test_processes_share_the_batches_of_one():

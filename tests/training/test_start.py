@@ -1,6 +1,5 @@
 """Training that starts from a finished adapter."""
 
-import json
 import shutil
 
 import pytest
@@ -13,7 +12,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.config_file import read_values
 from pacatune.training.language import load_tokenizer
 from pacatune.training.start import read_start, settle
-from tests.adapters.fixtures import edit_tensors
+from tests.adapters.fixtures import edit_json, edit_tensors
 from tests.training.launching import save_config
 from tests.training.runs import QUIET, assert_close, read_json, refused
 
@@ -89,8 +88,7 @@ def test_other_methods(make_config, make_first, tmp_path, method):
 def test_an_adapter_whose_selection_chooses_nothing(make_config, paca, tmp_path, selection):
     """Its columns are in its files; what the run saves as its options can be given again."""
     folder = shutil.copytree(paca, tmp_path / selection)
-    values = read_json(folder / "adapter_config.json") | {"selection": selection}
-    (folder / "adapter_config.json").write_text(json.dumps(values))
+    edit_json(folder / "adapter_config.json", selection=selection)
     config = settle(settle(make_config(adapter=str(folder))))
     assert config.paca.selection == "random"
     assert read_start(config).columns == read_adapter(paca).config.columns

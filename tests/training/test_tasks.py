@@ -111,7 +111,6 @@ def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     ("task", "shown"),
     [
         ("dpo", ["chosen (7 tokens): It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
-        ("kto", ["label: True", "What is"]),
         ("grpo", ["prompts.jsonl, row 1\nprompt (", ": <s>Count 0", "number: 0"]),
     ],
 )

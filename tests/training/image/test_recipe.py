@@ -10,7 +10,7 @@ import timm
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -26,6 +26,7 @@ from pacatune.training import train
 from pacatune.training.image import load_result
 from pacatune.training.image.model import ImageBase, find_batch_norms
 from pacatune.training.image.task import ImageTask, ImageTrainer
+from tests.adapters.fixtures import edit_tensors
 from tests.image_models import CLASSES, save_timm, save_vit
 from tests.training.runs import (
     CHECKPOINTING,
@@ -220,12 +221,10 @@ def test_pictures_and_card(make_config, images_dir, tmp_path, capsys, drawn):
     assert mistakes
     for mistake in mistakes:
         assert Path(mistake["place"]).parent.name == mistake["label"] != mistake["predicted"]
-    for name in ("confusion.png", "mistakes.png", "loss.png"):
-        with Image.open(folder / name) as image:
-            assert min(image.size) > 200
-            if name == "mistakes.png":  # noisy pictures of one colour fill a good part of it
-                coloured = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2) > 40
-                assert coloured.mean() > 0.05 * len(mistakes) / 5
+    with Image.open(folder / "mistakes.png") as image:
+        # Noisy pictures of one colour fill a good part of it.
+        coloured = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2) > 40
+        assert coloured.mean() > 0.05 * len(mistakes) / 5
     assert "![Misclassified images](mistakes.png)" in (folder / "report.md").read_text()
     prepared = prepare_images(make_config().data)
     assert prepared.evaluation[mistakes[0]["position"]]["place"] == mistakes[0]["place"]
@@ -252,8 +251,7 @@ def test_base_that_has_moved(make_config, vit_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"base does not exist; check `model.path`"):
         load_result(out)
     assert load_result(out, base=str(moved)).classes == CLASSES
-    weights = moved / "model.safetensors"
-    save_file({name: w + 0.1 for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    edit_tensors(moved / "model.safetensors", lambda one: [w.add_(0.1) for w in one.values()])
     with pytest.raises(ValueError, match=r"out: the weights of \d+ of \d+ adapted modules are not"):
         load_result(out, base=str(moved))
     with pytest.raises(FileNotFoundError, match=r"has no preprocessor_config\.json; is it the rig"):
