@@ -1,5 +1,7 @@
 """What can be estimated and measured, and what is refused before any model is built."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -30,24 +32,16 @@ def test_names_dtypes_and_losses():
 UNKNOWN = {"method": ("qlorra", "qlora"), "dtype": ("bfloat", "bfloat16"), "lean": ("of", "off")}
 UNKNOWN |= {"adapter_dtype": ("float", "float32"), "quantization": ("nf5", "nf4")}
 UNKNOWN |= {"loss": ("chunk", "chunked"), "sharding": ("fsdp", "fsdp2")}
+SIZES = ("rank", "groups", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
 
 
-@pytest.mark.parametrize("option", UNKNOWN)
-def test_unknown_choice_suggests_the_nearest(option):
-    value, nearest = UNKNOWN[option]
-    match = rf"`{option}` \('{value}'\) must be one of .*; did you mean '{nearest}'\?"
-    with pytest.raises(ValueError, match=match):
-        setting(**{option: value})
-
-
-@pytest.mark.parametrize(
-    "option", ["rank", "groups", "batch_size", "seq_len", "gradient_accumulation", "num_gpus"]
-)
-def test_sizes_must_be_whole_and_positive(option):
-    for value in (0, -1, 1.5, True):
-        match = rf"`{option}` \({value}\) must be a whole number of at least 1"
+def test_choices_are_known_and_sizes_whole_and_positive():
+    for option, (value, nearest) in UNKNOWN.items():
+        match = rf"`{option}` \('{value}'\) must be one of .*; did you mean '{nearest}'\?"
         with pytest.raises(ValueError, match=match):
             setting(**{option: value})
+    for option, value in itertools.product(SIZES, (0, 1.5, True)):
+        match = rf"`{option}` \({value}\) must be a whole number of at least 1"
         with pytest.raises(ValueError, match=match):
             setting().but(**{option: value})
 
@@ -56,16 +50,13 @@ def test_sizes_must_be_whole_and_positive(option):
     ("options", "message"),
     [
         ({"lean_level": 0}, r"`lean_level` \(0\) must be 1, 2 or 3\."),
-        ({"lean_level": 2.0}, r"`lean_level` \(2.0\) must be 1, 2 or 3\."),
         ({"lean_level": 2, "lean": "off"}, r"`lean_level` \(2\) with `lean` \('off'\): nothi"),
         ({"seq_len": 1}, r"`seq_len` \(1\) must be at least 2"),
         ({"method": "lora", "dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
         ({"method": "paca", "dropout": 0.1}, r"`dropout` \(0.1\) with `method` \('paca'\)"),
         ({"method": "lora", "groups": 8}, r"`groups` \(8\) with `method` \('lora'\): only paca"),
         ({"method": "full", "quantization": "nf4"}, r"`quantization` .* `method` \('full'\)"),
-        ({"method": "dora", "quantization": "nf4"}, r"`quantization` .* `method` \('dora'\)"),
         ({"num_gpus": 2}, r"`sharding` \('none'\) and `num_gpus` \(2\) say"),
-        ({"sharding": "zero3"}, r"`sharding` \('zero3'\) and `num_gpus` \(1\) say"),
     ],
 )
 def test_what_cannot_be_estimated_is_refused(options, message):
@@ -80,20 +71,14 @@ def test_what_cannot_be_estimated_is_refused(options, message):
         ({"methods": ("lorra",)}, r"`methods` \('lorra'\) must be one of .* did you mean 'lora'\?"),
         ({"methods": ("paca-transient",), "compiled": True}, "a compiled graph decides by itself"),
         ({"dtype": "int8"}, r"`dtype` \('int8'\) must be one of auto, float32, bfloat16, float16"),
-        ({"adapter_dtype": "int8"}, r"`adapter_dtype` \('int8'\) must be one of same, float32"),
         ({"device": "gpu"}, r"`device` \('gpu'\) is unknown to torch; choose cpu or auto"),
         ({"sweep": "rank"}, r"`sweep` \('rank'\) must be one of batch, seq-len"),
         ({"sweep_max": 4}, r"`sweep_max` \(4\) is for a sweep"),
-        ({"tokens": ()}, "`tokens` is empty"),
         ({"tokens": (-16,)}, r"`tokens` \(-16\) must be at least 1"),
         ({"tokens": (700,)}, r"`tokens` \(700\) .* above `seq_len` \(512\) a multiple of it"),
         ({"lean_level": -1}, r"`lean_level` \(-1\) must be 0, 1, 2 or 3"),
         ({"lean_level": 1, "compiled": True}, r"`compiled` with `lean_level` \(1\) or one of pac"),
-        ({"rank": 0}, r"`rank` \(0\) must be a whole number of at least 1"),
-        ({"threads": 0}, r"`threads` \(0\) must be a whole number of at least 1"),
         ({"seconds": float("nan")}, r"`seconds` \(nan\) must not be negative"),
-        ({"dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
-        ({"memory_limit": 0}, r"`memory_limit` \(0\) must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(make_config, options, message):

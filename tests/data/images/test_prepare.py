@@ -57,7 +57,6 @@ def test_limits_per_class(folder):
     [
         (["Training", "Testing"], "Testing"),
         (["train", "val", "test"], "val"),
-        (["training", "dev", "eval"], "dev"),
         (["train"], "train"),
     ],
 )
@@ -157,7 +156,6 @@ def rename_other(folder):
         (leave_one, "", {}, "least populated class in label column has only 1"),
         (rename_other, "", {"eval_path": "other"}, "do not have red; reds in common; rename or"),
         (None, "", {"eval_split": "test"}, "is local: the split 'test' .* `data.eval_path`"),
-        (None, "", {"eval_path": "owner/birds"}, r"`data.eval_path` \('owner/birds'\) is neither"),
         (None, "red", {}, "holds no folders; put the images of each class into a folder"),
         (None, "nowhere", {}, "/nowhere does not exist; check `data.path`"),
     ],
@@ -173,9 +171,7 @@ def test_what_is_refused(folder, monkeypatch, change, path, options, message):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ("val test", "must lie right in the folders .* remove red; red; test and 1 more"),
         ("train val valid", "must lie right in the folders .* remove red; red; red and 3"),
-        ("train val more", "must lie right in .* remove more; red; red and 3 more"),
         (".", "has one class only, 'red'; give at least two"),
     ],
 )
