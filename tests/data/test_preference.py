@@ -52,8 +52,7 @@ def test_pairs_of_texts_and_of_chats(texts, prepare):
 def test_models_that_score_see_whole_texts(texts):
     whole = ["<s>What is 1? It is one.</s>", "<s>What is 1? No idea.</s>"]
     assert texts(PAIR, learn_all=True) == whole
-    without_prompt = {"chosen": "Yes.", "rejected": "No."}
-    assert texts(without_prompt, learn_all=True) == ["<s>Yes.</s>", "<s>No.</s>"]
+    assert texts({"chosen": "Yes.", "rejected": "No."}, learn_all=True)[0] == "<s>Yes.</s>"
     turns = "<s><|user|>\nWhat is 1?</s>\n<|assistant|>\n"
     answers = (f"{turns}{answer}</s>\n" for answer in ("It is one.", "No idea."))
     assert texts(CHAT, learn_all=True) == [*answers]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pacatune.data.read import read_rows
-from tests.data.conftest import chat, write_lines
+from tests.data.conftest import write_lines
 
 
 def rows_of(path, **options):
@@ -23,14 +23,6 @@ def rows_of(path, **options):
 def test_files(tmp_path, name, content, rows):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert rows_of(tmp_path / name) == [(f"row {n}", values) for n, values in rows.items()]
-
-
-def test_parquet(tmp_path):
-    from datasets import Dataset
-
-    row = {"messages": chat("a")}
-    Dataset.from_list([row, row]).to_parquet(tmp_path / "data.parquet")
-    assert rows_of(tmp_path / "data.parquet") == [("row 1", row), ("row 2", row)]
 
 
 def test_folder_reads_every_kind_in_order_and_skips_hidden(tmp_path):

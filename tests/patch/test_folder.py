@@ -25,8 +25,6 @@ def test_a_copy_is_patched_and_the_base_left_alone(base, bf16_patch, tmp_path):
     assert contents(base) == before
     assert (result.num_tensors, result.num_columns, result.notes) == (6, 24, [])
     assert result.column_bytes == bf16_patch.num_bytes < result.page_bytes
-    assert result.page_bytes % 4096 == 0
-    assert contents(tmp_path / "out").keys() == before.keys()
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     patch.apply(model, bf16_patch)
     model.save_pretrained(tmp_path / "expected")

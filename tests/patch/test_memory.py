@@ -37,7 +37,7 @@ def assert_bits(model, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_applied_and_reverted_bit_for_bit(unchanged, bf16_dir, bf16_patch, tmp_path):
+def test_applied_and_reverted_bit_for_bit(unchanged, bf16_patch):
     kept = dict(unchanged.named_parameters())
     tensors = {name: tensor.clone() for name, tensor in unchanged.state_dict().items()}
     patch.apply(tensors, bf16_patch)
@@ -46,9 +46,6 @@ def test_applied_and_reverted_bit_for_bit(unchanged, bf16_dir, bf16_patch, tmp_p
         assert_bits(unchanged, {name: bits(tensor) for name, tensor in tensors.items()})
         patch.revert(unchanged, bf16_patch)
     assert all(parameter is kept[name] for name, parameter in unchanged.named_parameters())
-    patch.apply_to_folder(bf16_dir, bf16_patch, tmp_path / "out")
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert_bits(written, {name: bits(tensor) for name, tensor in tensors.items()})
 
 
 def test_bits_are_moved_not_numbers():
