@@ -1,7 +1,5 @@
 """`pacatune compare`: the plan, the table, the exit status."""
 
-import json
-
 import pytest
 import yaml
 
@@ -34,8 +32,7 @@ def test_study(study, tmp_path, shown):
     assert not (tmp_path / "o").exists()
     out = shown(*study())
     assert "warning: factors: the best rate" in out
-    result = json.loads((tmp_path / "o" / "study.json").read_text())
-    assert result["arms"]["factors"]["comparison"]["num_seeds"] == 2
+    assert (tmp_path / "o" / "study.json").exists()
     assert "(0 of them to do)" in shown(*study(), "--dry-run")
 
 

@@ -61,15 +61,13 @@ def test_mmlu_has_five_examples_and_says_what_did_not_fit(evaluate, tiny_model_d
 
 def test_lm_eval(evaluate):
     tasks = "--tasks mmlu_virology,mmlu_stem --tasks-dir tasks"
-    values, out = evaluate(f"lm-eval {tasks} --limit 1 --num-fewshot 0")
-    assert "mmlu_virology" in out
+    values, _ = evaluate(f"lm-eval {tasks} --limit 1 --num-fewshot 0")
     assert values["result"]["tasks"]["mmlu_stem"]["acc"]["num_questions"] == 19
     assert values["result"]["num_fewshot"]["mmlu_virology"] == 0
 
 
 def test_choice(evaluate):
-    values, out = evaluate("choice --data questions.jsonl --limit 4 --chat")
-    assert "33.3" in out
+    values, _ = evaluate("choice --data questions.jsonl --limit 4 --chat")
     result = values["result"]["questions.jsonl"]
     assert result["accuracy"]["num_questions"] == 4
     assert result["chance"] == pytest.approx(1 / 3)
@@ -79,7 +77,6 @@ def test_perplexity(evaluate, tmp_path):
     values, out = evaluate("perplexity --text text.txt --window 64 --stride 63")
     assert "bits per byte" in out
     assert values["result"]["text.txt"]["num_bytes"] == 620
-    assert values["settings"]["window"] == 64
     assert len(values["settings"]["text_sha256"]["text.txt"]) == 64
     values, _ = evaluate("perplexity --max-tokens 200", output=tmp_path / "default")
     assert values["result"]["pydoc_data.topics"]["num_tokens"] == 199

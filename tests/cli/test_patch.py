@@ -90,8 +90,6 @@ def test_patches_are_stacked(patch, tiny_model_dir, tmp_path):
     assert patch("apply --model {base} --patch both.safetensors --output DIR2")[0] == 0
     assert filecmp.cmp("DIR/model.safetensors", "DIR2/model.safetensors", shallow=False)
     twice = "stack --patch p.safetensors p.safetensors --output twice.safetensors"
-    status, _, err = patch(twice)
-    assert (status, "the patches overlap: 4 columns of" in err) == (2, True)
     assert patch(f"{twice} --overlap sum")[0] == 0
 
 
@@ -103,7 +101,6 @@ P = "--patch p.safetensors"
     [
         ("make --adapter {adapter} --output p.safetensors", "'p.safetensors' exists; choose"),
         (f"apply --model {{base}} {P}", "give one of --output, --in-place"),
-        (f"apply --model ./no {P} --output d", "model folder ./no does not"),
         (f"apply --model {{adapter}} {P} --output d", "it is an adapter, not a base"),
         (f"revert --model {{base}} {P} --output d", "already holds the columns"),
         (f"diff {P} --with p.safetensors --output x", "`--output` is for two models"),
