@@ -56,6 +56,7 @@ EARLY = {
     "generate --model tiny": "--prompt is missing; give a text, or - to read it",
     "generate --promt=a": "unknown option --promt; did you mean '--prompt'?",
     "evaluate mlmu": "unknown command of evaluate 'mlmu'; did you mean 'mmlu'?",
+    "evaluate perplexity --model tiny --output out --text no": "`text` ('no') is no file in UTF-8",
     "evaluate mmlu --model no --output adapter": "output folder 'adapter' is not empty; choose",
     "patch revrt": "unknown command of patch 'revrt'; did you mean 'revert'?",
     "patch recover --model ./no": "folder 'no' does not exist",

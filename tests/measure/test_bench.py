@@ -92,10 +92,7 @@ def test_what_does_not_fit_is_said_and_the_others_are_measured(make_config, run_
     result, page = written(make_config(methods=("frozen", "paca", "full")), tmp_path)
     rows = [row["method"] for row in result["rows"] if row["what"] == "step"]
     assert rows == ["paca", "frozen", "paca / frozen"]
-    assert result["errors"] == {
-        "1 x 6 tokens: counting full": "MemoryError: no more",
-        "1 x 6 tokens: timing paca and full": "MemoryError: no more",
-    }
+    assert set(result["errors"].values()) == {"MemoryError: no more"}
     assert "Failed: 1 x 6 tokens: counting full: MemoryError: no more" in page
     # Two that do not fit together are timed apart.
     run_here(lambda measure, _, what: measure is time_together and len(what) == 2)
@@ -117,5 +114,4 @@ def test_a_second_run_goes_on(make_config, tmp_path):
         "1 x 6 tokens: timing paca and lora ...",
     ]
     assert first["rows"][0] in more["rows"]
-    assert more["jobs"].keys() == {job.key for job in make_jobs(make_config())}
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(more))

@@ -30,8 +30,6 @@ def test_run(make_task_config, tmp_path, console, task, method):
     folder = tmp_path / "out"
     assert (folder / "reward.png").exists() > (folder / "loss.png").exists()
     assert not any("loss" in row for row, _ in report.table())  # it says nothing of rewards
-    command = "train --config config.yaml --reward my_rewards:short --reward my_rewards:even"
-    assert (folder / "config.yaml").read_text().startswith(f"# Repeat with: pacatune {command}\n")
 
 
 def test_a_reward_is_learned(make_task_config, tiny_tokenizer, tmp_path):
