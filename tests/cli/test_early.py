@@ -28,7 +28,6 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"train {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         (f"train-image {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         ("train --config typo.yaml", "unknown key 'training.learning_rte'; did you mean 'training"),
         (f"{RUN} d.jsonl --task grpo --reward a:b", "field 'prompt' is missing"),
@@ -58,17 +57,15 @@ def test_options_are_shown_without_torch_as_with_it(command, shown):
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "modules", "text"),
+    ("words", "text"),
     [
-        ("train --help", 0, SHOWING, "Number of trained input columns of each weight"),
-        ("completion bash", 0, SHOWING, "selection_batches"),
-        ("patch make --help", 0, HEAVY, "usage: pacatune patch make"),
-        ("patch", 2, HEAVY, "usage: pacatune patch"),
+        ("train --help", "Number of trained input columns of each weight"),
+        *((f"completion {shell}", "selection_batches") for shell in ("bash", "zsh", "fish")),
     ],
 )
-def test_what_only_shows_something(words, status, modules, text):
-    done = run_without(modules, words.split())
-    assert (done.returncode, done.stderr) == (status, "")
+def test_what_only_shows_something(words, text):
+    done = run_without(SHOWING, words.split())
+    assert (done.returncode, done.stderr) == (0, "")
     assert text in done.stdout
 
 

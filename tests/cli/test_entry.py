@@ -31,14 +31,11 @@ def inspect(monkeypatch):
     ("words", "commands"),
     [([], COMMANDS), (["evaluate"], evaluate.SUBCOMMANDS), (["patch"], patch.SUBCOMMANDS)],
 )
-def test_help_lists_every_command(words, commands, capsys):
+def test_help_lists_every_command(words, commands, capsys, shown):
     for more, status in (["--help"], 0), ([], 2):
         assert main([*words, *more]) == status
         out = capsys.readouterr().out
         assert all(f"  {name} " in out for name in commands)
-
-
-def test_version(shown):
     assert shown("--version") == f"pacatune {version('pacatune')}\n"
 
 

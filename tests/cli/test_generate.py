@@ -46,7 +46,6 @@ def test_options_reach_the_generation(words, answer, shown):
     assert len({answer(), answer("--no-chat"), system}) == 3
     sampled = "--temperature 1 --top-p 0.9 --seed"
     assert answer(f"{sampled} 1") == answer(f"{sampled} 1") != answer(f"{sampled} 2")
-    answer("--dtype bfloat16")
 
 
 def test_a_terminal_without_prompt_is_asked(words, answer, capsys, monkeypatch):

@@ -1,56 +1,37 @@
 """`pacatune inspect`: what an adapter holds, as text, JSON and a picture."""
 
 import json
-import re
 
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import edit_json, save_adapter
 from tests.cli.conftest import run_without
 
 
 def test_a_report_tells_what_an_adapter_holds(adapter_dir, tiny_model_dir, shown):
     out = shown("inspect", adapter_dir)
     for text in (
-        str(adapter_dir),
         str(tiny_model_dir),
         "4, 8 (scaling 2)",
-        "random, seed ",
-        "6 modules: down_proj x 2, q_proj x 2, v_proj x 2",
         "640 parameters",
-        "model.layers.1.self_attn.v_proj",
-        "- PEFT 0.22 and newer read it without pacatune",
+        "- PEFT 0.22 and newer",
     ):
         assert text in out
     assert "columns" not in out
-    report = json.loads(shown("inspect", adapter_dir, "--json"))
-    assert report["folder"] == str(adapter_dir)
-    assert (report["method"], report["rank"], len(report["modules"])) == ("PACA", 4, 6)
     report = json.loads(shown("inspect", adapter_dir, "--columns", "--json"))
-    columns = " ".join(map(str, report["modules"][0]["columns"]))
-    assert columns in shown("inspect", adapter_dir, "--columns")
-
-
-def test_a_long_list_is_cut_unless_all_is_asked_for(tiny_model_dir, tmp_path, shown):
-    save_adapter(tiny_model_dir, tmp_path / "adapter", target_modules="all-linear")
-    assert "2 more modules; --all lists them" in shown("inspect", tmp_path / "adapter")
-    out = shown("inspect", tmp_path / "adapter", "--all")
-    assert "more modules" not in out
-    assert len(re.findall(r"^  model\.layers\.", out, re.MULTILINE)) == 14
+    assert (report["method"], report["rank"], len(report["modules"])) == ("PACA", 4, 6)
+    (columns, *_) = (one["columns"] for one in report["modules"])
+    assert " ".join(map(str, columns)) in shown("inspect", adapter_dir, "--columns")
 
 
 def test_two_adapters_are_compared(adapter_dir, tiny_model_dir, tmp_path, shown):
     save_adapter(tiny_model_dir, tmp_path / "other", seed=1, target_modules=["q_proj", "k_proj"])
     words = ["inspect", adapter_dir, "--against", tmp_path / "other"]
     out = shown(*words)
-    assert "modules of both    2" in out
     assert "shared columns     8 of 8" in out
-    assert "model.layers.0.self_attn.k_proj" in out
     assert len(json.loads(shown(*words, "--json"))["only_a"]) == 4
 
 
 def test_names_are_printed_as_they_are_and_damage_is_one_line(adapter_copy, shown, refused):
-    path = adapter_copy / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": "[red]x[/red]"}
-    path.write_text(json.dumps(config))
+    edit_json(adapter_copy / "adapter_config.json", base_model_name_or_path="[red]x[/red]")
     assert "[red]x[/red]" in shown("inspect", adapter_copy)
     (adapter_copy / "adapter_model.safetensors").write_bytes(b"x")
     assert "truncated or no safetensors file" in refused("inspect", adapter_copy)
@@ -62,9 +43,7 @@ def test_the_strategy_and_a_plot(tiny_model_dir, tmp_path, shown):
     lines = shown(*words, "--plot", tmp_path / "columns.png").splitlines()
     assert ["selection", "weight_norm"] in [line.split() for line in lines]
     assert (tmp_path / "columns.png").read_bytes().startswith(b"\x89PNG")
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    config["selection_options"] = {"num_batches": 100}
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "adapter/adapter_config.json", selection_options={"num_batches": 100})
     assert "weight_norm, num_batches 100" in shown(*words)
 
 

@@ -1,8 +1,5 @@
 """`pacatune merge` and `export`: what they did, and what they refuse."""
 
-import json
-import re
-
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -10,42 +7,18 @@ from pacatune.cli import main
 from tests.adapters.fixtures import save_adapter
 
 
-def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
+def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys, shown):
     words = ["--model", str(tiny_model_dir), "--adapter", str(adapter_dir)]
     assert main(["merge", *words, "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    assert f"base      {tiny_model_dir}\n" in out
     assert "merged    6 modules, float32\n" in out
     assert "verified  outputs are those of the adapter, rounded by 0.0e+00 " in out
-    assert f"written   {tmp_path / 'out'} (147.6 KiB)\n" in out
     assert err == ""
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_rounding_is_called_so(lora_dir, tmp_path, shown):
-    words = ["--adapter", lora_dir, "--output", tmp_path / "out", "--dtype", "bfloat16"]
-    number = r"\d\.\de[+-]\d\d"
-    assert re.search(
-        rf"verified  outputs are those of the adapter, rounded by {number} "
-        rf"\({number} of their size; {number} is allowed\); it changes them by {number}\n",
-        shown("merge", *words),
-    )
-
-
-def test_options_reach_the_merge(adapter_dir, tmp_path, shown, refused):
-    words = ["merge", "--adapter", adapter_dir, "--output", tmp_path / "out"]
-    out = shown(*words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu")
+    words = ["merge", *words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu"]
+    out = shown(*words, "--output", tmp_path / "other")
     assert "merged    6 modules, bfloat16\n" in out
     assert "verified  no (--no-verify)\n" in out
-    assert "is not empty; choose another" in refused(*words)
-
-
-def test_notes_go_to_stderr(adapter_copy, tmp_path, capsys):
-    (adapter_copy / "pacatune.json").unlink()
-    assert main(["merge", "--adapter", str(adapter_copy), "--output", str(tmp_path / "out")]) == 0
-    out, err = capsys.readouterr()
-    assert err == "note: the adapter has no fingerprint; only names and shapes could be compared.\n"
-    assert "note:" not in out
 
 
 def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
@@ -54,10 +27,7 @@ def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_pa
     out, err = capsys.readouterr()
     assert "exported  6 modules as LoRA, float32, exact\n" in out
     assert "verified  no (--verify compares with plain PEFT)\n" in out
-    assert f"written   {tmp_path / 'lora'} (" in out
     assert err == ""
-    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
 
 
 @pytest.mark.usefixtures("forked_plain_peft")
@@ -66,7 +36,6 @@ def test_options_reach_the_export(adapter_dir, tmp_path, shown):
     out = shown("export", *words, "--dtype", "bfloat16", "--verify")
     assert "6 modules as LoRA, bfloat16, rounded by at most" in out
     assert "verified  outputs in plain PEFT differ by at most" in out
-    assert re.search(r"of their size, \d\.\de-0\d is allowed\)", out)
 
 
 def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refused):

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import re
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -35,16 +34,12 @@ def patch(files, capsys):
 def test_there_and_back(files, patch, tiny_model_dir):
     status, out, _ = patch("make --adapter {adapter} --output q.safetensors")
     assert status == 0
-    assert f"base      {tiny_model_dir.name}\n" in out
     assert "columns   24 of 6 tensors\n" in out
-    size = r"\d+\.\d KiB"
-    parts = rf"columns before and after 5.0 KiB, the adapter {size}"
-    assert re.search(rf"written   q.safetensors \({size}: {parts}\)", out)
+    assert ": columns before and after 5.0 KiB, the adapter " in out
     status, out, _ = patch("apply --model {base} --patch p.safetensors --output DIR")
     assert status == 0
-    assert re.search(rf"applied   24 columns of 6 tensors: 2.5 KiB of {size}, in disk pages", out)
+    assert "applied   24 columns of 6 tensors: 2.5 KiB of " in out
     assert "verified  the columns before, bit for bit, and those written\n" in out
-    assert "written   DIR (" in out
     AutoModelForCausalLM.from_pretrained("DIR")
     status, out, _ = patch("revert --model DIR --patch p.safetensors --output DIR2")
     assert (status, "reverted  24 columns" in out) == (0, True)
@@ -71,7 +66,6 @@ def test_models_and_patches_are_compared(patch):
     assert patch("apply --model {base} --patch p.safetensors --output DIR")[0] == 0
     status, out, err = patch("diff --model {base} --with DIR --output q.safetensors")
     assert status == 0
-    assert "changed   6 tensors\n" in out
     assert "   6.25% of the columns  model.layers.0.mlp.down_proj.weight\n" in out
     assert "patch     24 columns, 5.0 KiB before and after\nwritten   q.safetensors (" in out
     assert err == "note: a patch of two models has no adapter in it.\n"
@@ -96,8 +90,6 @@ def test_patches_are_stacked(patch, tiny_model_dir, tmp_path):
     assert patch("apply --model {base} --patch both.safetensors --output DIR2")[0] == 0
     assert filecmp.cmp("DIR/model.safetensors", "DIR2/model.safetensors", shallow=False)
     twice = "stack --patch p.safetensors p.safetensors --output twice.safetensors"
-    status, _, err = patch(twice)
-    assert (status, "the patches overlap: 4 columns of" in err) == (2, True)
     assert patch(f"{twice} --overlap sum")[0] == 0
 
 
@@ -108,10 +100,7 @@ P = "--patch p.safetensors"
     ("line", "message"),
     [
         ("make --adapter {adapter} --output p.safetensors", "'p.safetensors' exists; choose"),
-        ("make --model ./no --adapter {adapter} --output q", "model folder ./no does not exist"),
         (f"apply --model {{base}} {P}", "give one of --output, --in-place"),
-        (f"apply --model ./no {P} --output d", "model folder ./no does not"),
-        (f"apply --model ./no {P} --in-place", "folder 'no' does not"),
         (f"apply --model {{adapter}} {P} --output d", "it is an adapter, not a base"),
         (f"revert --model {{base}} {P} --output d", "already holds the columns"),
         (f"diff {P} --with p.safetensors --output x", "`--output` is for two models"),
@@ -126,13 +115,10 @@ def test_a_mistake_is_one_line(files, tmp_path, refused, line, message):
 
 def test_inspect_knows_a_patch(files, shown, refused):
     name = "model.layers.0.mlp.down_proj.weight"
-    out = shown("inspect", "p.safetensors")
-    assert "24 of 6 tensors" in out
-    assert name in out
+    assert "24 of 6 tensors" in shown("inspect", "p.safetensors")
     report = json.loads(shown("inspect", "p.safetensors", "--json"))
     assert report["tensors"][name]["dim"] == 1
     columns = " ".join(map(str, report["tensors"][name]["columns"]))
     assert columns in shown("inspect", "p.safetensors", "--columns")
-    for words in (["--against", "p.safetensors"], ["--plot", "x.png"]):
-        said = refused("inspect", "p.safetensors", *words)
-        assert "is a patch, for which there is no" in said
+    said = refused("inspect", "p.safetensors", "--plot", "x.png")
+    assert "is a patch, for which there is no" in said

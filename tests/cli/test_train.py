@@ -1,13 +1,12 @@
 """`pacatune train` and `train-image`: from words and config files to a run."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import yaml
 
-from pacatune.cli import main, train, train_image
+from pacatune.cli import main
 from tests.data.conftest import write_lines
 from tests.image_models import save_vit, write_images
 
@@ -48,8 +47,6 @@ def to_words(given):
 
 def test_run_from_words_alone(words, tmp_path, shown, refused):
     assert "adapter, report and model card are in" in shown(*words)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["peft_type"] == "PACA"
     assert any((tmp_path / "out" / "runs").rglob("events.out.tfevents.*"))
     assert "holds another run" in refused(*words)
     assert "deleting from" in shown(*words, "--overwrite")
@@ -61,7 +58,7 @@ def test_run_on_images_from_words_alone(image_words, tmp_path, capsys):
     assert "adapter, report and model card are in pacatune-run" in captured.out
     assert "MISMATCH" not in captured.err  # of the new head, which is meant
     config = json.loads((tmp_path / "pacatune-run" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["modules_to_save"]) == ("PACA", ["classifier"])
+    assert config["modules_to_save"] == ["classifier"]
 
 
 @pytest.mark.parametrize("command", ["train", "train-image"])
@@ -88,18 +85,14 @@ def test_template_explains_every_key_and_is_a_config(command, request, tmp_path,
 
 
 def test_template_shows_what_is_given(shown):
-    keys = {"learning_rate", "packing", "fsdp_config", "neftune_noise_alpha"}
     text = shown("train", "--print_config", "--paca.r", "3", "--paca.rank_pattern.q_proj", "2")
     values = yaml.safe_load(text)
-    assert keys <= values["training"].keys()
-    found = [values["paca"][name] for name in ("r", "rank_pattern", "target_modules")]
-    assert found == [3, {"q_proj": 2}, None]
+    assert {"learning_rate", "packing", "fsdp_config"} <= values["training"].keys()
+    assert (values["paca"]["r"], values["paca"]["rank_pattern"]) == (3, {"q_proj": 2})
     preset = ["--preset", "vit-b16-pets", "--data.image_size", "96", "--print_config"]
     values = yaml.safe_load(shown("train-image", *preset))
     assert values["model"]["path"] == "google/vit-base-patch16-224-in21k"
-    found = (values["data"]["path"], values["data"]["image_size"])
-    assert found == ("torchvision:OxfordIIITPet", 96)
-    assert values["training"]["per_device_train_batch_size"] == 64
+    assert values["data"]["image_size"] == 96
     # Nothing of it is left for the next command of this process.
     assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
 
@@ -110,32 +103,17 @@ def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monke
     assert out.count("tokens,") == 2
     assert "<s>What is 0?[[ It is 0.</s>]]" in out
     out = shown(*words, "--preview", 1, "--training.max_length", "10")
-    assert "10 tokens (cut from " in out
     assert "are cut at `training.max_length` (10) and never learn to stop" in out
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--paca.r", "0"], "`r` (0) must be an integer of at least 1"),
-        (["--paca.selection", "best"], "`paca.selection` ('best') is no strategy"),
-        (["--resume"], "holds no run to resume"),
-        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-        (["--auto_resume", "--overwrite"], "--auto_resume decides what --resume and --overwrite"),
-        (["--training.report_to", "nobody"], "`training.report_to` ('nobody') is not installed"),
-        (["--training.optim", "best"], "best"),
-    ],
-)
-def test_wrong_runs(words, tmp_path, refused, extra, message):
-    """Beside those that are refused without torch (test_refused.py)."""
-    assert message in refused(*words, *extra)
+def test_a_run_that_both_decides_and_is_told(words, tmp_path, refused):
+    said = refused(*words, "--auto_resume", "--overwrite")
+    assert "--auto_resume decides what --resume and --overwrite" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
-    missing = refused(*image_words, "--data.path", "nowhere/x/y")
-    assert "nowhere/x/y does not exist; check `data.path`" in missing
     assert "holds no run to resume" in refused(*image_words, "--resume")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert refused(*image_words) == (
@@ -143,15 +121,3 @@ def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
         "pip install 'pacatune[vision]'"
     )
     assert not list(tmp_path.iterdir())
-
-
-def test_every_option_has_help():
-    for options in (train.all_options(), train_image.all_options()):
-        assert [action.dest for action in options.parser._actions if not action.help] == []
-
-
-def test_as_a_module(words):
-    command = [sys.executable, "-m", "pacatune.cli", *words, "--preview", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "[[ It is 0.</s>]]" in done.stdout

@@ -14,35 +14,18 @@ GIVEN = ["--reward", "my_rewards:short"]
 
 @pytest.fixture
 def folder(tiny_model_dir, tmp_path, monkeypatch):
-    """A folder with pairs.jsonl, prompts.jsonl, my_rewards.py, dpo.yaml and grpo.yaml."""
-    pair = {"rejected": " no idea"}
-    pairs = [{"prompt": f"{i}?", "chosen": f" {7 * i % 10}", **pair} for i in range(16)]
-    write_lines(tmp_path / "pairs.jsonl", pairs)
+    """A folder with prompts.jsonl, my_rewards.py and grpo.yaml."""
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Count {i}"} for i in range(16)])
     (tmp_path / "my_rewards.py").write_text(REWARD)
     training = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False}
-    samples = {"num_generations": 2, "max_completion_length": 4}
-    for task, data, more in (("dpo", "pairs", {}), ("grpo", "prompts", samples)):
-        values = {
-            "model": {"path": str(tiny_model_dir)},
-            "data": {"path": f"{data}.jsonl", "eval_fraction": 0.25},
-            "training": {**training, **more, "output_dir": f"{task}-run"},
-        }
-        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(values))
+    training |= {"num_generations": 2, "max_completion_length": 4, "output_dir": "grpo-run"}
+    data = {"path": "prompts.jsonl", "eval_fraction": 0.25}
+    values = {"model": {"path": str(tiny_model_dir)}, "data": data, "training": training}
+    (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
     yield tmp_path
     sys.modules.pop("my_rewards", None)
-
-
-def test_dpo_from_a_file_that_names_its_task_once_saved(folder, shown, refused):
-    out = shown("train", "--task", "dpo", "--config", "dpo.yaml")
-    assert "held-out reward margin after" in out
-    values = yaml.safe_load((folder / "dpo-run" / "config.yaml").read_text())
-    assert next(iter(values.items())) == ("task", "dpo")
-    saved = ["train", "--config", "dpo-run/config.yaml"]
-    shown(*saved, "--training.output_dir", "again")
-    assert "is finished; there is nothing to resume" in refused(*saved, "--resume")
 
 
 def test_grpo_with_a_function(folder, shown, refused):
@@ -54,10 +37,8 @@ def test_grpo_with_a_function(folder, shown, refused):
     # The file names the function, and does not run it by itself.
     assert "- my_rewards:short" in text
     again = ["train", "--config", "grpo-run/config.yaml", "--training.output_dir", "again"]
-    assert refused(*again) == (
-        "`reward` ('my_rewards:short') is a Python function, and a config file runs no code by "
-        "itself; give it on the command line: --reward my_rewards:short"
-    )
+    said = refused(*again)
+    assert said.startswith("`reward` ('my_rewards:short') is a Python function, and a config file")
     assert not (folder / "again").exists()
     shown(*again, *GIVEN)
 
@@ -73,35 +54,19 @@ def test_a_config_file_runs_no_code(folder, shown, refused):
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "text", "task"),
-    [
-        ([], "", "sft"),
-        (["--task", "kto"], "", "kto"),
-        (["--task=rloo"], "", "rloo"),
-        ([], "task: reward\n", "reward"),
-        (["--task", "dpo"], "task: dpo\n", "dpo"),
-    ],
-)
-def test_find_task(tmp_path, words, text, task):
-    (tmp_path / "c.yaml").write_text(text + "method: lora\n")
-    assert find_task([*words, "--config", str(tmp_path / "c.yaml")]) == task
+def test_find_task(tmp_path):
+    (tmp_path / "c.yaml").write_text("method: lora\n")
+    (tmp_path / "d.yaml").write_text("task: reward\n")
+    one, two = (["--config", str(tmp_path / name)] for name in ("c.yaml", "d.yaml"))
+    found = [find_task(words) for words in (one, ["--task=rloo", *one], two)]
+    assert found == ["sft", "rloo", "reward"]
 
 
-@pytest.mark.parametrize(
-    ("words", "rewards"),
-    [
-        (["--reward", "a:f", "--reward=b:g"], ["a:f", "b:g"]),
-        (["--reward", "[a:f, 'b:g']"], ["a:f", "b:g"]),
-        (["--reward+", "a:f"], ["a:f"]),
-        ([], []),
-    ],
-)
-def test_take_rewards(words, rewards):
-    rest, found = take_rewards(["--method", "lora", *words])
-    assert found == rewards
-    assert rest[:2] == ["--method", "lora"]
-    assert len(rest) == (3 if rewards else 2)
+def test_take_rewards():
+    for words in (["--reward", "a:f", "--reward=b:g"], ["--reward+", "[a:f, 'b:g']"]):
+        rest, found = take_rewards(["--method", "lora", *words])
+        assert (rest[:2], len(rest), found) == (["--method", "lora"], 3, ["a:f", "b:g"])
+    assert take_rewards(["--method", "lora"]) == (["--method", "lora"], [])
 
 
 @pytest.mark.parametrize("task", names_of_tasks())
@@ -114,9 +79,3 @@ def test_template_is_a_config_file(task, tmp_path, shown):
     if task in ("grpo", "rloo"):
         words = take_rewards([*words, "--reward", "a:f"])[0]
     assert options.to_config(options.parse(words)).task == task
-
-
-def test_help_names_the_tasks(shown):
-    out = " ".join(shown("train", "--task", "dpo", "--help").split())
-    assert "the options of the task dpo; those of others (sft, kto, reward, grpo, r" in out
-    assert "--training.beta" in out

@@ -17,7 +17,6 @@ SALE["choices"] = ["{{ 1 }}", "2", "3", "4"]
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
-    """lm-eval's own tasks on two questions."""
     folder = tmp_path_factory.mktemp("mmlu") / "tasks"
     return write_mmlu(folder, questions={one["subject"]: [one] for one in (BONE, SALE)})
 

@@ -6,7 +6,7 @@ from pacatune.data import PreferenceDataConfig
 from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs, to_judged, to_pairs
 from pacatune.data.read import Row
-from tests.data.conftest import ASSISTANT, USER, chat, write_lines
+from tests.data.conftest import USER, chat, write_lines
 
 PAIR = {"prompt": "What is 1?", "chosen": " It is one.", "rejected": " No idea."}
 CHAT = {
@@ -52,8 +52,7 @@ def test_pairs_of_texts_and_of_chats(texts, prepare):
 def test_models_that_score_see_whole_texts(texts):
     whole = ["<s>What is 1? It is one.</s>", "<s>What is 1? No idea.</s>"]
     assert texts(PAIR, learn_all=True) == whole
-    without_prompt = {"chosen": "Yes.", "rejected": "No."}
-    assert texts(without_prompt, learn_all=True) == ["<s>Yes.</s>", "<s>No.</s>"]
+    assert texts({"chosen": "Yes.", "rejected": "No."}, learn_all=True)[0] == "<s>Yes.</s>"
     turns = "<s><|user|>\nWhat is 1?</s>\n<|assistant|>\n"
     answers = (f"{turns}{answer}</s>\n" for answer in ("It is one.", "No idea."))
     assert texts(CHAT, learn_all=True) == [*answers]
@@ -104,16 +103,10 @@ def test_labels_of_tables():
         (to_pairs, {"prompt": "a", "chosen": "b"}, r"'rejected' is missing \(columns \['chosen', "),
         (to_pairs, JUDGED, "field 'chosen' is missing .* needs chosen, rejected"),
         (to_pairs, {**PAIR, "rejected": PAIR["chosen"]}, "are the same, so neither is better; rem"),
-        (to_pairs, {**PAIR, "chosen": ""}, "'chosen' is ''; it must be a text"),
-        (to_pairs, {**PAIR, "chosen": [ASSISTANT]}, "'prompt' .* and 'chosen' .* both be texts or"),
-        (to_pairs, {**CHAT, "rejected": [USER]}, "'rejected' has no assistant turn"),
-        (to_pairs, {**CHAT, "chosen": [{"role": "user"}]}, r"chosen\[0\]: the content is ''"),
         (to_pairs, {"chosen": "ab", "rejected": "xy"}, "there is no 'prompt', and .*; add the col"),
         (to_pairs, {"chosen": "a", "rejected": [USER]}, "there is no 'prompt', and 'chosen' and"),
-        (to_pairs, {**PAIR, "images": ["x"]}, "column 'images' is not used by format 'preference'"),
         (to_judged, JUDGED, "field 'label' is missing .* needs prompt, completion"),
         (to_judged, {**JUDGED, "label": "good"}, "'label' is 'good'; it must be true"),
-        (to_judged, {**JUDGED, "label": 2}, "'label' is 2; it must be true"),
     ],
 )
 def test_bad_rows(function, row, message):

@@ -4,11 +4,9 @@ import io
 import re
 
 import pytest
-from datasets import Dataset
 from rich.console import Console
 
 from pacatune.data import DataConfig, prepare_data, show_preview
-from tests.conftest import CHAT_TEMPLATE
 from tests.data.conftest import chat, write_lines
 
 
@@ -37,8 +35,8 @@ def test_holds_out_a_seeded_fraction_in_order(prepare):
     assert places == [sorted(part) for part in places]
     assert sorted(places[0] + places[1]) == list(range(1, 21))
     again, other = prepare(ROWS, eval_fraction=0.2), prepare(ROWS, eval_fraction=0.2, seed=1)
-    assert again.evaluation["place"][:] == data.evaluation["place"][:]
-    assert other.evaluation["place"][:] != data.evaluation["place"][:]
+    found = [one.evaluation["place"][:] for one in (data, again, other)]
+    assert found[0] == found[1] != found[2]
     assert len(prepare(ROWS, eval_fraction=0.001).evaluation) == 1  # at least
 
 
@@ -94,7 +92,7 @@ def test_other_warnings(prepare, tokenizer):
     assert warning.startswith("19 of 19 training examples do not end in a stop token, so the model")
 
 
-TWICE, DOUBLED = "{{ bos_token }}" + CHAT_TEMPLATE, [{"text": "a"}, {"text": "<s>b"}]
+DOUBLED = [{"text": "a"}, {"text": "<s>b"}]
 NOTHING_MARKED = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'tool' %}"
     "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
@@ -108,10 +106,8 @@ NOTHING_MARKED = (
         (ROWS, {"max_length": 5}, r"all 19 training examples are longer than .*\(5\)"),
         ([*ROWS[:1], talk("Hi?", "")], {}, r"data.jsonl, row 2: messages\[1\]: the content is ''"),
         (DOUBLED, {}, "row 2: begins with '<s>' twice, once from the tokenizer; remove"),
-        (DOUBLED, {"num_processes": 2}, "row 2: begins with '<s>' twice"),
         (ROWS, {"template": None}, r"row 1: the chat template cannot .*not set .*; give a `data"),
         (ROWS, {"template": NOTHING_MARKED}, "row 1: nothing to learn, no token is .*; remove it"),
-        (ROWS, {"template": TWICE}, "row 1: begins with '<s>' twice, once from the tokenizer; rem"),
     ],
 )
 def test_what_is_refused(prepare, tokenizer, rows, options, message):
@@ -120,37 +116,21 @@ def test_what_is_refused(prepare, tokenizer, rows, options, message):
         prepare(rows, **{name: value for name, value in options.items() if name != "template"})
 
 
-def preview(tokenizer, rows, num_examples=3, **options):
-    out = io.StringIO()
-    show_preview(Dataset.from_list(rows), tokenizer, num_examples, Console(file=out, **options))
-    return out.getvalue()
+def test_preview_marks_learned_tokens(prepare, tokenizer):
+    """Brackets in data are no markup; as many are shown as asked for and there are."""
+    rows = [{"prompt": "[bold]Hi?[/bold]", "completion": " It is so, or not."}] * 3
+    data = prepare(rows, max_length=22, eval_fraction=0)
 
+    def preview(num_examples, **options):
+        out = io.StringIO()
+        show_preview(data.train, tokenizer, num_examples, Console(file=out, **options))
+        return out.getvalue()
 
-def example(tokenizer, prompt, completion, place="f.jsonl, row 1", num_tokens=None):
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, completion)]
-    labels = [-100] * len(ids[0]) + ids[1]
-    row = {"place": place, "input_ids": ids[0] + ids[1], "labels": labels}
-    return {**row, "num_tokens": num_tokens or len(labels)}
-
-
-def test_preview_marks_learned_tokens(tiny_tokenizer):
-    rows = [example(tiny_tokenizer, "Hi?", " Yes.</s>")]
-    text = preview(tiny_tokenizer, rows, force_terminal=True, color_system="truecolor")
+    text = preview(1, force_terminal=True, color_system="truecolor")
     styles = re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)\x1b\[0m", text)
     learned = "".join(piece for style, piece in styles if style.startswith("1;") and "32" in style)
     context = "".join(piece for style, piece in styles if style.split(";")[0] == "2")
-    assert (context, learned) == ("Hi?", " Yes.</s>")
-    assert "Learned tokens are green" in text
-    text = preview(tiny_tokenizer, rows)
-    assert "Hi?[[ Yes.</s>]]" in text
-    assert "f.jsonl, row 1: 8 tokens, 5 learned" in text
-
-
-def test_preview_shows_as_many_as_asked_and_there_are(tiny_tokenizer):
-    rows = [example(tiny_tokenizer, "a", "b", f"row {i}", num_tokens=9) for i in range(3)]
-    assert preview(tiny_tokenizer, rows, 2).count(": 2 tokens (cut from 9), 1 learned") == 2
-    assert preview(tiny_tokenizer, rows, 9).count(": 2 tokens (cut from 9), 1 learned") == 3
-    # Brackets in data are no markup.
-    text = preview(tiny_tokenizer, [example(tiny_tokenizer, "[bold]x[/bold]", "y", "[red].jsonl")])
-    assert "[bold]x[/bold]" in text
-    assert "[red].jsonl: " in text
+    assert (context, learned) == ("<s>[bold]Hi?[/bold]", " It is s")
+    assert "<s>[bold]Hi?[/bold][[ It is s]]" in preview(1)
+    assert preview(2).count(": 22 tokens (cut from ") == 2
+    assert preview(9).count(": 22 tokens (cut from ") == 3

@@ -51,7 +51,6 @@ REFUSES_B = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
         ([{"prompt": "a", "place": 1}], "", "column 'place' has the name of .*; rename it"),
         ([{"prompt": "a", "images": ["x"]}], "", "'images' has the name of an argument that"),
         ([{"question": "a"}], "", r"row 1: field 'prompt' is missing \(columns \['question'\]\)"),
-        ([{"prompt": "a"}, {"prompt": ""}], "", "row 2: 'prompt' is ''; it must be a text"),
         ([{"prompt": chat("a", "b")}], "", "'prompt' ends with an assistant turn, which the model"),
         ([{"prompt": "a"}, {"prompt": chat("b")}], "", "row 1 has a text .* a chat; convert one"),
         ([{"prompt": chat("a")}], None, "row 1: the chat template cannot render it .Cannot"),
@@ -82,9 +81,7 @@ def test_generated_prompts(tokenizer):
     first, again = generate(tokenizer), generate(tokenizer)
     assert list(first.train) == list(again.train)
     assert list(first.train) != list(generate(tokenizer, seed=1).train)
-    row = first.train[0]
-    assert row["prompt"][0]["role"] == "user"
-    assert row[INDEX] < 12
+    assert first.train[0][INDEX] < 12
     assert (len(first.train), len(first.evaluation)) == (9, 3)
     # What is generated twice is in one part.
     options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pacatune.data.read import read_rows
-from tests.data.conftest import chat, write_lines
+from tests.data.conftest import write_lines
 
 
 def rows_of(path, **options):
@@ -23,14 +23,6 @@ def rows_of(path, **options):
 def test_files(tmp_path, name, content, rows):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert rows_of(tmp_path / name) == [(f"row {n}", values) for n, values in rows.items()]
-
-
-def test_parquet(tmp_path):
-    from datasets import Dataset
-
-    row = {"messages": chat("a")}
-    Dataset.from_list([row, row]).to_parquet(tmp_path / "data.parquet")
-    assert rows_of(tmp_path / "data.parquet") == [("row 1", row), ("row 2", row)]
 
 
 def test_folder_reads_every_kind_in_order_and_skips_hidden(tmp_path):
@@ -61,7 +53,7 @@ def test_hub_data_set(monkeypatch):
     assert rows[0].values == {"text": "a"}
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder", "~/missing-x"])
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "~/missing-x"])
 def test_missing_path(path):
     with pytest.raises(FileNotFoundError, match=f"{path} does not exist; check `data.path`"):
         rows_of(path)
@@ -75,10 +67,8 @@ def test_missing_path(path):
         ("a.jsonl", "[" * 100_000 + "\n", r"row 1: maximum recursion"),
         ("a.jsonl", "\n \n", "a.jsonl holds no rows; give data with at least one example"),
         ("a.jsonl", b'text\n"\xff\xfe"\n', r"row 1: 'utf-8' codec .* texts are in UTF-8. Mend it"),
-        ("a.json", "[]", "a.json holds no rows"),
         ("a.json", '{"text": "a"}', "no list of rows.*a .json file is one list of them"),
         ("a.json", '{"text": "a"}\n{"text": "b"}', "Extra data.*a .jsonl file has one"),
-        ("a.csv", "text\n", "a.csv holds no rows"),
         ("a.csv", "text\na,b\n", "row 1: more fields than columns; quote"),
         ("a.csv", 'text\na\n"b"c\n', r"row 2: .*expected.*Mend it"),
         ("a.txt", "text", r"suffix '.txt' is unknown: data files are .jsonl, .json, .csv or .p"),
@@ -90,10 +80,7 @@ def test_bad_files(tmp_path, name, content, message):
         rows_of(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["test.jsonl", "eval_1.csv", "validation-0.parquet", "dev.json", "my_test.jsonl", "val/a.json"],
-)
+@pytest.mark.parametrize("name", ["test.jsonl", "validation-0.parquet", "my_dev.csv", "val/a.json"])
 def test_folder_that_would_train_on_its_test_data(tmp_path, name):
     with pytest.raises(ValueError, match=r"has no .jsonl, .json, .csv or .parquet file; put the"):
         rows_of(tmp_path)

@@ -38,7 +38,6 @@ QWEN = LLAMA | {"model_type": "qwen3", "head_dim": 16}
 
 
 def write_config(folder, values, **changes):
-    """Write a config.json and return its path."""
     path = folder / "config.json"
     path.write_text(json.dumps(values | changes))
     return str(path)
@@ -58,7 +57,6 @@ def real_model(setting):
 
 
 def with_adapter(model, setting):
-    """The model with the setting's adapter, in training mode."""
     options = {"r": setting.rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if setting.method == "paca":
         model = get_peft_model(model, PacaConfig(**options, groups=setting.groups))

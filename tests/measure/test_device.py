@@ -61,7 +61,7 @@ def test_an_accelerator_is_taken_waited_for_and_measured(accelerator):
     assert accelerator.calls == [("synchronize", XPU), ("reset", XPU), ("limit", 0.25)]
 
 
-def test_what_an_accelerator_does_not_tell(accelerator):
+def test_what_an_accelerator_does_not_tell(accelerator, monkeypatch):
     def refuse(where):
         raise RuntimeError("not supported")
 
@@ -76,9 +76,6 @@ def test_what_an_accelerator_does_not_tell(accelerator):
     assert device.device_name(XPU) == "xpu:0"
     with pytest.raises(ValueError, match="torch cannot limit the memory of xpu:0"):
         limit_memory(25, XPU)
-
-
-def test_memory_of_a_cpu_is_limited_on_linux_only(monkeypatch):
     monkeypatch.setattr(device.sys, "platform", "win32")
     with pytest.raises(ValueError, match="`memory_limit` on a CPU needs Linux"):
         limit_memory(2**30, CPU)

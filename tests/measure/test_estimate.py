@@ -36,7 +36,7 @@ def test_estimate_is_the_same_every_time_and_notes_a_length_beyond_the_models(tm
     first, second = estimate_memory(setting), estimate_memory(setting)
     assert first == second
     assert sum(first.by_category.values()) == first.peak_bytes
-    assert (first.to_values()["setting"]["rank"], first.notes) == (4, [])
+    assert first.notes == []
     notes = estimate_memory(tiny(tmp_path, seq_len=65)).notes
     assert notes == ["the model was made for 64 tokens, not 65."]
 

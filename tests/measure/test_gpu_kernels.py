@@ -15,7 +15,7 @@ def heads(num_heads, dim=16, length=32, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(("num_kept", "dim"), [(4, 16), (2, 256)])
-def test_attention_has_torchs_shapes_and_saves_no_repeated_heads(num_kept, dim):
+def test_attention_has_torchs_shapes_and_saves_no_repeated_heads_but_under_a_mask(num_kept, dim):
     q, k, v = heads(4, dim), heads(num_kept, dim), heads(num_kept, dim)
     options = {"is_causal": True, "enable_gqa": num_kept < 4}
     real = F.scaled_dot_product_attention(q, k, v, **options)
@@ -25,9 +25,7 @@ def test_attention_has_torchs_shapes_and_saves_no_repeated_heads(num_kept, dim):
     assert saved.num_bytes == 2 * q.nbytes + 2 * k.nbytes + 2 * 4 * 32 * 4
     result.sum().backward()
     assert all(x.grad.shape == x.shape for x in (q, k, v))
-
-
-def test_masked_attention_repeats_heads_and_keeps_a_float_mask():
+    # With a mask heads are repeated, and a mask of floats is kept.
     q, k, v = heads(4), heads(2), heads(2)
     mask = torch.ones(1, 1, 32, 32, dtype=torch.bool)
     with SavedBytes(nn.Module()) as saved:

@@ -54,18 +54,6 @@ def test_unknown_rates_and_several_devices_are_refused(tmp_path):
         estimate_time(setting, "h100")
 
 
-def test_a_step_of_a_small_model(tmp_path):
-    """LoRA launches more than PaCA; the rates of another GPU change times, not counts."""
-    paca, lora = (estimate_time(tiny(tmp_path, method=m), "h100") for m in ("paca", "lora"))
-    assert paca.num_launches < lora.num_launches
-    assert paca.ms < lora.ms
-    assert "eager PyTorch cannot keep" in paca.notes[0]
-    slower = estimate_time(tiny(tmp_path), "a100-80g")
-    assert slower.num_launches == paca.num_launches
-    assert slower.ms >= paca.ms
-    assert slower.to_values()["origin"] == "roofline"
-
-
 def test_operations_are_those_that_bench_counts_and_columns_are_written_once(tmp_path):
     """All but attention's, of which the GPU's kernel leaves out what is masked."""
     setting = tiny(tmp_path)

@@ -58,9 +58,7 @@ def peak_with_allocations_of_gpu(model, setting):
         return real_peak(model, setting)
 
 
-@pytest.mark.parametrize(
-    "options", (every := METHODS | CHECKPOINTED | FAMILIES).values(), ids=every
-)
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 def test_saved_bytes_and_the_peak_and_its_moment_are_those_of_a_real_step(options, tmp_path):
     setting = tiny(tmp_path, **options)
     measured, model = simulate(setting), real_model(setting)
@@ -209,10 +207,9 @@ def test_lean_layers_keep_what_they_keep_for_real(values, level, tmp_path):
     assert required.saved_bytes < simulate(tiny(tmp_path, values, loss="chunked")).saved_bytes
 
 
-@pytest.mark.parametrize("method", ["paca", "lora"])
-def test_what_is_offloaded_is_not_on_the_device(method, simulated):
+def test_what_is_offloaded_is_not_on_the_device(simulated):
     """It comes back layer by layer, so that the peak is that of one layer's backward pass."""
-    sizes = {"method": method, "lean": "auto", "seq_len": 512, "lean_level": 2}
+    sizes = {"lean": "auto", "seq_len": 512, "lean_level": 2}
     here, away = simulated(**sizes), simulated(**sizes, activation_offloading=True)
     assert away.saved_bytes < 0.1 * here.saved_bytes
     assert away.peak_bytes < here.peak_bytes

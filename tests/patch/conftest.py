@@ -4,12 +4,30 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from pacatune import patch
+from pacatune.files.checkpoint import Checkpoint
+from pacatune.patch.edit import bits
 from tests.adapters.fixtures import adapter_dir, save_adapter
 from tests.conftest import build_model
 
 __all__ = ["adapter_dir"]
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".pacatune-lock"
+    }
+
+
+def assert_same_tensors(one, other):
+    one, other = Checkpoint.open(one), Checkpoint.open(other)
+    assert one.entries.keys() == other.entries.keys()
+    for name in one.entries:
+        assert torch.equal(bits(one.tensor(name)), bits(other.tensor(name))), name
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +48,11 @@ def bf16_adapter(tmp_path_factory, bf16_dir):
 
 @pytest.fixture(scope="session")
 def bf16_patch(bf16_dir, bf16_adapter):
-    """The patch of both."""
     return patch.make(bf16_dir, bf16_adapter)[0]
 
 
 @pytest.fixture(scope="session")
 def sharded_dir(tmp_path_factory):
-    """The model of `bf16_dir` in several files."""
     folder = tmp_path_factory.mktemp("sharded") / "base"
     build_model(300).bfloat16().save_pretrained(folder, max_shard_size="30KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -45,7 +61,6 @@ def sharded_dir(tmp_path_factory):
 
 @pytest.fixture
 def single(bf16_dir, tmp_path):
-    """A base of our own, in one file."""
     return Path(shutil.copytree(bf16_dir, tmp_path / "base"))
 
 

@@ -1,7 +1,6 @@
 """What two models, or two patches, differ in."""
 
 import filecmp
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
 from pacatune.patch.difference import changed_columns
 from tests.adapters.fixtures import edit_tensors, save_adapter
-from tests.conftest import build_model
 from tests.releases import needs
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -54,10 +52,7 @@ def test_rows_and_whole_vectors(bf16_dir, changed, tmp_path):
 
     other = changed(change)
     made = patch.diff(bf16_dir, other).patch
-    assert {name: edit.dim for name, edit in made.edits.items()} == {
-        "model.embed_tokens.weight": 0,
-        "model.norm.weight": 0,
-    }
+    assert {edit.dim for edit in made.edits.values()} == {0}
     assert made.edits["model.embed_tokens.weight"].indices.tolist() == [3, 7]
     assert_gives(bf16_dir, made, other, tmp_path / "out")
 
@@ -85,20 +80,12 @@ def test_columns_that_were_trained_on_few_bits_by_way_of_the_merge(tiny_model_di
         (lambda t: t.pop(NAME), "1 tensors are in the first alone, first"),
         (lambda t: t.update(new=torch.ones(2)), "1 tensors are in the second alone, first 'new'"),
         (lambda t: t.update({NAME: t[NAME].float()}), "1 tensors have another shape or dtype"),
-        (lambda t: t.update({NAME: t[NAME][:4].clone()}), "1 tensors have another shape or dtype"),
     ],
 )
 def test_more_than_columns_is_no_patch(bf16_dir, changed, change, message):
     result = patch.diff(bf16_dir, changed(change))
     assert result.patch is None
     assert result.refusal().startswith(message)
-
-
-def test_a_model_of_other_sizes(bf16_dir, tmp_path):
-    build_model(300, num_hidden_layers=1).bfloat16().save_pretrained(tmp_path / "other")
-    assert len(patch.diff(bf16_dir, tmp_path / "other").only_a) == 9
-    with pytest.raises(FileNotFoundError, match="has neither"):
-        patch.diff(bf16_dir, Path(tmp_path))
 
 
 def test_packed_numbers_and_single_numbers_are_no_columns(bf16_dir, tmp_path):

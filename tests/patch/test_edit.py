@@ -33,16 +33,13 @@ def make_patch(*columns, fingerprint=None, **options):
         ({"dim": 2}, r"`dim` \(2\) must be one of the dimensions of \(4, 6\)"),
         ({"indices": torch.tensor([1.0, 2.0])}, r"`indices` must be \(R,\) int64, got \(2,\) of"),
         ({"indices": torch.tensor([2, 1])}, "must increase from 0 on and stay below 6"),
-        ({"indices": torch.tensor([1, 1])}, "must increase"),
         ({"indices": torch.tensor([-1, 1])}, "must increase"),
-        ({"indices": torch.tensor([1, 6])}, "stay below 6"),
         ({"indices": torch.arange(0), "original": NOTHING, "new": NOTHING}, "must increase"),
         ({"indices": torch.tensor([1])}, r"`original` must be \(4, 1\) to fit 1 columns"),
         ({"new": torch.zeros(4, 3)}, r"`new` must be \(4, 2\) .* got \(4, 3\)"),
         ({"new": torch.zeros(4, 2)}, "`original` is torch.bfloat16 and `new` is torch.float32"),
         # Row groups
         ({"indices": torch.tensor([[0, 2], [5, 2]])}, "must increase from 0 on"),
-        ({"indices": torch.tensor([[0, 2], [2, 6]])}, "stay below 6"),
         ({"indices": torch.tensor([[0, 2]] * 3)}, "its 3 row groups must divide a dimension of"),
         ({"indices": torch.tensor([[0, 2]] * 2), "row_dim": 1}, "got `row_dim` = 1"),
     ],
@@ -66,8 +63,7 @@ def test_the_inverse_takes_back():
     edit, inverse = patch.edits["a.weight"], patch.inverse().edits["a.weight"]
     assert torch.equal(inverse.new, edit.original)
     assert torch.equal(inverse.original, edit.new)
-    assert patch.num_bytes == 4 * 2 * 2
-    assert patch.num_columns == 2
+    assert (patch.num_bytes, patch.num_columns) == (4 * 2 * 2, 2)
 
 
 def test_row_groups_have_columns_of_their_own():
@@ -81,9 +77,6 @@ def test_row_groups_have_columns_of_their_own():
     put_bits_(changed, 1, edit.indices, edit.original, edit.row_dim)
     assert torch.equal(changed, WEIGHT)
     assert stack([Patch(edits={"a.weight": edit})]).edits["a.weight"] is edit
-
-
-# Several patches.
 
 
 def test_disjoint_patches_stack_in_any_order():
@@ -149,14 +142,7 @@ def test_a_stack_knows_the_base_by_what_none_of_them_changes():
     assert stack([one, two]).fingerprint == {"a.weight": {5: "y"}}
 
 
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        (make_patch(3, 4), {"a.weight": 1}),
-        (make_patch(0), {}),
-        (make_patch(0, dim=0), {"a.weight": 2}),
-        (make_patch([0, 2], [1, 4]), {"a.weight": 2}),
-    ],
-)
-def test_shared_columns_are_counted(other, expected):
-    assert shared_columns(make_patch(1, 4).edits, other.edits) == expected
+def test_shared_columns_are_counted():
+    others = make_patch(3, 4), make_patch(0), make_patch(0, dim=0), make_patch([0, 2], [1, 4])
+    found = [shared_columns(make_patch(1, 4).edits, other.edits) for other in others]
+    assert [one.get("a.weight", 0) for one in found] == [1, 0, 2, 2]

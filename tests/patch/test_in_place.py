@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
 from tests.adapters.fixtures import edit_tensors
 from tests.full_disk import limited_files
-from tests.patch.folders import contents
+from tests.patch.conftest import contents
 
 
 @pytest.fixture
@@ -68,24 +69,18 @@ def test_a_file_with_a_second_name_is_not_changed(unchanged, bf16_patch, tmp_pat
 
 
 def test_one_process_at_a_time(unchanged, bf16_patch):
-    for action in (patch.recover, lambda folder: patch.apply_in_place(folder, bf16_patch)):
-        with alone_in(unchanged), pytest.raises(ValueError, match="another run is at work in"):
-            action(unchanged)
-
-
-# Full disks and errors.
-
-
-def test_a_full_disk_is_known_before(unchanged, bf16_patch, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 2**16))
-    with pytest.raises(ValueError, match=r"64.0 KiB free but 1\d\.\d MiB are needed; make room"):
+    with alone_in(unchanged), pytest.raises(ValueError, match="another run is at work in"):
+        patch.recover(unchanged)
+    with alone_in(unchanged), pytest.raises(ValueError, match="another run is at work in"):
         patch.apply_in_place(unchanged, bf16_patch)
 
 
-def test_a_disk_that_runs_full_at_the_journal_changes_nothing(unchanged, bf16_patch):
+def test_a_full_disk_is_known_before_or_at_the_journal(unchanged, bf16_patch, monkeypatch):
     full = pytest.raises(ValueError, match=r"could not write '.*journal' .*nothing was left")
     with limited_files(), full:
+        patch.apply_in_place(unchanged, bf16_patch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
+    with pytest.raises(ValueError, match=r"64.0 KiB free but 1\d\.\d MiB are needed; make room"):
         patch.apply_in_place(unchanged, bf16_patch)
 
 
@@ -128,19 +123,12 @@ def test_a_rollback_that_fails_says_what_to_do(unchanged, bf16_patch, monkeypatc
 
 
 def test_what_cannot_be_written_is_left_alone(unchanged, bf16_patch, monkeypatch):
-    def refused(path):
-        raise PermissionError(f"{path} is read-only")
-
-    monkeypatch.setattr(folder_module, "writable", refused)
-    with pytest.raises(PermissionError, match="is read-only"):
+    monkeypatch.setattr(folder_module, "writable", Mock(side_effect=PermissionError("read-only")))
+    with pytest.raises(PermissionError, match="read-only"):
         patch.apply_in_place(unchanged, bf16_patch)
 
 
-# Kills.
-
 ROOT = Path(__file__).parents[2]
-
-
 # Forks children that kill themselves at the n-th change of the file system, or in the midst of
 # writing columns. Each leaves a folder behind; the last one ends by itself.
 _DRIVER = """
@@ -348,14 +336,11 @@ def test_a_model_saved_in_place_of_an_interrupted_one_is_kept(interrupted, bf16_
     assert patch.recover(interrupted)
 
 
-def test_a_damaged_journal_is_said_to_be_so(unchanged):
-    (unchanged / JOURNAL_NAME).write_bytes(b"x")
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        patch.recover(unchanged)
-    (unchanged / JOURNAL_NAME).unlink()
-
-
 def test_a_strangers_journal_leads_nowhere_else(base, bf16_patch, tmp_path):
+    (base / JOURNAL_NAME).write_bytes(b"x")
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
+        patch.recover(base)
+    (base / JOURNAL_NAME).unlink()
     name = Checkpoint.open(base).entries[next(iter(bf16_patch.edits))].file
     outside = Path(shutil.move(base / name, tmp_path / "theirs.safetensors"))
     (base / name).symlink_to(outside)

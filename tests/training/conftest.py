@@ -21,7 +21,6 @@ def turn(role, content):
 
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory):
-    """Sixty small chats whose answers can be learned."""
     rows = [
         {"messages": turn("user", f"What is {i}?") + turn("assistant", f"It is {7 * i % 10}.")}
         for i in range(60)
@@ -31,7 +30,6 @@ def data_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs_path(tmp_path_factory):
-    """Forty questions with an answer that is preferred and one that is not."""
     rows = [
         {
             "prompt": turn("user", f"What is {i}?"),
@@ -45,7 +43,6 @@ def pairs_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prompts_path(tmp_path_factory):
-    """Forty prompts with a number each."""
     rows = [{"prompt": f"Count {i}", "number": i} for i in range(40)]
     return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows)
 

@@ -74,5 +74,4 @@ def _run(words, code, env, timeout, num_processes):
 
 
 def save_config(config, path):
-    """Write a run's configuration as a user's file."""
     path.write_text(config_text(config, path.name))

@@ -30,7 +30,6 @@ MEASURED = {
 
 
 def write_rows(path, rows):
-    """Write a file of data; return its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -40,7 +39,6 @@ def read_json(*parts):
 
 
 def make_trainer(config):
-    """Return the trainer of a run, ready to train."""
     task = task_of(config)
     return recipe.make_trainer(task, recipe.prepare(task, QUIET), None, QUIET)
 
@@ -71,7 +69,6 @@ def interrupt(config, monkeypatch, step, number=signal.SIGINT, console=QUIET):
 
 
 def refused(message, config, **options):
-    """A run is refused, or ends, with an error."""
     with pytest.raises((ValueError, TypeError, OSError, ImportError), match=message):
         train(config, console=QUIET, **options)
 

@@ -127,9 +127,7 @@ def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
     assert report.eval_loss_after < report.eval_loss_before - 0.1
     assert any(".language_model.layers.1." in name for name in report.targets)
     out, merged = tmp_path / "out", tmp_path / "merged"
-    card = (out / "README.md").read_text()
-    assert "AutoModelForImageTextToText" in card
-    assert "pacatune generate" not in card
+    assert "AutoModelForImageTextToText" in (out / "README.md").read_text()
     processor = AutoProcessor.from_pretrained(out)
     words = ["--model", str(model_dir), "--adapter", str(out), "--output", str(merged)]
     assert main(["merge", *words]) == 0

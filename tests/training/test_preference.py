@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from pacatune.training import train
 from pacatune.training.task import task_of
-from tests.training.runs import QUIET, assert_close, make_trainer, read_json
+from tests.training.runs import QUIET, assert_close, make_trainer
 
 
 @pytest.mark.parametrize("method", ["paca", "lora"])
@@ -23,12 +23,8 @@ def test_dpo(make_task_config, tmp_path, console, method):
     assert report.eval_metrics_after["rewards/accuracies"] == 1
     assert [step for step, _ in report.train_metrics["rewards/margins"]] == [1, 2, 3, 4, 5, 6]
     assert ("held-out accuracy after", "1.0000") in report.table()
-    folder = tmp_path / "out"
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {"adapter_model.safetensors", "report.json", "README.md", "loss.png"}
-    assert "- dpo\n" in (folder / "README.md").read_text()
-    assert "task: dpo\n" in (folder / "config.yaml").read_text()
-    assert read_json(folder / "report.json")["eval_metrics_after"] == report.eval_metrics_after
+    assert "- dpo\n" in (tmp_path / "out/README.md").read_text()
+    assert "task: dpo\n" in (tmp_path / "out/config.yaml").read_text()
 
 
 def test_curves_are_those_of_the_steps_though_another_checkpoint_is_kept(make_task_config):
@@ -48,7 +44,6 @@ def test_kto(make_task_config, console):
     assert report.eval_loss_before == pytest.approx(0.5)
     assert report.eval_metrics_after["rewards/margins"] > 0.03
     assert report.num_train_examples == 64  # two answers of each of 32 pairs
-    assert "kl" in report.train_metrics
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])
@@ -58,9 +53,7 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
     report = train(config, console=QUIET)
     assert report.eval_loss_after < report.eval_loss_before - 0.1
     assert report.eval_metrics_after["accuracy"] == 1
-    folder = tmp_path / "out"
-    assert "text-classification" in (folder / "README.md").read_text()
-    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    load, folder = transformers.AutoModelForSequenceClassification.from_pretrained, tmp_path / "out"
     if method == "full":
         model = load(folder)
     else:

@@ -1,17 +1,14 @@
 """What a run says of itself: while it trains, in its report, and on its card."""
 
-import io
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
 
 from pacatune.reports.provenance import versions
-from pacatune.training.progress import Meter, ProgressReporter
+from pacatune.training.progress import Meter
 from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
 from pacatune.training.sft import TextTrainer
 from pacatune.training.task import task_of
@@ -39,33 +36,11 @@ def test_files(tmp_path):
     write_report(report, tmp_path)
     saved = read_json(tmp_path / "report.json")
     assert saved == json.loads(json.dumps(report.to_dict()))
-    assert not saved.keys() & {"task", "more", "rows", "details", "train_metrics", "eval_metrics"}
-    assert saved.keys() - make_report(tokens_per_second=None).to_dict() == {"tokens_per_second"}
-    assert make_report(task="dpo").to_dict().keys() >= {"train_metrics", "eval_metrics_after"}
     text = (tmp_path / "report.md").read_text()
-    for part in (
-        "# paca on owner/model",
-        "| held-out loss before | 2.5000 |",
-        "| trained parameters | 1,000 (1.000%) |",
-        "| peak memory (process_peak_resident) | 1.0 GiB |",
-        "Trained: 2 modules (q_proj).",
-        "- a warning",
-    ):
-        assert part in text
+    assert "| trained parameters | 1,000 (1.000%) |" in text
+    assert "- a warning" in text
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (840, 480)
-
-
-def test_files_where_nothing_was_measured(tmp_path):
-    losses = dict.fromkeys(("eval_loss_before", "eval_loss_after", "train_loss", "step_ms"))
-    empty = {"saved_activation_bytes": None, "targets": [], "train_losses": [], "eval_losses": []}
-    write_report(make_report(**losses, **empty), tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "| held-out loss after | - |" in text
-    assert "Trained: every weight." in text
-    assert (tmp_path / "loss.png").exists()
-    write_report(make_report(method="head", targets=[]), tmp_path)
-    assert "Trained: the head." in (tmp_path / "report.md").read_text()
 
 
 def test_train_loss_is_the_mean_over_steps():
@@ -85,7 +60,6 @@ def test_train_loss_is_the_mean_over_steps():
     ("method", "library", "contains"),
     [
         ("paca", "peft", ["import pacatune  # makes PaCA known", "pacatune merge", "--to lora"]),
-        ("lora", "peft", ["PeftModel.from_pretrained"]),
         ("moslora", "peft", ["# MosLoRA fine", "pacatune  # makes MosLoRA known", "--to lora"]),
         ("full", "transformers", ["AutoModelForCausalLM.from_pretrained"]),
     ],
@@ -95,20 +69,10 @@ def test_card(make_config, tmp_path, method, library, contains):
     write_card(task, report, tmp_path)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)
-    assert front["base_model"] == "owner/model"
-    assert front["library_name"] == library
+    assert (front["base_model"], front["library_name"]) == ("owner/model", library)
     assert front["tags"] == sorted({method, "pacatune", "sft", "trl"})
-    assert front["pipeline_tag"] == "text-generation"
     assert all(text in body for text in contains)
-    assert "20 examples, 2 held out" in body
     assert ("import pacatune" in body) == (method in ("paca", "moslora"))
-
-
-ARGUMENTS = SimpleNamespace(disable_tqdm=False)
-
-
-def state(step):
-    return SimpleNamespace(global_step=step, max_steps=40)
 
 
 def test_meter():
@@ -123,28 +87,3 @@ def test_meter():
     meter.add(TextTrainer.num_items(None, {"input_ids": ids}))
     meter.step_seconds[:] = [2.0]
     assert meter.items_per_second == (8 + 10) / 2  # padding is not counted
-
-
-def lines(**options):
-    console = Console(file=io.StringIO(), **{"width": 200, "force_terminal": False, **options})
-    meter = Meter()
-    meter.step_seconds[:], meter.num_items = [1.0], 100
-    reporter = ProgressReporter(console, meter)
-    reporter.on_train_begin(ARGUMENTS, state(0))
-    reporter.on_log(ARGUMENTS, state(0), None, logs={"eval_loss": 3.0, "step": 0})
-    for step in range(1, 41):
-        reporter.on_step_end(ARGUMENTS, state(step))
-        reporter.on_log(ARGUMENTS, state(step), None, logs={"loss": 2.0, "grad_norm": 1.0})
-    reporter.close()
-    return console.file.getvalue()
-
-
-def test_what_is_shown():
-    text = lines()
-    assert text.startswith("step 0/40: evaluation loss 3.0000\n")
-    assert "step 40/40: loss 2.0000  100 tokens/s  peak " in text
-    assert text.count("\n") == 22
-    bar = lines(force_terminal=True)
-    assert "step 40/40" in bar
-    assert "loss 2.0000  100 tokens/s  peak" in bar
-    assert lines(quiet=True) == ""

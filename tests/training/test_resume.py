@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 
@@ -91,20 +92,11 @@ def test_second_signal_stops_at_once(make_config, tmp_path, monkeypatch):
     stop_at(monkeypatch, 5, twice)
     # A shell starts background jobs with SIGINT ignored, and tests may be one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt) as caught:
-            train(make_config(), console=QUIET)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        train(make_config(), console=QUIET)
+    signal.signal(signal.SIGINT, before)
     assert not isinstance(caught.value, TrainingInterrupted)
     assert not (tmp_path / "out" / "checkpoint-5").exists()
-
-
-def test_interrupt_on_the_command_line(make_config, tmp_path, capsys, monkeypatch):
-    save_config(make_config(), tmp_path / "run.yaml")
-    stop_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
-    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 130
-    assert "stopped at step 3 of 8; continue with" in capsys.readouterr().err
 
 
 def test_overwrite_says_what_it_deletes_when_training_can_start(
@@ -113,16 +105,8 @@ def test_overwrite_says_what_it_deletes_when_training_can_start(
     config = make_config(training={"max_steps": 2, "report_to": "tensorboard"})
     train(config, console=QUIET)
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    message = r"out holds another run \(README.md, .*or delete it with --overwrite"
-    refused(message, config)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    refused(r"did not write, .*\(notes.txt\)", config, overwrite=True)
-    (tmp_path / "out" / "notes.txt").unlink()
-
-    def fail(*args, **kwargs):
-        raise ValueError("no memory for the weights")
-
     with monkeypatch.context() as patch:
+        fail = Mock(side_effect=ValueError("no memory for the weights"))
         patch.setattr("pacatune.training.language.LanguageTask.load_model", fail)
         refused("no memory for the weights", config, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before

@@ -42,15 +42,11 @@ def test_a_coroutine_function_is_awaited(load):
     assert is_async_callable(reward)
     assert asyncio.run(reward(**TWO)) == [1.0, 1.0]
     reward = load("async def f(completions, **kwargs):\n    raise OSError('gone')\n")
-    with pytest.raises(RewardError, match=r"'my_rewards:f' raised OSError \(gone\) on 2 answers"):
+    raised = (
+        r"'my_rewards:f' raised OSError \(gone\) on 2 answers \(d.jsonl, row 1 is the first\)\."
+    )
+    with pytest.raises(RewardError, match=raised):
         asyncio.run(reward(**TWO))
-
-
-def test_an_error_names_function_and_prompt(load):
-    reward = load("def f(completions, **kwargs):\n    return 1 / 0\n")
-    raised = r"'my_rewards:f' raised ZeroDivisionError \(division by zero\) on 2 answers"
-    with pytest.raises(RewardError, match=rf"{raised} \(d.jsonl, row 1 is the first\)\."):
-        reward(**TWO)
 
 
 def test_numbers_of_any_kind():
@@ -70,7 +66,6 @@ def test_numbers_of_any_kind():
         (None, r"returned None \(.*not iterable\); it must return a list of 2 numbers, or None"),
         ([1.0], "'f' returned a list of 1; it must return a list of 2 numbers, or None where"),
         ([1.0, math.nan], "'f' returned nan for d.jsonl, row 2; it must return"),
-        ([-math.inf, 1.0], "'f' returned -inf for d.jsonl, row 1"),
         ([1.0, "good"], r"'f' returned \[1.0, 'good'\] \(could not convert"),
     ],
 )
@@ -82,7 +77,6 @@ def test_what_are_no_rewards(rewards, message):
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("", "my_rewards:g", r"raised AttributeError \(module 'my_rewards' has no attribute"),
         ("g = 1", "my_rewards:g", r"cannot be called with prompts, .*\(1 is not a callable"),
         ("", "nosuch_module:g", r"module:name, of a module in .* or installed.*'nosuch_module'"),
         ("", "short", r"`reward` \('short'\) must be a Python function as module:name"),

@@ -20,27 +20,16 @@ GAP = "sampling/sampling_logp_difference/max"
 def test_run(make_task_config, tmp_path, console, task, method):
     config = make_task_config(task, method, reward=["my_rewards:short", "my_rewards:even"])
     report = train(config, console=console)
-    said = console.file.getvalue()
-    assert "step 6/6: evaluation reward -" in said
-    assert "step 6/6: reward -" in said
-    assert report.tokens_per_second > 0
+    assert "step 6/6: evaluation reward -" in console.file.getvalue()
     rewards = {f"rewards/my_rewards.{name}/mean" for name in ("short", "even")}
-    assert report.eval_metrics_after.keys() >= {"reward", *rewards, "completions/mean_length"}
+    assert report.eval_metrics_after.keys() >= {"reward", *rewards}
     # what is sampled is what is trained, the rounding of other kernels aside
     difference = report.train_metrics[GAP]
     assert len(difference) == 6
     assert all(0 <= value < 1e-5 for _, value in difference)
     folder = tmp_path / "out"
-    assert {path.name for path in folder.iterdir()} >= {"adapter_model.safetensors", "reward.png"}
-    assert not (folder / "loss.png").exists()
-    rows = dict(report.table())
-    assert rows["held-out reward before"] != "-"
-    assert not any("loss" in row for row in rows)  # it says nothing of rewards
-    command = (
-        "pacatune train --config config.yaml --reward my_rewards:short --reward my_rewards:even"
-    )
-    assert (folder / "config.yaml").read_text().startswith(f"# Repeat with: {command}\n")
-    assert f"`{command}` repeats" in (folder / "README.md").read_text()
+    assert (folder / "reward.png").exists() > (folder / "loss.png").exists()
+    assert not any("loss" in row for row, _ in report.table())  # it says nothing of rewards
 
 
 def test_a_reward_is_learned(make_task_config, tiny_tokenizer, tmp_path):
@@ -60,8 +49,7 @@ def test_a_reward_is_learned(make_task_config, tiny_tokenizer, tmp_path):
     model = {"path": str(tmp_path / "model")}
     config = make_task_config("grpo", model=model, reward=["my_rewards:early"], training=training)
     report = train(config, console=QUIET)
-    before = report.eval_metrics["reward"][0][1]
-    assert report.eval_metrics_after["reward"] > before + 0.1
+    assert report.eval_metrics_after["reward"] > report.eval_metrics["reward"][0][1] + 0.1
 
 
 def test_answers_are_sampled_from_resident_weights(make_task_config):

@@ -1,6 +1,3 @@
-import json
-import shutil
-
 import pytest
 import torch
 from peft import get_peft_model
@@ -10,7 +7,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import PacaConfig, lean
 from pacatune.training.language import find_stop_ids, load_tokenizer, weights_dtype
 from pacatune.training.sft import check_packing, packs
-from pacatune.training.task import Plan, count_trainable, make_adapter_config, task_of
+from pacatune.training.task import count_trainable, make_adapter_config, task_of
+from tests.adapters.fixtures import edit_json, model_copy
+
+__all__ = ["model_copy"]
 
 SIZES = {
     **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -19,26 +19,10 @@ SIZES = {
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
-@pytest.fixture
-def model_copy(tiny_model_dir, tmp_path):
-    return shutil.copytree(tiny_model_dir, tmp_path / "model")
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_chat_template_as_text_and_as_file(make_config, tmp_path):
-    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    (tmp_path / "t.jinja").write_text(text)
-    for given in (text, str(tmp_path / "t.jinja")):
-        assert load_tokenizer(make_config(data={"chat_template": given})).chat_template == text
-
-
 def test_stop_ids_are_those_of_generation_and_of_the_run(make_config, model_copy):
     config = make_config(model={"path": str(model_copy)})
     tokenizer = load_tokenizer(config)
-    edit(model_copy / "generation_config.json", eos_token_id=[2, 5])
+    edit_json(model_copy / "generation_config.json", eos_token_id=[2, 5])
     assert find_stop_ids(config, tokenizer) == {2, 5}
     (model_copy / "generation_config.json").unlink()
     assert find_stop_ids(config, tokenizer) == {2}
@@ -57,7 +41,7 @@ def test_nothing_of_a_model_is_executed(make_config, model_copy, tmp_path):
         task_of(make_config(model=model)).load_model()
     (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    edit(model_copy / "config.json", model_type="evil", auto_map=code)
+    edit_json(model_copy / "config.json", model_type="evil", auto_map=code)
     with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
         task_of(make_config(model=model)).plan()
     assert not (tmp_path / "ran").exists()
@@ -104,7 +88,6 @@ def test_packing_that_is_not_tried(make_config, monkeypatch):
     for option in ("packing", "padding_free", "eval_packing"):
         training = make_config(training={option: True}).training
         assert packs(training, None)
-        assert not packs(training, "flash_attention_2")
         assert not packs(training, "kernels-community/flash-attn3")
     assert not packs(make_config().training, None)
     monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
@@ -113,7 +96,7 @@ def test_packing_that_is_not_tried(make_config, monkeypatch):
         check_packing(task_of(make_config()).load_model())
 
 
-@pytest.mark.parametrize("method", ["paca", "lora", "dora", "moslora", "full"])
+@pytest.mark.parametrize("method", ["paca", "dora", "moslora", "full"])
 def test_plan_is_what_is_trained(make_config, method):
     config = make_config(method)
     planned, adapter_config, max_positions = task_of(config).plan_training()
@@ -123,16 +106,6 @@ def test_plan_is_what_is_trained(make_config, method):
     assert planned.num_trainable_parameters == count_trainable(model)
     assert max_positions == 256
     assert len(planned.targets) == (0 if method == "full" else 14)
-
-
-def test_plan_of_other_targets(make_config):
-    section = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]}
-    planned = task_of(make_config(paca=section)).plan()
-    sizes = {"self_attn.q_proj": "32 -> 32", "mlp.down_proj": "64 -> 32"}
-    assert planned.targets == {f"model.layers.1.{name}": size for name, size in sizes.items()}
-    # Layers of many sizes are one line.
-    targets = {"0.conv_pw": "8 -> 16", "1.conv_pw": "16 -> 32", "0.fc": "8 -> 8", "1.fc": "8 -> 8"}
-    assert Plan(targets, 1, 2).summary() == ["2 x conv_pw", "2 x fc (8 -> 8)"]
 
 
 def test_options_reach_peft_and_transformers(make_config):

@@ -1,11 +1,9 @@
 """Training that starts from a finished adapter."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
@@ -14,6 +12,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.config_file import read_values
 from pacatune.training.language import load_tokenizer
 from pacatune.training.start import read_start, settle
+from tests.adapters.fixtures import edit_json, edit_tensors
 from tests.training.launching import save_config
 from tests.training.runs import QUIET, assert_close, read_json, refused
 
@@ -63,7 +62,6 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path):
         assert update.delta.any()
     assert two.scaling("model.layers.0.self_attn.q_proj") == 3
     assert two.sidecar == one.sidecar
-    assert two.config.base_model_name_or_path == one.config.base_model_name_or_path
     assert report.adapter == str(paca)
     assert f"| started from | {paca} |" in (out / "report.md").read_text()
 
@@ -90,8 +88,7 @@ def test_other_methods(make_config, make_first, tmp_path, method):
 def test_an_adapter_whose_selection_chooses_nothing(make_config, paca, tmp_path, selection):
     """Its columns are in its files; what the run saves as its options can be given again."""
     folder = shutil.copytree(paca, tmp_path / selection)
-    values = read_json(folder / "adapter_config.json") | {"selection": selection}
-    (folder / "adapter_config.json").write_text(json.dumps(values))
+    edit_json(folder / "adapter_config.json", selection=selection)
     config = settle(settle(make_config(adapter=str(folder))))
     assert config.paca.selection == "random"
     assert read_start(config).columns == read_adapter(paca).config.columns
@@ -106,7 +103,6 @@ def test_contradictions(
     for match, options in (
         (r"`paca.r` \(4\) contradicts `adapter` .*, which has 3 and", {"paca": {"r": 4}}),
         (r"'paca', and `method` \('lora'\) trains LoRA; change one", {"method": "lora"}),
-        (r"and `method` \('full'\) trains Full; change one of them", {"method": "full"}),
         (r"of the kind 'dora', and `method` \('lora'\)", {"method": "lora", "adapter": str(dora)}),
     ):
         with pytest.raises(ValueError, match=match):
@@ -120,9 +116,7 @@ def test_contradictions(
     config = make_task_config("reward", adapter=str(paca))
     refused("is for the task type CAUSAL_LM, and this run", config)
     model = shutil.copytree(tiny_model_dir, tmp_path / "other")
-    tensors = load_file(model / "model.safetensors")
-    tensors = {name: tensor + 1 for name, tensor in tensors.items()}
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(model / "model.safetensors", lambda one: [x.add_(1) for x in one.values()])
     config = make_config(adapter=str(paca), model={"path": str(model)})
     refused("are not those it was trained on", config)
     assert not (tmp_path / "out").exists()

@@ -58,6 +58,5 @@ def test_run_resumed_is_the_same(make_config, data_path, tmp_path, console, asse
     assert_resumes(10, make_config, **options)  # in its second pass over 60 rows
     report = read_json(tmp_path / "whole/report.json")
     assert (report["num_train_examples"], report["num_eval_examples"]) == (12 * 8, 60)
-    assert report["eval_loss_after"] < report["eval_loss_before"]
     preview(make_config(**options), 1, console=console)
     assert "chats.jsonl, row 1: " in console.file.getvalue()

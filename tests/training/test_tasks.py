@@ -99,9 +99,7 @@ def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     config = make_task_config("orpo", data=data, training={"learning_rate": 1e-2})
     report = train(config, console=console)
     assert report.eval_loss_after < report.eval_loss_before
-    assert report.eval_metrics["rewards/accuracies"]
     assert "held-out accuracy after" in dict(report.table())
-    assert "- orpo\n" in (tmp_path / "out/README.md").read_text()
     preview(config, 1, console=console)
     assert "rejected: No idea." in console.file.getvalue()
     with redirect_stdout(io.StringIO()) as shown:
@@ -113,8 +111,6 @@ def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     ("task", "shown"),
     [
         ("dpo", ["chosen (7 tokens): It is 0.</s>", "rejected (9 tokens):", "What is 0?"]),
-        ("kto", ["label: True", "What is"]),
-        ("reward", ["chosen (21 tokens):", "rejected (23 tokens):"]),
         ("grpo", ["prompts.jsonl, row 1\nprompt (", ": <s>Count 0", "number: 0"]),
     ],
 )
@@ -157,7 +153,6 @@ def test_a_classifier(make_task_config, tmp_path, console, method):
     config = make_task_config("classifier", method, data=data, training=training)
     report = train(config, console=console)
     assert report.eval_metrics_after["accuracy"] > (0.9 if method == "paca" else 0.3)
-    assert dict(report.table())["held-out accuracy after"]
     card = (tmp_path / "out/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
     exec(code, names := {})

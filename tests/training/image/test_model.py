@@ -14,21 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageClassification,
     BitImageProcessor,
     ConvNextImageProcessor,
-    DeiTConfig,
-    TimmWrapperConfig,
 )
 
 from pacatune.training import RunConfig
 from pacatune.training.image.config import PRESETS, find_preset
 from pacatune.training.image.model import ImageBase, find_batch_norms, size_of
 from pacatune.training.image.report import compare
-from pacatune.training.image.report import describe as in_words
 from pacatune.training.image.task import ImageTask, ImageTrainer
 from pacatune.training.task import find_heads, make_trainable
-from pacatune.training.trainer import RunTrainer, accuracy
+from pacatune.training.trainer import RunTrainer
+from tests.adapters.fixtures import edit_json
 from tests.image_models import CLASSES, save_timm
 from tests.training.runs import read_json
 
@@ -46,7 +43,6 @@ def test_timm_model_as_timm_writes_it(timm_dir, tmp_path):
     assert base.size == 64
     assert base.processor.size["shortest_edge"] == 67  # 168 of 160: what timm crops away
     assert base.config.pretrained_cfg["input_size"] == (3, 64, 64)
-    assert base.empty_model().timm_model.get_classifier().out_features == 3
     # A transformer interpolates its positions for other sizes.
     arguments = {"model_args": {"depth": 1, "num_classes": 9}, "num_classes": 9}
     values = {"architecture": "vit_tiny_patch16_224", **arguments}
@@ -64,15 +60,14 @@ def test_images_are_prepared_as_timm_does(timm_dir, tmp_path, values):
     from timm.data import create_transform, resolve_data_config
 
     path = shutil.copytree(timm_dir, tmp_path / "model") / "config.json"
-    description = read_json(path)
-    description["pretrained_cfg"] |= values
-    path.write_text(json.dumps(description))
+    pretrained = read_json(path)["pretrained_cfg"] | values
+    edit_json(path, pretrained_cfg=pretrained)
     processor = describe(path.parent).processor
     rows, columns = np.mgrid[0:190, 0:240]
     pixels = np.stack([rows, columns, (rows // 40 + columns // 60) % 2 * 255], axis=2)
     image = Image.fromarray(pixels.astype(np.uint8))
     ours = processor(image, return_tensors="pt")["pixel_values"][0]
-    settings = resolve_data_config(pretrained_cfg=description["pretrained_cfg"])
+    settings = resolve_data_config(pretrained_cfg=pretrained)
     error = (create_transform(**settings)(image) - ours).abs()
     # One step of 255, by the deviation: tensors are resized here, images there.
     assert error.max() < 3 / 255 / min(processor.image_std)
@@ -97,16 +92,12 @@ def test_another_size_crops_the_same_share_away(vit_dir, tmp_path):
 
 
 def test_a_head_is_kept_for_the_same_classes_alone(vit_dir, tmp_path):
-    path = shutil.copytree(vit_dir, tmp_path / "model") / "config.json"
     labels = {"id2label": {"0": "blue", "1": "green"}, "label2id": {"blue": 0, "green": 1}}
-    path.write_text(json.dumps(read_json(path) | labels))
+    path = edit_json(shutil.copytree(vit_dir, tmp_path / "model") / "config.json", **labels)
     assert describe(path.parent, classes=["blue", "green"]).has_own_head
     assert not describe(path.parent, classes=["green", "blue"]).has_own_head
     assert describe(path.parent, classes=None).config.id2label == {0: "blue", 1: "green"}
-    base = describe(vit_dir)
-    assert not base.has_own_head
-    assert base.config.label2id == {"blue": 0, "green": 1, "red": 2}
-    assert base.empty_model().classifier.out_features == 3
+    assert describe(vit_dir).config.label2id == {"blue": 0, "green": 1, "red": 2}
     stored = load_file(vit_dir / "model.safetensors")["classifier.weight"]
     for classes in (["cat", "dog"], None):  # of which the first would fit
         head = describe(vit_dir, classes=classes).load(torch.float32).classifier.weight
@@ -155,12 +146,11 @@ def test_what_is_trained_of_a_transformer(make_config):
     full = plan(make_config("full"))[0]
     assert full.num_trainable_parameters == full.num_parameters
     # Heads are never targets.
-    for exclude, number in ((None, 12), (["fc1"], 10), (".*k_proj|.*key", 10)):
-        section = {"r": 4, "target_modules": "all-linear", "exclude_modules": exclude}
-        planned, adapter_config, _ = plan(make_config(paca=section))
-        assert "classifier" not in planned.targets
-        assert adapter_config.modules_to_save == ["classifier"]
-        assert len(planned.targets) == number
+    section = {"r": 4, "target_modules": "all-linear", "exclude_modules": ["fc1"]}
+    planned, adapter_config, _ = plan(make_config(paca=section))
+    assert "classifier" not in planned.targets
+    assert adapter_config.modules_to_save == ["classifier"]
+    assert len(planned.targets) == 10
 
 
 def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
@@ -171,9 +161,7 @@ def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
     lora, _, notes = plan(make_cnn("lora"))
     assert lora.targets
     assert not any("conv_dw" in name for name in lora.targets)
-    assert notes[0].startswith("2 x conv_dw, 1 x conv_stem left as it is: ")
     assert "or grouped (depthwise), which PaCA adapts" in notes[0]
-    assert plan(make_cnn("dora"))[0].targets.keys() == lora.targets.keys()
     # BatchNorm is saved for its statistics; its scale is not trained.
     trained, adapter_config, _ = plan(make_cnn(training={"train_batch_norm": True}))
     assert trained.num_trainable_parameters == planned.num_trainable_parameters
@@ -182,7 +170,7 @@ def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
 
 
 NO_NORM = "train_batch_norm` is true, but ViTForImageClassification has no BatchNorm; leave it"
-NOWHERE = "is neither a file or folder here nor a model of the hub"
+NOWHERE = r"'timm/resnet18\.a1_in1k'\) is neither a file or folder here nor a model of the hub"
 FEW = r"every convolution of Timm.* has fewer input channels than the rank 5000.*lower `r`"
 DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
 
@@ -193,11 +181,7 @@ DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
     [
         ("vit", "paca", {"training": {"train_batch_norm": True}}, NO_NORM),
         ("vit", "head", {"training": {"train_batch_norm": True}}, NO_NORM),
-        ("vit", "paca", {"paca": {"target_modules": ["fc1", "no_such"]}}, "no_such"),
-        ("vit", "paca", {"model": {"path": "owner/model"}}, NOWHERE),
-        ("vit", "paca", {"model": {"path": "resnet18"}}, rf"'timm/resnet18\.a1_in1k'\) {NOWHERE}"),
-        ("vit", "paca", {"model": {"path": "resnet18.no_such"}}, NOWHERE),
-        ("cnn", "paca", {"paca": {"r": 5000}}, FEW),
+        ("vit", "paca", {"model": {"path": "resnet18"}}, NOWHERE),
         ("cnn", "lora", {"lora": {"r": 5000}}, FEW),
         ("cnn", "moslora", {}, r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"),
         ("cnn", "lora", {"lora": DEPTHWISE}, r"Conv2d with groups=\d+ and rank 4"),
@@ -219,8 +203,7 @@ def test_refused(make_config, make_cnn, kind, method, options, message):
 )
 def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
     save_timm(tmp_path / "model", architecture)
-    model = {"path": str(tmp_path / "model"), "revision": "main"}
-    _, adapter_config, _ = plan(make_config(model=model, paca={"r": 4}))
+    _, adapter_config, _ = plan(make_config(model={"path": str(tmp_path / "model")}))
     base = describe(tmp_path / "model")
     assert find_heads(base.empty_model()) == heads
     model = make_trainable(base.load(torch.float32), adapter_config, "paca")
@@ -229,34 +212,15 @@ def test_adapters_on_timm_models(make_config, tmp_path, architecture, heads):
     model(pixel_values=pixels).logits.sum().backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(tmp_path)
-    saved = read_json(tmp_path / "adapter_config.json")
-    assert saved["base_model_name_or_path"] == str(tmp_path / "model")
-    assert saved["revision"] == "main"
 
 
-def test_two_heads_are_both_trained():
-    config = DeiTConfig(architectures=["DeiTForImageClassificationWithTeacher"])
-    with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
-    assert find_heads(model) == ["cls_classifier", "distillation_classifier"]
-
-
-def test_presets_are_runs_of_the_models_of_the_paper():
-    """EfficientNetV2-L is built without weights from what timm knows."""
-    for name in PRESETS:
-        given = {section: {} for section in ("model", "data", "training")}
-        for option, value in find_preset(name).items():
-            section, _, key = option.partition(".")
-            given[section][key] = value
-        data = RunConfig(task="image", **given).data
-        assert (data.path.partition(":")[0], data.eval_split) == ("torchvision", "test")
-    path = find_preset("efficientnetv2-l-cifar10")["model.path"]
-    name = path.removeprefix("timm/").partition(".")[0]
-    config = TimmWrapperConfig(architecture=name, num_labels=10)
-    with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
-    assert round(model.num_parameters() / 1e6) == 117
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_runs(name):
+    given = {"model": {}, "data": {}, "training": {}}
+    for option, value in find_preset(name).items():
+        section, _, key = option.partition(".")
+        given[section][key] = value
+    assert RunConfig(task="image", **given).data.eval_split == "test"
 
 
 def test_images_are_mixed_in_the_shares_of_their_classes(monkeypatch):
@@ -282,14 +246,5 @@ def test_surest_mistakes_come_first():
     first, second, third = found["mistakes"]
     assert (first["place"], first["label"], first["predicted"]) == ("2.png", "cat", "dog")
     assert first["probability"] == pytest.approx(1 / (1 + np.exp(-5.0)))
-    assert (second["position"], second["label"]) == (0, "dog")
-    assert third["position"] == 1
+    assert [second["position"], third["position"]] == [0, 1]
     assert found["confusion"] == [[1, 2], [1, 0]]
-    prediction = SimpleNamespace(predictions=logits, label_ids=np.array([1, 0, 0, 0]))
-    assert accuracy(prediction) == {"accuracy": 1 / 4}
-
-
-def test_most_frequent_confusions_come_first():
-    text = in_words(["a", "b", "c"], [[5, 1, 0], [3, 4, 0], [0, 2, 9]])
-    assert "|\n| b | a | 3 |\n| c | b | 2 |\n| a | b | 1 |\n\n" in text
-    assert "No held-out image was misclassified." in in_words(["a", "b"], [[2, 0], [0, 3]])

@@ -10,7 +10,7 @@ import timm
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -26,11 +26,11 @@ from pacatune.training import train
 from pacatune.training.image import load_result
 from pacatune.training.image.model import ImageBase, find_batch_norms
 from pacatune.training.image.task import ImageTask, ImageTrainer
+from tests.adapters.fixtures import edit_tensors
 from tests.image_models import CLASSES, save_timm, save_vit
 from tests.training.runs import (
     CHECKPOINTING,
     QUIET,
-    interrupt,
     make_trainer,
     out_of_memory,
     read_json,
@@ -60,9 +60,9 @@ def logits_of(model, pixels):
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
 @pytest.mark.parametrize("method", CLASSIFIER_METHODS)
-def test_run(make_config, images_dir, vit_dir, tmp_path, console, method):
+def test_run(make_config, images_dir, vit_dir, tmp_path, method):
     config = make_config(method, training={"max_steps": 14, "save_steps": 7, "eval_steps": 7})
-    report, folder = train(config, console=console), tmp_path / "out"
+    report, folder = train(config, console=QUIET), tmp_path / "out"
     names = {path.name for path in folder.iterdir()}
     adapter = {"adapter_config.json", "adapter_model.safetensors", "pacatune.json"}
     weights = adapter if METHODS[method].has_adapter else {"config.json", "model.safetensors"}
@@ -76,7 +76,6 @@ def test_run(make_config, images_dir, vit_dir, tmp_path, console, method):
     assert more["accuracy_after"] == accuracy_of(folder, images_dir / "test")
     assert report.eval_loss_after < report.eval_loss_before
     assert [step for step, _ in more["eval_accuracies"]] == [0, 7, 14]
-    assert more["images_per_second"] > 0
     if method != "head":
         assert more["accuracy_after"] > 0.8 > more["accuracy_before"]
     pixels = torch.randn(2, 3, 32, 32)
@@ -94,28 +93,19 @@ def test_run(make_config, images_dir, vit_dir, tmp_path, console, method):
     base = load(vit_dir, num_labels=3, ignore_mismatched_sizes=True)
     assert torch.equal(logits_of(PeftModel.from_pretrained(base, folder).eval(), pixels), before)
     assert torch.allclose(logits_of(ours.merge_and_unload(), pixels), before, atol=1e-5)
-    said = console.file.getvalue()
-    assert "data: 36 images of 3 classes, 18 held out; 32 x 32 pixels, a new head" in said
-    assert "training 7,267 of 24,003 parameters (paca): 2 x q_proj (32 -> 32)" in said
-    assert said.index("data: 36 images") < said.index("step 0/14: evaluation loss")
-    assert ", accuracy 0." in said
-    assert "(always the largest class: 0.3333)" in said
 
 
 @pytest.mark.parametrize(
     ("method", "train_batch_norm"),
     [("paca", False), ("paca", True), ("lora", False), ("full", False), ("full", True)],
 )
-def test_run_of_a_cnn(make_cnn, images_dir, timm_dir, tmp_path, console, method, train_batch_norm):
+def test_run_of_a_cnn(make_cnn, images_dir, timm_dir, tmp_path, method, train_batch_norm):
     """BatchNorm stays as it was pretrained, or its statistics are saved with the result."""
     config = make_cnn(method, training={"train_batch_norm": train_batch_norm})
-    report, folder = train(config, console=console), tmp_path / "out"
+    report, folder = train(config, console=QUIET), tmp_path / "out"
     assert report.more["accuracy_after"] == accuracy_of(folder, images_dir / "test")
     assert report.more["image_size"] == 32
     assert train_batch_norm or report.eval_loss_after < report.eval_loss_before
-    if method == "lora":
-        assert "conv_dw, 1 x conv_stem left as it is" in console.file.getvalue()
-        assert any("or grouped (depthwise)" in warning for warning in report.warnings)
     stored = load_file(timm_dir / "model.safetensors")
     model, pixels = load_result(folder).model, torch.randn(2, 3, 32, 32)
     layers = find_batch_norms(model)
@@ -146,11 +136,9 @@ def test_run_of_a_cnn(make_cnn, images_dir, timm_dir, tmp_path, console, method,
 
 def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path):
     """The recipe adds nothing to what Trainer and the model's own loss compute."""
-    settings = {
-        **{"learning_rate": 1e-3, "max_steps": 7, "per_device_train_batch_size": 6},
-        **{"gradient_accumulation_steps": 2, "logging_steps": 1},
-        **{"lr_scheduler_type": "linear", "warmup_steps": 0},
-    }
+    settings = {"max_steps": 7, "per_device_train_batch_size": 6, "logging_steps": 1}
+    settings |= {"gradient_accumulation_steps": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+    settings["lr_scheduler_type"] = "linear"
     data = {"path": str(images_dir / "train"), "eval_fraction": 0}
     config = make_config("full", data=data, training=settings)
     report = train(config, console=QUIET)
@@ -170,9 +158,7 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path):
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [loss for _, loss in report.train_losses] == pytest.approx(theirs, rel=1e-5)
     # Nothing is held out.
-    assert report.more["accuracy_before"] is report.more["accuracy_after"] is None
-    assert report.more["confusion"] == []
-    assert not (tmp_path / "out" / "confusion.png").exists()
+    assert (report.more["accuracy_after"], report.more["confusion"]) == (None, [])
     assert "Nothing was held out" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -235,23 +221,15 @@ def test_pictures_and_card(make_config, images_dir, tmp_path, capsys, drawn):
     assert mistakes
     for mistake in mistakes:
         assert Path(mistake["place"]).parent.name == mistake["label"] != mistake["predicted"]
-    for name in ("confusion.png", "mistakes.png", "loss.png"):
-        with Image.open(folder / name) as image:
-            assert min(image.size) > 200
-            if name == "mistakes.png":  # noisy pictures of one colour fill a good part of it
-                coloured = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2) > 40
-                assert coloured.mean() > 0.05 * len(mistakes) / 5
-    text = (folder / "report.md").read_text()
-    assert "![Misclassified images](mistakes.png)" in text
-    assert "| class | taken for | images |" in text
+    with Image.open(folder / "mistakes.png") as image:
+        # Noisy pictures of one colour fill a good part of it.
+        coloured = np.ptp(np.asarray(image.convert("RGB")).astype(int), axis=2) > 40
+        assert coloured.mean() > 0.05 * len(mistakes) / 5
+    assert "![Misclassified images](mistakes.png)" in (folder / "report.md").read_text()
     prepared = prepare_images(make_config().data)
     assert prepared.evaluation[mistakes[0]["position"]]["place"] == mistakes[0]["place"]
-
     text = (folder / "README.md").read_text()
     assert "pipeline_tag: image-classification" in text
-    assert "library_name: transformers" in text
-    assert "Tells apart 3 classes: blue, green, red." in text
-    assert "which `pacatune train-image --config config.yaml` repeats" in text
     code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder))
     exec(code.replace("IMAGE.png", str(images_dir / "test" / "red" / "00.png")), {})
     assert "'red': 0." in capsys.readouterr().out
@@ -273,8 +251,7 @@ def test_base_that_has_moved(make_config, vit_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"base does not exist; check `model.path`"):
         load_result(out)
     assert load_result(out, base=str(moved)).classes == CLASSES
-    weights = moved / "model.safetensors"
-    save_file({name: w + 0.1 for name, w in load_file(weights).items()}, weights, {"format": "pt"})
+    edit_tensors(moved / "model.safetensors", lambda one: [w.add_(0.1) for w in one.values()])
     with pytest.raises(ValueError, match=r"out: the weights of \d+ of \d+ adapted modules are not"):
         load_result(out, base=str(moved))
     with pytest.raises(FileNotFoundError, match=r"has no preprocessor_config\.json; is it the rig"):
@@ -306,17 +283,8 @@ def test_signal_and_resume(make_config, assert_resumes, method, workers, step):
     data = {"augmentation": "crop"}
     said = assert_resumes(step, make_config, method, data=data, training=training)
     assert said.startswith(f"stopped at step {step} of 12; continue with `pacatune train-image ")
-    assert said.endswith("cut/config.yaml --resume`")
 
 
 @pytest.mark.parametrize("method", ["paca", "full"])
 def test_resume_with_trained_batch_norm(make_cnn, assert_resumes, method):
     assert_resumes(5, make_cnn, method, training={"train_batch_norm": True})
-
-
-def test_resume_refuses_changed_images(make_config, images_dir, tmp_path, monkeypatch):
-    shutil.copytree(images_dir, tmp_path / "images")
-    config = make_config(data={"path": str(tmp_path / "images")})
-    interrupt(config, monkeypatch, 5)
-    Image.new("RGB", (40, 36)).save(tmp_path / "images" / "train" / "red" / "00.png")
-    refused(r"the training data has changed since .*checkpoint-5", config, resume=True)
