@@ -57,13 +57,11 @@ def frozen(model):
 
 
 def is_unchanged(model, before):
-    """Whether all frozen parameters are what `frozen` returned."""
     after = frozen(model)
     return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def adapter_of(model, state_dict=None):
-    """What would be saved."""
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(model, state_dict=state_dict)

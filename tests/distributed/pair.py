@@ -56,7 +56,6 @@ class Pair:
         return all(process.is_alive() for process in self.processes)
 
     def close(self):
-        """End all processes."""
         for process, connection in zip(self.processes, self.connections, strict=True):
             process.kill()
             process.join()

@@ -1,7 +1,5 @@
 """FSDP2 (`fully_shard`): each process has half of the rows of every weight and of every delta."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +28,8 @@ UNEVEN = {"sizes": tuple(net.UNEVEN.items())}
         {"reshard": False},
         {"groups": 4},
         {"groups": 4, "reshard": False},
+        {"accumulation": 4},
+        {"accumulation": 4, "reshard": False},
         UNEVEN,
         {"dtype": "float32"},
         *({"reentrant": one, "reshard": other} for one in (True, False) for other in (True, False)),
@@ -152,24 +152,6 @@ def train_under_checkpoint_wrappers():
 
 def test_fsdp_activation_checkpointing_of_accelerate(pair):
     net.assert_equal_to_one(pair.run(train_under_checkpoint_wrappers))
-
-
-def train_without_sync(reshard):
-    model = shard(net.adapt(), reshard)
-
-    @contextmanager
-    def no_sync():
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-
-    losses = net.train(model, accumulation=4, part=net.half, no_sync=no_sync)
-    return losses, full_adapter_of(model)
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-def test_accumulation_without_sync(pair, reshard):
-    net.assert_equal_to_one(pair.run(train_without_sync, reshard))
 
 
 def shard_after_use():

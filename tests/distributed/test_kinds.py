@@ -35,7 +35,6 @@ class Convolutions(nn.Module):
 
 
 def encoder():
-    """A block with nn.MultiheadAttention."""
     return nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, batch_first=True)
 
 

@@ -3,6 +3,8 @@
 Each `train_` returns losses, the adapter, and whether the base is what it was.
 """
 
+from contextlib import contextmanager
+
 import torch
 
 from tests.distributed import net
@@ -80,8 +82,21 @@ def full_adapter_of(model):
 
 
 def train_shards(
-    make=net.adapt, *, reshard=True, reentrant=None, fsdp=None, num_compiled=0, **options
+    make=net.adapt,
+    *,
+    accumulation=1,
+    reshard=True,
+    reentrant=None,
+    fsdp=None,
+    num_compiled=0,
+    **options,
 ):
+    @contextmanager
+    def no_sync():
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
     model = make(**options)
     if reentrant is not None:
         net.checkpoint(model, use_reentrant=reentrant)
@@ -90,6 +105,6 @@ def train_shards(
     for block in model.get_base_model().model.layers[:num_compiled]:
         block.compile(backend="aot_eager")
     with net.counted_writes() as writes:
-        losses = net.train(model, part=net.half)
+        losses = net.train(model, accumulation=accumulation, part=net.half, no_sync=no_sync)
     is_written = len(writes) > 0 or make is not net.adapt
     return losses, full_adapter_of(model), net.is_unchanged(model, before), is_written

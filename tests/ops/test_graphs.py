@@ -10,7 +10,6 @@ from tests.ops import test_convolution, test_experts, test_gated, test_linear, t
 
 
 def build(name):
-    """Return a function of its tensors, and these."""
     if name == "gated":
         return test_gated.together, test_gated.make((2,))
     if name == "convolution":

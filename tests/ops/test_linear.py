@@ -126,18 +126,6 @@ def test_low_precision_error_is_within_plain_autograds(form, large, dtype, delta
 
 
 @every_form
-@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_as_reference(form, delta_dtype) -> None:
-    tensors = make((2, 5), dtype=torch.float32)
-    tensors["delta"] = tensors["delta"].to(delta_dtype)
-    results = []
-    for which in (form, "reference"):
-        with torch.autocast("cpu", torch.bfloat16):
-            results.append(gradients(which, tensors, 1.0, ALL))
-    twin.assert_equal(*results, 0.1)
-
-
-@every_form
 @pytest.mark.parametrize("name", ["one", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_saved_bytes_are_tokens_times_distinct_columns(form, name, dtype) -> None:

@@ -67,7 +67,6 @@ def test_equals_the_reference_with_any_frozen_inputs(own_kernel, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_the_dtype(dtype):
-    """Against float64 no worse than plain autograd in the same dtype."""
     tensors, weight = make(64, dtype=dtype), Codes()
     tensors["delta"] = tensors["delta"].float()
     twin.assert_error_of_plain(ours(weight), theirs(weight), tensors, set(tensors))

@@ -66,7 +66,6 @@ def columns_of(name, gradient):
 
 
 def weights_of(model):
-    """What is adapted, by the names of layers."""
     weights = {name: model.get_submodule(name).weight for name in TARGETS[:-1]}
     return weights | {"attention.in_proj_weight": model.attention.in_proj_weight}
 

@@ -117,12 +117,7 @@ SHORT = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches
 @pytest.mark.parametrize(
     ("selection", "targets", "statistics", "message"),
     [
-        (
-            "gradient",
-            ["conv", "up"],
-            None,
-            r"module 'conv': `selection` .* needs statistics",
-        ),
+        ("gradient", ["conv", "up"], None, "'conv': `selection` .* needs statistics"),
         ("gradient", ["up"], SHORT, r"'up': `statistics` has 5 columns \(gradient\)"),
         ("gradient", ["down"], SHORT, "nothing was collected about 'down'"),
         ({"up": [1, 2, 3]}, ["up"], None, r"gives 3 columns for 'up', whose rank is 2; set `r` or"),
