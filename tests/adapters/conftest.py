@@ -21,7 +21,6 @@ __all__ = ["adapter_copy", "adapter_dir", "forked_plain_peft", "lora_dir", "mode
 
 @pytest.fixture
 def model(tiny_model_dir):
-    """The tiny Llama, to be changed."""
     return load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
 
 

@@ -73,7 +73,6 @@ def edit_tensors(path, change):
 
 
 def scale(folder, factor, part="paca_delta"):
-    """Multiply the deltas of a saved adapter, or another part of it."""
     edit_tensors(
         folder, lambda tensors: [one.mul_(factor) for name, one in tensors.items() if part in name]
     )
@@ -103,7 +102,6 @@ def adapter_copy(adapter_dir, tmp_path):
 
 @pytest.fixture
 def model_copy(tiny_model_dir, tmp_path):
-    """The tiny Llama, to be changed."""
     return shutil.copytree(tiny_model_dir, tmp_path / tiny_model_dir.name)
 
 

@@ -7,40 +7,26 @@ import pytest
 import torch
 
 from pacatune import PacaConfig
-from pacatune.adapters.base import (
-    base_name,
-    empty_base,
-    find_tokenizer,
-    load_base,
-    load_tokenizer,
-)
+from pacatune.adapters.base import base_name, empty_base, find_tokenizer, load_base, load_tokenizer
 from pacatune.adapters.folder import read_adapter
 from tests.adapters.fixtures import edit_json
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def test_the_given_base_comes_before_the_adapters_own():
+def test_the_given_base_with_the_head_of_the_task(tiny_model_dir):
     config = PacaConfig(base_model_name_or_path="theirs")
-    assert base_name("mine", config) == "mine"
-    assert base_name(None, config) == "theirs"
+    assert [base_name(name, config) for name in ("mine", None)] == ["mine", "theirs"]
     with pytest.raises(ValueError, match="`model` is not given and the adapter does not name"):
         base_name(None, PacaConfig())
-
-
-def test_task_and_saved_class_decide_the_head(tiny_model_dir):
-    def class_of(task_type):
-        return type(empty_base(str(tiny_model_dir), task_type=task_type)).__name__
-
-    assert class_of(None) == "LlamaForCausalLM"
-    assert class_of("FEATURE_EXTRACTION") == "LlamaModel"
-    assert class_of("SEQ_CLS") == "LlamaForSequenceClassification"
-
-
-def test_a_base_is_loaded_for_inference_in_the_dtype_asked_for(tiny_model_dir):
+    for task, kind in (
+        (None, "LlamaForCausalLM"),
+        ("FEATURE_EXTRACTION", "LlamaModel"),
+        ("SEQ_CLS", "LlamaForSequenceClassification"),
+    ):
+        assert type(empty_base(str(tiny_model_dir), task_type=task)).__name__ == kind
     model = load_base(str(tiny_model_dir), task_type="CAUSAL_LM", dtype="bfloat16")
-    assert model.dtype == torch.bfloat16
-    assert not model.training
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
 
 
 def test_a_missing_base_is_named(tmp_path, adapter_dir):

@@ -11,7 +11,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.export_factors import convolution_factors, refuse_inexpressible
 from pacatune.adapters.merge import merge
-from pacatune.ops.columns import columns_of_kernel, put_columns_, read_columns
+from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.tuner.layout import layout_of
 from tests.adapters.fixtures import save_adapter
 
@@ -83,13 +83,3 @@ def test_an_adapter_of_dilated_convolutions_is_merged_instead(tmp_path):
         export_lora(None, tmp_path / "adapter", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     assert merge(None, tmp_path / "adapter", tmp_path / "merged").effect > 0
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_a_kernel_as_a_matrix_has_a_column_for_each_channel(groups):
-    weight = torch.randn(12, 6 // groups, 2, 3)
-    matrix = columns_of_kernel(weight, groups)
-    assert matrix.shape == (12 // groups * 6, 6)
-    for channel in range(6):
-        column = read_columns(weight, torch.tensor([channel]), groups)
-        assert sorted(matrix[:, channel].tolist()) == sorted(column.flatten().tolist())

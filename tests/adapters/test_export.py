@@ -148,11 +148,6 @@ def test_servers_get_one_rank_and_one_whole_alpha(
     assert_same_in_peft(tiny_model_dir, tmp_path / "lora", adapted)
 
 
-def test_shapes_come_from_the_configuration_alone(model_copy, adapter_dir, tmp_path):
-    (model_copy / "model.safetensors").unlink()
-    assert export_lora(str(model_copy), adapter_dir, tmp_path / "lora").num_modules == 6
-
-
 @needs("bitsandbytes")
 @pytest.mark.usefixtures("forked_plain_peft")
 def test_a_quantised_base_is_exported_and_verified(export, tmp_path):
@@ -265,25 +260,18 @@ def test_pacatune_cannot_be_imported_where_plain_peft_runs(
         run_plain_peft(tiny_model_dir, adapter_dir)
 
 
-def test_values_too_large_for_the_dtype_are_refused(adapter_copy, tmp_path):
+def test_what_cannot_be_exported(adapter_copy, model_copy, lora_dir, tmp_path):
+    """Shapes come from the configuration alone."""
+    (model_copy / "model.safetensors").unlink()
+    assert export_lora(str(model_copy), adapter_copy, tmp_path / "other").num_modules == 6
+    edit_json(model_copy / "config.json", intermediate_size=8)
+    with pytest.raises(ValueError, match=r"columns up to \d+, but the base .* has 8 columns"):
+        export_lora(str(model_copy), adapter_copy, tmp_path / "lora")
     scale(adapter_copy, 10**6)
     with pytest.raises(ValueError, match=r"too big for torch\.float16; export in float32"):
         export_lora(None, adapter_copy, tmp_path / "lora", dtype="float16")
-    assert not (tmp_path / "lora").exists()
-
-
-def test_another_base_is_refused(model_copy, adapter_dir, tmp_path):
-    edit_json(model_copy / "config.json", intermediate_size=8)
-    with pytest.raises(ValueError, match=r"columns up to \d+, but the base .* has 8 columns"):
-        export_lora(str(model_copy), adapter_dir, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-
-
-def test_a_lora_adapter_needs_no_export(lora_dir, tmp_path):
     with pytest.raises(ValueError, match=r"holds no `lora_mixer`; .* already needs no export"):
         export_lora(None, lora_dir, tmp_path / "lora")
-
-
-def test_a_folder_in_use_is_refused(adapter_copy):
+    assert not (tmp_path / "lora").exists()
     with pytest.raises(FileExistsError, match="is not empty"):
         export_lora(None, adapter_copy, adapter_copy)

@@ -14,12 +14,11 @@ from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.inspect import compare, inspect_adapter
-from pacatune.adapters.loading import attach, check_base, hotswap_adapter
+from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from tests.adapters import kinds
 from tests.adapters.fixtures import edit_json
 from tests.releases import has
-from tests.tuner.nets import layers
 
 pytestmark = [
     # With the base's embedding, which `make` leaves out of the file again.
@@ -33,7 +32,6 @@ LEAST_PEFT = {"mixtral": "0.20", "qwen2": "0.20", "qwen3": "0.20", "llama4": "0.
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders of the saved bases, by kind."""
     found = {}
 
     def base_of(kind):
@@ -129,17 +127,6 @@ def test_describes_and_compares(kind, bases, tmp_path):
     assert any("Conv2d" in note for note in report.notes) == is_convolution
     assert compare(one, one).cosine == pytest.approx(1)
     assert abs(compare(one, tmp_path / "two").cosine) < 0.5
-
-
-@pytest.mark.parametrize("kind", kinds.OPTIONS)
-def test_hotswaps(kind, bases, tmp_path):
-    model = make(kind, bases(kind), tmp_path / "one")
-    other = make(kind, bases(kind), tmp_path / "two", seed=5, random_seed=5)
-    hotswap_adapter(model, tmp_path / "two")
-    for ours, theirs in zip(layers(model).values(), layers(other).values(), strict=True):
-        assert torch.equal(ours.delta_of("default"), theirs.delta_of("default"))
-        assert torch.equal(ours.paca_indices["default"], theirs.paca_indices["default"])
-        assert ours.scaling == theirs.scaling
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)

@@ -39,27 +39,15 @@ def test_an_adapter_of_another_base_is_refused_before_peft_sees_it(adapter_dir, 
     [
         (
             ["q_proj", "v_proj", "down_proj", "k_proj"],
-            r"'model\.layers\.0\.self_attn\.k_proj' is adapted by its configuration only \(2 such",
+            r"k_proj' is adapted by its configuration only \(2",
         ),
-        (
-            ["q_proj", "v_proj"],
-            r"down_proj\.paca_(delta|indices)', but this model has no such adapted module",
-        ),
+        (["q_proj", "v_proj"], "down_proj.paca_.*but this model has no such adapted"),
     ],
 )
 def test_file_and_configuration_adapt_the_same_modules(adapter_copy, model, targets, message):
     edit_json(adapter_copy / CONFIG, target_modules=targets)
     with pytest.raises(ValueError, match=message):
         attach(model, read_adapter(adapter_copy))
-
-
-def test_columns_of_the_file_win_over_those_of_the_seed(adapter_copy, model):
-    edit_json(adapter_copy / CONFIG, random_seed=12345)
-    adapter = read_adapter(adapter_copy)
-    attached, _ = attach(model, adapter)
-    name = "model.layers.0.mlp.down_proj"
-    layer = attached.get_base_model().get_submodule(name)
-    assert torch.equal(layer.paca_indices["default"], adapter.modules[name].indices)
 
 
 def test_values_that_do_not_arrive_are_noticed(adapter_copy, model):
@@ -116,15 +104,11 @@ def test_paca_adapter_knows_its_quantised_base(tiny_model_dir, tmp_path):
     assert torch.equal(logits_of(known), logits_of(asked))
     with pytest.raises(ValueError, match=r"`quantization` \('int8'\) is not the one .* \('nf4'\)"):
         load_language_model(None, tmp_path, quantization="int8")
-
-
-@needs("bitsandbytes")
-def test_base_that_is_saved_quantised(tiny_model_dir, tmp_path):
     quantised = load_language_model(str(tiny_model_dir), quantization="nf4")
-    quantised.model.save_pretrained(tmp_path)
-    quantised.tokenizer.save_pretrained(tmp_path)
+    quantised.model.save_pretrained(tmp_path / "base")
+    quantised.tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"`quantization` \('nf4'\): .* is saved quantised"):
-        load_language_model(str(tmp_path), quantization="nf4")
+        load_language_model(str(tmp_path / "base"), quantization="nf4")
 
 
 def test_what_cannot_be_loaded(tiny_model_dir, monkeypatch):

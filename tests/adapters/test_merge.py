@@ -200,13 +200,9 @@ def test_an_adapter_that_the_dtype_rounds_away_is_refused(exported, tmp_path):
 # What is refused, and nothing written.
 
 
-def test_a_folder_in_use_is_refused_before_the_base_is_loaded(adapter_dir, tmp_path):
-    (tmp_path / "mine").touch()
-    with pytest.raises(FileExistsError, match="is not empty"):
-        merge("never looked at", adapter_dir, tmp_path)
-
-
-def test_a_quantised_base_is_refused(model_copy, adapter_dir, tmp_path):
+def test_a_folder_in_use_and_a_quantised_base_are_refused(model_copy, adapter_dir, tmp_path):
+    with pytest.raises(FileExistsError, match="is not empty"):  # said before a base is loaded
+        merge("never looked at", adapter_dir, model_copy)
     few_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     edit_json(model_copy / "config.json", quantization_config=few_bits)
     with pytest.raises(ValueError, match=r"is saved quantised; .* Give the original base"):

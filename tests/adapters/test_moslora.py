@@ -74,23 +74,29 @@ def test_the_lora_computes_the_same(tiny_model_dir, folder, tmp_path, kind, opti
     torch.testing.assert_close(logits_of(lora), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("forked_plain_peft", "saved")
-def test_verified_by_plain_peft(folder, tmp_path):
-    result = export_lora(None, folder, tmp_path / "lora", verify=True)
-    assert result.error.max_relative < 1e-5
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.usefixtures("forked_plain_peft")
+def test_merged_and_verified_by_plain_peft(saved, folder, tmp_path):
+    assert export_lora(None, folder, tmp_path / "lora", verify=True).error.max_relative < 1e-5
+    assert merge(None, folder, tmp_path / "merged").num_modules == 4
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits_of(merged), saved, rtol=1e-4, atol=1e-5)
 
 
-def test_other_tensors_are_refused(tiny_model_dir, folder, tmp_path):
+def test_refused(tiny_model_dir, folder, tmp_path):
     save(tiny_model_dir, folder, modules_to_save=["lm_head"])
+    build_model(300, hidden_size=16).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"1 tensors that are not MosLoRA's, first .*lm_head"):
         export_lora(None, folder, tmp_path / "lora")
-
-
-@pytest.mark.usefixtures("saved")
-def test_another_base(folder, tmp_path):
-    build_model(300, hidden_size=16).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"has an update of .* but the base has .*; it was"):
-        export_lora(str(tmp_path / "other"), folder, tmp_path / "lora")
+        export_lora(str(tmp_path / "other"), folder, tmp_path / "lora", keep_extra=True)
+    for changes, message in (
+        ({"mixer_init": "eval"}, r"`mixer_init` \('eval'\) must be one of"),
+        ({"mixer_inti": "kaiming"}, r"unknown key 'mixer_inti'; the nearest .* 'mixer_init'"),
+    ):
+        edit_json(folder / "adapter_config.json", **changes)
+        with pytest.raises(ValueError, match=message):
+            open_adapter(folder)
 
 
 INCOMPLETE = r"must have lora_B \(O, 4\), lora_mixer \(4, 4\) and lora_A \(4, I\), and has"
@@ -127,24 +133,3 @@ def test_description(folder, tmp_path):
     norms = {module.name: module.update_norm for module in report.modules}
     assert {m.name: m.update_norm for m in lora.modules} == pytest.approx(norms, rel=1e-5)
     assert report.num_trainable_parameters == lora.num_trainable_parameters + 4 * 4 * 4
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_merging(saved, folder, tmp_path):
-    assert merge(None, folder, tmp_path / "merged").num_modules == 4
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(merged), saved, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mixer_init": "eval"}, r"`mixer_init` \('eval'\) must be one of"),
-        ({"mixer_inti": "kaiming"}, r"unknown key 'mixer_inti'; the nearest .* 'mixer_init'"),
-    ],
-)
-@pytest.mark.usefixtures("saved")
-def test_configurations_of_strangers(folder, changes, message):
-    edit_json(folder / "adapter_config.json", **changes)
-    with pytest.raises(ValueError, match=message):
-        open_adapter(folder)

@@ -19,7 +19,6 @@ FP4, INT8 = {**NF4, "type": "fp4"}, {"method": "bitsandbytes", "type": "int8"}
 
 @pytest.fixture(scope="module", params=["dequantized", "original"])
 def adapted(request, tmp_path_factory, tiny_model_dir):
-    """A folder, and the model that was saved into it."""
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
     # Enough columns that rounding them to four bits again is small beside what they change.
     options = {"columns_from": request.param, "r": 16, "paca_alpha": 32}
@@ -143,21 +142,11 @@ def test_nf4_is_for_adapters_of_nf4(small, tmp_path, quantization, message):
         merge(None, small(1, quantization), tmp_path / "out", onto="nf4")
 
 
-def test_an_original_adapter_is_refused_on_a_plain_base(tiny_model_dir, model, tmp_path):
+def test_what_cannot_be_repeated_is_said(tiny_model_dir, model, tmp_path):
     save_adapter(tiny_model_dir, tmp_path, quantization=NF4, columns_from="original")
     with pytest.raises(ValueError, match=r"this base is not quantised, where its update would be"):
         attach(model, read_adapter(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        {"method": "hqq", "bits": 4, "group_size": 64},
-        {"method": "bitsandbytes", "type": "nf4", "block_size": 128},
-        {"method": "bitsandbytes", "type": {"evil": 1}},
-        {},
-    ],
-)
-def test_what_cannot_be_repeated_is_said(quantization):
-    with pytest.raises(ValueError, match=r"cannot be repeated while a model loads; load it with"):
-        quantization_config(quantization, torch.float32)
+    hqq = {"method": "hqq", "bits": 4, "group_size": 64}
+    for one in (hqq, {**NF4, "block_size": 128}, {**NF4, "type": {"evil": 1}}, {}):
+        with pytest.raises(ValueError, match=r"cannot be repeated while a model loads; load it"):
+            quantization_config(one, torch.float32)

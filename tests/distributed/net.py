@@ -57,13 +57,11 @@ def frozen(model):
 
 
 def is_unchanged(model, before):
-    """Whether all frozen parameters are what `frozen` returned."""
     after = frozen(model)
     return all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def adapter_of(model, state_dict=None):
-    """What would be saved."""
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(model, state_dict=state_dict)
@@ -149,15 +147,16 @@ def assert_equal_to_one(results, one=None, atol=1e-10):
     """Losses (the mean over the processes) and each process's adapter are those of one process.
 
     Args:
-        results: What each process returned: losses, adapter, and perhaps more.
+        results: What each process returned: losses, adapter, and what else must be true.
         one: What one process gives; None: `one_process()`.
         atol: Largest difference.
     """
     losses, adapter = one or one_process()
     means = torch.tensor([result[0] for result in results], dtype=torch.float64).mean(0)
     torch.testing.assert_close(means, torch.tensor(losses, dtype=torch.float64), rtol=0, atol=atol)
-    for result in results:
-        assert result[1].keys() == adapter.keys()
+    for _, found, *others in results:
+        assert all(others)
+        assert found.keys() == adapter.keys()
         for name, tensor in adapter.items():
-            torch.testing.assert_close(result[1][name], tensor, rtol=0, atol=atol, msg=name)
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=atol, msg=name)
     assert any(tensor.abs().max() > 0.01 for name, tensor in adapter.items() if "delta" in name)

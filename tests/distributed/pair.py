@@ -33,10 +33,10 @@ class Pair:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, function, *args, timeout=120):
+    def run(self, function, *args, timeout=120, **options):
         """Return the results of all ranks in order; raise what went wrong on any."""
         # Not Connection.send: with it torch would pass tensors as handles of the process's memory.
-        message = pickle.dumps((function, args))
+        message = pickle.dumps((function, args, options))
         for connection in self.connections:
             connection.send_bytes(message)
         results, errors = [], []
@@ -56,7 +56,6 @@ class Pair:
         return all(process.is_alive() for process in self.processes)
 
     def close(self):
-        """End all processes."""
         for process, connection in zip(self.processes, self.connections, strict=True):
             process.kill()
             process.join()
@@ -90,11 +89,11 @@ def serve(connection: Connection, rank: int, world_size: int, rendezvous: str) -
     )
     while True:
         try:
-            function, args = pickle.loads(connection.recv_bytes())
+            function, args, options = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            answer = (function(*args), None)
+            answer = (function(*args, **options), None)
         except Exception:
             answer = (None, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))

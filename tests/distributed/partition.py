@@ -8,6 +8,8 @@ from collections import OrderedDict
 
 import torch
 
+from tests.distributed import net
+
 
 class PartitionedParameters(OrderedDict):
     """In place of a module's plain dictionary, as DeepSpeed's ZeROOrderedDict."""
@@ -46,3 +48,21 @@ def _add_hooks(module, own):
             output.register_hook(lambda grad: gather(own))
 
     module.register_forward_hook(after_forward)
+
+
+def train_partitioned(model):
+    """Five steps of one process whose parameters are empty between their passes."""
+    before = net.frozen(model)
+    partition(model)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
+    losses = []
+    for batch in net.batches():
+        loss = net.loss_of(model, batch)
+        loss.backward()
+        gather(model.parameters())
+        optimizer.step()
+        release(model.parameters())
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    gather(model.parameters())
+    return losses, net.adapter_of(model), net.is_unchanged(model, before)

@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed import net
 from tests.distributed.tensor_parallel import adapt, load, marks, whole
-from tests.distributed.test_fsdp2 import shard
+from tests.distributed.ways import shard
 from tests.docs.blocks import read_blocks
 
 pytestmark = marks

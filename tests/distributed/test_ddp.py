@@ -2,69 +2,42 @@
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import net
+from tests.distributed.ways import train_copies
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = {
-    "default": {},
-    "no buffers sent": {"broadcast_buffers": False},
-    "bucket views": {"gradient_as_bucket_view": True},
-    "static graph": {"static_graph": True},
-    "unused parameters": {"find_unused_parameters": True},
-}
-
-
-def wrap(model, **options):
-    return torch.nn.parallel.DistributedDataParallel(model, **options)
-
-
-def train_copies(dtype, options, accumulation=1, reentrant=None, groups=1):
-    model = net.adapt(dtype, groups=groups)
-    if reentrant is not None:
-        net.checkpoint(model, use_reentrant=reentrant)
-    before = net.frozen(model)
-    wrapped = wrap(model, **options)
-    losses = net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
-    return losses, net.adapter_of(model), net.is_unchanged(model, before)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_losses_adapter_and_base(pair, options):
-    results = pair.run(train_copies, "float64", options)
-    net.assert_equal_to_one(results)
-    assert all(is_base_untouched for *_, is_base_untouched in results)
-
-
-def test_row_groups(pair):
-    results = pair.run(train_copies, "float64", {}, 2, None, 4)
-    net.assert_equal_to_one(results, net.one_process(groups=4))
-    assert all(is_base_untouched for *_, is_base_untouched in results)
+UNSYNCHRONISED = {"broadcast_buffers": False}
 
 
 @pytest.mark.parametrize(
-    ("options", "accumulation"), [({}, 2), ({"broadcast_buffers": False}, 4)], ids=["2", "bare-4"]
+    "options",
+    [
+        {},
+        {"ddp": {"gradient_as_bucket_view": True}},
+        {"ddp": {"static_graph": True}},
+        {"ddp": {"find_unused_parameters": True}},
+        {"accumulation": 2, "groups": 4},
+        {"accumulation": 4, "ddp": UNSYNCHRONISED},
+        {"accumulation": 2, "reentrant": True},
+        {"accumulation": 2, "reentrant": False},
+        {"dtype": "float32"},
+    ],
+    ids=str,
 )
-def test_accumulation_without_sync(pair, options, accumulation):
-    net.assert_equal_to_one(pair.run(train_copies, "float64", options, accumulation))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(pair, reentrant):
-    net.assert_equal_to_one(pair.run(train_copies, "float64", {}, 2, reentrant))
-
-
-def test_float32(pair):
-    results = pair.run(train_copies, "float32", {})
-    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+def test_losses_adapter_and_base(pair, options):
+    one = net.one_process(options.get("dtype", "float64"), groups=options.get("groups", 1))
+    atol = 1e-5 if "dtype" in options else 1e-10
+    net.assert_equal_to_one(pair.run(train_copies, **options), one, atol)
 
 
 def count_writes(accumulation, checkpointing):
     model = net.adapt()
     if checkpointing:
         net.checkpoint(model, use_reentrant=False)
-    wrapped = wrap(model)
+    wrapped = DistributedDataParallel(model)
     with net.counted_writes() as writes:
         net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
     return len(set(writes)), len(net.layers_of(model)), len(writes)
@@ -83,7 +56,7 @@ def two_forwards_before_one_backward():
         return sum(net.loss_of(wrapped, net.half(ids)) for ids in batch.chunk(2)) / 2
 
     model = net.adapt()
-    return net.train(wrap(model), loss_of=loss_of), net.adapter_of(model)
+    return net.train(DistributedDataParallel(model), loss_of=loss_of), net.adapter_of(model)
 
 
 def test_two_forwards_before_one_backward(pair):
@@ -98,7 +71,7 @@ def train_from_other_starts():
         for delta in net.trained(model):
             delta.fill_(rank)
     net.loss_of(model, net.batches()[0])  # now the columns of this start are in the weights
-    wrapped = wrap(model)
+    wrapped = DistributedDataParallel(model)
     return net.train(wrapped, part=net.half), net.adapter_of(model)
 
 
@@ -110,7 +83,7 @@ def train_with_sharded_optimizer(as_views):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = net.adapt()
-    wrapped = wrap(model)
+    wrapped = DistributedDataParallel(model)
     optimizer = ZeroRedundancyOptimizer(
         net.trained(model), torch.optim.AdamW, parameters_as_bucket_view=as_views, lr=1e-2
     )

@@ -3,30 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tests.distributed import net
+from tests.distributed.ways import full_adapter_of, full_state_dict, shard, train_shards
 from tests.releases import compiles_whole
 
 pytestmark = pytest.mark.slow
-
-
-def shard(model, reshard_after_forward=True, **options):
-    from torch.distributed.fsdp import fully_shard
-
-    options["reshard_after_forward"] = reshard_after_forward
-    for block in model.get_base_model().model.layers:
-        fully_shard(block, **options)
-    return fully_shard(model, **options)
-
-
-def full_state_dict(model):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-
-
-def full_adapter_of(model):
-    return net.adapter_of(model, full_state_dict(model))
 
 
 def logits_of(model):
@@ -34,61 +17,48 @@ def logits_of(model):
         return model(input_ids=net.batches()[0]).logits
 
 
-def train_shards(dtype="float64", sizes=(), rounded=False, reshard=True, reentrant=None, groups=1):
-    model = net.adapt(dtype, sizes, rounded, groups=groups)
-    if reentrant is not None:
-        net.checkpoint(model, use_reentrant=reentrant)
-    shard(model, reshard)
-    before = net.frozen(model)
-    with net.counted_writes() as writes:
-        losses = net.train(model, part=net.half)
-    same_shards = net.is_unchanged(model, before)
-    return losses, full_adapter_of(model), same_shards and len(writes) > 0
+ONE = ("dtype", "sizes", "groups")  # what one process is told as well
+UNEVEN = {"sizes": tuple(net.UNEVEN.items())}
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_losses_adapter_and_shards(pair, reshard):
-    results = pair.run(train_shards, "float64", (), False, reshard)
-    net.assert_equal_to_one(results)
-    assert all(same_shards for *_, same_shards in results)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reshard": False},
+        {"groups": 4},
+        {"groups": 4, "reshard": False},
+        {"accumulation": 4},
+        {"accumulation": 4, "reshard": False},
+        UNEVEN,
+        {"dtype": "float32"},
+        *({"reentrant": one, "reshard": other} for one in (True, False) for other in (True, False)),
+        pytest.param({"num_compiled": 2}, marks=compiles_whole),
+        pytest.param({"num_compiled": 1, "groups": 4}, marks=compiles_whole),
+    ],
+    ids=str,
+)
+def test_losses_adapter_and_shards(pair, options):
+    one = net.one_process(**{name: options[name] for name in ONE if name in options})
+    atol = 1e-5 if "dtype" in options else 1e-10
+    net.assert_equal_to_one(pair.run(train_shards, **options), one, atol)
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_row_groups(pair, reshard):
-    results = pair.run(train_shards, "float64", (), False, reshard, None, 4)
-    net.assert_equal_to_one(results, net.one_process(groups=4))
-    assert all(same_shards for *_, same_shards in results)
-
-
-def train_on_smaller_shards(dtype):
+def train_on_smaller_shards():
     """Five steps where four processes hold halves between forward and backward."""
-    model = shard(net.adapt(dtype), 2)
+    model = shard(net.adapt(), 2)
     before = net.frozen(model)
     losses = net.train(model, part=net.half)
     same = net.is_unchanged(model, before)
     whole = full_state_dict(model)
-    one = net.adapt(dtype).state_dict()
+    one = net.adapt().state_dict()
     same &= all(torch.equal(whole[name], one[name]) for name in one if "base_layer" in name)
     return losses, full_adapter_of(model), same
 
 
 def test_smaller_shards_between_forward_and_backward(four):
     """They are cut from the temporary that the columns are in; no weight is written after that."""
-    results = four.run(train_on_smaller_shards, "float64")
-    net.assert_equal_to_one(results)
-    assert all(same for *_, same in results)
-
-
-def train_in_mixed_precision(reshard):
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = shard(net.adapt("float32", (), True), reshard, mp_policy=policy)
-    before = net.frozen(model)
-    with net.counted_writes() as writes:
-        losses = net.train(model, part=net.half)
-    same = net.is_unchanged(model, before)
-    return losses, full_adapter_of(model), same and len(writes) > 0
+    net.assert_equal_to_one(four.run(train_on_smaller_shards))
 
 
 def distance(result, exact):
@@ -109,29 +79,17 @@ def assert_as_exact_as_one_process(results):
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-def test_mixed_precision_policy(pair, reshard):
-    results = pair.run(train_in_mixed_precision, reshard)
-    assert all(same for *_, same in results)
+@pytest.mark.parametrize("kind", ["policy", "base"])
+def test_16_bits(pair, kind, reshard):
+    """By a policy over weights in float32, or in a base of bfloat16; deltas are in float32."""
+    options = {"dtype": "bfloat16"}
+    if kind == "policy":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options = {"dtype": "float32", "rounded": True, "fsdp": {"mp_policy": policy}}
+    results = pair.run(train_shards, reshard=reshard, **options)
+    assert all(all(others) for _, _, *others in results)
+    assert {tensor.dtype for tensor in results[0][1].values()} == {torch.float32, torch.int64}
     assert_as_exact_as_one_process(results)
-
-
-def train_compiled_shards(groups, num_blocks):
-    model = shard(net.adapt(groups=groups))
-    before = net.frozen(model)
-    for block in model.get_base_model().model.layers[:num_blocks]:
-        block.compile(backend="aot_eager")
-    with net.counted_writes() as writes:
-        losses = net.train(model, part=net.half)
-    same = net.is_unchanged(model, before)
-    return losses, full_adapter_of(model), same and len(writes) > 0
-
-
-@compiles_whole
-@pytest.mark.parametrize(("groups", "num_blocks"), [(1, 2), (4, 1)])
-def test_compiled_blocks(pair, groups, num_blocks):
-    results = pair.run(train_compiled_shards, groups, num_blocks)
-    net.assert_equal_to_one(results, net.one_process(groups=groups))
-    assert all(same for *_, same in results)
 
 
 def count_writes(reshard):
@@ -143,15 +101,14 @@ def count_writes(reshard):
         with net.counted_writes() as writes:
             net.loss_of(model, batch).backward()
         counts.append(len(writes) - len(layers))
-    return counts, len(layers), [layer.residency.is_written for layer in layers]
+    # Backward gathers every block anew, and all weights of a block are written together.
+    assert counts == ([len(layers)] * 2 if reshard else [0, 0])
+    assert not any(layer.residency.is_written for layer in layers)
 
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_columns_are_written_once_for_each_gathering(pair, reshard):
-    for counts, num_layers, are_written in pair.run(count_writes, reshard):
-        # Backward gathers every block anew, and all weights of a block are written together.
-        assert counts == ([num_layers] * 2 if reshard else [0, 0])
-        assert not any(are_written)
+    pair.run(count_writes, reshard)
 
 
 def hold_the_temporary():
@@ -171,55 +128,15 @@ def hold_the_temporary():
         loss = net.loss_of(model, batch)
         unchanged = torch.equal(held, before)
         loss.backward()
-    same = [
-        torch.allclose(p.grad.full_tensor(), g, rtol=1e-10)
-        for p, g in zip(net.trained(model), gradients, strict=True)
-    ]
-    return (
-        loss.item() - expected.item(),
-        unchanged,
-        all(same),
-        len(writes),
-        len(net.layers_of(model)),
-    )
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    assert unchanged
+    for parameter, gradient in zip(net.trained(model), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-10, atol=1e-8)
+    assert len(writes) == len(net.layers_of(model)) - 1
 
 
 def test_nothing_is_written_into_a_temporary_that_somebody_holds(pair):
-    for difference, unchanged, same_gradients, num_writes, num_layers in pair.run(
-        hold_the_temporary
-    ):
-        assert abs(difference) < 1e-12
-        assert unchanged
-        assert same_gradients
-        assert num_writes == num_layers - 1
-
-
-def test_float32(pair):
-    results = pair.run(train_shards, "float32")
-    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
-    assert all(same_shards for *_, same_shards in results)
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-def test_bfloat16_base_with_float32_deltas(pair, reshard):
-    results = pair.run(train_shards, "bfloat16", (), False, reshard)
-    assert all(same_shards for *_, same_shards in results)
-    assert {tensor.dtype for tensor in results[0][1].values()} == {torch.float32, torch.int64}
-    assert_as_exact_as_one_process(results)
-
-
-def test_out_features_that_cannot_be_halved(pair):
-    sizes = tuple(net.UNEVEN.items())
-    results = pair.run(train_shards, "float64", sizes)
-    net.assert_equal_to_one(results, net.one_process("float64", sizes))
-    assert all(same_shards for *_, same_shards in results)
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(pair, reentrant, reshard):
-    results = pair.run(train_shards, "float64", (), False, reshard, reentrant)
-    net.assert_equal_to_one(results)
+    pair.run(hold_the_temporary)
 
 
 def train_under_checkpoint_wrappers():
@@ -235,26 +152,6 @@ def train_under_checkpoint_wrappers():
 
 def test_fsdp_activation_checkpointing_of_accelerate(pair):
     net.assert_equal_to_one(pair.run(train_under_checkpoint_wrappers))
-
-
-def train_without_sync(reshard):
-    from contextlib import contextmanager
-
-    model = shard(net.adapt(), reshard)
-
-    @contextmanager
-    def no_sync():
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
-
-    losses = net.train(model, accumulation=4, part=net.half, no_sync=no_sync)
-    return losses, full_adapter_of(model)
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-def test_accumulation_without_sync(pair, reshard):
-    net.assert_equal_to_one(pair.run(train_without_sync, reshard))
 
 
 def shard_after_use():
@@ -288,17 +185,15 @@ def train_with_reference_pass():
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, full_adapter_of(model), references
-
-
-def test_reference_pass_between_forward_and_backward(pair):
-    results = pair.run(train_with_reference_pass)
-    net.assert_equal_to_one(results)
     base = net.build_base()
     with torch.no_grad():
         expected = [net.loss_of(base, batch).item() for batch in net.batches()]
-    for *_, references in results:
-        assert references == pytest.approx(expected, rel=0, abs=1e-10)
+    assert references == pytest.approx(expected, rel=0, abs=1e-10)
+    return losses, full_adapter_of(model)
+
+
+def test_reference_pass_between_forward_and_backward(pair):
+    net.assert_equal_to_one(pair.run(train_with_reference_pass))
 
 
 def train_and_save(folder):
@@ -349,17 +244,15 @@ def test_adapter_of_one_process_in_shards(pair, tmp_path, how):
 def merge_shards():
     model = shard(net.adapt(init_weights=False))
     expected = logits_of(model)
+    message = r"Cannot merge into a weight .* each process has a part"
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(
-            ValueError, match=r"Cannot merge into a weight .* each process has a part"
-        ):
+        with pytest.raises(ValueError, match=message):
             merge()
-    return expected, logits_of(model)
+    assert torch.equal(expected, logits_of(model))
 
 
 def test_merging_shards_is_refused_and_changes_nothing(pair):
-    for expected, logits in pair.run(merge_shards):
-        assert torch.equal(expected, logits)
+    pair.run(merge_shards)
 
 
 def train_deltas_alone(which):

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from tests.distributed import net
-from tests.distributed.tensor_parallel import (
-    adapt,
-    load,
-    marks,
-    whole,
-)
+from tests.distributed.tensor_parallel import adapt, load, marks, whole
 
 pytestmark = marks
 

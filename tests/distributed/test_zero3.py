@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed import net, zero
 from tests.distributed.pair import Pair
-from tests.distributed.partition import gather, partition, release
+from tests.distributed.partition import gather, partition, train_partitioned
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +89,12 @@ def train_zero(stage, accumulation=1, reentrant=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "accumulation"), [(1, 2), (2, 1), (3, 1), (3, 2)])
-def test_losses_and_adapter(pair, stage, accumulation):
-    results = pair.run(train_zero, stage, accumulation)
-    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
-    assert all(same_base for *_, same_base in results)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(pair, reentrant):
-    results = pair.run(train_zero, 3, 1, reentrant)
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "reentrant"),
+    [(1, 2, None), (2, 1, None), (3, 1, None), (3, 2, None), (3, 1, True), (3, 1, False)],
+)
+def test_losses_and_adapter(pair, stage, accumulation, reentrant):
+    results = pair.run(train_zero, stage, accumulation, reentrant)
     net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
 
 
@@ -174,37 +169,15 @@ def test_columns_for_a_server(pair, stage):
     assert pair.run(sync_columns, stage) == [True, True]
 
 
-def train_partitioned(*, reentrant=None, after_use=False):
+@pytest.mark.parametrize("how", ["", "checkpointed", "after use"])
+def test_imitated_partition(how):
     model = net.adapt()
-    before = net.frozen(model)
-    if reentrant is not None:
-        net.checkpoint(model, use_reentrant=reentrant)
-    if after_use:
+    if how == "checkpointed":
+        net.checkpoint(model, use_reentrant=True)
+    if how == "after use":  # with columns in the weights
         net.loss_of(model, net.batches()[0]).backward()
         model.zero_grad()
-    partition(model)
-    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
-    losses = []
-    for batch in net.batches():
-        loss = net.loss_of(model, batch)
-        loss.backward()
-        gather(model.parameters())
-        optimizer.step()
-        release(model.parameters())
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    gather(model.parameters())
-    assert net.is_unchanged(model, before)
-    return losses, net.adapter_of(model)
-
-
-@pytest.mark.parametrize("reentrant", [None, True])
-def test_imitated_partition(reentrant):
-    net.assert_equal_to_one([train_partitioned(reentrant=reentrant)])
-
-
-def test_imitated_partition_of_weights_with_columns_in_them():
-    net.assert_equal_to_one([train_partitioned(after_use=True)])
+    net.assert_equal_to_one([train_partitioned(model)])
 
 
 def test_empty_adapter_is_not_saved(tmp_path):
@@ -220,4 +193,4 @@ def test_nothing_writes_to_partitioned_weights(monkeypatch):
     from pacatune.residency import put as residency
 
     monkeypatch.setattr(residency, "put_columns_", None)
-    train_partitioned()
+    train_partitioned(net.adapt())

@@ -57,23 +57,16 @@ class SomeNorm(nn.Module):
         return self.weight * (n * 2 if self.twist == "doubled" else n)
 
 
-@pytest.mark.parametrize("twist", [None, "swapped"])
-def test_any_gated_mlp_is_found(twist):
-    module = nn.Sequential(Almost(twist))
-    x = torch.randn(3, 4)
-    expected = module(x)
-    assert lean.enable(module).made == {"gated_mlp": ["0"]}
+@pytest.mark.parametrize("twist", [None, "swapped", "scaled", "clipped"])
+def test_any_gated_mlp_is_found_and_what_does_a_little_more_is_not(twist):
+    module, x = nn.Sequential(Almost(twist)), torch.randn(3, 4)
+    expected, report = module(x), lean.enable(module)
+    if twist in (None, "swapped"):
+        assert report.made == {"gated_mlp": ["0"]}
+    else:
+        reason = "Almost is not down(act(gate(x)) * up(x)) with a known activation"
+        assert (report.made, report.left) == ({}, {reason: ["0"]})
     torch.testing.assert_close(module(x), expected)
-
-
-@pytest.mark.parametrize("twist", ["scaled", "clipped"])
-def test_what_does_a_little_more_is_left_alone(twist):
-    module = nn.Sequential(Almost(twist))
-    report = lean.enable(module)
-    assert report.made == {}
-    assert report.left == {
-        "Almost is not down(act(gate(x)) * up(x)) with a known activation": ["0"]
-    }
 
 
 def test_convolutions_under_adapters_are_no_gated_mlp():

@@ -8,19 +8,16 @@ from pacatune import lean
 from tests.lean.models import adapt, adapted, assert_equal_results, build, gradients, make_batch
 
 
-def test_logits_can_be_read_in_training(model, batch):
-    expected = model(**batch).logits
+def test_logits_can_be_read_in_training_and_used_in_a_loss_of_ones_own(model, batch):
+    """Without labels nothing stands for them."""
+    expected, loss = model(**batch).logits, model(**batch, num_items_in_batch=7).loss
     lean.enable(model)
-    output = model(**batch)
-    torch.testing.assert_close(output.logits.argmax(-1), expected.argmax(-1))
-    without_labels = {n: x for n, x in batch.items() if n != "labels"}
-    assert isinstance(model(**without_labels).logits, torch.Tensor)
-
-
-def test_num_items_in_batch(model, batch):
-    expected = model(**batch, num_items_in_batch=7).loss
-    lean.enable(model)
-    torch.testing.assert_close(model(**batch, num_items_in_batch=7).loss, expected)
+    torch.testing.assert_close(model(**batch).logits.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(model(**batch, num_items_in_batch=7).loss, loss)
+    logits = model(**{n: x for n, x in batch.items() if n != "labels"}).logits
+    assert isinstance(logits, torch.Tensor)
+    F.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "SmolLM 2"])
@@ -68,32 +65,18 @@ def test_an_adapter_that_comes_later(batch):
     assert_equal_results(ours, gradients(later, batch)[0])
 
 
-def test_a_loss_function_of_ones_own_gets_a_tensor(batch):
-    model = build("Llama")
+def test_hooks_and_loss_functions_of_ones_own_get_tensors(batch):
+    model, seen = build("Llama"), []
     lean.enable(model)
-    found = []
 
     def loss_function(logits, labels, **kwargs):
-        found.append(logits)
+        seen.append(logits)
         return logits.float().mean()
 
     model.loss_function = loss_function
     model(**batch).loss.backward()
-    assert isinstance(found[0], torch.Tensor)
-
-
-def test_a_head_with_hooks_is_called_as_it_was(batch):
     model = adapted()
     lean.enable(model)
-    outputs = []
-    model.get_output_embeddings().register_forward_hook(lambda *args: outputs.append(args[2]))
+    model.get_output_embeddings().register_forward_hook(lambda *args: seen.append(args[2]))
     model(**batch)
-    assert isinstance(outputs[0], torch.Tensor)
-
-
-def test_a_loss_of_ones_own_over_logits(model, batch):
-    """No labels, so nothing stands for the logits."""
-    lean.enable(model)
-    logits = model(input_ids=batch["input_ids"]).logits
-    F.cross_entropy(logits.flatten(0, 1), batch["input_ids"].flatten()).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert [isinstance(one, torch.Tensor) for one in seen] == [True, True]

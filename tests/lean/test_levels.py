@@ -30,7 +30,7 @@ from tests.lean.models import (
     results,
 )
 from tests.lean.twins import assert_results_close
-from tests.releases import compiles_whole, parameters_keep_hooks
+from tests.releases import parameters_keep_hooks
 
 NO_ATTENTION = "Gemma 2", "DINOv2, SwiGLU"  # none that can be cut
 SHAPE = llama_values(512, 2, num_heads=4, num_kv_heads=1, intermediate_size=1792, vocab_size=64)
@@ -90,26 +90,23 @@ def test_gradients_are_those_of_level_1(name, method, dtype):
 
 
 @pytest.mark.parametrize(
-    ("method", "level", "bound"),
+    ("method", "bounds"),
     [
         # At 8B the columns are an eighth of what they are here: 23.06, 9.06 and 6.06 units.
-        *(("paca", level, bound) for level, bound in ((1, 23.3), (2, 9.2), (3, 6.15))),
+        ("paca", (23.3, 9.2, 6.15)),
         # Its inputs are recomputed like what is made of them: at level 3 it keeps what PaCA does.
-        *(("lora", level, bound) for level, bound in ((1, 34.5), (2, 11.4), (3, 6.3))),
+        ("lora", (34.5, 11.4, 6.3)),
     ],
 )
-def test_units_at_the_proportions_of_llama3_8b(method, level, bound, monkeypatch):
+def test_units_at_the_proportions_of_llama3_8b(method, bounds, monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
-    row = count(method, "bfloat16", f"level {level}", SHAPE, 0)
-    assert row.value <= bound
-    if method == "paca":
-        assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
-        assert formula_units(benchmark.LAYER, level=level) <= {1: 23.1, 2: 9.1, 3: 6.1}[level]
-
-
-def test_casts_of_finer_adapters_are_made_again(monkeypatch):
-    """The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels."""
-    monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
+    for level, bound in enumerate(bounds, 1):
+        row = count(method, "bfloat16", f"level {level}", SHAPE, 0)
+        assert row.value <= bound
+        if method == "paca":
+            assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
+            assert formula_units(benchmark.LAYER, level=level) <= (23.1, 9.1, 6.1)[level - 1]
+    # The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels.
     one, two = (count("lora", "float32", f"level {level}", SHAPE, 0).value for level in (1, 2))
     assert one - two >= 14 + 7 + 14
 
@@ -134,8 +131,22 @@ def test_memory_that_lives_is_what_is_counted():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_blocks(use_reentrant):
-    num_bytes = compare_levels(checkpointed(adapted(), use_reentrant), batch_of("Llama"))
+    model, batch = checkpointed(adapted(), use_reentrant), batch_of("Llama")
+    plain, plain_bytes = gradients(model, batch)
+    num_bytes = compare_levels(model, batch)
+    assert_equal_results(gradients(model, batch)[0], plain)
     assert len(set(num_bytes)) == 1
+    assert num_bytes[0] < plain_bytes
+
+
+def test_other_models():
+    """A cache would be filled twice, so it leaves attention at level 1; two adapters do not."""
+    model, batch = adapted(), batch_of("Llama")
+    _, two, three = compare_levels(model, batch | {"use_cache": True})
+    assert three == two
+    model.add_adapter("other", PacaConfig(r=2, target_modules="all-linear", init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    compare_levels(model, batch)
 
 
 @pytest.mark.parametrize("within", [partial(torch.autocast, "cpu", torch.bfloat16), save_on_cpu])
@@ -302,24 +313,6 @@ def test_made_plain_between_the_passes(monkeypatch):
         assert_equal(results(model, loss), expected)
 
 
-def test_a_cache_leaves_attention_at_level_1():
-    """It would be filled twice."""
-    model, batch = adapted(), batch_of("Llama") | {"use_cache": True}
-    _, two, three = compare_levels(model, batch)
-    assert three == two
-
-
-@compiles_whole
-def test_compiled_graphs_keep_what_they_like():
-    model, batch = adapted(), batch_of("Llama")
-    lean.enable(model)
-    expected, _ = gradients(model, batch)
-    lean.enable(model, level=3)
-    torch._dynamo.reset()
-    model.compile(backend="aot_eager", fullgraph=True)
-    assert_equal_results(gradients(model, batch)[0], expected)
-
-
 def test_levels_replace_one_another():
     model = build("Llama")
     plain = [type(module) for module in model.modules()]
@@ -334,25 +327,16 @@ def test_levels_replace_one_another():
     assert [type(module) for module in model.modules()] == plain
 
 
-def test_attention_without_groups_is_cut_at_level_3():
+def test_which_attention_is_cut_at_level_3():
+    """Of any number of groups; of sdpa, and others are told of."""
     shape = SHAPE | {"num_key_value_heads": 4, "num_hidden_layers": 1}
     model = benchmark.make_contender("frozen", shape, torch.float32).model
     assert "attention" not in lean.enable(model, level=2).made
     assert lean.enable(model, level=3).made["attention"] == ["model.layers.0.self_attn"]
     assert lean.enable(model, level=1).level == 1
     assert not any(isinstance(m, RecomputedAttention) for m in model.modules())
-
-
-def test_another_attention_is_reported():
     model = build("Llama")
     model.config._attn_implementation = "flash_attention_2"
     (reason,) = lean.enable(model, level=3).left
     assert reason == "flash_attention_2 keeps query, key and value: level 3 is for sdpa"
     assert lean.enable(model, level=2).left == {}
-
-
-def test_two_adapters_and_a_merged_one():
-    model, batch = adapted(), batch_of("Llama")
-    model.add_adapter("other", PacaConfig(r=2, target_modules="all-linear", init_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-    compare_levels(model, batch)

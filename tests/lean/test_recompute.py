@@ -117,10 +117,7 @@ def test_an_input_without_gradient():
     assert all(map(torch.equal, ours, theirs))
     net.requires_grad_(requires_grad=False)
     assert not net(x).requires_grad
-
-
-def test_a_result_that_needs_no_gradient():
-    """As of a module whose adapter is merged, in the first block."""
+    # A result may need none, as of a module whose adapter is merged, in the first block.
     x = make_input()
     y = recompute(lambda x, cut: cut(2 * x)[0].detach() + 1, [x])
     assert torch.equal(y, 2 * x + 1)
@@ -186,10 +183,7 @@ def test_what_cannot_run_twice():
     net.c.weight = torch.ones(2, 2)
     assert why_not(net) == "tensors stand where its parameters were (FSDP1, nn.DataParallel)"
     assert state_of(net) is None
-
-
-def test_parameters_with_hooks_are_not_recomputed():
-    """They would be called with the gradient inside the module, and with the same outside."""
+    # Hooks of parameters would be called with the gradient inside the module, and outside again.
     net = Net()
     assert state_of(net) is not None
     net.a.weight.register_hook(lambda grad: 2 * grad)

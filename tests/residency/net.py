@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pacatune import PacaConfig
-from pacatune.ops.reference import paca_linear
+from tests.tuner.nets import Reference
 
 ALPHA = 6.0
 
@@ -51,22 +51,9 @@ def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
 
 def expected(base: Net, model: nn.Module, x: Tensor, adapter: str = "default"):
     """Output and gradients (x, deltas) of sum(y ** 2) by plain autograd at the current deltas."""
-    x = x.clone().requires_grad_()
-    values = [delta.detach().clone().requires_grad_() for delta in deltas(model, adapter)]
-    h = x
-    for number, (layer, delta, plain) in enumerate(
-        zip(layers(model), values, (base.first, base.second), strict=True)
-    ):
-        h = torch.tanh(h) if number else h
-        h = paca_linear(
-            h,
-            plain.weight.detach(),
-            delta,
-            layer.paca_indices[adapter],
-            layer.scaling[adapter],
-            None if plain.bias is None else plain.bias.detach(),
-        )
-    return h.detach(), torch.autograd.grad(h.square().sum(), [x, *values])
+    reference, x = Reference(base, model, adapter), x.clone().requires_grad_()
+    y = reference(x)
+    return y.detach(), torch.autograd.grad(y.square().sum(), [x, *reference.deltas])
 
 
 def check(base: Net, model: nn.Module, x: Tensor, adapter: str = "default") -> None:
@@ -104,7 +91,6 @@ def check_evaluation(base: Net, model: nn.Module, x: Tensor) -> None:
 
 
 def move(model: nn.Module) -> None:
-    """Change the deltas."""
     with torch.no_grad():
         for delta in deltas(model):
             delta.add_(0.1)

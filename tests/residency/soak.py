@@ -5,14 +5,13 @@ import multiprocessing
 import sys
 import time
 import traceback
-from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 
-def walk(number: int, deadline: float, results: Any) -> None:
+def walk(number: int, deadline: float) -> tuple[int, list[str]]:
     """Walk until the deadline, each time from another seed; report what was found."""
     from tests.residency.walk import CompiledWalk as Walk
 
@@ -36,11 +35,9 @@ def walk(number: int, deadline: float, results: Any) -> None:
         except BaseException:
             findings.append(f"seed {start + offset}\n{traceback.format_exc()}")
             print(findings[-1], flush=True)
-        print(
-            f"process {number}: {Walk.num_operations} operations, {len(findings)} findings",
-            flush=True,
-        )
-    results.put((Walk.num_operations, findings))
+        said = f"process {number}: {Walk.num_operations} operations, {len(findings)} findings"
+        print(said, flush=True)
+    return Walk.num_operations, findings
 
 
 def main() -> None:
@@ -49,17 +46,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    results, deadline = context.SimpleQueue(), time.time() + 60 * options.minutes
-    processes = [
-        context.Process(target=walk, args=(number, deadline, results))
-        for number in range(options.workers)
-    ]
-    for process in processes:
-        process.start()
-    reports = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
+    deadline = time.time() + 60 * options.minutes
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        walks = [(number, deadline) for number in range(options.workers)]
+        reports = pool.starmap(walk, walks, chunksize=1)
     findings = [finding for _, found in reports for finding in found]
     print(f"{sum(number for number, _ in reports):,} operations, {len(findings)} findings")
     sys.exit(1 if findings else 0)

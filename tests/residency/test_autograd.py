@@ -5,26 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
 
+from tests.residency import net
 from tests.residency.looks import COPIED, LOOKS, assert_sees_base
-from tests.residency.net import (
-    add_other,
-    assert_base,
-    assert_gradients,
-    deltas,
-    evaluate,
-    expected,
-    layers,
-    move,
-)
 from tests.residency.twin import KINDS, twin_of
 
 
 def test_two_forwards_before_one_backward_twice(base, model, x):
-    wanted = [expected(base, model, batch)[1] for batch in (x, 2 * x)]
+    wanted = [net.expected(base, model, batch)[1] for batch in (x, 2 * x)]
     loss = model(x).square().sum() + model(2 * x).square().sum()
     for times in (1, 2):
         loss.backward(retain_graph=True)
-        assert_gradients(model, [times * (a + b) for a, b in zip(*wanted, strict=True)], x)
+        net.assert_gradients(model, [times * (a + b) for a, b in zip(*wanted, strict=True)], x)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +25,14 @@ def test_two_forwards_before_one_backward_twice(base, model, x):
 @pytest.mark.parametrize("keep", [False, True], ids=["dropped", "held"])
 def test_looks_between_forward_and_backward(look, checkpointing, keep, base, model, x):
     model.base_model.model.checkpointing = checkpointing
-    wanted = expected(base, model, x)[1]
+    wanted = net.expected(base, model, x)[1]
     loss = model(x.requires_grad_()).square().sum()
     seen = LOOKS[look](model)
     assert_sees_base(base, seen)
     if not keep:
         del seen
     loss.backward()
-    assert_gradients(model, wanted, x)
+    net.assert_gradients(model, wanted, x)
     if keep and look in (*COPIED, "state_dict"):
         assert_sees_base(base, seen)
 
@@ -49,11 +40,11 @@ def test_looks_between_forward_and_backward(look, checkpointing, keep, base, mod
 def reference(model: nn.Module, x: Tensor) -> None:
     """As DPO does with one model for policy and reference."""
     with model.disable_adapter():
-        evaluate(model, x)
+        net.evaluate(model, x)
 
 
 def switch_and_back(model: nn.Module, x: Tensor) -> None:
-    add_other(model)
+    net.add_other(model)
     model.set_adapter("other")
     model(x)
     model.set_adapter("default")
@@ -78,39 +69,33 @@ def call_while_merged(model: nn.Module, x: Tensor) -> None:
 
 
 def merge_something_broken(model: nn.Module, x: Tensor) -> None:
-    kept = deltas(model)[1].detach().clone()
-    deltas(model)[1].data.fill_(torch.nan)
+    kept = net.deltas(model)[1].detach().clone()
+    net.deltas(model)[1].data.fill_(torch.nan)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="NaNs detected"):
             merge(safe_merge=True)
-        assert [layer.merged_adapters for layer in layers(model)] == [[], []]
-    deltas(model)[1].data.copy_(kept)
+        assert [layer.merged_adapters for layer in net.layers(model)] == [[], []]
+    net.deltas(model)[1].data.copy_(kept)
 
 
 @pytest.mark.parametrize(
     "act",
-    [
-        reference,
-        switch_and_back,
-        merge_and_unmerge,
-        call_while_merged,
-        merge_something_broken,
-    ],
+    [reference, switch_and_back, merge_and_unmerge, call_while_merged, merge_something_broken],
     ids=lambda act: act.__name__,
 )
 def test_gradients_are_those_of_the_forward_pass(act, base, model, x):
     merge_and_unmerge(model, x)  # what has been before does not matter
-    wanted = expected(base, model, x)[1]
+    wanted = net.expected(base, model, x)[1]
     loss = model(x).square().sum()
     act(model, x)
     loss.backward()
-    assert_gradients(model, wanted, x)
-    assert_base(base, model)
+    net.assert_gradients(model, wanted, x)
+    net.assert_base(base, model)
 
 
 def test_a_backward_after_unloading(base, model, x):
     """When the plain model has been handed back; its weights are torch's own."""
-    wanted, trained = expected(base, model, x)[1], deltas(model)
+    wanted, trained = net.expected(base, model, x)[1], net.deltas(model)
     loss = model(x).square().sum()
     plain = model.unload()
     loss.backward()
@@ -124,7 +109,7 @@ def test_a_backward_after_unloading(base, model, x):
 
 def change_base(model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
-        layers(model)[1].base_layer.weight.mul_(2)
+        net.layers(model)[1].base_layer.weight.mul_(2)
 
 
 def change_base_while_merged(model: nn.Module, x: Tensor) -> None:
@@ -181,28 +166,28 @@ def copies() -> saved_tensors_hooks:
     return saved_tensors_hooks(torch.clone, lambda kept: kept)
 
 
-@pytest.mark.parametrize("between", [nn.Module.state_dict, move])
+@pytest.mark.parametrize("between", [nn.Module.state_dict, net.move])
 @pytest.mark.parametrize("hooks", [copies, allow_mutation_on_saved_tensors])
 def test_hooks_that_keep_what_is_saved(hooks, between, base, model, x):
     """Of a delta that was changed since, they keep the old values."""
-    wanted = expected(base, model, x)[1]
+    wanted = net.expected(base, model, x)[1]
     with hooks():
         loss = model(x.requires_grad_()).square().sum()
         between(model)
         model(x)  # the new columns are in the weight
         loss.backward()
-    assert_gradients(model, wanted, x)
+    net.assert_gradients(model, wanted, x)
 
 
 def test_no_weight_is_saved(model, x):
     saved: list[Tensor] = []
     with saved_tensors_hooks(saved.append, lambda t: t):
         model(x.requires_grad_())
-    weights = {layer.residency.weight.data_ptr() for layer in layers(model)}
+    weights = {layer.residency.weight.data_ptr() for layer in net.layers(model)}
     assert not weights & {t.data_ptr() for t in saved if isinstance(t, Tensor)}
 
 
 def test_torch_func_leaves_residency_as_it_was(model, x):
     call_functionally(model, x)
     model(x)
-    assert all(layer.residency.is_written for layer in layers(model))
+    assert all(layer.residency.is_written for layer in net.layers(model))

@@ -1,8 +1,6 @@
 """R2: whoever looks at the base, or holds it, sees the base, bit for bit."""
 
-import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -10,18 +8,9 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from pacatune.residency.watching import DeltaParameter, WeightParameter
+from pacatune.residency.watching import WeightParameter
+from tests.residency import net
 from tests.residency.looks import COPIED, HANDED_OUT, LOOKS, assert_sees_base
-from tests.residency.net import (
-    Net,
-    adapt,
-    assert_base,
-    check,
-    check_evaluation,
-    deltas,
-    evaluate,
-    layers,
-)
 
 
 @pytest.mark.parametrize(
@@ -29,17 +18,17 @@ from tests.residency.net import (
 )
 def test_in_the_middle_of_accumulation(look, dtype, base, x):
     base.to(dtype)
-    model = adapt(base)
+    model = net.adapt(base)
     for _ in range(2):
         model(x.to(dtype)).sum().backward()
-        assert all(layer.residency.is_written for layer in layers(model))
+        assert all(layer.residency.is_written for layer in net.layers(model))
         assert_sees_base(base, LOOKS[look](model))
 
 
 @pytest.mark.parametrize("hand_out", HANDED_OUT.values(), ids=HANDED_OUT)
 def test_in_any_way_to_read_the_parameters(hand_out, base, model, x):
     model(x).sum().backward()
-    weight = hand_out(layers(model)[0].base_layer._parameters)
+    weight = hand_out(net.layers(model)[0].base_layer._parameters)
     assert weight is None or torch.equal(weight, base.first.weight)
 
 
@@ -47,7 +36,7 @@ def test_in_any_way_to_read_the_parameters(hand_out, base, model, x):
 def test_held(look, base, model, x):
     """Over optimiser steps, without adapters, and in evaluation."""
     held = LOOKS[look](model)
-    optimizer = torch.optim.SGD(deltas(model), lr=0.1)
+    optimizer = torch.optim.SGD(net.deltas(model), lr=0.1)
     for _ in range(3):
         model(x).sum().backward()
         optimizer.step()
@@ -56,7 +45,7 @@ def test_held(look, base, model, x):
     with model.disable_adapter():
         assert_sees_base(base, held)
         assert torch.equal(model(x), base(x))
-    check_evaluation(base, model, x)
+    net.check_evaluation(base, model, x)
     assert_sees_base(base, held)
     weight = held["base_model.model.first.base_layer.weight"].detach()
     assert torch.equal(load(save({"w": weight}))["w"], base.first.weight)
@@ -64,19 +53,9 @@ def test_held(look, base, model, x):
 
 def test_a_module_that_has_been_given_the_same_parameter(base, model, x):
     other = nn.Linear(10, 12, bias=False).double()
-    other.weight = layers(model)[0].base_layer.weight
-    evaluate(model, x)
+    other.weight = net.layers(model)[0].base_layer.weight
+    net.evaluate(model, x)
     assert torch.equal(other(x), nn.functional.linear(x, base.first.weight))
-
-
-def test_the_base_may_be_replaced_in_training(base, model, x):
-    """load_state_dict of new base weights: the columns kept aside are read anew."""
-    check(base, model, x)
-    other = Net().double()
-    for layer, plain in zip(layers(model), (other.first, other.second), strict=True):
-        layer.base_layer.load_state_dict(plain.state_dict())
-    check(other, model, x)
-    assert_base(other, model)
 
 
 def multiply(held: nn.Parameter) -> None:
@@ -91,7 +70,7 @@ def swap(held: nn.Parameter) -> None:
 @pytest.mark.parametrize("then", [nn.Module.__call__, lambda model, x: model.state_dict()])
 @pytest.mark.parametrize("change", [multiply, swap])
 def test_changing_a_held_weight_while_columns_are_in_it_is_refused(change, then, model, x):
-    held = layers(model)[0].base_layer.weight
+    held = net.layers(model)[0].base_layer.weight
     model(x)
     change(held)
     with pytest.raises(RuntimeError, match=r"changed in place .* through its module"):
@@ -99,41 +78,23 @@ def test_changing_a_held_weight_while_columns_are_in_it_is_refused(change, then,
 
 
 def test_a_held_weight_changed_for_an_evaluation(base, model, x):
-    weight = layers(model)[0].base_layer.weight
+    weight = net.layers(model)[0].base_layer.weight
     with torch.no_grad():
         kept = weight.clone()
         weight.mul_(1.01)
         model(x)
         weight.copy_(kept)
     del weight
-    check(base, model, x)
-    assert_base(base, model)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_optimiser_that_decays_every_weight(fused, base, model, x):
-    """Gradients of zero on frozen weights: AdamW decays them all the same."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1, fused=fused)
-    for _ in range(3):
-        check(base, model, x)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        with torch.no_grad():
-            for parameter in base.parameters():
-                parameter.mul_(1 - 0.1 * 0.1)
-        for layer, plain in zip(layers(model), (base.first, base.second), strict=True):
-            torch.testing.assert_close(layer.base_layer.weight.detach(), plain.weight.detach())
+    net.check(base, model, x)
+    net.assert_base(base, model)
 
 
 def test_changed_through_the_data_of_a_held_parameter(base, model, x):
     """As averages and home-made optimisers do; taking `.data` is a look."""
-    held = [layer.base_layer.weight for layer in layers(model)]
+    held = [layer.base_layer.weight for layer in net.layers(model)]
     plain = [base.first.weight, base.second.weight]
     for _ in range(3):
-        check(base, model, x)
+        net.check(base, model, x)
         assert type(held[0]) is WeightParameter
         for ours, theirs in zip(held, plain, strict=True):
             ours.data.mul_(0.9)
@@ -142,54 +103,37 @@ def test_changed_through_the_data_of_a_held_parameter(base, model, x):
     for ours, theirs in zip(held, plain, strict=True):
         value = torch.randn_like(ours)
         ours.data, theirs.data = value, value.clone()
-    check(base, model, x)
-    assert_base(base, model)
+    net.check(base, model, x)
+    net.assert_base(base, model)
 
 
 def test_training_does_not_depend_on_who_looked(base):
     base.float()
     results = []
     for watches in (False, True):
-        model = adapt(base)
-        optimizer = torch.optim.AdamW(deltas(model), lr=0.05)
+        model = net.adapt(base)
+        optimizer = torch.optim.AdamW(net.deltas(model), lr=0.05)
         generator = torch.Generator().manual_seed(3)
         for step in range(6):
             for _ in range(1 + step % 3):
                 x = torch.randn(20, 10, generator=generator)
                 model(x).square().mean().backward()
                 if watches:
-                    evaluate(model, x)
+                    net.evaluate(model, x)
                     list(model.parameters())
-                    [delta.data.norm() for delta in deltas(model)]
+                    [delta.data.norm() for delta in net.deltas(model)]
             optimizer.step()
             optimizer.zero_grad()
             if watches:
                 model.state_dict()
-                evaluate(model, x)
-        results.append([delta.detach().clone() for delta in deltas(model)])
+                net.evaluate(model, x)
+        results.append([delta.detach().clone() for delta in net.deltas(model)])
     assert all(map(torch.equal, *results))
 
 
-def test_delta_parameters_copy_and_pickle_as_plain_ones(model, x):
-    model(x).sum().backward()
-    delta = deltas(model)[0]
-    assert type(delta) is DeltaParameter
-    for copied in (copy.deepcopy(delta), pickle.loads(pickle.dumps(delta))):
-        assert torch.equal(copied, delta)
-        assert getattr(copied, "residency", None) is None
-
-
-def test_a_copy_is_unloaded_like_the_original(base, model, x):
-    model(x)
-    plain = copy.deepcopy(model).unload()
-    assert type(plain.first.weight) is nn.Parameter
-    assert torch.equal(plain.first.weight, base.first.weight)
-
-
 def test_a_layer_is_freed_without_the_garbage_collector(base, model, x):
-    """And leaves the base behind."""
     model(x).sum().backward()
-    layer = layers(model)[0]
+    layer = net.layers(model)[0]
     inner, alive = layer.base_layer, weakref.ref(layer.residency)
     gc.disable()
     try:

@@ -1,25 +1,11 @@
 """R4: at most two column writes per layer and optimiser step, none per micro-batch; evaluation
 writes nothing (R2a)."""
 
-import sys
-from collections.abc import Callable
-from types import FrameType
-
 import pytest
 import torch
 
 from pacatune.residency import resident
-from tests.residency.net import (
-    Net,
-    adapt,
-    assert_base,
-    assert_gradients,
-    check,
-    deltas,
-    evaluate,
-    expected,
-    layers,
-)
+from tests.residency import net
 
 
 @pytest.mark.parametrize(
@@ -30,18 +16,18 @@ def test_one_write_per_step_if_nobody_holds_the_weight(
     accumulation, checkpointing, base, model, x, writes
 ):
     model.base_model.model.checkpointing = checkpointing
-    optimizer = torch.optim.AdamW(deltas(model), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(net.deltas(model), lr=0.1, fused=True)
     for step in range(4):
         writes.clear()
         sums = [0.0] * 3
         for micro in range(accumulation):
             batch = (x + micro + step).requires_grad_()
-            y, wanted = expected(base, model, batch.detach())
+            y, wanted = net.expected(base, model, batch.detach())
             sums = [wanted[0], *(a + b for a, b in zip(sums[1:], wanted[1:], strict=True))]
             out = model(batch)
             torch.testing.assert_close(out, y)
             out.square().sum().backward()
-            assert_gradients(model, sums, batch)
+            net.assert_gradients(model, sums, batch)
         optimizer.step()
         optimizer.zero_grad()
         # Reentrant checkpointing evaluates first, which takes out what is no longer right.
@@ -55,18 +41,18 @@ def test_two_writes_per_step_if_somebody_does(model, x, writes):
         for _ in range(3):
             model(x).sum().backward()
         optimizer.step()
-        assert len(writes) == 2 * len(layers(model))
+        assert len(writes) == 2 * len(net.layers(model))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_never_writes(mode, base, model, x, writes):
     """It uses what training has written."""
-    y = expected(base, model, x)[0]
+    y = net.expected(base, model, x)[0]
     for _ in range(3):
         with mode():
             torch.testing.assert_close(model(x), y)
     assert not writes
-    check(base, model, x)
+    net.check(base, model, x)
     trained = model(x)
     writes.clear()
     with mode():
@@ -75,38 +61,10 @@ def test_evaluation_never_writes(mode, base, model, x, writes):
 
 
 def test_evaluation_writes_once_if_told_to(base, model, x, writes):
-    y = expected(base, model, x)[0]
+    y = net.expected(base, model, x)[0]
     with resident(model):
         for _ in range(10):
-            torch.testing.assert_close(evaluate(model, x), y)
-        assert len(writes) == len(layers(model))
-        assert all(layer.residency.is_written for layer in layers(model))
-    assert_base(base, model)
-
-
-def test_a_layer_costs_few_python_frames():
-    model = adapt(Net())
-    x = torch.randn(8, 10, requires_grad=True)
-    model(x).sum().backward()  # writes
-    layer, done = layers(model)[0], []
-    forward = frames_from("_wrapped_call_impl", lambda: done.append(layer(x)))
-    backward = frames_from("apply", done[0].sum().backward)
-    assert 10 < len(forward) <= 29, forward
-    assert 5 < len(backward) <= 13, backward
-
-
-def frames_from(first: str, function: Callable[[], None]) -> list[str]:
-    """Return the Python functions that run in a call, from one on."""
-    names: list[str] = []
-
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and (names or frame.f_code.co_name == first):
-            names.append(frame.f_code.co_name)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        function()
-    finally:
-        sys.setprofile(before)
-    return names
+            torch.testing.assert_close(net.evaluate(model, x), y)
+        assert len(writes) == len(net.layers(model))
+        assert all(layer.residency.is_written for layer in net.layers(model))
+    net.assert_base(base, model)

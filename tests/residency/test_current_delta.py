@@ -7,28 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from tests.residency.net import (
-    adapt,
-    assert_base,
-    check,
-    check_evaluation,
-    deltas,
-    evaluate,
-    expected,
-    layers,
-)
+from tests.residency import net
 
 OTHER_COLUMNS = torch.tensor([0, 1, 2])
 Change = Callable[[nn.Module], None]
 
 
 def stepped(optimizer: type[torch.optim.Optimizer], **options) -> Change:
-    return lambda model: optimizer(deltas(model), lr=0.01, **options).step()
+    return lambda model: optimizer(net.deltas(model), lr=0.01, **options).step()
 
 
 def loaded(name: str, **options) -> Change:
-    """Load other values into tensors of a name."""
-
     def change(model: nn.Module) -> None:
         state = {key: value / 2 for key, value in model.state_dict().items() if name in key}
         if name == "paca_indices":
@@ -49,7 +38,7 @@ def swapped(model: nn.Module) -> None:
 def in_each_layer(change: Callable[[nn.Module, nn.Parameter], object]) -> Change:
     def change_all(model: nn.Module) -> None:
         with torch.no_grad():
-            for layer in layers(model):
+            for layer in net.layers(model):
                 change(layer, layer.delta_of("default"))
 
     return change_all
@@ -88,11 +77,11 @@ any_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @any_change
 def test_after_any_change(change, base, model, x):
     for _ in range(2):
-        check(base, model, x)
+        net.check(base, model, x)
         for _ in range(2):  # the first evaluation comes after training, the second after the first
             change(model)
-            check_evaluation(base, model, x)
-        check(base, model, x)
+            net.check_evaluation(base, model, x)
+        net.check(base, model, x)
 
 
 @any_change
@@ -100,27 +89,27 @@ def test_after_any_change_that_nobody_looks_beside(change, base, model, x):
     for _ in range(3):
         model(x).sum().backward()
         change(model)
-        torch.testing.assert_close(model(x).detach(), expected(base, model, x)[0])
-    assert_base(base, model)
+        torch.testing.assert_close(model(x).detach(), net.expected(base, model, x)[0])
+    net.assert_base(base, model)
 
 
 def test_edits_through_an_alias_taken_once(base, model, x):
-    aliases = [delta.data for delta in deltas(model)]
+    aliases = [delta.data for delta in net.deltas(model)]
     for _ in range(3):
-        check(base, model, x)
+        net.check(base, model, x)
         for alias in aliases:
             alias.add_(0.1)
 
 
 def test_deltas_in_one_flat_buffer(base, model, x):
     """DeepSpeed's ZeRO-1/2: each delta is a view of a buffer that the optimiser updates."""
-    check(base, model, x)
-    flat = torch.cat([delta.detach().reshape(-1) for delta in deltas(model)])
-    sizes = [delta.numel() for delta in deltas(model)]
-    for delta, part in zip(deltas(model), flat.split(sizes), strict=True):
+    net.check(base, model, x)
+    flat = torch.cat([delta.detach().reshape(-1) for delta in net.deltas(model)])
+    sizes = [delta.numel() for delta in net.deltas(model)]
+    for delta, part in zip(net.deltas(model), flat.split(sizes), strict=True):
         delta.data = part.view_as(delta)
     for _ in range(3):
-        check(base, model, x)
+        net.check(base, model, x)
         flat.mul_(0.7)
 
 
@@ -128,13 +117,13 @@ def test_deltas_in_one_flat_buffer(base, model, x):
 def test_what_the_columns_add_follows_the_base(through_data, base):
     """In 16 bits it depends on the weight that the columns are rounded beside."""
     base.to(torch.bfloat16).first.weight.data.mul_(100)
-    model = adapt(base).eval()
+    model = net.adapt(base).eval()
     x = torch.randn(5, 10, dtype=torch.bfloat16)
-    held = layers(model)[0].base_layer.weight
-    evaluate(model, x)
+    held = net.layers(model)[0].base_layer.weight
+    net.evaluate(model, x)
     with torch.no_grad():
         (held.data if through_data else held).div_(100)
-    assert torch.equal(evaluate(model, x), evaluate(copy.deepcopy(model), x))
+    assert torch.equal(net.evaluate(model, x), net.evaluate(copy.deepcopy(model), x))
 
 
 def test_optimisers_take_their_fast_paths(base, model, x, monkeypatch):
@@ -144,11 +133,11 @@ def test_optimisers_take_their_fast_paths(base, model, x, monkeypatch):
     plain = [nn.Parameter(torch.randn(3)) for _ in range(2)]
     on_gpu = ["cpu"]
     monkeypatch.setattr(optimizer, "_get_foreach_kernels_supported_devices", lambda: on_gpu)
-    check(base, model, x)
-    weights = [layer.base_layer.weight for layer in layers(model)]
+    net.check(base, model, x)
+    weights = [layer.base_layer.weight for layer in net.layers(model)]
     for differentiable in (False, True):
         want = optimizer._default_to_fused_or_foreach(plain, differentiable, use_fused=False)
-        for parameters in (deltas(model), weights):
+        for parameters in (net.deltas(model), weights):
             found = optimizer._default_to_fused_or_foreach(parameters, differentiable, False)
             assert found == want
-    assert type(deltas(model)[0]) is not nn.Parameter
+    assert type(net.deltas(model)[0]) is not nn.Parameter

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 from pacatune.residency import passes, put, together, weight
 from pacatune.residency.watching import LOCK
-from tests.residency.net import (
-    add_other,
-    assert_base,
-    assert_close,
-    check,
-    deltas,
-    expected,
-    layers,
-    move,
-)
+from tests.residency import net
 
 FILES = {module.__file__ for module in (passes, put, together, weight)}
 
@@ -55,7 +46,7 @@ def at_line(number: int, act: Callable[[], None]) -> Iterator[list[int]]:
 @pytest.fixture(name="model")
 def _model(model: nn.Module) -> nn.Module:
     """Used again after each interruption, since making it takes most of a test."""
-    add_other(model)
+    net.add_other(model)
     return model
 
 
@@ -63,7 +54,7 @@ def prepare(model: nn.Module, x: Tensor) -> None:
     """Put the columns of the first adapter into the weights, with the same values each time."""
     model.set_adapter("default")
     with torch.no_grad():
-        for delta in deltas(model):
+        for delta in net.deltas(model):
             delta.normal_(generator=torch.Generator().manual_seed(delta.numel()))
     train(model, x)
     step(model, x, lr=0.0)  # from now on all weights are written together
@@ -79,7 +70,7 @@ def look(model: nn.Module, x: Tensor) -> None:
 
 
 def step(model: nn.Module, x: Tensor, lr: float = 0.1) -> None:
-    torch.optim.SGD(deltas(model), lr=lr).step()
+    torch.optim.SGD(net.deltas(model), lr=lr).step()
 
 
 def switch(model: nn.Module, x: Tensor) -> None:
@@ -96,15 +87,18 @@ def leave(model: nn.Module) -> None:
 
 
 def scale(model: nn.Module, factor: float = 2.0) -> None:
-    for layer in layers(model):
+    for layer in net.layers(model):
         layer.scaling["default"] *= factor
 
 
 @pytest.mark.parametrize(
     ("change", "operation", "error"),
     [
-        *((move, operation, KeyboardInterrupt) for operation in (train, look, step, switch, merge)),
-        (move, switch, torch.OutOfMemoryError),  # an `Exception`
+        *(
+            (net.move, operation, KeyboardInterrupt)
+            for operation in (train, look, step, switch, merge)
+        ),
+        (net.move, switch, torch.OutOfMemoryError),  # an `Exception`
         (leave, train, KeyboardInterrupt),  # other lines than where deltas have changed
         (scale, train, KeyboardInterrupt),
     ],
@@ -123,13 +117,13 @@ def test_an_exception_at_every_line(change, operation, error, base, model, x):
             has_ended = True
         if change is scale:  # columns of the failed write are nobody's, when all is as it was
             scale(model, 0.5)
-            assert_close(model(x).detach(), expected(base, model, x)[0])
+            net.assert_close(model(x).detach(), net.expected(base, model, x)[0])
         if operation is merge:
             model.unmerge_adapter()
-        assert_base(base, model)
+        net.assert_base(base, model)
         for adapter in ("default", "other"):
             model.set_adapter(adapter)
-            check(base, model, x, adapter)
+            net.check(base, model, x, adapter)
     assert number > 10
 
 
@@ -139,16 +133,16 @@ def test_a_look_at_every_line(base, model, x):
     while looks:
         number += 1
         prepare(model, x)
-        move(model)
+        net.move(model)
         looks.clear()
 
         def handler() -> None:
             looks.append(1)
-            assert_base(base, model)
+            net.assert_base(base, model)
 
         with at_line(number, handler):
-            check(base, model, x)
-        assert_base(base, model)
+            net.check(base, model, x)
+        net.assert_base(base, model)
     assert number > 60
 
 
@@ -175,7 +169,7 @@ def test_out_of_memory_in_every_operation(
         patch.setattr(owner, operation, out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(model, x)
-    check(base, model, x, "other")
+    net.check(base, model, x, "other")
     model.set_adapter("default")
-    check(base, model, x)
-    assert_base(base, model)
+    net.check(base, model, x)
+    net.assert_base(base, model)

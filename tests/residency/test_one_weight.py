@@ -72,11 +72,6 @@ def resident(model: nn.Module, dtype: torch.dtype) -> Tensor:
         return evaluated(model, dtype)
 
 
-def hooked(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    model.base_model.model[0].register_forward_hook(lambda *call: None)
-    return probed(model, dtype)
-
-
 def mixed(model: nn.Module, dtype: torch.dtype) -> Tensor:
     model.eval()
     names = ["default", "__base__"] * (IN // 2)
@@ -119,18 +114,7 @@ def held_backward(model: nn.Module, dtype: torch.dtype) -> Tensor:
     return found
 
 
-PATHS = [
-    trained,
-    held,
-    evaluated,
-    resident,
-    hooked,
-    mixed,
-    several,
-    merged,
-    backward,
-    held_backward,
-]
+PATHS = [trained, held, evaluated, resident, mixed, several, merged, backward, held_backward]
 COMPILED = [compiled, compiled_evaluation]
 
 

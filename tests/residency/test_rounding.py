@@ -2,13 +2,13 @@
 
 import contextlib
 import copy
-import random
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.residency.twin import KINDS, Net, Twin, adapted
+from tests.residency.twin import KINDS, Net, Twin, twin_of
+from tests.tuner import nets
 
 NUM_SEEDS = 24
 # One more rounding of the output, where the product of the columns is added; 1.35 was seen.
@@ -17,13 +17,12 @@ LAYERS = [name for name in KINDS if not name.startswith("quantised")]
 
 
 def in_float64(twin: Twin, x: Tensor, gy: Tensor) -> list[Tensor]:
-    """Output and gradients of the deltas, exactly."""
     plain = copy.deepcopy(twin.plain).double()
     weight, deltas = twin.weight_of(plain), []
     for name in twin.active:
         delta, indices, scaling = twin.update(name)
         deltas.append(delta.detach().double().requires_grad_())
-        weight = twin.kind.adapt(weight, deltas[-1], indices, scaling)
+        weight = nets.adapted(plain, weight, deltas[-1], indices, scaling)
     net: nn.Module = Net(plain, twin.kind.call)
     x = x.double() if x.is_floating_point() else x
     y = torch.func.functional_call(net, {f"layer.{twin.kind.parameter}": weight}, (x,))
@@ -35,14 +34,9 @@ def in_float64(twin: Twin, x: Tensor, gy: Tensor) -> list[Tensor]:
 def test_error_is_that_of_plain_autograd(kind, autocast):
     squares = []
     for seed in range(NUM_SEEDS):
-        torch.manual_seed(seed)
-        plain = KINDS[kind].build().requires_grad_(False)
-        for parameter in plain.parameters():
-            # Large terms, whose sums cancel; a softmax of such would be one value or another.
-            parameter.normal_(std=2.0 / KINDS[kind].amplification)
-        if not autocast:
-            plain.to(torch.bfloat16)
-        twin = Twin(adapted(plain, KINDS[kind]), plain, KINDS[kind], random.Random(seed))
+        # Large terms, whose sums cancel; a softmax of such would be one value or another.
+        dtype, std = torch.float32 if autocast else torch.bfloat16, 2.0 / KINDS[kind].amplification
+        twin = twin_of(kind, dtype, seed=seed, std=std)
         x = twin.inputs()
         low = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
         with low:

@@ -18,18 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pacatune import PacaConfig, resident
 from pacatune.residency.watching import LOCK
 from tests import forks
+from tests.residency import net
 from tests.residency.looks import HANDED_OUT, LOOKS, assert_sees_base
-from tests.residency.net import (
-    Net,
-    adapt,
-    assert_base,
-    assert_close,
-    check,
-    check_evaluation,
-    deltas,
-    expected,
-    layers,
-)
 
 NUM_ROUNDS = 30
 
@@ -60,28 +50,28 @@ def together(pool: ThreadPoolExecutor, *tasks: Callable[[], Any]) -> list[Any]:
 
 
 def is_written(model: nn.Module) -> list[bool]:
-    return [layer.residency.is_written for layer in layers(model)]
+    return [layer.residency.is_written for layer in net.layers(model)]
 
 
-def evaluate_resident(base: Net, model: nn.Module, x: Tensor) -> None:
+def evaluate_resident(base: net.Net, model: nn.Module, x: Tensor) -> None:
     with resident(model):
         for _ in range(3):
-            check_evaluation(base, model, x)
+            net.check_evaluation(base, model, x)
 
 
-def look(base: Net, model: nn.Module, x: Tensor) -> None:
+def look(base: net.Net, model: nn.Module, x: Tensor) -> None:
     assert_sees_base(base, model.state_dict())
 
 
-@pytest.mark.parametrize("other", [check_evaluation, evaluate_resident, look])
+@pytest.mark.parametrize("other", [net.check_evaluation, evaluate_resident, look])
 def test_evaluation_beside_another_thread(other, base, model, x, pool):
     for _ in range(NUM_ROUNDS):
         model(x)  # columns of training are in the weight, or are not
         if torch.rand(()) < 0.5:
             list(model.parameters())
-        tasks = [check_evaluation, check_evaluation, other]
+        tasks = [net.check_evaluation, net.check_evaluation, other]
         together(pool, *(lambda task=task: task(base, model, x) for task in tasks))
-    assert_base(base, model)
+    net.assert_base(base, model)
 
 
 def llama(**options) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -98,25 +88,6 @@ def llama(**options) -> tuple[nn.Module, Callable[[], Tensor]]:
         return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
     return model, generate
-
-
-def test_generation_after_a_switch_of_adapters(pool):
-    """As a server with a thread pool does."""
-    options = {"r": 16, "paca_alpha": 128, "target_modules": "all-linear", "init_weights": False}
-    model, generate = llama(**options, random_seed=1)
-    before = copy.deepcopy(model).unload().state_dict()
-    model.add_adapter("other", PacaConfig(**options, random_seed=2))
-    want = {}
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        want[name] = generate()
-    assert not torch.equal(want["default"], want["other"])
-    for name in ["default", "other"] * 5:
-        model.set_adapter(name)
-        for found in together(pool, generate, generate):
-            assert torch.equal(found, want[name])
-    for name, tensor in model.unload().state_dict().items():
-        assert torch.equal(tensor, before[name])
 
 
 def test_the_thread_that_trains_generates_with_resident_columns(pool):
@@ -142,7 +113,7 @@ def test_the_thread_that_trains_generates_with_resident_columns(pool):
 @pytest.mark.parametrize("look", ["state_dict", "parameters"])
 def test_training_beside_looks(look, base, model, x, pool):
     """A thread that saves or logs sees the base, as long as it holds what it saw."""
-    twin, pretrained = adapt(base), copy.deepcopy(base)
+    twin, pretrained = net.adapt(base), copy.deepcopy(base)
     stop, looks = threading.Event(), []
 
     def look_again_and_again() -> None:
@@ -154,7 +125,7 @@ def test_training_beside_looks(look, base, model, x, pool):
     losses: list[list[float]] = [[], []]
     try:
         for number, one in enumerate((model, twin)):
-            optimizer = torch.optim.AdamW(deltas(one), lr=0.05)
+            optimizer = torch.optim.AdamW(net.deltas(one), lr=0.05)
             for step in range(40):
                 loss = one(x + step).square().mean()
                 loss.backward()
@@ -166,23 +137,23 @@ def test_training_beside_looks(look, base, model, x, pool):
     looking.result()
     assert looks
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    check(base, model, x)
-    assert_base(base, model)
+    net.check(base, model, x)
+    net.assert_base(base, model)
 
 
 def test_one_thread_at_a_time_is_resident(base, model, x, pool):
     def enter() -> bool:
         with resident(model):
-            check_evaluation(base, model, x)
+            net.check_evaluation(base, model, x)
             return any(is_written(model))
 
     with resident(model):
         assert not pool.submit(enter).result()
         assert enter()  # the same thread may, within
         assert any(is_written(model))
-    assert_base(base, model)
+    net.assert_base(base, model)
     assert pool.submit(enter).result()
-    assert_base(base, model)
+    net.assert_base(base, model)
 
 
 def _child(model: nn.Module, x: Tensor, results: Any, done: Any) -> None:
@@ -206,9 +177,9 @@ def test_processes_that_share_the_memory(method, base, model, x):
     process.start()
     try:
         found = torch.tensor(results.get(), dtype=torch.float64)
-        assert_close(found, expected(base, model, x)[0])
-        assert_base(base, model)
-        check_evaluation(base, model, x)
+        net.assert_close(found, net.expected(base, model, x)[0])
+        net.assert_base(base, model)
+        net.check_evaluation(base, model, x)
     finally:
         done.set()
         process.join()
@@ -230,7 +201,7 @@ def test_nobody_writes_between_a_look_and_what_it_hands_out(hand_out, model, poo
 
         replace = look
 
-    stand_in, parameters = Residency(), layers(model)[0].base_layer._parameters
+    stand_in, parameters = Residency(), net.layers(model)[0].base_layer._parameters
     parameters.residency = weakref.ref(stand_in)
     hand_out(parameters)
     assert seen
@@ -242,7 +213,7 @@ class TestMeanwhile:
 
     @pytest.fixture(autouse=True)
     def _of_one_layer(self, base, model):
-        self.model, self.layer = model, layers(model)[0]
+        self.model, self.layer = model, net.layers(model)[0]
         self.indices, scaling = self.layer.paca_indices["default"], self.layer.scaling["default"]
         self.update = self.layer.delta_of("default"), self.indices, scaling
         self.pretrained = base.first.weight.detach().clone()
@@ -296,9 +267,9 @@ class TestMeanwhile:
 @pytest.mark.parametrize("change", ["write", "rewrite", "restore"])
 def test_who_starts_to_read_within_a_change(change, base, model, pool):
     """Before whichever line announces the change: nobody takes one state for the other."""
-    layer, delta = layers(model)[0], deltas(model)[0].detach().clone()
+    layer, delta = net.layers(model)[0], net.deltas(model)[0].detach().clone()
     residency, indices = layer.residency, layer.paca_indices["default"]
-    mine, others = ((deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
+    mine, others = ((net.deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
     pretrained = base.first.weight.detach()[:, indices]
 
     def change_while_reading(number: int) -> int:

@@ -100,25 +100,17 @@ def test_second_derivatives_come_from_torch_func(base, model, x):
 
 
 @is_written
-def test_make_fx(is_written, base, model, x):
-    want = expected(base, model, x)[0]
-    if is_written:
-        check(base, model, x)
-    graph = make_fx(lambda x: model.base_model.model(x))(x)
-    for _ in range(2):
-        assert_close(graph(x), want)
-        check(base, model, x)
-    assert_close(graph(x), want)
-
-
-@is_written
-def test_torch_export(is_written, base, model, x):
-    want = expected(base, model, x)[0]
+@pytest.mark.parametrize("is_exported", [False, True], ids=["make_fx", "torch.export"])
+def test_graphs(is_exported, is_written, base, model, x):
+    want, net = expected(base, model, x)[0], model.base_model.model
     if is_written:
         model(x)
-    program = torch.export.export(model.base_model.model, (x,), strict=False)
+    if is_exported:
+        graph = torch.export.export(net, (x,), strict=False).module()
+    else:
+        graph = make_fx(lambda x: net(x))(x)
     for then in (lambda: check(base, model, x), lambda: list(model.parameters()), lambda: None):
-        assert_close(program.module()(x), want)
+        assert_close(graph(x), want)
         then()
 
 

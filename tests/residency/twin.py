@@ -4,7 +4,6 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weight
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 from tests.releases import has
+from tests.tuner import nets
 from tests.tuner.quantizers import quantise
 
 IN, OUT = 12, 8
@@ -41,10 +40,9 @@ def _route(layer: nn.Module, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """How to build a layer, its adapted weight by the reference, and what N tokens are."""
+    """How to build a layer, and what N tokens are."""
 
     build: Callable[[], nn.Module]
-    adapt: Callable[..., Tensor] = adapted_weight
     inputs: Callable[[int], Tensor] = lambda num_tokens: torch.randn(num_tokens, IN)
     call: Callable[[nn.Module, Tensor], Tensor] = _call
     parameter: str = "weight"
@@ -57,9 +55,9 @@ class Kind:
     """What `target_modules` says, or `target_parameters` if it has a dot."""
 
 
-def _images(channels: int, dims: int) -> Callable[[int], Tensor]:
+def _images(dims: int) -> Callable[[int], Tensor]:
     """Takes N, the positions in the first spatial dimension."""
-    return lambda num: torch.randn(2, channels, num, *[4] * (dims - 1))
+    return lambda num: torch.randn(2, IN, num, *[4] * (dims - 1))
 
 
 def _experts(experts: type, config: type) -> Callable[[], nn.Module]:
@@ -83,25 +81,13 @@ def _quantised(method: str) -> Kind:
 
 KINDS = {
     "Linear": Kind(lambda: nn.Linear(IN, OUT)),
-    "Conv1D": Kind(lambda: Conv1D(OUT, IN), lambda w, *update: adapted_weight(w.t(), *update).t()),
-    "Conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, 2), adapted_kernel, _images(IN, 1)),
-    "Conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3), adapted_kernel, _images(IN, 2)),
-    "Conv2d, groups": Kind(
-        lambda: nn.Conv2d(IN, OUT, 3, groups=2),
-        partial(adapted_kernel, groups=2),
-        _images(IN, 2),
-        groups=(1,),
-    ),
-    "Conv2d, depthwise": Kind(
-        lambda: nn.Conv2d(IN, IN, 3, groups=IN),
-        partial(adapted_kernel, groups=IN),
-        _images(IN, 2),
-        groups=(1,),
-    ),
-    "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), adapted_kernel, _images(IN, 3)),
-    "Embedding": Kind(
-        lambda: nn.Embedding(OUT, IN), inputs=lambda num_tokens: torch.randint(OUT, (num_tokens,))
-    ),
+    "Conv1D": Kind(lambda: Conv1D(OUT, IN)),
+    "Conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, 2), _images(1)),
+    "Conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3), _images(2)),
+    "Conv2d, groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), _images(2), groups=(1,)),
+    "Conv2d, depthwise": Kind(lambda: nn.Conv2d(IN, IN, 3, groups=IN), _images(2), groups=(1,)),
+    "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), _images(3)),
+    "Embedding": Kind(lambda: nn.Embedding(OUT, IN), lambda num: torch.randint(OUT, (num,))),
     "MultiheadAttention": Kind(lambda: nn.MultiheadAttention(IN, 2), **_OF_ATTENTION),
     "quantised, nf4": _quantised("bitsandbytes-nf4"),
     "quantised, int8": _quantised("bitsandbytes-int8"),
@@ -111,12 +97,8 @@ if has("transformers", "5"):
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     KINDS |= {
-        "experts": Kind(_experts(MixtralExperts, MixtralConfig), adapted_experts, **_OF_EXPERTS),
-        "experts, transposed": Kind(
-            _experts(GptOssExperts, GptOssConfig),
-            partial(adapted_experts, is_transposed=True),
-            **_OF_GPT_OSS,
-        ),
+        "experts": Kind(_experts(MixtralExperts, MixtralConfig), **_OF_EXPERTS),
+        "experts, transposed": Kind(_experts(GptOssExperts, GptOssConfig), **_OF_GPT_OSS),
     }
 
 
@@ -192,7 +174,7 @@ class Twin:
         for name in names:
             delta, indices, scaling = self.update(name)
             deltas.append(delta.detach().clone().requires_grad_())
-            weight = self.kind.adapt(weight, deltas[-1], indices, scaling)
+            weight = nets.adapted(self.plain, weight, deltas[-1], indices, scaling)
         if self.is_quantised:
             return F.linear(x, weight, self.plain.bias.to(self.dtype)), deltas
         net = Net(self.plain, self.kind.call)
@@ -228,15 +210,17 @@ class Twin:
         assert torch.equal(weight, self.weight_of(self.plain))
 
 
-def twin_of(kind: str, dtype: torch.dtype = torch.float32, groups: int = 1) -> Twin:
+def twin_of(
+    kind: str, dtype: torch.dtype = torch.float32, groups: int = 1, seed: int = 0, std: float = 0.3
+) -> Twin:
     """Return an adapted layer of a kind, with random weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     plain = KINDS[kind].build().to(dtype).requires_grad_(False)
     for parameter in plain.parameters():
         if parameter.is_floating_point():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=std)
     model = adapted(plain, KINDS[kind], groups=groups)
-    return Twin(model, plain, KINDS[kind], random.Random(0))
+    return Twin(model, plain, KINDS[kind], random.Random(seed))
 
 
 def adapted(plain: nn.Module, kind: Kind, rank: int = 3, groups: int = 1) -> Any:

@@ -65,15 +65,14 @@ def columns_of(name, gradient):
     return gradient
 
 
+def weights_of(model):
+    weights = {name: model.get_submodule(name).weight for name in TARGETS[:-1]}
+    return weights | {"attention.in_proj_weight": model.attention.in_proj_weight}
+
+
 def gradient_sums(model, batches, loss_fn=loss_of):
     """sum over batches of ||dW[:, i]||^2 of a plain backward pass each."""
-    weights = {
-        "embed": model.embed.weight,
-        "conv": model.conv.weight,
-        "up": model.up.weight,
-        "down": model.down.weight,
-        "attention.in_proj_weight": model.attention.in_proj_weight,
-    }
+    weights = weights_of(model)
     sums = dict.fromkeys(weights, 0.0)
     for batch in batches:
         gradients = torch.autograd.grad(loss_fn(model, batch), list(weights.values()))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from pacatune.selection import (
     save_columns,
 )
 from pacatune.tuner import PacaLayer
-from pacatune.tuner.layout import layout_of
 from pacatune.tuner.quantized import weight_matrix
-from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches
+from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches, weights_of
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
 
@@ -35,21 +35,12 @@ def columns_in(model, adapter="default"):
     }
 
 
-WEIGHTS = {
-    "embed": lambda model: model.embed.weight,
-    "conv": lambda model: model.conv.weight,
-    "up": lambda model: model.up.weight,
-    "down": lambda model: model.down.weight,
-    "attention.in_proj_weight": lambda model: model.attention.in_proj_weight,
-}
-
-
 @pytest.mark.parametrize(("strategy", "sign"), [("weight_norm", 1), ("weight_norm_smallest", -1)])
 def test_norms_of_every_kind_of_layer(strategy, sign):
     model = build()
     expected = {}
-    for name, weight in WEIGHTS.items():
-        norms = columns_of(name, weight(model).detach()).norm(dim=0)
+    for name, weight in weights_of(model).items():
+        norms = columns_of(name, weight.detach()).norm(dim=0)
         expected[name] = sorted((sign * norms).topk(2).indices.tolist())
     adapted = get_peft_model(model, config_of(strategy))
     assert columns_in(adapted) == expected
@@ -73,27 +64,6 @@ def test_statistics_lead_to_columns():
     assert columns_in(adapted) == expected
 
 
-def test_statistics_that_are_missing_leave_the_model_alone():
-    model = build()
-    with pytest.raises(ValueError, match=r"module 'conv': `selection` \('gradient'\) needs statis"):
-        get_peft_model(model, config_of("gradient", ["conv", "up"]))
-    assert type(model.conv) is nn.Conv1d
-    assert type(model.up) is nn.Linear
-
-
-def test_statistics_of_another_model():
-    statistics = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
-    with pytest.raises(ValueError, match=r"'up': `statistics` has 5 columns \(gradient\)"):
-        choose_columns(build(), config_of("gradient", ["up"]), statistics)
-    with pytest.raises(ValueError, match="nothing was collected about 'down'"):
-        choose_columns(build(), config_of("gradient", ["down"]), statistics)
-
-
-def test_weights_that_are_not_there():
-    with pytest.raises(ValueError, match=r"module 'up': .*'weight_norm'\) looks at the weights"):
-        get_peft_model(build().to("meta"), config_of("weight_norm", ["up"]))
-
-
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
 def test_norms_of_a_quantised_weight(name):
     with torch.random.fork_rng(devices=[]):
@@ -103,23 +73,6 @@ def test_norms_of_a_quantised_weight(name):
     model[0] = quantise(model[0], name)
     adapted = get_peft_model(model, config_of("weight_norm", ["0"]))
     assert columns_in(adapted) == {"0": [5, 40]}
-
-
-def test_matrix_of_a_grouped_convolution():
-    """A column holds all that leads from its channel into the channel's group."""
-    conv = nn.Conv2d(6, 4, (2, 3), groups=2)
-    matrix = layout_of(conv).matrix(conv.weight)
-    assert matrix.shape == (2 * 2 * 3, 6)
-    for channel in range(6):
-        group = conv.weight[2 * (channel // 3) : 2 * (channel // 3) + 2, channel % 3]
-        assert torch.equal(matrix[:, channel], group.flatten())
-
-
-def test_weights_that_are_sharded_or_cannot_be_dequantised():
-    linear = nn.Linear(2, 2)
-    linear.weight.ds_shape = (2, 2)
-    with pytest.raises(ValueError, match="weights, and those of a Linear are sharded; choose"):
-        weight_matrix(linear)
 
 
 def test_given_columns_by_name_and_by_pattern():
@@ -141,32 +94,6 @@ def test_given_columns_and_random_ones():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"up": [1, 2, 3]},
-            r"gives 3 columns for 'up', whose rank is 2; set `r` or",
-        ),
-        ({"up": [1, 12]}, "gives column 12 for 'up', which has 12; the first one is 0"),
-        (
-            {"up": [1, 2], "nothing": [1, 2]},
-            r"`columns`: \['nothing'\] match nothing that",
-        ),
-    ],
-)
-def test_given_columns_that_do_not_fit(given, message):
-    model = build()
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(model, config_of(given, ["up"]))
-    assert type(model.up) is nn.Linear
-
-
-def test_given_columns_must_be_complete():
-    with pytest.raises(ValueError, match="gives none for 1 adapted modules, first 'down'"):
-        get_peft_model(build(), config_of({"up": [1, 2]}, ["up", "down"]))
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"selection": {}}, r"`columns` \(\{\}\) must be a dictionary of module names and columns"),
@@ -182,6 +109,39 @@ def test_given_columns_must_be_complete():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         PacaConfig(**options)
+
+
+SHORT = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
+
+
+@pytest.mark.parametrize(
+    ("selection", "targets", "statistics", "message"),
+    [
+        ("gradient", ["conv", "up"], None, "'conv': `selection` .* needs statistics"),
+        ("gradient", ["up"], SHORT, r"'up': `statistics` has 5 columns \(gradient\)"),
+        ("gradient", ["down"], SHORT, "nothing was collected about 'down'"),
+        ({"up": [1, 2, 3]}, ["up"], None, r"gives 3 columns for 'up', whose rank is 2; set `r` or"),
+        ({"up": [1, 12]}, ["up"], None, "column 12 for 'up', which has 12; the first one is 0"),
+        ({"up": [1, 2], "no": [1, 2]}, ["up"], None, r"`columns`: \['no'\] match nothing that"),
+        ({"up": [1, 2]}, ["up", "down"], None, "gives none for 1 adapted modules, first 'down'"),
+    ],
+)
+def test_columns_that_do_not_fit(selection, targets, statistics, message):
+    model, config = build(), config_of(selection, targets)
+    before = [type(module) for module in model.modules()]
+    choose = partial(choose_columns, statistics=statistics) if statistics else get_peft_model
+    with pytest.raises(ValueError, match=message):
+        choose(model, config)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_weights_that_are_not_there():
+    with pytest.raises(ValueError, match=r"module 'up': .*'weight_norm'\) looks at the weights"):
+        get_peft_model(build().to("meta"), config_of("weight_norm", ["up"]))
+    linear = nn.Linear(2, 2)
+    linear.weight.ds_shape = (2, 2)
+    with pytest.raises(ValueError, match="weights, and those of a Linear are sharded; choose"):
+        weight_matrix(linear)
 
 
 def train_a_little(model):
@@ -227,29 +187,6 @@ def test_a_seed_is_drawn_where_one_is_needed_and_none_is_given():
     assert again.columns == chosen.columns
     given = choose_columns(build(), config_of(chosen.columns, random_seed=None))
     assert given.random_seed is None
-
-
-def test_a_file_with_other_columns_than_its_seed_leads_to(tmp_path):
-    """TRL's reference adapter is made from the configuration, so that must know them."""
-    model = get_peft_model(build(), config_of("random", ["up", "down"], random_seed=1))
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"random_seed": 1', '"random_seed": 2'))
-    loaded = PeftModel.from_pretrained(build(), tmp_path)
-    assert columns_in(loaded) == columns_in(model)
-    loaded.add_adapter("ref", loaded.peft_config["default"])
-    assert columns_in(loaded, "ref") == columns_in(model)
-
-
-def test_peft_s_own_reader_finds_what_it_knows(tmp_path):
-    """PEFT 0.22 reads seed, rank and the file's tensors, and passes over keys of ours."""
-    from safetensors.torch import load_file
-
-    model = get_peft_model(build(), config_of("weight_norm", ["up"]))
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert set(tensors) == {f"base_model.model.up.paca_{kind}" for kind in ("delta", "indices")}
-    assert tensors["base_model.model.up.paca_indices"].tolist() == columns_in(model)["up"]
 
 
 def test_a_second_adapter_chooses_from_the_pretrained_weights():

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,17 +53,8 @@ def test_gradients_are_those_of_plain_autograd(sparse):
         torch.testing.assert_close(values, sums.detach(), rtol=1e-9, atol=0, msg=name)
 
 
-def test_batches_add_up():
-    """Squares are summed over batches, so parts can be added, whatever is accumulated."""
-    model, batches = build(), make_batches(4)
-    whole = collect(model, batches)
-    parts = [collect(model, batches[:1]), collect(model, batches[1:])]
-    for name in whole.values:
-        total = sum(part.of(name)["gradient"] for part in parts)
-        torch.testing.assert_close(whole.of(name)["gradient"], total, rtol=1e-12, atol=0)
-
-
-def test_activations_are_the_inputs():
+@pytest.mark.parametrize("selection", [INPUTS, BOTH])
+def test_activations_are_the_inputs(selection):
     model, batches = build(), make_batches()
     targets = ["conv", "up", "down", "attention"]
     expected = {}
@@ -80,9 +72,13 @@ def test_activations_are_the_inputs():
             model(ids)
     for handle in handles:
         handle.remove()
-    statistics = collect(model, batches, INPUTS, targets)
+    statistics = collect(model, batches, selection, targets)
+    gradients = gradient_sums(model, batches)
     for name, sums in expected.items():
         name = f"{name}.in_proj_weight" if name == "attention" else name
+        if selection == BOTH:
+            values = statistics.of(name)["gradient"]
+            torch.testing.assert_close(values, gradients[name].detach(), rtol=1e-9, atol=0)
         values = statistics.of(name)["activation"]
         torch.testing.assert_close(values, sums.detach(), rtol=1e-9, atol=0, msg=name)
 
@@ -97,16 +93,6 @@ def test_activations_take_no_backward_pass():
     config = config_of(INPUTS, ["up"])
     collect_statistics(build(), make_batches(2), config, loss_fn=forward_only)
     assert calls == [False, False]
-
-
-def test_both_kinds_in_one_pass():
-    model = build()
-    both = collect(model, selection=BOTH, targets=["up", "down"])
-    for kind, selection in (("gradient", "gradient"), ("activation", INPUTS)):
-        one = collect(model, selection=selection, targets=["up", "down"])
-        for name in ("up", "down"):
-            expected = one.of(name)[kind]
-            torch.testing.assert_close(both.of(name)[kind], expected, rtol=1e-12, atol=0)
 
 
 def test_padding_does_not_count():
@@ -260,62 +246,60 @@ def test_gradients_of_quantised_layers(name):
 # What cannot be collected is said.
 
 
-def test_nothing_to_collect():
-    with pytest.raises(ValueError, match=r"`selection` \('random'\) needs no statistics"):
-        collect(build(), selection="random")
+@pytest.mark.parametrize(
+    ("selection", "targets", "batches", "message"),
+    [
+        ("random", TARGETS, None, r"`selection` \('random'\) needs no statistics"),
+        (INPUTS, ["embed", "up"], None, "target 'embed' is an embedding, whose input has no col"),
+        ("gradient", ["up", "unused"], None, "1 targets have no gradient in 4 .*first 'unused'"),
+        ("gradient", TARGETS, [], r"`num_batches` \(0\) must be at least 1"),
+    ],
+)
+def test_what_has_no_statistics(selection, targets, batches, message):
+    model = build()
+    model.unused = nn.Linear(4, 4).double()
+    with pytest.raises(ValueError, match=message):
+        collect(model, batches, selection, targets)
 
 
 def test_models_that_cannot_be_observed():
-    from peft import get_peft_model
-
     model = build()
     adapted = get_peft_model(copy.deepcopy(model), config_of("random"))
-    with pytest.raises(ValueError, match=r"`model` is adapted \('.*attention.*'\); collect from"):
-        collect(adapted)
-    with pytest.raises(ValueError, match=r"`model` is on the meta device or sharded \('.*'\);"):
-        collect(copy.deepcopy(model).to("meta"))
     wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapped)
-    with pytest.raises(ValueError, match="wrapped by DistributedDataParallel; collect from"):
-        collect(wrapped)
-
-
-def test_targets_without_activations():
-    with pytest.raises(ValueError, match="target 'embed' is an embedding, whose input has no col"):
-        collect(build(), selection=INPUTS, targets=["embed", "up"])
-
-
-def test_batches_and_losses_that_are_none():
-    model = build()
-    with pytest.raises(ValueError, match=r"`num_batches` \(0\) must be at least 1"):
-        collect(model, [])
-    config = config_of(targets=["up"])
-    with pytest.raises(TypeError, match="a batch is a tuple; it must be a dictionary"):
-        collect_statistics(model, make_batches(1), config)
-    with pytest.raises(ValueError, match=r"loss of batch 0 \(\(16, 12\)\) must be one number"):
-        collect_statistics(model, [1], config, loss_fn=lambda model, batch: model.up.weight)
-    with pytest.raises(ValueError, match=r"loss of batch 0 \(\(\)\) must be one number that"):
-        collect_statistics(model, [1], config, loss_fn=lambda model, batch: torch.zeros(()))
-    ids = torch.ones(1, 4, dtype=torch.long)
-    llama = PacaConfig(selection="gradient", target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"the loss of batch 0 \(None\) must be .* add `labels`"):
-        collect_statistics(build_model(64), [{"input_ids": ids}], llama)
-    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
-    with pytest.raises(
-        ValueError, match=r"2 targets have no gradient in .*or no batch has a label"
+    for one, message in (
+        (adapted, r"`model` is adapted \('.*attention.*'\); collect from"),
+        (copy.deepcopy(model).to("meta"), r"`model` is on the meta device or sharded \('.*'\);"),
+        (wrapped, "wrapped by DistributedDataParallel; collect from"),
     ):
-        collect_statistics(build_model(64), [batch], llama)
-    with pytest.raises(ValueError, match=r"'up' have 'gradient'.* of a batch is not finite"):
-        collect_statistics(
-            model,
-            make_batches(1),
-            config,
-            loss_fn=lambda model, batch: loss_of(model, batch) * torch.nan,
-        )
+        with pytest.raises(ValueError, match=message):
+            collect(one)
 
 
-def test_targets_that_are_never_used():
-    model = build()
-    model.unused = nn.Linear(4, 4).double()
-    with pytest.raises(ValueError, match="1 targets have no gradient in 4 batches, first 'unused'"):
-        collect(model, targets=["up", "unused"])
+IDS = torch.ones(1, 4, dtype=torch.long)
+LOSSES = [
+    (None, r"a batch is a tuple; it must be a dictionary"),
+    (lambda model, batch: model.up.weight, r"loss of batch 0 \(\(16, 12\)\) must be one number"),
+    (lambda model, batch: torch.zeros(()), r"loss of batch 0 \(\(\)\) must be one number that"),
+    (lambda model, batch: loss_of(model, batch) * torch.nan, "'up' have 'gradient'.*is not finite"),
+]
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "message"),
+    [
+        *((make_batches(1)[0], *row) for row in LOSSES),
+        ({"input_ids": IDS}, None, r"the loss of batch 0 \(None\) must be .* add `labels`"),
+        (
+            {"input_ids": IDS, "labels": -100 * IDS},
+            None,
+            "2 targets have no gradient .*no batch has a label",
+        ),
+    ],
+)
+def test_batches_and_losses_that_are_none(batch, loss_fn, message):
+    is_llama = isinstance(batch, dict)
+    model = build_model(64) if is_llama else build()
+    config = config_of(targets=["q_proj"] if is_llama else ["up"])
+    with pytest.raises((ValueError, TypeError), match=message):
+        collect_statistics(model, [batch], config, loss_fn=loss_fn)

@@ -8,8 +8,6 @@ import torch
 from pacatune.selection import register_strategy, seed_for, select_columns, strategies
 from pacatune.strategies import random_columns
 
-BUILT_IN = ["gradient", "random", "weight_norm", "weight_norm_smallest"]
-
 
 @pytest.fixture
 def weight():
@@ -44,6 +42,13 @@ def test_row_groups_may_share_a_pool():
     assert random_columns(8, 6, 7, "a.b", groups=5, pool=9).equal(small)
 
 
+@pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])
+def test_what_a_strategy_returns_is_checked(weight, own_strategies, columns):
+    register_strategy("broken")(lambda *args: torch.tensor(columns))
+    with pytest.raises(ValueError, match=r"'broken'\) must return 3 distinct columns"):
+        select_columns("broken", weight, 3, seed=0)
+
+
 def test_neither_the_global_seed_nor_the_default_device_matters(weight):
     chosen = []
     for seed, device in ((0, "cpu"), (1, "meta")):
@@ -53,30 +58,6 @@ def test_neither_the_global_seed_nor_the_default_device_matters(weight):
     assert torch.equal(*chosen)
 
 
-def test_a_strategy_can_be_added(weight, own_strategies):
-    @register_strategy("first")
-    def first(weight, statistics, rank, generator):
-        return torch.arange(rank).flip(0)
-
-    assert strategies() == sorted([*BUILT_IN, "first"])
-    assert select_columns("first", weight, 3, seed=0).tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"'first'\) is already a selection strategy"):
-        register_strategy("first")(first)
-
-
-@pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])
-def test_what_a_strategy_returns_is_checked(weight, own_strategies, columns):
-    register_strategy("broken")(lambda *args: torch.tensor(columns))
-    with pytest.raises(ValueError, match=r"'broken'\) must return 3 distinct columns"):
-        select_columns("broken", weight, 3, seed=0)
-
-
-def test_unknown_strategy(weight):
-    assert strategies() == BUILT_IN
-    with pytest.raises(ValueError, match=r"`selection` \('best'\) must be one of \['gradient'"):
-        select_columns("best", weight, 3, seed=0)
-
-
 def test_each_strategy_takes_what_its_name_says():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 1.0, -2.0, 0.5]])  # norms 3, 1.4, 2.8, 0.7
     statistics = {"gradient": torch.tensor([1.0, 5.0, 0.0, 7.0], dtype=torch.float64)}
@@ -84,40 +65,44 @@ def test_each_strategy_takes_what_its_name_says():
     for name, columns in expected.items():
         chosen = select_columns(name, weight, 2, seed=0, statistics=statistics)
         assert chosen.tolist() == columns, name
-
-
-def test_ties_go_to_the_first_column():
-    statistics = {"gradient": torch.ones(300, dtype=torch.float64)}
-    weight = torch.empty(1, 300, device="meta")
-    chosen = select_columns("gradient", weight, 3, seed=0, statistics=statistics)
+    # Ties go to the first column.
+    equal = {"gradient": torch.ones(300, dtype=torch.float64)}
+    chosen = select_columns("gradient", torch.empty(1, 300), 3, seed=0, statistics=equal)
     assert chosen.tolist() == [0, 1, 2]
 
 
-def test_what_a_strategy_needs_must_be_there(weight):
-    with pytest.raises(ValueError, match=r"'gradient'\) needs statistics of the kind gradient"):
-        select_columns("gradient", weight, 3, seed=0)
-    with pytest.raises(ValueError, match=r"'weight_norm'\) looks at the weights, which are on"):
-        select_columns("weight_norm", weight, 3, seed=0)
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("best", r"`selection` \('best'\) must be one of \['gradient'"),
+        ("gradient", r"'gradient'\) needs statistics of the kind gradient"),
+        ("weight_norm", r"'weight_norm'\) looks at the weights, which are on"),
+    ],
+)
+def test_what_cannot_choose(weight, strategy, message):
+    with pytest.raises(ValueError, match=message):
+        select_columns(strategy, weight, 3, seed=0)
 
 
-def test_what_a_strategy_says_it_needs(own_strategies):
-    with pytest.raises(ValueError, match=r"`needs` \(\['weights'\]\) must be among \('weight', "):
-        register_strategy("broken", needs=("weights",))
-    with pytest.raises(ValueError, match=r"'fixed'\) is already a selection strategy"):
-        register_strategy("fixed")(lambda *args: args)
-
-
-def test_a_plug_in_gets_what_it_needs(own_strategies):
+def test_a_strategy_can_be_added_and_gets_what_it_needs(own_strategies):
     """Gradient times activation, and the layer's own random numbers."""
     seen = []
 
     @register_strategy("product", needs=("gradient", "activation"))
     def product(weight, statistics, rank, generator):
         seen.append((weight.is_meta, generator.initial_seed()))
-        return (statistics["gradient"] * statistics["activation"]).topk(rank).indices
+        return (statistics["gradient"] * statistics["activation"]).topk(rank).indices.flip(0)
 
+    assert strategies() == ["gradient", "product", "random", "weight_norm", "weight_norm_smallest"]
     statistics = {"gradient": torch.tensor([1.0, 2, 3]), "activation": torch.tensor([9.0, 1, 1])}
     weight = torch.empty(2, 3, device="meta")
     chosen = select_columns("product", weight, 2, seed=5, statistics=statistics)
     assert chosen.tolist() == [0, 2]
     assert seen == [(True, 5)]
+    for name, needs, message in (
+        ("product", (), r"'product'\) is already a selection strategy"),
+        ("fixed", (), r"'fixed'\) is already a selection strategy"),
+        ("broken", ("weights",), r"`needs` \(\['weights'\]\) must be among \('weight', "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_strategy(name, needs=needs)(product)

@@ -58,22 +58,12 @@ def randomise(model):
 
 PEFT_WRITES = {
     "default": {},
-    "seed": {"random_seed": 7},
     "negative seed": {"random_seed": -3},
-    "large seed": {"random_seed": 2**63 + 5},
-    "alpha 0": {"paca_alpha": 0},
+    "large seed, alpha 0": {"random_seed": 2**63 + 5, "paca_alpha": 0},
     "negative alpha": {"paca_alpha": -6, "r": 2},
-    "regex": {"target_modules": r"layers\.\d+"},
     "regex and layers": {"target_modules": r"layers\.\d+", "layers_to_transform": [1]},
-    "regex and pattern": {
-        "target_modules": r"layers\.\d+",
-        "layers_to_transform": 0,
-        "layers_pattern": "layers",
-    },
     "excluded": {"exclude_modules": ["layers.1"]},
-    "head": {"modules_to_save": ["head"]},
-    "all columns": {"r": 8},
-    "tests": {"init_weights": False},
+    "head, all columns": {"modules_to_save": ["head"], "r": 8, "init_weights": False},
 }
 
 

@@ -33,10 +33,7 @@ def build(
         ),
         "qwen3": ("Qwen3Moe", {"moe_intermediate_size": 24, "num_experts": 8, "head_dim": 8}),
         "gpt_oss": ("GptOss", {"intermediate_size": 24, "num_local_experts": 4, "head_dim": 8}),
-        "llama4": (
-            "Llama4",
-            {"intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8},
-        ),
+        "llama4": ("Llama4", {"intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8}),
     }[kind]
     settings = {
         "vocab_size": VOCAB_SIZE,
@@ -67,7 +64,6 @@ def build(
 
 
 def adapt(base: nn.Module, **options) -> nn.Module:
-    """Return the base (a copy) with random updates of its experts."""
     return nets.adapt(base, **{"target_parameters": BOTH, "target_modules": [], "r": 4, **options})
 
 

@@ -1,6 +1,7 @@
 """Adapters that do something on any small model, what plain autograd says of it, and a CNN."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weig
 
 
 def adapt(base: nn.Module, *, random: bool = True, **options) -> nn.Module:
-    """Return a copy of the base with random updates."""
     config = PacaConfig(**{"r": 3, "paca_alpha": 6, **options})
     model = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
     if random:
@@ -33,11 +33,40 @@ def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
 
 
 def fill(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-    """Give an adapter random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for delta in deltas(model, adapter):
             delta.normal_(std=0.2, generator=generator)
+
+
+def check_second_adapter(
+    model: nn.Module, config: PacaConfig, outputs: Callable, equal: Callable
+) -> None:
+    """Add an adapter with parts that the first one has not: beside it, alone, both, and a sum.
+
+    Args:
+        model: One adapter, "default".
+        config: That of the second one.
+        outputs: Returns what the model computes.
+        equal: Compares it, and its gradients, with plain autograd with some adapters.
+    """
+    before = outputs(model)
+    model.add_adapter("other", config)
+    fill(model, "other")
+    assert torch.equal(outputs(model), before)
+    assert not any(delta.requires_grad for delta in deltas(model, "other"))
+    model.set_adapter("other")
+    equal("other")
+    model.base_model.set_adapter(["default", "other"])
+    equal("default", "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    want = outputs(model)
+    model.set_adapter("sum")
+    torch.testing.assert_close(outputs(model), want, atol=1e-6, rtol=1e-6)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert not deltas(model, "other")
+    assert torch.equal(outputs(model), before)
 
 
 def evaluate(model: nn.Module, *args, **kwargs) -> Any:
@@ -66,11 +95,12 @@ class Reference(nn.Module):
         for (name, columns, scaling), delta in zip(self.updates, self.deltas, strict=True):
             name = name if name in parameters else f"{name}.weight"
             module = self.base.get_submodule(name.rpartition(".")[0])
-            parameters[name] = _adapted(module, parameters[name], delta, columns, scaling)
+            parameters[name] = adapted(module, parameters[name], delta, columns, scaling)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
 
-def _adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:
+def adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:
+    """Return the weight of a module with an update: delta, its columns, scaling."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return adapted_kernel(weight, *update, module.groups)
     if weight.dim() == 3:

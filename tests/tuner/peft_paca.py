@@ -41,10 +41,6 @@ class PacaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` is given without `layers_to_transform`")
-        if self.r <= 0:
-            raise ValueError(f"`r` must be positive, not {self.r}")
 
 
 class PacaLayer(BaseTunerLayer):
@@ -66,8 +62,6 @@ class Linear(nn.Module, PacaLayer):
         self.update_layer(adapter_name, **options)
 
     def update_layer(self, adapter_name, r, paca_alpha, init_weights, random_seed):
-        if r > self.in_features:
-            raise ValueError(f"`r` ({r}) is larger than in_features ({self.in_features})")
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         generator = None
@@ -106,14 +100,10 @@ class PacaModel(BaseTuner):
         self, config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):
         seed = config.random_seed
-        options = {
-            "r": config.r,
-            "paca_alpha": config.paca_alpha,
-            "init_weights": config.init_weights,
-            "random_seed": None
-            if seed is None
-            else (seed + zlib.crc32(current_key.encode())) % 2**63,
-        }
+        if seed is not None:
+            seed = (seed + zlib.crc32(current_key.encode())) % 2**63
+        options = {"r": config.r, "paca_alpha": config.paca_alpha, "random_seed": seed}
+        options["init_weights"] = config.init_weights
         if isinstance(target, PacaLayer):
             target.update_layer(adapter_name, **options)
             return

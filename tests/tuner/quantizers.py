@@ -77,5 +77,4 @@ QUANTIZERS = {name: make for name, make in _ALL.items() if find_spec(name.partit
 
 
 def quantise(linear: nn.Linear, name: str) -> nn.Module:
-    """Return a quantised copy of a linear layer."""
     return QUANTIZERS[name](copy.deepcopy(linear)).requires_grad_(False)

@@ -14,7 +14,7 @@ from pacatune import PacaConfig
 from tests.ops.twin import bytes_kept
 from tests.releases import needs
 from tests.tuner import nets
-from tests.tuner.nets import Reference, assert_equal, evaluate, fill, layers
+from tests.tuner.nets import Reference, assert_equal, check_second_adapter, evaluate, layers
 
 EMBED_DIM, NUM_HEADS, LENGTH, KEYS, BATCH = 12, 4, 5, 7, 3
 BOTH = ["attn", "out_proj"]
@@ -22,8 +22,6 @@ MASKS = ["attn_mask", "key_padding_mask"]
 
 
 class Net(nn.Module):
-    """One attention and what it needs around it."""
-
     def __init__(self, **options) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(EMBED_DIM, NUM_HEADS, dtype=torch.float64, **options)
@@ -257,19 +255,9 @@ def test_names_and_ranks_in_files(tmp_path, targets, ranks: dict[str, int]) -> N
 def test_a_second_adapter_has_parts_that_the_first_has_not() -> None:
     base = build(batch_first=True)
     model, args = adapt(base, ["out_proj"]), inputs(base, "self")
-    y = evaluate(model, *args)[0]
-    model.add_adapter("other", PacaConfig(r=2, target_modules=BOTH, random_seed=4))
-    fill(model, "other")
-    assert torch.equal(evaluate(model, *args)[0], y)
-    model.set_adapter("other")
-    assert_equal(model, Reference(base, model, "other"), *args)
-    model.base_model.set_adapter(["default", "other"])
-    assert_equal(model, Reference(base, model, "default", "other"), *args)
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    want = model(*args)[0]
-    model.set_adapter("sum")
-    torch.testing.assert_close(model(*args)[0], want)
-    model.set_adapter("default")
-    model.delete_adapter("other")
-    model.delete_adapter("sum")
-    assert torch.equal(evaluate(model, *args)[0], y)
+    check_second_adapter(
+        model,
+        PacaConfig(r=2, target_modules=BOTH, random_seed=4),
+        lambda model: evaluate(model, *args)[0],
+        lambda *names: assert_equal(model, Reference(base, model, *names), *args),
+    )

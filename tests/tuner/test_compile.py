@@ -27,8 +27,6 @@ class Net(nn.Module):
 
 
 class Pair:
-    """A compiled model and its eager twin."""
-
     def __init__(self, groups=1, backend="aot_eager", fullgraph=True):
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -278,14 +276,3 @@ def test_a_view_of_a_larger_buffer_is_left_alone(pair):
         layer.weight = nn.Parameter(buffer[0], requires_grad=False)
     pair.train_alike(4)
     assert not any(layer.residency.is_written for layer in layers(pair.model).values())
-
-
-def test_transforms_of_torch_func(pair):
-    """They see plain operations, even with columns in the weight from an eager call."""
-    layer, x = pair.twin.base_model.model.first, batch(5)
-    layer(x)
-    rowwise = torch.func.grad(lambda row: layer(row).square().sum())
-    gradient = torch.func.vmap(rowwise)(x)
-    x.requires_grad_()
-    layer(x).square().sum().backward()
-    torch.testing.assert_close(gradient, x.grad)

@@ -4,6 +4,7 @@ import pytest
 from peft import PeftConfig
 
 from pacatune import MosLoraConfig, PacaConfig
+from pacatune.tuner import compat
 from tests.releases import needs
 
 NESTED = {}
@@ -16,17 +17,13 @@ GROUPS = {"groups": 2, "r": 2}
     ("options", "message"),
     [
         ({"r": 0}, r"`r` \(0\) must be an integer of at least 1"),
-        ({"r": 2.5}, r"`r` \(2.5\)"),
         ({"r": True}, r"`r` \(True\)"),
         ({"r": "8"}, r"`r` \('8'\)"),
-        ({"paca_alpha": float("nan")}, r"`paca_alpha` \(nan\)"),
         ({"paca_alpha": float("inf")}, r"`paca_alpha` \(inf\)"),
         ({"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]` \(0\)"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"`alpha_pattern\['q_proj'\]` \('x'\)"),
         ({"paca_alpha": 10**400}, r"`paca_alpha` \(10+\) must be a finite number that float32"),
-        ({"paca_alpha": 1e41}, r"`paca_alpha` \(1e\+41\) must be a finite number that float32"),
         ({"random_seed": 1.5}, r"`random_seed` \(1.5\) must be an integer, .* or None to draw one"),
-        ({"random_seed": True}, r"`random_seed` \(True\)"),
         ({"rank_pattern": "q_proj"}, r"`rank_pattern` \('q_proj'\) must be a dictionary"),
         ({"alpha_pattern": 3}, r"`alpha_pattern` \(3\) must be a dictionary"),
         ({"base_quantization": "nf4"}, r"`base_quantization` \('nf4'\) must be a dictionary"),
@@ -43,7 +40,7 @@ GROUPS = {"groups": 2, "r": 2}
         ({"bias": "some"}, r"`bias` \('some'\) must be one of none, all, paca_only"),
         (
             {"target_modules": ["q_proj"], "layers_pattern": "layers"},
-            r"`layers_pattern` \('layers'\).* needs `layers_to_transform`",
+            r"`layers_pattern` .* needs `layers_to_transform`",
         ),
         # Regular expressions; adapters/test_config_file.py has those of other fields
         ({"layers_to_transform": [0], "layers_pattern": ["("]}, r"`layers_pattern` \('\('\) is no"),
@@ -71,10 +68,7 @@ def test_wrong_values(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"mixer_init": "zeros"},
-            r"`mixer_init` \('zeros'\) must be one of \['kaiming'",
-        ),
+        ({"mixer_init": "zeros"}, r"`mixer_init` \('zeros'\) must be one of \['kaiming'"),
         (
             {"init_lora_weights": "pissa"},
             r"`init_lora_weights` \('pissa'\) must be True, 'gaussian",
@@ -112,15 +106,18 @@ def test_values_that_pefts_own_takes(options):
     assert {name: getattr(config, name) for name in options} == options
 
 
-def test_unknown_key():
-    with pytest.raises(TypeError, match="rank"):
-        PacaConfig(rank=8)
+# What an old PEFT lacks; `make compat` runs all other tests there.
 
 
-def test_round_trip(tmp_path):
-    config = PacaConfig(
-        r=3, paca_alpha=2.5, target_modules=["a", "b"], rank_pattern={"a": 2}, bias="all"
-    )
-    config.save_pretrained(tmp_path)
-    loaded = PacaConfig.from_pretrained(tmp_path)
-    assert {**vars(loaded), "inference_mode": False} == {**vars(config), "inference_mode": False}
+def test_an_old_release_is_named(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: "0.18.1")
+    with pytest.raises(
+        ValueError,
+        match=r"^MosLoRA needs PEFT 0.19 or newer, and this is 0.18.1; pip install -U peft.$",
+    ):
+        MosLoraConfig()
+
+
+def test_a_release_candidate_counts_as_its_release(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: "0.19.0.dev0")
+    compat.require("PEFT", "0.19", "MosLoRA")

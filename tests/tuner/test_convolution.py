@@ -101,47 +101,30 @@ class One:
         model = self.model if model is None else model
         assert_equal(model, twin, self.x, tolerance=1e-11)
 
-    def add_adapter(self):
-        self.model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
-        self.layer.double()
-        fill(self.model, "b", seed=1)
-
 
 @pytest.mark.parametrize("name", ALL)
-class TestEveryWayToRun:
-    def test_one_adapter(self, name):
-        one = One(name)
-        one.check()
-        torch.testing.assert_close(evaluate(one.model, one.x), one.model(one.x))
-
-    def test_hooks_on_the_base_layer(self, name):
-        one, seen = One(name), []
-        one.layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(args[0]))
-        one.check()
-        assert any(x.shape == one.x.shape for x in seen)
-
-    def test_several_adapters(self, name):
-        one = One(name)
-        one.add_adapter()
-        one.model.base_model.set_adapter(["default", "b"])
-        one.check("default", "b")
-
-    def test_rows_of_different_adapters(self, name):
-        one = One(name)
-        one.add_adapter()
-        mixed = evaluate(one.model, one.x, adapter_names=["b", "__base__", "default"])
-        for row, want in (
-            (0, Reference(one.base, one.model, "b")),
-            (1, one.base),
-            (2, Reference(one.base, one.model)),
-        ):
-            torch.testing.assert_close(mixed[row], want(one.x)[row])
-
-    def test_merged(self, name):
-        one = One(name)
-        want = evaluate(one.model, one.x)
-        one.model.merge_adapter()
-        torch.testing.assert_close(evaluate(one.model, one.x), want)
+def test_every_way_to_run(name):
+    """One adapter, hooks, two, rows of different ones, merged."""
+    one, seen = One(name), []
+    one.check()
+    want = evaluate(one.model, one.x)
+    torch.testing.assert_close(want, one.model(one.x))
+    handle = one.layer.base_layer.register_forward_hook(lambda m, args, y: seen.append(args[0]))
+    one.check()
+    assert any(x.shape == one.x.shape for x in seen)
+    handle.remove()
+    one.model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
+    one.layer.double()
+    fill(one.model, "b", seed=1)
+    mixed = evaluate(one.model, one.x, adapter_names=["b", "__base__", "default"])
+    others = Reference(one.base, one.model, "b"), one.base, Reference(one.base, one.model)
+    for row, other in enumerate(others):
+        torch.testing.assert_close(mixed[row], other(one.x)[row])
+    one.model.base_model.set_adapter(["default", "b"])
+    one.check("default", "b")
+    one.model.set_adapter("default")
+    one.model.merge_adapter()
+    torch.testing.assert_close(evaluate(one.model, one.x), want)
 
 
 COMPILED = ["1d depthwise", "2d same", "2d reflect", "3d", *OWN_FORWARDS]
@@ -167,7 +150,6 @@ def numel_kept(one, run):
 
 
 def numel_of_channels(one):
-    """Of two padded channels of all inputs."""
     padded, _ = one.layer._padded(one.x)
     positions = padded[0, 0].numel()
     if one.layer.base_layer.padding == "same" and one.layer.base_layer.padding_mode == "zeros":
@@ -249,10 +231,6 @@ class TestMixersThatReadTheWeight:
         config = MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2)
         return adapt(MambaForCausalLM(config).eval(), ["conv1d"], r=8)
 
-    @pytest.fixture
-    def layer(self, model):
-        return next(iter(layers(model).values()))
-
     def test_generation_is_that_of_the_merged_model(self, model):
         def generated(model):
             options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True}
@@ -267,14 +245,13 @@ class TestMixersThatReadTheWeight:
         torch.testing.assert_close(ours, theirs)
         assert not torch.allclose(base, theirs)
 
-    def test_the_weight_that_is_read_trains_the_adapter(self, layer):
+    def test_the_weight_that_is_read_trains_the_adapter_or_is_the_base(self, model):
+        layer = next(iter(layers(model).values()))
         x = torch.randn(2, 32, 6)
         y = F.conv1d(x, layer.weight, layer.bias, padding=3, groups=32)
         ours = torch.autograd.grad(y.square().sum(), layer.delta_of("default"))
         theirs = torch.autograd.grad(layer(x).square().sum(), layer.delta_of("default"))
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-
-    def test_disabled_and_merged_layers_show_their_base(self, model, layer):
         with model.disable_adapter():
             assert layer.weight is layer.base_layer.weight
         model.merge_adapter()

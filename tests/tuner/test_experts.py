@@ -9,17 +9,16 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
-from pacatune.selection import seed_for
 from tests.ops.twin import bytes_kept
 from tests.releases import needs
 from tests.tuner import nets
 from tests.tuner.moe import BOTH, adapt, assert_equal, build, ids
-from tests.tuner.nets import deltas, evaluate, fill, layers
+from tests.tuner.nets import deltas, evaluate, layers
 
 KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
 UP, DOWN = BOTH[:1], BOTH[1:]
@@ -164,34 +163,12 @@ def test_compiles_in_one_graph(kind: str) -> None:
     assert counter.frame_count == 1
 
 
-@needs("peft", "0.20")
-def test_peft_sees_the_base_under_its_own_names() -> None:
-    from peft.utils import get_base_model_state_dict, set_base_model_state_dict
-
-    base = build("gpt_oss")
-    model = adapt(base)
-    state = get_base_model_state_dict(model)
-    assert set(state) == set(base.state_dict())
-    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
-    with torch.no_grad():
-        model.get_base_model().model.layers[0].mlp.experts.base_layer.down_proj.zero_()
-    set_base_model_state_dict(model, base.state_dict())
-    state = get_base_model_state_dict(model)
-    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in state.items())
-
-
 def test_weights_that_would_get_no_gradient_are_refused() -> None:
     model = adapt(build("mixtral"))
     model.get_base_model().model.layers[0].mlp.experts.base_layer.down_proj.requires_grad_()
     with pytest.raises(ValueError, match=r"`down_proj` of MixtralExperts requires a gradient"):
         model(input_ids=ids())
     evaluate(model, input_ids=ids())
-
-
-def test_repr_names_the_parameters() -> None:
-    text = repr(adapt(build("gpt_oss")))
-    assert "(gate_up_proj): paca.ExpertParameter(" in text
-    assert "shape=(4, 16, 48)" in text
 
 
 class TestFiles:
@@ -201,20 +178,6 @@ class TestFiles:
         stem = "base_model.model.model.layers.0.mlp.experts"
         assert f"{stem}.down_proj.paca_delta" in one < names
         assert f"{stem}.gate_up_proj.paca_indices" in names - one
-
-    def test_patterns(self, tmp_path) -> None:
-        base, options = build("qwen2"), {"autocast_adapter_dtype": False}
-        patterns = {
-            "rank_pattern": {"gate_up_proj": 3},
-            "alpha_pattern": {r"experts\.down_proj": 2},
-        }
-        model = adapt(base, **patterns)
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options)
-        for name, layer in layers(loaded).items():
-            r, alpha = (3, 6) if "gate_up" in name else (4, 2)
-            assert (layer.r, layer.scaling) == ({"default": r}, {"default": alpha / r})
-        assert torch.equal(logits(model), logits(loaded))
 
     @needs("peft", "0.20")  # 0.19 cannot beside transformers 5.14, nor LoRA for experts
     def test_transformers_loads_it(self, tmp_path) -> None:
@@ -234,27 +197,10 @@ class TestFiles:
 def test_a_second_adapter_has_parameters_that_the_first_has_not() -> None:
     base = build("gpt_oss")
     model = adapt(base, target_parameters=DOWN, target_modules=["q_proj"])
-    untouched = logits(model)
     options = {"target_modules": [], "target_parameters": BOTH, "random_seed": 5}
-    model.add_adapter("other", PacaConfig(r=3, **options))
-    fill(model, "other")
-    assert torch.equal(logits(model), untouched)
-    assert all(p.requires_grad is False for p in deltas(model, "other"))
-    model.set_adapter("other")
-    assert_equal(model, base, "other")
-    model.base_model.set_adapter(["default", "other"])
-    assert_equal(model, base, "default", "other")
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    assert set(model.peft_config["sum"].target_parameters) == {
-        f"model.layers.{number}.mlp.{name}" for number in (0, 1) for name in BOTH
-    }
-    want = logits(model)
-    model.set_adapter("sum")
-    torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=1e-6)
-    model.set_adapter("default")
-    model.delete_adapter("other")
-    assert all("other" not in layer.r for layer in layers(model).values())
-    assert torch.equal(logits(model), untouched)
+    nets.check_second_adapter(
+        model, PacaConfig(r=3, **options), logits, lambda *names: assert_equal(model, base, *names)
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -293,11 +239,3 @@ def test_a_second_adapters_target_modules_do_not_mean_parameters() -> None:
 def test_some_layers_only(options) -> None:
     model = adapt(build("mixtral"), **{"target_parameters": BOTH[1:], **options})
     assert list(layers(model)) == ["model.layers.1.mlp.experts.down_proj"]
-
-
-def test_columns_follow_from_seed_and_name() -> None:
-    model = adapt(build("mixtral"), random_seed=3)
-    for name, layer in layers(model).items():
-        generator = torch.Generator().manual_seed(seed_for(3, name))
-        columns = torch.randperm(layer.in_features, generator=generator)[:4].sort().values
-        assert torch.equal(layer.paca_indices["default"], columns)

@@ -19,17 +19,16 @@ def model():
     [
         (
             {"rank_pattern": {"q_prj": 2}},
-            r"`rank_pattern`: 'q_prj' matches nothing that is adapted, so it would be ignored; did "
-            r"you mean 'q_proj'\? There are q_proj, v_proj\.",
+            r"'q_prj' matches nothing .* did you mean 'q_proj'\? There are q_proj, v_proj\.",
         ),
         ({"alpha_pattern": {"k_proj": 2}}, r"`alpha_pattern`: 'k_proj' matches nothing that is ad"),
         (
             {"rank_pattern": {"q_proj": 2, r"0\.self_attn\.q_proj": 4}},
-            r"'0\\\\.self_attn\\\\.q_proj' is never used, since 'q_proj', which comes before it",
+            "q_proj' is never used, since 'q_proj', which comes before",
         ),
         (
             {"layers_to_transform": [0, 7]},
-            r"`layers_to_transform`: \[7\] are no layers with targets.*adapted layers are \[0\]",
+            r"\[7\] are no layers with targets.*adapted layers are \[0\]",
         ),
     ],
 )

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.target import target_of_module
-from pacatune.tuner.layout import adaptable_kind, layout_of, supported_kinds
+from pacatune.tuner.layout import layout_of
 
 
 class Experts(nn.Module):
@@ -92,17 +92,6 @@ def test_the_dense_shape_turned_is_that_of_the_weight(kind):
     assert first.equal(layout.matrix(weight)[: len(first)])
     num_experts = getattr(layout, "num_experts", 1)
     assert len(first) * num_experts == len(layout.matrix(weight))
-
-
-@kinds
-def test_a_target_of_an_adapter_is_of_a_kind_with_a_name(kind):
-    module, name, *_ = KINDS[kind]
-    found = adaptable_kind(module)
-    if name == "down_proj":
-        assert found is None  # its parameters are targets, not the module
-    else:
-        assert isinstance(layout_of(module, name), found)
-        assert found.title in supported_kinds()
 
 
 @pytest.mark.parametrize(

@@ -132,21 +132,16 @@ def saved(tmp_path):
     return tmp_path, model(ids()).logits
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load(saved, low_cpu_mem_usage):
+def test_save_and_load(saved):
     folder, expected = saved
     config = json.loads((folder / "adapter/adapter_config.json").read_text())
     assert (config["peft_type"], config["mixer_init"]) == ("MOSLORA", "kaiming")
-    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    options = {"low_cpu_mem_usage": True}
     loaded = PeftModel.from_pretrained(build_model(64), folder / "adapter", **options).eval()
     assert torch.equal(loaded(ids()).logits, expected)
     assert {len(layer.lora_mixer["default"].weight) for layer in layers(loaded)} == {2, 4}
-
-
-def test_transformers_loads_it(saved):
-    folder, expected = saved
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
-    assert torch.equal(loaded(ids()).logits, expected)
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32).eval()
+    assert torch.equal(theirs(ids()).logits, expected)
 
 
 def test_plain_peft_refuses_it(saved):
@@ -176,13 +171,8 @@ def test_merge_and_unmerge(safe_merge):
     model.unmerge_adapter()
     for layer, weight in zip(layers(model), weights, strict=True):
         torch.testing.assert_close(layer.base_layer.weight, weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        model.merge_and_unload()(ids()).logits, expected, rtol=1e-5, atol=1e-5
-    )
-
-
-def test_a_broken_adapter_is_not_merged():
-    model = adapt()
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(ids()).logits, expected, rtol=1e-5, atol=1e-5)
     layers(model)[0].lora_mixer["default"].weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
@@ -279,23 +269,3 @@ def test_sums_that_would_be_wrong():
         model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
     with pytest.raises(ValueError, match=r"`adapter_name` \('default'\) is taken; delete it first"):
         model.add_weighted_adapter(["default"], [1.0], "default")
-
-
-def test_conversion_to_lora():
-    from peft import convert_to_lora
-
-    model = adapt()
-    _, factors = convert_to_lora(model, rank=4, progressbar=False)
-    found = {
-        name.removesuffix(".lora_A.weight"): factors[name.replace("lora_A", "lora_B")] @ one
-        for name, one in factors.items()
-        if "lora_A" in name
-    }
-    expected = {
-        name: module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if isinstance(module, MosLoraLayer)
-    }
-    assert found.keys() == expected.keys()
-    for name, delta in expected.items():
-        torch.testing.assert_close(found[name], delta, atol=1e-4, rtol=1e-4)

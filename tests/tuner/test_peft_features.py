@@ -5,13 +5,11 @@ test_every_kind.py holds what becomes of one layer.
 
 import copy
 import json
-import re
 
 import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter as hotswap_of_peft
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -145,6 +143,13 @@ class TestFiles:
             PeftModel.from_pretrained(base, tmp_path)
 
 
+CALLS = {
+    "sum": lambda model, ids, folder, *arguments: model.add_weighted_adapter(*arguments),
+    "rows": lambda model, ids, folder, *names: model(input_ids=ids, adapter_names=[*names]),
+    "swap": lambda model, ids, folder, name: hotswap_adapter(model, folder, name),
+}
+
+
 class TestSeveralAdapters:
     @pytest.fixture
     def model(self, base):
@@ -163,85 +168,26 @@ class TestSeveralAdapters:
         torch.testing.assert_close(logits(loaded, ids), want, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize(
-        ("arguments", "message"),
+        ("call", "arguments", "state", "message"),
         [
-            ((["default"], [1.0, 2.0], "sum"), r"`adapters` \(1\) and `weights` \(2\)"),
-            ((["nobody"], [1.0], "sum"), r"\['nobody'\] do not exist"),
-            ((["default"], [1.0], "default"), r"'default'\) is taken"),
-            ((["default"], [1.0], "sum", "svd"), r"'svd'\) must be 'linear'"),
+            ("sum", (["default"], [1.0, 2.0], "sum"), None, r"`adapters` \(1\) and .*\(2\)"),
+            ("sum", (["nobody"], [1.0], "sum"), None, r"\['nobody'\] do not exist"),
+            ("sum", (["default"], [1.0], "default"), None, r"'default'\) is taken"),
+            ("sum", (["default"], [1.0], "sum", "svd"), None, r"'svd'\) must be 'linear'"),
+            ("rows", ("nobody", "b", "b"), None, r"non-existing adapter\(s\): nobody"),
+            ("rows", ("default", "default"), None, "got 2 and 3 respectively"),
+            ("rows", ("default",) * 3, "train", "training mode"),
+            ("rows", ("default",) * 3, "merge_adapter", "unmerge_adapter"),
+            ("swap", ("b",), None, r"do not adapt the same modules.*up_proj"),
+            ("swap", ("nobody",), None, r"'nobody'\) is no adapter"),
+            ("swap", ("default",), "merge_adapter", "is merged"),
         ],
     )
-    def test_wrong_sums(self, model, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            model.add_weighted_adapter(*arguments)
-
-    @pytest.mark.parametrize(
-        ("prepare", "names", "message"),
-        [
-            ("eval", ["nobody", "default", "default"], r"non-existing adapter\(s\): nobody"),
-            ("eval", ["default", "default"], "got 2 and 3 respectively"),
-            ("train", ["default"] * 3, "training mode"),
-            ("merge_adapter", ["default"] * 3, "unmerge_adapter"),
-        ],
-    )
-    def test_wrong_rows(self, model, ids, prepare, names, message):
-        getattr(model.eval(), prepare)()
-        with pytest.raises(ValueError, match=message):
-            model(input_ids=ids, adapter_names=names)
-
-    @pytest.mark.parametrize(
-        ("targets", "name", "is_merged", "message"),
-        [
-            (["q_proj"], "default", False, r"do not adapt the same modules.*down_proj"),
-            (TARGETS, "nobody", False, r"'nobody'\) is no adapter"),
-            (TARGETS, "default", True, "is merged"),
-        ],
-    )
-    def test_hotswap_refuses_what_does_not_fit(
-        self, model, base, tmp_path, targets, name, is_merged, message
-    ):
-        adapt(base, target_modules=targets).save_pretrained(tmp_path)
-        if is_merged:
-            model.merge_adapter()
-        with pytest.raises(ValueError, match=message):
-            hotswap_adapter(model, tmp_path, name)
-
-    def test_hotswap_of_peft_is_for_lora_and_says_so(self, model, base, ids, tmp_path):
+    def test_refused(self, model, base, ids, tmp_path, call, arguments, state, message):
         adapt(base).save_pretrained(tmp_path)
-        before = logits(model, ids)
-        with pytest.raises(ValueError, match="only supports LORA but PACA"):
-            hotswap_of_peft(model, str(tmp_path), "default")
-        assert torch.equal(logits(model, ids), before)
-
-
-def test_reference_adapter_of_trl_is_a_copy(base, ids):
-    """TRL copies the parameters whose names contain `.default.`, nothing else."""
-    model = adapt(base)
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    want = logits(model, ids)
-    model.set_adapter("ref")
-    assert torch.equal(logits(model, ids), want)
-
-
-def test_patterns(base):
-    model = adapt(base, rank_pattern={"layers.0.*q_proj": 6}, alpha_pattern={"v_proj": 3})
-    for name, layer in layers(model).items():
-        rank = 6 if re.search("layers.0.*q_proj", name) else 4
-        alpha = 3 if "v_proj" in name else 6
-        assert (layer.r, layer.scaling) == ({"default": rank}, {"default": alpha / rank})
-
-
-def test_trainable_tokens_merge(base, ids):
-    model = adapt(base, trainable_token_indices=[1, 2])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "trainable_tokens_delta" in name:
-                parameter.add_(1.0)
-    want = logits(model, ids)
-    torch.testing.assert_close(logits(model.merge_and_unload(), ids), want)
+        getattr(model.eval(), state or "eval")()
+        with pytest.raises(ValueError, match=message):
+            CALLS[call](model, ids, tmp_path, *arguments)
 
 
 @needs("peft", "0.19")

@@ -103,17 +103,3 @@ def test_prepared_for_kbit_training_with_checkpointing(load):
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([p.grad for p in trained])
     torch.testing.assert_close(gradients[0], gradients[1])
-
-
-def test_evaluation_never_packs_the_weight(load):
-    """bitsandbytes packs it in place for AVX-512 CPUs, with rounded scales and no gradients."""
-    base = load()
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = True
-    model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).eval()
-    layer = next(iter(layers(model).values()))
-    codes = layer.base_layer.weight.data.clone()
-    with torch.no_grad():
-        layer(torch.randn(1, 3, layer.in_features))
-    assert torch.equal(layer.base_layer.weight.data, codes)

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pacatune import MosLoraConfig, PacaConfig
 from pacatune.selection import choose_columns, collect_statistics
 from tests.releases import needs
-from tests.tuner.nets import layers
 
 pytestmark = [
     needs("trl"),
@@ -70,27 +69,6 @@ def train(tokenizer, tmp_path):
         return trainer, trainer.state.log_history[:-1]
 
     return train
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sft(base, train, checkpointing):
-    from trl import SFTConfig, SFTTrainer
-
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    rows = {"text": ["What is the capital of France? Paris."] * 24}
-    options = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 3,
-        "gradient_checkpointing": checkpointing,
-    }
-    trainer, steps = train(SFTTrainer, SFTConfig, base, rows, options, peft_config=config())
-    assert steps[-1]["loss"] < steps[0]["loss"]
-    found = layers(trainer.model).values()
-    assert len(found) == 6
-    assert all(layer.delta_of("default").abs().sum() > 0 for layer in found)
-    seen = trainer.model.unload().state_dict()
-    assert all(torch.equal(seen[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient", "moslora"])
