@@ -17,7 +17,7 @@ STUDY = {"task": "smollm2-chat", "arms": ARMS}
         (Arm, {"method": "paka"}, r"`method` \('paka'\) must be one of paca"),
         (Arm, {"method": "full", "rank": 4}, r"`rank` \(4\) means nothing for 'full'"),
         (Arm, {"method": "shira", "alpha": 4.0}, r"`alpha` \(4.0\) means nothing for 'shira'"),
-        (Arm, {"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers abov"),
+        (Arm, {"learning_rates": []}, r"`learning_rates` \(\[\]\) must be different numbers"),
         (Arm, {"learning_rates": [1e-3, 1e-3]}, "must be different numbers"),
         (Arm, {"learning_rates": [-1.0]}, "must be different numbers above 0"),
         (StudyConfig, {"task": ""}, "`task` is ''; name a configuration's path"),
@@ -32,7 +32,7 @@ STUDY = {"task": "smollm2-chat", "arms": ARMS}
         (StudyConfig, {"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
         (StudyConfig, {"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be"),
         (StudyConfig, {"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) m"),
-        (StudyConfig, {"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be abov"),
+        (StudyConfig, {"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be"),
     ],
 )
 def test_wrong_arms_and_studies(kind, values, message):
