@@ -22,8 +22,8 @@ ALL = {"x", "delta", "bias"}
 # O, I, R and row groups. Of few inputs most are trained by some group: the input itself is kept.
 SIZES = {
     "one": (12, 11, 4, 1),
-    "groups": (12, 20, 4, 3),
-    "few": (12, 11, 4, 3),
+    "groups": (12, 20, 4, 4),
+    "few": (12, 11, 4, 4),
     "large": (48, 96, 8, 1),
     "large groups": (48, 96, 8, 6),
 }
@@ -54,12 +54,28 @@ def gradients(form: str, tensors: twin.Tensors, scaling: float, trained: set[str
     return twin.gradients(partial(run, form, scaling), tensors, trained)
 
 
-@pytest.fixture(params=["one", "groups, whole", "groups, own", "few, whole", "few, own"])
+@pytest.fixture(params=["one", *(f"{name}, {k}" for name in ("groups", "few") for k in (1, 2, 4))])
 def size(request, monkeypatch) -> str:
-    """Delta's gradient is found by one product of all kept columns, or by each group's own."""
-    name, _, product = request.param.partition(", ")
-    monkeypatch.setattr(linear, "_is_faster_whole", lambda *_: product == "whole")
+    """Delta's gradient is found by products of one group, of two, or of all kept columns."""
+    name, _, joined = request.param.partition(", ")
+    monkeypatch.setattr(linear, "_num_joined", lambda *_: int(joined))
     return name
+
+
+@pytest.mark.parametrize(
+    ("groups", "rank", "num_rows", "num_kept", "expected"),
+    [
+        (64, 8, 512, 320, 4),  # 32 columns
+        (64, 8, 1408, 320, 2),  # 44 rows
+        (64, 8, 4096, 480, 1),  # 64 rows each
+        (6, 8, 48, 40, 3),
+        (7, 8, 28, 40, 1),  # no other divisor
+        (64, 64, 4096, 400, 64),  # 4,096 inputs beside each other, of 400
+    ],
+)
+def test_joined_products(groups, rank, num_rows, num_kept, expected) -> None:
+    indices = torch.zeros(groups, rank, dtype=torch.int64)
+    assert linear._num_joined(indices, num_kept, torch.ones(1, num_rows)) == expected
 
 
 @every_form

@@ -14,6 +14,7 @@ forward pass and one thin GEMM in the backward pass; nothing runs in sequence wi
 """
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -439,31 +440,36 @@ def _grad_delta_of_groups(
     gy_NO: Tensor, x_NR: Tensor, indices: Tensor, scaling: float, dtype: torch.dtype
 ) -> Tensor:
     is_plain = _is_on_cpu(gy_NO) or torch.compiler.is_compiling()
-    if x_NR.dim() == 2 and _is_faster_whole(gy_NO, x_NR.shape[1], indices):
-        places = row_index(places_in(x_NR, indices), (gy_NO.shape[1], x_NR.shape[1]))
+    (groups, rank), num_rows = indices.shape, gy_NO.shape[1]
+    joined = _num_joined(indices, math.prod(x_NR.shape[1:]), gy_NO)
+    if joined == groups and x_NR.dim() == 2:
+        places = row_index(places_in(x_NR, indices), (num_rows, x_NR.shape[1]))
         if is_plain:
             return _finished(_plain_product(gy_NO, x_NR).gather(1, places), scaling, dtype)
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype).gather(1, places)
-    x_GNR = by_group(x_NR, indices)
+    x_GNR = by_group(x_NR, indices, joined)
     gy_GNo = by_rows(gy_NO, len(x_GNR))
     if is_plain:
-        gdelta = x_GNR.transpose(1, 2).bmm(gy_GNo).transpose(1, 2)
-        return _finished(gdelta, scaling, dtype).flatten(0, 1)
-    return _scaled_product(gy_GNo.transpose(1, 2), x_GNR, scaling, dtype).flatten(0, 1)
+        each = x_GNR.transpose(1, 2).bmm(gy_GNo).transpose(1, 2)
+    else:
+        each = _scaled_product(gy_GNo.transpose(1, 2), x_GNR, scaling, dtype)
+    parts = each.view(-1, joined, num_rows // groups, joined, rank)
+    own = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return (_finished(own, scaling, dtype) if is_plain else own).flatten(0, 2)
 
 
-def _is_faster_whole(gy_NO: Tensor, num_kept: int, indices: Tensor) -> bool:
-    """Whether the gradient of all kept columns, of which each row's own are read, is found sooner.
+def _num_joined(indices: Tensor, num_kept: int, gy_NO: Tensor) -> int:
+    """Return how many groups share a product, of which each reads its part; G: all kept columns.
 
-    The groups' own products need N G R inputs beside each other, and are thin. Measured on CPUs
-    with AVX-512; on GPUs an estimate from their traffic.
+    The groups' own N G R inputs must not be many more than those kept. Products of 8 columns and 8
+    rows take CPUs longer than a quarter as many of 32 and 32 do.
     """
-    (groups, rank), num_rows = indices.shape, gy_NO.shape[1]
-    if not _is_on_cpu(gy_NO):
-        return groups * rank > 8 * num_kept
-    if gy_NO.itemsize > 2:
-        return num_rows * num_kept < 110 * groups * rank
-    return num_rows * num_kept < 500 * groups * rank + 20 * num_rows * rank
+    groups, rank = indices.shape
+    if groups * rank > 8 * num_kept:
+        return groups
+    most = min(32 // max(rank, 1), 64 * groups // max(gy_NO.shape[1], 1), groups)
+    divisors = (k for k in range(most, 1, -1) if groups % k == 0 and _is_on_cpu(gy_NO))
+    return next(divisors, 1)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 # Where distinct columns are a larger share of all, the input itself is kept: no copy is made, and
-# layers that share an input keep it once.
-_MOST_COPIED = 2 / 3
+# layers that share an input keep it once. The seven layers of a Llama block have four inputs.
+_MOST_COPIED = 1 / 2
 # Indices -> their version, their distinct columns (U,), and where they are among these (G, R).
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -242,11 +242,14 @@ def spread(x_U: Tensor, indices: Tensor) -> Tensor:
     return _pick(x_U, places_in(x_U, indices).flatten())
 
 
-def by_group(x_NU: Tensor, indices: Tensor) -> Tensor:
-    """Return (N, U) of `select`, or (N, G, R), as the (G, N, R) inputs of each group."""
-    if x_NU.dim() == 2:
-        x_NU = spread(x_NU, indices).view(x_NU.shape[0], *indices.shape)
-    return x_NU.transpose(0, 1)
+def by_group(x_NU: Tensor, indices: Tensor, joined: int = 1) -> Tensor:
+    """Return (N, U) of `select`, or (N, G, R), as the (G, N, R) inputs of each group.
+
+    Those of `joined` groups at a time beside each other: (G / joined, N, joined R).
+    """
+    x_NGR = spread(x_NU, indices) if x_NU.dim() == 2 else x_NU
+    groups, rank = indices.shape
+    return x_NGR.reshape(len(x_NU), groups // joined, joined * rank).transpose(0, 1)
 
 
 def by_rows(y_NO: Tensor, groups: int) -> Tensor:
