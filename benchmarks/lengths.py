@@ -36,8 +36,9 @@ _EXTRAS: tuple[dict[str, Any], ...] = (
 def found() -> list[Row]:
     """Return the rows of both GPUs."""
     cases: list[dict[str, Any]] = [
-        *({"method": "paca", **extra} for extra in _EXTRAS),
-        {"method": "paca", "lean_level": 2, "activation_offloading": True},
+        *({"groups": 1, **extra} for extra in _EXTRAS),
+        {"groups": 1, "lean_level": 2, "activation_offloading": True},
+        *({"groups": 64, **extra} for extra in _EXTRAS),
         *({"method": "lora", **extra} for extra in _EXTRAS),
         *({"method": "lora", "adapter_dtype": "bfloat16", **extra} for extra in _EXTRAS[:3]),
     ]
@@ -58,8 +59,9 @@ def longest(setting: Setting, gpu: str, model: str = MODEL) -> list[Row]:
         *["checkpointing"] * setting.gradient_checkpointing,
         *["offloading"] * setting.activation_offloading,
     ]
+    groups = f", {setting.groups} groups" if (setting.groups or 1) > 1 else ""
     names: dict[str, Any] = {
-        "method": f"{setting.method}, {setting.adapter_dtype} adapters",
+        "method": f"{setting.method}{groups}, {setting.adapter_dtype} adapters",
         "setting": ", ".join(how),
         "model": model,
         "origin": "simulated",

@@ -34,9 +34,8 @@ _LENGTHS = (256, 512)
 
 def make_setting(method: str, model: str = MODEL, **sizes: Any) -> Setting:
     """Return a setting as the authors' code computes."""
-    return Setting(
-        model=model, method=method, lean="off", loss="logits", adapter_dtype="bfloat16", **sizes
-    )
+    how: dict[str, Any] = {"lean": "off", "loss": "logits", "adapter_dtype": "bfloat16"}
+    return Setting(model=model, method=method, groups=1, **how, **sizes)
 
 
 def setting_of(table: str, line: Line) -> Setting:

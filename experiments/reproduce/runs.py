@@ -46,6 +46,7 @@ def text_run(
         adapter["paca"] = {
             "r": rank,
             "paca_alpha": alpha,
+            "groups": 1,
             "selection": selection,
             "selection_batches": 100,  # as the paper's
             "random_seed": seed,

@@ -39,8 +39,11 @@ def test_a_real_model_by_name(estimate):
 
 def test_a_long_sequence_at_lean_level_2(estimate):
     words = "llama3-8b --method paca --rank 8 --batch-size 1 --gpu a100-80g --seq-len 40000"
-    result = estimate(words, "--lean-level 2")
-    assert result["fits"] == "yes"
+    usual = estimate(words, "--lean-level 2")
+    assert usual["fits"] == "yes"
+    result = estimate(words, "--lean-level 2 --groups 1")
+    assert result["peak_bytes"] < usual["peak_bytes"]
+    assert [one["setting"]["groups"] for one in (usual, result)] == [64, 1]  # as in training
     # Per token and layer, 9 units of the hidden size; a copy of the last hidden states; columns.
     unit = 40_000 * 32 * 4096
     assert result["saved_bytes"] / unit <= 9.15

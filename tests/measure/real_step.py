@@ -131,5 +131,5 @@ def _beside(model):
 
 def tiny(folder, values=LLAMA, **options):
     """A setting of a small model whose config.json is in `folder`."""
-    options = {"batch_size": 2, "seq_len": 32, "lean": "off", "rank": 4} | options
-    return Setting(model=write_config(folder, values), **options)
+    usual = {"batch_size": 2, "seq_len": 32, "lean": "off", "rank": 4, "groups": 1}
+    return Setting(model=write_config(folder, values), **usual | options)

@@ -42,20 +42,19 @@ def add_adapter(
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
     seed: int | None = None,
-    groups: int = 1,
+    groups: int | None = 1,
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full; `groups` are PaCA's row groups.
+    trained in full; `groups` are PaCA's row groups, those of a run if None.
     """
     from peft import get_peft_model
 
+    from pacatune.tuner.columns import default_groups
     from pacatune.tuner.defaults import default_targets
 
-    options = size_options(row, rank, alpha or rank, dropout)
-    if row.is_paca:
-        options["groups"] = groups
+    options = size_options(row, rank, alpha or rank, dropout, groups or 1)
     if seed is not None:
         torch.manual_seed(seed)
         if row.is_paca:
@@ -65,6 +64,8 @@ def add_adapter(
     config = adapter_config(
         row, **options, target_modules=targets, modules_to_save=list(heads) or None
     )
+    if groups is None and row.is_paca:
+        config.groups = default_groups(model, config)
     is_meta = next(model.parameters()).is_meta
     adapted: Any = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=is_meta)
     return cast(nn.Module, adapted)

@@ -27,6 +27,10 @@ class PacaSection(PacaChoices):
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
 
+    groups: int | None = None  # type: ignore[assignment]
+    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own.
+    Null: 64 where columns are random and 64 divides all outputs, else 1 (the paper's)."""
+
     selection_batches: int = 100
     """How many batches of the training data, over all processes, are looked at where columns are
     chosen by gradients."""
@@ -56,7 +60,8 @@ class PacaSection(PacaChoices):
         return isinstance(name, str) and name not in (FIXED, *strategies())
 
     def _choices(self) -> dict[str, Any]:
-        return {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
+        values = {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
+        return values | {"groups": self.groups or _num_groups(self.selection)}
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""
@@ -66,7 +71,15 @@ class PacaSection(PacaChoices):
 
             path = Path(str(self.selection)).expanduser()
             values["selection"] = load_columns(path)
+            values["groups"] = self.groups or _num_groups(values["selection"])
         return copy.deepcopy(values)
+
+
+def _num_groups(selection: Any) -> int:
+    """Return how many row groups columns are given for; 1 where a strategy chooses them."""
+    given = [*selection.values()] if isinstance(selection, dict) else []
+    is_divided = given and isinstance(given[0], list) and given[0] and isinstance(given[0][0], list)
+    return len(given[0]) if is_divided else 1
 
 
 def check_selection_file(name: str) -> None:
