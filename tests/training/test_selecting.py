@@ -121,6 +121,7 @@ def test_row_groups_in_a_run(make_config, tmp_path):
     report, folder = train(config, console=QUIET), tmp_path / "out"
     equal = task_of(make_config(paca={"r": 4})).plan().num_trainable_parameters
     assert report.num_trainable_parameters == equal
+    assert report.columns == "random, 8 row groups"
     saved = read_json(folder / "adapter_config.json")
     assert (saved["groups"], saved["peft_type"]) == (8, "PACATUNE")
     columns = load_columns(folder)
@@ -129,6 +130,11 @@ def test_row_groups_in_a_run(make_config, tmp_path):
     assert (adapter.columns, adapter.groups) == (columns, 8)
     with pytest.raises(ValueError, match=r"must be a list of column numbers"):
         make_adapter_config(make_config(paca={"r": 4, "selection": str(folder), "groups": 1}))
+
+
+def test_no_row_group(make_config):
+    with pytest.raises(ValueError, match=r"`groups` \(0\) must be an integer of at least 1"):
+        make_config(paca={"groups": 0})
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class PacaSection(PacaChoices):
 
     def _choices(self) -> dict[str, Any]:
         values = {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
-        return values | {"groups": self.groups or _num_groups(self.selection)}
+        return values | self._groups_of(self.selection)
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""
@@ -71,15 +71,15 @@ class PacaSection(PacaChoices):
 
             path = Path(str(self.selection)).expanduser()
             values["selection"] = load_columns(path)
-            values["groups"] = self.groups or _num_groups(values["selection"])
+            values |= self._groups_of(values["selection"])
         return copy.deepcopy(values)
 
-
-def _num_groups(selection: Any) -> int:
-    """Return how many row groups columns are given for; 1 where a strategy chooses them."""
-    given = [*selection.values()] if isinstance(selection, dict) else []
-    is_divided = given and isinstance(given[0], list) and given[0] and isinstance(given[0][0], list)
-    return len(given[0]) if is_divided else 1
+    def _groups_of(self, selection: Any) -> dict[str, int]:
+        """Return `groups`: where it is not set, as many as columns are given for, or 1."""
+        given = [*selection.values()] if isinstance(selection, dict) else []
+        first = given[0] if given and isinstance(given[0], list) else []
+        number = len(first) if first and isinstance(first[0], list) else 1
+        return {"groups": number if self.groups is None else self.groups}
 
 
 def check_selection_file(name: str) -> None:

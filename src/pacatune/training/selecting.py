@@ -111,8 +111,9 @@ def describe_columns(model: Any) -> str | None:
     config: Any = getattr(model, "peft_config", {}).get("default")
     if getattr(config, "peft_type", None) != "PACA":
         return None
-    options = dict(config.selection_options or {})
-    return ", ".join([config.selection, *(f"{key} {value}" for key, value in options.items())])
+    said = [f"{key} {value}" for key, value in (config.selection_options or {}).items()]
+    groups = [f"{config.groups} row groups"] if config.groups > 1 else []
+    return ", ".join([config.selection, *said, *groups])
 
 
 def _kinds(adapter: Any) -> tuple[str, ...]:
