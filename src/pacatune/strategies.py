@@ -119,7 +119,6 @@ def random_columns(
     random_seed: int | None,
     name: str,
     groups: int = 1,
-    pool: int | None = None,
 ) -> Tensor:
     """Choose a layer's columns at random.
 
@@ -129,7 +128,6 @@ def random_columns(
         random_seed: `PacaConfig.random_seed`, drawn where it was None.
         name: The module's name, as for `seed_for`.
         groups: Number of row groups, which choose independently.
-        pool: Number of columns, drawn first, that row groups choose from; all where None.
 
     Returns:
         (rank,) int64 on the CPU, or (groups, rank); sorted, distinct in each group.
@@ -139,15 +137,11 @@ def random_columns(
     weight = torch.empty(1, num_columns, device="meta")
     if groups == 1:
         return select_columns("random", weight, rank, seed=seed_for(random_seed, name))
-    generator, chosen, among = torch.Generator(), [], None
-    if pool is not None and pool < num_columns:
-        among = select_columns("random", weight, pool, seed=seed_for(random_seed, f"{name}[pool]"))
-        weight = weight[:, :pool]
+    generator, chosen = torch.Generator(), []
     for group in range(groups):  # there may be hundreds for each of hundreds of weights
         generator.manual_seed(seed_for(random_seed, name, group))
         chosen.append(select_random(weight, {}, rank, generator))
-    columns = torch.stack(chosen).sort(1).values
-    return columns if among is None else among[columns]
+    return torch.stack(chosen).sort(1).values
 
 
 def select_columns(

@@ -33,15 +33,6 @@ def test_row_groups_follow_the_rule_by_names_of_their_own(weight):
     assert found.equal(torch.stack([select_columns("random", weight, 6, seed=s) for s in seeds]))
 
 
-def test_row_groups_may_share_a_pool():
-    found = random_columns(40, 6, 7, "a.b", groups=5, pool=9)
-    assert 6 < len(found.unique()) <= 9
-    assert (found.diff() > 0).all()
-    # A weight with no more columns has all of them in it.
-    small = random_columns(8, 6, 7, "a.b", groups=5)
-    assert random_columns(8, 6, 7, "a.b", groups=5, pool=9).equal(small)
-
-
 @pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])
 def test_what_a_strategy_returns_is_checked(weight, own_strategies, columns):
     register_strategy("broken")(lambda *args: torch.tensor(columns))

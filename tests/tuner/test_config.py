@@ -49,8 +49,6 @@ GROUPS = {"groups": 2, "r": 2}
         ({"groups": 0}, r"`groups` \(0\) must be an integer of at least 1"),
         ({"groups": 2.0}, r"`groups` \(2.0\) must be an integer"),
         (GROUPS | {"selection": "weight_norm"}, r"`groups` \(2\) needs `selection` 'random'"),
-        (GROUPS | {"pool": 1}, r"`pool` \(1\) must be at least the rank \(2\), and needs `groups`"),
-        ({"pool": 8}, r"`pool` \(8\) must be .* needs `groups` \(1\) above 1 and"),
         (GROUPS | {"selection": {"q": [0, 1]}}, "must be 2 lists of column numbers of the same"),
         (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
         (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),

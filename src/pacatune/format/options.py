@@ -66,10 +66,6 @@ class PacaChoices(TargetOptions):
     groups: int = 1
     """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
     the same number of parameters, an update of rank up to `groups` times `r`."""
-    pool: int | None = None
-    """Number of columns of each weight, drawn at random, that row groups choose theirs from: no
-    more are kept for the backward pass, and no more is the update's rank. Null: all. On trial: it
-    stays if it proves better than fewer groups."""
     selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
     registered one. Or the columns themselves, by the module's name or pattern."""
@@ -227,15 +223,6 @@ class PacaOptions(PacaChoices):
                 f"by {self.selection!r} all groups would choose the same columns, which is "
                 "`groups` 1."
             )
-        if self.pool is not None:
-            _check_rank("pool", self.pool)
-            rank = max([self.r, *(self.rank_pattern or {}).values()])
-            if self.pool < rank or self.groups == 1 or self.selection != RANDOM:
-                raise ValueError(
-                    f"`pool` ({self.pool}) must be at least the rank ({rank}), and needs `groups` "
-                    f"({self.groups}) above 1 and `selection` ({self.selection!r}) 'random'; drop "
-                    "it."
-                )
 
 
 def check_sizes(options: Any) -> None:

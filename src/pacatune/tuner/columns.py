@@ -103,7 +103,7 @@ def _choose(
     statistics: "ColumnStatistics | None",
 ) -> Any:
     if config.groups > 1:
-        options = config.random_seed, name, config.groups, config.pool
+        options = config.random_seed, name, config.groups
         return random_columns(target.num_columns, target.rank, *options).tolist()
     selection = str(config.selection)
     weight, values = _known(model, needs_of(selection), name, target, statistics)

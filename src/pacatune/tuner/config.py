@@ -45,8 +45,6 @@ class PacaConfig(PacaOptions, PeftConfig):
             values["peft_type"] = NEEDS_US
         if self.groups == 1:  # so that older readers know every key
             values.pop("groups", None)
-        if self.pool is None:
-            values.pop("pool", None)
         return values
 
 

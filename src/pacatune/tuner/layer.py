@@ -158,9 +158,7 @@ class PacaLayer(nn.Module, TunerLayer):
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
         if columns is None:
-            indices = random_columns(
-                num_columns, r, config.random_seed, name, config.groups, config.pool
-            )
+            indices = random_columns(num_columns, r, config.random_seed, name, config.groups)
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices
