@@ -62,7 +62,8 @@ def main() -> None:
     print(f"\nThe loss curves are in {output / 'losses.png'}. What to do with the adapter:\n")
     print(f'  {program} generate {base} --prompt "Are you happy?"')
     print(f"  {program} merge {base} --output {shlex.quote(str(output / 'merged'))}")
-    print(f"  {program} export {base} --to lora --output {shlex.quote(str(output / 'exported'))}")
+    patch = shlex.quote(str(output / "patch.safetensors"))
+    print(f"  {program} patch make {base} --output {patch}")
 
 
 def fine_tune(method: str, model: str, data: dict, output: Path, options: argparse.Namespace):
