@@ -209,9 +209,7 @@ def readers_of(section: str) -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if section in method.sections)
 
 
-def size_options(
-    method: Method, rank: int, alpha: float, dropout: float = 0.0, groups: int = 1
-) -> dict[str, Any]:
+def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) -> dict[str, Any]:
     """Return the size of an adapter as options of its PEFT configuration.
 
     Args:
@@ -219,10 +217,9 @@ def size_options(
         rank: Columns of PaCA, or rank of LoRA's factors.
         alpha: Scale of the update, alpha / rank.
         dropout: Dropout on LoRA's input.
-        groups: Row groups of PaCA.
     """
     if method.is_paca:
-        return {"r": rank, "paca_alpha": alpha, "groups": groups}
+        return {"r": rank, "paca_alpha": alpha}
     scale = {"lora_alpha": alpha} if method.has_scale else {}
     return {"r": rank, **scale, "lora_dropout": dropout}
 

@@ -54,7 +54,7 @@ def add_adapter(
     from pacatune.tuner.columns import default_groups
     from pacatune.tuner.defaults import default_targets
 
-    options = size_options(row, rank, alpha or rank, dropout, groups or 1)
+    options = size_options(row, rank, alpha or rank, dropout)
     if seed is not None:
         torch.manual_seed(seed)
         if row.is_paca:
@@ -64,8 +64,8 @@ def add_adapter(
     config = adapter_config(
         row, **options, target_modules=targets, modules_to_save=list(heads) or None
     )
-    if groups is None and row.is_paca:
-        config.groups = default_groups(model, config)
+    if row.is_paca:
+        config.groups = groups or default_groups(model, config)
     is_meta = next(model.parameters()).is_meta
     adapted: Any = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=is_meta)
     return cast(nn.Module, adapted)
