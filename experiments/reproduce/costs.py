@@ -34,8 +34,8 @@ _LENGTHS = (256, 512)
 
 def make_setting(method: str, model: str = MODEL, **sizes: Any) -> Setting:
     """Return a setting as the authors' code computes."""
-    how: dict[str, Any] = {"lean": "off", "loss": "logits", "adapter_dtype": "bfloat16"}
-    return Setting(model=model, method=method, groups=1, **how, **sizes)
+    usual: dict[str, Any] = {"groups": 1, "lean": "off", "loss": "logits"}
+    return Setting(model=model, method=method, adapter_dtype="bfloat16", **usual, **sizes)
 
 
 def setting_of(table: str, line: Line) -> Setting:

@@ -467,9 +467,10 @@ def _num_joined(indices: Tensor, num_kept: int, gy_NO: Tensor) -> int:
     groups, rank = indices.shape
     if groups * rank > 8 * num_kept:
         return groups
+    if not _is_on_cpu(gy_NO):
+        return 1
     most = min(32 // max(rank, 1), 64 * groups // max(gy_NO.shape[1], 1), groups)
-    divisors = (k for k in range(most, 1, -1) if groups % k == 0 and _is_on_cpu(gy_NO))
-    return next(divisors, 1)
+    return next((k for k in range(most, 1, -1) if groups % k == 0), 1)
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
