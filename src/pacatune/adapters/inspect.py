@@ -67,8 +67,6 @@ class AdapterReport:
     """For modules without a pattern of their own."""
     scaling: float | None
     """alpha / rank."""
-    groups: int | None
-    """PaCA: row groups with columns of their own."""
     random_seed: int | None
     """PaCA: chose the columns; None where they were not chosen by a seed."""
     selection: str | None
@@ -127,7 +125,6 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         rank=rank,
         alpha=alpha,
         scaling=alpha / rank if rank and alpha is not None else None,
-        groups=_typed(config, "groups", int),
         random_seed=_typed(config, "random_seed", int),
         selection=_typed(config, "selection", str),
         selection_options=_typed(config, "selection_options", dict),
