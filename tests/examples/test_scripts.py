@@ -58,7 +58,7 @@ def test_language_model(tmp_path, tiny_model_dir):
     lines = [line for line in printed.splitlines() if re.match(r"  \S*pacatune ", line)]
     generate, *others = (shlex.split(line)[1:] for line in lines)
     assert main([*generate, "--max-new-tokens", "4"]) == 0
-    assert [command[0] for command in others] == ["merge", "export"]
+    assert [command[0] for command in others] == ["merge", "patch"]
     assert [main(command) for command in others] == [0, 0]
     # Another run has its own folder.
     run("finetune_llm", *words, output=tmp_path / "some outputs")
