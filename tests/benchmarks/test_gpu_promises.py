@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu_promises as promises
 from benchmarks import kernels
+from pacatune.ops import linear
 from pacatune.residency import put
 from pacatune.residency import weight as residency
 
@@ -41,8 +42,14 @@ def refused(name, message):
 def test_wrong_gradients(monkeypatch):
     columns = put.adapted_columns
     monkeypatch.setattr(put, "adapted_columns", lambda w, d, scaling: columns(w, d, 1.01 * scaling))
-    refused("gradients", r"float32: PaCA is .* from plain autograd, at most 1e-04 allowed")
+    refused("gradients", r"float32, groups 1: PaCA is .* from plain autograd, at most 1e-04")
     refused("columns", "columns in a weight have other bits")
+
+
+def test_wrong_gradients_of_row_groups(monkeypatch):
+    product = linear._grad_delta_of_groups
+    monkeypatch.setattr(linear, "_grad_delta_of_groups", lambda *args: 1.01 * product(*args))
+    refused("gradients", "float32, groups 16: PaCA is")
 
 
 def test_a_base_that_is_not_restored_and_shards_that_were_written(monkeypatch):
