@@ -67,5 +67,7 @@ def block(kind: str, what: str, results: Path) -> str:
     rows = [row for row in rows if row.what.startswith(quantities[what])]
     if is_transfer:  # columns in the order of the rates, which differ by arm
         rows.sort(key=lambda row: float(row.setting))
-    columns = ("setting",) if is_transfer else ("model", "what")
-    return "\n".join(table(rows, ("method",), columns).markdown())
+    lines, columns = (
+        (("model", "method"), ("setting",)) if is_transfer else (("method",), ("model", "what"))
+    )
+    return "\n".join(table(rows, lines, columns).markdown())

@@ -10,6 +10,7 @@ python -m tools.picture
 import json
 import statistics
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def groups() -> dict[str, dict[str, tuple[float, float]]]:
         title = f"{name.removeprefix('groups-')}, {score}"
         if not name.startswith("groups-rate"):
             kept = rows[_KEPT, "paca"]
-            arms = [arm for arm in study["arms"] if "normalized" not in arm]
+            arms = [arm for arm in study["arms"] if "normalized" not in arm and "pool" not in arm]
             found[title] = {arm: (rows[_KEPT, arm] / kept, rows[score, arm]) for arm in arms}
     return found
 
@@ -120,15 +121,16 @@ def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
 def _draw_groups(figure: Any, text: str, ours: str, theirs: str) -> None:
     panels = groups()
     for number, (title, arms) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), number + 1)
+        axes = figure.add_subplot(-(-len(panels) // 2), 2, number + 1)
         middle = statistics.median(score for _, score in arms.values())
         near = [score for _, score in arms.values() if abs(score / middle - 1) < _FAR]
-        for name, (kept, score) in arms.items():
+        for beside, (name, (kept, score)) in zip(cycle((4, -9)), arms.items(), strict=False):
             place = min(max(score, min(near)), max(near))  # at the edge a method that has failed
-            colour = ours if name.startswith(("paca", "groups", "pool")) else theirs
+            colour = ours if name.startswith(("paca", "groups")) else theirs
             axes.plot(kept, place, "o" if place == score else "v", color=colour)
-            label = name if place == score else f"{name} {score:.3g}"
-            axes.annotate(label, (kept, place), (4, 0), textcoords="offset points", fontsize=7)
+            label, side = (name, "left") if place == score else (f"{name} {score:.3g}  ", "right")
+            offset = {"xytext": (4, beside), "textcoords": "offset points"}
+            axes.annotate(label, (kept, place), **offset, fontsize=7, ha=side)
         axes.margins(x=0.2, y=0.1)
         if "loss" in title:
             axes.invert_yaxis()
@@ -154,7 +156,7 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
-_PICTURES = {"step": (_draw_step, 2.5), "sync": (_draw_sync, 1.7), "groups": (_draw_groups, 3.0)}
+_PICTURES = {"step": (_draw_step, 2.5), "sync": (_draw_sync, 1.7), "groups": (_draw_groups, 6.0)}
 """Name -> what draws it, and its height in inches."""
 
 
