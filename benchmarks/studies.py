@@ -65,9 +65,8 @@ def block(kind: str, what: str, results: Path) -> str:
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."
         )
     rows = [row for row in rows if row.what.startswith(quantities[what])]
-    if is_transfer:  # columns in the order of the rates, which differ by arm
-        rows.sort(key=lambda row: float(row.setting))
-    lines, columns = (
-        (("model", "method"), ("setting",)) if is_transfer else (("method",), ("model", "what"))
-    )
-    return "\n".join(table(rows, lines, columns).markdown())
+    if not is_transfer:
+        return "\n".join(table(rows, ("method",), ("model", "what")).markdown())
+    # Columns in the order of the rates, which differ by arm; units differ by model.
+    rows = sorted((replace(row, unit="") for row in rows), key=lambda row: float(row.setting))
+    return "\n".join(table(rows, ("model", "method"), ("setting",)).markdown())
