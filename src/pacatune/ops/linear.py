@@ -469,8 +469,10 @@ def _num_joined(indices: Tensor, num_kept: int, gy_NO: Tensor) -> int:
         return groups
     if not _is_on_cpu(gy_NO):
         return 1
-    most = min(32 // max(rank, 1), 64 * groups // max(gy_NO.shape[1], 1), groups)
-    return next((k for k in range(most, 1, -1) if groups % k == 0), 1)
+    joined = max(min(32 // max(rank, 1), 64 * groups // max(gy_NO.shape[1], 1), groups), 1)
+    while groups % joined:
+        joined -= 1
+    return joined
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
