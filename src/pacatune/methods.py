@@ -19,6 +19,7 @@ __all__ = [
     "TEXT_METHODS",
     "Method",
     "adapter_config",
+    "config_class",
     "method_of",
     "readers_of",
     "size_options",
@@ -224,6 +225,20 @@ def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) 
     return {"r": rank, **scale, "lora_dropout": dropout}
 
 
+def config_class(method: Method) -> Any:
+    """Return the class of a method's configuration, unless PEFT is too old to have it."""
+    import peft
+
+    import pacatune
+
+    found = getattr(pacatune, method.config, None) or getattr(peft, method.config, None)
+    if found is None:
+        raise ValueError(
+            f"{method.title} needs a newer PEFT than {peft.__version__}; pip install -U peft."
+        )
+    return found
+
+
 def adapter_config(method: Method, **options: Any) -> "PeftConfig":
     """Return the PEFT configuration of a method.
 
@@ -235,11 +250,7 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
     Raises:
         ValueError: If an option says something, and the class does not have it.
     """
-    import peft
-
-    import pacatune
-
-    found: Any = getattr(pacatune, method.config, None) or getattr(peft, method.config)
+    found = config_class(method)
     known = {one.name for one in fields(found)}
     if "alpha" in known and "lora_alpha" in options:
         options["alpha"] = options.pop("lora_alpha")

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 
+import peft
 import pytest
 import torch
 from peft import TaskType
@@ -19,6 +20,7 @@ from pacatune.adapters.folder import (
     read_lora_config,
 )
 from pacatune.adapters.inspect import inspect_adapter
+from pacatune.methods import METHODS, adapter_config
 from tests.adapters.fixtures import edit_json, edit_tensors
 
 CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "pacatune.json"
@@ -211,7 +213,16 @@ def test_keys_of_another_peft_do_not_matter_while_they_are_off(path):
     assert read_lora_config(path).lora_alpha == 0.5
     for method in ("SHIRA", "GRALORA", "MISS"):
         path.write_text(json.dumps(config | {"peft_type": method, "lora_alpha": None}))
-        assert read_lora_config(path).r == 4
+        if hasattr(peft, f"{method.capitalize()}Config"):
+            assert read_lora_config(path).r == 4
+
+
+def test_a_method_that_this_peft_does_not_have(path, monkeypatch):
+    monkeypatch.delattr(peft, "GraloraConfig", raising=False)
+    path.write_text(json.dumps({"peft_type": "GRALORA", "r": 4}))
+    for use in (lambda: read_lora_config(path), lambda: adapter_config(METHODS["gralora"])):
+        with pytest.raises(ValueError, match=r"GraLoRA needs a newer PEFT than .*; pip install -U"):
+            use()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pacatune.format.tensors import (
     group_tensors,
     split_tensor_name,
 )
-from pacatune.methods import METHODS
+from pacatune.methods import METHODS, config_class
 from pacatune.names import nearest
 from pacatune.ops.row_groups import num_groups_of, rank_of
 
@@ -96,18 +96,14 @@ def read_lora_config(path: Path) -> "PeftConfig":
     config = read_json_object(path)
     method = config.get("peft_type")
     rows = [row for row in METHODS.values() if row.has_adapter and not row.is_paca]
-    names = {row.config.removesuffix("Config").upper(): row.config for row in rows}
+    names = {row.config.removesuffix("Config").upper(): row for row in rows}
     if method not in names:
         raise ValueError(
             f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, "
             f"{', '.join(names)} can be loaded."
         )
-    import peft
-
-    from pacatune.tuner.moslora import MosLoraConfig
-
-    config_class: Any = MosLoraConfig if method == "MOSLORA" else getattr(peft, names[method])
-    known = {field.name for field in fields(config_class)} - {"runtime_config"}
+    found_class = config_class(names[method])
+    known = {field.name for field in fields(found_class)} - {"runtime_config"}
     for key, value in config.items():
         if key not in known and value:
             raise ValueError(_unknown_key(key, known, path))
@@ -119,7 +115,7 @@ def read_lora_config(path: Path) -> "PeftConfig":
     try:
         check_patterns(config)
         check_effort(config)
-        found: PeftConfig = config_class(**{k: v for k, v in config.items() if k in known})
+        found: PeftConfig = found_class(**{k: v for k, v in config.items() if k in known})
         return found
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
