@@ -226,7 +226,11 @@ def size_options(method: Method, rank: int, alpha: float, dropout: float = 0.0) 
 
 
 def config_class(method: Method) -> Any:
-    """Return the class of a method's configuration, unless PEFT is too old to have it."""
+    """Return the class of a method's configuration, PEFT's or ours.
+
+    Raises:
+        ValueError: If the PEFT that is installed is too old to have it.
+    """
     import peft
 
     import pacatune
@@ -248,7 +252,7 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
             none of that name, and so is LoRA's alpha.
 
     Raises:
-        ValueError: If an option says something, and the class does not have it.
+        ValueError: If an option says something, and the class does not have it; if PEFT is too old.
     """
     found = config_class(method)
     known = {one.name for one in fields(found)}
