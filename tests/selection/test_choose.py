@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
+from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.selection import (
     ColumnStatistics,
     choose_columns,
@@ -158,16 +159,51 @@ def test_save_and_load(tmp_path, low_cpu_mem_usage):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["selection"] == "weight_norm"
-    assert saved["columns"] == columns_in(model)
+    assert saved["columns"] == "paca_indices"  # the tensors have them
+    chosen = columns_in(model)
     with torch.no_grad():  # other norms: what the file says counts
         base.up.weight.mul_(torch.rand(12, dtype=torch.float64))
         model.unload().up.weight.copy_(base.up.weight)
     loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    assert columns_in(loaded) == saved["columns"]
+    assert columns_in(loaded) == chosen
     # A new adapter from the configuration alone has the same columns.
     loaded.add_adapter("ref", loaded.peft_config["default"])
-    assert columns_in(loaded, "ref") == saved["columns"]
+    assert columns_in(loaded, "ref") == chosen
 
+
+def test_a_configuration_of_a_file_has_no_columns_of_its_own(tmp_path):
+    """Whoever makes an adapter from it would train others without a word."""
+    model = get_peft_model(build(), config_of("weight_norm"))
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load the adapter with PeftModel.from_pretrained or"):
+        choose_columns(build(), config)
+    fresh = get_peft_model(build(), config)
+    x = make_batches(1)[0][0]
+    with pytest.raises(ValueError, match="adapter 'default': the columns of this configuration"):
+        fresh(x)
+    fresh.add_adapter("other", config_of("random"))
+    fresh.set_adapter("other")
+    fresh(x)
+    fresh.load_adapter(tmp_path, "default")
+    fresh.set_adapter("default")
+    assert torch.equal(fresh(x), model(x))
+    assert columns_in(fresh) == columns_in(model)
+
+
+def test_the_bundle_of_a_large_adapter_is_small(tmp_path):
+    """SmolLM2-135M's 430,000 columns at rank 32 with 64 groups took 5.8 MB of JSON, one a line."""
+    base = nn.Sequential(*(nn.Linear(576, 64, bias=False) for _ in range(210)))
+    options = {"r": 32, "groups": 64, "target_modules": r"\d+", "random_seed": 3}
+    model = get_peft_model(base, PacaConfig(**options))
+    model.save_pretrained(tmp_path / "a")
+    given = load_columns(tmp_path / "a")
+    model = get_peft_model(model.unload(), PacaConfig(**options | {"selection": given}))
+    model.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "b" / "adapter_config.json").stat().st_size < 4096
+    assert sum(len(own) for one in given.values() for own in one) == 210 * 64 * 32
+    assert load_columns(tmp_path / "b") == given
+    write_fingerprint(tmp_path / "b", model)  # which reads the whole folder
 
 def test_an_adapter_of_a_strategy_that_is_not_there(tmp_path):
     """Somebody's own, or one that left: the columns are in the file."""

@@ -21,6 +21,9 @@ IN_PROJ = "in_proj_weight"
 # Options that PEFT's own PaCA does not have, and that change what an adapter computes.
 _OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 RANDOM = "random"
+IN_TENSORS: Literal["paca_indices"] = "paca_indices"
+"""`columns` of a configuration whose adapter has not been loaded yet: its file of tensors has them,
+by this name."""
 Columns = dict[str, list[int]] | dict[str, list[list[int]]]
 """Module name -> its columns, or those of each of its row groups."""
 _MAX_DEPTH = 8
@@ -111,9 +114,9 @@ class PacaOptions(PacaChoices):
     """Token ids (or embedding's name -> ids) whose embeddings are trained and saved too."""
     base_quantization: dict[str, Any] | None = None
     """How the base was quantised; filled in when the adapter is made."""
-    columns: Columns | None = None
+    columns: Columns | Literal["paca_indices"] | None = None
     """Module name or regular expression -> its columns, with `groups` a list for each group; filled
-    in when they are not random."""
+    in when they are not random. In a file "paca_indices", the tensors that hold them."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
     needs_pacatune_for: list[str] | None = None
@@ -208,7 +211,9 @@ class PacaOptions(PacaChoices):
                 )
             self.columns = self.selection
             self.selection = FIXED
-        if self.columns is not None:
+        if self.columns == IN_TENSORS:
+            pass  # known once the adapter is loaded
+        elif self.columns is not None:
             self.columns = _sorted_columns(self.columns, self.groups)
         elif self.selection == FIXED:
             raise ValueError(

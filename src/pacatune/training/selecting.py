@@ -60,10 +60,10 @@ def choose_from_data(
         return cast(PeftConfig | None, adapter)
     if checkpoint is not None:
         from pacatune.adapters.folder import CONFIG_NAME, read_config
+        from pacatune.selection import load_columns
 
-        saved = read_config(checkpoint / CONFIG_NAME)
-        for name in ("columns", "selection_options"):
-            setattr(adapter, name, getattr(saved, name))
+        adapter.columns = load_columns(checkpoint)
+        adapter.selection_options = read_config(checkpoint / CONFIG_NAME).selection_options
         return cast(PeftConfig, adapter)
     from pacatune.selection import choose_columns, collect_statistics
 

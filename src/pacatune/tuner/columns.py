@@ -8,13 +8,13 @@ copies parameters only.
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from pacatune.format.options import target_of
+from pacatune.format.options import IN_TENSORS, target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.strategies import (
     FIXED,
@@ -44,12 +44,18 @@ __all__ = [
     "default_groups",
     "find_targets",
     "keep_columns",
-    "other_columns",
+    "note_columns",
     "settle_scaling",
 ]
 
 DEFAULT_GROUPS = 64
 """Row groups of a run that gives none; docs/quality.md has the rule and the study behind it."""
+
+NOT_LOADED = (
+    "the columns of this configuration are in the tensors of the folder that it is from: load the "
+    "adapter with PeftModel.from_pretrained or `load_adapter`, or make a new one of the same "
+    "columns with PacaConfig(selection=pacatune.selection.load_columns(FOLDER))."
+)
 
 
 def choose_columns(
@@ -71,6 +77,8 @@ def choose_columns(
         TypeError: As `targets.check_targets` says.
     """
     targets = find_targets(model, config)
+    if isinstance(config.columns, str):
+        raise ValueError(NOT_LOADED)
     given = _matched(config.columns or {}, targets, config)
     if config.selection == FIXED and len(given) < len(targets):
         missing = sorted(targets.keys() - given.keys())
@@ -228,14 +236,14 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     """
     if columns:
         listed = {name: indices.tolist() for name, indices in columns.items()}
-        config.columns = {**(config.columns or {}), **listed}  # type: ignore[assignment]
+        config.columns = {**cast(Any, config.columns or {}), **listed}
         config.random_seed = None
 
 
-def other_columns(
-    model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the columns of a file, if they are not those which its configuration leads to."""
+def note_columns(
+    config: PacaConfig, model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Let a configuration say the columns of a file, if they are not those which it leads to."""
     columns_of, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
@@ -245,4 +253,7 @@ def other_columns(
                 continue
             columns_of[name.removeprefix(PEFT_PREFIX)] = columns
             differ |= not torch.equal(columns.cpu(), current.cpu())
-    return columns_of if differ else {}
+    if config.columns == IN_TENSORS:
+        config.columns = {name: indices.tolist() for name, indices in columns_of.items()}
+    elif differ:
+        keep_columns(config, columns_of)

@@ -10,9 +10,9 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from pacatune.format.options import NEEDS_US, PacaOptions, idle_layers, target_of
+from pacatune.format.options import IN_TENSORS, NEEDS_US, PacaOptions, idle_layers, target_of
 
-__all__ = ["PacaConfig", "given_to", "key_of_columns", "refuse_idle_layers", "seeded"]
+__all__ = ["PacaConfig", "key_of_columns", "refuse_idle_layers", "seeded"]
 
 
 @dataclass
@@ -47,6 +47,13 @@ class PacaConfig(PacaOptions, PeftConfig):
             values.pop("groups", None)
         return values
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, which leaves the columns to the file of tensors beside it."""
+        saved = copy.copy(self)
+        if self.columns is not None:
+            saved.columns = IN_TENSORS
+        super(PacaConfig, saved).save_pretrained(save_directory, **kwargs)
+
 
 def seeded(config: PacaConfig) -> PacaConfig:
     """Return a configuration with a seed, a copy with one of torch's generator if it has none."""
@@ -64,12 +71,6 @@ def refuse_idle_layers(config: PeftConfig) -> None:
             f"({vars(config)['target_modules']!r}): give `target_modules` as a list of names, or "
             "put the layers into the expression."
         )
-
-
-def given_to(given: Mapping[str, list[Any]] | None, name: str) -> list[Any] | None:
-    """Return which of the columns of a configuration a module has, None if none."""
-    key = key_of_columns(given, name) if given else None
-    return None if key is None else (given or {})[key]
 
 
 def key_of_columns(columns: Mapping[str, list[Any]], name: str) -> str | None:

@@ -13,16 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_PROJ, idle_layers
+from pacatune.format.options import IN_PROJ, IN_TENSORS, idle_layers
 from pacatune.format.tensors import check_tensors
 from pacatune.ops.row_groups import num_groups_of
 from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
 from pacatune.tuner.columns import (
+    NOT_LOADED,
     choose_columns,
-    keep_columns,
-    other_columns,
+    note_columns,
     settle_scaling,
 )
 from pacatune.tuner.compat import (
@@ -153,8 +153,10 @@ class PacaModel(Tuner):
         config = _adopt(self.peft_config[adapter_name])
         _warn_of_idle_layers(config)
         config = settle_scaling(model, config)
-        is_random = config.columns is None and config.selection == "random"
-        config = seeded(config) if is_random else choose_columns(model, config)
+        if config.columns is None and config.selection == "random":
+            config = seeded(config)
+        elif config.columns != IN_TENSORS:
+            config = choose_columns(model, config)
         self.peft_config[adapter_name] = config
         forbid_packing(model)
         originals = find_originals(model, config, **get_quantization_kwargs(self))
@@ -171,6 +173,8 @@ class PacaModel(Tuner):
             self.delete_adapter(adapter_name)
             raise
         self.peft_config[adapter_name] = config
+        if config.columns == IN_TENSORS:
+            model.register_forward_pre_hook(_Unloaded(adapter_name))
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
         if peft_config.target_modules is None:
@@ -362,8 +366,11 @@ class PacaModel(Tuner):
             state_dict=state_dict,
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
-        columns = other_columns(_PlainNames(model), adapter_name, remapped)
-        keep_columns(config, columns)
+        note_columns(config, _PlainNames(model), adapter_name, remapped)
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, _Unloaded) and hook.adapter_name == adapter_name:
+                    del module._forward_pre_hooks[key]
         return remapped
 
     @contextmanager
@@ -385,6 +392,18 @@ class PacaModel(Tuner):
         thread = threading.get_ident()
         residencies = (getattr(module, "residency", None) for module in self.model.modules())
         return any(one is not None and one.trainer == thread for one in residencies)
+
+
+class _Unloaded:
+    """Refuses to run a model with an adapter whose columns nobody has loaded from its file."""
+
+    def __init__(self, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        layers = (layer for layer in model.modules() if isinstance(layer, PacaLayer))
+        if any(self.adapter_name in {*layer.r} & {*layer.active_adapters} for layer in layers):
+            raise ValueError(f"adapter {self.adapter_name!r}: {NOT_LOADED}")
 
 
 class _PlainNames:

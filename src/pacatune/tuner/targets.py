@@ -19,7 +19,7 @@ from torch import nn
 
 from pacatune.format.options import IN_PROJ, target_of
 from pacatune.tuner.attention import AttentionInput
-from pacatune.tuner.config import PacaConfig, given_to
+from pacatune.tuner.config import PacaConfig, key_of_columns
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.ignored import refuse_unused_patterns
@@ -293,10 +293,17 @@ def parameters_count(config: PacaConfig) -> Iterator[None]:
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
     """Return rank, alpha and given columns of a target, patterns resolved."""
+    rank = for_module(config.rank_pattern, target_of(name), config.r)
+    columns: Any = None
+    if isinstance(config.columns, str):  # any will do until the file is loaded
+        own = list(range(rank))
+        columns = own if config.groups == 1 else [own] * config.groups
+    elif config.columns and (key := key_of_columns(config.columns, name)) is not None:
+        columns = config.columns[key]
     return {
-        "r": for_module(config.rank_pattern, target_of(name), config.r),
+        "r": rank,
         "paca_alpha": for_module(config.alpha_pattern, target_of(name), config.paca_alpha),
-        "columns": given_to(config.columns, name),
+        "columns": columns,
     }
 
 
