@@ -170,6 +170,32 @@ def test_what_fails_on_the_way(make_config, tiny_model_dir, tmp_path, monkeypatc
     refused(message, make_config(), overwrite=True)
 
 
+@pytest.mark.parametrize("place", ["write_fingerprint", "write_card", "_make_report"])
+def test_what_fails_after_the_last_step(make_config, tiny_model_dir, monkeypatch, tmp_path, place):
+    """Never deletes what was trained, checkpoints or not; --resume makes what is missing."""
+
+    def fail(*args):
+        raise KeyError("broken")
+
+    config = make_config(training={"save_strategy": "no"} if place == "write_card" else {})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pacatune.training.recipe.{place}", fail)
+        message = "KeyError: 'broken'. What was trained is in .*out; only the report is missing"
+        refused(message, config)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    PeftModel.from_pretrained(base, tmp_path / "out")
+    assert not (tmp_path / "out" / "report.json").exists()
+    if place == "write_card":
+        refused("no complete checkpoint", config, resume=True)
+        refused("holds another run", config)
+        return
+    kept = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    train(config, resume=True, console=QUIET)
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], again[name]) for name in again)
+    assert check_base(tmp_path / "out", base) == []
+
+
 def test_experts_are_trained_beside_the_attention(make_config, tiny_tokenizer, tmp_path):
     config = {"dtype": torch.float32, "vocab_size": len(tiny_tokenizer)}
     build("mixtral", **config).save_pretrained(tmp_path / "model")

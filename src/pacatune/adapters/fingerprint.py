@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, read_adapter
+from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, Adapter, read_adapter
 from pacatune.adapters.target import target_of_module
+from pacatune.files.json_file import read_json_object
 from pacatune.files.owned_folder import write_whole
 from pacatune.precision import torch_dtype
 
@@ -53,13 +54,17 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
     return result
 
 
-def write_fingerprint(folder: str | Path, model: nn.Module) -> None:
-    """Store the fingerprint of a base, or of the one in a PEFT model, in an adapter's folder."""
-    folder = Path(folder)
-    adapter = read_adapter(folder)
+def write_fingerprint(folder: str | Path, model: nn.Module, adapter: Adapter | None = None) -> None:
+    """Store the fingerprint of a base, or of the one in a PEFT model, in an adapter's folder.
+
+    The adapter is the one in the folder, if none is given.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    adapter = adapter or read_adapter(folder)
     columns = {name: update.indices for name, update in adapter.modules.items()}
-    sidecar = {**adapter.sidecar, FINGERPRINT_KEY: fingerprint(model, columns)}
-    write_whole(folder / SIDECAR_NAME, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
+    sidecar = read_json_object(path) if path.exists() else {}
+    sidecar[FINGERPRINT_KEY] = fingerprint(model, columns)
+    write_whole(path, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 
 
 def differing_modules(

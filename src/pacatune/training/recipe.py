@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
-from pacatune.adapters.folder import open_adapter
+from pacatune.adapters.folder import open_adapter, read_adapter
 from pacatune.adapters.loading import check_base, load_values
 from pacatune.files.folder import explained_failure
 from pacatune.measure.device import reset_peak_process_bytes
@@ -57,7 +57,7 @@ from pacatune.training.selecting import (
 )
 from pacatune.training.start import check_quantization, settle
 from pacatune.training.task import Prepared, Task, count_trainable, task_of
-from pacatune.training.trainer import StopOnSignal, TrainingInterrupted
+from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
 
@@ -126,8 +126,8 @@ def train(
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, now, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
-    report = _make_report(task, prepared, trainer)
-    save_result(task, trainer, report, folder)
+    save_weights(trainer, folder)
+    report = save_report(task, prepared, trainer, folder)
     show_result(report, folder, console)
     if repository is not None:
         say(console, f"uploaded to {push_result(folder, repository, config.training)}")
@@ -365,24 +365,49 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     return Report(**known | task.results(trainer, float(speed)))
 
 
-def save_result(task: Task, trainer: Any, report: Report, folder: Path) -> None:
-    """Save what was trained and what is known about it, all of it or nothing."""
+def save_weights(trainer: Any, folder: Path) -> None:
+    """Save what was trained, before anything else can fail."""
     trainer.refuse_not_finite()
     main, output = trainer.args.process_index == 0, run_folder(folder)
     with (
         explained_failure(output.path, what_is_intact(output.path)),
-        # The report last: it says that the run is finished.
-        output.staged(last=REPORT_NAME, publishes=main) as staging,
+        output.staged(publishes=main) as staging,
     ):
         trainer.save_model(str(staging), _internal_call=True)
         trainer.accelerator.wait_for_everyone()
         if main:
             refuse_missing_weights(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)
-            task.write(report, staging)
-            if METHODS[task.config.method].is_paca:
-                write_fingerprint(staging, trainer.accelerator.unwrap_model(trainer.model))
-            write_report(report, staging)
-            write_card(task, report, staging)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_report(task: Task, prepared: Prepared, trainer: Any, folder: Path) -> Report:
+    """Measure what was trained, and save all that is known about it beside the weights."""
+    main, output = trainer.args.process_index == 0, run_folder(folder)
+    try:
+        report = _make_report(task, prepared, trainer)
+        with (
+            explained_failure(output.path, "make room."),
+            # The report last: it says that the run is finished.
+            output.staged(last=REPORT_NAME, publishes=main) as staging,
+        ):
+            if main:
+                task.write(report, staging)
+                if METHODS[task.config.method].is_paca:
+                    model = trainer.accelerator.unwrap_model(trainer.model)
+                    write_fingerprint(staging, model, read_adapter(folder))
+                write_report(report, staging)
+                write_card(task, report, staging)
+    except TrainingDiverged:
+        raise
+    except Exception as error:
+        is_said = isinstance(error, ValueError | OSError)
+        what = str(error).rstrip(".") if is_said else f"{type(error).__name__}: {error}"
+        kept = last_checkpoint(folder)
+        raise ValueError(
+            f"{what}. What was trained is in {folder}; only the report is missing"
+            + (f": mend this, then --resume makes it from {kept.name}." if kept else ".")
+        ) from error
     trainer.accelerator.wait_for_everyone()
     trainer.rotate_checkpoints()
+    return report
