@@ -55,6 +55,27 @@ def test_a_merged_lora_reward_model(model_copy, tmp_path):
     assert model.config.num_labels == 1
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes, and the adapter has a head of 3"),
+        ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "must name the classes from '0' on"),
+        ({"id2label": {"0": 1}}, "must name the classes from '0' on"),
+        ([], "must name the classes from '0' on"),
+        (
+            {"id2label": {"0": "a", "1": "b", "2": "c"}, "pad_token_id": "x"},
+            r"`pad_token_id` \('x'\) must",
+        ),
+    ],
+)
+@pytest.mark.parametrize("num_labels", [3])
+def test_what_a_stranger_says_of_the_head(classifier, tiny_model_dir, tmp_path, head, message):
+    edit_json(classifier / "pacatune.json", head=head)
+    with pytest.raises(ValueError, match=message):
+        merge(str(tiny_model_dir), classifier, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.usefixtures("forked_plain_peft")
 @pytest.mark.parametrize("num_labels", [1])
 def test_exporting_needs_to_be_told_that_the_head_goes_along(classifier, tiny_model_dir, tmp_path):

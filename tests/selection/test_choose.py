@@ -176,7 +176,7 @@ def test_a_configuration_of_a_file_has_no_columns_of_its_own(tmp_path):
     model = get_peft_model(build(), config_of("weight_norm"))
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="load the adapter with PeftModel.from_pretrained or"):
+    with pytest.raises(ValueError, match=r"load the adapter with PeftModel\.from_p"):
         choose_columns(build(), config)
     fresh = get_peft_model(build(), config)
     x = make_batches(1)[0][0]
@@ -204,6 +204,7 @@ def test_the_bundle_of_a_large_adapter_is_small(tmp_path):
     assert sum(len(own) for one in given.values() for own in one) == 210 * 64 * 32
     assert load_columns(tmp_path / "b") == given
     write_fingerprint(tmp_path / "b", model)  # which reads the whole folder
+
 
 def test_an_adapter_of_a_strategy_that_is_not_there(tmp_path):
     """Somebody's own, or one that left: the columns are in the file."""

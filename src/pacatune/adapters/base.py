@@ -13,9 +13,12 @@ from pacatune import pretrained
 from pacatune.adapters.folder import (
     AUTO_CLASSES,
     CONFIG_NAME,
+    HEAD_KEY,
+    SIDECAR_NAME,
     Adapter,
     LoraAdapter,
     find_tensors,
+    read_sidecar,
 )
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import check_files
@@ -177,6 +180,28 @@ def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
         if entry["shape"][0] != own and entry["shape"][1:] == list(parameter.shape[1:]):
             return int(entry["shape"][0])
     return None
+
+
+def labels_of(adapter: Adapter | LoraAdapter) -> dict[str, Any]:
+    """Return what training says of a classifier's configuration: `id2label`, `pad_token_id`, ..."""
+    path = adapter.folder / SIDECAR_NAME
+    head = read_sidecar(adapter.folder).get(HEAD_KEY)
+    if adapter.config.task_type not in CLASSIFIERS or head is None:
+        return {}
+    head = head if isinstance(head, dict) else {}
+    names, padding = head.get("id2label"), head.get("pad_token_id")
+    names = names if isinstance(names, dict) else {}
+    is_list = {*names} == {str(number) for number in range(len(names))}
+    if not (names and is_list and all(isinstance(name, str) for name in names.values())):
+        raise ValueError(f"{path}: `id2label` must name the classes from '0' on; it is damaged.")
+    if padding is not None and (type(padding) is not int or padding < 0):
+        raise ValueError(
+            f"{path}: `pad_token_id` ({str(padding)[:80]!r}) must be a token's number."
+        )
+    id2label = {number: names[str(number)] for number in range(len(names))}
+    label2id = {name: number for number, name in id2label.items()}
+    found = {"id2label": id2label, "label2id": label2id, "pad_token_id": padding}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

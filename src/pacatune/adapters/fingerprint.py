@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.adapters.folder import FINGERPRINT_KEY, SIDECAR_NAME, Adapter, read_adapter
+from pacatune.adapters.folder import (
+    FINGERPRINT_KEY,
+    SIDECAR_NAME,
+    Adapter,
+    read_adapter,
+    read_sidecar,
+)
 from pacatune.adapters.target import target_of_module
-from pacatune.files.json_file import read_json_object
 from pacatune.files.owned_folder import write_whole
 from pacatune.precision import torch_dtype
 
@@ -62,7 +67,7 @@ def write_fingerprint(folder: str | Path, model: nn.Module, adapter: Adapter | N
     path = Path(folder) / SIDECAR_NAME
     adapter = adapter or read_adapter(folder)
     columns = {name: update.indices for name, update in adapter.modules.items()}
-    sidecar = read_json_object(path) if path.exists() else {}
+    sidecar = {**adapter.sidecar, **read_sidecar(path.parent)}
     sidecar[FINGERPRINT_KEY] = fingerprint(model, columns)
     write_whole(path, json.dumps(sidecar, indent=2, sort_keys=True) + "\n")
 

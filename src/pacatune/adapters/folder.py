@@ -132,6 +132,9 @@ def _unknown_key(key: str, known: set[str], path: Path) -> str:
 SIDECAR_NAME = "pacatune.json"
 FINGERPRINT_KEY = "base_fingerprint"
 """In the sidecar: what identifies the base."""
+HEAD_KEY = "head"
+"""In the sidecar of a classifier: `id2label`, `label2id` and `pad_token_id` of its configuration. A
+config.json beside an adapter would have transformers take the folder for a whole model."""
 
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _HUB_FILES = [CONFIG_NAME, TENSORS_NAME, SIDECAR_NAME, "tokenizer*", "chat_template.jinja"]
@@ -216,9 +219,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     check_effort(_own_patterns(config), modules, source=f"{folder / CONFIG_NAME}: ")
     modules = {name: _checked_update(u, config, name, str(path)) for name, u in modules.items()}
     extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
-    sidecar_path = folder / SIDECAR_NAME
-    sidecar = read_json_object(find_file(folder, SIDECAR_NAME)) if sidecar_path.exists() else {}
+    sidecar = read_sidecar(folder)
     return Adapter(folder=folder, config=config, modules=modules, extra=extra, sidecar=sidecar)
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """Return what `pacatune.json` in an adapter's folder holds; empty without one."""
+    exists = (folder / SIDECAR_NAME).exists()
+    return read_json_object(find_file(folder, SIDECAR_NAME)) if exists else {}
 
 
 def _own_patterns(config: "PacaOptions | PeftConfig") -> dict[str, Any]:

@@ -16,11 +16,12 @@ from pacatune.adapters.base import (
     MergeBase,
     base_name,
     find_tokenizer,
+    labels_of,
     load_base,
     num_labels_of,
     replace_quantised,
 )
-from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
+from pacatune.adapters.folder import SIDECAR_NAME, Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach
 from pacatune.adapters.probe import (
     OutputError,
@@ -179,6 +180,7 @@ def merge(
         num_labels=num_labels_of(name, checked),
     )
     base = load(quantization=quantization)
+    base.config.update(_fitting_labels(base, checked))
     tokenizer = find_tokenizer(name, checked.folder)
     inputs = probe_inputs(base, tokenizer) if verify else []
     original = load() if onto == "original" and quantization is not None else None
@@ -232,6 +234,17 @@ class _Merged(NamedTuple):
     base_change: float
     """How far that base alone moves the unmerged outputs."""
     notes: list[str]
+
+
+def _fitting_labels(base: PreTrainedModel, adapter: Adapter | LoraAdapter) -> dict[str, Any]:
+    labels = labels_of(adapter)
+    number = len(labels.get("id2label", ()))
+    if labels and number != base.config.num_labels:
+        raise ValueError(
+            f"{adapter.folder / SIDECAR_NAME} names {number} classes, and the adapter has a head "
+            f"of {base.config.num_labels}; they are of different runs, or one was edited."
+        )
+    return labels
 
 
 def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name: str) -> MergeBase:

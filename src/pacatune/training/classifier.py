@@ -1,5 +1,6 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,9 +18,15 @@ from pacatune.training.trainer import accuracy
 
 def prepare(task: LanguageTask) -> PreparedData:
     """Read and encode the texts; the model gets a head for their classes."""
+    if task.tokenizer.pad_token is None:
+        task.tokenizer.pad_token = task.tokenizer.eos_token  # as Llama's; saved with the result
     train, held_out = split_texts(task.config.data)
-    classes = sorted(set(train["label"][:]))
-    task.model_options = {"num_labels": len(classes)}
+    classes = sort_labels(train["label"][:])
+    task.model_options = {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+    }
     task.length_option = task.less_memory = "`data.max_length`"
     task.collator = DataCollatorWithPadding(task.tokenizer)
     task.trainer_options = {"data_collator": task.collator, "compute_metrics": accuracy}
@@ -30,6 +37,14 @@ def prepare(task: LanguageTask) -> PreparedData:
         max(map(len, rows["input_ids"])),
         overlap_warning(train["text"][:], held_out["text"][:], "validation texts"),
     )
+
+
+def sort_labels(labels: Iterable[str]) -> list[str]:
+    """Return the classes in order, whole numbers by their size."""
+    classes = {*labels}
+    if all(re.fullmatch("-?[0-9]+", name) for name in classes):
+        return sorted(classes, key=lambda name: (int(name), name))
+    return sorted(classes)
 
 
 def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:

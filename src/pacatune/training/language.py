@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import pretrained
 from pacatune.adapters import base
-from pacatune.adapters.folder import locate_folder
+from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
 from pacatune.data import PreparedData, row_digests, show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
+from pacatune.files.owned_folder import to_json
 from pacatune.installation import repository_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype, dtype_name
@@ -230,7 +232,10 @@ class LanguageTask(Task):
                 f'model = {auto_class}.from_pretrained("FOLDER")\n'
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
             )
-        changes = "".join(f", {name}={value!r}" for name, value in self.model_options.items())
+        options = dict(self.model_options)
+        if self.task_type == "SEQ_CLS":
+            options["pad_token_id"] = pad_id(self.tokenizer)
+        changes = "".join(f", {name}={value!r}" for name, value in options.items())
         code = (
             f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
             f"base = {auto_class}.from_pretrained({report.model!r}{changes})\n"
@@ -284,6 +289,18 @@ class LanguageTrainer(RunTrainer):
                 head.unshard()
 
         base.base_model.register_forward_pre_hook(gather)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter or model; beside an adapter with a new head, what its classes are."""
+        super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = getattr(model, "peft_config", {}).get("default")
+        if self.args.should_save and getattr(adapter, "task_type", None) == "SEQ_CLS":
+            names = ("id2label", "label2id", "pad_token_id")
+            head = {HEAD_KEY: {name: getattr(model.config, name) for name in names}}
+            (Path(output_dir or self.args.output_dir) / SIDECAR_NAME).write_text(
+                to_json(head), encoding="utf-8"
+            )
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how many tokens of a micro-batch are not padding."""
