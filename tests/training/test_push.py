@@ -1,13 +1,16 @@
 """Uploading a finished run, to a hub that keeps what huggingface_hub would send."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 
 from pacatune.cli import main
 from pacatune.training import train
+from pacatune.training.report import card_front
+from pacatune.training.task import task_of
 from tests.training.launching import save_config
 
 URL = "https://huggingface.co/me/adapter"
@@ -24,16 +27,16 @@ def hub(monkeypatch):
         hub.created.append((repo_id, self.token, private, exist_ok))
         return SimpleNamespace(repo_id=repo_id)
 
-    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
-        if hub.refuses == "upload_folder":
+    def create_commit(self, repo_id, operations, **options):
+        if hub.refuses == "create_commit":
             raise PermissionError("403: you may not write here")
-        names = [str(f.relative_to(folder_path)) for f in folder_path.rglob("*") if f.is_file()]
-        for name in filter_repo_objects(names, ignore_patterns=ignore_patterns):
-            hub.files[name] = (folder_path / name).read_bytes()
+        for operation in operations:
+            with operation.as_file() as file:
+                hub.files[operation.path_in_repo] = file.read()
         return CommitInfo(f"{URL}/commit/1", "Upload", "", "1" * 40)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
     return hub
 
 
@@ -51,8 +54,42 @@ def test_the_finished_folder_is_uploaded(hub, make_config, tmp_path, capsys):
     out = tmp_path / "out"
     kept = {path.name for path in out.iterdir() if path.is_file()}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "report.json"} <= kept
-    assert hub.files == {name: (out / name).read_bytes() for name in kept}
+    assert hub.files.keys() == kept - {"config.yaml"}
     assert (out / "checkpoint-2").is_dir()
+    for name, content in hub.files.items():
+        if name != "adapter_config.json":
+            assert content == (out / name).read_bytes()
+        assert b"/popen-gw" not in content, name
+        assert str(tmp_path).encode() not in content, name
+    base = Path(config.model.path)
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.base_model is None  # a path is refused there
+    assert f"from_pretrained('{base.name}')" in card.text
+    adapter, local = hub.files["adapter_config.json"], (out / "adapter_config.json").read_text()
+    assert json.loads(adapter)["base_model_name_or_path"] == base.name
+    assert json.loads(local)["base_model_name_or_path"] == str(base)
+
+
+def test_the_configuration_is_uploaded_where_that_is_said(hub, make_config, tmp_path, console):
+    how = {"push_to_hub": "me/adapter", "push_config": True, "console": console}
+    train(run_of(make_config), **how)
+    assert hub.files["config.yaml"] == (tmp_path / "out" / "config.yaml").read_bytes()
+
+
+def test_a_card_that_the_hub_would_refuse(hub, make_config, tmp_path, console, monkeypatch):
+    config = run_of(make_config)
+    task = task_of(config)
+    config.model.path = "a--b/c"  # as refused as a path is
+    with pytest.raises(ValueError, match=r"a--b/c"):
+        card_front(task, "a--b/c")
+
+    def refuse(task, model):
+        raise ValueError("base_model")
+
+    monkeypatch.setattr("pacatune.training.recipe.card_front", refuse)
+    with pytest.raises(ValueError, match="base_model"):
+        train(run_of(make_config), push_to_hub="me/adapter", console=console)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_uploaded_unless_asked(hub, make_config, console):
@@ -69,7 +106,7 @@ def test_what_is_wrong_is_found_before_training(hub, make_config, tmp_path, cons
 
 
 def test_a_failed_upload_says_where_the_result_is(hub, make_config, tmp_path, console):
-    hub.refuses = "upload_folder"
+    hub.refuses = "create_commit"
     with pytest.raises(ConnectionError, match=r"the result is in .*out, but uploading it failed"):
         train(run_of(make_config), push_to_hub="me/adapter", console=console)
     assert (tmp_path / "out" / "report.json").exists()

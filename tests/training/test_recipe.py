@@ -46,7 +46,9 @@ def mean_loss(model, tokenizer, path, places):
 
 
 @pytest.mark.parametrize("method", ["paca", "dora", "full"])
-def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, console, method):
+def test_run(
+    make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, console, monkeypatch, method
+):
     """What a run says and leaves; its losses are those of plain PyTorch on what it saved."""
     config = make_config(method, data={"eval_fraction": 0.1})
     report, out = train(config, console=console), tmp_path / "out"
@@ -80,6 +82,7 @@ def test_run(make_config, data_path, tiny_model_dir, tiny_tokenizer, tmp_path, c
 
     assert check_base(out, AutoModelForCausalLM.from_pretrained(tiny_model_dir)) == []
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tiny_model_dir.parent)  # the card has the folder's name alone
     exec(code.replace("FOLDER", str(out)), names := {})
     assert names["model"].active_adapter == "default"
     assert "training 8,192 of 37,792 parameters (paca): 2 x q_proj" in console.file.getvalue()

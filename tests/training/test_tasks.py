@@ -149,7 +149,7 @@ def test_split_of_a_classifier(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["paca", "head"])
-def test_a_classifier(make_task_config, tmp_path, console, method):
+def test_a_classifier(make_task_config, tiny_model_dir, tmp_path, console, monkeypatch, method):
     words = ("red", "green", "blue")
     rows = [{"text": f"It is {words[i % 3]} {i}.", "label": words[i % 3]} for i in range(60)]
     data = {"path": str(write_rows(tmp_path / "rows.jsonl", rows))}
@@ -159,6 +159,7 @@ def test_a_classifier(make_task_config, tmp_path, console, method):
     assert report.eval_metrics_after["accuracy"] > (0.9 if method == "paca" else 0.3)
     card = (tmp_path / "out/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "out"))
+    monkeypatch.chdir(tiny_model_dir.parent)  # the card has the folder's name alone
     exec(code, names := {})
     assert names["model"].config.num_labels == 3
     assert names["model"].config.id2label == {0: "blue", 1: "green", 2: "red"}
@@ -168,7 +169,9 @@ def test_a_classifier(make_task_config, tmp_path, console, method):
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])
-def test_a_classifier_knows_its_classes(make_task_config, tiny_model_dir, tmp_path, method):
+def test_a_classifier_knows_its_classes(
+    make_task_config, tiny_model_dir, tmp_path, monkeypatch, method
+):
     """As the card loads it and merged, in padded batches, it answers with the user's labels."""
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     if method == "lora":  # as Llama's, which does not pad
@@ -193,6 +196,7 @@ def test_a_classifier_knows_its_classes(make_task_config, tiny_model_dir, tmp_pa
     assert saved["pad_token_id"] == tokenizer.pad_token_id
 
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
     exec(code.replace("FOLDER", str(out)), names := {})
     models = [names["model"]]
     if method != "full":

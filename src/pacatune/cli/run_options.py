@@ -23,6 +23,7 @@ _SWITCHES = {
     "auto_resume": "Continue the run in training.output_dir if it has a checkpoint, else start it; "
     "a finished one stays as it is. For launchers that repeat a command.",
     "overwrite": "Delete the files of another run in training.output_dir first.",
+    "push_config": "With --push_to_hub: upload config.yaml too, which names files of this machine.",
 }
 _PUSH = (
     "Upload the finished result to this repository of the hub, which is created before training; "
@@ -142,6 +143,8 @@ def carry_out(config: Any, options: Namespace) -> None:
     from pacatune.training.recipe import start_or_resume, train
 
     how = {name: options[name] for name in _FLAGS if name in options}
+    if "push_config" in how and "push_to_hub" not in how:
+        raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
     if how.pop("auto_resume", False):
         if how.keys() & {"resume", "overwrite"}:
             raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")

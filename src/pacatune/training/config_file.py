@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentParser, set_loader
@@ -20,6 +20,8 @@ from pacatune.training.tasks import TASKS
 
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
+
+T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
 PARSER_MODE = "yaml_1_2"
@@ -163,6 +165,28 @@ def local_paths(config: "RunConfig") -> dict[str, str]:
     for number, source in enumerate(given.pop("data.datasets", None) or ()):
         given[f"data.datasets[{number}].path"] = source["path"]
     return {k: v for k, v in given.items() if isinstance(v, str) and Path(v).is_absolute()}
+
+
+def without_folders(value: T, config: "RunConfig") -> T:
+    """Return a text, or values with texts, in which what a run reads here has its name alone."""
+    data = config.data
+    holders = (config, config.model, data, *(getattr(data, "datasets", None) or ()))
+    typed = [getattr(holder, key, None) for holder in holders for key in _PATHS]
+    typed += [config.paca.selection] if config.paca.from_file else []
+    paths = {*local_paths(config).values()}
+    paths |= {str(Path(path).expanduser().absolute()) for path in typed if isinstance(path, str)}
+    longest_first = sorted(paths, key=len, reverse=True)
+
+    def change(value: Any) -> Any:
+        if isinstance(value, str):
+            for path in longest_first:
+                value = value.replace(path, Path(path).name)
+            return value
+        if isinstance(value, dict):
+            return {key: change(inner) for key, inner in value.items()}
+        return type(value)(map(change, value)) if isinstance(value, list | tuple) else value
+
+    return cast(T, change(value))
 
 
 def _absolute(value: str) -> str:

@@ -1,11 +1,15 @@
 """Upload a finished run to the hub, where the command line asks for it."""
 
+import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
+from pacatune.adapters.folder import CONFIG_NAME as ADAPTER_CONFIG
 from pacatune.files.owned_folder import OURS
+from pacatune.training.config_file import CONFIG_NAME
 
 # What a run keeps in its folder to go on, and its log.
 _KEPT_HERE = ["checkpoint-*", "runs/*", f"{OURS}/*"]
@@ -29,20 +33,37 @@ def open_repository(repository: str, arguments: Any) -> str:
     return created.repo_id
 
 
-def push_result(folder: Path, repository: str, arguments: Any) -> str:
-    """Upload what a finished run leaves, without checkpoints and logs; return its address."""
+def push_result(folder: Path, repository: str, arguments: Any, *, with_config: bool = False) -> str:
+    """Upload what a finished run leaves, without checkpoints and logs; return its address.
+
+    Nothing of it names a folder of this machine, but for config.yaml where that is asked for.
+    """
+    left_out = [*_KEPT_HERE, *([] if with_config else [CONFIG_NAME])]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = [name for name in names if not any(fnmatchcase(name, one) for one in left_out)]
+    contents: dict[str, Any] = {name: str(folder / name) for name in names}
+    if ADAPTER_CONFIG in contents:
+        contents[ADAPTER_CONFIG] = _public_config(folder / ADAPTER_CONFIG)
     try:
-        commit = HfApi(token=arguments.hub_token).upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            ignore_patterns=_KEPT_HERE,
+        commit = HfApi(token=arguments.hub_token).create_commit(
+            repository,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message="Upload the result of a run of pacatune",
             revision=arguments.hub_revision,
         )
     except Exception as error:
+        excluded = " ".join(f"'{pattern}'" for pattern in left_out)
         raise ConnectionError(
             f"the result is in {folder}, but uploading it failed ({type(error).__name__}: "
-            f"{error}); try again with `hf upload {repository} {folder} --exclude 'checkpoint-*' "
-            f"'runs/*' '{OURS}/*'`."
+            f"{error}); try again with `hf upload {repository} {folder} --exclude {excluded}`."
         ) from error
     return commit.repo_url.url
+
+
+def _public_config(path: Path) -> bytes:
+    """Return an adapter's configuration that has the name alone of a base in a folder."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if base and Path(base).is_absolute():
+        config["base_model_name_or_path"] = Path(base).name
+    return json.dumps(config, indent=2, sort_keys=True).encode()

@@ -22,7 +22,7 @@ from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.config_file import CONFIG_NAME, without_folders
 from pacatune.training.output import (
     REPORT_NAME,
     TrainedOn,
@@ -48,7 +48,14 @@ from pacatune.training.progress import (
     show_warnings,
 )
 from pacatune.training.push import open_repository, push_result
-from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
+from pacatune.training.report import (
+    Report,
+    card_front,
+    curve_of,
+    train_curve,
+    write_card,
+    write_report,
+)
 from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
@@ -81,6 +88,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     push_to_hub: str | None = None,
+    push_config: bool = False,
     console: Console | None = None,
 ) -> Report:
     """Fine-tune a model as `config` says and write the result into its output folder.
@@ -95,6 +103,7 @@ def train(
         overwrite: Delete another run's files in the output folder first.
         push_to_hub: Repository of the hub to upload the result to, private if
             `training.hub_private_repo` says so; it is created before training.
+        push_config: Upload config.yaml too, which names files and folders of this machine.
         console: Where to show progress; standard output when None.
 
     Returns:
@@ -118,6 +127,8 @@ def train(
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
     prepared = prepare(task, console)
+    if repository is not None:
+        card_front(task, prepared.model)
     now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
         fixed = task.spec.fixed_split or why_fixed(config.training, prepared.train)
@@ -130,12 +141,17 @@ def train(
     report = save_report(task, prepared, trainer, folder)
     show_result(report, folder, console)
     if repository is not None:
-        say(console, f"uploaded to {push_result(folder, repository, config.training)}")
+        where = push_result(folder, repository, config.training, with_config=push_config)
+        say(console, f"uploaded to {where}")
     return report
 
 
 def start_or_resume(
-    config: RunConfig, *, push_to_hub: str | None = None, console: Console | None = None
+    config: RunConfig,
+    *,
+    push_to_hub: str | None = None,
+    push_config: bool = False,
+    console: Console | None = None,
 ) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
@@ -163,6 +179,7 @@ def start_or_resume(
         resume=resume,
         overwrite=begun and not resume,
         push_to_hub=push_to_hub,
+        push_config=push_config,
         console=console,
     )
 
@@ -362,7 +379,7 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    return Report(**known | task.results(trainer, float(speed)))
+    return Report(**without_folders(known | task.results(trainer, float(speed)), config))
 
 
 def save_weights(trainer: Any, folder: Path) -> None:

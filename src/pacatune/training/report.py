@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # lazily there
 
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.figures import new_figure, save_figure
+from pacatune.training.config_file import without_folders
 from pacatune.training.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
@@ -170,31 +173,47 @@ def write_report(report: Report, folder: Path) -> None:
     _plot(report, folder / report.figure)
 
 
-def write_card(task: "Task", report: Report, folder: Path) -> None:
-    """Write README.md: what the result is, how to load it, how it was made."""
-    config, method = task.config, METHODS[task.config.method]
-    name = method.title
-    if report.quantization and not name.startswith("Q"):
-        name = f"Q{name}"
+def card_front(task: "Task", model: str) -> str:
+    """Return what the hub reads of a card, and refuse what it would refuse.
+
+    A model in a folder is no model of the hub, and left out.
+    """
+    method = METHODS[task.config.method]
     front = {
-        "base_model": report.model,
+        "base_model": model,
         "library_name": "peft" if method.has_adapter else "transformers",
         "pipeline_tag": task.pipeline_tag,
-        "tags": sorted({config.method, "pacatune", *task.spec.tags}),
+        "tags": sorted({task.config.method, "pacatune", *task.spec.tags}),
     }
+    if Path(task.config.model.path).expanduser().exists():
+        del front["base_model"]
+    else:
+        validate_repo_id(model)
+    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+    ModelCard(text)  # parses it as the hub does
+    return text
+
+
+def write_card(task: "Task", report: Report, folder: Path) -> None:
+    """Write README.md: what the result is, how to load it, how it was made."""
+    config = task.config
+    name = METHODS[config.method].title
+    if report.quantization and not name.startswith("Q"):
+        name = f"Q{name}"
     rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
+    settings = f"`config.yaml`, which `{config.repeat_command('config.yaml')}` repeats"
     text = (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"{card_front(task, report.model)}"
         f"# {name} fine-tuning of {Path(report.model).name}\n\n"
         f"{task.how_to_load(report)}\n"
         f"## Training\n\n"
         f"Data: {config.data.about()} ({report.num_train_examples:,} examples, "
         f"{report.num_eval_examples:,} held out). "
-        f"Settings: [config.yaml](config.yaml), which `{config.repeat_command('config.yaml')}` "
-        f"repeats. Details: [report.md](report.md), [report.json](report.json).\n\n"
+        f"Settings: {settings}. "
+        f"Details: [report.md](report.md), [report.json](report.json).\n\n"
         f"| | |\n|---|---|\n{rows}\n\n![Curves]({report.figure})\n"
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(without_folders(text, config), encoding="utf-8")
 
 
 def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
