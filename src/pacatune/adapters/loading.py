@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +33,8 @@ from pacatune.adapters.folder import (
     read_adapter,
 )
 from pacatune.adapters.target import target_of_module
-from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate
+from pacatune.format.options import PacaOptions
+from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate, split_tensor_name
 from pacatune.names import choose
 from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
@@ -41,6 +42,7 @@ from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import Layout
+from pacatune.tuner.quantized import settle_columns
 
 _OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
 
@@ -364,9 +366,17 @@ def _base_quantization(
 # and one column write per layer at the next forward pass; no module is replaced.
 
 
-def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
-    """Give the adapter `adapter_name` the columns, deltas and scaling of a saved one.
+# Options that a swapped adapter has of the model that it comes to.
+_OF_THE_MODEL = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+)
 
+
+def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
+    """Give the adapter `adapter_name` all that a saved one has, its configuration too.
+
+    That are columns, deltas and scaling, and what is trained beside them: a head, biases, tokens.
     An optimiser of the old adapter keeps its parameters where the ranks are equal.
 
     Args:
@@ -375,22 +385,52 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         adapter_name: The adapter to be replaced; it keeps its name.
 
     Raises:
-        ValueError: If the two adapters do not adapt the same modules of the same shapes, or the
-            adapter is merged; nothing has been changed then.
+        ValueError: If the two adapters do not adapt the same modules of the same shapes, or train
+            other things beside them, or the adapter is merged, or was trained on a base that is
+            quantised otherwise; nothing has been changed then.
     """
     adapter = read_adapter(folder)
     layers = _layers_of(model, adapter_name)
     _check_swap(layers, adapter, adapter_name)
+    config = cast(Any, model).peft_config[adapter_name]
+    _check_swapped_extra(model, config, adapter, adapter_name)
+    # Refuses a quantised base that the adapter was not trained on.
+    settled = settle_columns(unwrap(model), cast(Any, adapter.config), adapter_name, None)
     for name, layer in layers.items():
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
         alpha = adapter.scaling(name) * rank_of(update.indices)
         layer.replace_update(adapter_name, delta, update.indices, alpha)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is not None:
-        for option in ("groups", "selection", "selection_options"):
-            setattr(config, option, getattr(adapter.config, option))
-        keep_columns(config, {name: adapter.modules[name].indices for name in layers})
+    if adapter.extra:
+        set_peft_model_state_dict(model, dict(adapter.extra), adapter_name)
+    for option in fields(PacaOptions):
+        if option.name not in _OF_THE_MODEL:
+            value = getattr(settled, option.name)
+            is_set = option.name in ("target_modules", "exclude_modules")
+            setattr(config, option.name, {*value} if is_set and type(value) is list else value)
+    keep_columns(config, {name: adapter.modules[name].indices for name in layers})
+
+
+def _check_swapped_extra(
+    model: nn.Module, config: Any, adapter: Adapter, adapter_name: str
+) -> None:
+    """Refuse an adapter that brings other things than columns, or of other sizes, than are here."""
+    here: dict[str, Tensor] = {}
+    if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+        state = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        )
+        here = {name: state[name] for name in state if split_tensor_name(name) is None}
+    shapes, others = (
+        {name.removeprefix(PEFT_PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (here, adapter.extra)
+    )
+    if odd := sorted(dict(shapes.items() ^ others.items())):
+        raise ValueError(
+            f"{adapter.folder} and adapter {adapter_name!r} do not train the same beside columns; "
+            f"only one of them has {odd[0]!r} of its shape. Load it under another name with "
+            "`load_adapter`."
+        )
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, PacaLayer]:

@@ -8,7 +8,7 @@ copies parameters only.
 import copy
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -236,7 +236,8 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     """
     if columns:
         listed = {name: indices.tolist() for name, indices in columns.items()}
-        config.columns = {**cast(Any, config.columns or {}), **listed}
+        others: Any = config.columns if isinstance(config.columns, dict) else {}
+        config.columns = {**others, **listed}
         config.random_seed = None
 
 

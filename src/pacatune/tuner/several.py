@@ -88,6 +88,14 @@ def _check_combination(
         raise ValueError(
             f"`adapters`: {unknown} do not exist; the model has {sorted(tuner.peft_config)}."
         )
+    for one in adapters:
+        config: Any = tuner.peft_config[one]
+        if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+            raise ValueError(
+                f"Cannot add adapter {one!r}: it trains more than columns (`modules_to_save` "
+                f"{config.modules_to_save}, `trainable_token_indices`, `bias`), of which there is "
+                "no sum. Merge it, or train without."
+            )
     if name in tuner.peft_config:
         raise ValueError(f"`adapter_name` ({name!r}) is taken; delete that adapter first.")
 
