@@ -9,7 +9,8 @@ from torch import nn
 from pacatune.adapters.base import empty_base, load_base
 from pacatune.adapters.fingerprint import differing_modules, fingerprint, write_fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.loading import check_base
+from pacatune.adapters.loading import check_base, load_language_model
+from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import edit_json, save_adapter
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -62,10 +63,36 @@ def test_other_weights_are_refused_unless_allowed(adapter_dir, model):
     assert "weights of 1 of 6" in note
 
 
+def test_a_base_that_the_adapter_is_merged_into(adapter_dir, tiny_model_dir, tmp_path):
+    """It would be applied twice, and the result verified against that."""
+    merge(str(tiny_model_dir), adapter_dir, tmp_path / "merged")
+    message = r"6 of 6 adapted modules.* have other values in its columns.*is merged into this base"
+    with pytest.raises(ValueError, match=message):
+        merge(str(tmp_path / "merged"), adapter_dir, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+    with pytest.raises(ValueError, match=message):
+        load_language_model(str(tmp_path / "merged"), adapter_dir)
+    loaded = load_language_model(str(tmp_path / "merged"), adapter_dir, allow_other_base=True)
+    assert "is merged into this base already" in loaded.notes[0]
+
+
+def test_row_groups_that_leave_no_column(tiny_model_dir, tmp_path, model):
+    """The trained columns tell another base, too."""
+    save_adapter(tiny_model_dir, tmp_path, groups=16, target_modules=["q_proj"], r=16)
+    stored = json.loads((tmp_path / "pacatune.json").read_text())["base_fingerprint"]
+    assert not any(stored["modules"].values())
+    assert check_base(tmp_path, model) == []
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="weights of 1 of 2 adapted modules are not those it was"):
+        check_base(tmp_path, model)
+
+
 def test_a_stored_architecture_is_compared(adapter_copy, model):
     edit_fingerprint(adapter_copy, lambda stored: stored.update(vocab_size=7))
     assert check_base(adapter_copy, model) == []  # it may grow
-    edit_fingerprint(adapter_copy, lambda stored: stored["modules"].popitem())
+    for kind in ("modules", "trained"):
+        edit_fingerprint(adapter_copy, lambda stored, kind=kind: stored[kind].popitem())
     (note,) = check_base(adapter_copy, model)
     assert note.startswith("1 of 6 adapted modules could not be compared")
     for key, value in (("num_hidden_layers", 3), ("hidden_size", 64), ("model_type", "gpt2")):
@@ -86,7 +113,10 @@ def test_without_a_fingerprint_the_name_decides(adapter_copy, model):
     assert len(check_base(adapter_copy, model, allow_other_base=True)) == 2
 
 
-@pytest.mark.parametrize("stored", [1, [], {}, {"modules": 1}, {"modules": {"a": {"float32": 1}}}])
+@pytest.mark.parametrize(
+    "stored",
+    [1, [], {}, {"modules": 1}, {"modules": {"a": {"float32": 1}}}, {"modules": {}, "trained": 1}],
+)
 def test_a_malformed_fingerprint_is_refused(adapter_copy, model, stored):
     (adapter_copy / "pacatune.json").write_text(json.dumps({"base_fingerprint": stored}))
     with pytest.raises(ValueError, match="`base_fingerprint` must be an object with `modules`"):
@@ -128,7 +158,8 @@ def test_it_is_json_of_the_architecture_and_of_each_module(model, columns):
     assert differing_modules(modules, fingerprint(model, columns)["modules"]) == ([DOWN], 6)
     # What cannot be read has no hashes.
     assert fingerprint(model, {DOWN: torch.arange(64)})["modules"] == {DOWN: {}}
-    assert not any(fingerprint(model.to("meta"), columns)["modules"].values())
+    empty = fingerprint(model.to("meta"), columns)
+    assert not any([*empty["modules"].values(), *empty["trained"].values()])
 
 
 def test_writing_keeps_what_else_the_sidecar_holds(adapter_copy, model, tmp_path):
@@ -151,8 +182,8 @@ def test_it_is_the_same_around_an_active_and_a_merged_adapter(
     assert fingerprint(adapted, columns) == expected
     adapted(input_ids=torch.ones(1, 3, dtype=torch.int64))  # writes the adapted columns
     assert fingerprint(adapted, columns) == expected
-    adapted.merge_adapter()
-    assert fingerprint(adapted, columns) == expected
+    adapted.merge_adapter()  # what is merged is not the base's
+    assert fingerprint(adapted, columns) == {**expected, "trained": {}}
 
 
 @pytest.mark.parametrize(

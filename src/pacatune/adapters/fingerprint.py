@@ -1,9 +1,10 @@
 """Tell one base model from another of the same shapes, by a few hundred of its weights.
 
 The fingerprint of each adapted module hashes up to 64 x 16 weights from rows and columns at equal
-distances, adapted columns left out. Loading a base in fewer bits rounds its weights, so one hash
-is kept for each dtype that the weights can be rounded to; two loads of one base always share one,
-except bfloat16 against float16.
+distances: once of the columns that no row trains, and once of the trained ones, as they were before
+training, which tell a base into which the adapter is merged already. Loading a base in fewer bits
+rounds its weights, so one hash is kept for each dtype that the weights can be rounded to; two loads
+of one base always share one, except bfloat16 against float16.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pacatune.adapters.base import innermost
 from pacatune.adapters.folder import (
     FINGERPRINT_KEY,
     SIDECAR_NAME,
@@ -22,8 +24,9 @@ from pacatune.adapters.folder import (
     read_adapter,
     read_sidecar,
 )
-from pacatune.adapters.target import target_of_module
+from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.owned_folder import write_whole
+from pacatune.ops.row_groups import distinct_columns
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -40,11 +43,12 @@ _ROUNDINGS = {
 
 
 def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Compute the fingerprint of a base model, for some modules with their (R,) adapted columns.
+    """Compute the fingerprint of a base model, for some modules with their adapted columns.
 
-    JSON-ready: `architecture`, `model_type`, a few sizes, and `modules`, which maps a module's
-    name to its hash by dtype. A module has no hashes if its weight is quantised, sharded, not
-    loaded, or adapted in every column.
+    JSON-ready: `architecture`, `model_type`, a few sizes, and `modules` and `trained`, which map a
+    module's name to the hashes by dtype of its other and of its adapted columns. A module has no
+    hashes if its weight is quantised, sharded, not loaded, or has no such columns; of those into
+    which an adapter is merged, the adapted ones have none.
     """
     model = unwrap(model)
     config = getattr(model, "config", None)
@@ -53,9 +57,16 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
     for key in ("model_type", *SHAPE_KEYS):
         if (value := getattr(config, key, None)) is not None:
             result[key] = value
-    result["modules"] = {
-        name: _hash_target(model, name, indices) for name, indices in adapter_modules.items()
-    }
+    merged = {id(innermost(m)) for m in model.modules() if getattr(m, "merged_adapters", None)}
+    result |= {"modules": {}, "trained": {}}
+    for name, indices in adapter_modules.items():
+        target = target_of_module(model, name)
+        trained = distinct_columns(indices.cpu())
+        is_free = torch.ones(target.layout.in_features, dtype=torch.bool)
+        is_free[trained] = False
+        result["modules"][name] = _hash_target(target, is_free.nonzero().flatten())
+        if id(target.module) not in merged:
+            result["trained"][name] = _hash_target(target, trained)
     return result
 
 
@@ -93,17 +104,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _hash_target(model: nn.Module, name: str, indices: Tensor) -> dict[str, str]:
-    found = target_of_module(model, name)
-    weight = getattr(found.module, found.parameter_name, None)
-    if not isinstance(weight, Tensor) or not _is_readable(weight):
+def _hash_target(target: BaseWeight, columns: Tensor) -> dict[str, str]:
+    weight = getattr(target.module, target.parameter_name, None)
+    if not isinstance(weight, Tensor) or not _is_readable(weight) or len(columns) == 0:
         return {}
-    weight = found.layout.first_matrix(weight)
-    is_free = torch.ones(weight.shape[1], dtype=torch.bool)
-    is_free[indices.cpu()] = False
-    columns = _spread(is_free.nonzero().flatten(), _MAX_COLUMNS)
-    if len(columns) == 0:
-        return {}
+    weight, columns = target.layout.first_matrix(weight), _spread(columns, _MAX_COLUMNS)
     rows = _spread(torch.arange(weight.shape[0]), _MAX_ROWS)
     sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)].cpu()
     return {name: _hash(sample, torch_dtype(name)) for name in _ROUNDINGS[weight.dtype]}

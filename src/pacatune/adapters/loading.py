@@ -137,19 +137,26 @@ def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
                 f"it was trained on a base with `{key}` = {stored[key]!r} but this one has "
                 f"{current[key]!r}"
             ), []
-    differing, num_compared = differing_modules(stored["modules"], current["modules"])
-    if differing:
+    others, num_others = differing_modules(stored["modules"], current["modules"])
+    started, num_started = differing_modules(stored.get("trained", {}), current["trained"])
+    compared = max(num_others, num_started)
+    if started and num_others and not others:
         return (
-            f"the weights of {len(differing)} of {num_compared} adapted modules are not those it "
+            f"{len(started)} of {num_started} adapted modules, first {started[0]!r}, have other "
+            "values in its columns, and in all others those it was trained on: it is merged into "
+            "this base already, or another adapter is"
+        ), []
+    if differing := others or started:
+        return (
+            f"the weights of {len(differing)} of {compared} adapted modules are not those it "
             f"was trained on, first {differing[0]!r}"
         ), []
     notes = []
     is_loaded = not any(parameter.is_meta for parameter in model.parameters())
-    if num_compared < len(columns) and is_loaded:
+    if compared < len(columns) and is_loaded:
         notes.append(
-            f"{len(columns) - num_compared} of {len(columns)} adapted modules could not be "
-            "compared by weight (quantised, sharded, in another 16-bit dtype, or with every column "
-            "adapted)."
+            f"{len(columns) - compared} of {len(columns)} adapted modules could not be "
+            "compared by weight (quantised, sharded, or in another 16-bit dtype)."
         )
     return "", notes
 
@@ -171,9 +178,12 @@ def _last_part(name: str) -> str:
 
 
 def _check_fingerprint(stored: Any, path: Path) -> None:
-    modules = stored.get("modules") if isinstance(stored, dict) else None
-    if not isinstance(modules, dict) or not all(
+    kinds: list[Any] = [None]
+    if isinstance(stored, dict):
+        kinds = [stored.get("modules"), stored.get("trained", {})]
+    if not all(isinstance(modules, dict) for modules in kinds) or not all(
         isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
+        for modules in kinds
         for hashes in modules.values()
     ):
         raise ValueError(
