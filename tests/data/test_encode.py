@@ -129,14 +129,38 @@ def test_cue_that_the_answer_drops(tokenizer):
     assert "moved" in encoded["notes"]
 
 
-def test_known_template_uses_that_of_trl(tokenizer):
-    from trl.chat_template_utils import qwen2_5_chat_template
+ADDED = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
 
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    tokenizer.chat_template = qwen2_5_chat_template
-    encoded = encode(tokenizer, [], chat("Hi?", "It is so.", "And?", "No."))
-    learned = learned_text(tokenizer, encoded).replace("\n", "")
-    assert learned == "|It is so.<|im_end|>||No.<|im_end|>"
+
+@pytest.mark.parametrize(
+    ("name", "stop", "thoughts"),
+    [
+        ("qwen2_5", "<|im_end|>", ("", "")),
+        ("gemma", "<end_of_turn>", ("", "")),
+        ("gemma3", "<end_of_turn>", ("", "")),
+        ("qwen3", "<|im_end|>", ("", "<think>\n\n</think>\n\n")),
+        # Its generation prompt opens the thought.
+        ("qwen3_5_think", "<|im_end|>", ("", "\n</think>\n\n")),
+        ("qwen3_5_nothink", "<|im_end|>", ("", "")),
+    ],
+)
+def test_of_known_templates_what_the_model_writes_is_learned(tokenizer, name, stop, thoughts):
+    """TRL's marks cover more: line breaks around an answer, and empty thoughts in the history."""
+    tokenizer.add_tokens([*ADDED], special_tokens=True)
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    messages = chat("Hi?", "It is so.", "And?", "No.")
+    encoder = Encoder(tokenizer=tokenizer, stop_ids={tokenizer.convert_tokens_to_ids(stop)})
+    encoded = encoder(Example("f, row 1", [], messages))
+    first, last = thoughts
+    assert learned_text(tokenizer, encoded) == f"|{first}It is so.{stop}||{last}No.{stop}"
+    assert encoded["notes"] == []
+
+
+def test_a_thought_that_the_data_has_is_learned(tokenizer):
+    tokenizer.add_tokens([*ADDED], special_tokens=True)
+    messages = chat("Hi?", "<think>\nHm.\n</think>\n\nYes.", "And?", "No.")
+    encoded = encode_row(tokenizer, (TEMPLATES / "qwen3.jinja").read_text(), messages)
+    assert "<think>\nHm.\n</think>\n\nYes." in learned_text(tokenizer, encoded)
 
 
 @pytest.mark.parametrize("adds_stop", [False, True])
@@ -246,12 +270,48 @@ REWRITTEN = r"renders turn 2 otherwise .*\{% generation %\} marks, or train on s
 WEIGHTS = r"has turns of weight 0, and `data\.loss` 'all' learns all; drop one"
 
 
+# The name of the function stands in the question, too.
+ASKING = {"role": "user", "content": "Please search for cats in Paris."}
+SEARCH = {"type": "function", "function": {"name": "search", "description": "Find."}}
+SEARCHING = [
+    ASKING,
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "search", "arguments": {"q": "cats"}}}
+        ],
+    },
+]
+LLAMA_3, R1 = (
+    (TEMPLATES / f"{name}.jinja").read_text() for name in ("llama3", "deepseek_r1_distill")
+)
+NAMES_ALONE = (
+    "{% for m in messages %}{{ m['role'] + m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    "{{ c['function']['name'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+)
+# Refuses what it does not know, and so the marks by which more is seen.
+CHOOSY = (
+    "{% for m in messages %}{% for c in m['tool_calls'] or [] %}{% if c['function']['name'] != "
+    "'search' %}{{ raise_exception('unknown') }}{% endif %}{% endfor %}{% for t in tools or [] %}"
+    "{% if t['function']['name'] != 'search' %}{{ raise_exception('unknown') }}{% endif %}"
+    "{% endfor %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "options", "message"),
     [
         (CHATML, CALLED, {"tools": TOOLS}, HIDDEN.format("tool_calls of turn 2")),
         (CHATML, PLAIN, {"tools": TOOLS}, HIDDEN.format(r"tools\[0\]")),
         (CHATML, answered(function_call=FUNCTION_CALL), {}, HIDDEN.format("tool_calls of turn 2")),
+        (CHATML, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
+        (LLAMA_3, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
+        (R1, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
+        (CHATML, [ASKING, PLAIN[1]], {"tools": [SEARCH]}, HIDDEN.format(r"tools\[0\]")),
+        (NAMES_ALONE, SEARCHING, {}, HIDDEN.format("the arguments of tool_calls of turn 2")),
+        (CHOOSY, SEARCHING, {}, HIDDEN.format("tool_calls")),
+        (CHOOSY, [ASKING, PLAIN[1]], {"tools": [SEARCH]}, HIDDEN.format("tools")),
         (CHATML, answered(reasoning_content="Hm."), {}, HIDDEN.format("reasoning_content of turn")),
         (CHATML, PLAIN, {"tools": [{"type": "function"}]}, UNNAMED),
         (CHATML, answered(tool_calls=[3]), {}, UNNAMED),

@@ -5,7 +5,9 @@ import copy
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
 from pacatune.data.formats import IMAGE, Example, Message, as_parts
@@ -19,6 +21,8 @@ IGNORED = -100
 
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
 _WRITTEN = ("reasoning_content", "reasoning", "thinking")
+_CALLS = {"tool_calls", "function_call"}
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 # What templates add and take away: white space, and the quoting of JSON.
 _UNREAD = re.compile(r'[\s\\"]+')
 
@@ -127,14 +131,17 @@ class Encoder:
         """
         text = str(self._render(example, example.messages, tokenize=False))
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        needed = {
-            _function(tool)["name"]: f"tools[{i}]" for i, tool in enumerate(example.tools or ())
-        }
-        marks, marked = {}, []
+        needed, marks, marked = dict[str, str](), dict[str, str](), []
         for turn, message in enumerate(example.messages):
             where = f"of turn {turn + 1} (role {message['role']!r})"
-            calls = [*message.get("tool_calls", ()), message.get("function_call", {"name": ""})]
-            needed |= {_function(call)["name"]: f"tool_calls {where}" for call in calls}
+            message = {**message}
+            for key in _CALLS & message.keys():
+                calls = message[key] if key == "tool_calls" else [message[key]]
+                calls = [
+                    _with_marks(call, f"zq{turn}c{i}qz", f"tool_calls {where}", marks)
+                    for i, call in enumerate(calls)
+                ]
+                message[key] = calls if key == "tool_calls" else calls[0]
             if turn in turns:
                 needed |= {message.get(name, ""): f"{name} {where}" for name in _WRITTEN}
                 pieces = IMAGE.split(message["content"])[::2]
@@ -143,11 +150,17 @@ class Encoder:
                 marks[f"zq{turn}qz"] = f"content {where}"
                 message = {**message, "content": f"zq{turn}qz"}
             marked.append(message)
+        tools = [
+            _with_marks(tool, f"zqt{i}qz", f"tools[{i}]", marks)
+            for i, tool in enumerate(example.tools or ())
+        ]
         squeezed = _UNREAD.sub("", text)
         missing = [what for piece, what in needed.items() if _UNREAD.sub("", piece) not in squeezed]
-        with contextlib.suppress(ValueError):  # A template may ask for certain texts.
-            shown = self._render(example, marked, tokenize=False)
+        try:
+            shown = self._render(replace(example, tools=tools or None), marked, tokenize=False)
             missing += [what for mark, what in marks.items() if mark not in shown]
+        except ValueError:  # A template may ask for certain texts.
+            missing += self._without_effect(example, text)
         num_images = len(example.images)
         if self.processor is not None and text.count(self.processor.image_token) != num_images:
             missing.append(f"each of {num_images} images once")
@@ -157,6 +170,19 @@ class Encoder:
                 "without it; give a `data.chat_template` that shows it, or take it out of the row."
             )
         return text
+
+    def _without_effect(self, example: Example, text: str) -> list[str]:
+        """Return what of tools and calls leaves the text of a chat as it is without them."""
+        bare = [{k: m[k] for k in m.keys() - _CALLS} for m in example.messages]
+        found = []
+        for what, there, other, messages in (
+            ("tools", example.tools, replace(example, tools=None), example.messages),
+            ("tool_calls", bare != example.messages, example, bare),
+        ):
+            with contextlib.suppress(ValueError):
+                if there and self._render(other, messages, tokenize=False) == text:
+                    found.append(what)
+        return found
 
     def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
         messages, moved = example.messages, False
@@ -171,6 +197,7 @@ class Encoder:
         marked = self._render(example, messages, return_assistant_tokens_mask=True)
         ids = list(marked["input_ids"])
         learned = [bool(bit) for bit in marked["assistant_masks"]]
+        self._unlearn_frames(ids, learned)
         if example.prompt:
             start = common_prefix(self._ids(example, messages[: len(example.prompt)]), ids)
             learned[:start] = [False] * start
@@ -180,6 +207,62 @@ class Encoder:
                 learned[start:end] = [False] * (end - start)
         return ids, learned, moved
 
+    def _unlearn_frames(self, ids: list[int], learned: list[bool]) -> None:
+        """Take out what marks cover and the model does not write when it answers.
+
+        That is the end of the generation prompt, a line break behind the token that ends an answer,
+        and the empty thoughts that a template adds to earlier answers.
+        """
+        runs = groupby(range(len(ids)), learned.__getitem__)
+        answers = [[*places] for is_learned, places in runs if is_learned]
+        for number, places in enumerate(answers):
+            start, end = places[0], places[-1] + 1
+            first = self._end_of_cue(ids, start)
+            last = self._end_of_answer(ids, first, end)
+            if number < len(answers) - 1:
+                first = max(first, self._end_of_thought(ids, start, last))
+            learned[start:end] = [first <= place < last for place in places]
+
+    def _end_of_cue(self, ids: list[int], start: int) -> int:
+        """Return where the generation prompt ends that a learned turn begins in."""
+        cue = self._cue
+        for begin in range(max(0, start - len(cue) + 1), start + 1):
+            if cue and ids[begin : begin + len(cue)] == cue:
+                return begin + len(cue)
+        return start
+
+    @cached_property
+    def _cue(self) -> list[int]:
+        """The tokens that a generation prompt adds to a chat."""
+        question = Example("", [], [{"role": "user", "content": "?"}])
+        with contextlib.suppress(ValueError):  # a template may ask for more
+            plain = self._ids(question, question.messages)
+            cued = self._ids(question, question.messages, add_generation_prompt=True)
+            if cued[: len(plain)] == plain:
+                return cued[len(plain) :]
+        return []
+
+    def _end_of_answer(self, ids: list[int], start: int, end: int) -> int:
+        """Return where a generation ends: a line break behind its last token is never written."""
+        stops = [place for place in range(start, end) if ids[place] in self.stop_ids]
+        if stops and not self._text(ids[stops[-1] + 1 : end]).strip():
+            return stops[-1] + 1
+        return end
+
+    def _end_of_thought(self, ids: list[int], start: int, end: int) -> int:
+        """Return where an answer begins behind an empty thought, `<think> </think>`, if any."""
+        thought = _EMPTY_THOUGHT.match(self._text(ids[start:end]))
+        if thought is None:
+            return start
+        return next(
+            place
+            for place in range(start + 1, end + 1)
+            if len(self._text(ids[start:place])) >= thought.end()
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def _learned_span(self, ids: list[int], example: Example, turn: int) -> tuple[int, int, int]:
         """Return where what the model itself writes in a turn begins and ends, and its cue."""
         if turn == 0:
@@ -188,10 +271,7 @@ class Encoder:
         cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
         _, end = self._find_turn(ids, example, turn)
         start = common_prefix(cue, ids)
-        stops = [i for i in range(start, end) if ids[i] in self.stop_ids]
-        if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
-            end = stops[-1] + 1  # Generation ends here: the line break behind it is never written.
-        return start, end, len(cue)
+        return start, self._end_of_answer(ids, start, end), len(cue)
 
     def _find_turn(self, ids: list[int], example: Example, turn: int) -> tuple[int, int]:
         """Return where the tokens of one turn begin and end."""
@@ -243,6 +323,18 @@ def _function(tool: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"'tools' or a call has {tool!r:.80}; each must be an object with a name.")
     return function
+
+
+def _with_marks(tool: Any, mark: str, what: str, marks: dict[str, str]) -> dict[str, Any]:
+    """Return a tool or call with a mark for its name, and for the arguments of a call."""
+    marks[mark] = what
+    function = {**_function(tool), "name": mark}
+    given = function.get("arguments")
+    if given:
+        marks[f"{mark}a"] = f"the arguments of {what}"
+        found = {f"{mark}a": 1}
+        function["arguments"] = json.dumps(found) if isinstance(given, str) else found
+    return {**tool, "function": function} if "function" in tool else function
 
 
 def _find_marked_template(writer: Any) -> str | None:

@@ -161,6 +161,8 @@ def to_answer(
     tools = values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = _parse_json(tools, "tools") if tools.strip() else None
+    if not isinstance(tools, list | None):
+        raise ValueError(f"'tools' is {tools!r:.80}; it must be a list of functions.")
     example = Example(place, context, messages, tools, skipped)
     if not example.learned_turns:
         rule = "has no assistant turn, or none of weight 1, so nothing to learn"
@@ -264,6 +266,8 @@ def _message(message: Any, images: Iterator[Any] | None) -> Message:
         rule = "it must be 0 or 1, and 1 is for assistant turns alone"
         raise ValueError(f"the weight is {weights[0]!r}; {rule}.")
     calls = kept.get("tool_calls")
+    if not isinstance(calls, list | None):
+        raise ValueError(f"'tool_calls' is {calls!r:.80}; it must be a list of calls.")
     content = _content(kept.get("content", ""), images)
     if not isinstance(content, str) or not (content.strip() or calls or kept.get("function_call")):
         raise ValueError(f"the content is {content!r:.80}; it must be a text. Fill it.")
