@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pacatune.data.config import ImageDataConfig
+from pacatune.data.formats import IMAGE, mark_image, open_image, to_rgb
 from pacatune.data.images import (
     Augmentation,
     ImageDataset,
@@ -22,7 +23,6 @@ from pacatune.data.images import (
     read_folder,
     read_hub,
     read_torchvision,
-    to_rgb,
 )
 from tests.image_models import CLASSES, write_images
 
@@ -359,11 +359,19 @@ def test_every_mode_becomes_rgb(image, options, first, last):
         assert np.array_equal(np.asarray(rgb)[..., 0], GRADIENT)
 
 
-def test_photographs_are_upright():
+def test_photographs_are_upright(tmp_path):
     image = Image.fromarray(np.zeros((4, 8, 3), np.uint8))
     exif = image.getexif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     assert to_rgb(stored(image, "JPEG", exif=exif)).size == (4, 8)
+    # In a chat as well, whether it is named, held as bytes or opened.
+    image.save(tmp_path / "a.jpg", exif=exif)
+    content = (tmp_path / "a.jpg").read_bytes()
+    for given in (str(tmp_path / "a.jpg"), {"bytes": content}, Image.open(tmp_path / "a.jpg")):
+        (reference,) = IMAGE.findall(mark_image(given))
+        assert open_image(reference).size == (4, 8)
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert open_image(IMAGE.findall(mark_image(clear))[0]).getpixel((0, 0)) == WHITE
 
 
 def test_values_of_unknown_range_are_refused():

@@ -115,6 +115,21 @@ def test_bad_rows(function, row, message):
         list(function([Row("d.jsonl, row 1", row)], **options))
 
 
+@pytest.mark.parametrize("function", [prepare_pairs, prepare_judged])
+def test_calls_that_a_template_drops(prepare, tokenizer, function):
+    """An empty answer would be preferred; the function's name stands in the question."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "search", "arguments": {}}}
+    asked, answered = chat("Please search for it."), {"role": "assistant", "content": ""}
+    rejected = [{**answered, "content": "No."}]
+    row = {"prompt": asked, "chosen": [{**answered, "tool_calls": [call]}], "rejected": rejected}
+    with pytest.raises(ValueError, match="row 1: the chat template does not show tool_calls of tu"):
+        prepare([row], function)
+
+
 def test_pairs_that_do_not_fit_are_left_out(prepare):
     long = {**PAIR, "prompt": "What " * 30}
     data = prepare([PAIR, long, PAIR | {"chosen": " Two."}], max_length=40)

@@ -7,6 +7,8 @@ import pytest
 from pacatune.data.read import read_rows
 from tests.data.conftest import write_lines
 
+LONG = "word " * 40_000
+
 
 def rows_of(path, **options):
     return [(row.place.rpartition(", ")[2], row.values) for row in read_rows(str(path), **options)]
@@ -18,6 +20,9 @@ def rows_of(path, **options):
         ("a.jsonl", '\ufeff{"text": "a"}\n\n{"text": "é"}\n', {1: {"text": "a"}, 3: {"text": "é"}}),
         ("a.json", '[{"text": "a"}, {"text": "b"}]', {1: {"text": "a"}, 2: {"text": "b"}}),
         ("a.csv", 'a,b\n"1,",c\n"3\n",d\n', {1: {"a": "1,", "b": "c"}, 2: {"a": "3\n", "b": "d"}}),
+        ("A.JSONL", '{"text": "a"}', {1: {"text": "a"}}),
+        # A document, longer than Python reads by itself.
+        ("A.CSV", f"text\n{LONG}\n", {1: {"text": LONG}}),
     ],
 )
 def test_files(tmp_path, name, content, rows):
@@ -30,7 +35,7 @@ def test_folder_reads_every_kind_in_order_and_skips_hidden(tmp_path):
     (folder / "deep").mkdir(parents=True)
     (folder / ".cache").mkdir()
     write_lines(folder / "b.jsonl", [{"text": "2"}])
-    (folder / "a.csv").write_text("text\n1\n")
+    (folder / "a.CSV").write_text("text\n1\n")
     (folder / "deep" / "c.json").write_text('[{"text": "3"}]')
     write_lines(folder / ".cache" / "d.jsonl", [{"text": "no"}])
     (folder / "notes.md").write_text("no data")
@@ -53,7 +58,7 @@ def test_hub_data_set(monkeypatch):
     assert rows[0].values == {"text": "a"}
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "~/missing-x"])
+@pytest.mark.parametrize("path", ["missing.jsonl", "missing.JSONL", "./missing", "~/missing-x"])
 def test_missing_path(path):
     with pytest.raises(FileNotFoundError, match=f"{path} does not exist; check `data.path`"):
         rows_of(path)

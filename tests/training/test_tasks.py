@@ -144,6 +144,16 @@ def test_split_of_a_classifier(tmp_path):
     assert again["text"][:] == texts["text"][:6]
     with pytest.raises(ValueError, match=r"`data.num_train` \(9\) must be at most 8"):
         split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=9))
+    for row, message in (
+        (
+            {"sentence": "a", "label": 1},
+            r"row 1: field 'text' is missing \(columns \['label', 'sent",
+        ),
+        ({"text": "", "label": 1}, "row 1: has text '' and label 1; a classifier needs both"),
+    ):
+        wrong = str(write_rows(tmp_path / "wrong.jsonl", [row]))
+        with pytest.raises(ValueError, match=message):
+            split_texts(TextClassConfig(path=wrong))
     texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
     assert (len(texts), len(held_out)) == (10, 10)
 

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pacatune.data.read import Row, named
 from pacatune.names import nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Message = dict[str, Any]
 
@@ -336,7 +339,7 @@ def mark_image(image: Any) -> str:
         image = image.get("bytes") or image.get("path") or image.get("url")
     if hasattr(image, "save"):
         data = io.BytesIO()
-        image.convert("RGB").save(data, "PNG")
+        to_rgb(image).save(data, "PNG")
         image = data.getvalue()
     if isinstance(image, bytes):
         image = f"data:image/png;base64,{base64.b64encode(image).decode()}"
@@ -371,4 +374,21 @@ def open_image(reference: str) -> Any:
     if reference.startswith("data:"):
         source = io.BytesIO(base64.b64decode(reference.partition(",")[2]))
     with Image.open(source) as image:
-        return image.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: "Image.Image") -> "Image.Image":
+    """Return an opened image upright, on white where it is transparent, in 8-bit RGB."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # which Pillow cuts off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have an unknown range; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return image.convert("RGB")

@@ -20,11 +20,12 @@ from datasets import Image as Decoder
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
 from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import ImageDataConfig, SourceConfig
+from pacatune.data.formats import to_rgb
 from pacatune.data.read import is_local, load_hub
 from pacatune.names import choose
 
@@ -35,20 +36,6 @@ _SPLITS = {
     "OxfordIIITPet": ("trainval", "test"),
     "Flowers102": ("train", "val", "test"),
 }
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image upright, on white where it is transparent, in 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow cuts off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels have an unknown range; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        image = opaque
-    return image.convert("RGB")
 
 
 def load_image(row: dict[str, Any]) -> Image.Image:

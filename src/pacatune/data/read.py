@@ -71,7 +71,7 @@ def is_local(path: str, option: str, split: str = "train", name: str | None = No
             rule = "is for data sets of the hub; drop it, or give `data.eval_path`"
             raise ValueError(f"`{option}` ({path}) is local: {what} {rule}.")
         return True
-    if local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if local.suffix.lower() in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
     return False
 
@@ -81,7 +81,8 @@ def _files_of(path: str) -> list[Path]:
     if not folder.is_dir():
         return [folder]
     names = sorted(file.relative_to(folder) for file in folder.rglob("*"))
-    names = [n for n in names if n.suffix in SUFFIXES and not any(p[0] == "." for p in n.parts)]
+    is_hidden = {name: any(part[0] == "." for part in name.parts) for name in names}
+    names = [n for n in names if n.suffix.lower() in SUFFIXES and not is_hidden[n]]
     if not names:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
     held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
@@ -125,16 +126,18 @@ def _read(file: Path) -> Iterator[Any]:
     datasets would give the arguments of all tool calls in JSON the same fields, and count no lines.
     It reads CSV by pandas, which would make null of the text NA, and numbers.
     """
-    if file.suffix not in SUFFIXES:
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"the suffix {file.suffix!r} is unknown: data files are {_ACCEPTED}")
-    if file.suffix == ".parquet":
+    if suffix == ".parquet":
         from datasets import load_dataset
 
         table = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from map(_without_nulls, table)
         return
-    with file.open(encoding="utf-8-sig", newline="" if file.suffix == ".csv" else None) as lines:
-        if file.suffix == ".csv":
+    with file.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as lines:
+        if suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)  # a document may be longer than Python's 131,072
             *first, last = next(csv.reader(lines), [""])
             of_mmlu = len(first) == 5 and last in ("A", "B", "C", "D") and "A" not in first
             lines.seek(0)
@@ -142,7 +145,7 @@ def _read(file: Path) -> Iterator[Any]:
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
                 yield values
-        elif file.suffix == ".jsonl":
+        elif suffix == ".jsonl":
             for line in lines:
                 yield json.loads(line) if line.strip() else ...
         else:

@@ -10,8 +10,9 @@ from transformers import DataCollatorWithPadding
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
+from pacatune.data.formats import check_columns
 from pacatune.data.prepare import find_examples, hold_out
-from pacatune.data.read import Row
+from pacatune.data.read import Row, named
 from pacatune.training.language import LanguageTask
 from pacatune.training.trainer import accuracy
 
@@ -61,12 +62,12 @@ def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
 def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
     """Yield the `text` of each row and its `label`, a text too."""
     for row in rows:
-        text, label = row.values.get("text"), row.values.get("label")
-        if not isinstance(text, str) or not text.strip() or label is None or label == "":
-            raise ValueError(
-                f"{row.place} has text {str(text)[:40]!r} and label {label!r}; a classifier needs "
-                "both, in columns of these names."
-            )
+        with named(row.place):
+            check_columns(row.values, "text", "label")
+            text, label = row.values["text"], row.values["label"]
+            if not isinstance(text, str) or not text.strip() or label == "":
+                found = f"text {str(text)[:40]!r} and label {label!r:.40}"
+                raise ValueError(f"has {found}; a classifier needs both.")
         yield {"text": text, "label": str(label)}
 
 

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from pacatune.adapters.base import base_name
 from pacatune.adapters.folder import SIDECAR_NAME, open_adapter
 from pacatune.adapters.loading import attach
-from pacatune.data.images import to_rgb
+from pacatune.data.formats import to_rgb
 from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.methods import Method
