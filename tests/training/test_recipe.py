@@ -26,6 +26,11 @@ from tests.training.runs import (
 )
 from tests.tuner.moe import BOTH, build
 
+
+def turns(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 RESULT_NAMES = {"config.yaml", "report.json", "report.md", "loss.png", "README.md"}
 
 
@@ -94,6 +99,25 @@ def test_run(
     old, new = (read_values(folder / "config.yaml") for folder in (out, again))
     assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
     assert old == new
+
+
+def test_held_out_loss_is_a_mean_over_learned_tokens(
+    make_config, tiny_model_dir, tiny_tokenizer, tmp_path
+):
+    """Of long and short answers, whatever batches they are in; padding-free or not."""
+    rows = [
+        {"messages": turns(f"What is {i}?", "It is so. " * (1 + 7 * (i % 2)) + f"Yes, {i}.")}
+        for i in range(6)
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    places = [f"row {number}" for number in range(1, 7)]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    expected = mean_loss(model, tiny_tokenizer, path, places)
+    for size in (1, 2, 4):
+        training = {"per_device_eval_batch_size": size, "max_steps": 1}
+        config = make_config(data={"path": str(path), "eval_path": str(path)}, training=training)
+        report = train(config, overwrite=True, console=QUIET)
+        assert report.eval_loss_before == pytest.approx(expected, rel=1e-5)
 
 
 def test_run_without_evaluation(make_config):
