@@ -140,6 +140,8 @@ class Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func.name())
+        if func.name() == "aten::_grouped_mm":  # as torch checks on CUDA alone
+            assert all(tensor.data_ptr() % 16 == 0 for tensor in args[:2])
         return func(*args, **(kwargs or {}))
 
 
@@ -162,6 +164,17 @@ def test_grouped_products_where_torch_takes_them(dtype, rank: int, number: int) 
     with Seen() as seen:
         gradients(paca_experts_linear, make(dtype=dtype, rank=rank), {"x", "delta"})
     assert "aten::_grouped_mm" not in seen.names
+
+
+@pytest.mark.parametrize(("rank", "groups"), [(8, 8), (4, 2), (8, 2)])
+def test_views_that_cuda_would_refuse(rank: int, groups: int) -> None:
+    """The outputs and inputs of a row group begin within a row, at 6 or 8 bytes; or at 16."""
+    sizes = {"rank": rank, "out_features": 32 if groups == 2 else 24, "in_features": 16}
+    tensors = make((3, 3, 8, 16), torch.bfloat16, groups=groups, **sizes)
+    with Seen() as seen:
+        found = gradients(paca_experts_linear, tensors, {"delta"}, is_grouped=True)
+    assert "aten::_grouped_mm" in seen.names
+    twin.assert_equal(found, gradients(paca_experts_linear, tensors, {"delta"}), 1e-2)
 
 
 @LAYOUTS

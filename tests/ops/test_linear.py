@@ -121,10 +121,10 @@ def test_both_orders_of_thin_products(form, num_tokens, dtype) -> None:
 
 @every_form
 @pytest.mark.parametrize("leading", SHAPES)
-def test_without_columns(form, leading) -> None:
+def test_without_columns(form, leading, size) -> None:
     """A process of a tensor parallel model may hold none of them."""
-    tensors = make(leading)
-    tensors |= {"delta": tensors["delta"][:, :0], "indices": tensors["indices"][:0]}
+    tensors = make(leading, size)
+    tensors |= {"delta": tensors["delta"][:, :0], "indices": tensors["indices"][..., :0]}
     found = (gradients(one, tensors, 0.7, {"x", "delta"}) for one in (form, "reference"))
     twin.assert_equal(*found)
 

@@ -62,8 +62,8 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path):
         assert update.delta.any()
     assert two.scaling("model.layers.0.self_attn.q_proj") == 3
     assert two.sidecar == one.sidecar
-    assert report.adapter == str(paca)
-    assert f"| started from | {paca} |" in (out / "report.md").read_text()
+    assert report.adapter == paca.name
+    assert f"| started from | {paca.name} |" in (out / "report.md").read_text()
 
 
 def test_loss_begins_where_it_ended_and_resumed_runs_are_the_same(

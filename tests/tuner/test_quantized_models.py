@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import PacaConfig
+from pacatune.ops.columns import read_columns
 from pacatune.tuner.quantized import dequantized
 from tests.tuner.nets import layers
 
@@ -45,6 +46,27 @@ class TestColumnsFromTheCheckpoint:
             assert not torch.allclose(weight, rounded[:, columns], atol=1e-4)
             adapted = rounded[:, columns] + 2.0 * layer.delta_of("default")
             torch.testing.assert_close(adapted, weight)
+
+    def test_row_groups_start_from_the_originals_as_well(self, load, tiny_model_dir):
+        options = {"r": 4, "groups": 4, "target_modules": TARGETS, "columns_from": "original"}
+        model = get_peft_model(load(), PacaConfig(**options))
+        original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        for name, layer in layers(model).items():
+            weight = original.get_submodule(name).weight
+            rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
+            columns = [read_columns(w, layer.paca_indices["default"]) for w in (rounded, weight)]
+            adapted = columns[0] + layer.scaling["default"] * layer.delta_of("default")
+            torch.testing.assert_close(adapted, columns[1])
+
+    def test_no_half_made_adapter_is_left(self, load, monkeypatch):
+        def fail(*args, **options):
+            raise IndexError("no such column")
+
+        base = load()
+        monkeypatch.setattr("pacatune.tuner.quantized.OriginalWeights.columns", fail)
+        with pytest.raises(IndexError, match="no such column"):
+            get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
+        assert not any(layer.r for layer in layers(base).values())
 
     def test_loads_on_the_same_rounding_only(self, model, load, tmp_path, tiny_model_dir):
         model.save_pretrained(tmp_path)

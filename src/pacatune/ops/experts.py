@@ -343,7 +343,8 @@ def _can_group(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False
     for tensor in tensors:  # and no generator expression, which torch 2.15 does not trace here
-        if max(tensor.stride()[-2:]) * tensor.itemsize % 16 or 0 in tensor.shape:
+        starts = max(tensor.stride()[-2:]), tensor.storage_offset()  # of rows, of a view
+        if any(start * tensor.itemsize % 16 for start in starts) or 0 in tensor.shape:
             return False
     return True
 

@@ -453,7 +453,7 @@ def _grad_delta_of_groups(
         each = x_GNR.transpose(1, 2).bmm(gy_GNo).transpose(1, 2)
     else:
         each = _scaled_product(gy_GNo.transpose(1, 2), x_GNR, scaling, dtype)
-    parts = each.view(-1, joined, num_rows // groups, joined, rank)
+    parts = each.view(len(each), joined, num_rows // groups, joined, rank)
     own = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     return (_finished(own, scaling, dtype) if is_plain else own).flatten(0, 2)
 

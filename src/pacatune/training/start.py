@@ -18,6 +18,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
+from pacatune.selection import load_columns
 from pacatune.strategies import strategies
 from pacatune.training.config import RunConfig
 from pacatune.training.sections import check_selection_file
@@ -73,7 +74,10 @@ def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
         )
     if method.is_paca:
         # The base says how it is quantised; see check_quantization.
-        saved = adapter_config(method, **vars(read_config(path)) | {"base_quantization": None})
+        options = vars(read_config(path)) | {"base_quantization": None}
+        if options["columns"] is not None:
+            options["columns"] = load_columns(path.parent)
+        saved = adapter_config(method, **options)
     else:
         saved = read_lora_config(path)
     if task_type is not None and saved.task_type not in (None, task_type):

@@ -169,7 +169,7 @@ class PacaModel(Tuner):
         forbid_fast_path(model)
         try:
             config = settle_columns(model, config, adapter_name, originals)
-        except ValueError:
+        except BaseException:
             self.delete_adapter(adapter_name)
             raise
         self.peft_config[adapter_name] = config

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
+from pacatune.ops.columns import read_columns
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
@@ -100,8 +101,8 @@ class OriginalWeights:
                 f"`columns_from` ('original'): {key!r} in {self.name} is {tuple(weight.shape)} of "
                 f"{weight.dtype}, not the {tuple(like.shape)} weight before quantisation; {_FIX}"
             )
-        columns: Tensor = weight[:, indices.cpu()].float().to(like.device)
-        rounded = like.index_select(1, indices)
+        columns = read_columns(weight, indices.cpu()).float().to(like.device)
+        rounded = read_columns(like, indices)
         difference = (columns - rounded).norm() / columns.norm().clamp_min(1e-30)
         if not difference < _MOST_DIFFERENCE:
             raise ValueError(
@@ -337,5 +338,5 @@ def _start_from(
         delta, indices = layer.delta_of(adapter_name), layer.paca_indices[adapter_name]
         rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
         columns = originals.columns(name, indices, like=rounded)
-        lost: Tensor = columns - rounded.index_select(1, indices)
+        lost: Tensor = columns - read_columns(rounded, indices)
         delta.copy_(lost / layer.scaling[adapter_name])
