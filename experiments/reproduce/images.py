@@ -205,7 +205,7 @@ class _Images:
         return Job(
             key=f"full-{line.key}-{key}",
             title=f"pacatune train-image --preset {preset} --method {line.method}",
-            inputs={"line": line.key, "run": to_values(run)},
+            inputs={"line": line.key, "run": to_values(run.settled())},
             run=partial(self._run_full, line, key, run),
         )
 

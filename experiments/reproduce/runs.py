@@ -88,7 +88,7 @@ class Work:
     def train(self, run: RunConfig, name: str) -> tuple[dict[str, Any], Path]:
         """Train a run, going on from its last checkpoint; return its report and its folder."""
         output = self.folder / name
-        run.training.output_dir = run.training.given["output_dir"] = str(output)
+        run.training.output_dir = str(output)
         if not (output / _REPORT).is_file():
             has_checkpoint = output.is_dir() and any(output.glob("checkpoint-*"))
             with self.quiet(name) as console:
@@ -168,7 +168,7 @@ def full_jobs(
                 title=f"{line.title} on {line.model}: training and scoring",
                 inputs={
                     "line": line.key,
-                    "runs": {f"{rate:g}": to_values(run) for rate, run in runs.items()},
+                    "runs": {f"{rate:g}": to_values(run.settled()) for rate, run in runs.items()},
                     **inputs,
                 },
                 run=partial(_run_full, table, line, runs, score),

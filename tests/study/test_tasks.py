@@ -47,7 +47,7 @@ def test_bases_of_few_bits(text_options, tmp_path):
     plan = make_plan(study_of(text_options, arms))
     for name in arms:
         config = plan.make_run(name, 1e-3, 0, tmp_path)
-        assert config.model.quantization == "nf4"
+        assert config.settled().model.quantization == "nf4"
         measured = plan.task.run(config)
         assert math.isfinite(measured["test loss"])
         assert measured["trained parameters"] == plan.arms[name].num_trainable_parameters
@@ -143,8 +143,12 @@ def test_classes(class_options, tmp_path):
         ({"num_train": 55}, "", r"`data.num_train` \(55\) must be at most 54"),
         ({"num_train": 0}, "", r"`data.num_train` \(0\) must be at least 1"),
         ({"max_length": 0}, "", r"`data.max_length` \(0\) must be at least 1"),
-        ({"path": "rows"}, '{"text": "pear"}', r"row 1 has text 'pear' and label None; a classif"),
-        ({"path": "rows"}, '{"text": " ", "label": "a"}', r"row 1 has text ' ' and label 'a'"),
+        (
+            {"path": "rows"},
+            '{"text": "pear"}',
+            r"row 1: field 'label' is missing \(columns \['text'\]",
+        ),
+        ({"path": "rows"}, '{"text": " ", "label": "a"}', r"row 1: has text ' ' and label 'a'"),
         ({"path": "rows"}, '{"text": "a", "label": "a"}\n' * 20, r"has the labels \['a'\]; a cl"),
         ({"eval_path": "rows"}, '{"text": "pear", "label": "tree"}', r"labels \['tree'\] are no"),
     ],

@@ -6,7 +6,7 @@
 import socket
 import subprocess
 
-from pacatune.training.config_file import config_text
+from pacatune.training.config_file import config_text, to_values
 from tests.forks import Program, check_several_processes
 
 AGENT = """
@@ -74,4 +74,4 @@ def _run(words, code, env, timeout, num_processes):
 
 
 def save_config(config, path):
-    path.write_text(config_text(config, path.name))
+    path.write_text(config_text(to_values(config), config.repeat_command(path.name)))

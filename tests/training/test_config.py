@@ -8,6 +8,7 @@ import torch
 
 from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
 from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
+from pacatune.training.start import settle
 from pacatune.tuner import compat
 
 
@@ -18,6 +19,10 @@ def run_config(**options):
         given = options.get(name, {})
         options[name] = section | given if isinstance(given, dict) else given
     return RunConfig(**options)
+
+
+def settled(**options):
+    return run_config(**options).settled()
 
 
 def test_an_old_trl_is_refused(monkeypatch):
@@ -36,7 +41,38 @@ def test_nothing_is_looked_up(monkeypatch):
         assert run.model.path == "a/m"
     looked_at = {str(call.args[0]) for spy in spies for call in spy.call_args_list}
     assert not [path for path in looked_at if path.endswith(("/m", "/d"))]
-    assert run.given["paca"] == {}
+    assert run.typed("paca") == {}
+
+
+def test_it_is_filled_in_any_order(tmp_path):
+    """Nothing that is set is lost, whenever and on whatever; what is missing is asked for last."""
+    training = TrainingConfig()
+    training.max_steps, training.output_dir = 1, "a6"
+    run = run_config(training=training)
+    assert (run.training.max_steps, run.training.output_dir) == (1, "a6")
+    empty = RunConfig()
+    for name, message in (
+        ("model", "`model.path` is ''; give"),
+        ("data", "`data.path` is ''; giv"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settle(empty)
+        getattr(empty, name).path = "x"
+    empty.method = "lora"
+    empty.lora.r, empty.training.max_steps = 3, 5
+    done = settle(empty)
+    assert (done.lora.r, done.training.max_steps) == (3, 5)
+    assert done.training.learning_rate == METHODS["lora"].text_rate  # of what it is now
+    assert empty.training.learning_rate is None
+    empty.method = "lorra"
+    with pytest.raises(ValueError, match=r"`method` \('lorra'\) must be one of .* mean 'lora'"):
+        settle(empty)
+    empty.method, empty.training.max_steps = "lora", 0
+    with pytest.raises(ValueError, match=r"`training.max_steps` \(0\) must be above 0"):
+        settle(empty)
+    empty.task = "dpo"
+    with pytest.raises(TypeError, match=r"`data` is a DataConfig; .*PreferenceDataConfig"):
+        settle(empty)
 
 
 def test_sections_may_be_used_again():
@@ -46,31 +82,30 @@ def test_sections_may_be_used_again():
         "training": TrainingConfig(use_cpu=True),
         "lora": LoraSection(),
     }
-    sections["training"].distributed_state = None  # no two of them are equal
     before = copy.deepcopy({name: vars(section) for name, section in sections.items()})
     for method in TEXT_METHODS:
-        run = RunConfig(method=method, **sections)
-        rate = METHODS[method].text_rate
-        assert run.training.learning_rate == run.training.given["learning_rate"] == rate
+        run = RunConfig(method=method, **sections).settled()
+        assert run.training.learning_rate == METHODS[method].text_rate
         assert run.model.quantization == METHODS[method].quantization
         assert run.lora.lora_dropout == (METHODS[method].dropout or 0)
-    assert RunConfig(**sections, early_stopping_patience=2).training.load_best_model_at_end
+    run = RunConfig(**sections, early_stopping_patience=2).settled()
+    assert run.training.load_best_model_at_end
     assert {name: vars(section) for name, section in sections.items()} == before
 
 
 def test_what_is_filled_in():
     assert run_config(model={"dtype": "bf16"}).model.dtype == "bfloat16"
-    assert run_config(training={"learning_rate": 0.1}).training.learning_rate == 0.1
-    assert run_config(task="dpo").training.learning_rate == pytest.approx(5e-5)
-    assert run_config(task="reward").training.learning_rate == 5e-4
+    assert settled(training={"learning_rate": 0.1}).training.learning_rate == 0.1
+    assert settled(task="dpo").training.learning_rate == pytest.approx(5e-5)
+    assert settled(task="reward").training.learning_rate == 5e-4
     for method in CLASSIFIER_METHODS:
-        rate = run_config(task="image", method=method).training.learning_rate
+        rate = settled(task="image", method=method).training.learning_rate
         assert rate == METHODS[method].head_rate
-    assert run_config(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
-    training = run_config().training
-    assert (training.given["report_to"], training.report_to) == ("tensorboard", ["tensorboard"])
-    assert run_config().data.eval_fraction == DataConfig(path="d").eval_fraction > 0
-    assert run_config(training={"eval_strategy": "no"}).data.eval_fraction == 0
+    assert settled(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
+    training = settled().training
+    assert (training.report_to, training.resolved().report_to) == ("tensorboard", ["tensorboard"])
+    assert settled().data.eval_fraction == DataConfig(path="d").eval_fraction > 0
+    assert settled(training={"eval_strategy": "no"}).data.eval_fraction == 0
     # What says no length, or is not read, may be anything.
     run_config(training={"num_train_epochs": 0, "max_steps": 3, "max_length": None})
     run_config(method="moslora", lora={"r": 4}, paca={"r": 16})
@@ -81,23 +116,23 @@ def test_what_is_filled_in():
 @pytest.mark.parametrize("fast", [True, False])
 def test_mixed_precision_is_pinned_to_what_is_fast(monkeypatch, fast):
     monkeypatch.setattr("pacatune.training.arguments.bfloat16_is_fast", lambda use_cpu: fast)
-    training = TrainingConfig()
-    assert training.bf16 is training.given["bf16"] is fast
-    assert TrainingConfig(**training.given).bf16 is fast
-    assert run_config(training={"bf16": True}, task="classifier").training.bf16
+    training = settled().training
+    assert training.bf16 is training.resolved().bf16 is TrainingConfig().resolved().bf16 is fast
+    assert settled(training={"bf16": True}, task="classifier").training.bf16
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
 @pytest.mark.parametrize("bf16", [True, False])
 def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
     """Otherwise accelerate, under torchrun, takes each process for the only one."""
-    assert TrainingConfig(bf16=bf16).use_cpu
+    training = TrainingConfig(bf16=bf16)
+    assert (training.use_cpu, training.resolved().use_cpu) == (False, True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CPUs have no fp16")
 def test_mixed_precision_is_not_forced_onto_fp16():
-    assert TrainingConfig(fp16=True).bf16 is False
+    assert TrainingConfig(fp16=True).resolved().bf16 is False
 
 
 @pytest.mark.parametrize(
@@ -189,4 +224,4 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
 )
 def test_contradictions(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        run_config(**options)
+        settle(run_config(**options)).training.resolved()

@@ -72,7 +72,7 @@ def train_both(make_config, data_path, tmp_path, environment):
             config = config_of(make_config, *names, batch_size, quantization)
             config.method = method
             config.paca.modules_to_save = ["lm_head"] if adapter else None
-            config.training.given.update(max_steps=steps, save_steps=4, **training)
+            vars(config.training).update(max_steps=steps, save_steps=4, **training)
             save_config(config, folder.with_suffix(".yaml"))
         assert main(["train", "--config", str(folders[0].with_suffix(".yaml")), *start]) == 0
         words = ["train", "--config", folders[1].with_suffix(".yaml"), *start]
@@ -114,7 +114,7 @@ def test_all_weights_are_sharded_and_saved_whole(train_both):
 def test_starting_from_an_adapter_with_a_head(train_both, make_config, data_path, tmp_path):
     first = config_of(make_config, data_path, tmp_path, "first", 8)
     first.paca.modules_to_save = ["lm_head"]
-    first.training.given.update(max_steps=2)
+    vars(first.training).update(max_steps=2)
     save_config(first, tmp_path / "first.yaml")
     assert main(["train", "--config", str(tmp_path / "first.yaml")]) == 0
     one, two = train_both(3, steps=4, adapter=tmp_path / "first")
@@ -142,7 +142,7 @@ def test_the_command_of_the_page(built, make_config, data_path, tmp_path):
     (code,) = [block.code for block in blocks if "--config_file zero3.yaml" in block.code]
     shutil.copy(LAUNCH / "zero3.yaml", tmp_path)
     config = config_of(make_config, data_path, tmp_path, "my-run", 4)
-    config.training.given["max_steps"] = 2
+    config.training.max_steps = 2
     save_config(config, tmp_path / "run.yaml")
     env = os.environ | built | {"PYTHONPATH": os.environ["PYTHONPATH"]}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"

@@ -146,14 +146,13 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
 
     def configure(name, batch_size):
         config = config_of(make_config, data_path, tmp_path, name, batch_size)
-        config.training.given.update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
-        config.training.given["metric_for_best_model"] = "eval_loss"  # as a run settles it
+        vars(config.training).update(max_steps=6, eval_steps=2, load_best_model_at_end=True)
         config.paca.modules_to_save = ["lm_head"]
         return config
 
     # It starts from an adapter of one process.
     first = configure("first", 8)
-    first.training.given.update(max_steps=2)
+    vars(first.training).update(max_steps=2)
     train(first, console=QUIET)
     save_config(configure("two", 4), tmp_path / "run.yaml")
     start = ["--adapter", tmp_path / "first"]

@@ -176,6 +176,21 @@ def test_what_cannot_be_resumed(interrupted, make_config, data_path):
     refused("no complete checkpoint; start it again without --resume", config, resume=True)
 
 
+def test_data_that_was_moved(interrupted, make_config, data_path, tmp_path):
+    """It is known by its digest, wherever it lies now; other data is refused there, too."""
+    lines = data_path.read_text().splitlines()
+    path = tmp_path / "elsewhere.jsonl"
+    path.write_text("\n".join([*lines[:-1], lines[0]]))
+    config = make_config(data={"path": str(path)})
+    refused(r"the training data has changed since .*checkpoint-5", config, resume=True)
+    shutil.copy(data_path, path)
+    report = train(config, resume=True, console=QUIET)
+    assert [step for step, _ in report.train_losses] == list(range(1, 9))
+    (interrupted / "report.json").unlink()
+    stream = make_config(data={"path": str(path), "streaming": True, "eval_fraction": 0})
+    refused(r"other options.*data.streaming: False -> True", stream, resume=True)
+
+
 def test_resume_from_the_last_complete_checkpoint(interrupted, make_config, tmp_path):
     """In another place, with fewer checkpoints kept; what a killed save has left is deleted."""
     state = interrupted / "checkpoint-5/trainer_state.json"

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pacatune.training import train
+from pacatune.training.config import reward_name
+from pacatune.training.config_file import read_values
 from pacatune.training.output import last_checkpoint, read_state
 from pacatune.tuner.layer import PacaLayer
 from tests.conftest import build_model
@@ -30,6 +32,29 @@ def test_run(make_task_config, tmp_path, console, task, method):
     folder = tmp_path / "out"
     assert (folder / "reward.png").exists() > (folder / "loss.png").exists()
     assert not any("loss" in row for row, _ in report.table())  # it says nothing of rewards
+
+
+def constant(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def test_functions_as_rewards(make_task_config, tmp_path):
+    """As TRL takes them: one, or a list; a text is one as well, by its name."""
+    training = {"max_steps": 1, "eval_strategy": "no"}
+    names = set()
+    for reward in (
+        constant,
+        [constant, lambda completions, **kwargs: [0.0] * 4],
+        "my_rewards:even",
+    ):
+        config = make_task_config("grpo", reward=reward, training=training)
+        names |= train(config, overwrite=True, console=QUIET).train_metrics.keys()
+    module = constant.__module__
+    own = "test_functions_as_rewards.<locals>.<lambda>"
+    found = (f"{module}.constant", f"{module}.{own}", "my_rewards.even")
+    assert names >= {f"rewards/{name}/mean" for name in found}
+    assert read_values(tmp_path / "out/config.yaml")["reward"] == ["my_rewards:even"]
+    assert reward_name(constant) == f"{module}:constant"
 
 
 def test_a_reward_is_learned(make_task_config, tiny_tokenizer, tmp_path):
@@ -168,7 +193,7 @@ def test_reasoning_gym(make_task_config, tmp_path):
     pytest.importorskip("reasoning_gym")
     data = {"path": "reasoning-gym:chain_sum", "size": 20, "eval_fraction": 0.2}
     config = make_task_config("grpo", data=data, reward=[], training={"max_steps": 2})
-    assert config.reward == ["reasoning-gym:chain_sum"]
+    assert config.settled().reward == ["reasoning-gym:chain_sum"]
     report = train(config, console=QUIET)
     assert "rewards/reasoning-gym.chain_sum/mean" in report.train_metrics
     text = (tmp_path / "out" / "config.yaml").read_text()

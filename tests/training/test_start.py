@@ -7,6 +7,7 @@ import torch
 
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
+from pacatune.selection import load_columns
 from pacatune.training import PacaSection, train
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import read_values
@@ -91,7 +92,7 @@ def test_an_adapter_whose_selection_chooses_nothing(make_config, paca, tmp_path,
     edit_json(folder / "adapter_config.json", selection=selection)
     config = settle(settle(make_config(adapter=str(folder))))
     assert config.paca.selection == "random"
-    assert read_start(config).columns == read_adapter(paca).config.columns
+    assert read_start(config).columns == load_columns(paca)
     save_config(config, tmp_path / "run.yaml")
     settle(RunConfig(**read_values(tmp_path / "run.yaml")))
 

@@ -120,6 +120,8 @@ class RunOptions:
             for name, kind in self.sections.items()
             if name != "training"
         }
+        for name in ("model", "data"):
+            built[name].refuse_missing()
         check_ranges(options.training.as_dict())
         if METHODS[options.method].is_paca and built["paca"].from_file:
             check_selection_file(str(built["paca"].selection))

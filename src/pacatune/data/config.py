@@ -53,7 +53,7 @@ class DataSection:
     """Where the data of a task is, and what is held out of it.
 
     Raises:
-        ValueError: If `path` is missing, or options have values that they cannot have.
+        ValueError: If options have values that they cannot have.
     """
 
     path: str = ""
@@ -80,10 +80,6 @@ class DataSection:
 
     def __post_init__(self) -> None:
         check_choices(self, "data.")
-        if not (self.path or getattr(self, "datasets", None)):
-            raise ValueError(
-                f"`data.path` is {self.path!r}; give a file, a folder or a hub data set id."
-            )
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(
                 f"`data.eval_fraction` ({self.eval_fraction}) must be in [0, 1); use 0 to hold "
@@ -93,6 +89,13 @@ class DataSection:
             value = getattr(self, option.name)
             if int in get_args(option.type) and value is not None and value < 1:
                 raise ValueError(f"`data.{option.name}` ({value}) must be at least 1, or null.")
+
+    def refuse_missing(self) -> None:
+        """Refuse a section that says no data."""
+        if not (self.path or getattr(self, "datasets", None)):
+            raise ValueError(
+                f"`data.path` is {self.path!r}; give a file, a folder or a hub data set id."
+            )
 
     def about(self) -> str:
         """Return where the training data is, for the model card."""
@@ -131,7 +134,7 @@ class DataConfig(TextDataConfig):
     """Training and evaluation data of supervised fine-tuning.
 
     Raises:
-        ValueError: If `path` is missing, or options contradict each other.
+        ValueError: If options contradict each other.
     """
 
     datasets: list[Any] | None = None

@@ -73,7 +73,7 @@ class Plan:
 
     def inputs(self, run: RunConfig) -> dict[str, Any]:
         """Return all that decides the numbers of a run, but for versions."""
-        values = to_values(run)
+        values = to_values(run.settled())
         for section, names in _FREE.items():
             for name in names:
                 values[section].pop(name, None)

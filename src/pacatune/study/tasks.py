@@ -112,7 +112,7 @@ class StudyTask:
 
         It looks once at what several runs share, and warns of it.
         """
-        values = to_values(config)
+        values = to_values(config.settled())
         for name in ("learning_rate", "seed", "output_dir"):
             values["training"].pop(name, None)
         where = json.dumps([values["data"], values["model"], values["training"]])

@@ -1,5 +1,6 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
+import copy
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -13,7 +14,10 @@ from pacatune.training.tasks import TASKS, load
 
 @dataclass
 class SharedDefaults:
-    """Put before transformers' or TRL's class of arguments, whose defaults these replace."""
+    """Put before transformers' or TRL's class of arguments, whose defaults these replace.
+
+    An object holds the options as they are set; `resolved` makes a trainer's arguments of them.
+    """
 
     elsewhere: ClassVar[dict[str, str]] = {
         "resume_from_checkpoint": "use --resume",
@@ -93,20 +97,29 @@ class SharedDefaults:
                 raise ValueError(f"`training.{name}` (True) needs a GPU; drop it on a CPU.")
 
     def __post_init__(self) -> None:
+        self.check_options()  # what else transformers and TRL do, `resolved` asks for
+
+    def pin_bf16(self) -> None:
+        """Say whether to use bfloat16, so that a saved configuration gives the same elsewhere."""
         import torch
 
-        # As given, before TRL and transformers resolve them: what a saved config must say.
-        self.given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if self.bf16 is None:
+            use_cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = not vars(self).get("fp16") and bfloat16_is_fast(use_cpu=use_cpu)
+
+    def resolved(self) -> Any:
+        """Return a copy as a trainer takes it: filled in and checked by transformers and TRL."""
+        import torch
+
+        made = copy.deepcopy(self)
         if not torch.accelerator.is_available():
             # Unless it is said, transformers takes no bf16, and accelerate takes each of several
             # processes for the only one.
-            self.use_cpu = True
-        self.check_options()
-        if self.bf16 is None:
-            # Pinned, so that a saved config gives the same numbers on another machine.
-            self.bf16 = not self.fp16 and bfloat16_is_fast(use_cpu=self.use_cpu)  # type: ignore[attr-defined]
-            self.given["bf16"] = self.bf16
-        super().__post_init__()  # type: ignore[misc]
+            made.use_cpu = True
+        made.check_options()
+        made.pin_bf16()
+        super(SharedDefaults, made).__post_init__()  # type: ignore[misc]
+        return made
 
 
 @dataclass

@@ -32,11 +32,7 @@ _ABOVE_ZERO = (
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The pretrained model. Code that comes with a model is never executed.
-
-    Raises:
-        ValueError: If `path` is missing.
-    """
+    """The pretrained model. Code that comes with a model is never executed."""
 
     path: str = ""
     """Hub id or local folder of a causal language model. Required."""
@@ -59,8 +55,11 @@ class ModelConfig:
     """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
 
     def __post_init__(self) -> None:
-        refuse_no_path(self.path, "train")
         check_choices(self, "model.")
+
+    def refuse_missing(self) -> None:
+        """Refuse a section that says no model."""
+        refuse_no_path(self.path, "train")
 
 
 @cache
@@ -83,8 +82,10 @@ def sections_of(task: str) -> dict[str, type[Any]]:
 class RunConfig:
     """One fine-tuning run, of any task.
 
-    Sections are given as mappings, as YAML has them, or as objects of their classes. Making a run
-    reads nothing and changes no section that it is given.
+    Sections are given as mappings, as YAML has them, or as objects of their classes. Options and
+    sections may be set afterwards, in any order: `train` does what they say when it is called, and
+    config.yaml says what it did. Making a run reads nothing and changes no section that it is
+    given.
 
     Raises:
         ValueError: If the options contradict each other.
@@ -138,52 +139,76 @@ class RunConfig:
     """Folder or hub id of a finished adapter of the same method, which is trained on: its columns
     and options stay, its values go on. Null: a new adapter."""
 
-    reward: list[str] = field(default_factory=list)
+    reward: Any = field(default_factory=list)
     """Rewards: Python functions as module:name, which only the command line may give
     (`--reward my_rewards:is_short`, several times for several), or `reasoning-gym:TASK`, the
-    verifier of the data that reasoning-gym makes, which is the reward where none is given."""
+    verifier of the data that reasoning-gym makes, which is the reward where none is given. In
+    Python also a function, or a list of functions, as TRL takes them."""
 
     def __post_init__(self) -> None:
-        """Check what concerns several sections, and fill in what one leaves to another.
+        """Make sections of mappings, and refuse options that contradict each other."""
+        choose(self.task, TASKS, option="task")
+        # What of these is set although it is the default, which no adapter may contradict either.
+        sections = {name: getattr(self, name) for name in ADAPTER_SECTIONS}
+        self._typed = {n: {*s} if isinstance(s, Mapping) else set() for n, s in sections.items()}
+        for name, kind in sections_of(self.task).items():
+            setattr(self, name, _section(name, getattr(self, name), kind))
+        self.settled()
 
-        What is filled in is filled into copies: the caller's sections may serve other runs.
+    def settled(self) -> "RunConfig":
+        """Return a copy, sections too, in which what one option leaves to another is filled in.
+
+        Raises:
+            ValueError: If options contradict each other, or have values that they cannot have.
+            TypeError: If a section is of another task.
         """
         from pacatune.tuner.compat import require
 
-        spec = TASKS[choose(self.task, TASKS, option="task")]
+        run, spec = copy.copy(self), TASKS[choose(self.task, TASKS, option="task")]
         if spec.is_of_trl:
             # 1.13 does not await a reward that is an object; without Triton, 1.15 has no loss.
             require("TRL", "1.16", f"`pacatune {spec.command}`")
-        method, kinds = method_of(self.method, spec.methods), sections_of(self.task)
-        self.method = method.name
-        # What is given of these sections, by their names, which no adapter may contradict.
-        self.given = {name: _given(getattr(self, name)) for name in ADAPTER_SECTIONS}
-        for name, kind in kinds.items():
-            setattr(self, name, _section(name, getattr(self, name), kind))
-        self._refuse_options_of_others(spec)
-        check_lean_level(self.lean_level, lean=self.lean)
-        if method.quantization is not None and self.model.quantization is None:
-            self.model.quantization = method.quantization
-        if method.dropout is not None and self.lora.lora_dropout == 0:
-            self.lora.lora_dropout = method.dropout
-        self._settle_training(spec)
-        self._settle_evaluation()
+        method = method_of(run.method, spec.methods)
+        run.method = method.name
+        for name, kind in sections_of(run.task).items():
+            setattr(run, name, _section(name, getattr(run, name), kind))
+        run._refuse_options_of_others(spec)
+        check_lean_level(run.lean_level, lean=run.lean)
+        if method.quantization is not None and run.model.quantization is None:
+            run.model.quantization = method.quantization
+        if method.dropout is not None and run.lora.lora_dropout == 0:
+            run.lora.lora_dropout = method.dropout
+        run._settle_training(spec)
+        run._settle_evaluation()
         if "reward" not in spec.lacks:
+            is_one = isinstance(run.reward, str) or callable(run.reward)
+            run.reward = [run.reward] if is_one else list(run.reward)
             # Generated data has a verifier.
-            self.reward = list(self.reward) or [self.data.path] * self.data.is_generated
-            if not self.reward:
-                raise ValueError(
-                    "there is no reward; give one on the command line, as in `--reward "
-                    "my_rewards:is_short` (a Python function by module and name)."
-                )
-        if self.lora.lora_dropout and getattr(self.training, "disable_dropout", False):
+            run.reward = run.reward or [run.data.path] * run.data.is_generated
+        if run.lora.lora_dropout and getattr(run.training, "disable_dropout", False):
             raise ValueError(
-                f"`lora.lora_dropout` ({self.lora.lora_dropout:g}, of `method` {self.method!r}) is "
+                f"`lora.lora_dropout` ({run.lora.lora_dropout:g}, of `method` {run.method!r}) is "
                 "switched off by `training.disable_dropout` (True); set that to false, or take "
                 "the dropout out."
             )
         if spec.reference is not None:
-            self._check_reference(spec.reference)
+            run._check_reference(spec.reference)
+        return run
+
+    def refuse_missing(self) -> None:
+        """Refuse a settled run that lacks a model, data or a reward."""
+        self.model.refuse_missing()
+        self.data.refuse_missing()
+        if "reward" not in self.spec.lacks and not self.reward:
+            raise ValueError(
+                "there is no reward; give one on the command line, as in `--reward "
+                "my_rewards:is_short` (a Python function by module and name)."
+            )
+
+    def typed(self, section: str) -> dict[str, Any]:
+        """Return the options of an adapter's section that are set, or have not their defaults."""
+        values, names = getattr(self, section), self._typed[section]
+        return {name: getattr(values, name) for name in {*names, *_changed(values)}}
 
     @property
     def spec(self) -> TaskSpec:
@@ -193,12 +218,14 @@ class RunConfig:
     def repeat_command(self, config_file: object) -> str:
         """Return the command that does this run, as a saved configuration says it."""
         # Functions are named in it, not in the file.
-        words = "".join(f" --reward {name}" for name in self.reward) if self.code() else ""
+        names = map(reward_name, self.reward) if self.code() else ()
+        words = "".join(f" --reward {name}" for name in names)
         return f"pacatune {self.spec.command} --config {config_file}{words}"
 
     def code(self) -> list[str]:
         """Return the rewards that are Python functions, which only the command line may give."""
-        return [name for name in self.reward if not name.startswith(REASONING_GYM)]
+        names = map(reward_name, self.reward)
+        return [name for name in names if not name.startswith(REASONING_GYM)]
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options of the adapter, as PEFT's class of the method takes them."""
@@ -220,13 +247,13 @@ class RunConfig:
                 raise ValueError(f"the task {self.task} has no `{name}` ({value!r}); drop it.")
         for name in ADAPTER_SECTIONS:
             methods = readers_of(name)
-            for option, value in _given(getattr(self, name)).items():
+            for option, value in _changed(getattr(self, name)).items():
                 if self.method not in methods:
                     raise ValueError(
                         f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, and "
                         f"`method` ({self.method!r}) would ignore it; drop it or change `method`."
                     )
-        if not METHODS[self.method].has_scale and (alpha := _given(self.lora).get("lora_alpha")):
+        if not METHODS[self.method].has_scale and (alpha := _changed(self.lora).get("lora_alpha")):
             raise ValueError(
                 f"`lora.lora_alpha` ({alpha}): what `method` ({self.method!r}) trains is not "
                 "scaled; drop it."
@@ -234,16 +261,16 @@ class RunConfig:
 
     def _settle_training(self, spec: TaskSpec) -> None:
         """Fill in the learning rate, and what the best checkpoint is best in."""
-        values = dict(self.training.given)
-        if values["learning_rate"] is None:
-            values["learning_rate"] = default_rate(spec, self.method)
-        check_ranges(values)
+        training = self.training
+        if training.learning_rate is None:
+            training.learning_rate = default_rate(spec, self.method)
+        check_ranges(vars(training))
+        training.pin_bf16()
         if self.early_stopping_patience is not None:
-            values["load_best_model_at_end"] = True
-        if values["load_best_model_at_end"] or values["save_strategy"] == "best":
+            training.load_best_model_at_end = True
+        if training.load_best_model_at_end or training.save_strategy == "best":
             best = "eval_reward" if spec.is_rewarded else "eval_loss"
-            values["metric_for_best_model"] = values["metric_for_best_model"] or best
-        self.training = type(self.training)(**values)
+            training.metric_for_best_model = training.metric_for_best_model or best
 
     def _settle_evaluation(self) -> None:
         """Hold nothing out where nothing is evaluated; refuse what asks for it all the same."""
@@ -319,13 +346,20 @@ def _section(name: str, given: Any, kind: type[Any]) -> Any:
             f"`{name}` is a {type(given).__name__}; it must be a mapping of options, or a "
             f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}."
         )
-    return copy.copy(given)
+    # Anew: what has been set since is checked, and the caller's serves other runs.
+    return kind(**{o.name: getattr(given, o.name) for o in fields(kind) if o.init})
 
 
-def _given(section: Any) -> dict[str, Any]:
-    """Return the options of an adapter's section that are given, or have not their defaults."""
-    if isinstance(section, Mapping):
-        return dict(section)
+def reward_name(reward: Any) -> str:
+    """Return how a reward is written: a function by its module and name."""
+    if isinstance(reward, str):
+        return reward
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    return f"{getattr(reward, '__module__', '?')}:{name}"
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    """Return the options of an adapter's section that have not their defaults."""
     default = type(section)()
     return {
         option.name: value

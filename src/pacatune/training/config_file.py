@@ -31,8 +31,10 @@ PARSER_MODE = "yaml_1_2"
 _UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
 _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
-# Where results go and how they are shown: free to change when a run is resumed.
+# Where data lies, whose digest the checkpoint has, and where results go and how they are shown:
+# free to change when a run is resumed.
 _FREE_ON_RESUME = (
+    *("data.path", "data.eval_path"),
     "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
@@ -59,24 +61,31 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
     so that a later version with other defaults repeats the run.
     """
     from pacatune.training.arguments import own_options
-    from pacatune.training.config import sections_of
+    from pacatune.training.config import reward_name, sections_of
 
     ours = own_options(type(config.training))
     defaults = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory()
         for f in fields(config.training)
+        if f.init
     }
     training = {
         name: value
-        for name, value in config.training.given.items()
-        if name not in _UNSAVED and (name in ours or value != defaults[name])
+        for name, default in defaults.items()
+        if (value := getattr(config.training, name)) != default or name in ours
     }
+    for name in _UNSAVED:
+        training.pop(name, None)
     values: dict[str, Any] = {
         f.name: getattr(config, f.name) for f in fields(config) if f.name not in config.spec.lacks
     }
     values |= {
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
     }
+    if "reward" in values:
+        given = values["reward"]
+        names = [given] if isinstance(given, str) or callable(given) else given
+        values["reward"] = [*map(reward_name, names)]
     # In JSON choices are words, tuples lists, and keys words.
     values["training"] = json.loads(json.dumps(training, default=str))
     data = values["data"]
@@ -87,10 +96,10 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
     return values
 
 
-def config_text(config: "RunConfig", name: str) -> str:
-    """Return the configuration as YAML with which the command `--config NAME` repeats the run."""
-    text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True)
-    return f"# Repeat with: {config.repeat_command(name)}\n{text}"
+def config_text(values: dict[str, Any], command: str) -> str:
+    """Return a run's options as YAML that says by which command they repeat it."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return f"# Repeat with: {command}\n{text}"
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -151,12 +160,24 @@ def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = _dotted(old), _dotted(new)
+    flat_old, flat_new = _comparable(old), _comparable(new)
+    if flat_new.get("paca.groups") is None:  # as many as the run has found
+        flat_new["paca.groups"] = flat_old.get("paca.groups")
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
         if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run by their dotted names, without where several data sets lie."""
+    found = _dotted(values)
+    if sources := found.get("data.datasets"):
+        found["data.datasets"] = [{**source, "path": None} for source in sources]
+    if found.get("data.streaming"):  # of which the digest has the beginning alone
+        found["data.path of a stream"] = values["data"]["path"]
+    return found
 
 
 def local_paths(config: "RunConfig") -> dict[str, str]:

@@ -114,7 +114,10 @@ class LanguageTask(Task):
         held_out = 0 if data.evaluation is None else len(data.evaluation)
         rows = data.train if data.sample is None else data.sample
         how_many = f"{len(rows):,}" if data.sample is None else "streamed"
-        digests = b"".join(row_digests(rows, self.spec.columns))
+        parts = [rows, *([] if data.evaluation is None else [data.evaluation])]
+        digests = b"".join(
+            digest for part in parts for digest in row_digests(part, self.spec.columns)
+        )
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
@@ -396,8 +399,10 @@ def _load_model_config(config: RunConfig) -> Any:
 
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
-    console = main_console(config, console)
     task = task_of(config)
+    if not isinstance(task, LanguageTask):
+        raise ValueError(f"`task` ({config.task!r}) has no texts to show; preview is for others.")
+    console = main_console(task.config, console)
     data = task.read_data()
     task.show(data.train if data.sample is None else data.sample, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

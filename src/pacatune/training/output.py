@@ -26,7 +26,6 @@ from pacatune.training.config_file import (
     config_text,
     local_paths,
     read_values,
-    to_values,
 )
 from pacatune.training.progress import say
 
@@ -148,10 +147,9 @@ def is_finished(folder: Path) -> bool:
     return (folder / REPORT_NAME).exists()
 
 
-def check_same_options(config: RunConfig, folder: Path) -> None:
+def check_same_options(values: dict[str, Any], folder: Path) -> None:
     """Refuse to resume a run with other options than it was started with."""
-    old, new = read_values(folder / CONFIG_NAME), to_values(config)
-    changes = changed_keys(old, new)
+    changes = changed_keys(read_values(folder / CONFIG_NAME), values)
     if changes:
         raise ValueError(
             f"the run in {folder} was started with other options, so resuming would mix two "
@@ -188,7 +186,11 @@ def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -
 
 
 def open_folder(
-    config: RunConfig, now: TrainedOn, checkpoint: Path | None, console: Console
+    config: RunConfig,
+    values: dict[str, Any],
+    now: TrainedOn,
+    checkpoint: Path | None,
+    console: Console,
 ) -> None:
     """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
@@ -200,7 +202,7 @@ def open_folder(
             if old := sorted({name.partition("/")[0] for name in output.owned()}):
                 say(console, f"deleting from {output.path}: {', '.join(old)}")
             output.start_anew()
-            output.write(CONFIG_NAME, config_text(config, CONFIG_NAME))
+            output.write(CONFIG_NAME, config_text(values, config.repeat_command(CONFIG_NAME)))
         else:
             said = f"resuming after step {checkpoint.name.rpartition('-')[2]}: {checkpoint}"
             before = trained_on(checkpoint)

@@ -62,7 +62,7 @@ from pacatune.training.selecting import (
     describe_columns,
     share_of_batches,
 )
-from pacatune.training.start import check_quantization, settle
+from pacatune.training.start import check_quantization
 from pacatune.training.task import Prepared, Task, count_trainable, task_of
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.compat import require
@@ -122,7 +122,7 @@ def train(
     folder = Path(str(config.training.output_dir))
     check_folder(config, resume=resume, overwrite=overwrite)
     if resume:
-        check_same_options(config, folder)
+        check_same_options(task.values, folder)
     repository = None
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
@@ -135,7 +135,7 @@ def train(
         checkpoint = find_checkpoint(now, folder, fixed=fixed)
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
-    open_folder(config, now, checkpoint, console)
+    open_folder(config, task.values, now, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     save_weights(trainer, folder)
     report = save_report(task, prepared, trainer, folder)
@@ -157,8 +157,9 @@ def start_or_resume(
 
     For launchers that repeat a command when a process has died; None if the run was finished.
     """
-    config, console = settle(config), main_console(config, console)
-    folder = Path(str(config.training.output_dir))
+    task: Task = task_of(config)
+    console = main_console(task.config, console)
+    folder = Path(str(task.config.training.output_dir))
     begun, checkpoint = is_begun(folder), last_checkpoint(folder)
     found = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
     others = set(gather_object([found]))
@@ -168,7 +169,7 @@ def start_or_resume(
             "`training.output_dir` on a disk that all nodes share."
         )
     if begun:
-        check_same_options(config, folder)
+        check_same_options(task.values, folder)
     if begun and is_finished(folder):
         say(console, f"the run in {folder} is finished")
         return None
@@ -192,11 +193,12 @@ def prepare(task: Task, console: Console) -> Prepared:
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
     prepared = task.prepare()
+    if (groups := getattr(prepared.adapter_config, "groups", None)) is not None:
+        task.values["paca"]["groups"] = groups
     check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
-    groups = getattr(prepared.adapter_config, "groups", 1)
-    how = config.method + (f", {groups} row groups" if groups > 1 else "")
+    how = config.method + (f", {groups} row groups" if (groups or 1) > 1 else "")
     for line in (
         f"data: {prepared.about_data}",
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "

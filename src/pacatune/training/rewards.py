@@ -17,6 +17,7 @@ from typing import Any
 
 from pacatune.data import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
+from pacatune.training.config import reward_name
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -77,18 +78,24 @@ def check_rewards(name: str, rewards: Any, place: Sequence[str]) -> list[float |
 
 
 def load_rewards(
-    names: Sequence[str], data: PromptDataConfig, columns: Sequence[str]
+    given_rewards: Sequence[str | Callable[..., Any]],
+    data: PromptDataConfig,
+    columns: Sequence[str],
 ) -> list[Callable[..., Any]]:
-    """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`.
+    """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`, or as given.
 
     `columns` are those of the data beside `prompt`, which every function gets. Importing a module
     runs its code; modules are looked for in the current folder too.
     """
     given = (*_GIVEN, *(column for column in columns if column not in ("prompt", "place")))
     rewards = []
-    for name in names:
-        is_verifier = data.is_generated and name == data.path
-        function = make_verifier(data) if is_verifier else _import(name)
+    for reward in given_rewards:
+        name = reward_name(reward)
+        if isinstance(reward, str):
+            is_verifier = data.is_generated and name == data.path
+            function = make_verifier(data) if is_verifier else _import(name)
+        else:
+            function = reward
         try:
             inspect.signature(function).bind(**dict.fromkeys(given))
         except TypeError as error:

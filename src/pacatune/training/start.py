@@ -1,6 +1,5 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
-import copy
 from dataclasses import fields
 from typing import Any
 
@@ -25,27 +24,27 @@ from pacatune.training.sections import check_selection_file
 
 
 def settle(config: RunConfig) -> RunConfig:
-    """Return a run with the options of the adapter that it starts from."""
+    """Return a complete run: settled, and with the options of the adapter that it starts from."""
+    config = config.settled()
+    config.refuse_missing()
     if METHODS[config.method].is_paca and config.paca.from_file:
         check_selection_file(str(config.paca.selection))
     if config.adapter is not None:
-        config = copy.copy(config)
         _take_options(config)
     return config
 
 
 def _take_options(config: RunConfig) -> None:
-    """Fill copies of the sections with the adapter's options; refuse those that contradict it."""
+    """Fill the sections with the adapter's options; refuse those that contradict it."""
     saved = read_start(config)
     for name in METHODS[config.method].sections:
-        section = copy.copy(getattr(config, name))
-        setattr(config, name, section)
+        section, typed = getattr(config, name), config.typed(name)
         for option in fields(section):
             # How many batches choose columns, no adapter says.
             kept = _in_order(getattr(saved, option.name, option.default))
             if option.name == "selection" and kept not in strategies():
                 kept = option.default  # "fixed", or a strategy that left; the columns are there
-            given = config.given[name].get(option.name)
+            given = typed.get(option.name)
             if _in_order(given) not in (None, kept):
                 raise ValueError(
                     f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "

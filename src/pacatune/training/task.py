@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pacatune import lean
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
+from pacatune.training.config_file import to_values
 from pacatune.training.start import read_start, settle
 from pacatune.training.tasks import TaskSpec, load
 
@@ -83,6 +84,9 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = settle(config)
+        self.values = to_values(self.config)
+        """What config.yaml says of the run."""
+        self.config.training = self.config.training.resolved()
         self.spec: TaskSpec = self.config.spec
         self.pipeline_tag = self.spec.pipeline_tag
 

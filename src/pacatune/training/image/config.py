@@ -26,8 +26,11 @@ class ImageModelConfig:
     """Attention: eager, sdpa, ...; the model's own choice where null."""
 
     def __post_init__(self) -> None:
-        refuse_no_path(self.path, "train-image")
         check_choices(self, "model.")
+
+    def refuse_missing(self) -> None:
+        """Refuse a section that says no model."""
+        refuse_no_path(self.path, "train-image")
 
 
 @dataclass
