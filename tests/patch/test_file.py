@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+import stat
 import struct
 
 import pytest
@@ -39,6 +40,8 @@ def test_a_patch_is_read_as_it_was_written(path, bf16_patch):
     assert (found.base, found.fingerprint) == (bf16_patch.base, bf16_patch.fingerprint)
     assert found.adapter.config == bf16_patch.adapter.config
     assert is_patch(path)
+    # As readable as its folder; safetensors makes its files private.
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.parent.stat().st_mode) & 0o666
 
 
 def test_nothing_is_overwritten_and_a_disk_that_runs_full_leaves_nothing(

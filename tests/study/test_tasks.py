@@ -121,7 +121,7 @@ def test_classes(class_options, tmp_path):
     others["shira"]["rank"] = 8  # has as many parameters as LoRA, no more than a weight
     arms = at_rate(1e-2, **{name: one | longer for name, one in learning.items()}, **others)
     arms["diverging"] = Arm(rank=4, learning_rates=[1e38])
-    config = study_of(class_options, arms, command="classify", forgetting_tokens=512)
+    config = study_of(class_options, arms, command="classify", forgetting_tokens=100_000)
     result, _ = run(config, tmp_path / "out")
     assert result.metric == "accuracy"
     (failure,) = result.arms.pop("diverging").failures

@@ -196,10 +196,14 @@ def test_an_adapter_by_its_name(model, server):
     assert_bits(server, merged(model))
 
 
-def test_the_base_is_compared(source, receiver):
+def test_the_base_is_compared(model, server, source, receiver):
     receiver.check_base(source.base_columns())
     receiver.apply(source.columns())
     receiver.check_base(source.base_columns())
+    # It is no sync that the receiver would have missed.
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).data.add_(0.1)
+    assert receiver.apply(source.columns())
+    assert_bits(server, merged(model))
     other, one = served(), source.positions().sets[2]
     with torch.no_grad():
         other.get_parameter(one.name)[1, one.indices[1]] += 1

@@ -12,7 +12,7 @@ from pacatune.cli import main
 from pacatune.training import TrainingDiverged, train
 from pacatune.training.sft import TextTrainer
 from tests.training.launching import save_config
-from tests.training.runs import QUIET
+from tests.training.runs import QUIET, make_trainer
 
 EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
 KEEP_ONE = {**EVERY_STEP, "save_total_limit": 1}
@@ -53,12 +53,33 @@ def checkpoints(folder):
     return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup", "constant"])
+def test_no_step_has_the_rate_0(make_config, kind):
+    """A warm-up rises from its first step on; what comes after it is transformers'."""
+    training = {"max_steps": 10, "warmup_steps": 3, "lr_scheduler_type": kind, "learning_rate": 1.0}
+    trainer = make_trainer(make_config(training=training))
+    trainer.create_optimizer_and_scheduler(10)
+    rates = []
+    for _ in range(10):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        assert {*trainer.lr_scheduler.get_last_lr()} == {rates[-1]}
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    plain = SFTTrainer.create_scheduler
+    trainer.lr_scheduler = None
+    expected = [plain(trainer, 10).lr_lambdas[0](step) for step in range(10)]
+    if kind != "constant":
+        assert expected[0] == 0
+        expected[:3] = [0.25, 0.5, 0.75]
+    assert rates == pytest.approx(expected)
+
+
 def test_command_says_where_it_diverged(make_config, tmp_path, capsys):
     training = {**EVERY_STEP, "save_steps": 4, "learning_rate": 1e38}
     save_config(make_config(training=training), tmp_path / "run.yaml")
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 2
     out, err = capsys.readouterr()
-    step = r"the loss of step 3 is nan; the learning rate is .*e\+3.: lower"
+    step = r"the loss of step 2 is nan; the learning rate is .*e\+3.: lower"
     fix = r"`training.learning_rate` \(1e\+38\).* None is the last good checkpoint."
     assert re.search(f"^pacatune: error: training diverged: {step} {fix}$", err, re.MULTILINE)
     assert "loss 0.0000" not in out
@@ -119,14 +140,18 @@ def test_result_that_is_not_finite_is_not_saved(make_config, tmp_path, monkeypat
 
 
 def test_evaluation_loss(make_config, monkeypatch, diverges):
-    plain = SFTTrainer.prediction_step
+    plain = SFTTrainer.compute_loss
 
-    def prediction_step(self, *args, **kwargs):
-        loss, *rest = plain(self, *args, **kwargs)
-        # In some batches only: a mean over the others would look well.
-        spoilt = self.state.global_step == 4 and loss > 0
-        return (loss * math.nan if spoilt else loss, *rest)
+    def compute_loss(self, *args, **kwargs):
+        found = plain(self, *args, **kwargs)
+        if torch.is_grad_enabled() or self.state.global_step != 4:
+            return found
+        # In one batch only: a mean over the others would look well.
+        seen.append(found)
+        spoilt = math.nan if len(seen) == 1 else 1
+        return (found[0] * spoilt, *found[1:]) if isinstance(found, tuple) else found * spoilt
 
-    monkeypatch.setattr(TextTrainer, "prediction_step", prediction_step)
+    seen = []
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
     message = r"evaluation loss after step 4 is nan.*out/checkpoint-2 is the last good"
     assert diverges(make_config(data={"eval_fraction": 0.2}), message) == [2]

@@ -13,6 +13,11 @@ for _ in range(800):
 GROUPS = {"groups": 2, "r": 2}
 
 
+def test_the_name_that_lora_has_for_it():
+    with pytest.raises(TypeError, match=r"'lora_alpha' \(16\); it is `paca_alpha` here"):
+        PacaConfig(r=8, lora_alpha=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -184,7 +184,7 @@ class PreparedImages(NamedTuple):
     train: Any
     evaluation: Any | None
     fingerprint: str
-    """Hash of the training images, their classes and their order."""
+    """Hash of the images, their classes and their order."""
     warnings: list[str]
 
 
@@ -206,12 +206,15 @@ def prepare_images(config: ImageDataConfig) -> PreparedImages:
         )
     train = _limit(train, config.train_per_class, config.seed)
     evaluation = evaluation and _limit(evaluation, config.eval_per_class, config.seed)
-    digests = None
+    digests, others = None, list[Any]()
     if config.check_images:
         digests, *others = check_images(train, *([evaluation] if evaluation else []))
         for other in others:
             warnings += overlap_warning(digests, other, "evaluation images")
-    return PreparedImages(train, evaluation, images_digest(train, digests), warnings)
+    fingerprint = images_digest(train, digests)
+    if evaluation is not None:
+        fingerprint += images_digest(evaluation, others[0] if config.check_images else None)
+    return PreparedImages(train, evaluation, fingerprint, warnings)
 
 
 def class_names(table: Any) -> list[str]:

@@ -86,3 +86,4 @@ def write_tensors(
     """Write tensors as PEFT does, marked as PyTorch's, with more `metadata` if need be."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(path.absolute().parent.stat().st_mode & 0o666)  # safetensors makes its own private

@@ -188,13 +188,13 @@ def pairing_loss(model: Any, tokenizer: Any, max_tokens: int) -> float:
     """Return the loss of finding a paragraph's second half by its first, among 32 paragraphs.
 
     Sentence encoders are trained for this: the cross-entropy of 20 times the cosines of means over
-    tokens.
+    tokens. Where `max_tokens` asks for more paragraphs than there are, of all.
     """
     (text,) = default_text().values()
     words = [part.split() for part in text.split("\n\n")]
     pairs = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in words if 16 <= len(w) <= 64]
     losses = []
-    for start in range(0, max(32, max_tokens // 64), 32):
+    for start in range(0, min(max(32, max_tokens // 64), len(pairs) // 32 * 32), 32):
         sides = zip(*pairs[start : start + 32], strict=True)
         first, second = (_embeddings(model.eval(), tokenizer, side) for side in sides)
         target = torch.arange(len(first), device=first.device)

@@ -84,7 +84,7 @@ class ColumnSource:
         return self._collect(everything=everything, is_base=False)
 
     def base_columns(self) -> Columns:
-        """Return the base's columns, all of them; they count as a sync."""
+        """Return the base's columns, all of them; the sync that comes next is complete."""
         return self._collect(everything=True, is_base=True)
 
     def send(self, transport: "Transport | None", *, timeout: float | None = None) -> Columns:
@@ -158,7 +158,8 @@ class ColumnSource:
             view_of(buffer, one, start).copy_(self._weights[number].values(is_base))
         self._refuse_infinite(positions, changed, buffer)
         for weight, state in zip(self._weights, states, strict=True):
-            weight.sent = state
+            # Whether a receiver wrote the base's or compared it, the next sync is complete.
+            weight.sent = None if is_base else state
         self.number += 1
         return Columns(
             version=positions.version,

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -67,6 +68,23 @@ class RunTrainer(Trainer):
         self.saved_activation_bytes: int | None = None
         super().__init__(**kwargs)
         self.add_callback(self.meter)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule; no step of it has the rate 0, with which a warm-up would begin."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        number = self.args.get_warmup_steps(num_training_steps)
+
+        def raised(rate: Callable[[int], float], step: int) -> float:
+            return (step + 1) / (number + 1) if step < number else rate(step)
+
+        rates = getattr(scheduler, "lr_lambdas", [])
+        if rates and all(rate(0) == 0 for rate in rates):
+            scheduler.lr_lambdas = [partial(raised, rate) for rate in rates]
+            firsts = [peak / (number + 1) for peak in scheduler.base_lrs]
+            for group, first in zip(scheduler.optimizer.param_groups, firsts, strict=True):
+                group["lr"] = first
+            scheduler._last_lr = firsts
+        return scheduler
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
         """Return how much a micro-batch holds, in the unit of the task."""

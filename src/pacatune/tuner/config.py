@@ -29,6 +29,15 @@ class PacaConfig(PacaOptions, PeftConfig):
     Source: PaCA, Sec. 3.1; `paca_alpha` is the alpha of Tables 9-11.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PacaConfig":
+        """Say the name of what LoRA calls otherwise; Python would only not know it."""
+        if "lora_alpha" in kwargs:
+            raise TypeError(
+                f"{cls.__name__} got an unexpected keyword argument 'lora_alpha' "
+                f"({kwargs['lora_alpha']!r}); it is `paca_alpha` here."
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""
         PacaOptions.__post_init__(self)
