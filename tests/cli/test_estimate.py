@@ -1,10 +1,13 @@
 """`pacatune estimate`: what it answers, as text and as JSON."""
 
+import importlib.util
 import json
 
 import pytest
 
 from pacatune.cli import main
+from pacatune.training.arguments import training_class
+from pacatune.training.sections import LoraSection, PacaSection
 from tests.measure.real_step import LLAMA, write_config
 
 
@@ -83,3 +86,35 @@ def test_the_time_of_a_step(estimate, config, capsys):
     assert "activations" in printed.out
     assert "have not been checked on a GPU" in printed.err
     assert "time" not in estimate(config, "--gpu h100")
+
+
+def test_it_is_about_what_train_does(config, shown, estimate):
+    """The sizes that a run has by default, and what the last two lines mean."""
+    training = training_class("sft")()
+    first, *rest = shown("estimate", config, "--methods", "paca,lora").splitlines()
+    assert first.endswith(
+        "batch 8 x 1,024 tokens and the rank that `pacatune train` has by default"
+    )
+    assert (training.per_device_train_batch_size, training.max_length) == (8, 1024)
+    assert "a device needs the peak and 0.4 GiB" in " ".join(rest)
+    found = estimate(config, "--methods paca,lora,qpaca")["methods"]
+    ranks = {name: one["setting"]["rank"] for name, one in found.items()}
+    assert ranks == {"paca": PacaSection.r, "lora": LoraSection.r, "qpaca": PacaSection.r}
+    assert shown("estimate", config, "--rank", "4").splitlines()[0].endswith("1,024 tokens")
+
+
+def test_4_bits_without_bitsandbytes(estimate, monkeypatch):
+    """They are counted by their size, close to what the real step takes."""
+    words = "llama3.2-1b --methods qpaca,qlora --batch-size 2"
+    real = estimate(words)["methods"]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "pacatune.measure.simulate.find_spec",
+        lambda name: None if name == "bitsandbytes" else find(name),
+    )
+    counted = estimate(words)["methods"]
+    for name, one in counted.items():
+        assert one["peak_bytes"] == pytest.approx(real[name]["peak_bytes"], rel=0.05)
+        weights = [each[name]["by_category"]["weights"] for each in (counted, real)]
+        assert weights[0] == pytest.approx(weights[1], rel=1e-3)
+        assert "bitsandbytes is not installed" in one["notes"][0]

@@ -125,7 +125,7 @@ def test_classes(class_options, tmp_path):
     result, _ = run(config, tmp_path / "out")
     assert result.metric == "accuracy"
     (failure,) = result.arms.pop("diverging").failures
-    assert "TrainingDiverged: training diverged: the evaluation loss after step" in failure
+    assert "TrainingDiverged: training diverged: the loss of step 2" in failure
     assert [arm.failures for arm in result.arms.values()] == [[]] * 9
     for name in learning:
         assert result.arms[name].mean >= 0.9, name

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pacatune.cli.options import give_one, print_notes, quiet_libraries
 from pacatune.measure.setting import Setting
 from pacatune.methods import TEXT_METHODS, method_of
+from pacatune.training.sections import LoraSection, PacaSection
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Quantity
     from pacatune.measure.roofline import StepTime
     from pacatune.measure.simulate import Estimate
 
+_NEEDS = (
+    "a device needs the peak and 0.4 GiB for CUDA and its libraries, or as much as the peak, 0.7 "
+    "GiB and\ngaps between blocks of memory: a fifth of what comes and goes within a step."
+)
 _QUANTITIES: dict[str, "Quantity"] = {
     "seq-len": "seq_len",
     "batch": "batch_size",
@@ -32,6 +37,12 @@ class EstimateCommand(Setting):
     """
 
     model: str = field(kw_only=False)
+    rank: int | None = None  # type: ignore[assignment]
+    """Columns or rank of the adapter; where not given, `train`'s: 16 for paca, 8 for others."""
+    batch_size: int = 8
+    """Sequences per micro-batch, on each device; by default as many as in `train`."""
+    seq_len: int = 1024
+    """Tokens per sequence, none of them padding; by default at most as many as in `train`."""
     method: str = ""
     """One method; by default paca. qpaca and qlora set the quantisation nf4, lora_dropout a
     dropout."""
@@ -62,13 +73,25 @@ class EstimateCommand(Setting):
     def setting(self, method: str) -> Setting:
         """Return the setting of one method, without what it has not and others beside it have."""
         values = {f.name: getattr(self, f.name) for f in fields(Setting)}
+        is_paca = method_of(method, TEXT_METHODS).is_paca
         values |= {"method": method, "dropout": 0.0}
-        if len(self.methods) > 1 and not method_of(method, TEXT_METHODS).is_paca:
+        values["rank"] = self.rank or (PacaSection.r if is_paca else LoraSection.r)
+        if len(self.methods) > 1 and not is_paca:
             values["groups"] = 1
         setting = Setting(**values)
         if len(self.methods) > 1 and not setting.row.has_dropout:
             return setting
         return setting.but(dropout=self.dropout or setting.dropout)
+
+    def about(self) -> str:
+        """Return the sizes that all methods have; `train`'s where none is given."""
+        if self.max is not None:
+            return f"the largest {self.max} that fits"
+        sizes = f"batch {self.batch_size} x {self.seq_len:,} tokens"
+        usual = EstimateCommand.batch_size, EstimateCommand.seq_len, None
+        if (self.batch_size, self.seq_len, self.rank) == usual:
+            sizes += " and the rank that `pacatune train` has by default"
+        return sizes
 
     def run(self, command: str) -> int:
         """Do it."""
@@ -114,7 +137,7 @@ class EstimateCommand(Setting):
             first = next(iter(values.values()))
             print(json.dumps({"methods": values} if self.methods else first, indent=2))
         else:
-            _print_memory(values, estimates, self.model)
+            _print_memory(values, estimates, self.model, self.about())
             _print_times(times, self.gpu)
         if self.plot is not None and estimates:
             _save_plot(estimates, self.plot, available, self.gpu or "available")
@@ -124,13 +147,16 @@ class EstimateCommand(Setting):
 command = EstimateCommand
 
 
-def _print_memory(values: dict[str, Values], estimates: "dict[str, Estimate]", model: str) -> None:
+def _print_memory(
+    values: dict[str, Values], estimates: "dict[str, Estimate]", model: str, sizes: str
+) -> None:
     from pacatune.reports.rows import table
 
     if estimates:
         rows = [row for name, one in estimates.items() for row in one.rows(name)]
         lines = table(rows, ("setting",), ("method",)).plain()
-        print(f"{model}: memory at the peak, simulated", *lines, sep="\n")
+        print(f"{model}: memory at the peak of a step, simulated; {sizes}", *lines, sep="\n")
+        print(_NEEDS)
     for name, one in values.items():
         estimate = estimates.get(name)
         print(f"\n{name}{'' if estimate is None else f': {estimate.setting.about()}'}")

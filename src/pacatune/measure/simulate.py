@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
@@ -130,7 +131,10 @@ class FakeTraining:
         config = load_config(setting.model)
         model: Any = make_skeleton(config, setting.model, setting.weight_dtype)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if setting.quantization is not None:
+        self._by_size: tuple[int, int] | None = None
+        if setting.quantization is not None and find_spec("bitsandbytes") is None:
+            self._by_size = _sizes_in_4_bits(model, setting)
+        elif setting.quantization is not None:
             quantize_(model, setting.quantization, setting.compute_dtype)
             _pack_weights(model, setting)
         # As `pacatune train`, every method adapts the linear layers of the blocks by default.
@@ -195,8 +199,17 @@ class FakeTraining:
         if self._positions is not None and seq_len > self._positions:
             notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
         parts = {one: tracker.by_category[one] for one in CATEGORIES if tracker.by_category[one]}
-        setting = self.setting.but(batch_size=batch_size, seq_len=seq_len)
-        return Estimate(setting, tracker.peak_bytes, parts, tracker.peak_phase, saved, notes)
+        setting, peak = self.setting.but(batch_size=batch_size, seq_len=seq_len), tracker.peak_bytes
+        if self._by_size is not None:
+            less, dequantized = self._by_size
+            parts["weights"] -= less
+            parts["temporaries"] = parts.get("temporaries", 0) + dequantized
+            peak += dequantized - less
+            notes.append(
+                "bitsandbytes is not installed: its 4-bit weights are counted by their size, and "
+                "one dequantised weight beside them; with it their real step is simulated."
+            )
+        return Estimate(setting, peak, parts, tracker.peak_phase, saved, notes)
 
     def count_operations(self, batch_size: int, seq_len: int) -> dict[str, int]:
         """Count the operations of a micro-batch exactly, at any size; see `count_flops`."""
@@ -394,7 +407,9 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
             layer.residency = _FakeResidency(layer.get_base_layer())
             # Being fake forbids nothing: it stands for a plain parameter. FSDP2 keeps originals of
             # the two gathered blocks alone: R / I of these, not counted.
+            # Nor are columns written into 4 bits, where those are counted by size.
             is_read_only = layer.shares_weight or setting.shares_weights
+            is_read_only |= setting.quantization is not None
             layer.residency.forbidden = "its weight is shared" if is_read_only else None
         if isinstance(layer, PacaLayer):
             adapter += _expect_distinct(layer)
@@ -443,6 +458,19 @@ def _pack_weights(model: nn.Module, setting: Setting) -> None:
         for module in model.modules():
             if is_4bit(module):
                 module.weight, _ = _quantized_weight(module, setting)
+
+
+def _sizes_in_4_bits(model: Any, setting: Setting) -> tuple[int, int]:
+    """Return by how many bytes 4-bit weights are smaller, and those of the largest dequantised."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    numbers = [layer.weight.numel() for layer in layers]
+    scales = [-(-number // _BLOCK) for number in numbers]
+    packed = sum((number + 1) // 2 for number in numbers)
+    packed += sum(number + 4 * -(-number // _NESTED_BLOCK) for number in scales)
+    less = sum(numbers) * setting.weight_dtype.itemsize - packed
+    num_devices = setting.num_gpus if setting.shares_weights else 1
+    return less // num_devices, max(numbers) * setting.compute_dtype.itemsize
 
 
 def _quantized_weight(layer: Any, setting: Setting) -> tuple[Tensor, list[Tensor]]:
