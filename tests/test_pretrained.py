@@ -1,9 +1,13 @@
 """What cannot be loaded says whose it is; tests of what can are those of adapters and training."""
 
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from pacatune import pretrained
@@ -16,6 +20,44 @@ def test_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
         pretrained.find_model(str(tmp_path))
     assert pretrained.find_model("resnet18.a1_in1k") == "resnet18.a1_in1k"
+
+
+def response(status):
+    return SimpleNamespace(headers={}, request=None, status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_refused"),
+    [
+        (ConnectionError("no route"), True),
+        (type("ConnectError", (Exception,), {})("no name"), True),
+        (type("ConnectTimeout", (Exception,), {})("slow"), False),
+        (RepositoryNotFoundError("404", response=response(404)), True),
+        (GatedRepoError("403", response=response(403)), False),
+        (HfHubHTTPError("503", response=response(503)), False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_the_hub_is_asked_once(monkeypatch, tmp_path, kind, error, is_refused):
+    """Its own clients ask for more than a minute; what is not clear is let through."""
+    asked = []
+
+    def repo_info(self, name, **options):
+        asked.append((name, options["repo_type"], options["timeout"]))
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    message = rf"`data.path` \('me/it'\) is neither a file .* \({type(error).__name__}\); check"
+    expected = pytest.raises(FileNotFoundError, match=message) if is_refused else nullcontext()
+    with expected:
+        pretrained.refuse_absent("me/it", option="data.path", kind=kind)
+    (tmp_path / f"{kind}s--me--it").mkdir()  # what is in the cache is not asked for
+    pretrained.refuse_absent("me/it", option="data.path", kind=kind)
+    assert asked == [("me/it", kind, 2)]
 
 
 def test_damaged_tokenizer(tiny_model_dir, tmp_path):

@@ -51,11 +51,64 @@ def find_model(path: str, *, option: str = "model.path") -> str:
     return path
 
 
+def refuse_no_weights(path: str, *, option: str = "model.path") -> None:
+    """Refuse a local folder without weights in safetensors, which alone are read to train."""
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(
+            f"`{option}` ({path}) holds no weights in safetensors (model.safetensors); copy them, "
+            "or save the model anew by transformers."
+        )
+
+
+def refuse_absent(
+    name: str, *, option: str, kind: str = "model", revision: str | None = None
+) -> None:
+    """Refuse what is no repository of the hub, or cannot be asked for, by one question.
+
+    The hub's own clients ask for more than a minute where there is no network. What is in the cache
+    is not asked for; what is not answered clearly is for the loading itself to say.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    cached = [Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"]
+    if kind == "dataset":
+        cached.append(Path(constants.HF_HOME) / "datasets" / name.replace("/", "___"))
+    if constants.HF_HUB_OFFLINE or any(folder.exists() for folder in cached):
+        return
+    try:
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=2)
+    except GatedRepoError:
+        return
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        reason: Exception = error
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # of one of several HTTP libraries
+        if "Connect" not in type(error).__name__ or "Timeout" in type(error).__name__:
+            return
+        reason = error
+    else:
+        return
+    what = "data set" if kind == "dataset" else kind
+    raise FileNotFoundError(
+        f"`{option}` ({name!r}) is neither a file or folder here nor a {what} of the hub that can "
+        f"be reached ({type(reason).__name__}); check the path or the network."
+    ) from reason
+
+
 def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
     """Load the configuration of a model, without a weight."""
     import transformers
 
-    find_model(path, option=option)
+    if not Path(find_model(path, option=option)).exists():
+        refuse_absent(path, option=option, revision=revision)
     try:
         with no_remote_code(path):
             return transformers.AutoConfig.from_pretrained(
@@ -79,6 +132,8 @@ def load_tokenizer(
     """Load the tokenizer that lies beside a model; an OSError if there is none."""
     from transformers import AutoTokenizer
 
+    if not Path(path).exists():
+        refuse_absent(path, option=option, revision=revision)
     with no_remote_code(path):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

@@ -12,6 +12,7 @@ from pacatune.adapters import loading
 from pacatune.cli import main, train, train_image
 
 RUN = "train --model.path tiny --data.path d.jsonl"
+GRPO = "train --model.path tiny --task grpo --data.path prompts.jsonl"
 IMAGES = "train-image --model.path m --data.path images"
 BOTH = "--adapter adapter --output out"
 BENCH = "bench --output out"
@@ -35,8 +36,20 @@ WRONG_RUNS = {
     f"{RUN} {TYPO} 1": f"unknown option {TYPO}; did you mean '--training.learning_rate'?",
     "train --config task.yaml": "`task of task.yaml` (\"['a']\") must be one of sft",
     "train --config flag.yaml": "flag.yaml: 'resume' belongs on the command line, as --resume.",
+    f"{RUN} --training.output_dir /proc/none/a": "nothing can be written in /proc (No such file",
+    f"{RUN} --training.output_dir d.jsonl": "d.jsonl is a file; choose another: `training.output_d",
+    f"{RUN} --training.output_dir images": "holds files that a training run did not write, or",
+    f"{RUN} --training.report_to nope": "`training.report_to` ('nope') is not installed or unkn",
+    f"{RUN} --training.optim adam": "`training.optim` ('adam') must be one of adamw_torch, ",
+    f"{RUN} --adapter nope": "adapter folder 'nope' does not exist; check `adapter`",
+    f"{RUN} --adapter images": "'images' has no adapter_config.json",
+    "train --model.path bare --data.path d.jsonl": "`model.path` (bare) holds no weights in saf",
+    f"{GRPO} --reward nope:f": "`reward` ('nope:f') must be a Python function as module:name, of",
+    f"{GRPO} --reward rewards:f": "rewards.py has no 'f'.",
+    f"{RUN} --task classifier": "row 1: field 'text' is missing (columns ['completion', 'pr",
     "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
     "train-image --model.path resnet18 --data.path ./nosuch": "./nosuch does not exist; check `",
+    "train-image --model.path m --data.path adapter": "`data.path` (adapter) holds no folders; p",
     f"{IMAGES} --preset vit": "`preset` ('vit') must be one of vit-b16-cifar10",
     f"{IMAGES} --preview 2": "unknown option --preview",
     f"{IMAGES} --method qlora": "method",
@@ -109,12 +122,15 @@ def folder(tiny_model_dir, adapter_dir, tmp_path, monkeypatch):
     files = {
         "adapter/adapter_config.json": '{"peft_type": "PACA"}',
         "d.jsonl": '{"prompt": "1?", "completion": " 1"}\n',
+        "prompts.jsonl": '{"prompt": "1?"}\n',
         "wrong.csv": "q,a\n1,2\n",
         "wrong.yaml": "training: {max_steps: many}\n",
         "task.yaml": "task: [a]\n",
         "flag.yaml": "resume: true\n",
+        "rewards.py": "def g(completions, **kwargs):\n    return [0.0] * len(completions)\n",
+        "bare/config.json": "{}",
     }
-    for name in ("adapter", "images", "images/a", "images/b"):
+    for name in ("adapter", "bare", "images", "images/a", "images/b"):
         (tmp_path / name).mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)

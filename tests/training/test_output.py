@@ -86,8 +86,12 @@ def test_folders_that_are_refused(check, folders, folder, options, message):
 
 
 def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    with pytest.raises(PermissionError, match=f"nothing can be written in {tmp_path}; choose"):
+    def mkdtemp(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
+    message = rf"nothing can be written in {tmp_path} \(Permission denied\); choose another `tr"
+    with pytest.raises(PermissionError, match=message):
         check(tmp_path / "new" / "deep")
 
 
@@ -134,17 +138,17 @@ def test_missing_weights_are_refused(tmp_path, tensors, lacking):
 
 def test_what_fixes_the_split(make_config):
     """A run goes on with another split of its steps only where they see the same examples."""
-    assert why_fixed(make_config().training, []) is None
+    assert why_fixed(make_config().training.resolved(), []) is None
     for option, value in {
         "train_sampling_strategy": "group_by_length",
         "dataloader_drop_last": True,
         "average_tokens_across_devices": False,
         "accelerator_config": {"split_batches": True},
     }.items():
-        reason = why_fixed(make_config(training={option: value}).training, [])
+        reason = why_fixed(make_config(training={option: value}).training.resolved(), [])
         assert reason.startswith(f"with `training.{option}` (")
         assert reason.endswith(") the split decides what a step learns")
-    training = make_config().training
+    training = make_config().training.resolved()
     assert why_fixed(training, iter([])).startswith("a stream is dealt to the processes")
     training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
     assert why_fixed(training, []).startswith("DeepSpeed reads the states of as many processes")

@@ -7,6 +7,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 from pacatune import pretrained
 from pacatune.training import recipe
+from pacatune.training.arguments import SharedDefaults
 from pacatune.training.language import LanguageTask
 from pacatune.training.task import task_of
 from pacatune.tuner import compat
@@ -41,7 +42,6 @@ def _no_weights(monkeypatch, tmp_path):
         ({"task": "grpo", "reward": ["my_rewards:no"]}, "'my_rewards' has no attribute 'no'"),
         ({"data": {"chat_template": "t.jinja"}}, r"`data.chat_template` \('t.jinja'\) is neither"),
         ({"training": {"eos_token": "<no>"}}, r"`training.eos_token` \('<no>'\) is not in the voc"),
-        ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not "),
         # The model
         ({"model": {"path": "./no/such"}}, "model folder ./no/such does not exist; check"),
         ({"model": {"path": "."}}, r"holds no config.json; `model.path` must be"),
@@ -92,10 +92,15 @@ def test_ways_to_shard(make_config, monkeypatch, environment, options, message):
         ({"method": "full"}, r"`zero3_save_16bit_model` \(false\) .* must be true: .* \('full'\)"),
     ],
 )
-def test_deepspeed(make_config, options, message):
-    config = make_config(**options)
-    config.training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
-    refused(message, config)
+def test_deepspeed(make_config, monkeypatch, options, message):
+    def resolved(self):
+        made = plain(self)
+        made.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+        return made
+
+    plain = SharedDefaults.resolved
+    monkeypatch.setattr(SharedDefaults, "resolved", resolved)
+    refused(message, make_config(**options))
 
 
 def test_what_the_machine_lacks(make_config, monkeypatch):

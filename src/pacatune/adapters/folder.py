@@ -27,6 +27,7 @@ from pacatune.format.tensors import (
 from pacatune.methods import METHODS, config_class
 from pacatune.names import nearest
 from pacatune.ops.row_groups import num_groups_of, rank_of
+from pacatune.pretrained import refuse_absent
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -246,6 +247,7 @@ def locate_folder(folder: str | Path) -> Path:
         raise FileNotFoundError(f"adapter folder {str(folder)!r} does not exist; check the path.")
     from huggingface_hub import snapshot_download
 
+    refuse_absent(folder, option="adapter")
     try:
         return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
     except Exception as error:

@@ -163,14 +163,14 @@ class BaseOptions:
         from pacatune.files.folder import check_output
         from pacatune.files.plain import find_file
         from pacatune.precision import choose_device
-        from pacatune.pretrained import find_model
+        from pacatune.pretrained import find_model, refuse_absent
 
         if output is not None:
             check_output(Path(output), num_bytes=0)
         if self.adapter is not None:
             find_file(locate_folder(self.adapter), CONFIG_NAME)
-        if self.model is not None:
-            find_model(self.model, option="model")
+        if self.model is not None and not Path(find_model(self.model, option="model")).exists():
+            refuse_absent(self.model, option="model")
         choose_device(self.device)
 
 

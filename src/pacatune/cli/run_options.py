@@ -11,12 +11,17 @@ from typing import Any
 from jsonargparse import Namespace
 
 from pacatune.cli.options import SectionParser, refuse_unknown
+from pacatune.data.config import REASONING_GYM
+from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.training.config import RunConfig, check_ranges, sections_of
+from pacatune.pretrained import find_model, refuse_absent, refuse_no_weights
+from pacatune.training.config import RunConfig, check_training, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
+from pacatune.training.folder import check_place
+from pacatune.training.rewards import check_reward
 from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
-from pacatune.training.tasks import TASKS, load
+from pacatune.training.tasks import TASKS, TaskSpec, load
 
 _SWITCHES = {
     "resume": "Continue the run in training.output_dir from its last checkpoint.",
@@ -122,22 +127,46 @@ class RunOptions:
         }
         for name in ("model", "data"):
             built[name].refuse_missing()
-        check_ranges(options.training.as_dict())
+        check_training(options.training.as_dict())
         if METHODS[options.method].is_paca and built["paca"].from_file:
             check_selection_file(str(built["paca"].selection))
-        if not ("resume" in options or "auto_resume" in options):
-            _check_files(built["model"], built["data"], self.spec.rows)
+        goes_on = "resume" in options or "auto_resume" in options
+        if "preview" not in options and "auto_resume" not in options:
+            how = {name: name in options for name in ("resume", "overwrite")}
+            check_place(str(options.training.output_dir), **how)
+        if goes_on:
+            return
+        if (adapter := options.get("adapter")) is not None:
+            _check_adapter(adapter)
+        _check_files(built["model"], built["data"], self.spec)
+        if "preview" not in options and self.spec.command == "train":
+            refuse_no_weights(built["model"].path)
+        for name in options.get("reward") or ():
+            if not name.startswith(REASONING_GYM):
+                check_reward(name)
 
 
-def _check_files(model: Any, data: Any, rows: str) -> None:
+def _check_adapter(name: str) -> None:
+    """Refuse an adapter that is not there; what is in it is seen later."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        find_file(folder, "adapter_config.json")
+    elif folder.exists() or name.count("/") != 1 or name[0] in "./~":
+        raise FileNotFoundError(f"adapter folder {name!r} does not exist; check `adapter`.")
+    else:
+        refuse_absent(name, option="adapter")
+
+
+def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
     from pacatune.data.prepare import check_first_rows
     from pacatune.data.read import read_template
-    from pacatune.pretrained import find_model
 
-    find_model(model.path)
+    is_name = spec.command == "train-image" and "/" not in model.path  # of timm
+    if not Path(find_model(model.path)).exists() and not is_name:
+        refuse_absent(model.path, option="model.path", revision=model.revision)
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
-    check_first_rows(data, load(rows) if rows else None)
+    check_first_rows(data, load(spec.rows) if spec.rows else None)
 
 
 def carry_out(config: Any, options: Namespace) -> None:

@@ -119,6 +119,18 @@ def _find_format(values: dict[str, Any], format: str) -> str:
     )
 
 
+def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
+    """Yield the `text` of each row and its `label`, a text too."""
+    for row in rows:
+        with named(row.place):
+            check_columns(row.values, "text", "label")
+            text, label = row.values["text"], row.values["label"]
+            if not isinstance(text, str) or not text.strip() or label == "":
+                found = f"text {str(text)[:40]!r} and label {label!r:.40}"
+                raise ValueError(f"has {found}; a classifier needs both.")
+        yield {"text": text, "label": str(label)}
+
+
 def check_columns(values: dict[str, Any], *needed: str) -> None:
     """Refuse a row that lacks a column."""
     present = present_columns(values)

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import ImageDataConfig, SourceConfig
 from pacatune.data.formats import to_rgb
-from pacatune.data.read import is_local, load_hub
+from pacatune.data.read import class_folders, is_local, load_hub
 from pacatune.names import choose
 
 # torchvision's data sets of the paper's Tables 6 and 7, and their splits.
@@ -92,11 +92,7 @@ def _read(config: ImageDataConfig, source: SourceConfig, option: str) -> Any:
 
 def read_folder(folder: Path) -> Any:
     """Return the images in each class's folder; the folders' names are the classes."""
-    found = {one: _files(one) for one in _folders(folder)}
-    if not found:
-        raise ValueError(
-            f"{folder} holds no folders; put the images of each class into a folder of its name."
-        )
+    found = {one: _files(one) for one in class_folders(folder)}
     rows, strange = [], []
     for label, (one, files) in enumerate(found.items()):
         images = [file for file in files if file.suffix.lower() in ImageFolder.EXTENSIONS]

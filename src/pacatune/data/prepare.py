@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
-from pacatune.data.config import DataConfig, DataSection, SourceConfig
+from pacatune.data.config import REASONING_GYM, DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder
 from pacatune.data.formats import to_examples
-from pacatune.data.read import Row, is_local, read_rows
+from pacatune.data.read import Row, class_folders, is_local, read_rows
+from pacatune.pretrained import refuse_absent
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -196,12 +197,18 @@ def find_examples(
 def check_first_rows(
     config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]] | None
 ) -> None:
-    """Refuse local data that is not there, or whose first rows `convert` cannot use."""
+    """Refuse data that is not there, or whose first rows `convert` cannot use; None: images."""
     sources, held_out = find_examples(config, convert or (lambda rows, _: iter(rows)))
     for one in filter(None, (*sources, held_out)):
         source = one.source
-        if is_local(source.path, one.option, source.split, source.name) and convert is not None:
+        if source.path.startswith(("torchvision:", REASONING_GYM)):
+            continue
+        if not is_local(source.path, one.option, source.split, source.name):
+            refuse_absent(source.path, option=one.option, kind="dataset")
+        elif convert is not None:
             next(iter(one))
+        else:
+            class_folders(Path(source.path).expanduser(), one.option)
 
 
 def make_tables(

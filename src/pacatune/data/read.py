@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pacatune.pretrained import refuse_absent
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _OF_MMLU = ("question", "A", "B", "C", "D", "answer")
@@ -74,6 +76,17 @@ def is_local(path: str, option: str, split: str = "train", name: str | None = No
     if local.suffix.lower() in SUFFIXES or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{path} does not exist; check `{option}`.")
     return False
+
+
+def class_folders(path: Path, option: str = "data.path") -> list[Path]:
+    """Return the folders of images of each class; refuse a folder without."""
+    folders = [one for one in sorted(path.glob("*")) if one.is_dir() and one.name[0] != "."]
+    if not folders:
+        raise ValueError(
+            f"`{option}` ({path}) holds no folders; put the images of each class into a folder of "
+            "its name."
+        )
+    return folders
 
 
 def _files_of(path: str) -> list[Path]:
@@ -162,6 +175,7 @@ def load_hub(
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    refuse_absent(path, option=option, kind="dataset")
     try:
         return load_dataset(path, name, split=split, streaming=streaming)
     except (ConnectionError, DatasetNotFoundError) as error:

@@ -1,7 +1,7 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -10,9 +10,8 @@ from transformers import DataCollatorWithPadding
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
-from pacatune.data.formats import check_columns
+from pacatune.data.formats import to_texts
 from pacatune.data.prepare import find_examples, hold_out
-from pacatune.data.read import Row, named
 from pacatune.training.language import LanguageTask
 from pacatune.training.trainer import accuracy
 
@@ -57,18 +56,6 @@ def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
     columns: Any = task.tokenizer(texts["text"][:], truncation=True, max_length=limit)
     columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
     return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))})
-
-
-def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
-    """Yield the `text` of each row and its `label`, a text too."""
-    for row in rows:
-        with named(row.place):
-            check_columns(row.values, "text", "label")
-            text, label = row.values["text"], row.values["label"]
-            if not isinstance(text, str) or not text.strip() or label == "":
-                found = f"text {str(text)[:40]!r} and label {label!r:.40}"
-                raise ValueError(f"has {found}; a classifier needs both.")
-        yield {"text": text, "label": str(label)}
 
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:

@@ -264,7 +264,7 @@ class RunConfig:
         training = self.training
         if training.learning_rate is None:
             training.learning_rate = default_rate(spec, self.method)
-        check_ranges(vars(training))
+        check_training(vars(training))
         training.pin_bf16()
         if self.early_stopping_patience is not None:
             training.load_best_model_at_end = True
@@ -316,8 +316,31 @@ class RunConfig:
         )
 
 
-def check_ranges(training: Mapping[str, Any]) -> None:
-    """Refuse numbers with which nothing would be trained, or only once the weights are loaded."""
+def check_training(training: Mapping[str, Any]) -> None:
+    """Refuse names that transformers does not know, and numbers with which nothing is trained."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    kinds: dict[str, Any] = {
+        "optim": OptimizerNames,
+        "lr_scheduler_type": SchedulerType,
+        "save_strategy": SaveStrategy,
+        **dict.fromkeys(("eval_strategy", "logging_strategy"), IntervalStrategy),
+    }
+    for name, kind in kinds.items():
+        value = training.get(name)
+        if value is not None:
+            text = str(getattr(value, "value", value))
+            choose(text, [one.value for one in kind], option=f"training.{name}")
+    loggers = training.get("report_to")
+    available = get_available_reporting_integrations()
+    for name in [loggers] if isinstance(loggers, str) else loggers or ():
+        if name not in (*available, "none", "all"):
+            raise ValueError(
+                f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
+                f"{', '.join(available) or 'none'}."
+            )
     length = "num_train_epochs" if training["max_steps"] == -1 else "max_steps"
     for name in (*_ABOVE_ZERO, length):
         value = training.get(name)

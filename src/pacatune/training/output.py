@@ -6,7 +6,6 @@ it would have seen, since Trainer deals consecutive batches of one seeded order 
 
 import json
 import math
-import os
 import re
 import socket
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,6 @@ from safetensors import safe_open
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import has_length
 
-from pacatune.files.owned_folder import OwnedFolder
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import (
     CONFIG_NAME,
@@ -27,22 +25,19 @@ from pacatune.training.config_file import (
     local_paths,
     read_values,
 )
+from pacatune.training.folder import (
+    check_place,
+    run_folder,
+)
 from pacatune.training.progress import say
 
 STATE_NAME = "trainer_state.json"
-# Written last: a run that has it is finished.
-REPORT_NAME = "report.json"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What others write there for a run: TensorBoard's callback and TRL's table of completions.
 _LOGS = (
     f"runs/*_{socket.gethostname()}/events.out.tfevents.*",
     "completions/completions_*.parquet",
-)
-# The names that a resumed run may write; its configuration it only reads.
-_RESUMED_OUTPUTS = (
-    *("checkpoint-*", "*.safetensors*", "*.json", "*.md", "*.png", "*.jinja", "*.tiktoken"),
-    *("tokenizer.*", "vocab.*", "merges.txt", "completions", "runs"),
 )
 # With other values, what a step sees depends on how it is split.
 _USUAL = {
@@ -99,52 +94,16 @@ def why_fixed(training: Any, examples: Any) -> str | None:
     return None
 
 
-def run_folder(folder: str | Path) -> OwnedFolder:
-    """Return the output folder of a run, which owns what runs wrote there."""
-    return OwnedFolder(
-        path=Path(folder).expanduser(), kind="a training run", option="`training.output_dir`"
-    )
-
-
 def check_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
     """Refuse an output folder in which this run would lose or mix something."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; give one of them.")
-    output = run_folder(str(config.training.output_dir))
-    folder = output.path
-    above = (folder.absolute(), *folder.absolute().parents)
-    if not os.access(place := next(path for path in above if path.exists()), os.W_OK):
-        raise PermissionError(
-            f"nothing can be written in {place}; choose another `training.output_dir`."
-        )
+    folder = run_folder(str(config.training.output_dir)).path
     for option, path in local_paths(config).items():
         if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"`{option}` ({path}) lies in the output folder {folder}, which this run writes; "
                 "choose another `training.output_dir`."
             )
-    if resume and not is_begun(folder):
-        raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
-    if resume and is_finished(folder):
-        raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
-    output.check(_RESUMED_OUTPUTS if resume else ("*",))
-    results = {name.partition("/")[0] for name in output.owned()} - {CONFIG_NAME, "runs"}
-    if results and not resume and not overwrite:
-        going_on = "" if is_finished(folder) else "continue with --resume, "
-        raise FileExistsError(
-            f"output folder {folder} holds another run ({', '.join(sorted(results)[:3])}); choose "
-            f"another `training.output_dir`, {going_on}or delete it with --overwrite."
-        )
-
-
-def is_begun(folder: Path) -> bool:
-    """Whether a folder holds a run, of whatever options."""
-    return run_folder(folder).is_ours and (folder / CONFIG_NAME).is_file()
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder has its result."""
-    return (folder / REPORT_NAME).exists()
+    check_place(str(config.training.output_dir), resume=resume, overwrite=overwrite)
 
 
 def check_same_options(values: dict[str, Any], folder: Path) -> None:

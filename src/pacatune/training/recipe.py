@@ -23,19 +23,16 @@ from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, without_folders
+from pacatune.training.folder import REPORT_NAME, is_begun, is_finished, run_folder
 from pacatune.training.output import (
-    REPORT_NAME,
     TrainedOn,
     check_folder,
     check_same_options,
     find_checkpoint,
-    is_begun,
-    is_finished,
     last_checkpoint,
     open_folder,
     read_state,
     refuse_missing_weights,
-    run_folder,
     what_is_intact,
     why_fixed,
 )
@@ -211,8 +208,6 @@ def prepare(task: Task, console: Console) -> Prepared:
 
 def check_environment(config: RunConfig) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
-    from transformers.integrations import get_available_reporting_integrations
-
     training, plugin = config.training, config.training.deepspeed_plugin
     if training.n_gpu > 1:
         raise ValueError(
@@ -238,13 +233,6 @@ def check_environment(config: RunConfig) -> None:
             "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
             f"otherwise no process has the result of `method` ({config.method!r}) to save it."
         )
-    available = get_available_reporting_integrations()
-    for name in training.report_to or ():
-        if name not in available:
-            raise ValueError(
-                f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
-                f"{', '.join(available) or 'none'}."
-            )
 
 
 def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, console: Console) -> Any:

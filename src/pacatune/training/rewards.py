@@ -5,6 +5,8 @@ of the data, all of them lists with one entry per answer, it returns as many num
 says nothing.
 """
 
+import ast
+import importlib.util
 import inspect
 import math
 import pkgutil
@@ -107,20 +109,54 @@ def load_rewards(
     return rewards
 
 
+def check_reward(name: str) -> None:
+    """Refuse a function of a module that cannot be found, or does not have it; none is imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        with _current_folder():
+            spec = importlib.util.find_spec(module)
+    except Exception:  # of a package that is imported for it
+        return
+    if spec is None:
+        raise _no_function(name, f"there is no module {module!r}")
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    if not {attribute.partition(".")[0], "*", "__getattr__"} & names:
+        raise _no_function(name, f"{spec.origin} has no {attribute!r}")
+
+
 def _import(name: str) -> Callable[..., Any]:
+    try:
+        with _current_folder():
+            function: Callable[..., Any] = pkgutil.resolve_name(name)
+    except Exception as error:
+        raise _no_function(name, f"importing it raised {type(error).__name__} ({error})") from error
+    return function
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Find modules of the current folder, too."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        function: Callable[..., Any] = pkgutil.resolve_name(name)
-    except Exception as error:
-        raise ValueError(
-            f"`reward` ({name!r}) must be a Python function as module:name, of a module in {folder}"
-            f" or installed, or the reasoning-gym:TASK that `data.path` is; importing it raised "
-            f"{type(error).__name__} ({error})."
-        ) from error
+        yield
     finally:
         sys.path.remove(folder)
-    return function
+
+
+def _no_function(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"`reward` ({name!r}) must be a Python function as module:name, of a module in {Path.cwd()}"
+        f" or installed, or the reasoning-gym:TASK that `data.path` is; {reason}."
+    )
 
 
 def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:

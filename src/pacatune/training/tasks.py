@@ -176,6 +176,7 @@ TASKS: dict[str, TaskSpec] = {
         auto_class="AutoModelForSequenceClassification",
         task_type="SEQ_CLS",
         pipeline_tag="text-classification",
+        rows="pacatune.data.formats.to_texts",
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
         lacks=("adapter", "reward"),

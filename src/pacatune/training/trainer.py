@@ -23,12 +23,12 @@ from pacatune.files.folder import explained_failure
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_weights, readable_weights
+from pacatune.training.folder import run_folder
 from pacatune.training.output import (
     STATE_NAME,
     TrainedOn,
     last_checkpoint,
     refuse_missing_weights,
-    run_folder,
     trained_on,
     what_is_intact,
 )
