@@ -34,9 +34,11 @@ find_python() {
 apart=tests/tuner/quantizers.txt
 # accelerate imports it in every Trainer that finds it; it compiles code, which not every machine can.
 zero=tests/distributed/deepspeed.txt
+# torch compiles by it on a CPU, too, once it is found; a gigabyte, for one kernel.
+kernel=tests/residency/triton.txt
 
 # The folder counts too: a copied or moved checkout would otherwise import the code of the old place.
-wanted="$(cat pyproject.toml "$apart" "$zero" | cksum) $(pwd -P)"
+wanted="$(cat pyproject.toml "$apart" "$zero" "$kernel" | cksum) $(pwd -P)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x "$python" ]; then
     exit 0
 fi
@@ -65,5 +67,11 @@ if [ "$extra" = dev ]; then
     DS_BUILD_OPS=0 "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
         --upgrade --no-deps --target .cache/deepspeed -r "$zero" >.cache/deepspeed.log 2>&1 ||
         echo "setup: no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why."
+    cmp -s "$kernel" .cache/triton/installed.txt || {
+        rm -rf .cache/triton
+        "$python" -m pip install -q --disable-pip-version-check --no-deps --target .cache/triton \
+            -r "$kernel" >.cache/triton.log 2>&1 && cp "$kernel" .cache/triton/installed.txt ||
+            echo "setup: no Triton, so its kernel is not tested; .cache/triton.log says why."
+    }
 fi
 printf '%s' "$wanted" >"$stamp"

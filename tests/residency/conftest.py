@@ -15,6 +15,8 @@ ON_CPUS_ALONE = {
     "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
     "test_processes_that_share_the_memory",
     "test_what_a_large_pass_asks_for_ends_with_the_step",  # as a small one writes nothing
+    # in processes of their own
+    *("test_its_bits_by_the_interpreter", "test_it_is_compiled_for_gpus_that_are_not_here"),
 }
 
 

@@ -178,16 +178,17 @@ def _kernel() -> Any:
     except ImportError:
         return None
 
+    # Triton reads annotations, and takes no names in them but its own.
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def put(
-        table: Any,
-        scalings: Any,
+    def put(  # type: ignore[no-untyped-def]
+        table,
+        scalings,
         dtype: tl.constexpr,
         delta_dtype: tl.constexpr,
         adds: tl.constexpr,
         takes: tl.constexpr,
         block: tl.constexpr,
-    ) -> None:
+    ):
         weight = tl.program_id(0)
         row = table + weight * 8
         memory = tl.load(row).to(tl.pointer_type(dtype))
