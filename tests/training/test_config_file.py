@@ -7,6 +7,7 @@ from pacatune.training.config_file import (
     read_values,
     suggest,
     to_values,
+    without_folders,
 )
 from tests.training.launching import save_config
 
@@ -87,3 +88,12 @@ def test_known_keys_pass_and_a_misspelt_section_is_told_from_others_with_its_opt
     text = "method: lora\nmodel: {path: x}\npaca: {rank_pattern: {q_proj: 4}}\ndata:"
     check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
     assert suggest("dta.path", ["data.path", "model.path"]).startswith("did you mean 'data.path'?")
+
+
+def test_what_others_read_has_names_alone(make_config, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").touch()
+    config = make_config(data={"path": str(tmp_path / "d")})
+    texts = [f"{tmp_path}/d/a.jsonl, row 3", f"of `{tmp_path}/d`", f"{tmp_path}/d2", "a/d"]
+    found = without_folders({"a": (texts, 1)}, config)
+    assert found == {"a": (["d/a.jsonl, row 3", "of `d`", f"{tmp_path}/d2", "a/d"], 1)}

@@ -75,8 +75,10 @@ class TestFiles:
         assert {"r", "paca_alpha", "random_seed", "init_weights", "layers_pattern"} <= set(config)
 
     @loads_adapters
-    def test_loads_by_every_door(self, base, ids, tmp_path, tiny_model_dir):
-        model = adapt(base)
+    @pytest.mark.parametrize("options", [{}, {"selection": "weight_norm"}])
+    def test_loads_by_every_door(self, base, ids, tmp_path, tiny_model_dir, options):
+        """transformers loads tensors past PEFT: there the columns are noted by the first pass."""
+        model = adapt(base, **options)
         want = logits(model, ids)
         model.save_pretrained(tmp_path)
         edit_config(tmp_path, base_model_name_or_path=str(tiny_model_dir))
@@ -85,6 +87,7 @@ class TestFiles:
         plain = copy.deepcopy(base)
         plain.load_adapter(str(tmp_path))
         assert torch.equal(logits(plain, ids), want)
+        assert plain.peft_config["default"].columns == model.peft_config["default"].columns
         two = adapt(base, random_seed=1)
         two.load_adapter(tmp_path, adapter_name="loaded")
         two.set_adapter("loaded")

@@ -4,6 +4,7 @@ This module imports nothing heavy: a misspelt key is found before anything is.
 """
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -200,8 +201,9 @@ def without_folders(value: T, config: "RunConfig") -> T:
 
     def change(value: Any) -> Any:
         if isinstance(value, str):
-            for path in longest_first:
-                value = value.replace(path, Path(path).name)
+            for path in longest_first:  # no part of a longer name
+                name = Path(path).name.replace("\\", r"\\")
+                value = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, value)
             return value
         if isinstance(value, dict):
             return {key: change(inner) for key, inner in value.items()}

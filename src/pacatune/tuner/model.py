@@ -174,7 +174,8 @@ class PacaModel(Tuner):
             raise
         self.peft_config[adapter_name] = config
         if config.columns == IN_TENSORS:
-            model.register_forward_pre_hook(_Unloaded(adapter_name))
+            hook = _Unloaded(config, adapter_name)
+            hook.handle = model.register_forward_pre_hook(hook)
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
         if peft_config.target_modules is None:
@@ -368,9 +369,9 @@ class PacaModel(Tuner):
         _check_fits(_PlainNames(model), adapter_name, remapped)
         note_columns(config, _PlainNames(model), adapter_name, remapped)
         for module in model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
+            for hook in list(module._forward_pre_hooks.values()):
                 if isinstance(hook, _Unloaded) and hook.adapter_name == adapter_name:
-                    del module._forward_pre_hooks[key]
+                    hook.handle.remove()
         return remapped
 
     @contextmanager
@@ -395,14 +396,24 @@ class PacaModel(Tuner):
 
 
 class _Unloaded:
-    """Refuses to run a model with an adapter whose columns nobody has loaded from its file."""
+    """Refuses to run a model with an adapter whose columns nobody has loaded from its file.
 
-    def __init__(self, adapter_name: str) -> None:
-        self.adapter_name = adapter_name
+    transformers loads tensors without asking PEFT; then the columns are noted here.
+    """
+
+    handle: Any
+
+    def __init__(self, config: PacaConfig, adapter_name: str) -> None:
+        self.config, self.adapter_name = config, adapter_name
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        layers = (layer for layer in model.modules() if isinstance(layer, PacaLayer))
-        if any(self.adapter_name in {*layer.r} & {*layer.active_adapters} for layer in layers):
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, PacaLayer)}
+        layers = {n: layer for n, layer in layers.items() if self.adapter_name in layer.r}
+        columns = {name: layer.paca_indices[self.adapter_name] for name, layer in layers.items()}
+        if all((indices >= 0).all() for indices in columns.values()):
+            self.config.columns = {name: one.tolist() for name, one in columns.items()}
+            self.handle.remove()
+        elif any(self.adapter_name in layer.active_adapters for layer in layers.values()):
             raise ValueError(f"adapter {self.adapter_name!r}: {NOT_LOADED}")
 
 

@@ -295,8 +295,8 @@ def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
     """Return rank, alpha and given columns of a target, patterns resolved."""
     rank = for_module(config.rank_pattern, target_of(name), config.r)
     columns: Any = None
-    if isinstance(config.columns, str):  # any will do until the file is loaded
-        own = list(range(rank))
+    if isinstance(config.columns, str):  # none, until the file is loaded
+        own = [-1] * rank
         columns = own if config.groups == 1 else [own] * config.groups
     elif config.columns and (key := key_of_columns(config.columns, name)) is not None:
         columns = config.columns[key]
