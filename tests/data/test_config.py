@@ -17,10 +17,16 @@ def one(**source):
     return several({"path": "a", **source})
 
 
+def test_no_data():
+    """Which a run may get later."""
+    with pytest.raises(ValueError, match="`data.path` is ''; give a file, a folder or a hub"):
+        DataConfig().refuse_missing()
+    DataConfig(**several({"path": "a"})).refuse_missing()
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (DataConfig, {"path": ""}, "`data.path` is ''; give a file, a folder or a hub"),
         (DataConfig, {"eval_fraction": -0.1}, r"`data.eval_fraction` \(-0.1\) must be in"),
         (DataConfig, {"mix_strategy": "all_exhausted"}, "is for `data.datasets` with weights"),
         (DataConfig, several("a"), "`data.datasets` has 'a'; each must be a mapping, as {path"),

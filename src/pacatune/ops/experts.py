@@ -343,7 +343,10 @@ def _can_group(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False
     for tensor in tensors:  # and no generator expression, which torch 2.15 does not trace here
-        starts = max(tensor.stride()[-2:]), tensor.storage_offset()  # of rows, of a view
+        # Of rows, and of a view: of a row group's, which a graph knows by its width alone.
+        is_traced = torch.compiler.is_compiling()
+        begin = tensor.shape[-1] if is_traced else tensor.storage_offset()
+        starts = max(tensor.stride()[-2:]), begin
         if any(start * tensor.itemsize % 16 for start in starts) or 0 in tensor.shape:
             return False
     return True
