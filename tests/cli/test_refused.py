@@ -46,6 +46,7 @@ WRONG_RUNS = {
     "train --model.path bare --data.path d.jsonl": "`model.path` (bare) holds no weights in saf",
     f"{GRPO} --reward nope:f": "`reward` ('nope:f') must be a Python function as module:name, of",
     f"{GRPO} --reward rewards:f": "rewards.py has no 'f'.",
+    f"{GRPO} --reward broken:f": "broken.py is no Python (",
     f"{RUN} --task classifier": "row 1: field 'text' is missing (columns ['completion', 'pr",
     "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
     "train-image --model.path resnet18 --data.path ./nosuch": "./nosuch does not exist; check `",
@@ -128,6 +129,7 @@ def folder(tiny_model_dir, adapter_dir, tmp_path, monkeypatch):
         "task.yaml": "task: [a]\n",
         "flag.yaml": "resume: true\n",
         "rewards.py": "def g(completions, **kwargs):\n    return [0.0] * len(completions)\n",
+        "broken.py": "def f(:\n",
         "bare/config.json": "{}",
     }
     for name in ("adapter", "bare", "images", "images/a", "images/b"):

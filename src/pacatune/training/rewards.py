@@ -121,14 +121,17 @@ def check_reward(name: str) -> None:
         raise _no_function(name, f"there is no module {module!r}")
     if spec.origin is None or not spec.origin.endswith(".py"):
         return
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise _no_function(name, f"{spec.origin} is no Python ({error})") from error
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-    if not {attribute.partition(".")[0], "*", "__getattr__"} & names:
+    if not {attribute.partition(".")[0], "*", "__getattr__", "globals"} & names:
         raise _no_function(name, f"{spec.origin} has no {attribute!r}")
 
 
