@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 QUANTIZERS = Path("tests/tuner/quantizers.txt")
 DEEPSPEED = Path("tests/distributed/deepspeed.txt")
+TRITON = Path("tests/residency/triton.txt")
 SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "touch")
 
 STAND_IN = """#!/bin/sh
@@ -22,6 +23,7 @@ case "$*" in
     *ensurepip,*) exit {no_venv} ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/pyvenv.cfg ;;
     *"--target .cache/deepspeed"*) echo no compiler; exit {no_deepspeed} ;;
+    *"--target .cache/triton"*) mkdir -p .cache/triton; echo no wheel; exit {no_triton} ;;
     *"pip install"*) exit {no_network} ;;
     --version) echo Python 3.11.9 ;;
 esac
@@ -35,7 +37,7 @@ def checkout(tmp_path):
     (folder / "tools").mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "setup_venv.sh", folder / "tools")
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for path in (QUANTIZERS, DEEPSPEED):
+    for path in (QUANTIZERS, DEEPSPEED, TRITON):
         (folder / path).parent.mkdir(parents=True)
         shutil.copy(ROOT / path, folder / path)
     (folder / "bin").mkdir()
@@ -45,7 +47,7 @@ def checkout(tmp_path):
     return folder
 
 
-OUTCOMES = dict.fromkeys(("old", "no_venv", "no_network", "no_deepspeed"), 0)
+OUTCOMES = dict.fromkeys(("old", "no_venv", "no_network", "no_deepspeed", "no_triton"), 0)
 
 
 def put_python(folder, name="python3", **outcomes):
@@ -78,17 +80,40 @@ def test_first_call_installs_and_the_second_does_nothing(checkout):
 def test_quantisers_of_the_tests_are_kept_apart(checkout):
     put_python(checkout)
     setup(checkout, extra="dev")
-    assert calls(checkout)[-2].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
-    assert calls(checkout)[-1].endswith(f"--target .cache/deepspeed -r {DEEPSPEED}")
+    assert calls(checkout)[-3].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
+    assert calls(checkout)[-2].endswith(f"--target .cache/deepspeed -r {DEEPSPEED}")
+    assert calls(checkout)[-1].endswith(f"--target .cache/triton -r {TRITON}")
 
 
-def test_a_machine_without_deepspeed_is_told_and_set_up(checkout):
-    put_python(checkout, no_deepspeed=1)
+@pytest.mark.parametrize(
+    ("name", "message", "log"),
+    [
+        (
+            "deepspeed",
+            "no DeepSpeed, so its tests are skipped; .cache/deepspeed.log",
+            "no compiler\n",
+        ),
+        ("triton", "no Triton, so its kernel is not tested; .cache/triton.log", "no wheel\n"),
+    ],
+)
+def test_a_machine_without_a_package_is_told_and_set_up(checkout, name, message, log):
+    put_python(checkout, **{f"no_{name}": 1})
     first = setup(checkout, extra="dev")
-    assert first.returncode == 0
-    assert "no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why" in first.stdout
-    assert (checkout / ".cache" / "deepspeed.log").read_text() == "no compiler\n"
+    assert first.returncode == 0, first.stderr
+    assert f"{message} says why" in first.stdout
+    assert (checkout / ".cache" / f"{name}.log").read_text() == log
     assert setup(checkout, extra="dev").stdout == "", "it is not tried each time"
+
+
+def test_triton_is_not_fetched_again_for_another_pyproject(checkout):
+    """A gigabyte, and a file of its own says which."""
+    put_python(checkout)
+    setup(checkout, extra="dev")
+    for path, number in ((Path("pyproject.toml"), 1), (TRITON, 2)):
+        with (checkout / path).open("a") as file:
+            file.write("# changed\n")
+        assert setup(checkout, extra="dev").returncode == 0
+        assert sum(".cache/triton" in call for call in calls(checkout)) == number
 
 
 def test_what_installs_again(checkout):

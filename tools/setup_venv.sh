@@ -67,10 +67,10 @@ if [ "$extra" = dev ]; then
     DS_BUILD_OPS=0 "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
         --upgrade --no-deps --target .cache/deepspeed -r "$zero" >.cache/deepspeed.log 2>&1 ||
         echo "setup: no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why."
-    cmp -s "$kernel" .cache/triton/installed.txt || {
-        rm -rf .cache/triton
-        "$python" -m pip install -q --disable-pip-version-check --no-deps --target .cache/triton \
-            -r "$kernel" >.cache/triton.log 2>&1 && cp "$kernel" .cache/triton/installed.txt ||
+    [ "$(cat "$kernel")" = "$(cat .cache/triton/installed.txt 2>/dev/null)" ] || {
+        "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
+            --target .cache/triton -r "$kernel" >.cache/triton.log 2>&1 &&
+            cp "$kernel" .cache/triton/installed.txt ||
             echo "setup: no Triton, so its kernel is not tested; .cache/triton.log says why."
     }
 fi
