@@ -306,7 +306,7 @@ def check_memory(
             model = str(Path(folder) / "config.json")
             Path(model).write_text(json.dumps(SMALL), encoding="utf-8")
         for method in methods:
-            setting = Setting(model=model, method=method, groups=1, seq_len=seq_len, lean="off")
+            setting = Setting(model=model, method=method, seq_len=seq_len, lean="off")
             expected, peak = estimate_memory(setting).peak_bytes, _peak(device, setting)
             found = {"estimated_bytes": expected, "peak_bytes": peak, "ratio": peak / expected}
             rows.append({"method": method, **found})

@@ -36,8 +36,8 @@ _EXTRAS: tuple[dict[str, Any], ...] = (
 def found() -> list[Row]:
     """Return the rows of both GPUs."""
     cases: list[dict[str, Any]] = [
-        *({"groups": 1, **extra} for extra in _EXTRAS),
-        {"groups": 1, "lean_level": 2, "activation_offloading": True},
+        *_EXTRAS,
+        {"lean_level": 2, "activation_offloading": True},
         *({"groups": 64, **extra} for extra in _EXTRAS),
         *({"method": "lora", **extra} for extra in _EXTRAS),
         *({"method": "lora", "adapter_dtype": "bfloat16", **extra} for extra in _EXTRAS[:3]),
@@ -59,7 +59,7 @@ def longest(setting: Setting, gpu: str, model: str = MODEL) -> list[Row]:
         *["checkpointing"] * setting.gradient_checkpointing,
         *["offloading"] * setting.activation_offloading,
     ]
-    groups = f", {setting.groups} groups" if (setting.groups or 1) > 1 else ""
+    groups = f", {setting.groups} groups" if setting.groups > 1 else ""
     names: dict[str, Any] = {
         "method": f"{setting.method}{groups}, {setting.adapter_dtype} adapters",
         "setting": ", ".join(how),

@@ -26,7 +26,6 @@ def estimate_all() -> list[Row]:
         setting = Setting(
             model=MODEL,
             method=method,
-            groups=1,
             batch_size=num_rows,
             seq_len=num_tokens,
             adapter_dtype=adapters,

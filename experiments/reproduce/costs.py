@@ -34,8 +34,8 @@ _LENGTHS = (256, 512)
 
 def make_setting(method: str, model: str = MODEL, **sizes: Any) -> Setting:
     """Return a setting as the authors' code computes."""
-    usual: dict[str, Any] = {"groups": 1, "lean": "off", "loss": "logits"}
-    return Setting(model=model, method=method, adapter_dtype="bfloat16", **usual, **sizes)
+    usual: dict[str, Any] = {"adapter_dtype": "bfloat16", "lean": "off", "loss": "logits"}
+    return Setting(model=model, method=method, **usual, **sizes)
 
 
 def setting_of(table: str, line: Line) -> Setting:

@@ -223,8 +223,6 @@ def full_run(line: Line, preset: str) -> RunConfig:
     for name, value in find_preset(preset).items():
         section, _, key = name.partition(".")
         options[section][key] = value
-    if METHODS[line.method].is_paca:
-        options["paca"] = {"groups": 1}
     return RunConfig(task="image", method=line.method, **options)
 
 

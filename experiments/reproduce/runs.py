@@ -46,7 +46,6 @@ def text_run(
         adapter["paca"] = {
             "r": rank,
             "paca_alpha": alpha,
-            "groups": 1,
             "selection": selection,
             "selection_batches": 100,  # as the paper's
             "random_seed": seed,

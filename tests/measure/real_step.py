@@ -131,5 +131,5 @@ def _beside(model):
 
 def tiny(folder, values=LLAMA, **options):
     """A setting of a small model whose config.json is in `folder`."""
-    usual = {"batch_size": 2, "seq_len": 32, "lean": "off", "rank": 4, "groups": 1}
+    usual = {"batch_size": 2, "seq_len": 32, "lean": "off", "rank": 4}
     return Setting(model=write_config(folder, values), **usual | options)

@@ -126,29 +126,13 @@ def test_row_groups_in_a_run(make_config, tmp_path):
     assert (saved["groups"], saved["peft_type"]) == (8, "PACATUNE")
     columns = load_columns(folder)
     assert all(len(groups) == 8 and len(groups[0]) == 4 for groups in columns.values())
-    adapter = make_adapter_config(make_config(paca={"r": 4, "selection": str(folder)}))
+    again = {"r": 4, "selection": str(folder)}
+    adapter = make_adapter_config(make_config(paca={**again, "groups": 8}))
     assert (adapter.columns, adapter.groups) == (columns, 8)
-    with pytest.raises(ValueError, match=r"must be a list of column numbers"):
-        make_adapter_config(make_config(paca={"r": 4, "selection": str(folder), "groups": 1}))
+    with pytest.raises(ValueError, match=r"has columns of 8 row groups; set `groups` to that"):
+        make_adapter_config(make_config(paca=again))
 
 
 def test_no_row_group(make_config):
     with pytest.raises(ValueError, match=r"`groups` \(0\) must be an integer of at least 1"):
         make_config(paca={"groups": 0})
-
-
-@pytest.mark.parametrize(
-    ("section", "groups"),
-    [
-        ({"target_modules": ["gate_proj"]}, 64),
-        ({"target_modules": ["gate_proj"], "groups": 1}, 1),
-        ({"groups": 4}, 4),
-        ({"target_modules": ["gate_proj"], "selection": "weight_norm"}, 1),
-        ({"target_modules": ["gate_proj", "q_proj"]}, 1),  # 64 does not divide 32
-        ({"selection": {"q_proj": [0, 1]}, "target_modules": ["q_proj"]}, 1),
-        ({"selection": {"q_proj": [[0, 1], [1, 2]]}, "target_modules": ["q_proj"]}, 2),
-    ],
-)
-def test_row_groups_where_none_are_given(make_config, section, groups):
-    task = task_of(make_config(paca={"r": 2, **section}))
-    assert task.plan_training()[1].groups == groups

@@ -389,7 +389,7 @@ def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
             f"{groups} row groups of {own} columns: as LoRA the rank is {rank}, the "
             f"number of distinct columns, and B holds {rank / own:.1f} times the numbers, most of "
             "them zeros. A server must allow that rank, vLLM up to 512; trained with "
-            f"`--paca.groups 1` it is {own}."
+            f"one group it is {own}."
         )
     if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
         notes.append(f"{num_padded} modules of lower rank are filled up with zeros to {rank}.")

@@ -321,6 +321,10 @@ def _sorted_groups(name: str, values: Any, groups: int) -> list[list[int]]:
 
 def _sorted_list(name: str, values: Any) -> list[int]:
     is_list = isinstance(values, list | tuple) and len(values) > 0
+    if is_list and isinstance(values[0], list | tuple):
+        raise ValueError(
+            f"`columns[{name!r}]` has columns of {len(values)} row groups; set `groups` to that."
+        )
     if not is_list or any(type(value) is not int or value < 0 for value in values):
         raise ValueError(
             f"`columns[{name!r}]` ({str(values)[:80]}) must be a list of column numbers from 0 on."

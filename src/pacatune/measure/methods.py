@@ -42,16 +42,15 @@ def add_adapter(
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
     seed: int | None = None,
-    groups: int | None = 1,
+    groups: int = 1,
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full; `groups` are PaCA's row groups, those of a run if None.
+    trained in full; `groups` are PaCA's row groups.
     """
     from peft import get_peft_model
 
-    from pacatune.tuner.columns import default_groups
     from pacatune.tuner.defaults import default_targets
 
     options = size_options(row, rank, alpha or rank, dropout)
@@ -65,7 +64,7 @@ def add_adapter(
         row, **options, target_modules=targets, modules_to_save=list(heads) or None
     )
     if row.is_paca:
-        config.groups = groups or default_groups(model, config)
+        config.groups = groups
     is_meta = next(model.parameters()).is_meta
     adapted: Any = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=is_meta)
     return cast(nn.Module, adapted)

@@ -216,9 +216,9 @@ class Setting:
     dropout."""
     rank: int = 8
     """Columns or rank of the adapter."""
-    groups: int | None = None
+    groups: int = 1
     """Row groups of paca, with columns of their own; the expected number of distinct ones is kept
-    for backward. Null: as in training, 64 where 64 divides all outputs."""
+    for backward."""
     dropout: float = 0.0
     """Dropout on the input of lora, dora and moslora."""
     batch_size: int = 1
@@ -276,7 +276,7 @@ class Setting:
                 f"`dropout` ({self.dropout}) {said}: it has none; drop the option, or choose one "
                 f"of {', '.join(_WITH_DROPOUT)}."
             )
-        if (self.groups or 1) > 1 and not self.row.is_paca:
+        if self.groups > 1 and not self.row.is_paca:
             raise ValueError(f"`groups` ({self.groups}) {said}: only paca has them; drop it.")
         if self.quantization is not None and self.method in ("full", "dora"):
             raise ValueError(
@@ -295,7 +295,7 @@ class Setting:
             f"batch {self.batch_size} x {self.seq_len:,} tokens": True,
             f"weights in {self.quantization or self.dtype}": True,
             f"rank {self.rank} in {self.adapter_dtype}": self.row.has_adapter,
-            f"{self.groups} row groups": (self.groups or 1) > 1,
+            f"{self.groups} row groups": self.groups > 1,
             f"dropout {self.dropout}": self.dropout,
             "AdamW": True,
             f"lean level {self.lean_level}": self.lean != "off",

@@ -154,9 +154,6 @@ class FakeTraining:
                     f"`method` ({setting.method!r}) looks at values when its adapter is made, so "
                     "its memory cannot be estimated; measure it by pacatune bench."
                 ) from error
-            if setting.row.is_paca and setting.groups is None:
-                adapted: Any = self.model
-                self.setting = setting.but(groups=adapted.peft_config["default"].groups)
         self.base: Any = model
         if setting.lean != "off":
             lean.enable(model, mode=setting.lean, level=setting.lean_level)

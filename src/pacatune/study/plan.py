@@ -119,9 +119,7 @@ def _open_task(config: StudyConfig) -> StudyTask:
             f"`task` ({config.task!r}) is no file; name a configuration of {config.command}. In a "
             f"checkout, `python -m examples.packaged {path.stem}` prepares those that are packaged."
         )
-    given = merged(read_values(path) if config.task else {}, config.options)
-    # Where nothing is said, as many for columns at random as for those that a strategy chooses.
-    values = merged({"paca": {"groups": 1}}, given)
+    values = merged(read_values(path) if config.task else {}, config.options)
     return StudyTask(config.command, values, config.validation_fraction, config.forgetting_tokens)
 
 

@@ -162,8 +162,6 @@ def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
     flat_old, flat_new = _comparable(old), _comparable(new)
-    if flat_new.get("paca.groups") is None:  # as many as the run has found
-        flat_new["paca.groups"] = flat_old.get("paca.groups")
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})

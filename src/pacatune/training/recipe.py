@@ -190,12 +190,11 @@ def prepare(task: Task, console: Console) -> Prepared:
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
     prepared = task.prepare()
-    if (groups := getattr(prepared.adapter_config, "groups", None)) is not None:
-        task.values["paca"]["groups"] = groups
     check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
-    how = config.method + (f", {groups} row groups" if (groups or 1) > 1 else "")
+    groups = getattr(prepared.adapter_config, "groups", 1)
+    how = config.method + (f", {groups} row groups" if groups > 1 else "")
     for line in (
         f"data: {prepared.about_data}",
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "

@@ -27,10 +27,6 @@ class PacaSection(PacaChoices):
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
 
-    groups: int | None = None  # type: ignore[assignment]
-    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own.
-    Null: 64 where columns are random and 64 divides all outputs, else 1 (the paper's)."""
-
     selection_batches: int = 100
     """How many batches of the training data, over all processes, are looked at where columns are
     chosen by gradients."""
@@ -60,8 +56,7 @@ class PacaSection(PacaChoices):
         return isinstance(name, str) and name not in (FIXED, *strategies())
 
     def _choices(self) -> dict[str, Any]:
-        values = {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
-        return values | self._groups_of(self.selection)
+        return {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""
@@ -69,17 +64,8 @@ class PacaSection(PacaChoices):
         if self.from_file:
             from pacatune.selection import load_columns
 
-            path = Path(str(self.selection)).expanduser()
-            values["selection"] = load_columns(path)
-            values |= self._groups_of(values["selection"])
+            values["selection"] = load_columns(Path(str(self.selection)).expanduser())
         return copy.deepcopy(values)
-
-    def _groups_of(self, selection: Any) -> dict[str, int]:
-        """Return `groups`: where it is not set, as many as columns are given for, or 1."""
-        given = [*selection.values()] if isinstance(selection, dict) else []
-        first = given[0] if given and isinstance(given[0], list) else []
-        number = len(first) if first and isinstance(first[0], list) else 1
-        return {"groups": number if self.groups is None else self.groups}
 
 
 def check_selection_file(name: str) -> None:

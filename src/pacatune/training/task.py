@@ -151,10 +151,6 @@ def make_adapter_config(
             adapter.target_modules = default_targets(model)
         if config.adapter is None:
             refuse_idle_layers(adapter)
-            if method.is_paca and config.paca.groups is None:
-                from pacatune.tuner.columns import default_groups
-
-                adapter.groups = default_groups(model, adapter)
     return adapter
 
 

@@ -39,17 +39,12 @@ if TYPE_CHECKING:
     from pacatune.selection.statistics import ColumnStatistics
 
 __all__ = [
-    "DEFAULT_GROUPS",
     "choose_columns",
-    "default_groups",
     "find_targets",
     "keep_columns",
     "note_columns",
     "settle_scaling",
 ]
-
-DEFAULT_GROUPS = 64
-"""Row groups of a run that gives none; docs/quality.md has the rule and the study behind it."""
 
 NOT_LOADED = (
     "the columns of this configuration are in the tensors of the folder that it is from: load the "
@@ -154,23 +149,6 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
             if not config.target_parameters:
                 raise
     return check_targets(BaseTuner, config, model, **kwargs)
-
-
-def default_groups(model: nn.Module, config: PacaConfig) -> int:
-    """Return the row groups of a run that gives none, those of `config` where 64 do not suit it.
-
-    That is where a strategy or a user chooses columns, with fused experts, and where some target
-    has a number of outputs that 64 does not divide.
-    """
-    divided = copy.copy(config)
-    divided.groups = DEFAULT_GROUPS
-    if config.selection != "random" or config.target_parameters:
-        return config.groups
-    try:
-        find_targets(model, divided)
-    except ValueError:
-        return config.groups
-    return DEFAULT_GROUPS
 
 
 def _matched(
