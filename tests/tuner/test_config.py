@@ -57,7 +57,7 @@ def test_the_name_that_lora_has_for_it():
         (GROUPS | {"selection": {"q": [0, 1]}}, "must be 2 lists of column numbers of the same"),
         (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
         (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),
-        ({"r": 2, "selection": {"q": [[0], [1]]}}, "must be a list of column numbers"),
+        ({"r": 2, "selection": {"q": [[0], [1]]}}, "columns of 2 row groups; set `groups` to"),
         # Rates
         ({"use_rslora": 1}, "`use_rslora` .1. must be true or false"),
     ],
