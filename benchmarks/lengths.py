@@ -45,7 +45,7 @@ def found() -> list[Row]:
     rows = [row for case in cases for row in longest(Setting(model=MODEL, rank=RANK, **case), GPU)]
     for model, quantization in SMALL_MODELS.items():
         for extra in (_EXTRAS[1], _EXTRAS[4]):
-            setting = Setting(model=model, rank=RANK, groups=64, quantization=quantization, **extra)
+            setting = Setting(model=model, rank=RANK, quantization=quantization, **extra)
             name = f"{model}, {quantization or setting.dtype}"
             rows += longest(setting, SMALL_GPU, name)
     return rows
