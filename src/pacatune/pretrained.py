@@ -8,6 +8,7 @@ model, and `option` where the path is from, for messages.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 """Ways to hold weights in 4 or 8 bits, by bitsandbytes."""
+_HUB_ID = re.compile(r"\w[\w\-.]*/[\w\-.]+")
 
 
 def refuse_no_path(path: str, command: str) -> None:
@@ -49,6 +51,19 @@ def find_model(path: str, *, option: str = "model.path") -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"model folder {path} does not exist; check `{option}`.")
     return path
+
+
+def find_adapter(name: str | Path) -> Path | None:
+    """Return the folder of an adapter that is here; None if the hub has one of this name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"adapter {str(name)!r} is a file; give the folder that holds it.")
+    if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"adapter folder {str(name)!r} does not exist; check `adapter`.")
+    refuse_absent(name, option="adapter")
+    return None
 
 
 def refuse_no_weights(path: str, *, option: str = "model.path") -> None:

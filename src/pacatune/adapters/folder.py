@@ -1,6 +1,5 @@
 """Open an adapter folder that a stranger made, without its base model."""
 
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from pacatune.format.tensors import (
 from pacatune.methods import METHODS, config_class
 from pacatune.names import nearest
 from pacatune.ops.row_groups import num_groups_of, rank_of
-from pacatune.pretrained import refuse_absent
+from pacatune.pretrained import find_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -139,7 +138,6 @@ config.json beside an adapter would have transformers take the folder for a whol
 
 _PICKLE_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _HUB_FILES = [CONFIG_NAME, TENSORS_NAME, SIDECAR_NAME, "tokenizer*", "chat_template.jinja"]
-_HUB_ID = re.compile(r"\w[\w\-.]*/[\w\-.]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,18 +236,12 @@ def _own_patterns(config: "PacaOptions | PeftConfig") -> dict[str, Any]:
 
 def locate_folder(folder: str | Path) -> Path:
     """Return a local folder; for a hub id, the one that its files are fetched into."""
-    path = Path(folder).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"adapter {str(folder)!r} is a file; give the folder that holds it.")
-    if isinstance(folder, Path) or not _HUB_ID.fullmatch(folder):
-        raise FileNotFoundError(f"adapter folder {str(folder)!r} does not exist; check the path.")
+    if (found := find_adapter(folder)) is not None:
+        return found
     from huggingface_hub import snapshot_download
 
-    refuse_absent(folder, option="adapter")
     try:
-        return Path(snapshot_download(folder, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(folder), allow_patterns=_HUB_FILES))
     except Exception as error:
         # The hub's client raises a dozen types; to a user they all mean the same.
         raise FileNotFoundError(

@@ -15,7 +15,7 @@ from pacatune.data.config import REASONING_GYM
 from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.pretrained import find_model, refuse_absent, refuse_no_weights
+from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_no_weights
 from pacatune.training.config import RunConfig, check_training, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
 from pacatune.training.folder import check_place
@@ -136,25 +136,15 @@ class RunOptions:
             check_place(str(options.training.output_dir), **how)
         if goes_on:
             return
-        if (adapter := options.get("adapter")) is not None:
-            _check_adapter(adapter)
+        adapter = options.get("adapter")
+        if adapter is not None and (folder := find_adapter(adapter)) is not None:
+            find_file(folder, "adapter_config.json")
         _check_files(built["model"], built["data"], self.spec)
         if "preview" not in options and self.spec.command == "train":
             refuse_no_weights(built["model"].path)
         for name in options.get("reward") or ():
             if not name.startswith(REASONING_GYM):
                 check_reward(name)
-
-
-def _check_adapter(name: str) -> None:
-    """Refuse an adapter that is not there; what is in it is seen later."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        find_file(folder, "adapter_config.json")
-    elif folder.exists() or name.count("/") != 1 or name[0] in "./~":
-        raise FileNotFoundError(f"adapter folder {name!r} does not exist; check `adapter`.")
-    else:
-        refuse_absent(name, option="adapter")
 
 
 def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:

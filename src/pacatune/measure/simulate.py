@@ -202,10 +202,7 @@ class FakeTraining:
             parts["weights"] -= less
             parts["temporaries"] = parts.get("temporaries", 0) + dequantized
             peak += dequantized - less
-            notes.append(
-                "bitsandbytes is not installed: its 4-bit weights are counted by their size, and "
-                "one dequantised weight beside them; with it their real step is simulated."
-            )
+            notes.append("bitsandbytes is not installed: 4-bit weights are counted by their size.")
         return Estimate(setting, peak, parts, tracker.peak_phase, saved, notes)
 
     def count_operations(self, batch_size: int, seq_len: int) -> dict[str, int]:
