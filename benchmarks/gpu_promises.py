@@ -31,6 +31,7 @@ from pacatune.measure.models import llama_values, load_values, loss_of, loss_of_
 from pacatune.measure.setting import BenchConfig, MicroBatch, Setting
 from pacatune.measure.step import count as measure
 from pacatune.ops.columns import adapted_columns, read_columns
+from pacatune.ops.pattern import expand
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
 
@@ -143,8 +144,9 @@ def check_columns(device: torch.device) -> Found:
         for layer in _layers(contender.model):
             kept = layer.residency.present
             hold(kept is not None, f"{dtype}: a layer's columns are not in its weight")
-            delta, indices, scaling = layer._single_update()
-            expected = adapted_columns(kept.originals, delta.detach(), scaling)
+            delta, indices, scaling, places = layer._single_update()
+            whole = expand(delta.detach(), places, len(indices))
+            expected = adapted_columns(kept.originals, whole, scaling)
             if device.type == "cuda":
                 hold(can_exchange(kept.memory, delta), f"{dtype}: the columns are no one launch")
             there = read_columns(kept.memory, indices)

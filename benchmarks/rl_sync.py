@@ -40,12 +40,11 @@ from pacatune.reports.rows import Row
 from pacatune.sync import ColumnReceiver, ColumnSource, InProcess
 
 RANK = 16
-RATES = {"paca": 2e-3, "paca_g16": 2e-3, "swap": 2e-3, "full": 1e-6, "elements": 1e-6}
+RATES = {"paca": 2e-3, "swap": 2e-3, "full": 1e-6, "elements": 1e-6}
 """Learning rates; 1e-3 for the others."""
 METHODS = {
     "base": "the plain base, not trained",
     "paca": "PaCA's columns",
-    "paca_g16": "the same with 16 row groups",
     "swap": "PEFT 0.22's PaCA (emulated), merged, every tensor, unmerged",
     "lora": "LoRA, merged, every tensor, unmerged",
     "lora-adapter": "LoRA's matrices, which the sampler adds to each token",
@@ -136,10 +135,9 @@ class Trainer:
 def adapt_by(method: str, model: nn.Module, seed: int, rank: int = RANK) -> Contender:
     """Return the model with the adapter of a method in every linear layer."""
     plain = {"base": "frozen", "elements": "full"}.get(method, method.partition("-")[0])
-    if method in ("paca_g16", "swap"):
+    if method == "swap":
         plain = "paca"
-    groups = 16 if method == "paca_g16" else 1
-    contender = adapt(model, plain, rank=rank, seed=seed, groups=groups)
+    contender = adapt(model, plain, rank=rank, seed=seed)
     if method == "swap":
         swap_layers(contender.model)
     return contender
@@ -283,7 +281,7 @@ def measure_syncs(args: Any) -> list[Row]:
         )
         rows.append(time_row(times[method], what="sync", method=method, setting="transformers"))
         rows += gaps(one.trainer, one.sampler, prompts, args)
-    samplers = {m: syncs[m].sampler for m in ("base", "paca", "paca_g16", "lora-adapter")}
+    samplers = {m: syncs[m].sampler for m in ("base", "paca", "lora-adapter")}
     elements = next(row.value for row in rows if (row.what, row.method) == (SENT, "elements"))
     share = (
         elements / _ELEMENT_BYTES / sum(p.numel() for p in syncs["base"].trainer.model.parameters())
@@ -321,13 +319,12 @@ def measure_vllm(args: Any) -> list[Row]:
     try:
         rows += gaps(Trainer("base", load(), args.seed), samplers["base"], prompts, args)
         for method in [name for name in METHODS if name not in ("base", "elements")]:
-            kind = "paca" if method == "paca_g16" else method
-            sampler = samplers.get(kind, samplers["merged"])
+            sampler = samplers.get(method, samplers["merged"])
             sync = Sync(Trainer(method, load(), args.seed), sampler)
             times = [sync.step_and_sync() for _ in range(1 + args.rounds)][1:]
             rows.append(time_row(times, what="sync", method=method, setting=sampler.name))
             rows += gaps(sync.trainer, sampler, prompts, args)
-            if kind == "paca":
+            if method == "paca":
                 sampler.transport.revert()
             elif sampler is samplers["merged"]:
                 sampler.write(load().named_parameters())
@@ -347,7 +344,7 @@ def count(name: str, rank: int, share: float) -> list[Row]:
     outputs = sum(layer.out_features for layer in layers)
     inputs = sum(layer.in_features for layer in layers)
     found = dict.fromkeys(("swap", "lora", "full"), 2 * num_elements)
-    found |= dict.fromkeys(("paca", "paca_g16"), 2 * rank * outputs)
+    found["paca"] = 2 * rank * outputs
     found["lora-adapter"] = 2 * rank * (inputs + outputs)
     rows = [counted(SENT, method, size, "bytes", model=name) for method, size in found.items()]
     elements = _ELEMENT_BYTES * share * num_elements
@@ -362,7 +359,7 @@ def measure_base(args: Any) -> list[Row]:
         576, 1, num_heads=9, num_kv_heads=3, intermediate_size=1536, vocab_size=64
     )
     rows = []
-    for method in ("paca", "paca_g16", "swap", "lora"):
+    for method in ("paca", "swap", "lora"):
         server, own = (make_model(values, torch.bfloat16, CPU, seed=args.seed) for _ in range(2))
         before = {name: tensor.clone() for name, tensor in server.named_parameters()}
         trainer = Trainer(method, own, args.seed)

@@ -59,7 +59,7 @@ def test_twenty_steps(
     for name, layer in adapted.items():
         weight = full.get_submodule(name).weight.requires_grad_()
         mask = torch.zeros_like(weight)
-        indices = layer.paca_indices["default"].view(groups, -1)
+        indices = layer.columns_of("default").view(groups, -1)
         for rows, columns in zip(mask.chunk(groups), indices, strict=True):
             rows[:, columns] = 1
         weight.register_hook(lambda grad, mask=mask: grad * mask)

@@ -24,7 +24,9 @@ __all__ = [
     "KINDS",
     "Strategy",
     "check_known",
+    "deal",
     "needs_of",
+    "num_kept",
     "random_columns",
     "register_strategy",
     "seed_for",
@@ -94,10 +96,8 @@ def needs_of(strategy: str) -> tuple[str, ...]:
     return _STRATEGIES[strategy][1]
 
 
-def seed_for(random_seed: int | None, name: str, group: int = 0) -> int:
+def seed_for(random_seed: int | None, name: str) -> int:
     """Return a layer's own seed: (random_seed + crc32(name)) mod 2^63.
-
-    Row groups after the first have seeds of their own, those of the name `name[group]`.
 
     The same on every rank, in every process and for every adapter name, and the rule of
     PEFT 0.22, so that the same seed chooses the same columns there.
@@ -106,11 +106,47 @@ def seed_for(random_seed: int | None, name: str, group: int = 0) -> int:
         random_seed: `PacaConfig.random_seed`, any integer; % is Python's, so never negative. None
             has been replaced by one that was drawn, see `tuner.config.seeded`.
         name: The module's name inside the base model, such as `model.layers.0.mlp.up_proj`.
-        group: Which of the row groups, from 0 on.
     """
     assert random_seed is not None, "whoever makes an adapter draws its seed first"
-    name = f"{name}[{group}]" if group else name
     return (random_seed + zlib.crc32(name.encode())) % 2**63
+
+
+def num_kept(num_columns: int, rank: int, groups: int = 1, pool: int | None = None) -> int:
+    """Return U, how many columns a weight keeps for row groups to draw from; R without any.
+
+    Args:
+        num_columns: I.
+        rank: R, the number of columns of each row.
+        groups: G.
+        pool: The number that is wanted; None: 4 R.
+    """
+    return rank if groups == 1 else min(pool or 4 * rank, groups * rank, num_columns)
+
+
+def deal(columns: Tensor, rank: int, groups: int, seed: int) -> Tensor:
+    """Give each row group some of the columns at random, each of them as often as another.
+
+    Args:
+        columns: (U,) int64, sorted.
+        rank: R, number of columns of a group.
+        groups: G.
+        seed: The layer's seed.
+
+    Returns:
+        (G, R), sorted in each group; `columns` themselves without groups.
+    """
+    import torch
+
+    if groups == 1:
+        return columns
+    generator = torch.Generator().manual_seed((seed + 1) % 2**63)
+    times, chosen = torch.zeros(len(columns), device="cpu"), []
+    for _ in range(groups):
+        order = times + torch.rand(len(columns), generator=generator, device="cpu")
+        taken = order.argsort()[:rank]
+        times[taken] += 1
+        chosen.append(columns[taken])
+    return torch.stack(chosen).sort(1).values
 
 
 def random_columns(
@@ -119,6 +155,7 @@ def random_columns(
     random_seed: int | None,
     name: str,
     groups: int = 1,
+    pool: int | None = None,
 ) -> Tensor:
     """Choose a layer's columns at random.
 
@@ -127,21 +164,17 @@ def random_columns(
         rank: Number of columns of each row.
         random_seed: `PacaConfig.random_seed`, drawn where it was None.
         name: The module's name, as for `seed_for`.
-        groups: Number of row groups, which choose independently.
+        groups: Number of row groups.
+        pool: As for `num_kept`.
 
     Returns:
         (rank,) int64 on the CPU, or (groups, rank); sorted, distinct in each group.
     """
     import torch
 
-    weight = torch.empty(1, num_columns, device="meta")
-    if groups == 1:
-        return select_columns("random", weight, rank, seed=seed_for(random_seed, name))
-    generator, chosen = torch.Generator(), []
-    for group in range(groups):  # there may be hundreds for each of hundreds of weights
-        generator.manual_seed(seed_for(random_seed, name, group))
-        chosen.append(select_random(weight, {}, rank, generator))
-    return torch.stack(chosen).sort(1).values
+    weight, seed = torch.empty(1, num_columns, device="meta"), seed_for(random_seed, name)
+    kept = select_columns("random", weight, num_kept(num_columns, rank, groups, pool), seed=seed)
+    return deal(kept, rank, groups, seed)
 
 
 def select_columns(

@@ -24,7 +24,7 @@ def test_a_paca_adapter_is_described_in_full(adapter_dir, tiny_model_dir):
     assert not report.extra
     norms = [module.update_norm for module in report.modules]
     assert norms == sorted(norms, reverse=True)
-    delta, indices = read_adapter(adapter_dir).modules[report.modules[0].name]
+    delta, indices, _ = read_adapter(adapter_dir).modules[report.modules[0].name]
     assert norms[0] == pytest.approx(2 * float(delta.norm()))
     assert report.modules[0].columns == indices.tolist()
 
@@ -51,10 +51,10 @@ def test_row_groups_are_described(tiny_model_dir, tmp_path):
     report, modules = inspect_adapter(tmp_path), read_adapter(tmp_path).modules
     assert report.num_trainable_parameters == 2 * 4 * (32 + 16 + 32)
     for module in report.modules:
-        indices = modules[module.name].indices
+        update = modules[module.name]
         assert module.rank == 4
-        assert module.columns == indices.unique().tolist()
-        assert module.columns_of_groups == indices.tolist()
+        assert module.columns == update.indices.tolist()
+        assert module.columns_of_groups == update.columns().tolist()
     notes = " ".join(report.notes)
     largest = max(len(module.columns) for module in report.modules)
     assert f"4 row groups: each update has rank up to {largest}" in notes
@@ -119,10 +119,11 @@ def test_other_methods_are_described_by_their_size(other):
 def dense(folder):
     adapter = read_adapter(folder)
     result = {}
-    for name, (delta, indices) in adapter.modules.items():
+    for name, update in adapter.modules.items():
+        delta, groups = update.delta, update.num_groups
         result[name] = torch.zeros(delta.shape[0], 64, dtype=torch.float64)
-        groups = len(indices) if indices.dim() == 2 else 1
-        parts = result[name].chunk(groups), delta.chunk(groups), indices.view(groups, -1)
+        columns = update.columns().view(groups, -1)
+        parts = result[name].chunk(groups), delta.chunk(groups), columns
         for rows, own, columns in zip(*parts, strict=True):
             rows[:, columns] = own.double() * adapter.scaling(name)
     return result
@@ -147,7 +148,7 @@ def test_numbers_are_those_of_the_dense_updates(adapter_dir, tiny_model_dir, tmp
     for module in result.modules:
         flat = (updates[module.name].flatten() for updates in (a, b))
         assert module.cosine == pytest.approx(float(torch.cosine_similarity(*flat, dim=0)))
-        distinct = len(read_adapter(tmp_path).modules[module.name].indices.unique())
+        distinct = len(read_adapter(tmp_path).modules[module.name].indices)
         assert (module.rank_a, module.rank_b) == (4, distinct)
 
 

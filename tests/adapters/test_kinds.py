@@ -178,5 +178,5 @@ def test_a_configuration_without_its_parameters_is_refused(bases, tmp_path):
     make("mixtral", bases("mixtral"), tmp_path / "adapter", r=3)
     path = tmp_path / "adapter" / "adapter_config.json"
     edit_json(path, target_parameters=["experts.other", "experts.down_proj"])
-    with pytest.raises(ValueError, match="fits its 3 `paca_indices` only as one of `target_param"):
+    with pytest.raises(ValueError, match="fits its 3 columns only as one of `target_param"):
         read_adapter(tmp_path / "adapter")

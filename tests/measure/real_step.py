@@ -11,7 +11,6 @@ from pacatune.measure.counters import SavedBytes
 from pacatune.measure.models import checkpoint_blocks
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import StorageTracker
-from pacatune.ops.row_groups import distinct_and_places
 from pacatune.tuner.layer import PacaLayer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -121,12 +120,10 @@ def real_peak(model, setting):
 
 
 def _beside(model):
-    """Original columns and which they are, and the distinct ones of row groups."""
+    """Original columns, and which they are."""
     layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
     kept = [layer.residency.kept for layer in layers if layer.residency is not None]
-    indices = [one for layer in layers for one in layer.paca_indices.values() if one.dim() == 2]
-    distinct = [x for one in indices for x in distinct_and_places(one)]
-    return [x for one in kept for x in (one.originals, one.columns)] + distinct
+    return [x for one in kept for x in (one.originals, one.columns)]
 
 
 def tiny(folder, values=LLAMA, **options):

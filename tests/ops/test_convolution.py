@@ -39,11 +39,6 @@ CASES = {
     "3d groups": (4, 4, (2, 2, 3), 3, {"groups": 2, "padding": "same"}),
     "3d depthwise": (4, 8, (3, 3, 3), 2, {"groups": 4, "padding": 1}),
 }
-# The weights of these have three row groups.
-ROW_GROUPS = {
-    "1d row groups": (20, 12, (3,), 4, {"stride": 2, "padding": 1}),
-    "2d row groups": (20, 12, (3, 3), 4, {"stride": 2, "padding": 1}),
-}
 POSITIONS = {1: (9,), 2: (7, 6), 3: (5, 6, 4)}
 # torch's own remark on the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -53,13 +48,13 @@ RUN = {"paca": paca_conv, "reference": reference.paca_conv}
 def make(
     case: str, dtype: torch.dtype = torch.float64, bias: bool = True, batch: tuple[int, ...] = (2,)
 ) -> tuple[dict[str, Tensor | None], dict]:
-    in_channels, out_channels, kernel_size, rank, options = (CASES | ROW_GROUPS)[case]
+    in_channels, out_channels, kernel_size, rank, options = CASES[case]
     groups = options.get("groups", 1)
     tensors = {
         "x": normal(*batch, in_channels, *POSITIONS[len(kernel_size)], dtype=dtype),
         "weight": normal(out_channels, in_channels // groups, *kernel_size, dtype=dtype, seed=1),
         "delta": normal(out_channels // groups, rank, *kernel_size, dtype=dtype, seed=2),
-        "indices": choose(in_channels, rank, 3 if case in ROW_GROUPS else 1),
+        "indices": choose(in_channels, rank)["indices"],
         "bias": normal(out_channels, dtype=dtype, seed=3) if bias else None,
     }
     return tensors, dict(options)
@@ -84,7 +79,7 @@ def test_gradcheck(case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "bias", "batch", "dtype"),
     [
-        *((case, "trained", (3,), torch.float64) for case in (*CASES, *ROW_GROUPS)),
+        *((case, "trained", (3,), torch.float64) for case in CASES),
         *(
             (case, bias, batch, torch.float64)
             for case in ("1d", "2d groups, same, dilated", "3d")
@@ -157,9 +152,7 @@ def test_columns_are_read_and_written_as_the_reference_says(case: str) -> None:
 
 # Dynamo itself instantiates autograd Functions while it traces them.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "case", ["1d strided", "2d even same", "2d groups", "3d depthwise", *ROW_GROUPS]
-)
+@pytest.mark.parametrize("case", ["1d strided", "2d even same", "2d groups", "3d depthwise"])
 def test_compiles_whole_and_once(case: str) -> None:
     torch._dynamo.reset()
     tensors, options = make(case, torch.float32)
@@ -190,12 +183,6 @@ def test_wrong_shapes(name: str, value: Tensor | str, message: str) -> None:
     tensors, options = make("2d groups", torch.float32)
     with pytest.raises(ValueError, match=message):
         paca_conv(**{**tensors, **options, name: value}, scaling=1.0)
-
-
-def test_row_groups_beside_groups_of_its_own_are_refused() -> None:
-    x, weight, delta = normal(2, 12, 6), normal(12, 6, 3), normal(6, 4, 3)
-    with pytest.raises(ValueError, match="which a convolution with groups=2 of its own cannot"):
-        paca_conv(x, weight, delta, choose(12, 4, 3), 1.0, groups=2)
 
 
 def test_same_with_a_stride_is_refused() -> None:
@@ -250,7 +237,7 @@ def test_the_weight_is_never_written(case: str) -> None:
 # On a CPU torch itself loses the order of bfloat16 in three dimensions.
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.float32) for case in (*CASES, *ROW_GROUPS) if case[0] != "1"]
+    [(case, torch.float32) for case in CASES if case[0] != "1"]
     + [(case, torch.bfloat16) for case in CASES if case[0] == "2"],
 )
 def test_channels_last_stays_channels_last(case: str, dtype: torch.dtype) -> None:

@@ -26,23 +26,23 @@ def make(leading, dtype=torch.float64, bias=True):
 
 
 def fixed(dtype, groups=1):
-    return normal(OUT, WIDTH, dtype=dtype, seed=1), choose(WIDTH, RANK, groups)
+    return normal(OUT, WIDTH, dtype=dtype, seed=1), *choose(WIDTH, RANK, groups).values()
 
 
 def apart(gate, up, delta, bias, activation="silu", groups=1, weight=None):
-    own, indices = fixed(gate.dtype, groups)
+    own, indices, places = fixed(gate.dtype, groups)
     h = ACTIVATIONS[activation].value(gate) * up
     weight = own if weight is None else weight
-    return reference.paca_linear(h, weight, delta, indices, SCALING, bias)
+    return reference.paca_linear(h, weight, delta, indices, SCALING, bias, places)
 
 
 def together(gate, up, delta, bias, activation="silu", groups=1, is_resident=True):
-    weight, indices = fixed(gate.dtype, groups)
+    weight, indices, places = fixed(gate.dtype, groups)
     if is_resident:
-        weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
-    return apply_paca_linear(
-        up, weight, delta, indices, SCALING, bias, is_resident, None, ACTIVATIONS[activation], gate
-    )
+        weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING, places)
+    update = delta, indices, SCALING, places
+    how = is_resident, None, ACTIVATIONS[activation], gate
+    return apply_paca_linear(up, weight, *update, bias, *how)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])
@@ -81,7 +81,7 @@ def test_frozen_inputs(trained, bias, groups, is_resident):
 
 def test_bytes_kept():
     tensors = make((40,), torch.bfloat16, bias=False)
-    weight, indices = fixed(torch.bfloat16)
+    weight, indices, _ = fixed(torch.bfloat16)
     _, ours = run(partial(together, is_resident=False), tensors, {"gate", "up", "delta"})
     parameters = weight.nbytes + indices.nbytes + tensors["delta"].nbytes
     assert ours == 2 * 40 * WIDTH * 2 + parameters
@@ -100,13 +100,13 @@ class Elsewhere:
 def test_asks_again_before_it_reads_the_weight():
     """Columns that left the weight in between are added in the backward pass."""
     tensors = make((4,))
-    weight, indices = fixed(torch.float64)
+    weight, indices, _ = fixed(torch.float64)
     memory = weight.clone()
     leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
     adapted = reference.adapted_weight(weight, tensors["delta"], indices, SCALING)
     memory.data.copy_(adapted)
     y = apply_paca_linear(
-        leaves["up"], memory, leaves["delta"], indices, SCALING, leaves["bias"],
+        leaves["up"], memory, leaves["delta"], indices, SCALING, None, leaves["bias"],
         True, Elsewhere(memory), ACTIVATIONS["silu"], leaves["gate"],
     )  # fmt: skip
     memory.data.copy_(weight)
@@ -121,7 +121,7 @@ def test_asks_again_before_it_reads_the_weight():
 
 def test_columns_of_the_product():
     gate, up = make((4,))["gate"], make((4,))["up"]
-    _, indices = fixed(torch.float64)
+    _, indices, _ = fixed(torch.float64)
     silu = ACTIVATIONS["silu"]
     found = silu.product_columns(gate, up, indices)
     assert torch.equal(found, silu.product(gate, up).index_select(-1, indices))

@@ -38,15 +38,16 @@ def ours(weight, own_kernel=False, groups=1):
 
     def function(x, delta, bias):
         multiply = (lambda x: F.linear(x, weight(x.dtype), bias)) if own_kernel else None
-        indices = choose(IN, RANK, groups)
-        return paca_quantized_linear(x, delta, indices, 0.7, weight, bias, multiply)
+        indices, places = choose(IN, RANK, groups).values()
+        return paca_quantized_linear(x, delta, indices, 0.7, weight, bias, multiply, places)
 
     return function
 
 
 def theirs(weight, groups=1):
-    update = choose(IN, RANK, groups), 0.7
-    return lambda x, delta, bias: reference.paca_linear(x, weight(x.dtype), delta, *update, bias)
+    indices, places = choose(IN, RANK, groups).values()
+    how = {"indices": indices, "scaling": 0.7, "places": places}
+    return lambda x, delta, bias: reference.paca_linear(x, weight(x.dtype), delta, bias=bias, **how)
 
 
 @pytest.mark.parametrize("bias", [True, False])

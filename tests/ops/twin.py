@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pacatune.ops.pattern import divide
+
 Tensors = dict[str, Tensor | None]
 
 
@@ -16,12 +18,12 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def choose(columns: int, rank: int, groups: int = 1) -> Tensor:
-    """Return (R,) columns, or those of each row group, of which some belong to several groups."""
+def choose(columns: int, rank: int, groups: int = 1) -> Tensors:
+    """Return `indices`, and `places` of row groups, some columns being of several groups."""
     generator = torch.Generator().manual_seed(0)
     chosen = [torch.randperm(columns, generator=generator)[:rank] for _ in range(groups)]
-    indices = torch.stack(chosen).sort(1).values
-    return indices if groups > 1 else indices[0]
+    own = torch.stack(chosen).sort(1).values
+    return dict(zip(("indices", "places"), divide(own if groups > 1 else own[0]), strict=True))
 
 
 def leaves_of(tensors: Tensors, trained: set[str]) -> Tensors:
@@ -69,7 +71,8 @@ def assert_error_of_plain(
     factor: float = 1.5,
 ) -> None:
     """Hold the error against float64 to that of plain autograd in the same dtype."""
-    wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
+    numbers = {n: x for n, x in tensors.items() if x is not None and x.is_floating_point()}
+    wide = {**tensors, **{n: x.double() for n, x in numbers.items()}}
     truth, plain = (gradients(reference, given, trained) for given in (wide, tensors))
     ours = gradients(function, tensors, trained)
     for name in ("y", *trained):
@@ -78,9 +81,9 @@ def assert_error_of_plain(
         assert error <= factor * budget + 1e-6, f"{name}: {error} > {budget}"
 
 
-def bytes_kept(call: Callable[[], object], given: Iterable[Tensor]) -> int:
+def bytes_kept(call: Callable[[], object], given: Iterable[Tensor | None]) -> int:
     """Return the bytes that a call keeps for backward, of memory that is not given."""
-    known = {x.untyped_storage().data_ptr() for x in given}
+    known = {x.untyped_storage().data_ptr() for x in given if x is not None}
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from pacatune.patch import Patch, edit_of, stack
-from pacatune.patch.edit import bits, column_bits, put_bits_, shared_columns
+from pacatune.patch.edit import bits, shared_columns
 
 WEIGHT = torch.arange(24.0).view(4, 6)
 NOTHING = torch.zeros(4, 0)
 
 
 def make_edit(columns, *, weight=None, name="a.weight", dim=1, seed=0, dtype=torch.bfloat16):
-    """Return an edit; of row groups where `columns` has a list for each."""
     generator = torch.Generator().manual_seed(seed)
     weight = WEIGHT.to(dtype) if weight is None else weight
     indices = torch.tensor(columns)
     shape = [*weight.shape]
-    shape[dim] = indices.shape[-1]
+    shape[dim] = len(indices)
     return edit_of(name, dim, weight, indices, torch.randn(shape, generator=generator).to(dtype))
 
 
@@ -38,10 +37,7 @@ def make_patch(*columns, fingerprint=None, **options):
         ({"indices": torch.tensor([1])}, r"`original` must be \(4, 1\) to fit 1 columns"),
         ({"new": torch.zeros(4, 3)}, r"`new` must be \(4, 2\) .* got \(4, 3\)"),
         ({"new": torch.zeros(4, 2)}, "`original` is torch.bfloat16 and `new` is torch.float32"),
-        # Row groups
-        ({"indices": torch.tensor([[0, 2], [5, 2]])}, "must increase from 0 on"),
-        ({"indices": torch.tensor([[0, 2]] * 3)}, "its 3 row groups must divide a dimension of"),
-        ({"indices": torch.tensor([[0, 2]] * 2), "row_dim": 1}, "got `row_dim` = 1"),
+        ({"indices": torch.tensor([[0, 2]])}, r"`indices` must be \(R,\) int64, got \(1, 2\)"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
@@ -64,19 +60,6 @@ def test_the_inverse_takes_back():
     assert torch.equal(inverse.new, edit.original)
     assert torch.equal(inverse.original, edit.new)
     assert (patch.num_bytes, patch.num_columns) == (4 * 2 * 2, 2)
-
-
-def test_row_groups_have_columns_of_their_own():
-    edit = make_edit([[0, 2], [2, 5]], dtype=torch.float32)
-    assert edit.original.tolist() == [[0, 2], [6, 8], [14, 17], [20, 23]]
-    changed = WEIGHT.clone()
-    put_bits_(changed, 1, edit.indices, edit.new, edit.row_dim)
-    assert int((changed != WEIGHT).sum()) == 8
-    found = column_bits(changed, 1, edit.indices, edit.row_dim)
-    assert torch.equal(found.view(torch.float32), edit.new)
-    put_bits_(changed, 1, edit.indices, edit.original, edit.row_dim)
-    assert torch.equal(changed, WEIGHT)
-    assert stack([Patch(edits={"a.weight": edit})]).edits["a.weight"] is edit
 
 
 def test_disjoint_patches_stack_in_any_order():
@@ -127,7 +110,6 @@ def hashed(column, value):
         (make_patch(4), make_patch(4, weight=WEIGHT.bfloat16() + 1), "disagree about columns"),
         (make_patch(1), make_patch(2, dtype=torch.float32), r"bases: .* for one and .*float32 for"),
         (make_patch(1), make_patch(2, dim=0), "along dimension 1 by one patch and along 0 by"),
-        (make_patch([0, 2], [2, 5]), make_patch(1), "has row groups; such patches cannot be"),
         (hashed(1, "aa"), hashed(2, "bb"), "disagree about column 5 of 'a.weight', which none"),
     ],
 )
@@ -143,6 +125,6 @@ def test_a_stack_knows_the_base_by_what_none_of_them_changes():
 
 
 def test_shared_columns_are_counted():
-    others = make_patch(3, 4), make_patch(0), make_patch(0, dim=0), make_patch([0, 2], [1, 4])
+    others = make_patch(3, 4), make_patch(0), make_patch(0, dim=0)
     found = [shared_columns(make_patch(1, 4).edits, other.edits) for other in others]
-    assert [one.get("a.weight", 0) for one in found] == [1, 0, 2, 2]
+    assert [one.get("a.weight", 0) for one in found] == [1, 0, 2]

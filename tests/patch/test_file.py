@@ -105,7 +105,8 @@ def write(path, tensors, description):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "is a patch of version 3, and this pacatune reads 1 and 2; upgrade"),
+        ({"version": 2}, r"version 2, and this pacatune reads 1; revert it with the pacatune that"),
+        ({"version": 3}, "is a patch of version 3, and this pacatune reads 1; upgrade"),
         ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
         ({"tensors": {}}, "`edits` is empty"),
         ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),

@@ -12,6 +12,7 @@ import pacatune
 from pacatune import PacaConfig
 from pacatune.ops import experts_linear
 from pacatune.ops.columns import adapted_columns
+from pacatune.ops.pattern import collect
 from pacatune.tuner.layout import ConvolutionLayout
 from pacatune.tuner.quantized import dequantized
 from tests.releases import compiles_whole
@@ -192,6 +193,7 @@ def test_every_kind_of_layer_is_merged_as_it_is_trained(kind, groups, delta_dtyp
     # By less than half of each weight: what is added, in 16 bits, then has no more than these.
     weight = twin.weight_of(twin.plain)
     columns = layout.oriented(layout.read_columns(weight, twin.layer.paca_indices[name]))
+    columns = collect(columns, twin.layer.places_of(name), layout.delta_dim)
     delta.data = ((torch.rand(columns.shape) - 0.5) * columns).to(delta_dtype)
     if adds and isinstance(layout, ConvolutionLayout):
         config = PacaConfig(r=2, init_weights=True, target_modules=["layer"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pacatune.ops.columns import adapted_columns, read_columns, with_columns
+from pacatune.ops.pattern import divide, expand
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
+from pacatune.strategies import random_columns
 
 # O, I, R and row groups.
 SHAPES = [(37, 50, 4, 1), (64, 33, 8, 1), (700, 64, 3, 1), (60, 33, 8, 4), (700, 64, 3, 7)]
@@ -25,15 +27,15 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
     puts, expected, pretrained = [], [], []
     for out_features, in_features, rank, groups in SHAPES:
         weight = torch.randn(out_features, in_features).to(device, dtype)
-        chosen = [torch.randperm(in_features)[:rank].sort().values for _ in range(groups)]
-        columns = (chosen[0] if groups == 1 else torch.stack(chosen)).to(device)
+        own = random_columns(in_features, rank, groups, "", groups)
+        columns, places = (one if one is None else one.to(device) for one in divide(own))
         kept = room_for(weight, columns)
         originals = read_columns(weight, columns)
         delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
         pretrained.append(weight.clone())
-        adapted = adapted_columns(originals, delta, 1.7)
+        adapted = adapted_columns(originals, expand(delta, places, len(columns)), 1.7)
         expected.append(with_columns(weight, columns, adapted))
-        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0)))
+        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0, places)))
     exchange(puts, takes=True)
     exchange(puts)
     # The interpreter truncates where it makes bfloat16.

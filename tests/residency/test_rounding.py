@@ -20,9 +20,9 @@ def in_float64(twin: Twin, x: Tensor, gy: Tensor) -> list[Tensor]:
     plain = copy.deepcopy(twin.plain).double()
     weight, deltas = twin.weight_of(plain), []
     for name in twin.active:
-        delta, indices, scaling = twin.update(name)
+        delta, *where = twin.update(name)
         deltas.append(delta.detach().double().requires_grad_())
-        weight = nets.adapted(plain, weight, deltas[-1], indices, scaling)
+        weight = nets.adapted(plain, weight, deltas[-1], *where)
     net: nn.Module = Net(plain, twin.kind.call)
     x = x.double() if x.is_floating_point() else x
     y = torch.func.functional_call(net, {f"layer.{twin.kind.parameter}": weight}, (x,))

@@ -155,9 +155,8 @@ class Twin:
     def merged(self) -> list[str]:
         return list(self.layer.merged_adapters)
 
-    def update(self, name: str) -> tuple[Tensor, Tensor, float]:
-        layer = self.layer
-        return layer.delta_of(name), layer.paca_indices[name], layer.scaling[name]
+    def update(self, name: str) -> tuple[Tensor, Tensor, float, Tensor | None]:
+        return self.layer.update_of(name)
 
     def inputs(self) -> Tensor:
         x = self.kind.inputs(self.rng.choice([3, 70]))
@@ -172,9 +171,9 @@ class Twin:
             names = [] if self.merged else names
             weight = dequantized(self.layer.quantization_backend, base, self.dtype)
         for name in names:
-            delta, indices, scaling = self.update(name)
+            delta, *where = self.update(name)
             deltas.append(delta.detach().clone().requires_grad_())
-            weight = nets.adapted(self.plain, weight, deltas[-1], indices, scaling)
+            weight = nets.adapted(self.plain, weight, deltas[-1], *where)
         if self.is_quantised:
             return F.linear(x, weight, self.plain.bias.to(self.dtype)), deltas
         net = Net(self.plain, self.kind.call)

@@ -356,11 +356,13 @@ class Walk(RuleBasedStateMachine):
                 raise AssertionError("a merged adapter was swapped")
             return
         hotswap_adapter(twin.model, saved, name)
-        delta, indices, _ = twin.update(name)
+        delta, indices, _, places = twin.update(name)
         assert (delta is held) == (delta.shape == held.shape)  # optimisers keep what they step
         tensors = load_file(saved / "adapter_model.safetensors")
         assert torch.equal(delta, tensors[f"base_model.model.{twin.key}.paca_delta"].to(delta))
         assert torch.equal(indices, tensors[f"base_model.model.{twin.key}.paca_indices"])
+        if places is not None:
+            assert torch.equal(places, tensors[f"base_model.model.{twin.key}.paca_places"])
         self.changed()
 
     @precondition(lambda self: len(self.twin.adapters) < MAX_ADAPTERS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune.selection import register_strategy, seed_for, select_columns, strategies
-from pacatune.strategies import random_columns
+from pacatune.strategies import num_kept, random_columns
 
 
 @pytest.fixture
@@ -26,11 +26,22 @@ def test_random_follows_the_rule_of_peft_0_22(weight):
     assert chosen.untyped_storage().nbytes() == 6 * 8  # not the whole permutation
 
 
-def test_row_groups_follow_the_rule_by_names_of_their_own(weight):
-    found = random_columns(40, 6, 7, "a.b", groups=5)
-    names = ["a.b", "a.b[1]", "a.b[2]", "a.b[3]", "a.b[4]"]
-    seeds = (seed_for(7, name) for name in names)
-    assert found.equal(torch.stack([select_columns("random", weight, 6, seed=s) for s in seeds]))
+@pytest.mark.parametrize(
+    ("groups", "pool", "kept"),
+    [(5, None, 24), (2, None, 12), (5, 6, 6), (9, 10, 10), (16, 50, 40), (7, 33, 33)],
+)
+def test_row_groups_draw_from_a_pool_of_columns(weight, groups, pool, kept):
+    """That is what a layer of so many columns would have; each of them is as often in a group."""
+    found = random_columns(40, 6, 7, "a.b", groups, pool)
+    assert found.shape == (groups, 6)
+    assert bool((found.diff() > 0).all())
+    columns, times = found.unique(return_counts=True)
+    assert columns.equal(random_columns(40, kept, 7, "a.b"))
+    assert int(times.max() - times.min()) <= 1
+    assert num_kept(40, 6, groups, pool) == kept
+    with torch.device("meta"):
+        assert found.equal(random_columns(40, 6, 7, "a.b", groups, pool))
+    assert not found.equal(random_columns(40, 6, 8, "a.b", groups, pool))
 
 
 @pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])

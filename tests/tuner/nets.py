@@ -87,22 +87,21 @@ class Reference(nn.Module):
             for name, layer in layers(model).items():
                 if adapter in layer.r:
                     self.deltas.append(layer.delta_of(adapter).detach().clone())
-                    columns, scaling = layer.paca_indices[adapter], layer.scaling[adapter]
-                    self.updates.append((name, columns, scaling))
+                    self.updates.append((name, layer.update_of(adapter)[1:]))
 
     def forward(self, *args, **kwargs):
         parameters = dict(self.base.named_parameters())
-        for (name, columns, scaling), delta in zip(self.updates, self.deltas, strict=True):
+        for (name, where), delta in zip(self.updates, self.deltas, strict=True):
             name = name if name in parameters else f"{name}.weight"
             module = self.base.get_submodule(name.rpartition(".")[0])
-            parameters[name] = adapted(module, parameters[name], delta, columns, scaling)
+            parameters[name] = adapted(module, parameters[name], delta, *where)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
 
 
 def adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:
-    """Return the weight of a module with an update: delta, its columns, scaling."""
+    """Return the weight of a module with an update: delta, its columns, scaling, pattern."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return adapted_kernel(weight, *update, module.groups)
+        return adapted_kernel(weight, *update[:3], module.groups, *update[3:])
     if weight.dim() == 3:
         is_transposed = type(module).__name__.startswith(("GptOss", "Llama4"))
         return adapted_experts(weight, *update, is_transposed=is_transposed)

@@ -53,7 +53,10 @@ def test_the_name_that_lora_has_for_it():
         # Row groups
         ({"groups": 0}, r"`groups` \(0\) must be an integer of at least 1"),
         ({"groups": 2.0}, r"`groups` \(2.0\) must be an integer"),
-        (GROUPS | {"selection": "weight_norm"}, r"`groups` \(2\) needs `selection` 'random'"),
+        ({"groups": 2, "pool": 7}, r"`pool` \(7\) is the number of columns from .* draw 8 each"),
+        ({"groups": 2, "pool": 9, "rank_pattern": {"q": 10}}, r"`pool` \(9\) .* draw 10 each"),
+        ({"pool": 64}, r"`pool` \(64\) .* set `groups` above 1"),
+        ({"groups": 2, "pool": "all"}, r"`pool` \('all'\) must be an integer"),
         (GROUPS | {"selection": {"q": [0, 1]}}, "must be 2 lists of column numbers of the same"),
         (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
         (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune import PacaConfig
 from pacatune.ops.columns import read_columns
+from pacatune.ops.pattern import collect
 from pacatune.tuner.quantized import dequantized
 from tests.tuner.nets import layers
 
@@ -55,6 +56,7 @@ class TestColumnsFromTheCheckpoint:
             weight = original.get_submodule(name).weight
             rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
             columns = [read_columns(w, layer.paca_indices["default"]) for w in (rounded, weight)]
+            columns = [collect(one, layer.places_of("default")) for one in columns]
             adapted = columns[0] + layer.scaling["default"] * layer.delta_of("default")
             torch.testing.assert_close(adapted, columns[1])
 

@@ -60,7 +60,6 @@ from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import format_quantization, target_of
 from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
-from pacatune.ops.row_groups import distinct_columns, rank_of
 from pacatune.precision import torch_dtype
 from pacatune.tuner.quantized import Quantization
 
@@ -326,7 +325,7 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter | FoldedAdapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    A module's rank is its number of distinct columns, more than its own with row groups. Alpha
+    A module's rank is its number of columns, with a pattern all that row groups draw from. Alpha
     gives the scaling of the module with the largest rank; if that is no whole number above 0, which
     some servers need, it is the rank.
     """
@@ -374,7 +373,7 @@ def _linear_ranks(adapter: Adapter | FoldedAdapter) -> dict[str, int]:
     if isinstance(adapter, FoldedAdapter):
         return {name: module_rank(adapter.config, name) for name in adapter.modules}
     return {
-        name: len(distinct_columns(update.indices))
+        name: len(update.indices)
         for name, update in adapter.modules.items()
         if update.delta.ndim == 2 or is_parameter(adapter.config, name)
     }
@@ -384,12 +383,11 @@ def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
     rank, alpha = rank_and_alpha(adapter)
     notes = []
     if isinstance(adapter, Adapter) and (groups := adapter.config.groups) > 1:
-        own = max(rank_of(update.indices) for update in adapter.modules.values())
+        own = max(update.rank for update in adapter.modules.values())
         notes.append(
-            f"{groups} row groups of {own} columns: as LoRA the rank is {rank}, the "
-            f"number of distinct columns, and B holds {rank / own:.1f} times the numbers, most of "
-            "them zeros. A server must allow that rank, vLLM up to 512; trained with "
-            f"one group it is {own}."
+            f"{groups} row groups of {own} columns: as LoRA the rank is {rank}, the columns that "
+            f"they draw from (`pool`), and B holds {rank / own:.1f} times the numbers, the others "
+            "zeros. A server must allow that rank, vLLM up to 512."
         )
     if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
         notes.append(f"{num_padded} modules of lower rank are filled up with zeros to {rank}.")

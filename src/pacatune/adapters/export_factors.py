@@ -20,7 +20,6 @@ from pacatune.adapters.folder import Adapter
 from pacatune.adapters.target import target_of_module
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
-from pacatune.ops.row_groups import joined_groups
 from pacatune.tuner.compat import require
 from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.layout import (
@@ -57,13 +56,11 @@ def lora_factors(
     """Return the factors of one layer by their names in PEFT's file, without its prefix.
 
     They are exact: in float64, the update multiplied by `times`, filled up to the rank.
-    Row groups have one row of A for each of their distinct columns, and zeros in B where a group
-    does not train it.
     """
     found = target_of_module(base, name)
     layout = found.layout
-    delta, indices = adapter.modules[name]
-    update, indices = joined_groups(delta.double() * times, indices)
+    delta, indices, _ = adapter.modules[name].whole()
+    update = delta.double() * times
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")
         factors = convolution_factors(update, indices, layout.in_features, layout.groups)

@@ -26,7 +26,6 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.owned_folder import write_whole
-from pacatune.ops.row_groups import distinct_columns
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -61,7 +60,7 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
     result |= {"modules": {}, "trained": {}}
     for name, indices in adapter_modules.items():
         target = target_of_module(model, name)
-        trained = distinct_columns(indices.cpu())
+        trained = indices.cpu()
         is_free = torch.ones(target.layout.in_features, dtype=torch.bool)
         is_free[trained] = False
         result["modules"][name] = _hash_target(target, is_free.nonzero().flatten())

@@ -22,10 +22,10 @@ from pacatune.format.tensors import (
     check_tensors,
     group_tensors,
     split_tensor_name,
+    with_places,
 )
 from pacatune.methods import METHODS, config_class
 from pacatune.names import nearest
-from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import find_adapter
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """Return alpha / rank of one adapted module."""
-        return module_alpha(self.config, module) / rank_of(self.modules[module].indices)
+        return module_alpha(self.config, module) / self.modules[module].rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = locate_folder(folder)
     config = read_config(find_file(folder, CONFIG_NAME))
     path = find_tensors(folder)
-    tensors = read_tensors(path)
+    tensors = with_places(read_tensors(path))
     check_tensors(tensors, source=str(path))
     check_finite(tensors, source=str(path))
     modules = group_tensors(tensors, source=str(path))
@@ -286,8 +286,7 @@ def _checked_update(
     update: ColumnUpdate, config: PacaOptions, name: str, source: str
 ) -> ColumnUpdate:
     """Return an update with its columns second; refuse one that the configuration does not mean."""
-    delta, indices = update
-    held = rank_of(indices), num_groups_of(indices)
+    delta, held = update.delta, (update.rank, update.num_groups)
     expected = module_rank(config, name), config.groups
     if held != expected:
         raise ValueError(
@@ -301,7 +300,7 @@ def _checked_update(
     if delta.shape[1] != held[0]:
         raise ValueError(
             f"{source}: module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which "
-            f"fits its {held[0]} `paca_indices` only as one of `target_parameters` "
+            f"fits its {held[0]} columns only as one of `target_parameters` "
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
-    return ColumnUpdate(delta, indices)
+    return update._replace(delta=delta)

@@ -24,7 +24,6 @@ from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, format_quantization, idle_layers
 from pacatune.format.tensors import PEFT_PREFIX, check_finite
-from pacatune.ops.row_groups import distinct_columns, joined_groups, rank_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +141,15 @@ def _paca_modules(adapter: Adapter) -> list[ModuleReport]:
     return [
         ModuleReport(
             name=name,
-            rank=rank_of(indices),
+            rank=update.rank,
             scaling=adapter.scaling(name),
-            out_features=delta.shape[0],
-            num_parameters=delta.numel(),
-            update_norm=float(delta.double().norm()) * adapter.scaling(name),
-            columns=distinct_columns(indices).tolist(),
-            columns_of_groups=indices.tolist() if adapter.config.groups > 1 else None,
+            out_features=update.delta.shape[0],
+            num_parameters=update.delta.numel(),
+            update_norm=float(update.delta.double().norm()) * adapter.scaling(name),
+            columns=update.indices.tolist(),
+            columns_of_groups=None if update.places is None else update.columns().tolist(),
         )
-        for name, (delta, indices) in adapter.modules.items()
+        for name, update in adapter.modules.items()
     ]
 
 
@@ -203,10 +202,10 @@ def _paca_notes(adapter: Adapter) -> list[str]:
     if idle := idle_layers(config):
         notes.append(f"{idle} has no effect: `target_modules` is a regular expression.")
     if config.groups > 1:
-        distinct = [len(distinct_columns(one.indices)) for one in adapter.modules.values()]
+        most = max(len(one.indices) for one in adapter.modules.values())
         notes.append(
-            f"{config.groups} row groups: each update has rank up to {max(distinct)}, its number "
-            "of distinct columns, with the parameters of the rank above."
+            f"{config.groups} row groups: each update has rank up to {most}, the number of columns "
+            "that they draw from, with the parameters of the rank above."
         )
     has_convolutions = any(
         update.delta.ndim > 2 and not is_parameter(config, name)
@@ -359,8 +358,8 @@ def _compare_module(
             f"{b.folder}; only adapters of one base can be compared."
         )
     # Only shared columns meet in the dot product; elsewhere one of the two updates is zero.
-    update_a, indices_a = joined_groups(update_a, a.modules[name].indices)
-    update_b, indices_b = joined_groups(update_b, b.modules[name].indices)
+    update_a, indices_a, _ = a.modules[name]._replace(delta=update_a).whole()
+    update_b, indices_b, _ = b.modules[name]._replace(delta=update_b).whole()
     in_b = torch.isin(indices_a, indices_b)
     in_a = torch.isin(indices_b, indices_a)
     # Both index lists are sorted, so the shared columns come in the same order.

@@ -36,7 +36,6 @@ from pacatune.adapters.target import target_of_module
 from pacatune.format.options import PacaOptions
 from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate, split_tensor_name
 from pacatune.names import choose
-from pacatune.ops.row_groups import num_groups_of, rank_of
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
@@ -90,7 +89,7 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
 
 
 def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -> None:
-    (delta, indices), last = update, int(update.indices.max())
+    delta, last = update.delta, int(update.indices.max())
     out_features, in_features, *others = layout.file_shape
     needed = (out_features, delta.shape[1], *others)
     if delta.shape != needed or last >= in_features:
@@ -99,7 +98,7 @@ def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -
             f"{last}, but the base needs {needed} and has {in_features} columns; the adapter is "
             "damaged or belongs to another base."
         )
-    check_groups(num_groups_of(indices), layout, name)
+    check_groups(update.num_groups, layout, name)
 
 
 def _check_extra(adapter: Adapter, model: nn.Module) -> None:
@@ -275,11 +274,11 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
             "modules); both must name the same modules. The folder mixes two runs, or the file "
             "is incomplete."
         )
-    for name, (delta, indices) in adapter.modules.items():
+    for name, update in adapter.modules.items():
         loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
-        columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
-        delta = layers[name].layout.from_file(delta)
-        if not (torch.equal(columns, indices) and torch.equal(loaded, delta.to(loaded.dtype))):
+        columns = layers[name].columns_of(_ADAPTER_NAME).cpu()
+        delta = layers[name].layout.from_file(update.delta).to(loaded.dtype)
+        if not (torch.equal(columns, update.columns()) and torch.equal(loaded, delta)):
             raise ValueError(
                 f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "
                 "another package has replaced PaCA in PEFT. Import pacatune before it."
@@ -409,8 +408,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     for name, layer in layers.items():
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
-        alpha = adapter.scaling(name) * rank_of(update.indices)
-        layer.replace_update(adapter_name, delta, update.indices, alpha)
+        alpha = adapter.scaling(name) * update.rank
+        layer.replace_update(adapter_name, delta, update.indices, alpha, update.places)
     if adapter.extra:
         set_peft_model_state_dict(model, dict(adapter.extra), adapter_name)
     for option in fields(PacaOptions):
@@ -418,7 +417,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             value = getattr(settled, option.name)
             is_set = option.name in ("target_modules", "exclude_modules")
             setattr(config, option.name, {*value} if is_set and type(value) is list else value)
-    keep_columns(config, {name: adapter.modules[name].indices for name in layers})
+    keep_columns(config, {name: adapter.modules[name].columns() for name in layers})
 
 
 def _check_swapped_extra(

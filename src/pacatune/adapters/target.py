@@ -51,15 +51,14 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
 def read_target_columns(target: BaseWeight, columns: Tensor) -> Tensor:
     """Return some columns of a weight's tensor, in its order of dimensions."""
     weight: Tensor = getattr(target.module, target.parameter_name).detach()
-    dims = {"dim": target.layout.weight_dim, "row_dim": target.layout.row_dim}
-    return read_columns(weight, columns.to(weight.device), **dims)
+    return read_columns(weight, columns.to(weight.device), dim=target.layout.weight_dim)
 
 
 def adapted_target_columns(
     target: BaseWeight, adapter: Adapter, name: str
 ) -> tuple[Tensor, Tensor]:
     """Return which columns of a weight's tensor an adapter changes, and their bits in a merge."""
-    delta, indices = adapter.modules[name]
+    delta, indices, _ = adapter.modules[name].whole()
     columns = target.layout.tensor_columns(indices)
     held = read_target_columns(target, columns)
     update = target.layout.from_file(delta.float())  # as a layer holds it

@@ -67,8 +67,11 @@ class PacaChoices(TargetOptions):
     paca_alpha: float = 8
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
     groups: int = 1
-    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own:
-    the same number of parameters, an update of rank up to `groups` times `r`."""
+    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own,
+    out of `pool` columns: the same number of parameters, an update of rank up to `pool`."""
+    pool: int | None = None
+    """Number of columns that row groups draw from, which are kept as if all were trained; four
+    times `r` where null. At most all that a weight has: then whole inputs are kept."""
     selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
     registered one. Or the columns themselves, by the module's name or pattern."""
@@ -222,12 +225,6 @@ class PacaOptions(PacaChoices):
             )
         else:
             needs_of(self.selection)  # columns that are there may be of a strategy that is not
-        if self.groups > 1 and self.selection not in (RANDOM, FIXED):
-            raise ValueError(
-                f"`groups` ({self.groups}) needs `selection` 'random', or columns that are given: "
-                f"by {self.selection!r} all groups would choose the same columns, which is "
-                "`groups` 1."
-            )
 
 
 def check_sizes(options: Any) -> None:
@@ -235,6 +232,15 @@ def check_sizes(options: Any) -> None:
     _check_rank("r", options.r)
     _check_alpha("paca_alpha", options.paca_alpha)
     _check_rank("groups", options.groups)
+    if (pool := options.pool) is not None:
+        _check_rank("pool", pool)
+        most = max([options.r, *(options.rank_pattern or {}).values()])
+        if options.groups == 1 or pool < most:
+            raise ValueError(
+                f"`pool` ({pool}) is the number of columns from which `groups` ({options.groups}) "
+                f"of rows draw {most} each; set `groups` above 1 and `pool` to at least that, or "
+                "drop `pool`."
+            )
     for name, rank in (options.rank_pattern or {}).items():
         _check_rank(f"rank_pattern[{name!r}]", rank)
     for name, alpha in (options.alpha_pattern or {}).items():

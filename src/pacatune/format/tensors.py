@@ -1,9 +1,12 @@
 """What every PaCA tensor must fulfil, wherever it comes from; torch only.
 
 An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
-`<module>.paca_indices` (R,), sorted and unique, or (G, R) with a line for each of G row groups
-(docs/method.md). The deltas of convolutions have the kernel's dimensions after these, those of
-expert parameters the number of experts before.
+`<module>.paca_indices` (R,), sorted and unique. With a pattern (docs/method.md) these are (U,), and
+`<module>.paca_places` (G, R) says which of them each of G row groups trains. The deltas of
+convolutions have the kernel's dimensions after these, those of expert parameters the number of
+experts before.
+
+Earlier versions had no places, and indices (G, R): those of each row group.
 """
 
 from collections.abc import Mapping
@@ -12,27 +15,64 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pacatune.ops.pattern import divide, expand
 from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
 INDICES = "paca_indices"
+PLACES = "paca_places"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
 
 
 class ColumnUpdate(NamedTuple):
-    """The two tensors that adapt one module."""
+    """The tensors that adapt one module."""
 
     delta: Tensor
     """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling."""
     indices: Tensor
-    """(R,) int64, the trained columns in increasing order; (G, R) those of each row group."""
+    """(U,) int64, the columns of which anything is trained, in increasing order."""
+    places: Tensor | None = None
+    """(G, R) int64, which of these each row group trains; None: all do, U = R."""
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return 1 if self.places is None else len(self.places)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.indices) if self.places is None else self.places.shape[1]
+
+    def columns(self) -> Tensor:
+        """Return the columns of each row, (R,), or (G, R) of row groups."""
+        return self.indices if self.places is None else self.indices[self.places]
+
+    def whole(self) -> "ColumnUpdate":
+        """Return the same without a pattern: zeros where a row does not train a column.
+
+        Of a delta with the columns in its second dimension.
+        """
+        return ColumnUpdate(expand(self.delta, self.places, len(self.indices)), self.indices)
+
+
+def with_places(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors in today's form."""
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] == INDICES and tensor.ndim == 2 and not tensor.is_meta:
+            indices, places = divide(tensor)
+            result[name] = indices
+            if places is not None:
+                result[name.removesuffix(INDICES) + PLACES] = places
+    return result
 
 
 def split_tensor_name(name: str) -> tuple[str, str] | None:
     """Split a name, such as (`layers.0.q_proj`, `paca_delta`); None if it is not PaCA's."""
     module, _, kind = name.rpartition(".")
-    if kind not in (DELTA, INDICES):
+    if kind not in (DELTA, INDICES, PLACES):
         return None
     return module.removeprefix(PEFT_PREFIX), kind
 
@@ -51,7 +91,10 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
                     f"{source}: module {module!r} has `{other}` but no `{kind}`; each adapted "
                     "module needs both. The file is incomplete: save the adapter again."
                 )
-    return {module: ColumnUpdate(found[DELTA], found[INDICES]) for module, found in parts.items()}
+    return {
+        module: ColumnUpdate(found[DELTA], found[INDICES], found.get(PLACES))
+        for module, found in parts.items()
+    }
 
 
 def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -68,7 +111,14 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
         if not update.delta.is_meta:
             check_finite({f"{module}.{DELTA}": update.delta}, source=source)
         if not update.indices.is_meta:
-            _check_order(update.indices, where)
+            _check_order(update.indices, INDICES, where)
+        if update.places is not None and not update.places.is_meta:
+            _check_order(update.places, PLACES, where)
+            if (last := int(update.places.max())) >= len(update.indices):
+                raise ValueError(
+                    f"{where}: `{PLACES}` names number {last} of {len(update.indices)} "
+                    f"`{INDICES}`, the first one being 0; the file is damaged."
+                )
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -87,7 +137,7 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
 
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:
-    delta, indices = update
+    delta, indices, places = update
     if dtype_name(delta.dtype) not in FLOATS:
         raise ValueError(
             f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {', '.join(FLOATS)}."
@@ -97,37 +147,43 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
             f"{where}: `{DELTA}` has shape {tuple(delta.shape)}; it must be (out_features, rank), "
             "both at least 1, with the kernel's sizes after them or the number of experts before."
         )
-    if indices.dtype != torch.int64:
-        raise ValueError(
-            f"{where}: `{INDICES}` has dtype {indices.dtype}; it must be torch.int64. "
-            "Convert it with `.long()` and save the adapter again."
-        )
+    for kind, tensor in ((INDICES, indices), (PLACES, places)):
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise ValueError(
+                f"{where}: `{kind}` has dtype {tensor.dtype}; it must be torch.int64. "
+                "Convert it with `.long()` and save the adapter again."
+            )
     # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
-    ranks = {delta.shape[1], delta.shape[2] if delta.ndim == 3 else delta.shape[1]}
-    is_grouped = indices.ndim == 2 and len(indices) > 1
-    if not (indices.ndim == 1 or is_grouped) or indices.shape[-1] not in ranks:
-        listed = " or ".join(f"({rank},)" for rank in sorted(ranks))
+    sizes = [delta.shape[:2]] + ([delta.shape[1:]] if delta.ndim == 3 else [])
+    if places is not None and (places.ndim != 2 or len(places) < 2):
         raise ValueError(
-            f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be {listed}, one "
-            f"entry for each column of `{DELTA}`, which has shape {tuple(delta.shape)}, or such a "
-            "line for each of `groups`."
+            f"{where}: `{PLACES}` has shape {tuple(places.shape)}; it must have a line for each of "
+            "`groups`, at least 2."
         )
-    rows = {delta.shape[0], delta.shape[1] if delta.ndim == 3 else delta.shape[0]}
-    if is_grouped and all(number % len(indices) for number in rows):
+    groups, rank = (1, indices.numel()) if places is None else places.shape
+    if indices.ndim != 1 or all(columns != rank for _, columns in sizes):
+        kind, shape = (INDICES, indices.shape) if places is None else (PLACES, places.shape)
+        listed = " or ".join(f"({columns},)" for columns in sorted({size[1] for size in sizes}))
         raise ValueError(
-            f"{where}: `{INDICES}` has {len(indices)} lines, one for each of `groups`, which do "
-            f"not divide the rows of `{DELTA}`, which has shape {tuple(delta.shape)}."
+            f"{where}: `{kind}` has shape {tuple(shape)}; it must be {listed}, one entry for each "
+            f"column of `{DELTA}`, which has shape {tuple(delta.shape)}, or such a line for each "
+            "of `groups`."
+        )
+    if all(rows % groups for rows, columns in sizes if columns == rank):
+        raise ValueError(
+            f"{where}: `{PLACES}` has {groups} lines, one for each of `groups`, which do not "
+            f"divide the rows of `{DELTA}`, which has shape {tuple(delta.shape)}."
         )
 
 
-def _check_order(indices: Tensor, where: str) -> None:
-    lines = indices.reshape(-1, indices.shape[-1])
+def _check_order(numbers: Tensor, kind: str, where: str) -> None:
+    lines = numbers.reshape(-1, numbers.shape[-1])
     before = torch.nn.functional.pad(lines, (1, 0), value=-1)[:, :-1]
     wrong = (lines <= before).nonzero().tolist()
     if wrong:
         line, place = wrong[0]
         raise ValueError(
-            f"{where}: `{INDICES}` holds {int(lines[line, place])} at position {place}; column "
+            f"{where}: `{kind}` holds {int(lines[line, place])} at position {place}; column "
             "numbers must be sorted and unique, from 0 on. Sort them and reorder the columns of "
             f"`{DELTA}` alike."
         )

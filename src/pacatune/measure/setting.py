@@ -217,8 +217,8 @@ class Setting:
     rank: int = 8
     """Columns or rank of the adapter."""
     groups: int = 1
-    """Row groups of paca, with columns of their own; the expected number of distinct ones is kept
-    for backward."""
+    """Row groups of paca, which draw from four times as many columns; all of these are kept for
+    backward."""
     dropout: float = 0.0
     """Dropout on the input of lora, dora and moslora."""
     batch_size: int = 1

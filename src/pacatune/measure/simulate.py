@@ -37,7 +37,6 @@ from pacatune.measure.models import (
 )
 from pacatune.measure.setting import Setting
 from pacatune.measure.tracker import CATEGORIES, Category, StorageTracker, storage_key
-from pacatune.ops.row_groups import expected_distinct, note_distinct
 from pacatune.reports.rows import Row
 from pacatune.residency import Residency
 from pacatune.tuner.layer import PacaLayer
@@ -405,19 +404,7 @@ def _materialize(model: nn.Module, setting: Setting) -> tuple[list[Tensor], list
             is_read_only = layer.shares_weight or setting.shares_weights
             is_read_only |= setting.quantization is not None
             layer.residency.forbidden = "its weight is shared" if is_read_only else None
-        if isinstance(layer, PacaLayer):
-            adapter += _expect_distinct(layer)
     return weights, adapter
-
-
-def _expect_distinct(layer: PacaLayer) -> Iterator[Tensor]:
-    """Say how many columns row groups train, which only values would tell; yield what says it."""
-    for indices in layer.paca_indices.values():
-        if indices.dim() == 2:
-            number = expected_distinct(layer.in_features, *indices.shape)
-            distinct, places = torch.empty(number, dtype=torch.int64), torch.empty_like(indices)
-            note_distinct(indices, distinct, places)
-            yield from (distinct, places)
 
 
 def _fake(value: Tensor, setting: Setting) -> Tensor:
@@ -439,7 +426,7 @@ def _kept_aside(model: nn.Module) -> list[Tensor]:
         if not isinstance(layer, PacaLayer) or not isinstance(residency, _FakeResidency):
             continue
         (name,) = layer.r
-        residency.write(layer.delta_of(name), layer.paca_indices[name], layer.scaling[name])
+        residency.write(*layer.update_of(name))
         residency.is_stale = residency.is_written
         if residency.kept is not None:
             kept += [residency.kept.originals, residency.kept.columns]

@@ -1,9 +1,8 @@
 """Where the trained columns of a weight are: the only code that reads and writes them there.
 
-A linear layer's weight is (O, I), and its rows may be in groups with columns of their own
-(`row_groups.py`). A convolution's kernel is (O, I/G, *k). With one group, input channel i is column
-i, as in a linear layer. With G groups it is column i mod I/G of the rows of group i // (I/G), and
-of no others.
+A linear layer's weight is (O, I). A convolution's kernel is (O, I/G, *k). With one group, input
+channel i is column i, as in a linear layer. With G groups it is column i mod I/G of the rows of
+group i // (I/G), and of no others.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from pacatune.ops.row_groups import num_groups_of, row_index
 
 __all__ = [
     "CONVOLUTIONS",
@@ -36,24 +33,19 @@ Size = int | Sequence[int]
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def read_columns(
-    weight: Tensor, indices: Tensor, groups: int = 1, *, dim: int = 1, row_dim: int = 0
-) -> Tensor:
+def read_columns(weight: Tensor, indices: Tensor, groups: int = 1, *, dim: int = 1) -> Tensor:
     """Return what a weight holds in some columns, a kernel for some input channels.
 
     Args:
         weight: (O, I/G, *k), or (O, I) of a linear layer.
-        indices: (R,) of the I columns or input channels, or those of each row group.
-        groups: G, the kernel's own; row groups then have no place.
+        indices: (R,) of the I columns or input channels.
+        groups: G.
         dim: Dimension of the columns.
-        row_dim: Dimension of the rows, which row groups divide.
 
     Returns:
         (O/G, R, *k): entry [o, j] leads from channel indices[j] to output o of its group. Other
         weights with R in place of I.
     """
-    if indices.dim() == 2:
-        return weight.gather(dim, row_index(indices, weight.shape, dim, row_dim))
     if groups == 1:
         return weight.index_select(dim, indices)
     per_group = weight.shape[1]
@@ -76,22 +68,9 @@ def columns_of_kernel(weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def put_columns_(
-    weight: Tensor,
-    indices: Tensor,
-    columns: Tensor,
-    groups: int = 1,
-    *,
-    dim: int = 1,
-    row_dim: int = 0,
+    weight: Tensor, indices: Tensor, columns: Tensor, groups: int = 1, *, dim: int = 1
 ) -> None:
     """Write what `read_columns` reads, in the dtype of `weight`, into `weight` itself."""
-    if indices.dim() == 2:
-        places = row_index(indices, weight.shape, dim, row_dim)
-        if columns.itemsize == 2 and not columns.requires_grad:
-            # On CPUs whole numbers are scattered many times faster than floats of 16 bits.
-            weight, columns = weight.view(torch.int16), columns.view(torch.int16)
-        weight.scatter_(dim, places, columns)
-        return
     if groups == 1:
         weight.index_copy_(dim, indices, columns)
         return
@@ -102,8 +81,6 @@ def put_columns_(
 
 def with_columns(weight: Tensor, indices: Tensor, columns: Tensor) -> Tensor:
     """Return an (O, I) weight with other (O, R) columns, as a new tensor."""
-    if indices.dim() == 2:
-        return weight.scatter(1, row_index(indices, weight.shape), columns)
     return weight.index_copy(1, indices, columns)
 
 
@@ -139,7 +116,7 @@ def adapted_kernel(
     Args:
         weight: (O, I/G, *k) pretrained kernel.
         delta: (O/G, R, *k) update.
-        indices: (R,) of the I input channels, or those of each row group.
+        indices: (R,) of the I input channels.
         scaling: alpha / R.
         groups: G.
         dtype: Dtype of the result; that of `weight` by default. The sum is rounded to the dtype of
@@ -182,10 +159,9 @@ def conv_of_columns(
     For whatever leaves the convolution itself to others: hooks, compiled graphs, several adapters.
 
     Args:
-        columns: (B, R, *positions) or (R, *positions), the trained channels of x; those of one row
-            group after the other.
+        columns: (B, R, *positions) or (R, *positions), the trained channels of x.
         kernel: (O/G, R, *k) scaled update.
-        indices: (R,) of the I input channels, or those of each row group.
+        indices: (R,) of the I input channels.
         in_channels: I.
         groups: G.
         convolve: The convolution without its bias: takes input, kernel and number of groups.
@@ -194,7 +170,7 @@ def conv_of_columns(
         (B, O, *positions) or (O, *positions).
     """
     if groups == 1:
-        return convolve(columns, kernel, num_groups_of(indices))
+        return convolve(columns, kernel, 1)
     each = convolve(columns, one_group_each(kernel), len(indices))
     dim = each.dim() - kernel.dim() + 1
     shape = list(each.shape)

@@ -26,16 +26,7 @@ from pacatune.ops.columns import (
     select_channels,
 )
 from pacatune.ops.linear import autocast
-from pacatune.ops.row_groups import (
-    check_indices,
-    distinct_and_places,
-    distinct_columns,
-    held_indices,
-    hold_indices,
-    is_spread_out,
-    num_groups_of,
-    rank_of,
-)
+from pacatune.ops.pattern import refuse_misfit
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["paca_conv"]
@@ -71,8 +62,7 @@ def paca_conv(
         delta: (O/G, R, *k) trained update, any floating dtype: entry [o, j] updates the kernel from
             channel indices[j] to output o of that channel's group. G = 1 makes it (O, R, *k),
             a depthwise convolution (multiplier, R, *k).
-        indices: (R,) int64, the trained input channels, of all I; (G', R) those of G' row groups,
-            where G = 1.
+        indices: (R,) int64, the trained input channels, of all I.
         scaling: alpha / R.
         bias: (O,) bias, frozen or trained.
         stride: As F.conv2d takes it, and so are the others.
@@ -117,9 +107,8 @@ class _PacaConv(torch.autograd.Function):
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else weight.dtype
         memory_format = _memory_format(x)
         ctx.call = x.shape, scaling, geometry, memory_format
-        x_R = _select(x, indices, num_dims) if needs_delta else None
+        x_R = select_channels(x, indices, num_dims) if needs_delta else None
         # As in `paca_linear`, `delta` is saved where only its version is read, too.
-        hold_indices(ctx, indices)
         ctx.save_for_backward(x_R, weight if needs_x else None, delta, indices)
         groups = geometry[-1]
         kernel = adapted_kernel(weight, delta, indices, scaling, groups, dtype, memory_format)
@@ -132,7 +121,6 @@ class _PacaConv(torch.autograd.Function):
             refuse_second_derivative("paca_conv")
         needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad
         x_R, weight, delta, indices = ctx.saved_tensors
-        indices = held_indices(ctx, indices)
         x_shape, scaling, geometry, memory_format = ctx.call
         gx = gdelta = gbias = None
         if needs_delta:
@@ -148,12 +136,6 @@ class _PacaConv(torch.autograd.Function):
         return gx, None, gdelta, None, None, gbias, None
 
 
-def _select(x: Tensor, indices: Tensor, num_dims: int) -> Tensor:
-    if is_spread_out(indices):
-        return select_channels(x, indices.flatten(), num_dims).unflatten(1, indices.shape)
-    return select_channels(x, distinct_columns(indices), num_dims)
-
-
 def _grad_delta(
     gy: Tensor,
     x_R: Tensor,
@@ -167,14 +149,7 @@ def _grad_delta(
     *sizes, groups = geometry
     kernel = torch.empty_like(delta, dtype=gy.dtype)  # only its shape is read
     if groups == 1:
-        if x_R.dim() > gy.dim():
-            x_R = x_R.flatten(1, 2)
-        elif indices.dim() == 2:
-            places = distinct_and_places(indices)[1]
-            x_R = select_channels(x_R, places.flatten(), gy.dim() - 2)
-        # Each row group's outputs see its channels alone, as in a convolution with groups.
-        own = (*sizes, num_groups_of(indices))
-        gdelta = _convolution_backward(gy, x_R, kernel, own, (False, True))[1]
+        gdelta = _convolution_backward(gy, x_R, kernel, geometry, (False, True))[1]
     else:
         rank = len(indices)
         outputs = outputs_of(indices, in_channels // groups, len(delta))
@@ -261,13 +236,8 @@ def _check_shapes(
             f"`x` must be (B, I={in_channels}, *positions) or without B, to fit `weight` "
             f"{tuple(weight.shape)} with groups={groups}, got shape {tuple(x.shape)}."
         )
-    check_indices(indices, out_channels)
-    if groups > 1 and indices.dim() == 2:
-        raise ValueError(
-            f"`indices` is {tuple(indices.shape)}, of row groups, which a convolution with "
-            f"groups={groups} of its own cannot have; give (R,) channels."
-        )
-    expected = (out_channels // groups, rank_of(indices), *weight.shape[2:])
+    refuse_misfit(indices, None, len(indices))
+    expected = (out_channels // groups, len(indices), *weight.shape[2:])
     if delta.shape != expected:
         raise ValueError(
             f"`delta` must be (O/G, R, *k) = {expected} to fit `weight` and `indices`, got shape "

@@ -17,26 +17,16 @@ Two equal ways to form the products of all groups:
     grouped      torch's grouped GEMM, where it takes the dtype and the sizes
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
-from pacatune.ops.linear import add_columns_, autocast, grad_delta
-from pacatune.ops.row_groups import (
-    by_group,
-    check_indices,
-    distinct_and_places,
-    held_indices,
-    hold_indices,
-    is_spread_out,
-    rank_of,
-    select,
-)
+from pacatune.ops.columns import adapted_columns, read_columns
+from pacatune.ops.linear import autocast, grad_delta
+from pacatune.ops.pattern import collect, expand, refuse_misfit
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
@@ -49,6 +39,7 @@ def paca_experts_linear(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
+    places: Tensor | None = None,
     *,
     is_transposed: bool = False,
     is_grouped: bool = False,
@@ -61,9 +52,10 @@ def paca_experts_linear(
         x: (S, I) activations of the routed tokens, sorted by expert.
         weight: (E, O, I) frozen pretrained weights.
         delta: (E, O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
+        indices: (R,) int64, the trained columns; with a pattern (U,).
         scaling: alpha / R.
         offsets: (E,) int32, where each expert's tokens end.
+        places: (G, R) int64 pattern, see `pattern`.
         is_transposed: The weights are (E, I, O).
         is_grouped: Use torch's grouped GEMM where it can be used.
 
@@ -76,17 +68,16 @@ def paca_experts_linear(
     Source: PaCA, Eqs. 7-9, for each expert.
     """
     _check_weight(x, weight, offsets, is_transposed)
-    _check_delta(x, delta, indices, offsets)
+    _check_delta(delta, indices, offsets, places)
     num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
     if delta.shape[:2] != (num_experts, out_features):
         raise ValueError(
-            f"`delta` must be (E={num_experts}, O={out_features}, R={rank_of(indices)}) to fit "
-            f"`weight` and `indices`, got shape {tuple(delta.shape)}."
+            f"`delta` must be (E={num_experts}, O={out_features}, R) to fit `weight`, got shape "
+            f"{tuple(delta.shape)}."
         )
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    return _ExpertsLinear.apply(
-        x, weight, delta, indices, scaling, offsets, is_transposed, is_grouped
-    )
+    how = offsets, is_transposed, is_grouped
+    return _ExpertsLinear.apply(x, weight, delta, indices, scaling, places, *how)
 
 
 def experts_linear(
@@ -114,7 +105,8 @@ def experts_linear(
     """
     _check_weight(x, weight, offsets, is_transposed)
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    return _ExpertsLinear.apply(x, weight, None, None, 0.0, offsets, is_transposed, is_grouped)
+    how = offsets, is_transposed, is_grouped
+    return _ExpertsLinear.apply(x, weight, None, None, 0.0, None, *how)
 
 
 def paca_experts_update(
@@ -123,6 +115,7 @@ def paca_experts_update(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
+    places: Tensor | None = None,
     *,
     is_grouped: bool = False,
 ) -> Tensor:
@@ -136,10 +129,9 @@ def paca_experts_update(
     Raises:
         ValueError: If the shapes do not fit.
     """
-    _check_delta(x, delta, indices, offsets)
-    return _ExpertsLinear.apply(
-        autocast(x), None, delta, indices, scaling, offsets, False, is_grouped
-    )
+    _check_delta(delta, indices, offsets, places)
+    how = offsets, False, is_grouped
+    return _ExpertsLinear.apply(autocast(x), None, delta, indices, scaling, places, *how)
 
 
 def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool) -> None:
@@ -159,14 +151,13 @@ def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: boo
         )
 
 
-def _check_delta(x: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor) -> None:
-    check_indices(indices)
-    if delta.dim() != 3 or len(delta) != len(offsets) or delta.shape[2] != rank_of(indices):
+def _check_delta(delta: Tensor, indices: Tensor, offsets: Tensor, places: Tensor | None) -> None:
+    if delta.dim() != 3 or len(delta) != len(offsets):
         raise ValueError(
-            f"`delta` must be (E={len(offsets)}, O, R={rank_of(indices)}) to fit `offsets` and "
-            f"`indices`, got shape {tuple(delta.shape)}."
+            f"`delta` must be (E={len(offsets)}, O, R) to fit `offsets`, got shape "
+            f"{tuple(delta.shape)}."
         )
-    check_indices(indices, delta.shape[1])
+    refuse_misfit(indices, places, delta.shape[2], delta.shape[1])
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -180,32 +171,32 @@ class _ExpertsLinear(torch.autograd.Function):
         delta: Tensor | None,
         indices: Tensor | None,
         scaling: float,
+        places: Tensor | None,
         offsets: Tensor,
         is_transposed: bool,
         is_grouped: bool,
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         ctx.call = x.shape, scaling, is_transposed, is_grouped
-        x_R = None if delta is None or indices is None else select(x, indices)
-        hold_indices(ctx, indices)
+        x_R = None if indices is None else x.index_select(-1, indices)
         # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
         # after the forward pass and put it back before the backward pass.
-        ctx.save_for_backward(
-            x_R if needs_delta else None, weight if needs_x else None, delta, indices, offsets
-        )
-        if weight is None:
-            assert x_R is not None
-            assert delta is not None
-            assert indices is not None
-            return _column_products(x_R, delta, indices, offsets, is_grouped).mul_(scaling)
-        weight_EOI = weight.transpose(1, 2) if is_transposed else weight
-        y = _products(x, weight_EOI, offsets, is_grouped)
+        kept = x_R if needs_delta else None, weight if needs_x else None
+        ctx.save_for_backward(*kept, delta, indices, places, offsets)
+        y = None
+        if weight is not None:
+            weight = weight.transpose(1, 2) if is_transposed else weight
+            y = _products(x, weight, offsets, is_grouped)
         if x_R is not None and delta is not None and indices is not None:
-            if y.itemsize <= 2:
-                columns = read_columns(weight_EOI, indices, dim=2, row_dim=1)
+            delta = expand(delta, places, len(indices), dim=2)
+            if weight is not None and y is not None and y.itemsize <= 2:
+                columns = read_columns(weight, indices, dim=2)
                 adapted = adapted_columns(columns, delta, scaling)
                 delta, scaling = torch.cat((adapted, columns.neg()), 2), 1.0
-            y.add_(_column_products(x_R, delta, indices, offsets, is_grouped), alpha=scaling)
+                x_R = torch.cat((x_R, x_R), 1)
+            added = _products(x_R, delta, offsets, is_grouped)
+            y = added.mul_(scaling) if y is None else y.add_(added, alpha=scaling)
+        assert y is not None
         return y
 
     @staticmethod
@@ -213,88 +204,28 @@ class _ExpertsLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             refuse_second_derivative("paca_experts_linear")
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        x_R, weight, delta_EOR, indices_R, offsets = ctx.saved_tensors
-        indices_R = held_indices(ctx, indices_R)
+        x_R, weight, delta, indices, places, offsets = ctx.saved_tensors
         x_shape, scaling, is_transposed, is_grouped = ctx.call
         gx, gdelta, how = None, None, (offsets, is_grouped)
         gy = gy.contiguous()
         if needs_delta:
-            options = offsets, scaling, delta_EOR.dtype
-            gdelta = _grad_delta(gy, x_R, indices_R, *options, is_grouped)
+            gdelta = _grad_delta(gy, x_R, offsets, scaling, delta.dtype, is_grouped)
+            gdelta = collect(gdelta, places, dim=2)
         if needs_x:
-            weight_EOI = weight.transpose(1, 2) if is_transposed and weight is not None else weight
-            if weight_EOI is None:
+            weight = weight.transpose(1, 2) if is_transposed and weight is not None else weight
+            if weight is None:
                 gx = gy.new_zeros(x_shape)
             else:
-                gx = _products(gy, weight_EOI.transpose(1, 2), *how)
-            if delta_EOR is not None and weight_EOI is not None and gy.itemsize <= 2:
-                distinct, columns = _adapted(weight_EOI, delta_EOR, indices_R, scaling)
-                gx.index_copy_(1, distinct, _products(gy, columns.transpose(1, 2), *how))
-            elif delta_EOR is not None:
-                distinct, update = _joined(delta_EOR, indices_R, x_shape[1])
-                columns_SU = _products(gy, update.transpose(1, 2), *how)
-                gx.index_add_(1, distinct, columns_SU, alpha=scaling)
-        return gx, None, gdelta, None, None, None, None, None
-
-
-def _column_products(
-    x_SU: Tensor, delta: Tensor, indices: Tensor, offsets: Tensor, is_grouped: bool
-) -> Tensor:
-    """Return x_e[:, indices] delta_e^T of all experts: (S, O).
-
-    An (E, O, 2R) `delta` is of the same inputs twice: the new columns and minus the old ones, as
-    `column_update` has them.
-    """
-    if indices.dim() == 2 and not is_grouped and not torch.compiler.is_compiling():
-        y = x_SU.new_zeros(len(x_SU), delta.shape[1])
-        for expert, rows in _rows_of(offsets):  # one batched product for each
-            add_columns_(y[rows], x_SU[rows], delta[expert].to(y.dtype), indices)
-        return y
-    inputs = _inputs_of_groups(x_SU, indices)
-    if delta.shape[2] > rank_of(indices):
-        inputs = [torch.cat((x_SR, x_SR), 1) for x_SR in inputs]
-    pairs = zip(inputs, delta.chunk(len(inputs), 1), strict=True)
-    return _side_by_side([_products(x_SR, rows, offsets, is_grouped) for x_SR, rows in pairs])
-
-
-def _inputs_of_groups(x_SU: Tensor, indices: Tensor) -> Sequence[Tensor]:
-    """Return the (S, R) inputs of each row group; without groups, `x_SU` itself."""
-    return [x_SU] if indices.dim() == 1 else by_group(x_SU, indices).unbind(0)
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Return what the row groups' outputs are together, along dimension 1; one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _adapted(
-    weight_EOI: Tensor, delta: Tensor, indices: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Return the (U,) columns that any row group trains, and W' there: (E, O, U)."""
-    read = partial(read_columns, weight_EOI, dim=2, row_dim=1)
-    adapted = adapted_columns(read(indices), delta, scaling)
-    if indices.dim() == 1:
-        return indices, adapted
-    distinct, places = _distinct(indices, weight_EOI.shape[2])
-    columns = read(distinct)
-    put_columns_(columns, places, adapted, dim=2, row_dim=1)
-    return distinct, columns
-
-
-def _joined(delta: Tensor, indices: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    """Return the same of an update, with zeros where a row group has no such column."""
-    if indices.dim() == 1:
-        return indices, delta
-    distinct, places = _distinct(indices, in_features)
-    joined = delta.new_zeros(*delta.shape[:2], len(distinct))
-    put_columns_(joined, places, delta, dim=2, row_dim=1)
-    return distinct, joined
-
-
-def _distinct(indices: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
-    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
-        return torch.arange(in_features, device=indices.device), indices
-    return distinct_and_places(indices)
+                gx = _products(gy, weight.transpose(1, 2), *how)
+            if delta is not None:
+                update = expand(delta, places, len(indices), dim=2)
+                if weight is not None and gy.itemsize <= 2:  # the columns of W' as they are
+                    update = adapted_columns(read_columns(weight, indices, dim=2), update, scaling)
+                    gx.index_copy_(1, indices, _products(gy, update.transpose(1, 2), *how))
+                else:
+                    gx_SR = _products(gy, update.transpose(1, 2), *how)
+                    gx.index_add_(1, indices, gx_SR, alpha=scaling)
+        return gx, None, gdelta, None, None, None, None, None, None
 
 
 def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:
@@ -310,23 +241,18 @@ def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> T
 
 def _grad_delta(
     gy: Tensor,
-    x: Tensor,
-    indices: Tensor,
+    x_SR: Tensor,
     offsets: Tensor,
     scaling: float,
     dtype: torch.dtype,
     is_grouped: bool,
 ) -> Tensor:
-    """Return scaling * dy_e^T x_e[:, indices] of all experts: (E, O, R); x is `select`'s."""
-    if is_grouped:
-        inputs = _inputs_of_groups(x, indices)
-        pairs = list(zip(gy.chunk(len(inputs), 1), inputs, strict=True))
-        if all(_can_group(*pair) for pair in pairs):
-            parts = [F.grouped_mm(rows.t(), x_SR, offs=offsets) for rows, x_SR in pairs]
-            return _side_by_side(parts).to(dtype).mul_(scaling)
+    """Return scaling * dy_e^T x_e[:, indices] of all experts: (E, O, R)."""
+    if is_grouped and _can_group(gy, x_SR):
+        return F.grouped_mm(gy.t(), x_SR, offs=offsets).to(dtype).mul_(scaling)
     if torch.compiler.is_compiling():
-        return torch.ops.pacatune.experts_grad_delta(gy, x, indices, offsets, scaling, dtype)
-    return _grad_delta_per_expert(gy, x, indices, offsets, scaling, dtype)
+        return torch.ops.pacatune.experts_grad_delta(gy, x_SR, offsets, scaling, dtype)
+    return _grad_delta_per_expert(gy, x_SR, offsets, scaling, dtype)
 
 
 _HAS_GROUPED = hasattr(F, "grouped_mm")  # of a newer torch than 2.6
@@ -343,11 +269,7 @@ def _can_group(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
         return False
     for tensor in tensors:  # and no generator expression, which torch 2.15 does not trace here
-        # Of rows, and of a view: of a row group's, which a graph knows by its width alone.
-        is_traced = torch.compiler.is_compiling()
-        begin = tensor.shape[-1] if is_traced else tensor.storage_offset()
-        starts = max(tensor.stride()[-2:]), begin
-        if any(start * tensor.itemsize % 16 for start in starts) or 0 in tensor.shape:
+        if max(tensor.stride()[-2:]) * tensor.itemsize % 16 or 0 in tensor.shape:
             return False
     return True
 
@@ -371,11 +293,11 @@ def _products_per_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _grad_delta_per_expert(
-    gy: Tensor, x: Tensor, indices: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
+    gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    gdelta = gy.new_zeros(len(offsets), gy.shape[1], rank_of(indices), dtype=dtype)
+    gdelta = gy.new_zeros(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)
     for expert, rows in _rows_of(offsets):
-        gdelta[expert] = grad_delta(gy[rows], x[rows], scaling, dtype, indices)
+        gdelta[expert] = grad_delta(gy[rows], x[rows], scaling, dtype)
     return gdelta
 
 
@@ -394,7 +316,5 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 @_grad_delta_op.register_fake
-def _(
-    gy: Tensor, x: Tensor, indices: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    return gy.new_empty(len(offsets), gy.shape[1], rank_of(indices), dtype=dtype)
+def _(gy: Tensor, x: Tensor, offsets: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return gy.new_empty(len(offsets), gy.shape[1], x.shape[1], dtype=dtype)

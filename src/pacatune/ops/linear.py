@@ -6,7 +6,6 @@ they keep:
     nn.Linear, all columns trained    keeps x              N * I elements
     LoRA of rank R                    keeps x and x A^T    N * (I + R) elements
     PaCA, R columns trained           keeps x[:, indices]  N * R elements
-    PaCA, R columns in G row groups   keeps the U distinct ones, N * U elements, U <= G R
 
 and all three run the same two large GEMMs (y = x W^T, dx = dy W). PaCA adds one gather in the
 forward pass and one thin GEMM in the backward pass; nothing runs in sequence with the large GEMMs.
@@ -14,7 +13,6 @@ forward pass and one thin GEMM in the backward pass; nothing runs in sequence wi
 """
 
 import functools
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -24,21 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.row_groups import (
-    by_group,
-    by_rows,
-    check_indices,
-    distinct_and_places,
-    held_indices,
-    hold_indices,
-    is_spread_out,
-    kept_columns,
-    num_groups_of,
-    places_in,
-    rank_of,
-    row_index,
-    select,
-)
+from pacatune.ops.pattern import collect, expand, refuse_misfit
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["Elementwise", "Source", "column_update", "paca_linear", "paca_linear_additive"]
@@ -79,14 +63,13 @@ def paca_linear(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear map that trains only the input columns `indices` (Eqs. 7-9).
 
     Forward   y = x W'^T + b            W' already holds the adapted columns
     Backward  dx = dy W'                d(delta) = scaling * dy^T x[..., indices]
     Saves x[..., indices]: R/I of what nn.Linear keeps, and references to W', delta and indices.
-    With row groups, group g of the outputs trains columns indices[g], and their distinct ones are
-    saved; see `row_groups`.
 
     The columns of `weight` must be W[:, indices] + scaling * delta when this is called and when the
     backward pass runs; both read them there.
@@ -95,9 +78,10 @@ def paca_linear(
         x: (..., I) activations, any number of leading dimensions, zero tokens included.
         weight: (O, I) frozen weight with the adapted columns written in.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
+        indices: (R,) int64, the trained columns; with a pattern (U,).
         scaling: alpha / R, the factor between `delta` and the columns.
         bias: (O,) bias, frozen or trained.
+        places: (G, R) int64 pattern, see `pattern`.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
@@ -107,8 +91,8 @@ def paca_linear(
 
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)
+    _check_shapes(x, weight, delta, indices, bias, places)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, places, bias, True)
 
 
 def paca_linear_additive(
@@ -118,6 +102,7 @@ def paca_linear_additive(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Apply the same map as `paca_linear`, from the *pretrained* weight, which is not written.
 
@@ -130,9 +115,10 @@ def paca_linear_additive(
         x: (..., I) activations.
         weight: (O, I) frozen pretrained weight.
         delta: (O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
+        indices: (R,) int64, the trained columns; with a pattern (U,).
         scaling: alpha / R.
         bias: (O,) bias, frozen or trained.
+        places: (G, R) int64 pattern.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
@@ -142,8 +128,8 @@ def paca_linear_additive(
 
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)
+    _check_shapes(x, weight, delta, indices, bias, places)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, places, bias, False)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -161,7 +147,12 @@ def owned(y: Tensor) -> Tensor:
 
 
 def _check_shapes(
-    x: Tensor, weight: Tensor, delta: Tensor, indices: Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    places: Tensor | None,
 ) -> None:
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be (O, I), got shape {tuple(weight.shape)}.")
@@ -171,18 +162,24 @@ def _check_shapes(
             f"`x` must be (..., I={in_features}) to fit `weight` {tuple(weight.shape)}, "
             f"got shape {tuple(x.shape)}."
         )
-    check_indices(indices, out_features)
-    if delta.shape != (out_features, rank_of(indices)):
+    rank = len(indices) if places is None else places.shape[-1]
+    refuse_misfit(indices, places, rank, out_features)
+    if delta.shape != (out_features, rank):
         raise ValueError(
-            f"`delta` must be (O={out_features}, R={rank_of(indices)}) to fit `weight` and "
-            f"`indices`, got shape {tuple(delta.shape)}."
+            f"`delta` must be (O={out_features}, R={rank}) to fit `weight` and `indices`, got "
+            f"shape {tuple(delta.shape)}."
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
 def column_update(
-    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, dtype: torch.dtype
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    places: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return what the columns of W' multiply x with beyond those of W, for `add_columns_`.
 
@@ -193,13 +190,15 @@ def column_update(
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) trained update.
-        indices: (R,) int64, the trained columns, or (G, R) those of each row group.
+        indices: (U,) int64, the trained columns.
         scaling: alpha / R.
+        places: (G, R) int64 pattern; U = R without one.
         dtype: What the product is computed in.
 
     Returns:
-        In 16 bits (O, 2R), otherwise (O, R) scaling * delta; in `dtype`.
+        In 16 bits (O, 2U), otherwise (O, U) scaling * delta; in `dtype`.
     """
+    delta = expand(delta, places, len(indices))
     if dtype.itemsize > 2:
         wide = _cast(delta, dtype)
         return wide if scaling == 1.0 else wide * scaling
@@ -209,7 +208,7 @@ def column_update(
 
 
 class _PacaLinear(torch.autograd.Function):
-    """Eqs. 7-9 in both forms; the first six arguments as in `paca_linear`.
+    """Eqs. 7-9 in both forms; `x` to `bias` as in `paca_linear`.
 
     `is_resident` says whether `weight` holds the adapted columns now. With a `source`, the backward
     pass asks it for the weight; otherwise the weight is saved and must stay as it is.
@@ -227,6 +226,7 @@ class _PacaLinear(torch.autograd.Function):
         delta: Tensor,
         indices: Tensor,
         scaling: float,
+        places: Tensor | None,
         bias: Tensor | None,
         is_resident: bool,
         source: Source | None = None,
@@ -239,106 +239,72 @@ class _PacaLinear(torch.autograd.Function):
         if activation is not None and gate is not None:
             kept, x = x, activation.product(gate, x)
         if (needs_delta and kept is None) or not is_resident:
-            x_R = select(x, indices)
+            x_R = x.index_select(-1, indices)
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
-        if indices.dim() == 2:
-            hold_indices(ctx, indices)
         ctx.save_for_backward(
             x_R if kept is None and needs_delta else kept,
             weight if (needs_x or needs_gate) and source is None else None,
             delta,
             indices,
+            places,
             gate,
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype), indices)
+            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, places, y.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_second_derivative("paca_linear")
-        needs_x, _, needs_delta, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
-        kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
-        if indices_R.dim() == 2:
-            indices_R = held_indices(ctx, indices_R)
+        needs_x, _, needs_delta, _, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
+        kept, weight_OI, delta_OR, indices_R, places, gate = ctx.saved_tensors
         x_shape, scaling, is_resident, source, activation = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = ggate = None
         if needs_delta:
             x_NR = kept
             if activation is not None:
-                columns = kept_columns(indices_R, x_shape[-1])
-                pair = gate, kept
-                x_NR = (
-                    activation.product(*pair)
-                    if columns is None
-                    else activation.product_columns(*pair, columns)
-                )
+                x_NR = activation.product_columns(gate, kept, indices_R)
             if len(x_shape) != 2:
                 x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype, indices_R)
+            gdelta = collect(grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype), places)
         if needs_x or needs_gate:
+            update = delta_OR, indices_R, scaling, places
             if source is None:
-                gx_NI = grad_x(gy_NO, delta_OR, indices_R, scaling, weight_OI, is_resident)
+                gx_NI = grad_x(gy_NO, *update, weight_OI, is_resident)
             else:
-                gx_NI = source.backward(partial(grad_x, gy_NO, delta_OR, indices_R, scaling))
+                gx_NI = source.backward(partial(grad_x, gy_NO, *update))
             gx = gx_NI.view(x_shape)
             if activation is not None:
                 ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, None, gdelta, None, None, gbias, None, None, None, ggate
+        return gx, None, gdelta, None, None, None, gbias, None, None, None, ggate
 
 
-def add_columns_(y: Tensor, x_R: Tensor, update: Tensor, indices: Tensor) -> Tensor:
+def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
     """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says.
 
-    `x_R` is what `select` returns for `indices`.
+    `x_R` is x[..., indices].
     """
     y_NO = y.view(-1, y.shape[-1])
-    x_NR = _cast(x_R, y.dtype).reshape(y_NO.shape[0], *x_R.shape[y.dim() - 1 :])
-    if indices.dim() == 2:
-        _add_group_columns_(y_NO, by_group(x_NR, indices), update)
-        return y
-    if update.shape[1] > x_NR.shape[1]:
-        x_NR = torch.cat((x_NR, x_NR), 1)
-    y_NO.addmm_(x_NR, update.t())
+    y_NO.addmm_(_inputs(x_R, update, y_NO), update.t())
     return y
 
 
-def add_columns(
-    y: Tensor, x_GR: Tensor, weight: Tensor, delta: Tensor, indices: Tensor, scaling: float
-) -> Tensor:
-    """Return what `add_columns_` makes of (..., O), by operations that autograd knows.
-
-    `x_GR` is (..., G R), the inputs of one row group after the other.
-    """
-    update = column_update(weight, delta, indices, scaling, y.dtype)
-    groups = num_groups_of(indices)
-    x_NGR = x_GR.reshape(-1, groups, rank_of(indices))
-    if update.shape[1] > x_NGR.shape[2]:
-        x_NGR = torch.cat((x_NGR, x_NGR), 2)
+def add_columns(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
+    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
     y_NO = y.reshape(-1, y.shape[-1])
-    if groups == 1:
-        return torch.addmm(y_NO, x_NGR.flatten(1), update.t()).view(y.shape)
-    update_GRo = update.unflatten(0, (groups, -1)).transpose(1, 2)
-    added = torch.baddbmm(by_rows(y_NO, groups), x_NGR.transpose(0, 1), update_GRo)
-    return added.transpose(0, 1).reshape(y.shape)
+    return torch.addmm(y_NO, _inputs(x_R, update, y_NO), update.t()).view(y.shape)
 
 
-def _add_group_columns_(y_NO: Tensor, x_GNR: Tensor, update: Tensor) -> None:
-    """Add the products of all row groups by one batched GEMM, in place."""
-    groups = len(x_GNR)
-    if update.shape[1] > x_GNR.shape[2]:
-        x_GNR = torch.cat((x_GNR, x_GNR), 2)
-    update_GRo = update.unflatten(0, (groups, -1)).transpose(1, 2)
-    if torch.compiler.is_compiling():  # which cannot change such a view
-        y_NO.add_(x_GNR.bmm(update_GRo).transpose(0, 1).flatten(1))
-    else:
-        by_rows(y_NO, groups).baddbmm_(x_GNR, update_GRo)
+def _inputs(x_R: Tensor, update: Tensor, y_NO: Tensor) -> Tensor:
+    """Return (N, R) in the dtype of y, twice where an update has new columns and old ones."""
+    x_NR = _cast(x_R, y_NO.dtype).reshape(y_NO.shape[0], x_R.shape[-1])
+    return torch.cat((x_NR, x_NR), 1) if update.shape[1] > x_NR.shape[1] else x_NR
 
 
 def grad_x(
@@ -346,6 +312,7 @@ def grad_x(
     delta_OR: Tensor,
     indices_R: Tensor,
     scaling: float,
+    places: Tensor | None,
     weight_OI: Tensor,
     is_resident: bool,
 ) -> Tensor:
@@ -353,43 +320,13 @@ def grad_x(
     is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
     gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
-        update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
-        if indices_R.dim() == 2:
-            _add_grad_groups_(gx_NI, gy_NO, weight_OI, update, indices_R)
-        else:
-            add_grad_columns_(gx_NI, gy_NO, update, indices_R)
+        update = column_update(weight_OI, delta_OR, indices_R, scaling, places, gy_NO.dtype)
+        rank = indices_R.shape[0]
+        if update.shape[1] == rank:
+            gx_NI.index_add_(1, indices_R, _thin_product(gy_NO, update))
+        else:  # those of W' as they are
+            gx_NI.index_copy_(1, indices_R, _thin_product(gy_NO, update[:, :rank]))
     return gx_NI
-
-
-def _add_grad_groups_(
-    gx_NI: Tensor, gy_NO: Tensor, weight: Tensor, update: Tensor, indices: Tensor
-) -> None:
-    """Do the same for row groups, by an update of their U distinct columns.
-
-    So a column of dx that several groups reach is summed in one product and rounded once. It costs
-    U/I of the large product, only where columns are not resident.
-    """
-    if is_spread_out(indices):  # all columns: a graph's sizes do not depend on values
-        distinct, places = torch.arange(weight.shape[1], device=weight.device), indices
-    else:
-        distinct, places = distinct_and_places(indices)
-    places = row_index(places, (len(weight), len(distinct)))
-    if update.shape[1] == rank_of(indices):
-        joined = update.new_zeros(len(weight), len(distinct)).scatter_(1, places, update)
-        gx_NI.index_add_(1, distinct, _thin_product(gy_NO, joined))
-    else:  # those of W' as they are
-        columns = _cast(weight.index_select(1, distinct), update.dtype)
-        columns.scatter_(1, places, update[:, : rank_of(indices)])
-        gx_NI.index_copy_(1, distinct, _thin_product(gy_NO, columns))
-
-
-def add_grad_columns_(gx_NI: Tensor, gy_NO: Tensor, update: Tensor, indices_R: Tensor) -> None:
-    """Make dy W, in place, dy W' by what `column_update` says."""
-    rank = indices_R.shape[0]
-    if update.shape[1] == rank:
-        gx_NI.index_add_(1, indices_R, _thin_product(gy_NO, update))
-    else:  # those of W' as they are
-        gx_NI.index_copy_(1, indices_R, _thin_product(gy_NO, update[:, :rank]))
 
 
 def _thin_product(gy_NO: Tensor, update_OR: Tensor) -> Tensor:
@@ -401,100 +338,40 @@ def _thin_product(gy_NO: Tensor, update_OR: Tensor) -> Tensor:
     return gy_NO.mm(update_OR)
 
 
-def grad_delta(
-    gy_NO: Tensor,
-    x_NR: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    indices: Tensor | None = None,
-) -> Tensor:
-    """Return scaling * dy^T x as (O, R) in the dtype of delta (Eq. 9).
-
-    `x_NR` is what `select` returned for `indices`, which matter where they are of row groups: each
-    group's outputs then meet its own inputs, in one batched GEMM or in that of all kept columns.
+def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return scaling * dy^T x[..., indices] as (O, R) in the dtype of delta (Eq. 9).
 
     On GPUs one GEMM, which scales, and which stores the dtype of delta where torch has such a one.
     On CPUs with many tokens for the rank computed as (x^T dy)^T, which is faster there. Compilers
     fuse what follows a product.
     """
-    if indices is not None and indices.dim() == 2:
-        return _grad_delta_of_groups(gy_NO, x_NR, indices, scaling, dtype)
     if not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
-    return _finished(_plain_product(gy_NO, x_NR), scaling, dtype)
-
-
-def _plain_product(gy_NO: Tensor, x_NR: Tensor) -> Tensor:
-    """Return dy^T x as (O, R), on CPUs by the faster order."""
     if _is_on_cpu(gy_NO) and _is_faster_transposed(gy_NO, x_NR.shape[1]):
-        return x_NR.t().mm(gy_NO).t()
-    return gy_NO.t().mm(x_NR)
-
-
-def _finished(gdelta: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+        gdelta = x_NR.t().mm(gy_NO).t()
+    else:
+        gdelta = gy_NO.t().mm(x_NR)
     gdelta = gdelta.to(dtype, memory_format=torch.contiguous_format)
     return gdelta if scaling == 1.0 else gdelta.mul_(scaling)
-
-
-def _grad_delta_of_groups(
-    gy_NO: Tensor, x_NR: Tensor, indices: Tensor, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    is_plain = _is_on_cpu(gy_NO) or torch.compiler.is_compiling()
-    (groups, rank), num_rows = indices.shape, gy_NO.shape[1]
-    joined = _num_joined(indices, math.prod(x_NR.shape[1:]), gy_NO)
-    if joined == groups and x_NR.dim() == 2:
-        places = row_index(places_in(x_NR, indices), (num_rows, x_NR.shape[1]))
-        if is_plain:
-            return _finished(_plain_product(gy_NO, x_NR).gather(1, places), scaling, dtype)
-        return _scaled_product(gy_NO.t(), x_NR, scaling, dtype).gather(1, places)
-    x_GNR = by_group(x_NR, indices, joined)
-    gy_GNo = by_rows(gy_NO, len(x_GNR))
-    if is_plain:
-        each = x_GNR.transpose(1, 2).bmm(gy_GNo).transpose(1, 2)
-    else:
-        each = _scaled_product(gy_GNo.transpose(1, 2), x_GNR, scaling, dtype)
-    parts = each.view(len(each), joined, num_rows // groups, joined, rank)
-    own = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    return (_finished(own, scaling, dtype) if is_plain else own).flatten(0, 2)
-
-
-def _num_joined(indices: Tensor, num_kept: int, gy_NO: Tensor) -> int:
-    """Return how many groups share a product, of which each reads its part; G: all kept columns.
-
-    The groups' own N G R inputs must not be many more than those kept. Products of 8 columns and 8
-    rows take CPUs longer than a quarter as many of 32 and 32 do.
-    """
-    groups, rank = indices.shape
-    if groups * rank > 8 * num_kept:
-        return groups
-    if not _is_on_cpu(gy_NO):
-        return 1
-    joined = max(min(32 // max(rank, 1), 64 * groups // max(gy_NO.shape[1], 1), groups), 1)
-    while groups % joined:
-        joined -= 1
-    return joined
 
 
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in `dtype` by one GEMM, and a cast where no GEMM ends in that dtype."""
     if dtype.itemsize > a.itemsize and _can_widen(a.device, a.dtype, dtype):
         return _wide_product(a, b, scaling, dtype)
-    return _cast(
-        (a.mm if a.dim() == 2 else a.bmm)(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype
-    )
+    return _cast(a.mm(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype)
 
 
 def _addmm(a: Tensor, b: Tensor, scaling: float, **options: Any) -> Tensor:
     """Return scaling * a b; the tensor that addmm adds to is not read, and has one element."""
-    nothing = a.new_empty(()).expand(*a.shape[:-1], b.shape[-1])
-    add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    return add(nothing, a, b, beta=0, alpha=scaling, **options)
+    nothing = a.new_empty(()).expand(a.shape[0], b.shape[1])
+    return torch.addmm(nothing, a, b, beta=0, alpha=scaling, **options)
 
 
 def _wide_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in a wider `dtype`, without rounding to that of a and b in between."""
     if scaling == 1.0:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=dtype)
+        return torch.mm(a, b, out_dtype=dtype)
     return _addmm(a, b, scaling, out_dtype=dtype)
 
 
@@ -506,11 +383,7 @@ def _can_widen(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> b
     """
     one = torch.ones(16, 16, device=device, dtype=dtype)
     try:
-        return all(
-            _wide_product(ones, ones, scaling, wide).dtype == wide
-            for ones in (one, one.unsqueeze(0))  # batched, too
-            for scaling in (1.0, 2.0)
-        )
+        return all(_wide_product(one, one, factor, wide).dtype == wide for factor in (1.0, 2.0))
     except (TypeError, RuntimeError):  # no such option; no such kernel
         return False
 

@@ -4,7 +4,7 @@ Nothing here is fast or lean: the adapted weight is built as a new tensor in eve
 sees an ordinary linear layer whose weight depends on `delta`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,31 +20,27 @@ __all__ = [
 ]
 
 
-def adapted_weight(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
+def adapted_weight(
+    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
+) -> Tensor:
     """Return W' = W with W'[:, indices] = W[:, indices] + scaling * delta (Eq. 7).
 
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) update of the columns; differentiable.
-        indices: (R,) int64 columns; (G, R) those of each of G equal parts of the rows.
+        indices: (R,) int64 columns.
         scaling: alpha / R.
+        places: (G, R) int64: each of G equal parts of the rows trains indices[places[g]].
 
     Returns:
         (O, I) in the dtype of `weight`. The sum is formed in the wider of the two dtypes and
         rounded once.
     """
-    if indices.dim() == 2:
-        return _by_group(adapted_weight, weight, delta, indices, scaling)
+    if places is not None:
+        parts = zip(weight.chunk(len(places)), delta.chunk(len(places)), places, strict=True)
+        return torch.cat([adapted_weight(w, d, indices[own], scaling) for w, d, own in parts])
     columns = weight[:, indices] + scaling * delta
     return weight.index_copy(1, indices, columns.to(weight.dtype))
-
-
-def _by_group(
-    adapt: Callable[..., Tensor], weight: Tensor, delta: Tensor, indices: Tensor, scaling: float
-) -> Tensor:
-    """Adapt each part of the rows with columns of its own, and put them together."""
-    parts = zip(weight.chunk(len(indices)), delta.chunk(len(indices)), indices, strict=True)
-    return torch.cat([adapt(w, d, own, scaling) for w, d, own in parts])
 
 
 def paca_linear(
@@ -54,6 +50,7 @@ def paca_linear(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Apply the adapted linear map, starting from the *pretrained* weight (Eqs. 7-9 by autograd).
 
@@ -64,11 +61,12 @@ def paca_linear(
         indices: (R,) int64 columns.
         scaling: alpha / R.
         bias: (O,) bias.
+        places: (G, R) int64 pattern.
 
     Returns:
         (..., O) activations.
     """
-    weight = adapted_weight(weight, delta, indices, scaling)
+    weight = adapted_weight(weight, delta, indices, scaling, places)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 8:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -76,22 +74,29 @@ def paca_linear(
 
 
 def adapted_kernel(
-    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, groups: int = 1
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    groups: int = 1,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Return W', a convolution's kernel with scaling * delta added to some input channels.
 
     Args:
         weight: (O, I/G, *k) pretrained kernel.
         delta: (O/G, R, *k) update of the input channels; differentiable.
-        indices: (R,) int64 of the I input channels; (G', R) those of G' row groups, where G = 1.
+        indices: (R,) int64 of the I input channels.
         scaling: alpha / R.
         groups: G; input channel i leads to the outputs of its own group only.
+        places: (G', R) int64 pattern, where G = 1.
 
     Returns:
         (O, I/G, *k) in the dtype of `weight`.
     """
-    if indices.dim() == 2:
-        return _by_group(adapted_kernel, weight, delta, indices, scaling)
+    if places is not None:
+        parts = zip(weight.chunk(len(places)), delta.chunk(len(places)), places, strict=True)
+        return torch.cat([adapted_kernel(w, d, indices[own], scaling) for w, d, own in parts])
     in_per_group, out_per_group = weight.shape[1], len(weight) // groups
     adapted = weight.clone()
     for j, i in enumerate(indices.tolist()):
@@ -136,7 +141,13 @@ def paca_conv(
 
 
 def adapted_experts(
-    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, *, is_transposed: bool = False
+    weight: Tensor,
+    delta: Tensor,
+    indices: Tensor,
+    scaling: float,
+    places: Tensor | None = None,
+    *,
+    is_transposed: bool = False,
 ) -> Tensor:
     """Return W' of every expert, all with the same trained columns.
 
@@ -145,15 +156,17 @@ def adapted_experts(
         delta: (E, O, R) update of the columns; differentiable.
         indices: (R,) int64 columns.
         scaling: alpha / R.
+        places: (G, R) int64 pattern.
         is_transposed: The weights are (E, I, O).
 
     Returns:
         What `weight` is, in its dtype.
     """
     if is_transposed:
-        return adapted_experts(weight.transpose(1, 2), delta, indices, scaling).transpose(1, 2)
+        weight = weight.transpose(1, 2)
+        return adapted_experts(weight, delta, indices, scaling, places).transpose(1, 2)
     pairs = zip(weight, delta, strict=True)
-    return torch.stack([adapted_weight(w, d, indices, scaling) for w, d in pairs])
+    return torch.stack([adapted_weight(w, d, indices, scaling, places) for w, d in pairs])
 
 
 def paca_experts_linear(
@@ -163,6 +176,7 @@ def paca_experts_linear(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
+    places: Tensor | None = None,
     *,
     is_transposed: bool = False,
 ) -> Tensor:
@@ -175,12 +189,14 @@ def paca_experts_linear(
         indices: (R,) int64 columns.
         scaling: alpha / R.
         offsets: (E,) where each expert's tokens end; the last one is S.
+        places: (G, R) int64 pattern.
         is_transposed: The weights are (E, I, O).
 
     Returns:
         (S, O) activations.
     """
-    adapted = adapted_experts(weight, delta, indices, scaling, is_transposed=is_transposed)
+    update = delta, indices, scaling, places
+    adapted = adapted_experts(weight, *update, is_transposed=is_transposed)
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     maps = adapted.transpose(1, 2) if is_transposed else adapted
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), maps, strict=True)])

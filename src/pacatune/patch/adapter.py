@@ -174,7 +174,7 @@ def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> Column
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
             f"{weight.dtype}; use a base of wider range, or an earlier checkpoint of the adapter."
         )
-    return edit_of(name, layout.weight_dim, weight, columns, new, layout.row_dim)
+    return edit_of(name, layout.weight_dim, weight, columns, new)
 
 
 def _converted(
@@ -182,7 +182,7 @@ def _converted(
 ) -> dict[str, ColumnEdit]:
     """Return the edits in a checkpoint's tensors of a weight that transformers holds otherwise."""
     patched = weight.clone()
-    put_bits_(patched, edit.dim, edit.indices, edit.new, edit.row_dim)
+    put_bits_(patched, edit.dim, edit.indices, edit.new)
     before, after = (as_saved(base, {edit.name: one}) for one in (weight, patched))
     edits = {}
     for name, tensor in before.items():

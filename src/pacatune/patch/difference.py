@@ -143,7 +143,7 @@ def compare_patches(a: Patch, b: Patch) -> PatchDifference:
 
 def _is_same(one: ColumnEdit, other: ColumnEdit) -> bool:
     return (
-        (one.dim, one.row_dim) == (other.dim, other.row_dim)
+        one.dim == other.dim
         and one.dtype == other.dtype
         and torch.equal(one.indices, other.indices)
         and torch.equal(bits(one.new), bits(other.new))

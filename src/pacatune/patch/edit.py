@@ -2,8 +2,7 @@
 
 Nothing here knows files, models or PEFT. A column is one index along one dimension of a tensor:
 dimension 1 of a linear layer's (O, I) weight, 0 of a Conv1D's (I, O), the last one of (E, O, I)
-experts. Row groups are equal parts of another dimension that have columns of their own. Bits are
-compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
+experts. Bits are compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +25,14 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGERS[tensor.itemsize])
 
 
-def column_bits(tensor: Tensor, dim: int, indices: Tensor, row_dim: int = 0) -> Tensor:
-    """Return the bits of some columns, (R,) or (G, R) of row groups; see `bits`."""
-    return read_columns(bits(tensor), indices, dim=dim, row_dim=row_dim)
+def column_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Return the bits of some columns; see `bits`."""
+    return read_columns(bits(tensor), indices, dim=dim)
 
 
-def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor, row_dim: int = 0) -> None:
+def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor) -> None:
     """Write the bits of some columns, in place."""
-    put_columns_(bits(tensor), indices, bits(columns), dim=dim, row_dim=row_dim)
+    put_columns_(bits(tensor), indices, bits(columns), dim=dim)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,28 +46,18 @@ class ColumnPlace:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     indices: Tensor
-    """(R,) int64, the columns in increasing order; (G, R) those of each row group."""
-    row_dim: int = 0
-    """Dimension of the tensor that row groups divide; read with those alone."""
+    """(R,) int64, the columns in increasing order."""
 
     def check(self, where: str) -> None:
         """Refuse columns that a tensor of this shape cannot have; `where` begins the message."""
         dim, shape, indices = self.dim, self.shape, self.indices
         if not 0 <= dim < len(shape):
             raise ValueError(f"{where}: `dim` ({dim}) must be one of the dimensions of {shape}.")
-        if indices.dtype != torch.int64 or indices.dim() not in (1, 2):
+        if indices.dtype != torch.int64 or indices.dim() != 1:
             raise ValueError(
                 f"{where}: `indices` must be (R,) int64, got {tuple(indices.shape)} of "
-                f"{indices.dtype}; those of row groups are (G, R)."
+                f"{indices.dtype}."
             )
-        if indices.dim() == 2:
-            is_other = 0 <= self.row_dim < len(shape) and self.row_dim != dim
-            groups = len(indices)
-            if not is_other or groups == 0 or shape[self.row_dim] % groups:
-                raise ValueError(
-                    f"{where}: its {groups} row groups must divide a dimension of {shape} other "
-                    f"than that of the columns ({dim}), got `row_dim` = {self.row_dim}."
-                )
         if indices.device.type != "cpu":
             return  # they came from a CPU (`to`), and to look at them would wait for the GPU
         number, size = indices.numel(), shape[dim]
@@ -77,14 +66,9 @@ class ColumnPlace:
             raise ValueError(f"{where}: `indices` must increase from 0 on and stay below {size}.")
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether row groups have columns of their own."""
-        return self.indices.dim() == 2
-
-    @property
     def rank(self) -> int:
-        """Number of columns, those of each row."""
-        return self.indices.shape[-1]
+        """Number of columns."""
+        return len(self.indices)
 
     @property
     def columns_shape(self) -> tuple[int, ...]:
@@ -93,7 +77,7 @@ class ColumnPlace:
 
     def bits_of(self, tensor: Tensor) -> Tensor:
         """Return the bits of these columns of a tensor; see `bits`."""
-        return column_bits(tensor, self.dim, self.indices, self.row_dim)
+        return column_bits(tensor, self.dim, self.indices)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,27 +127,23 @@ class ColumnEdit(ColumnPlace):
         return replace(self, indices=indices, original=original, new=new)
 
 
-def edit_of(
-    name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor, row_dim: int = 0
-) -> ColumnEdit:
+def edit_of(name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor) -> ColumnEdit:
     """Return the edit that writes `new` over some columns of a tensor.
 
     Args:
         name: The tensor's name in the checkpoint.
         dim: Dimension of the columns.
         weight: The tensor of the base.
-        indices: (R,) int64 columns, in increasing order, or (G, R) of row groups.
+        indices: (R,) int64 columns, in increasing order.
         new: `weight`'s shape with R in place of that dimension.
-        row_dim: Dimension that row groups divide.
     """
     return ColumnEdit(
         name=name,
         dim=dim,
         shape=tuple(weight.shape),
         indices=indices,
-        original=column_bits(weight, dim, indices, row_dim).view(weight.dtype).contiguous(),
+        original=column_bits(weight, dim, indices).view(weight.dtype).contiguous(),
         new=new.contiguous(),
-        row_dim=row_dim,
     )
 
 
@@ -215,7 +195,7 @@ class Patch:
 
     @property
     def num_columns(self) -> int:
-        """Columns of all tensors, of those with row groups of each row."""
+        """Columns of all tensors."""
         return sum(edit.rank for edit in self.edits.values())
 
     @property
@@ -300,12 +280,11 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
                 f"the patches are of different bases: {first.name!r} is {first.shape} in "
                 f"{first.dtype} for one and {other.shape} in {other.dtype} for another."
             )
-        if other.is_grouped or first.is_grouped or other.dim != first.dim:
+        if other.dim != first.dim:
             raise ValueError(
                 f"{first.name!r} is changed along dimension {first.dim} by one patch and along "
-                f"{other.dim} by another, or one of them has row groups; such patches cannot be "
-                "joined: apply them one after the other if no columns overlap, or "
-                "`add_weighted_adapter` their adapters."
+                f"{other.dim} by another; such patches cannot be joined: apply them one after the "
+                "other if no columns overlap, or `add_weighted_adapter` their adapters."
             )
 
 
@@ -315,7 +294,7 @@ def _joint_fingerprint(
     """Return all hashes of columns that no patch changes; refuse those that disagree."""
     result: dict[str, dict[int, str]] = {}
     for name, edit in edits.items():
-        changed = set(edit.indices.flatten().tolist())
+        changed = set(edit.indices.tolist())
         known = result.setdefault(name, {})
         for patch in patches:
             for column, value in patch.fingerprint.get(name, {}).items():
@@ -328,14 +307,11 @@ def _joint_fingerprint(
 
 
 def shared_columns(a: Mapping[str, ColumnEdit], b: Mapping[str, ColumnEdit]) -> dict[str, int]:
-    """Return how many columns both change, by tensor; along different dimensions counts all.
-
-    A column counts that both change in some row, be it in other row groups.
-    """
+    """Return how many columns both change, by tensor; along different dimensions counts all."""
     result = {}
     for name in a.keys() & b.keys():
         if a[name].dim != b[name].dim:
             result[name] = max(a[name].rank, b[name].rank)
-        elif shared := int(torch.isin(*(x[name].indices.unique() for x in (a, b))).sum()):
+        elif shared := int(torch.isin(a[name].indices, b[name].indices).sum()):
             result[name] = shared
     return dict(sorted(result.items()))

@@ -2,7 +2,7 @@
 
 A file holds, for each tensor NAME of the checkpoint,
 
-    NAME.indices    (R,) int64, or (G, R) of row groups
+    NAME.indices    (R,) int64
     NAME.original   the base's columns, in its dtype
     NAME.new        the patched ones
 
@@ -25,7 +25,8 @@ from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
 
 _KEY = "pacatune_patch"
-_VERSION, _GROUPED_VERSION = 1, 2
+_VERSION = 1
+_GROUPED_VERSION = 2  # of earlier checkouts: each row group's columns, without those of other rows
 _PARTS = ("indices", "original", "new")
 _ADAPTER = "pacatune_adapter."
 
@@ -73,10 +74,12 @@ def load(path: str | Path) -> Patch:
     if not isinstance(text, str):
         raise ValueError(f"{path} is no patch; `pacatune patch make` writes one.")
     metadata = parse_json_object(text.encode(), source=f"the metadata of {path}")
-    if metadata.get("version") not in (_VERSION, _GROUPED_VERSION):
+    if (version := metadata.get("version")) != _VERSION:
+        fix = "upgrade pacatune"
+        if version == _GROUPED_VERSION:
+            fix = "revert it with the pacatune that made it, and make it again of its adapter"
         raise ValueError(
-            f"{path} is a patch of version {metadata.get('version')!r}, and this pacatune reads "
-            f"{_VERSION} and {_GROUPED_VERSION}; upgrade pacatune."
+            f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; {fix}."
         )
     # The adapter's own texts have lines; they are checked when it is written.
     check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
@@ -103,14 +106,11 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for name, edit in patch.edits.items():
         tensors |= {f"{name}.{part}": getattr(edit, part).cpu() for part in _PARTS}
-    is_grouped = any(edit.is_grouped for edit in patch.edits.values())
     metadata: dict[str, Any] = {
-        "version": _GROUPED_VERSION if is_grouped else _VERSION,
+        "version": _VERSION,
         "base": patch.base,
         "tensors": {
-            name: {"dim": edit.dim, "shape": list(edit.shape)}
-            | ({"row_dim": edit.row_dim} if edit.is_grouped else {})
-            for name, edit in patch.edits.items()
+            name: {"dim": edit.dim, "shape": list(edit.shape)} for name, edit in patch.edits.items()
         },
         "fingerprint": {
             name: {str(column): value for column, value in hashes.items()}
@@ -136,7 +136,6 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             indices=indices,
             original=original,
             new=new,
-            row_dim=int(entry.get("row_dim", 0)),
         )
     adapter = None
     if (entry := metadata.get("adapter")) is not None:

@@ -25,7 +25,6 @@ from pacatune.files.folder import check_output, check_room, explained_failure, s
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
 from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
-from pacatune.ops.row_groups import flat_positions
 from pacatune.patch.base import check_base, check_tensors, holds
 from pacatune.patch.edit import ColumnEdit, Patch, put_bits_
 from pacatune.patch.file import load, save
@@ -173,7 +172,7 @@ def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> N
         for edit in edits:
             place = window(memory, checkpoint.entries[edit.name])
             new = edit.new.contiguous().view(torch.uint8).view(*edit.columns_shape, -1)
-            put_bits_(place, edit.dim, edit.indices, new, edit.row_dim)
+            put_bits_(place, edit.dim, edit.indices, new)
             del place
 
 
@@ -290,10 +289,10 @@ def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
         size = (checkpoint.folder / name).stat().st_size
         is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool)
         for edit in edits:
-            # What is together in memory: a column's part of one row; with row groups each number.
-            shape = edit.shape if edit.is_grouped else edit.shape[: edit.dim + 1]
-            length = math.prod(edit.shape[len(shape) :]) * edit.dtype.itemsize
-            places = flat_positions(edit.indices.cpu(), shape, edit.dim, edit.row_dim) * length
+            # What is together in memory: a column's part of one row.
+            length = math.prod(edit.shape[edit.dim + 1 :]) * edit.dtype.itemsize
+            rows = torch.arange(math.prod(edit.shape[: edit.dim])) * edit.shape[edit.dim]
+            places = (rows[:, None] + edit.indices.cpu()) * length
             starts = checkpoint.entries[edit.name].start + places.reshape(-1, 1)
             within = torch.tensor([*range(0, length, _PAGE_BYTES), length - 1])
             is_touched[(starts + within) // _PAGE_BYTES] = True

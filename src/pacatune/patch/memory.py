@@ -77,7 +77,7 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
         )
     with transaction() as put:
         for weight, edit in pairs:
-            place = Place(weight, edit.dim, edit.indices, edit.row_dim)
+            place = Place(weight, edit.dim, edit.indices)
             put(place, edit.new, edit.original)
 
 
@@ -89,27 +89,18 @@ class Place(NamedTuple):
     through what was computed with the old columns raises instead of being wrong."""
     dim: int
     indices: Tensor
-    """(R,), or (G, R) of row groups."""
-    row_dim: int = 0
-    """Dimension that row groups divide."""
-    rows: Tensor | None = None
-    """The row of each of `indices` by itself, where rows have different numbers of columns."""
+    """(R,)."""
 
     def read(self) -> Tensor:
         """Return what is there."""
         tensor = self.tensor.detach()
-        if self.rows is not None:
-            return tensor[..., self.rows, self.indices]
-        return column_bits(tensor, self.dim, self.indices, self.row_dim).view(tensor.dtype)
+        return column_bits(tensor, self.dim, self.indices).view(tensor.dtype)
 
     def write(self, columns: Tensor) -> None:
         """Write columns, whose bits are kept."""
         columns = columns.to(self.tensor.device)
         with torch.inference_mode() if self.tensor.is_inference() else torch.no_grad():
-            if self.rows is None:
-                put_bits_(self.tensor, self.dim, self.indices, columns, self.row_dim)
-            else:
-                bits(self.tensor)[..., self.rows, self.indices] = bits(columns)
+            put_bits_(self.tensor, self.dim, self.indices, columns)
 
 
 @contextmanager

@@ -31,8 +31,9 @@ class Pass:
     Args:
         residency: The residency of the layer's weight.
         delta: (O, R) update that the pass is of.
-        indices: (R,) int64.
+        indices: (U,) int64.
         scaling: Factor between `delta` and the columns.
+        places: (G, R) int64 pattern; U = R without one.
         writes: Whether this pass trains at all.
     """
 
@@ -44,10 +45,11 @@ class Pass:
         delta: Tensor,
         indices: Tensor,
         scaling: float,
+        places: Tensor | None = None,
         writes: bool = True,
     ) -> None:
         self.residency, self.writes = residency, writes
-        self.update = delta, indices, scaling
+        self.update = delta, indices, scaling, places
         self.version, self.base, self.epoch = delta._version, (0, 0), -1
 
     def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pacatune.ops.columns import adapted_columns, put_columns_
-from pacatune.ops.row_groups import num_groups_of, rank_of, row_index
+from pacatune.ops.pattern import expand
 
 __all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
 
@@ -27,9 +27,9 @@ class Kept(NamedTuple):
     memory: Tensor
     """(O, I) alias of the weight: writes through it pass autograd's version check."""
     columns: Tensor
-    """(R,) int64, or (G, R) of row groups; a copy, since the adapter's own may be reloaded."""
+    """(U,) int64; a copy, since the adapter's own may be reloaded."""
     originals: Tensor
-    """(O, R) in the weight's dtype."""
+    """(O, U) in the weight's dtype."""
 
 
 class Update(NamedTuple):
@@ -42,19 +42,30 @@ class Update(NamedTuple):
     version: int
     num_unversioned: int
     indices_version: int
+    places: Tensor | None = None
+    """Its pattern, which changes with the indices alone."""
 
     @classmethod
-    def now(cls, delta: Any, indices: Tensor, scaling: float) -> "Update":
+    def now(
+        cls, delta: Any, indices: Tensor, scaling: float, places: Tensor | None = None
+    ) -> "Update":
         """Return what the columns are of at this moment."""
         versions = delta._version, delta.num_unversioned, indices._version
-        return cls(delta, scaling, indices, *versions)
+        return cls(delta, scaling, indices, *versions, places)
 
     @property
-    def parts(self) -> tuple[Any, Tensor, float]:
-        """The layer's delta, indices and scaling."""
-        return self.delta, self.indices, self.scaling
+    def parts(self) -> tuple[Any, Tensor, float, Tensor | None]:
+        """The layer's delta, indices, scaling and pattern."""
+        return self.delta, self.indices, self.scaling, self.places
 
-    def is_of(self, delta: Any, indices: Tensor, scaling: float) -> bool:
+    def columns(self) -> Tensor:
+        """Return delta for all columns, (O, U)."""
+        delta: Tensor = self.delta.detach()
+        return expand(delta, self.places, len(self.indices))
+
+    def is_of(
+        self, delta: Any, indices: Tensor, scaling: float, places: Tensor | None = None
+    ) -> bool:
         """Whether nothing has changed since."""
         return (
             delta is self.delta
@@ -76,7 +87,7 @@ class Put(NamedTuple):
 
 def room_for(memory: Tensor, columns: Tensor) -> Kept:
     """Return where to `keep` what a write to memory[:, columns] will overwrite."""
-    return Kept(memory, columns, memory.new_empty(len(memory), rank_of(columns)))
+    return Kept(memory, columns, memory.new_empty(len(memory), len(columns)))
 
 
 def keep(rooms: Sequence[Kept]) -> None:
@@ -85,11 +96,7 @@ def keep(rooms: Sequence[Kept]) -> None:
         exchange([Put(kept, None) for kept in rooms], takes=True)
         return
     for kept in rooms:
-        if kept.columns.dim() == 1:
-            torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
-        else:
-            places = row_index(kept.columns, kept.memory.shape)
-            torch.gather(kept.memory, 1, places, out=kept.originals)
+        torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
 
 
 def put(puts: Sequence[Put]) -> None:
@@ -100,7 +107,7 @@ def put(puts: Sequence[Put]) -> None:
     for kept, update in puts:
         values = kept.originals
         if update is not None:
-            values = adapted_columns(values, update.delta.detach(), update.scaling)
+            values = adapted_columns(values, update.columns(), update.scaling)
         put_columns_(kept.memory, kept.columns, values)
 
 
@@ -129,7 +136,11 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
         dtypes = memory.dtype, None if update is None else update.delta.dtype
         kinds.setdefault((memory.device, *dtypes), []).append(one)
     for (device, dtype, delta_dtype), group in kinds.items():
-        addresses, scalings = _table(device, tuple(map(_row, group)), delta_dtype is not None)
+        values = [
+            one.kept.originals if one.update is None else one.update.columns() for one in group
+        ]
+        rows = tuple(map(_row, group, values))
+        addresses, scalings = _table(device, rows, delta_dtype is not None)
         size = max(one.kept.originals.numel() for one in group)
         grid = (len(group), -(-size // _BLOCK))
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
@@ -144,20 +155,18 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
             )
 
 
-def _row(put: Put) -> tuple[int | float, ...]:
+def _row(put: Put, values: Tensor) -> tuple[int | float, ...]:
     memory, originals, columns = put.kept.memory, put.kept.originals, put.kept.columns
-    rows, rank = originals.shape
-    source, scaling = (originals, 0.0) if put.update is None else put.update[:2]
-    pointers = (tensor.data_ptr() for tensor in (memory, columns, originals, source))
-    sizes = rows * rank, rank, rows // num_groups_of(columns), memory.shape[1]
-    return (*pointers, *sizes, scaling)
+    pointers = (tensor.data_ptr() for tensor in (memory, columns, originals, values))
+    sizes = originals.numel(), originals.shape[1], memory.shape[1]
+    return (*pointers, *sizes, 0.0 if put.update is None else put.update.scaling)
 
 
 @functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule
 def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
-    """Return the (L, 8) addresses and sizes, and the (L,) scalings, on the device."""
-    addresses = torch.tensor([row[:8] for row in rows], dtype=torch.int64)
-    scalings = torch.tensor([row[8] for row in rows], dtype=torch.float32)
+    """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
+    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64)
+    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32)
     if device.type != "cuda":  # Triton's interpreter
         return addresses, scalings
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (addresses, scalings))  # type: ignore[return-value]
@@ -190,18 +199,15 @@ def _kernel() -> Any:
         block: tl.constexpr,
     ):
         weight = tl.program_id(0)
-        row = table + weight * 8
+        row = table + weight * 7
         memory = tl.load(row).to(tl.pointer_type(dtype))
         columns = tl.load(row + 1).to(tl.pointer_type(tl.int64))
         originals = tl.load(row + 2).to(tl.pointer_type(dtype))
         delta = tl.load(row + 3).to(tl.pointer_type(delta_dtype))
-        size, rank = tl.load(row + 4), tl.load(row + 5)
-        rows_per_group, width = tl.load(row + 6), tl.load(row + 7)
+        size, rank, width = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
         at = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
         there = at < size
-        own = at // rank
-        column = tl.load(columns + own // rows_per_group * rank + at % rank, mask=there)
-        place = memory + own * width + column
+        place = memory + at // rank * width + tl.load(columns + at % rank, mask=there)
         if takes:
             tl.store(originals + at, tl.load(place, mask=there), mask=there)
             return

@@ -157,6 +157,7 @@ class Residency:
         delta: Tensor,
         indices: Tensor,
         scaling: float,
+        places: Tensor | None = None,
         *,
         writes: bool,
     ) -> Result | None:
@@ -166,8 +167,9 @@ class Residency:
             compute: Takes the (O, I) weight, and whether it holds the adapted columns; if not, it
                 holds the pretrained ones.
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, or (G, R) of row groups.
+            indices: (U,) int64.
             scaling: Factor between `delta` and the columns.
+            places: (G, R) int64 pattern; U = R without one.
             writes: Whether the columns may be written into the weight.
 
         Returns:
@@ -181,7 +183,7 @@ class Residency:
             if self.holds(delta, indices, scaling):
                 result = compute(self.weight, True)  # type: ignore[arg-type]
             else:
-                state = self._open(delta, indices, scaling, writes)
+                state = self._open(delta, indices, scaling, places, writes)
                 if state is None:
                     return None
                 weight, is_resident, epoch = state
@@ -203,7 +205,7 @@ class Residency:
                 return result
 
     def _open(
-        self, delta: Tensor, indices: Tensor, scaling: float, writes: bool
+        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None, writes: bool
     ) -> tuple[Tensor, bool, int] | None:
         epoch, weight = self.epoch, self.find_weight()
         if weight is None or self.is_merged:
@@ -214,7 +216,7 @@ class Residency:
             return weight, False, epoch
         del weight  # to a write it would look like somebody else's
         with LOCK:
-            if not (writes and self.write(delta, indices, scaling)):
+            if not (writes and self.write(delta, indices, scaling, places)):
                 self.restore()
             # Asked again, since a signal handler may have looked in between.
             weight, epoch = self.find_weight(), self.epoch
@@ -222,7 +224,9 @@ class Residency:
                 return None
             return weight, self.holds(delta, indices, scaling), epoch
 
-    def holds(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
+    def holds(
+        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
+    ) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
         if self.present is None or self.is_stale:
             return False
@@ -235,13 +239,16 @@ class Residency:
             and not (self.is_on_gpu and _is_capturing())
         )
 
-    def write(self, delta: Tensor, indices: Tensor, scaling: float) -> bool:
+    def write(
+        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
+    ) -> bool:
         """Make sure that W holds W[:, indices] + scaling * delta; costs next to nothing if it does.
 
         Args:
             delta: (O, R) update, an nn.Parameter.
-            indices: (R,) int64, or (G, R) of row groups.
+            indices: (U,) int64.
             scaling: Factor between `delta` and the columns.
+            places: (G, R) int64 pattern; U = R without one.
 
         Returns:
             False if W must not be written now; it then holds the pretrained columns.
@@ -252,7 +259,7 @@ class Residency:
         with LOCK, torch.inference_mode(False):
             if self.holds(delta, indices, scaling):
                 return True
-            first = self._prepare(delta, indices, scaling)
+            first = self._prepare(delta, indices, scaling, places)
             if first is None:
                 return False
             group = self._together()
@@ -262,7 +269,7 @@ class Residency:
             return self.holds(delta, indices, scaling)
 
     def originals(self, indices: Tensor) -> Tensor | None:
-        """Return the pretrained columns, (O, R), which the caller must not change.
+        """Return the pretrained columns, (O, U), which the caller must not change.
 
         Nothing that is up to date is written back for it; None where there is no plain weight.
         """
@@ -285,7 +292,7 @@ class Residency:
         )
 
     def _prepare(
-        self, delta: Tensor, indices: Tensor, scaling: float
+        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None
     ) -> "tuple[Residency, Put] | None":
         """Return a write, with room for what it overwrites; None if nothing must be written."""
         if self.obstacle(delta) is not None:
@@ -296,7 +303,7 @@ class Residency:
             self.restore()
             self.kept = None
             kept = self._make_room(indices)
-        return self, Put(kept, Update.now(delta, indices, scaling))
+        return self, Put(kept, Update.now(delta, indices, scaling, places))
 
     def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
@@ -492,6 +499,7 @@ class Residency:
         delta: Any,
         indices: Tensor,
         scaling: float,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Return what the columns of W' are beyond those of W, as long as it stays the same.
 
@@ -499,8 +507,9 @@ class Residency:
             compute: Returns it; to be called where the pretrained weight is being read.
             dtype: The result's dtype.
             delta: (O, R) update.
-            indices: (R,) int64.
+            indices: (U,) int64.
             scaling: Factor between `delta` and the columns.
+            places: (G, R) int64 pattern.
         """
         # A captured graph would read, at every replay, memory that is no longer there.
         added = None if self.is_captured else self.added
@@ -514,7 +523,7 @@ class Residency:
             return added.columns
         epoch, update = self.epoch, None
         if not (self.is_captured or indices.is_inference()) and self._tracks(delta):
-            update = Update.now(delta, indices, scaling)
+            update = Update.now(delta, indices, scaling, places)
         with torch.inference_mode(False), torch.no_grad():
             columns = compute().to(dtype)
         with LOCK:

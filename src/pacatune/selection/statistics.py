@@ -11,7 +11,7 @@ from pacatune.files.folder import explained_failure
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
-from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME
 from pacatune.strategies import KINDS
 
 __all__ = ["ColumnStatistics", "load_columns", "save_columns"]
@@ -109,12 +109,16 @@ def load_columns(path: str | Path) -> Columns:
     """
     path = Path(path).expanduser()
     path = _existing(find_file(path, TENSORS_NAME) if path.is_dir() else path)
-    suffix = f".{INDICES}"
-    columns = {
-        name.removesuffix(suffix).removeprefix(PEFT_PREFIX): tensor.tolist()
-        for name, tensor in read_tensors(path).items()
-        if name.endswith(suffix)
-    }
+    tensors, columns = read_tensors(path), {}
+    for name, indices in tensors.items():
+        module, _, kind = name.rpartition(".")
+        places = tensors.get(f"{module}.{PLACES}")
+        if kind != INDICES:
+            continue
+        if places is not None and not 0 <= int(places.max()) < len(indices):
+            raise ValueError(f"{path}: {module!r} has {len(indices)} columns and places beyond.")
+        own = indices if places is None else indices[places]
+        columns[module.removeprefix(PEFT_PREFIX)] = own.tolist()
     if not columns:
         raise ValueError(
             f"{path} holds no `{INDICES}`; give a PaCA adapter, or a file of save_columns."

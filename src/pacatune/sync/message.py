@@ -146,7 +146,7 @@ def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
             "ordinals": list(message.ordinals),
         }
         return words, message.buffer
-    buffer = torch.cat([one.indices.flatten() for one in message.sets])
+    buffer = torch.cat([one.indices for one in message.sets])
     return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
 
 
@@ -170,9 +170,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
         sets, start = [], 0
         indices = buffer.cpu().view(torch.int64)
         for entry in words["sets"]:
-            groups, rank = entry.get("num_groups"), int(entry["num_columns"])
-            end = start + rank * int(groups or 1)
-            own = indices[start:end]
+            end = start + int(entry["num_columns"])
             sets.append(
                 ColumnSet(
                     name=str(entry["name"]),
@@ -180,8 +178,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                     dim=int(entry["dim"]),
                     shape=tuple(int(size) for size in entry["shape"]),
                     dtype=torch_dtype(entry["dtype"]),
-                    indices=own if groups is None else own.view(int(groups), rank),
-                    row_dim=int(entry.get("row_dim", 0)),
+                    indices=indices[start:end],
                 )
             )
             start = end
@@ -206,9 +203,8 @@ def _describe(positions: Positions) -> dict[str, Any]:
                 "dim": one.dim,
                 "shape": list(one.shape),
                 "dtype": dtype_name(one.dtype),
-                "num_columns": one.indices.shape[-1],
+                "num_columns": one.rank,
             }
-            | ({"num_groups": len(one.indices), "row_dim": one.row_dim} if one.is_grouped else {})
             for one in positions.sets
         ],
     }

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.row_groups import of_rows
 from pacatune.patch.edit import bits
 from pacatune.patch.memory import (
     Place,
@@ -249,23 +248,20 @@ class _Write(NamedTuple):
     places: Tensor
     """Which of the columns are here,"""
     indices: Tensor
-    """and where, along their dimension of the target; (G, R) of row groups."""
-    rows: Tensor | None
-    """Row of each number in `places` and `indices`, where row groups have different numbers of
-    columns here."""
+    """and where, along their dimension of the target."""
 
     @classmethod
     def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
-        places, indices, rows = _own_columns(one, piece)
-        rows = None if rows is None else rows.to(tensor.device)
-        indices, places = indices.to(tensor.device), places.to(tensor.device)
-        return cls(one, piece, tuple(tensor.shape), places, indices, rows)
+        first, last = piece.first_column, piece.first_column + piece.num_columns
+        places = ((one.indices >= first) & (one.indices < last)).nonzero().flatten()
+        indices = (one.indices[places] - first).to(tensor.device)
+        return cls(one, piece, tuple(tensor.shape), places.to(tensor.device), indices)
 
     @property
     def num_values(self) -> int:
         """0 where this rank has none of the columns, or none of the rows."""
         first, last = self.piece.source_rows or (0, 1)
-        return len(self.places) * (last - first if self.rows is None else 1)
+        return len(self.places) * (last - first)
 
     def place(self, tensors: Mapping[str, Tensor]) -> Place:
         """Return where that is in the model."""
@@ -273,37 +269,16 @@ class _Write(NamedTuple):
         if self.piece.source_rows is not None:
             first, last = self.piece.source_rows
             tensor = tensor.narrow(-2, self.piece.target_row, last - first)
-        return Place(tensor, self.one.dim, self.indices, self.one.row_dim, self.rows)
+        return Place(tensor, self.one.dim, self.indices)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
         if self.piece.source_rows is not None:
             first, last = self.piece.source_rows
             columns = columns.narrow(-2, first, last - first)
-        if self.rows is not None:
-            return columns[..., self.rows.to(columns.device), self.places.to(columns.device)]
         if len(self.places) < columns.shape[self.one.dim]:
             columns = columns.index_select(self.one.dim, self.places.to(columns.device))
         return columns
-
-
-def _own_columns(one: ColumnSet, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the `places`, `indices` and `rows` of a write."""
-    first, last = piece.first_column, piece.first_column + piece.num_columns
-    is_own = (one.indices >= first) & (one.indices < last)
-    if not one.is_grouped:
-        places = is_own.nonzero().flatten()
-        return places, one.indices[places] - first, None
-    if piece.source_rows is None:
-        return torch.arange(one.rank), one.indices, None
-    num_rows = one.shape[one.row_dim]
-    start, end = piece.source_rows
-    if bool(is_own.all()):
-        indices = of_rows(one.indices, num_rows, start, end) - first
-        return torch.arange(one.rank), indices, None
-    per_row = one.indices.repeat_interleave(num_rows // len(one.indices), 0)[start:end]
-    rows, places = ((per_row >= first) & (per_row < last)).nonzero(as_tuple=True)
-    return places, per_row[rows, places] - first, rows
 
 
 @dataclass(eq=False)

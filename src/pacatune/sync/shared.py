@@ -236,13 +236,12 @@ def _residents(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _updates(layers: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, Any, float]]]:
+def _updates(layers: dict[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for name, layer in layers.items():
         names = [one for one in layer.active_adapters if one in layer.paca_delta]
         if layer._disable_adapters or layer.merged_adapters or len(names) != 1:
             _refuse(name, layer.why_additive())
-        delta, indices = layer.delta_of(names[0]), layer.paca_indices[names[0]]
-        yield name, layer, (delta, indices, layer.scaling[names[0]])
+        yield name, layer, layer.update_of(names[0])
 
 
 def _refuse(name: str, reason: str) -> None:

@@ -248,7 +248,6 @@ class _Weight:
             shape=shape,
             dtype=dtype or weight.dtype,
             indices=indices.clone(),
-            row_dim=layout.row_dim,
         )
 
     def _weight(self) -> Any:
@@ -285,7 +284,7 @@ class _Weight:
         delta = layer.delta_of(self.adapter)
         if not is_tracked(delta):
             return None
-        return _State(Update.now(delta, self.indices, layer.scaling[self.adapter]), base)
+        return _State(Update.now(*layer.update_of(self.adapter)), base)
 
     def _base_state(self) -> tuple[Any, ...] | None:
         weight, residency = self._weight(), self.layer.residency
@@ -303,6 +302,7 @@ class _Weight:
             if self.is_off(is_base):
                 return originals
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
+            delta = layer.expanded(self.adapter, delta)
             indices, delta = (one.to(originals.device) for one in (self.indices, delta))
             scaling = layer.scaling[self.adapter]
             return cast(Tensor, layer.layout.adapted(originals, indices, delta, scaling))

@@ -52,8 +52,7 @@ def whole(parameter: Any, name: str) -> Tensor:
 
 def columns_of(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
     """Return columns of a weight; one that is spread is whole for this moment."""
-    found = whole(weight, one.name)
-    return read_columns(found, indices, dim=one.dim, row_dim=one.row_dim)
+    return read_columns(whole(weight, one.name), indices, dim=one.dim)
 
 
 def refuse_empty(name: str) -> NoReturn:

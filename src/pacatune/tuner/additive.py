@@ -48,8 +48,8 @@ class AdditiveLayer(PacaLayer):
         """Return what one adapter adds to the output, in `dtype`."""
         raise NotImplementedError
 
-    def _single_update(self) -> tuple[Any, Tensor, float] | None:
-        """Return delta, indices and scaling if one adapter is active and no hook needs the base."""
+    def _single_update(self) -> tuple[Any, Tensor, float, Tensor | None] | None:
+        """Return what `update_of` does, if one adapter is active and no hook needs the base."""
         name: Any = self._active_adapter
         if type(name) is list:
             if len(name) != 1:
@@ -63,7 +63,8 @@ class AdditiveLayer(PacaLayer):
         delta = holder._parameters.get("weight")
         if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
             return None
-        return delta, modules["paca_indices"]._buffers[name], self.scaling[name]
+        indices = modules["paca_indices"]._buffers[name]
+        return delta, indices, self.scaling[name], modules["paca_places"]._buffers.get(name)
 
     def _is_bare(self, base: dict[str, Any]) -> bool:
         """Whether calling the base layer is its forward and no more."""

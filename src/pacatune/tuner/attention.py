@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.format.options import IN_PROJ
-from pacatune.ops.linear import add_columns
-from pacatune.ops.row_groups import of_rows
+from pacatune.ops.linear import add_columns, column_update
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import (
@@ -192,10 +191,8 @@ class MultiheadAttention(ParameterOwner):
         y = F.linear(x, weight, bias)
         layer: Any = self._modules.get(IN_PROJ)
         for name in names_to_apply(layer):
-            indices = of_rows(layer.paca_indices[name], 3 * self.embed_dim, rows.start, rows.stop)
-            columns = x.index_select(-1, indices.flatten()).to(y.dtype)
-            options = {"weight": weight, "indices": indices, "scaling": layer.scaling[name]}
-            apply = partial(_add_columns_of_rows, y, rows=rows, **options)
+            columns = x.index_select(-1, layer.paca_indices[name])
+            apply = partial(_add_columns_of_rows, y, layer=layer, name=name, rows=rows)
             y = layer.paca_delta[name](columns, None, apply)
         return y
 
@@ -213,9 +210,11 @@ class MultiheadAttention(ParameterOwner):
 
 
 def _add_columns_of_rows(
-    y: Tensor, columns: Tensor, delta: Tensor, *, rows: slice, **options: Any
+    y: Tensor, columns: Tensor, delta: Tensor, *, layer: Any, name: str, rows: slice
 ) -> Tensor:
-    return add_columns(y, columns, delta=delta[rows], **options)
+    weight, delta = layer.base_layer.in_proj_weight[rows], layer.expanded(name, delta)[rows]
+    where = layer.paca_indices[name], layer.scaling[name], None
+    return add_columns(y, columns, column_update(weight, delta, *where, y.dtype))
 
 
 def _merged_mask(

@@ -15,11 +15,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from pacatune.format.options import IN_TENSORS, target_of
-from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
 from pacatune.strategies import (
     FIXED,
+    deal,
     needs_of,
-    random_columns,
+    num_kept,
     seed_for,
     select_columns,
 )
@@ -105,13 +106,11 @@ def _choose(
     target: Target,
     statistics: "ColumnStatistics | None",
 ) -> Any:
-    if config.groups > 1:
-        options = config.random_seed, name, config.groups
-        return random_columns(target.num_columns, target.rank, *options).tolist()
-    selection = str(config.selection)
+    selection, seed = str(config.selection), seed_for(config.random_seed, name)
     weight, values = _known(model, needs_of(selection), name, target, statistics)
-    seed = seed_for(config.random_seed, name)
-    return select_columns(selection, weight, target.rank, seed=seed, statistics=values).tolist()
+    number = num_kept(target.num_columns, target.rank, config.groups, config.pool)
+    kept = select_columns(selection, weight, number, seed=seed, statistics=values)
+    return deal(kept, target.rank, config.groups, seed).tolist()
 
 
 def _known(
@@ -213,7 +212,7 @@ def keep_columns(config: PacaConfig, columns: Mapping[str, Tensor]) -> None:
     It is changed in place; its seed, which has not chosen these, is taken out.
     """
     if columns:
-        listed = {name: indices.tolist() for name, indices in columns.items()}
+        listed = {name: own.tolist() for name, own in columns.items()}
         others: Any = config.columns if isinstance(config.columns, dict) else {}
         config.columns = {**others, **listed}
         config.random_seed = None
@@ -226,13 +225,20 @@ def note_columns(
     columns_of, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
-            columns = state_dict.get(f"{name}.paca_indices.{adapter_name}")
-            current = module.paca_indices[adapter_name]
-            if columns is None or columns.is_meta or current.is_meta:
+            indices, places = (
+                state_dict.get(f"{name}.{kind}.{adapter_name}") for kind in (INDICES, PLACES)
+            )
+            if indices is None:
                 continue
+            current = module.columns_of(adapter_name)
+            if len(indices) != len(module.paca_indices[adapter_name]):  # of another pool
+                module.paca_indices[adapter_name] = current.new_empty(len(indices))
+            if indices.is_meta or current.is_meta:
+                continue
+            columns = indices if places is None else indices[places]
             columns_of[name.removeprefix(PEFT_PREFIX)] = columns
             differ |= not torch.equal(columns.cpu(), current.cpu())
     if config.columns == IN_TENSORS:
-        config.columns = {name: indices.tolist() for name, indices in columns_of.items()}
+        config.columns = {name: columns.tolist() for name, columns in columns_of.items()}
     elif differ:
         keep_columns(config, columns_of)

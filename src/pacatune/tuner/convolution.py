@@ -18,7 +18,6 @@ EfficientNets are, pads by the size of the input and then does what torch does.
 import math
 import threading
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +31,7 @@ from pacatune.ops.columns import (
     conv_of_columns,
     select_channels,
 )
+from pacatune.ops.pattern import expand
 from pacatune.ops.tracing import is_recorded
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
@@ -89,6 +89,7 @@ class Conv(AdditiveLayer):
         update, base = self._single_update(), cast(Any, self.base_layer)
         if update is None or not self.has_torchs_forward:
             return None
+        delta, indices, scaling, places = update
         weight = base._parameters.get("weight")
         # Dictionaries and weights of other types are DeepSpeed's or FSDP2's, and may be a part.
         if type(base._parameters) is not dict or type(weight) not in (nn.Parameter, Tensor):
@@ -97,17 +98,18 @@ class Conv(AdditiveLayer):
             return None
         x, padding = self._padded(x)
         sizes = self.stride, padding, self.dilation, self.groups
-        return paca_conv(x, weight, *update, base.bias, *sizes)
+        delta = expand(delta, places, len(indices))
+        return paca_conv(x, weight, delta, indices, scaling, base.bias, *sizes)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        indices = self.paca_indices[name]
-        columns = select_channels(x, indices.flatten(), len(self.kernel_size)).to(dtype)
-        apply = partial(self._convolve_columns, indices)
-        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
+        indices, sizes = self.paca_indices[name], (self.in_channels, self.groups)
 
-    def _convolve_columns(self, indices: Tensor, columns: Tensor, kernel: Tensor) -> Tensor:
-        sizes = self.in_channels, self.groups
-        return conv_of_columns(columns, kernel, indices, *sizes, self._convolve)
+        def apply(columns: Tensor, delta: Tensor) -> Tensor:
+            kernel = self.expanded(name, delta)
+            return conv_of_columns(columns, kernel, indices, *sizes, self._convolve)
+
+        columns = select_channels(x, indices, len(self.kernel_size)).to(dtype)
+        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
 
     def _convolve(
         self, x: Tensor, kernel: Tensor, groups: int, bias: Tensor | None = None
@@ -159,8 +161,8 @@ class Conv(AdditiveLayer):
             )
         for name in names:
             if name in self.paca_delta:
-                update = self.delta_of(name), self.paca_indices[name], self.scaling[name]
-                weight = adapted_kernel(weight, *update, self.groups)
+                update, indices = self.expanded(name, self.delta_of(name)), self.paca_indices[name]
+                weight = adapted_kernel(weight, update, indices, self.scaling[name], self.groups)
         return weight
 
     @property

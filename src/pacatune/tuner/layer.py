@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacatune.format.options import IN_TENSORS
 from pacatune.ops.columns import adapted_columns, widened
-from pacatune.ops.row_groups import rank_of
+from pacatune.ops.pattern import divide, expand
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
 from pacatune.strategies import random_columns
@@ -65,12 +66,15 @@ class PacaLayer(nn.Module, TunerLayer):
 
     Attributes:
         paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R).
-        paca_indices: Adapter name -> (R,) int64 sorted columns, or (G, R) of row groups.
+        paca_indices: Adapter name -> (U,) int64 sorted columns, U = R without a pattern.
+        paca_places: Adapter name -> (G, R) int64, its pattern (`ops.pattern`), if it has one.
         r, paca_alpha, scaling: Adapter name -> its number; scaling = paca_alpha / r.
     """
 
     adapter_layer_names: tuple[str, ...] = ("paca_delta",)
-    other_param_names: tuple[str, ...] = ("paca_indices", "r", "paca_alpha", "scaling")
+    other_param_names: tuple[str, ...] = (
+        *("paca_indices", "paca_places", "r", "paca_alpha", "scaling"),
+    )
     delta_class: type[Delta] = Delta
     parameter_name = "weight"  # of the base layer: what is adapted
 
@@ -90,13 +94,14 @@ class PacaLayer(nn.Module, TunerLayer):
         *,
         r: int,
         paca_alpha: float,
-        columns: list[int] | list[list[int]] | None = None,
+        columns: Any = None,
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.paca_delta = nn.ModuleDict({})
         self.paca_indices = BufferDict({}, persistent=True)
+        self.paca_places = BufferDict({}, persistent=True)
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -142,11 +147,12 @@ class PacaLayer(nn.Module, TunerLayer):
         *,
         r: int,
         paca_alpha: float,
-        columns: list[int] | list[list[int]] | None = None,
+        columns: Any = None,
     ) -> None:
         """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
-        The module's name in the base model is part of the seed of its columns.
+        The module's name in the base model is part of the seed of its columns. They are given as
+        (r,) numbers, or (G, r) of row groups; IN_TENSORS: they will be loaded.
         """
         num_columns = self.layout.in_features
         check_rank(r, num_columns, name)
@@ -157,17 +163,48 @@ class PacaLayer(nn.Module, TunerLayer):
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
-        if columns is None:
-            indices = random_columns(num_columns, r, config.random_seed, name, config.groups)
+        if columns is None or columns == IN_TENSORS:
+            seed = config.random_seed if columns is None else 0  # then only their number counts
+            chosen = random_columns(num_columns, r, seed, name, config.groups, config.pool)
         else:
-            indices = torch.tensor(columns, device="cpu")
-        self.paca_indices[adapter_name] = indices
+            chosen = torch.tensor(columns, device="cpu")
+        indices, places = divide(chosen)
+        self.set_columns(
+            adapter_name, indices.fill_(-1) if columns == IN_TENSORS else indices, places
+        )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_columns(self, adapter_name: str, indices: Tensor, places: Tensor | None) -> None:
+        """Give an adapter its columns, (U,), and its pattern."""
+        self.paca_indices[adapter_name] = indices
+        if places is not None:
+            self.paca_places[adapter_name] = places
+        elif adapter_name in self.paca_places:
+            del self.paca_places[adapter_name]
+
+    def places_of(self, adapter_name: str) -> Tensor | None:
+        """Return one adapter's pattern, (G, R), if it has one."""
+        return self.paca_places._buffers.get(adapter_name)
+
+    def columns_of(self, adapter_name: str) -> Tensor:
+        """Return the columns that each row of an adapter trains: (R,), or (G, R) of row groups."""
+        indices, places = self.paca_indices[adapter_name], self.places_of(adapter_name)
+        return indices if places is None else indices[places]
+
+    def expanded(self, adapter_name: str, delta: Tensor) -> Tensor:
+        """Return an update for all U columns that an adapter has in this layer."""
+        num_columns, dim = len(self.paca_indices[adapter_name]), self.layout.delta_dim
+        return expand(delta, self.places_of(adapter_name), num_columns, dim)
 
     def delta_of(self, adapter_name: str) -> nn.Parameter:
         """Return one adapter's (O, R) update, before scaling."""
         return cast(Delta, self.paca_delta[adapter_name]).weight
+
+    def update_of(self, adapter_name: str) -> tuple[nn.Parameter, Tensor, float, Tensor | None]:
+        """Return one adapter's update, its columns, scaling and pattern."""
+        indices, scaling = self.paca_indices[adapter_name], self.scaling[adapter_name]
+        return self.delta_of(adapter_name), indices, scaling, self.places_of(adapter_name)
 
     def whole_delta(self, adapter_name: str) -> Tensor:
         """Return the values of one adapter's (O, R) update, wherever they are."""
@@ -180,18 +217,23 @@ class PacaLayer(nn.Module, TunerLayer):
         delta: Tensor,
         indices: Tensor,
         paca_alpha: float,
+        places: Tensor | None = None,
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        They are an (O, R) delta, (R,) or (G, R) sorted indices, and the factor paca_alpha / R.
+        They are an (O, R) delta, (U,) sorted indices, the factor paca_alpha / R, and a pattern.
         """
-        holder, rank = cast(Delta, self.paca_delta[adapter_name]), rank_of(indices)
+        holder, rank = (
+            cast(Delta, self.paca_delta[adapter_name]),
+            delta.shape[self.layout.delta_dim],
+        )
         old = holder.weight
         if old.shape == delta.shape:
             old.copy_(delta)
         else:
             holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
-        self.paca_indices[adapter_name] = indices.to(old.device)
+        places = None if places is None else places.to(old.device)
+        self.set_columns(adapter_name, indices.to(old.device), places)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
 
@@ -319,7 +361,7 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the columns of that weight which an adapter changes, and its update of them."""
-        return self.paca_indices[name], self.delta_of(name)
+        return self.paca_indices[name], self.expanded(name, self.delta_of(name))
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, bit for bit."""
@@ -346,7 +388,7 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
-        update = self.whole_delta(adapter) * self.scaling[adapter]
+        update = self.expanded(adapter, self.whole_delta(adapter)) * self.scaling[adapter]
         dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
         columns = self.layout.oriented(update)
         self.layout.put_columns_(dense, self.paca_indices[adapter], columns)

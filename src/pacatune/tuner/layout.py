@@ -74,11 +74,6 @@ class Layout:
         return 1
 
     @property
-    def row_dim(self) -> int:
-        """Dimension of the output features in the weight, which row groups divide."""
-        return 0
-
-    @property
     def file_shape(self) -> tuple[int, ...]:
         """Shape of an update in a file if every column were trained."""
         return self.delta_shape(self.in_features)
@@ -122,13 +117,13 @@ class Layout:
 
         Args:
             weight: In the module's own layout.
-            indices: (R,) columns, or (G, R) of row groups, on the weight's device.
+            indices: (U,) columns, on the weight's device.
         """
-        return read_columns(weight, indices, dim=self.weight_dim, row_dim=self.row_dim)
+        return read_columns(weight, indices, dim=self.weight_dim)
 
     def put_columns_(self, weight: Tensor, indices: Tensor, columns: Tensor) -> None:
         """Write what `read_columns` reads, into `weight` itself."""
-        put_columns_(weight, indices, columns, dim=self.weight_dim, row_dim=self.row_dim)
+        put_columns_(weight, indices, columns, dim=self.weight_dim)
 
     def tensor_columns(self, indices: Tensor) -> Tensor:
         """Return which columns of the weight's tensor the trained ones are in, increasing."""
@@ -164,11 +159,6 @@ class Conv1DLayout(Layout):
     def weight_dim(self) -> int:
         """That of I."""
         return 0
-
-    @property
-    def row_dim(self) -> int:
-        """That of O."""
-        return 1
 
     def oriented(self, delta: Tensor) -> Tensor:
         """Transpose."""
@@ -297,11 +287,6 @@ class ExpertsLayout(Layout):
     def weight_dim(self) -> int:
         """That of I."""
         return 1 if self.is_transposed else 2
-
-    @property
-    def row_dim(self) -> int:
-        """That of O."""
-        return 2 if self.is_transposed else 1
 
     @property
     def file_shape(self) -> tuple[int, ...]:

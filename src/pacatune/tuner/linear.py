@@ -27,7 +27,6 @@ from pacatune.ops.linear import (
     autocast,
     column_update,
 )
-from pacatune.ops.row_groups import linear_of_groups, num_groups_of, select
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter
@@ -36,7 +35,7 @@ from pacatune.tuner.compiled import compiled_linear, handle_of
 
 __all__ = ["Linear"]
 
-_Update = tuple[Tensor, Tensor, float]
+_Update = tuple[Tensor, Tensor, float, Tensor | None]
 
 
 class Linear(AdditiveLayer):
@@ -131,22 +130,23 @@ class Linear(AdditiveLayer):
         return _train(residency, up, update, bias, activation, gate)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        indices = self.paca_indices[name]
-        columns = x.index_select(-1, indices.flatten()).to(dtype)
-        apply = partial(linear_of_groups, num_groups=num_groups_of(indices))
+        def apply(columns: Tensor, delta: Tensor) -> Tensor:
+            return F.linear(columns, self.expanded(name, delta))
+
+        columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
         return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         weight = self._weight_in_16_bits(result.dtype)
         if weight is None:
             return super()._with_update(result, x, name)
-        indices = self.paca_indices[name]
-        columns = x.index_select(-1, indices.flatten()).to(result.dtype)
+        _, indices, scaling, places = self.update_of(name)
 
         def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            return add_columns(result, columns, weight, delta, indices, self.scaling[name])
+            update = column_update(weight, delta, indices, scaling, places, result.dtype)
+            return add_columns(result, columns, update)
 
-        return cast(Tensor, self.paca_delta[name](columns, None, apply))
+        return cast(Tensor, self.paca_delta[name](x.index_select(-1, indices), None, apply))
 
     def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
         """Return the pretrained weight if it is there; None where W' is not rounded to 16 bits."""
@@ -207,4 +207,4 @@ def _evaluate(
         return y
     compute = partial(column_update, weight, *update, y.dtype)
     added = residency.addition(compute, y.dtype, *update)
-    return add_columns_(y, select(x, update[1]), added, update[1])
+    return add_columns_(y, x.index_select(-1, update[1]), added)

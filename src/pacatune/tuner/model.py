@@ -14,8 +14,7 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, IN_TENSORS, idle_layers
-from pacatune.format.tensors import check_tensors
-from pacatune.ops.row_groups import num_groups_of
+from pacatune.format.tensors import DELTA, INDICES, PLACES, check_tensors, with_places
 from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
@@ -359,6 +358,7 @@ class PacaModel(Tuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Map a file's keys to the model's, and refuse tensors that do not belong to this model."""
+        state_dict = with_places(state_dict)
         check_tensors(state_dict, source=f"adapter {adapter_name!r}")
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=_PlainNames(model),
@@ -409,9 +409,9 @@ class _Unloaded:
     def __call__(self, model: nn.Module, args: Any) -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, PacaLayer)}
         layers = {n: layer for n, layer in layers.items() if self.adapter_name in layer.r}
-        columns = {name: layer.paca_indices[self.adapter_name] for name, layer in layers.items()}
-        if all((indices >= 0).all() for indices in columns.values()):
-            self.config.columns = {name: one.tolist() for name, one in columns.items()}
+        columns = {name: layer.columns_of(self.adapter_name) for name, layer in layers.items()}
+        if all((own >= 0).all() for own in columns.values()):
+            self.config.columns = {name: own.tolist() for name, own in columns.items()}
             self.handle.remove()
         elif any(self.adapter_name in layer.active_adapters for layer in layers.values()):
             raise ValueError(f"adapter {self.adapter_name!r}: {NOT_LOADED}")
@@ -456,29 +456,30 @@ def _warn_of_idle_layers(config: PacaConfig) -> None:
 
 def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     in_features: dict[str, int] = {}
-    groups: dict[str, int] = {}
     for name, module in model.named_modules():
         layer: Any = module if isinstance(module, PacaLayer) or is_foreign(module) else None
-        if layer is not None and adapter_name in layer.r:
-            prefix = f"{name}." if name else ""
-            delta = f"{prefix}paca_delta.{adapter_name}"
-            in_features[f"{prefix}paca_indices.{adapter_name}"] = layer.in_features
-            own = layer.paca_indices[adapter_name]
-            groups[f"{prefix}paca_indices.{adapter_name}"] = num_groups_of(own)
-            in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
+        if layer is None or adapter_name not in layer.r:
+            continue
+        prefix = f"{name}." if name else ""
+        delta, indices, places = (f"{prefix}{k}.{adapter_name}" for k in (DELTA, INDICES, PLACES))
+        in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
+        in_features[indices] = in_features[places] = layer.in_features
+        if indices in state_dict and not is_foreign(layer):
+            own = layer.places_of(adapter_name)
+            here, there = (1 if one is None else len(one) for one in (own, state_dict.get(places)))
+            if here != there:
+                raise ValueError(
+                    f"Adapter {adapter_name!r}: {indices!r} has {there} row groups, and `groups` "
+                    f"of its configuration is {here}: they are of different runs, or one was "
+                    "edited."
+                )
     for key, tensor in state_dict.items():
-        if not re.search(r"(^|\.)paca_(delta|indices)(\.|$)", key):
+        if not re.search(r"(^|\.)paca_(delta|indices|places)(\.|$)", key):
             continue
         if key not in in_features:
             raise ValueError(
                 f"Adapter {adapter_name!r} has {key!r}, but this model has no such adapted module: "
                 "it was made for another base model, or its configuration was changed."
-            )
-        if key in groups and num_groups_of(tensor) != groups[key]:
-            raise ValueError(
-                f"Adapter {adapter_name!r}: {key!r} has {num_groups_of(tensor)} row groups, and "
-                f"`groups` of its configuration is {groups[key]}: they are of different runs, or "
-                "one was edited."
             )
         if "paca_indices" in key and len(tensor) and int(tensor.max()) >= in_features[key]:
             raise ValueError(

@@ -11,7 +11,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pacatune.format.options import target_of
-from pacatune.ops.row_groups import joined_groups
 from pacatune.strategies import FIXED
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
@@ -36,8 +35,7 @@ def add_weighted_adapter(
     """Add the adapter whose update is the weighted sum of other adapters' updates.
 
     The sum of column updates is again a column update, over the union of the columns, so nothing
-    is approximated; each layer's rank is the size of its union. The sum has no row groups: of those
-    the union has all columns, too.
+    is approximated; each layer's rank is the size of its union. The sum has no pattern.
     """
     _check_combination(tuner, adapters, weights, adapter_name)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -64,6 +62,7 @@ def add_weighted_adapter(
         selection=FIXED,
         selection_options=None,
         groups=1,
+        pool=None,
         columns={name: indices.tolist() for name, (_, indices) in sums.items()},
     )
     tuner.inject_adapter(tuner.model, adapter_name)
@@ -103,21 +102,14 @@ def _check_combination(
 @torch.no_grad()
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
-    columns = [_joined(layer, name) for name, _ in present]
-    indices = torch.cat([own for _, own in columns]).unique(sorted=True)
-    delta = columns[0][0].new_zeros(layer.layout.delta_shape(len(indices)))
-    for (name, weight), (one, own) in zip(present, columns, strict=True):
-        places = torch.searchsorted(indices, own)
-        update = one.to(delta) * (weight * layer.scaling[name])
-        delta.index_add_(layer.layout.delta_dim, places, update)
+    updates = [layer.expanded(name, layer.whole_delta(name)) for name, _ in present]
+    indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
+    delta = updates[0].new_zeros(layer.layout.delta_shape(len(indices)))
+    for (name, weight), update in zip(present, updates, strict=True):
+        places = torch.searchsorted(indices, layer.paca_indices[name])
+        scaled = update.to(delta) * (weight * layer.scaling[name])
+        delta.index_add_(layer.layout.delta_dim, places, scaled)
     return delta, indices
-
-
-def _joined(layer: PacaLayer, name: str) -> tuple[Tensor, Tensor]:
-    layout = layer.layout
-    update = layout.to_file(layer.whole_delta(name))
-    update, indices = joined_groups(update, layer.paca_indices[name])
-    return layout.from_file(update), indices
 
 
 # Hands the rows' adapter names of a mixed batch to the layers, for one call of the model.

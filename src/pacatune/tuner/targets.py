@@ -296,8 +296,7 @@ def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
     rank = for_module(config.rank_pattern, target_of(name), config.r)
     columns: Any = None
     if isinstance(config.columns, str):  # none, until the file is loaded
-        own = [-1] * rank
-        columns = own if config.groups == 1 else [own] * config.groups
+        columns = config.columns
     elif config.columns and (key := key_of_columns(config.columns, name)) is not None:
         columns = config.columns[key]
     return {

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.linear import apply_paca_linear, autocast
-from pacatune.ops.row_groups import linear_of_groups, num_groups_of, of_rows, row_index
+from pacatune.ops.pattern import expand
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.compat import require
 from pacatune.tuner.linear import Linear
@@ -138,34 +138,18 @@ def _reduced(x: Tensor, mesh: "DeviceMesh", op: str) -> Tensor:
 
 
 class _Own(NamedTuple):
-    """The chosen columns that this process holds, of a row-wise layer."""
+    """What of an adapter's columns a process has to do with."""
 
     indices: Tensor
     """The adapter's, from which the others were found,"""
     version: int
     """and their version then."""
-    places: Tensor
-    """Where they are among the R columns of delta."""
+    rows: Tensor | None
+    """The pattern of its rows, one by one."""
+    places: Tensor | None
+    """Which of the U columns it holds, None: all,"""
     columns: Tensor
-    """Where they are in this process's part of the weight."""
-
-
-def _own_of_groups(indices: Tensor, first: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return the places and columns of row groups, (G, R') each, that a process holds.
-
-    Where a group has fewer than another it is filled up, with a place beyond the R, where the
-    update is zero, and a column that it does not train.
-    """
-    columns = indices - first
-    is_own = (columns >= 0) & (columns < num_columns)
-    order = is_own.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    order = order[:, : int(is_own.sum(1).max())]
-    is_filled = ~is_own.gather(1, order)
-    places = order.masked_fill(is_filled, indices.shape[1])
-    taken = torch.zeros(len(indices), num_columns + 1, dtype=torch.uint8, device=indices.device)
-    taken.scatter_(1, columns.where(is_own, num_columns), 1)
-    free = taken[:, :num_columns].argmin(1, keepdim=True) if num_columns else columns[:, :1]
-    return places, columns.gather(1, order).where(~is_filled, free)
+    """and where they are in this process's part of the weight."""
 
 
 class TensorParallelLinear(Linear):
@@ -204,11 +188,12 @@ class TensorParallelLinear(Linear):
         delta: Tensor,
         indices: Tensor,
         paca_alpha: float,
+        places: Tensor | None = None,
     ) -> None:
         """Give an adapter other values, the same whole (O, R) of them on each process."""
         old = self.delta_of(adapter_name)
         shared = self.split.distribute(delta.to(device=old.device, dtype=old.dtype))
-        super().replace_update(adapter_name, shared, indices, paca_alpha)
+        super().replace_update(adapter_name, shared, indices, paca_alpha, places)
 
     def _is_bare(self, base: dict[str, Any]) -> bool:
         others = {key: value for key, value in base.items() if key != "forward"}
@@ -219,21 +204,20 @@ class TensorParallelLinear(Linear):
         update = self._single_update()
         if update is None:
             return None
-        delta, _, scaling = update
+        delta, _, scaling, _ = update
         (name,) = self.active_adapters
         weight, bias = (_local(self.base_layer._parameters[one]) for one in ("weight", "bias"))
         added = None if self.split.style.dim == 1 else bias  # row-wise: once, to the sum
         x = autocast(self.split.enter(x))
         delta, indices = self._part(self.split.part(delta), name)
-        y = apply_paca_linear(x, weight, delta, indices, scaling, added, False)
+        y = apply_paca_linear(x, weight, delta, indices, scaling, None, added, False)
         y = self.split.leave(y, self.out_features)
         return y if added is bias else y + cast(Tensor, bias).to(y.dtype)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         def apply(x: Tensor, update: Any) -> Tensor:
             update, indices = self._part(self.split.part(update), name)
-            columns = x.index_select(-1, indices.flatten()).to(dtype)
-            return linear_of_groups(columns, update.to(dtype), num_groups_of(indices))
+            return F.linear(x.index_select(-1, indices).to(dtype), update.to(dtype))
 
         x = self.split.enter(x)
         y = self.paca_delta[name](x, self.scaling[name], apply)
@@ -241,35 +225,26 @@ class TensorParallelLinear(Linear):
 
     def _part(self, delta: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Return what a process applies of an update, and the columns of its weight for that."""
-        indices, is_grouped = self.paca_indices[name], self.paca_indices[name].dim() == 2
-        if self.split.style.dim is None or (self.split.style.dim == 0 and not is_grouped):
-            return delta, indices
+        indices = self.paca_indices[name]
         own = self._own.get(name)
         if own is None or own.indices is not indices or own.version != indices._version:
-            own = self._own[name] = self._find_own(indices)
-        if self.split.style.dim == 0:
-            return delta, own.columns
-        if is_grouped:
-            places = row_index(own.places, delta.shape)
-            return F.pad(delta, (0, 1)).gather(1, places), own.columns
-        return delta.index_select(1, own.places), own.columns
+            own = self._own[name] = self._find_own(indices, self.places_of(name))
+        update = expand(delta, own.rows, len(indices))
+        return update if own.places is None else update.index_select(1, own.places), own.columns
 
-    def _find_own(self, indices: Tensor) -> _Own:
+    def _find_own(self, indices: Tensor, rows: Tensor | None) -> _Own:
         mesh, dim = self.split.mesh, self.split.style.dim
         size = self.out_features if dim == 0 else self.in_features
         width = -(-size // mesh.size())  # the last parts may be narrower, or empty
         first = min(mesh.get_local_rank() * width, size)
-        last = min(first + width, size)
         with torch.inference_mode(False):  # a training pass may use them after an evaluation
-            if dim == 0:
-                own = of_rows(indices, size, first, last)
-                return _Own(indices, indices._version, indices, own)
-            if indices.dim() == 2:
-                found = _own_of_groups(indices, first, last - first)
-                return _Own(indices, indices._version, *found)
+            if dim == 0 and rows is not None:
+                rows = rows.repeat_interleave(size // len(rows), 0)[first : first + width]
+            if dim != 1:
+                return _Own(indices, indices._version, rows, None, indices)
             columns = indices - first
             places = ((columns >= 0) & (columns < width)).nonzero().flatten()
-            return _Own(indices, indices._version, places, columns[places])
+            return _Own(indices, indices._version, rows, places, columns[places])
 
     # Merging, of the parts: the same on all processes together.
 

@@ -3,17 +3,17 @@
 Gradients are held by tests/residency and tests/ops, graphs by test_compile.py.
 """
 
+import copy
 import json
-import zlib
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pacatune import PacaConfig, lean
 from pacatune.adapters.loading import hotswap_adapter
-from pacatune.selection import choose_columns
+from pacatune.selection import choose_columns, load_columns
 from tests.conftest import build_model
 from tests.tuner.nets import evaluate
 
@@ -32,7 +32,7 @@ def layer_of(model):
 
 
 def indices_of(model, adapter="default"):
-    return layer_of(model).paca_indices[adapter]
+    return layer_of(model).columns_of(adapter)
 
 
 def logits(model):
@@ -43,21 +43,25 @@ def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-def test_each_group_draws_by_a_seed_of_its_own():
-    """The first one draws what a layer without groups does."""
-    indices = indices_of(adapt(4, random_seed=7))
-    assert indices.shape == (4, 4)
-    assert indices[0].equal(indices_of(adapt(1, random_seed=7)))
-    for group in range(4):
-        name = f"{NAME}[{group}]" if group else NAME
-        generator = torch.Generator().manual_seed(7 + zlib.crc32(name.encode()))
-        assert indices[group].equal(torch.randperm(32, generator=generator)[:4].sort().values)
-    assert len(indices.unique()) > 4
+@pytest.mark.parametrize(("pool", "kept"), [(None, 16), (7, 7), (1000, 16)])
+def test_what_is_kept_are_the_columns_of_that_rank(pool, kept):
+    model = adapt(4, random_seed=7, pool=pool)
+    layer = layer_of(model)
+    assert layer.paca_indices["default"].equal(indices_of(adapt(1, r=kept, random_seed=7)))
+    assert layer.paca_places["default"].shape == (4, 4)
+    assert layer.delta_of("default").shape == (32, 4)
+
+
+def test_a_strategy_chooses_the_pool():
+    base, options = build_model(300), {"selection": "weight_norm"}
+    kept = indices_of(adapt(1, base=copy.deepcopy(base), r=8, **options))
+    layer = layer_of(adapt(4, base=base, pool=8, **options))
+    assert layer.paca_indices["default"].equal(kept)
 
 
 def test_one_group_writes_the_files_of_before(tmp_path):
     adapt(1).save_pretrained(tmp_path)
-    assert "groups" not in config_of(tmp_path)
+    assert not {"groups", "pool"} & config_of(tmp_path).keys()
     assert config_of(tmp_path)["peft_type"] == "PACA"
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert tensors[f"base_model.model.{NAME}.paca_indices"].shape == (4,)
@@ -75,6 +79,31 @@ def test_saved_loaded_and_refused_by_another_configuration(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "groups": 2}))
     with pytest.raises(ValueError, match=r"has 4 row groups, and `groups` of its config.* is 2"):
         PeftModel.from_pretrained(build_model(300), tmp_path)
+
+
+def test_an_adapter_of_earlier_versions(tmp_path):
+    """Its indices are those of each group, of any number of columns, and it knows no pool."""
+    model = adapt(pool=1000)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("places")]:
+        indices = name.replace("places", "indices")
+        tensors[indices] = tensors[indices][tensors.pop(name)]
+    save_file(tensors, path)
+    config = config_of(tmp_path)
+    del config["pool"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "random_seed": 1}))
+    loaded = PeftModel.from_pretrained(build_model(300), tmp_path)
+    assert indices_of(loaded).equal(indices_of(model))
+    assert torch.equal(logits(loaded), logits(model))
+    assert load_columns(tmp_path)[NAME] == indices_of(model).tolist()
+    other = adapt()
+    hotswap_adapter(other, tmp_path)
+    torch.testing.assert_close(logits(other), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(build_model(300), tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_hotswap_of_other_groups_and_another_seed(tmp_path):
