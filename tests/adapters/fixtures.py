@@ -2,11 +2,8 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
-
-from tests.forks import run_python
 
 
 def save_adapter(
@@ -124,13 +121,18 @@ def lora_dir(tmp_path_factory, tiny_model_dir):
     return folder
 
 
-@pytest.fixture
-def forked_plain_peft(monkeypatch):
-    """Let plain PEFT run in a process where it is imported already, not in a new program."""
-    from pacatune.adapters import export
+def error_in_peft(base, adapter, lora, **options):
+    """How far PEFT's LoRA is from the adapter that it was made of, of the outputs' size."""
+    from peft import PeftModel
 
-    def run(command, **options):
-        *_, script, job = command
-        return run_python(f"import runpy; runpy.run_path({script!r}, run_name='__main__')", job)
+    from pacatune.adapters.base import load_base
+    from pacatune.adapters.folder import open_adapter
+    from pacatune.adapters.probe import output_error, probe_inputs, run_probe
 
-    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=run))
+    options |= {"task_type": open_adapter(adapter).config.task_type, "dtype": "float32"}
+    outputs = []
+    for folder in (adapter, lora):
+        model = load_base(str(base), **options)
+        inputs = probe_inputs(model)
+        outputs.append(run_probe(PeftModel.from_pretrained(model, folder).eval(), inputs))
+    return output_error(*outputs).max_relative

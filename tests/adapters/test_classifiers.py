@@ -76,13 +76,11 @@ def test_what_a_stranger_says_of_the_head(classifier, tiny_model_dir, tmp_path, 
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.usefixtures("forked_plain_peft")
 @pytest.mark.parametrize("num_labels", [1])
 def test_exporting_needs_to_be_told_that_the_head_goes_along(classifier, tiny_model_dir, tmp_path):
     with pytest.raises(ValueError, match=r"not PaCA's, first .*score.* Pass `keep_extra`"):
         export_lora(None, classifier, tmp_path / "lora")
-    result = export_lora(None, classifier, tmp_path / "lora", keep_extra=True, verify=True)
-    assert result.error.max_absolute <= result.limit
+    export_lora(None, classifier, tmp_path / "lora", keep_extra=True)
     found, expected = (
         logits_of(adapted(tiny_model_dir, folder, 1)) for folder in (tmp_path / "lora", classifier)
     )

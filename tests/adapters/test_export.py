@@ -1,5 +1,6 @@
 """R7: an exported adapter computes the same as LoRA, in any server of LoRA."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -11,12 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pacatune.adapters import export as export_module
-from pacatune.adapters.export import export_limit, export_lora, lora_config
+from pacatune.adapters.export import export_lora, export_paca, lora_config
 from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.loading import check_base
 from pacatune.adapters.merge import merge
-from pacatune.adapters.probe import OutputError, check_outputs
-from tests.adapters.fixtures import edit_json, logits_of, save_adapter, scale
+from tests.adapters.fixtures import edit_json, error_in_peft, logits_of, save_adapter, scale
 from tests.conftest import build_model
 from tests.releases import needs
 
@@ -28,11 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 def export(tiny_model_dir, tmp_path):
     """Save an adapter and export it; return the model, what the export says, and its files."""
 
-    def run(base=tiny_model_dir, verify=False, keep_extra=False, **options):
+    def run(base=tiny_model_dir, keep_extra=False, **options):
         adapted = save_adapter(base, tmp_path / "adapter", **options)
-        result = export_lora(
-            None, tmp_path / "adapter", tmp_path / "lora", verify=verify, keep_extra=keep_extra
-        )
+        result = export_lora(None, tmp_path / "adapter", tmp_path / "lora", keep_extra=keep_extra)
         return adapted, result, *files_of(tmp_path / "lora")
 
     return run
@@ -52,7 +50,7 @@ def assert_same_in_peft(model_dir, lora_dir, adapted, atol=1e-6):
 def test_the_lora_adapter_computes_the_same(export, tiny_model_dir, tmp_path):
     """With a selector and delta as its factors, and a configuration that any PEFT knows."""
     adapted, result, config, tensors = export()
-    assert (result.num_modules, result.rounding, result.error, result.notes) == (6, 0, None, [])
+    assert (result.num_modules, result.rounding, result.notes) == (6, 0, [])
     names = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == names
     assert_same_in_peft(tiny_model_dir, tmp_path / "lora", adapted)
@@ -150,31 +148,30 @@ def test_servers_get_one_rank_and_one_whole_alpha(
 
 
 @needs("bitsandbytes")
-@pytest.mark.usefixtures("forked_plain_peft")
-def test_a_quantised_base_is_exported_and_verified(export, tmp_path):
+def test_a_quantised_base_is_exported(export, tmp_path):
     build_model(64, hidden_size=64).save_pretrained(tmp_path / "plain")
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=nf4)
     base.save_pretrained(tmp_path / "base")
-    _, result, _, tensors = export(tmp_path / "base", verify=True)
+    _, result, _, tensors = export(tmp_path / "base")
     assert result.num_modules == 6
-    assert result.error.max_relative <= 1e-5
+    assert error_in_peft(tmp_path / "base", tmp_path / "adapter", tmp_path / "lora") <= 1e-5
     assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
 
 
 @needs("bitsandbytes")
-@pytest.mark.usefixtures("forked_plain_peft")
 @pytest.mark.parametrize("columns_from", ["dequantized", "original"])
-def test_an_adapter_of_a_base_quantised_on_loading_is_verified_on_it(
+def test_an_adapter_of_a_base_quantised_on_loading_is_the_same_on_it(
     export, columns_from, tmp_path
 ):
     build_model(64, hidden_size=64).save_pretrained(tmp_path / "base")
     nf4 = {"method": "bitsandbytes", "type": "nf4", "block_size": 64, "double": True}
     options = {"quantization": nf4, "columns_from": columns_from}
-    _, result, _, _ = export(tmp_path / "base", verify=True, **options)
-    assert result.error.max_relative <= 1e-5
+    _, result, _, _ = export(tmp_path / "base", **options)
+    folders = tmp_path / "base", tmp_path / "adapter", tmp_path / "lora"
+    assert error_in_peft(*folders, quantization=nf4) <= 1e-5
     (note,) = result.notes
     assert "quantised as 'bitsandbytes nf4, block_size 64, double'" in note
     assert ("and on no other" in note) == (columns_from == "original")
@@ -186,22 +183,6 @@ def test_fewer_bits_round_b_alone_and_say_so(adapter_dir, tmp_path, dtype, most)
     assert 0 < result.rounding <= most
     _, tensors = files_of(tmp_path / "lora")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
-
-
-@pytest.mark.parametrize(
-    ("effect", "dtype", "limit"),
-    [
-        (2.0, "float32", 1e-3),
-        (2.0, "bfloat16", 1e-3 + 2 * 2**-5),
-        (1e-3, "float32", 5e-4),  # Half of what the adapter changes.
-        (0, "float32", 1e-3),
-    ],
-)
-def test_what_rounding_explains(effect, dtype, limit):
-    rounding = export_limit([torch.tensor([-10.0, 3])], effect, dtype)
-    exact = OutputError(max_absolute=0.0, max_relative=0.0)
-    kept = check_outputs(exact, rounding, effect, whose="", dtype=dtype, fix="")
-    assert kept == pytest.approx(limit, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -221,46 +202,6 @@ def test_what_lora_servers_do_not_load_is_refused_or_kept(export, tmp_path, extr
         export_lora(None, tmp_path / "adapter", tmp_path / "other")
 
 
-# Plain PEFT in a process of its own, and what is refused.
-
-
-def test_verifying_runs_plain_peft_in_a_new_process(tiny_model_dir, adapter_dir, tmp_path):
-    result = export_lora(str(tiny_model_dir), adapter_dir, tmp_path / "lora", verify=True)
-    assert result.error.max_relative <= 1e-5
-
-
-def test_an_export_that_computes_something_else_is_refused(adapter_dir, tmp_path, monkeypatch):
-    def outputs(base, model_class, folder, inputs, quantization, num_labels):
-        return [torch.zeros(*batch["input_ids"].shape, 300) for batch in inputs]
-
-    monkeypatch.setattr(export_module, "_run_plain_peft", outputs)
-    message = r"plain PEFT's outputs differ from the adapter's by .* \(1\.0e"
-    with pytest.raises(ValueError, match=message):
-        export_lora(None, adapter_dir, tmp_path / "lora", verify=True)
-    assert not (tmp_path / "lora").exists()
-
-
-def run_plain_peft(base, adapter):
-    inputs = [{"input_ids": torch.arange(24).view(2, 12)}]
-    return export_module._run_plain_peft(str(base), "LlamaForCausalLM", adapter, inputs)
-
-
-@pytest.mark.usefixtures("forked_plain_peft")
-def test_an_export_that_plain_peft_cannot_load_is_refused(tiny_model_dir, adapter_dir):
-    with pytest.raises(ValueError, match=r"plain PEFT cannot load the exported adapter \(.*PACA"):
-        run_plain_peft(tiny_model_dir, adapter_dir)
-
-
-def test_pacatune_cannot_be_imported_where_plain_peft_runs(
-    tiny_model_dir, adapter_dir, tmp_path, monkeypatch
-):
-    """A site hook that imports it would make even the PaCA adapter load."""
-    (tmp_path / "sitecustomize.py").write_text("import pacatune\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ValueError, match="pacatune is imported when Python starts, so this would"):
-        run_plain_peft(tiny_model_dir, adapter_dir)
-
-
 def test_what_cannot_be_exported(adapter_copy, model_copy, lora_dir, tmp_path):
     """Shapes come from the configuration alone."""
     (model_copy / "model.safetensors").unlink()
@@ -276,3 +217,50 @@ def test_what_cannot_be_exported(adapter_copy, model_copy, lora_dir, tmp_path):
     assert not (tmp_path / "lora").exists()
     with pytest.raises(FileExistsError, match="is not empty"):
         export_lora(None, adapter_copy, adapter_copy)
+
+
+# As PaCA without a pattern, and of one rank.
+
+
+@pytest.mark.parametrize(
+    ("options", "rank", "alpha", "note"),
+    [
+        ({}, 4, 8, None),
+        ({"groups": 4}, 16, 32, "4 row groups of 4 columns: without them the rank is 16, and"),
+        ({"groups": 4, "pool": 6, "rank_pattern": {"v_proj": 2}}, 6, 12, "4 row groups"),
+        ({"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"q_proj": 3}}, 6, 8, None),
+    ],
+)
+def test_as_paca_that_peft_reads(tiny_model_dir, tmp_path, model, options, rank, alpha, note):
+    """W[:, indices] + alpha / r * delta, by hand."""
+    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **options)
+    result = export_paca(None, tmp_path / "adapter", tmp_path / "paca")
+    config, tensors = files_of(tmp_path / "paca")
+    assert (result.num_modules, result.rounding < 1e-7) == (6, True)
+    assert (note or "") in " ".join(result.notes)
+    assert (config["peft_type"], config["r"], config["paca_alpha"]) == ("PACA", rank, alpha)
+    assert not {"groups", "pool"} & config.keys()
+    assert not config["rank_pattern"] or config["alpha_pattern"]
+    assert len(tensors) == 2 * 6
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "paca")
+    assert torch.allclose(logits_of(again), logits_of(adapted), atol=1e-6)
+    check_base(tmp_path / "paca", model)  # its fingerprint is of these columns
+    for name in read_adapter(tmp_path / "paca").modules:
+        delta, indices = (
+            tensors[f"base_model.model.{name}.paca_{k}"] for k in ("delta", "indices")
+        )
+        model.get_submodule(name).weight.data[:, indices] += alpha / rank * delta
+        assert indices.shape == (rank,)
+    assert torch.allclose(logits_of(model), logits_of(adapted), atol=1e-5)
+
+
+def test_what_cannot_be_paca_of_one_rank(tiny_model_dir, tmp_path):
+    build_model(300, attention_bias=True).save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "biased", bias="all")
+    with pytest.raises(ValueError, match=r"needs pacatune for `bias`, which PEFT's own PaCA does"):
+        export_paca(None, tmp_path / "biased", tmp_path / "paca")
+    options = {"rank_pattern": {"down_proj": 40}, "target_modules": ["q_proj", "down_proj"]}
+    save_adapter(tiny_model_dir, tmp_path / "wide", **options)
+    with pytest.raises(ValueError, match=r"q_proj' has 32 columns, and PEFT's .* one rank .* 40"):
+        export_paca(None, tmp_path / "wide", tmp_path / "paca")
+    assert not (tmp_path / "paca").exists()

@@ -13,11 +13,11 @@ from transformers import AutoModel
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.inspect import compare, inspect_adapter
+from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.merge import merge
 from tests.adapters import kinds
-from tests.adapters.fixtures import edit_json
+from tests.adapters.fixtures import edit_json, error_in_peft
 from tests.releases import has
 
 pytestmark = [
@@ -71,7 +71,6 @@ def test_merges_and_verifies(kind, groups, bases, tmp_path):
         assert result.effect > 1e-3
 
 
-@pytest.mark.usefixtures("verified_here")
 @pytest.mark.parametrize(("kind", "groups"), kinds.CASES)
 def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_path):
     base, adapter, lora = bases(kind), tmp_path / "adapter", tmp_path / "lora"
@@ -85,8 +84,8 @@ def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_pat
         with pytest.raises(ValueError, match=message):
             export_lora(str(base), adapter, lora)
         return
-    result = export_lora(str(base), adapter, lora, verify=True)
-    assert result.error.max_relative < 1e-5
+    result = export_lora(str(base), adapter, lora)
+    assert error_in_peft(base, adapter, lora) < 1e-5
     assert result.rounding < 1e-6
     if kind in kinds.CONVOLUTIONS:
         assert_ranks_of_convolutions(adapter, lora)
@@ -113,9 +112,8 @@ def assert_ranks_of_convolutions(adapter, lora):
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)
-def test_describes_and_compares(kind, bases, tmp_path):
-    for name, seed in (("one", 0), ("two", 5)):
-        make(kind, bases(kind), tmp_path / name, seed=seed, random_seed=seed)
+def test_describes(kind, bases, tmp_path):
+    make(kind, bases(kind), tmp_path / "one")
     one = read_adapter(tmp_path / "one")
     report = inspect_adapter(tmp_path / "one")
     assert {module.name for module in report.modules} == set(one.modules)
@@ -125,8 +123,6 @@ def test_describes_and_compares(kind, bases, tmp_path):
     is_convolution = kind in kinds.CONVOLUTIONS
     assert any("convolution" in note for note in report.notes) == is_convolution
     assert any("Conv2d" in note for note in report.notes) == is_convolution
-    assert compare(one, one).cosine == pytest.approx(1)
-    assert abs(compare(one, tmp_path / "two").cosine) < 0.5
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)

@@ -75,9 +75,7 @@ def test_the_lora_computes_the_same(tiny_model_dir, folder, tmp_path, kind, opti
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.usefixtures("forked_plain_peft")
-def test_merged_and_verified_by_plain_peft(saved, folder, tmp_path):
-    assert export_lora(None, folder, tmp_path / "lora", verify=True).error.max_relative < 1e-5
+def test_merged(saved, folder, tmp_path):
     assert merge(None, folder, tmp_path / "merged").num_modules == 4
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(merged), saved, rtol=1e-4, atol=1e-5)

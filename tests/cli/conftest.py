@@ -9,12 +9,11 @@ from pacatune.cli import main
 from tests.adapters.fixtures import (
     adapter_copy,
     adapter_dir,
-    forked_plain_peft,
     lora_dir,
     model_copy,
 )
 
-__all__ = ["adapter_copy", "adapter_dir", "forked_plain_peft", "lora_dir", "model_copy"]
+__all__ = ["adapter_copy", "adapter_dir", "lora_dir", "model_copy"]
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_bash_completes(parser, tmp_path):
 def test_every_command_and_option_of_the_parsers_is_known(parser):
     commands = inner(parser)
     assert set(COMMANDS) == set(commands)
-    assert "--against" in commands["inspect"]._option_string_actions
+    assert "--columns" in commands["inspect"]._option_string_actions
     stack = inner(commands["patch"])["stack"]
     assert {"--patch", "--overlap"} <= set(stack._option_string_actions)
     known = {action.dest for action in commands["train"]._actions}

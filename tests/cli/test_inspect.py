@@ -22,14 +22,6 @@ def test_a_report_tells_what_an_adapter_holds(adapter_dir, tiny_model_dir, shown
     assert " ".join(map(str, columns)) in shown("inspect", adapter_dir, "--columns")
 
 
-def test_two_adapters_are_compared(adapter_dir, tiny_model_dir, tmp_path, shown):
-    save_adapter(tiny_model_dir, tmp_path / "other", seed=1, target_modules=["q_proj", "k_proj"])
-    words = ["inspect", adapter_dir, "--against", tmp_path / "other"]
-    out = shown(*words)
-    assert "shared columns     8 of 8" in out
-    assert len(json.loads(shown(*words, "--json"))["only_a"]) == 4
-
-
 def test_names_are_printed_as_they_are_and_damage_is_one_line(adapter_copy, shown, refused):
     edit_json(adapter_copy / "adapter_config.json", base_model_name_or_path="[red]x[/red]")
     assert "[red]x[/red]" in shown("inspect", adapter_copy)
@@ -51,6 +43,5 @@ def test_an_adapter_is_read_without_peft_or_transformers(tiny_model_dir, tmp_pat
     folder = str(tmp_path / "adapter")
     save_adapter(tiny_model_dir, folder, rank_pattern={"q_proj": 2})
     heavy = ("peft", "transformers", "trl", "datasets", "rich")
-    done = run_without(heavy, ["inspect", folder, "--against", folder])
+    done = run_without(heavy, ["inspect", folder])
     assert done.returncode == 0, done.stderr
-    assert run_without(heavy, ["inspect", folder]).returncode == 0

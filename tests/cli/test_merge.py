@@ -1,6 +1,5 @@
 """`pacatune merge` and `export`: what they did, and what they refuse."""
 
-import pytest
 from transformers import AutoModelForCausalLM
 
 from pacatune.cli import main
@@ -26,16 +25,16 @@ def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_pa
     assert main(["export", *words, "--output", str(tmp_path / "lora")]) == 0
     out, err = capsys.readouterr()
     assert "exported  6 modules as LoRA, float32, exact\n" in out
-    assert "verified  no (--verify compares with plain PEFT)\n" in out
     assert err == ""
 
 
-@pytest.mark.usefixtures("forked_plain_peft")
-def test_options_reach_the_export(adapter_dir, tmp_path, shown):
-    words = ["--adapter", adapter_dir, "--to", "lora", "--output", tmp_path / "lora"]
-    out = shown("export", *words, "--dtype", "bfloat16", "--verify")
+def test_options_reach_the_export(adapter_dir, tmp_path, shown, refused):
+    words = ["export", "--adapter", adapter_dir, "--to"]
+    out = shown(*words, "lora", "--output", tmp_path / "lora", "--dtype", "bfloat16")
     assert "6 modules as LoRA, bfloat16, rounded by at most" in out
-    assert "verified  outputs in plain PEFT differ by at most" in out
+    words += ["paca", "--output", tmp_path / "paca"]
+    assert "are for --to lora" in refused(*words, "--dtype", "bfloat16")
+    assert "exported  6 modules as PaCA, float32, exact\n" in shown(*words)
 
 
 def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refused):

@@ -9,29 +9,20 @@ filled up with zeros, and where alpha / rank differs, B takes the difference. Co
 those servers do not adapt, keep their own rank (export_factors.py).
 """
 
+import copy
 import json
 import re
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import _find_minimal_target_modules
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.adapters.base import (
-    innermost,
-    load_base,
-    load_tokenizer,
-    named_base,
-    num_labels_of,
-    quantization_config,
-)
+from pacatune.adapters.base import innermost, named_base
 from pacatune.adapters.export_factors import (
     convolution_notes,
     convolution_patterns,
@@ -41,134 +32,25 @@ from pacatune.adapters.export_factors import (
 from pacatune.adapters.export_moslora import FoldedAdapter, fold_mixers
 from pacatune.adapters.folder import (
     CONFIG_NAME,
+    FINGERPRINT_KEY,
+    SIDECAR_NAME,
     Adapter,
-    LoraAdapter,
     is_parameter,
     module_rank,
     open_adapter,
+    read_adapter,
 )
-from pacatune.adapters.loading import attach, check_base
-from pacatune.adapters.probe import (
-    OutputError,
-    check_outputs,
-    output_error,
-    output_size,
-    probe_inputs,
-    run_probe,
-)
+from pacatune.adapters.loading import check_base
+from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
-from pacatune.format.options import format_quantization, target_of
-from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
+from pacatune.format.options import IN_TENSORS, format_quantization, target_of
+from pacatune.format.tensors import DELTA, INDICES, PEFT_PREFIX, TENSORS_NAME
 from pacatune.precision import torch_dtype
-from pacatune.tuner.quantized import Quantization
+from pacatune.strategies import FIXED
 
-# Two processes, perhaps on two devices, sum in another order.
-_ARITHMETIC = 1e-4
-_FACTOR = 4
-_SCRIPT = Path(__file__).with_name("plain_peft.py")
-
-
-def compare_with_plain_peft(
-    base: str,
-    adapter: Adapter | LoraAdapter,
-    lora_folder: Path,
-    dtype: str,
-    device: str = "cpu",
-    allow_other_base: bool = False,
-) -> tuple[OutputError, float]:
-    """Compare the outputs of a LoRA adapter in plain PEFT with those of its original.
-
-    Both run in float32, on the inputs of `probe_inputs` and on the base that the adapter was
-    trained on: quantised, where that can be repeated. Returns the difference, and the largest
-    absolute one that is allowed: float32's own of the outputs, and the rounding of the factors to
-    `dtype` of what the adapter changes, but no more than half of that.
-    """
-    quantization, num_labels = _repeatable(adapter), num_labels_of(base, adapter)
-    model = load_base(
-        base,
-        task_type=adapter.config.task_type,
-        dtype="float32",
-        device=device,
-        quantization=quantization,
-        num_labels=num_labels,
-    )
-    model_class = type(model).__name__
-    inputs = probe_inputs(model, load_tokenizer(base))
-    plain = run_probe(model, inputs)
-    peft_model, _ = attach(model, adapter, allow_other_base=allow_other_base)
-    reference = run_probe(peft_model, inputs)
-    del model, peft_model  # the other process needs the memory for its own copy
-    outputs = _run_plain_peft(base, model_class, lora_folder, inputs, quantization, num_labels)
-    error = output_error(reference, outputs)
-    effect = output_error(plain, reference).max_absolute
-    limit = check_outputs(
-        error,
-        export_limit(reference, effect, dtype),
-        effect,
-        whose="plain PEFT's",
-        dtype=dtype,
-        fix="Export in more bits (--dtype float32), or go without --verify.",
-    )
-    return error, limit
-
-
-def export_limit(reference: list[Tensor], effect: float, dtype: str) -> float:
-    """Return the largest absolute difference that rounding the factors to `dtype` explains.
-
-    `effect` is the adapter's largest absolute change of the outputs, `reference`.
-    """
-    rounding = _FACTOR * torch.finfo(torch_dtype(dtype)).eps * effect
-    return _ARITHMETIC * output_size(reference) + rounding
-
-
-def _repeatable(adapter: Adapter | LoraAdapter) -> Quantization | None:
-    """Return how to quantise the base; None where the adapter is as right on a plain one."""
-    if isinstance(adapter, LoraAdapter) or adapter.config.base_quantization is None:
-        return None
-    quantization = adapter.config.base_quantization
-    try:
-        quantization_config(quantization, torch.float32)
-    except ValueError:
-        if adapter.config.columns_from == "original":
-            raise
-        return None
-    return quantization
-
-
-def _run_plain_peft(
-    base: str,
-    model_class: str,
-    lora_folder: Path,
-    inputs: list[dict[str, Tensor]],
-    quantization: Quantization | None = None,
-    num_labels: int | None = None,
-) -> list[Tensor]:
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, batch in enumerate(inputs):
-            save_file(batch, Path(scratch) / f"input-{number}.safetensors")
-        job = {
-            "base": base,
-            "model_class": model_class,
-            "adapter": str(lora_folder.absolute()),
-            "scratch": scratch,
-            "num_batches": len(inputs),
-            "options": {} if num_labels is None else {"num_labels": num_labels},
-            "quantization": quantization
-            and quantization_config(quantization, torch.float32).to_dict(),
-        }
-        # -P: otherwise the script's own folder comes first, and its inspect.py hides Python's.
-        command = [sys.executable, "-P", str(_SCRIPT), json.dumps(job)]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            last_line = (finished.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(
-                f"plain PEFT cannot load the exported adapter ({last_line}); nothing was written. "
-                "If memory ran out, go without: `verify=False`."
-            )
-        outputs = load_file(Path(scratch) / "outputs.safetensors")
-    return [outputs[str(number)] for number in range(len(inputs))]
-
+# What PEFT's own PaCA lacks, and an adapter of one rank without a pattern says as well.
+_SAID_OTHERWISE = ("`groups`", "`rank_pattern`", "`alpha_pattern`")
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 
@@ -187,10 +69,6 @@ class ExportResult:
     """Size of the tensors."""
     rounding: float
     """Largest relative error of a factor, in the Frobenius norm; 0 in float32."""
-    error: OutputError | None
-    """Outputs in plain PEFT against PaCA's, both in float32; None if not verified."""
-    limit: float | None
-    """Largest absolute difference that was allowed; None if not verified."""
     notes: list[str]
     """What the user should know."""
 
@@ -202,13 +80,11 @@ def export_lora(
     *,
     dtype: ExportDType = "float32",
     keep_extra: bool = False,
-    verify: bool = False,
-    device: str = "cpu",
     allow_other_base: bool = False,
 ) -> ExportResult:
     """Write a PaCA or MosLoRA adapter as a LoRA adapter of the same rank, its modules' largest.
 
-    Only the base's config.json is read, for the number of in_features, unless `verify` is set.
+    Only the base's config.json is read, for the number of in_features.
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names. A base that
@@ -219,24 +95,16 @@ def export_lora(
         dtype: Of A and B; A is exact in each, B in float32.
         keep_extra: Carry `modules_to_save`, biases and token embeddings over. PEFT loads them,
             vLLM and most other servers do not.
-        verify: Load the result with PEFT alone in a new process and compare outputs; for a base
-            with a name.
-        device: Where to compute the outputs of the PaCA model for that.
         allow_other_base: As for `check_base`.
 
     Raises:
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.
         ValueError: If the adapter is damaged, belongs to another base, or trains what LoRA servers
-            do not load, or if the outputs differ by more than rounding.
+            do not load.
     """
     output = Path(output)
     check_output(output, num_bytes=0)
-    if verify and isinstance(model, nn.Module):
-        raise ValueError(
-            "`verify` loads the base in a new process, which has no model that is given itself; "
-            "give its folder or hub id, or go without `verify`."
-        )
     opened = open_adapter(adapter)
     found = opened if isinstance(opened, Adapter) else fold_mixers(opened)
     if found.extra and not keep_extra:
@@ -254,31 +122,119 @@ def export_lora(
     tensors, rounding = _lora_tensors(found, base, torch_dtype(dtype))
     config = lora_config(found, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    error = limit = None
-    with staged_folder(output, num_bytes) as staging:
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        write_tensors(tensors, staging / TENSORS_NAME)
-        if verify:
-            error, limit = compare_with_plain_peft(
-                name, found, staging, dtype, device, allow_other_base
-            )
+    notes += [*_pattern_notes(found), *convolution_notes(tensors), *_quantization_notes(found)]
+    num_bytes = _write(output, {CONFIG_NAME: config}, tensors)
     return ExportResult(
         output=output,
         base=name,
         num_modules=len(found.modules),
         num_bytes=num_bytes,
         rounding=rounding,
-        error=error,
-        limit=limit,
-        notes=[
-            *notes,
-            *_pattern_notes(found),
-            *convolution_notes(tensors),
-            *_quantization_notes(found),
-        ],
+        notes=notes,
     )
+
+
+def export_paca(
+    model: str | nn.Module | None,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    allow_other_base: bool = False,
+) -> ExportResult:
+    """Write a PaCA adapter as one that PEFT's own PaCA reads: of one rank, without a pattern.
+
+    Modules of fewer columns than another get more of them, whose update is zero.
+
+    Args:
+        model: As for `export_lora`.
+        adapter: Folder or hub id of the adapter.
+        output: Folder to write, missing or empty.
+        allow_other_base: As for `check_base`.
+
+    Raises:
+        FileNotFoundError: If base or adapter are missing.
+        FileExistsError: If `output` is in use.
+        ValueError: If the adapter is damaged, belongs to another base, or needs more of pacatune.
+    """
+    output = Path(output)
+    check_output(output, num_bytes=0)
+    found = read_adapter(adapter)
+    if needs := [one for one in found.config.needs_pacatune() if one not in _SAID_OTHERWISE]:
+        raise ValueError(
+            f"{found.folder} needs pacatune for {', '.join(needs)}, which PEFT's own PaCA does not "
+            "have; export it as LoRA, or merge it."
+        )
+    name, base = named_base(model, found)
+    notes = check_base(found, base, allow_other_base=allow_other_base)
+    rank = max(len(update.indices) for update in found.modules.values())
+    largest = next(one for one, update in found.modules.items() if len(update.indices) == rank)
+    alpha = found.scaling(largest) * rank
+    tensors, sidecar, rounding = dict(found.extra), copy.deepcopy(found.sidecar), 0.0
+    for module in found.modules:
+        layout, where = target_of_module(base, module).layout, f"{found.folder}: module {module!r}"
+        delta, indices, _ = found.modules[module].whole()
+        if layout.in_features < rank:
+            raise ValueError(
+                f"{where} has {layout.in_features} columns, and PEFT's own PaCA one rank for all, "
+                f"{rank}; export the adapter as LoRA, or merge it."
+            )
+        is_free = torch.ones(layout.in_features, dtype=torch.bool)
+        is_free[indices] = False
+        free = is_free.nonzero().flatten()[: rank - len(indices)]
+        indices, order = torch.cat((indices, free)).sort()
+        factor = delta.double() * (found.scaling(module) * rank / alpha if alpha else 1)
+        factor = F.pad(factor, (0, len(free))).index_select(1, order)
+        delta, error = rounded_factor(factor, torch.float32, where)
+        tensors |= {f"{PEFT_PREFIX}{module}.{DELTA}": delta}
+        tensors |= {f"{PEFT_PREFIX}{module}.{INDICES}": indices}
+        rounding = max(rounding, error)
+        for hashes in sidecar.get(FINGERPRINT_KEY, {}).values() if len(free) else ():
+            if isinstance(hashes, dict):  # of other columns
+                hashes.pop(module, None)
+    config = replace(
+        found.config,
+        peft_type="PACA",
+        r=rank,
+        paca_alpha=alpha,
+        rank_pattern={},
+        alpha_pattern={},
+        groups=1,
+        pool=None,
+        random_seed=None,
+        selection=FIXED,
+        columns=IN_TENSORS,
+        target_modules=_exact_targets(sorted(found.modules), base),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    known = {key: one for key, one in vars(config).items() if key not in ("groups", "pool")}
+    files = {CONFIG_NAME: known} | ({SIDECAR_NAME: sidecar} if sidecar else {})
+    own = max(update.rank for update in found.modules.values())
+    if found.config.groups > 1:
+        notes.append(
+            f"{found.config.groups} row groups of {own} columns: without them the rank is {rank}, "
+            f"and delta holds {rank / own:.1f} times the numbers, the others zeros."
+        )
+    return ExportResult(
+        output=output,
+        base=name,
+        num_modules=len(found.modules),
+        num_bytes=_write(output, files, tensors),
+        rounding=rounding,
+        notes=[*notes, *_quantization_notes(found)],
+    )
+
+
+def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> int:
+    """Write an adapter's folder, and return the size of its tensors."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with staged_folder(output, num_bytes) as staging:
+        for name, values in files.items():
+            text = json.dumps(values, indent=2, sort_keys=True)
+            (staging / name).write_text(text + "\n", encoding="utf-8")
+        write_tensors(tensors, staging / TENSORS_NAME)
+    return num_bytes
 
 
 def lora_config(

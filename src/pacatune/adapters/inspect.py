@@ -1,12 +1,10 @@
 """Describe an adapter folder without its base model."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pacatune.adapters.folder import (
@@ -275,117 +273,3 @@ def _is_product(left: Tensor, right: Tensor) -> bool:
     if left.ndim == 2 or left.ndim != right.ndim:
         return right.shape[:1] == left.shape[1:]
     return is_pointwise and left.shape[1] > 0 and len(right) % left.shape[1] == 0
-
-
-# Measure how alike two PaCA adapters are: the columns they chose and what they wrote there.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModuleComparison:
-    """One module that both adapters change."""
-
-    name: str
-    """In the base model."""
-    rank_a: int
-    """Distinct columns of the first adapter."""
-    rank_b: int
-    """Distinct columns of the second adapter."""
-    num_shared_columns: int
-    """Columns that both train."""
-    cosine: float
-    """Cosine of the two updates W' - W as vectors; 0 if either is zero."""
-    norm_a: float
-    """Frobenius norm of the first update."""
-    norm_b: float
-    """Frobenius norm of the second update."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Two adapters side by side."""
-
-    modules: list[ModuleComparison]
-    """Modules of both."""
-    only_a: list[str]
-    """Modules of the first adapter alone."""
-    only_b: list[str]
-    """Modules of the second adapter alone."""
-    cosine: float
-    """Cosine of the whole updates, modules of one alone included."""
-    norm_a: float
-    """Frobenius norm of the whole first update."""
-    norm_b: float
-    """Frobenius norm of the whole second update."""
-
-
-def compare(adapter_a: str | Path | Adapter, adapter_b: str | Path | Adapter) -> Comparison:
-    """Compare the updates of two PaCA adapters, scaling included.
-
-    Args:
-        adapter_a: A folder, a hub id, or what `read_adapter` returned.
-        adapter_b: The other one.
-
-    Raises:
-        FileNotFoundError: If one is missing.
-        ValueError: If one is damaged, or they adapt modules of different sizes.
-    """
-    a, b = (x if isinstance(x, Adapter) else read_adapter(x) for x in (adapter_a, adapter_b))
-    updates_a, updates_b = _scaled(a), _scaled(b)
-    modules = [
-        _compare_module(name, a, b, updates_a[name], updates_b[name])
-        for name in updates_a
-        if name in updates_b
-    ]
-    norm_a, norm_b = _norm(updates_a), _norm(updates_b)
-    dot = sum(module.cosine * module.norm_a * module.norm_b for module in modules)
-    return Comparison(
-        modules=modules,
-        only_a=[name for name in updates_a if name not in updates_b],
-        only_b=[name for name in updates_b if name not in updates_a],
-        cosine=_cosine(dot, norm_a, norm_b),
-        norm_a=norm_a,
-        norm_b=norm_b,
-    )
-
-
-def _compare_module(
-    name: str, a: Adapter, b: Adapter, update_a: Tensor, update_b: Tensor
-) -> ModuleComparison:
-    sizes_a, sizes_b = ((*one.shape[:1], *one.shape[2:]) for one in (update_a, update_b))
-    if sizes_a != sizes_b:
-        raise ValueError(
-            f"module {name!r} has out_features and kernel {sizes_a} in {a.folder} but {sizes_b} in "
-            f"{b.folder}; only adapters of one base can be compared."
-        )
-    # Only shared columns meet in the dot product; elsewhere one of the two updates is zero.
-    update_a, indices_a, _ = a.modules[name]._replace(delta=update_a).whole()
-    update_b, indices_b, _ = b.modules[name]._replace(delta=update_b).whole()
-    in_b = torch.isin(indices_a, indices_b)
-    in_a = torch.isin(indices_b, indices_a)
-    # Both index lists are sorted, so the shared columns come in the same order.
-    dot = float((update_a[:, in_b] * update_b[:, in_a]).sum())
-    norm_a, norm_b = float(update_a.norm()), float(update_b.norm())
-    return ModuleComparison(
-        name=name,
-        rank_a=len(indices_a),
-        rank_b=len(indices_b),
-        num_shared_columns=int(in_b.sum()),
-        cosine=_cosine(dot, norm_a, norm_b),
-        norm_a=norm_a,
-        norm_b=norm_b,
-    )
-
-
-def _scaled(adapter: Adapter) -> dict[str, Tensor]:
-    return {
-        name: update.delta.double() * adapter.scaling(name)
-        for name, update in adapter.modules.items()
-    }
-
-
-def _norm(updates: dict[str, Tensor]) -> float:
-    return math.hypot(*(float(update.norm()) for update in updates.values()))
-
-
-def _cosine(dot: float, norm_a: float, norm_b: float) -> float:
-    return dot / (norm_a * norm_b) if norm_a and norm_b else 0.0

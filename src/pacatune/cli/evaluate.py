@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import PositiveInt
 
-from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
+from pacatune.cli.options import ModelOptions, print_notes, quiet_libraries
 from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ DESCRIPTION = "Score a model, with or without an adapter."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(BaseOptions):
+class Evaluation(ModelOptions):
     """An evaluation that loads a model."""
 
     output: str

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pacatune.adapters.sampling import Sampling
-from pacatune.cli.options import BaseOptions, give_one, print_notes, quiet_libraries
+from pacatune.cli.options import ModelOptions, give_one, print_notes, quiet_libraries
 from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sampling, BaseOptions):
+class Generate(Sampling, ModelOptions):
     """Stream text from a model, with or without an adapter."""
 
     prompt: str | None = None

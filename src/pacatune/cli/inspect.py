@@ -3,12 +3,9 @@
 import json
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pacatune.files.folder import format_bytes
-
-if TYPE_CHECKING:
-    from pacatune.adapters.inspect import AdapterReport, Comparison
 
 _MOST_ROWS = 12
 _MOST_NAMES = 8
@@ -21,8 +18,6 @@ class Inspect:
     adapter: str
     """Folder or hub id of the adapter, or a patch file."""
     _: KW_ONLY
-    against: str | None = None
-    """Compare the updates of two PaCA adapters instead."""
     columns: bool = False
     """List the columns of each module."""
     all: bool = False
@@ -36,7 +31,7 @@ class Inspect:
         """Do it."""
         from pacatune.patch.file import is_patch
 
-        page, values = (_show_patch if is_patch(self.adapter) else _show_adapters)(self)
+        page, values = (_show_patch if is_patch(self.adapter) else _show_adapter)(self)
         print(json.dumps(values, indent=2, default=str) if self.json else page)  # the folder
         return 0
 
@@ -44,32 +39,23 @@ class Inspect:
 command = Inspect
 
 
-def _show_adapters(options: Inspect) -> tuple[str, dict[str, Any]]:
-    """Return a page about an adapter or two, and the same and more for JSON."""
-    from pacatune.adapters.inspect import compare, inspect_adapter
+def _show_adapter(options: Inspect) -> tuple[str, dict[str, Any]]:
+    """Return a page about an adapter, and the same and more for JSON."""
+    from pacatune.adapters.inspect import inspect_adapter
 
-    result: AdapterReport | Comparison
-    if options.against is None:
-        result = inspect_adapter(options.adapter)
-        page = _report(result, options)
-    else:
-        result = compare(options.adapter, options.against)
-        page = _comparison(result, options)
+    report = inspect_adapter(options.adapter)
     if options.plot is not None:
         from pacatune.reports.columns import plot_columns
 
-        plot_columns(result, options.plot)
-    return page, asdict(result)
+        plot_columns(report, options.plot)
+    return _report(report, options), asdict(report)
 
 
 def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.patch.file import load
 
-    if options.against is not None or options.plot is not None:
-        raise ValueError(
-            f"{options.adapter} is a patch, for which there is no --against or --plot; `pacatune "
-            "patch diff` compares patches."
-        )
+    if options.plot is not None:
+        raise ValueError(f"{options.adapter} is a patch, for which there is no --plot; drop it.")
     patch = load(options.adapter)
     kept = patch.adapter
     tensors: dict[str, dict[str, Any]] = {
@@ -77,7 +63,7 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
             "dim": edit.dim,
             "shape": edit.shape,
             "dtype": str(edit.dtype).removeprefix("torch."),
-            "columns": edit.indices.tolist(),  # with row groups a list for each
+            "columns": edit.indices.tolist(),
         }
         for name, edit in patch.edits.items()
     }
@@ -142,30 +128,6 @@ def _selection(report: Any) -> str | None:
         options["seed"] = report.random_seed
     shown = (f"{key} {value}" for key, value in options.items() if value not in (None, "none"))
     return ", ".join([report.selection, *shown])
-
-
-def _comparison(comparison: Any, options: Inspect) -> str:
-    shared = sum(module.num_shared_columns for module in comparison.modules)
-    columns = sum(module.rank_a for module in comparison.modules)
-    facts = {
-        "modules of both": len(comparison.modules),
-        "only in the first": _some(comparison.only_a),
-        "only in the other": _some(comparison.only_b),
-        "shared columns": f"{shared} of {columns}",
-        "cosine": f"{comparison.cosine:.4f}",
-        "norms": f"{comparison.norm_a:.4g} and {comparison.norm_b:.4g}",
-    }
-    rows = [
-        {
-            "module": module.name,
-            "shared": f"{module.num_shared_columns} of {module.rank_a}",
-            "cosine": f"{module.cosine:.4f}",
-            "norm": f"{module.norm_a:.4g}",
-            "other norm": f"{module.norm_b:.4g}",
-        }
-        for module in sorted(comparison.modules, key=lambda module: module.cosine)
-    ]
-    return _page("two adapters", facts, "least alike first", rows, options)
 
 
 def _page(

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pacatune.cli.options import BaseOptions, print_notes, quiet_libraries
+from pacatune.cli.options import ModelOptions, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
 from pacatune.precision import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(BaseOptions):
+class Merge(ModelOptions):
     """Write an adapter into its base model: a folder that transformers loads alone."""
 
     adapter: str = field()

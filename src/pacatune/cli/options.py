@@ -148,8 +148,6 @@ class BaseOptions:
     """Folder or hub id of the base; by default the adapter's own."""
     adapter: str | None = None
     """Folder or hub id of the adapter."""
-    device: str = "auto"
-    """Device: cpu, cuda, ...; auto takes the accelerator if there is one."""
     allow_other_base: bool = False
     """Go on although the base is not the one the adapter was trained on."""
 
@@ -158,11 +156,10 @@ class BaseOptions:
         return {name: getattr(self, name) for name in names}
 
     def check_base(self, output: str | None = None) -> None:
-        """Refuse an output, adapter, base or device that cannot be; PEFT takes seconds more."""
+        """Refuse an output, adapter or base that cannot be; PEFT takes seconds more."""
         from pacatune.adapters.folder import CONFIG_NAME, locate_folder
         from pacatune.files.folder import check_output
         from pacatune.files.plain import find_file
-        from pacatune.precision import choose_device
         from pacatune.pretrained import find_model, refuse_absent
 
         if output is not None:
@@ -171,6 +168,20 @@ class BaseOptions:
             find_file(locate_folder(self.adapter), CONFIG_NAME)
         if self.model is not None and not Path(find_model(self.model, option="model")).exists():
             refuse_absent(self.model, option="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(BaseOptions):
+    """Options of those that compute with them."""
+
+    device: str = "auto"
+    """Device: cpu, cuda, ...; auto takes the accelerator if there is one."""
+
+    def check_base(self, output: str | None = None) -> None:
+        """Refuse a device that cannot be as well."""
+        from pacatune.precision import choose_device
+
+        super().check_base(output)
         choose_device(self.device)
 
 

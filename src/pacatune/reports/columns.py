@@ -20,8 +20,7 @@ def plot_columns(report: Any, path: Path) -> None:
     of more kinds than a screen shows share one panel. The picture is never larger than a screen.
     `report` is what `adapters.inspect.inspect_adapter` returns for a PaCA adapter.
     """
-    modules = getattr(report, "modules", ())
-    rows = [(one.name, one.columns) for one in modules if getattr(one, "columns", None) is not None]
+    rows = [(one.name, one.columns) for one in report.modules if one.columns is not None]
     if not rows:
         raise ValueError("there are no columns to draw: only PaCA adapters have them.")
     check_picture_path(path)
