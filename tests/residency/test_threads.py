@@ -244,16 +244,6 @@ class TestMeanwhile:
         assert self.states == [False, False]
         assert torch.equal(found, self.pretrained)
 
-    def test_columns_are_written_while_what_they_add_is_computed(self):
-        self.layer.residency.find_weight()
-
-        def compute() -> Tensor:
-            self.write()
-            return torch.zeros_like(self.update[0])
-
-        self.layer.residency.addition(compute, torch.float64, *self.update)
-        assert self.layer.residency.added is None
-
     def test_somebody_looks_again_and_again(self):
         compute = self.compute(self.layer.residency.look, times=9)
         assert self.layer.residency.read(compute, *self.update, writes=True) is not None

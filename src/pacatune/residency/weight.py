@@ -46,7 +46,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,6 @@ class Gate(Protocol):
         """Wait until nobody reads, and let nobody read meanwhile, nor after: W is another one."""
 
 
-class _Added(NamedTuple):
-    """What the columns add to the product of the pretrained weight, and of what."""
-
-    update: Update
-    base: tuple[int, int]
-    columns: Tensor
-
-
 class Residency:
     """The adapted columns of one module's weight: at most one adapter's, written on demand.
 
@@ -101,8 +93,6 @@ class Residency:
         self.forbidden: str | None = None
         # Keeps other processes from reading the memory that they share while columns change there.
         self.gate: Gate | None = None
-        # A CUDA graph, or an exported one, reads the memory whenever it runs.
-        self.is_captured = False
         self.is_merged = False
         # Changes by merging and unmerging, which are not the base's. Kept while another weight is
         # there for a while (torch.func.functional_call).
@@ -149,7 +139,6 @@ class Residency:
         self.written: Update | None = None
         # What was written last, and will be again, as a rule.
         self.last: Update | None = None
-        self.added: _Added | None = None
 
     def read(
         self,
@@ -307,7 +296,6 @@ class Residency:
 
     def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
-        self.added = None
         epoch = self.epoch + 1  # a look between the next lines makes it more
         # The epoch last: who reads the new one sees the rest, too.
         self.is_stale = self.was_written = True
@@ -443,7 +431,6 @@ class Residency:
 
     def note_capture(self) -> None:
         """Leave the pretrained weight to a graph that reads it whenever it runs."""
-        self.is_captured = True
         # What an exporter puts in the weight's place has forbidden it already, for no good reason.
         self.forbidden = "a CUDA graph or an exported graph reads its weight"
 
@@ -492,47 +479,6 @@ class Residency:
                 self._refuse_changed()
             restore_all([self])
 
-    def addition(
-        self,
-        compute: Callable[[], Tensor],
-        dtype: torch.dtype,
-        delta: Any,
-        indices: Tensor,
-        scaling: float,
-        places: Tensor | None = None,
-    ) -> Tensor:
-        """Return what the columns of W' are beyond those of W, as long as it stays the same.
-
-        Args:
-            compute: Returns it; to be called where the pretrained weight is being read.
-            dtype: The result's dtype.
-            delta: (O, R) update.
-            indices: (U,) int64.
-            scaling: Factor between `delta` and the columns.
-            places: (G, R) int64 pattern.
-        """
-        # A captured graph would read, at every replay, memory that is no longer there.
-        added = None if self.is_captured else self.added
-        base = self.base()
-        if (
-            added is not None
-            and added.base == base
-            and added.columns.dtype == dtype
-            and added.update.is_of(delta, indices, scaling)
-        ):
-            return added.columns
-        epoch, update = self.epoch, None
-        if not (self.is_captured or indices.is_inference()) and self._tracks(delta):
-            update = Update.now(delta, indices, scaling, places)
-        with torch.inference_mode(False), torch.no_grad():
-            columns = compute().to(dtype)
-        with LOCK:
-            if update is not None and self.epoch == epoch and not self.is_written:
-                if self.weight is not None:
-                    self._watch(self.weight)
-                self.added = _Added(update, base, columns)
-        return columns
-
     def pretrained_weight(self) -> Tensor:
         """Return the (O, I) pretrained weight as a copy, for traced graphs: they must not write."""
         assert self.weight is not None
@@ -548,7 +494,7 @@ class Residency:
             self.restore()
             if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
                 self.kept = None
-            self.added, self.is_data_used = None, False
+            self.is_data_used = False
             self.looker = threading.get_ident()
 
     def is_over(self) -> bool:

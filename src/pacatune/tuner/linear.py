@@ -94,7 +94,7 @@ class Linear(AdditiveLayer):
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
         if not torch.is_grad_enabled():
             writes = residency.owner is not None and residency.owner == threading.get_ident()
-            evaluate = partial(_evaluate, residency, x, update, bias)
+            evaluate = partial(_evaluate, x, update, bias)
             return residency.read(evaluate, *update, writes=writes)
         if update[0].is_inference():  # nothing is known of its changes
             return None
@@ -194,17 +194,10 @@ def _train(
 
 
 def _evaluate(
-    residency: Residency,
-    x: Tensor,
-    update: _Update,
-    bias: Tensor | None,
-    weight: Tensor,
-    is_resident: bool,
+    x: Tensor, update: _Update, bias: Tensor | None, weight: Tensor, is_resident: bool
 ) -> Tensor:
     """Apply the layer without gradients to a weight that holds the columns or not."""
     y = F.linear(x, weight, bias)
     if is_resident:
         return y
-    compute = partial(column_update, weight, *update, y.dtype)
-    added = residency.addition(compute, y.dtype, *update)
-    return add_columns_(y, x.index_select(-1, update[1]), added)
+    return add_columns_(y, x.index_select(-1, update[1]), column_update(weight, *update, y.dtype))
