@@ -27,7 +27,7 @@ def test_what_cannot_be_drawn(adapter_dir, tmp_path):
     with pytest.raises(ValueError, match=r"columns.txt must end in one of .png, .svg, .pdf"):
         plot_columns(inspect_adapter(adapter_dir), tmp_path / "columns.txt")
     with pytest.raises(ValueError, match="there are no columns to draw: only PaCA adapters"):
-        plot_columns(None, tmp_path / "columns.png")
+        plot_columns(report_of(adapter_dir, []), tmp_path / "columns.png")
 
 
 @pytest.mark.parametrize("names", [LLAMA, CNN], ids=["seven kinds", "forty kinds"])

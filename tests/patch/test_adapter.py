@@ -53,12 +53,12 @@ def test_every_kind_of_weight(kind, groups, tmp_path):
     dtype = "bfloat16" if kind in kinds.EXPERT_KINDS else "float32"
     kinds.build(kind).to(getattr(torch, dtype)).save_pretrained(base)
     kinds.save(kind, base, adapter, dtype=dtype, groups=groups)
+    if kind == "convnext":
+        with pytest.raises(ValueError, match="is a convolution with groups=6, whose .* patch diff"):
+            make(base, adapter)
+        return
     made = make(base, adapter)
     assert made.num_bytes < Checkpoint.open(base).num_bytes / 2
-    if kind == "convnext":  # depthwise: one column, of as many rows as channels
-        edit = next(edit for name, edit in made.edits.items() if "dwconv" in name)
-        assert edit.indices.tolist() == [0]
-        assert int((edit.original != edit.new).flatten(1).any(1).sum()) == 2
     if kind == "mixtral":
         assert made.edits.keys() <= Checkpoint.open(base).entries.keys()
         assert not any("gate_up_proj" in name for name in made.edits)

@@ -426,7 +426,8 @@ def test_every_kind_of_layer(kind, groups):
     """A `cnn` is of nobody's library, so it has no config."""
     base = nets.Cnn() if kind == "cnn" else kinds.build(kind)
     server = copy.deepcopy(base)
-    options = kinds.OPTIONS.get(kind, {"target_modules": nets.CNN_TARGETS, "r": 2})
+    plain = [name for name in nets.CNN_TARGETS if name not in ("depthwise", "grouped")]
+    options = kinds.OPTIONS.get(kind, {"target_modules": plain, "r": 2})
     model = adapt(base=base, groups=groups, init_weights=False, **options)
     before = clone(server)
     source, receiver = ColumnSource(model), ColumnReceiver(server)
@@ -438,6 +439,13 @@ def test_every_kind_of_layer(kind, groups):
     assert source.columns().num_bytes == 0
     receiver.revert()
     assert_bits(server, before)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "grouped"])
+def test_convolutions_with_groups_of_their_own_are_refused(name):
+    model = adapt(base=nets.Cnn(), target_modules=[name], r=2)
+    with pytest.raises(ValueError, match=rf"{name}.weight' is the kernel of a convolution with gr"):
+        ColumnSource(model)
 
 
 def test_partitioned_weights_are_gathered_by_the_caller(model, server, source, receiver):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pacatune.adapters.base import innermost
 from pacatune.adapters.folder import Adapter
 from pacatune.names import nearest
-from pacatune.ops.columns import read_columns
 from pacatune.tuner.layout import Layout, layout_of
 
 
@@ -48,19 +47,17 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
     return BaseWeight(module, parameter_name, layout)
 
 
-def read_target_columns(target: BaseWeight, columns: Tensor) -> Tensor:
-    """Return some columns of a weight's tensor, in its order of dimensions."""
+def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
+    """Return some columns of a weight, as its layout has them."""
     weight: Tensor = getattr(target.module, target.parameter_name).detach()
-    return read_columns(weight, columns.to(weight.device), dim=target.layout.weight_dim)
+    return target.layout.read_columns(weight, indices.to(weight.device))
 
 
 def adapted_target_columns(
     target: BaseWeight, adapter: Adapter, name: str
 ) -> tuple[Tensor, Tensor]:
-    """Return which columns of a weight's tensor an adapter changes, and their bits in a merge."""
+    """Return which columns of a weight an adapter changes, and their bits in a merge."""
     delta, indices, _ = adapter.modules[name].whole()
-    columns = target.layout.tensor_columns(indices)
-    held = read_target_columns(target, columns)
-    update = target.layout.from_file(delta.float())  # as a layer holds it
-    here = (indices.to(held.device), update.to(held.device))
-    return columns, target.layout.adapted(held, *here, adapter.scaling(name))
+    columns = read_target_columns(target, indices)
+    update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
+    return indices, target.layout.adapted(columns, update, adapter.scaling(name))

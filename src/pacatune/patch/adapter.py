@@ -168,6 +168,11 @@ def _weight(found: BaseWeight) -> Tensor:
 def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
     """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
     weight, layout = _weight(found), found.layout
+    if layout.why_no_columns is not None:
+        raise ValueError(
+            f"{adapter.folder}: module {module!r} is {layout.why_no_columns}, whose trained "
+            f"channels are no columns of its kernel. {_BY_MERGE}"
+        )
     columns, new = adapted_target_columns(found, adapter, module)
     if not new.isfinite().all():
         raise ValueError(

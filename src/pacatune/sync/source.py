@@ -230,8 +230,7 @@ class _Weight:
         _refuse_weight(layer, parameter, weight)
         self.device = weight.device
         layout = layer.layout
-        indices = layout.tensor_columns(self.indices.detach().cpu())
-        self.wire_indices = indices.to(weight.device)
+        self.wire_indices = self.indices.to(weight.device)
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
         if layer.quantization_backend is not None:
             shape = tuple(layout.dense_shape)
@@ -247,7 +246,7 @@ class _Weight:
             dim=layout.weight_dim,
             shape=shape,
             dtype=dtype or weight.dtype,
-            indices=indices.clone(),
+            indices=self.indices.detach().cpu().clone(),
         )
 
     def _weight(self) -> Any:
@@ -303,9 +302,8 @@ class _Weight:
                 return originals
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
             delta = layer.expanded(self.adapter, delta)
-            indices, delta = (one.to(originals.device) for one in (self.indices, delta))
-            scaling = layer.scaling[self.adapter]
-            return cast(Tensor, layer.layout.adapted(originals, indices, delta, scaling))
+            scaling, delta = layer.scaling[self.adapter], delta.to(originals.device)
+            return cast(Tensor, layer.layout.adapted(originals, delta, scaling))
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
@@ -396,6 +394,11 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
             f"{parameter!r} is quantised ({backend.backend_name}), and trained by kernels of its "
             "own, which no server in 16 bits repeats. Train on the base in 16 bits or in "
             "bitsandbytes' 4, or serve the adapter (`pacatune export --to lora`)."
+        )
+    if (why := layer.layout.why_no_columns) is not None:
+        raise ValueError(
+            f"{parameter!r} is the kernel of {why}, whose trained channels are no columns of it; "
+            "leave it out of the targets."
         )
     if layer.shares_weight:
         raise ValueError(

@@ -17,7 +17,6 @@ the layers' matter (`tuner.linear`, ...). The symbols are those of docs/method.m
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -125,13 +124,14 @@ class Layout:
         """Write what `read_columns` reads, into `weight` itself."""
         put_columns_(weight, indices, columns, dim=self.weight_dim)
 
-    def tensor_columns(self, indices: Tensor) -> Tensor:
-        """Return which columns of the weight's tensor the trained ones are in, increasing."""
-        return indices
+    def adapted(self, columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
+        """Return the columns of W', of those that W has, and a layer's update of them."""
+        return adapted_columns(columns, self.oriented(delta), scaling)
 
-    def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
-        """Return what W' has in `tensor_columns`, where W has `held`; `delta` is a layer's."""
-        return adapted_columns(held, self.oriented(delta), scaling)
+    @property
+    def why_no_columns(self) -> str | None:
+        """Say why the trained columns are no columns of the weight's tensor; None: they are."""
+        return None
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the inputs that the weight is applied to, of the arguments of a call."""
@@ -205,21 +205,10 @@ class ConvolutionLayout(Layout):
         """Write (O/G, R, *k)."""
         put_columns_(weight, indices, columns, self.groups)
 
-    def tensor_columns(self, indices: Tensor) -> Tensor:
-        """Return channels by their numbers within groups, which several groups may share."""
-        return indices if self.groups == 1 else (indices % self._per_group).unique()
-
-    def adapted(self, held: Tensor, indices: Tensor, delta: Tensor, scaling: float) -> Tensor:
-        """Return (O, R', *k); with several groups the rows of others keep what they have."""
-        if self.groups == 1:
-            return super().adapted(held, indices, delta, scaling)
-        columns = self.tensor_columns(indices)
-        places = torch.searchsorted(columns, indices % self._per_group)
-        places = indices // self._per_group * len(columns) + places
-        kernel = held.clone()
-        new = adapted_columns(self.read_columns(held, places), delta, scaling)
-        self.put_columns_(kernel, places, new)
-        return kernel
+    @property
+    def why_no_columns(self) -> str | None:
+        """Those of a convolution with several groups lead to the outputs of their own alone."""
+        return f"a convolution with groups={self.groups}" if self.groups > 1 else None
 
     @property
     def _per_group(self) -> int:
