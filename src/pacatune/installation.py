@@ -1,6 +1,9 @@
 """How to install pacatune and its optional packages: what messages, cards and pages say."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
+
+from packaging.version import Version
 
 # Extra -> the packages by which its commands see that it is installed, under the names to import.
 _TRAIN = ("trl", "datasets", "rich", "matplotlib", "jinja2")
@@ -37,4 +40,23 @@ def require_extra(who: str, extra: str, packages: tuple[str, ...] | None = None)
         raise ValueError(
             f"{who} needs packages that are not installed ({', '.join(missing)}): "
             f"{install_command(extra)}"
+        )
+
+
+def require(package: str, least: str, feature: str) -> None:
+    """Refuse a feature that an old release of a package cannot have.
+
+    Args:
+        package: PEFT or transformers, as messages call it.
+        least: The first version that can.
+        feature: What needs it, for the message.
+
+    Raises:
+        ValueError: Names feature and versions.
+    """
+    found = version(package.lower())
+    if Version(found).release < Version(least).release:
+        raise ValueError(
+            f"{feature} needs {package} {least} or newer, and this is {found}; "
+            f"pip install -U {package.lower()}."
         )

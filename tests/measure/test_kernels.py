@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from pacatune.lean import ACTIVATIONS, gated_product
 from pacatune.measure.kernels import KernelCounter, Operand, branches_of_gpu, num_of_multi_tensor
-from pacatune.ops import linear
+from pacatune.ops import products
 
 
 def count(function, *args):
@@ -123,7 +123,7 @@ def empty(*shape, requires_grad=True):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gradient_of_delta_is_one_product(counter, scaling, dtype):
     gy, x = (empty(200, n, requires_grad=False) for n in (48, 8))
-    found = linear.grad_delta(gy, x, scaling, dtype)
+    found = products.grad_delta(gy, x, scaling, dtype)
     (kernel,) = counter.kernels
     assert (found.shape, found.dtype) == ((48, 8), dtype)
     assert (kernel.kind, kernel.flops) == ("gemm", 2 * 200 * 48 * 8)
@@ -161,7 +161,7 @@ def test_attention_and_dropout_are_one_each_way(counter, is_causal):
 
 
 def test_branches_are_the_cpus_again_afterwards():
-    before = linear._is_on_cpu, F.scaled_dot_product_attention
+    before = products._is_on_cpu, F.scaled_dot_product_attention
     with branches_of_gpu(KernelCounter()):
-        assert not linear._is_on_cpu(X)
-    assert (linear._is_on_cpu, F.scaled_dot_product_attention) == before
+        assert not products._is_on_cpu(X)
+    assert (products._is_on_cpu, F.scaled_dot_product_attention) == before

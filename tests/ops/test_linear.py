@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.ops import linear, paca_linear, paca_linear_additive, reference
+from pacatune.ops import paca_linear, paca_linear_additive, products, reference
 from tests.ops import twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
@@ -188,9 +188,9 @@ def _widened(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor
 @pytest.fixture(params=[True, False], ids=["widens", "casts"])
 def gpu_branch(request, monkeypatch):
     """Run what GPUs run, with the GEMM that widens and without (torch before 2.8)."""
-    monkeypatch.setattr(linear, "_is_on_cpu", lambda x: False)
-    monkeypatch.setattr(linear, "_can_widen", lambda device, dtype, wide: request.param)
-    monkeypatch.setattr(linear, "_wide_product", _widened)
+    monkeypatch.setattr(products, "_is_on_cpu", lambda x: False)
+    monkeypatch.setattr(products, "_can_widen", lambda device, dtype, wide: request.param)
+    monkeypatch.setattr(products, "_wide_product", _widened)
     return request.param
 
 
@@ -223,7 +223,7 @@ def test_gradient_of_delta_by_the_branch_of_gpus(
 
 def test_a_gemm_that_widens_does_not_round_to_16_bits(gpu_branch) -> None:
     gy, x = (normal(64, n, dtype=torch.bfloat16) for n in (48, 8))
-    found = linear.grad_delta(gy, x, 2.0, torch.float32)
+    found = products.grad_delta(gy, x, 2.0, torch.float32)
     exact = 2.0 * gy.double().t().mm(x.double())
     error = (found.double() - exact).abs().max() / exact.abs().max()
     assert (error < 1e-6) == gpu_branch
@@ -232,7 +232,7 @@ def test_a_gemm_that_widens_does_not_round_to_16_bits(gpu_branch) -> None:
 @pytest.mark.usefixtures("filled_with_nan")
 def test_what_addmm_adds_to_is_never_read() -> None:
     a, b = torch.randn(6, 4), torch.randn(4, 3)
-    torch.testing.assert_close(linear._addmm(a, b, 2.0), 2.0 * a.mm(b))
+    torch.testing.assert_close(products._addmm(a, b, 2.0), 2.0 * a.mm(b))
 
 
 @pytest.mark.skipif("dtype" not in torch.ops.aten.addmm.overloads(), reason="torch before 2.8")
@@ -241,12 +241,12 @@ def test_torch_has_the_gemm_that_widens(scaling) -> None:
     """On tensors without memory, since CPUs have no kernel for it."""
     with FakeTensorMode():
         gy, x = torch.empty(5, 7, dtype=torch.bfloat16), torch.empty(5, 3, dtype=torch.bfloat16)
-        found = linear._wide_product(gy.t(), x, scaling, torch.float32)
+        found = products._wide_product(gy.t(), x, scaling, torch.float32)
     assert (found.shape, found.dtype) == ((7, 3), torch.float32)
 
 
 def test_no_gemm_that_widens_is_found_on_a_cpu() -> None:
-    assert not linear._can_widen(torch.device("cpu"), torch.bfloat16, torch.float32)
+    assert not products._can_widen(torch.device("cpu"), torch.bfloat16, torch.float32)
 
 
 @pytest.mark.gpu
@@ -254,9 +254,9 @@ def test_no_gemm_that_widens_is_found_on_a_cpu() -> None:
 @pytest.mark.parametrize("scaling", [1.0, 2.0])
 def test_gradient_of_delta_is_one_kernel_on_a_gpu(scaling) -> None:
     gy, x = (torch.randn(256, n, device="cuda").to(torch.bfloat16) for n in (512, 16))
-    linear.grad_delta(gy, x, scaling, torch.float32)  # finds out what torch has
+    products.grad_delta(gy, x, scaling, torch.float32)  # finds out what torch has
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        found = linear.grad_delta(gy, x, scaling, torch.float32)
+        found = products.grad_delta(gy, x, scaling, torch.float32)
     exact = scaling * gy.double().t().mm(x.double())
     assert (found.double() - exact).abs().max() < 1e-5 * exact.abs().max()
     assert sum(event.count for event in profile.key_averages()) <= 2  # split-K adds up its parts

@@ -54,7 +54,9 @@ def test_every_kind_of_weight(kind, groups, tmp_path):
     kinds.build(kind).to(getattr(torch, dtype)).save_pretrained(base)
     kinds.save(kind, base, adapter, dtype=dtype, groups=groups)
     if kind == "convnext":
-        with pytest.raises(ValueError, match="is a convolution with groups=6, whose .* patch diff"):
+        with pytest.raises(
+            ValueError, match=r"is a convolution with groups=6, whose .* patch diff"
+        ):
             make(base, adapter)
         return
     made = make(base, adapter)

@@ -20,7 +20,7 @@ from pacatune.adapters.folder import Adapter
 from pacatune.adapters.target import target_of_module
 from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
-from pacatune.tuner.compat import require
+from pacatune.installation import require
 from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.layout import (
     AttentionLayout,

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pacatune.lean.modules import LeanAttention, cut_of
 from pacatune.lean.recompute import Cut, recompute
-from pacatune.ops.linear import autocast
+from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_traced
 
 __all__ = [

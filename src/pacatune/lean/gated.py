@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.lean.fused import fused, refuse_second_derivative
+from pacatune.lean.fused import fused
+from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 __all__ = [
     "ACTIVATIONS",
@@ -202,7 +203,7 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("gated_product")
+        refuse_second_derivative("gated_product", NOT_LEAN)
         gate, up = ctx.saved_tensors
         return *ctx.activation.product_gradients(gh, gate, up), None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from pacatune.lean.fused import refuse_second_derivative
+from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 __all__ = [
     "LazyLogits",
@@ -136,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("linear_cross_entropy")
+        refuse_second_derivative("linear_cross_entropy", NOT_LEAN)
         places, gx, gweight, gbias = ctx.saved_tensors
         shape, *dtypes = ctx.inputs
         factor = gloss / ctx.num_counted if ctx.num_counted else gloss * 0

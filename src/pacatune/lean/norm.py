@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pacatune.lean.fused import fused, refuse_second_derivative
+from pacatune.lean.fused import fused
+from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 __all__ = [
     "Norm",
@@ -156,7 +157,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("rms_norm and layer_norm")
+        refuse_second_derivative("rms_norm and layer_norm", NOT_LEAN)
         x, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if not ctx.norm.centred:

@@ -31,8 +31,8 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune.lean.fused import refuse_second_derivative
 from pacatune.lean.norm import plain_norm, source_of
+from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 __all__ = ["NO_CUT", "Cut", "State", "recompute", "state_of", "why_not"]
 
@@ -198,7 +198,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("A lean module")
+        refuse_second_derivative("A lean module", NOT_LEAN)
         (body, state, kept, autocast), needed = ctx.call, ctx.needs_input_grad[3:]
         if state is not None:
             state.check()

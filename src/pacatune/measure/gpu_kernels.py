@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
-from pacatune.ops import linear
+from pacatune.ops import products
 from pacatune.residency import put as residency_put
 from pacatune.residency import weight as residency
 from pacatune.residency.put import Put
@@ -63,9 +63,9 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
 
         replace(F, "scaled_dot_product_attention", partial(attention, launch=launch))
         replace(F, "dropout", dropout)
-        replace(linear, "_is_on_cpu", lambda x: False)
-        replace(linear, "_can_widen", lambda device, dtype, wide: True)
-        replace(linear, "_wide_product", partial(wide_product, launch=launch))
+        replace(products, "_is_on_cpu", lambda x: False)
+        replace(products, "_can_widen", lambda device, dtype, wide: True)
+        replace(products, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
         replace(residency, "_is_numpys", lambda memory: False)
         replace(residency_put, "can_exchange", lambda memory, delta: True)

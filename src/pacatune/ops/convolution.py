@@ -25,8 +25,8 @@ from pacatune.ops.columns import (
     outputs_of,
     select_channels,
 )
-from pacatune.ops.linear import autocast
 from pacatune.ops.pattern import refuse_misfit
+from pacatune.ops.products import autocast, cast
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["paca_conv"]
@@ -112,13 +112,12 @@ class _PacaConv(torch.autograd.Function):
         ctx.save_for_backward(x_R, weight if needs_x else None, delta, indices)
         groups = geometry[-1]
         kernel = adapted_kernel(weight, delta, indices, scaling, groups, dtype, memory_format)
-        bias = None if bias is None else _cast(bias, dtype)
+        bias = None if bias is None else cast(bias, dtype)
         return CONVOLUTIONS[num_dims](x, kernel, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            refuse_second_derivative("paca_conv")
+        refuse_second_derivative("paca_conv")
         needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad
         x_R, weight, delta, indices = ctx.saved_tensors
         x_shape, scaling, geometry, memory_format = ctx.call
@@ -246,7 +245,3 @@ def _check_shapes(
     if bias is not None and bias.shape != (out_channels,):
         raise ValueError(f"`bias` must be (O={out_channels},), got shape {tuple(bias.shape)}.")
     return num_dims
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)

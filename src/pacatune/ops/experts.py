@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.linear import autocast, grad_delta
 from pacatune.ops.pattern import collect, expand, refuse_misfit
+from pacatune.ops.products import autocast, grad_delta
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
@@ -201,8 +201,7 @@ class _ExpertsLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            refuse_second_derivative("paca_experts_linear")
+        refuse_second_derivative("paca_experts_linear")
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         x_R, weight, delta, indices, places, offsets = ctx.saved_tensors
         x_shape, scaling, is_transposed, is_grouped = ctx.call

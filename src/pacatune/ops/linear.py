@@ -12,7 +12,6 @@ forward pass and one thin GEMM in the backward pass; nothing runs in sequence wi
 `ops/reference.py` states the same equations in plain autograd; the tests hold the two together.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, read_columns
 from pacatune.ops.pattern import collect, expand, refuse_misfit
+from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["Elementwise", "Source", "column_update", "paca_linear", "paca_linear_additive"]
@@ -132,20 +132,6 @@ def paca_linear_additive(
     return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, places, bias, False)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """Cast an input as torch.autocast does for linear layers, if it is on."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.itemsize < 8:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
-def owned(y: Tensor) -> Tensor:
-    """Return `y` as its own tensor, no copy: what a Function returns as a view is read-only."""
-    # Compilers know how to make their own.
-    return y if torch.compiler.is_compiling() or not y._is_view() else y.data
-
-
 def _check_shapes(
     x: Tensor,
     weight: Tensor,
@@ -200,11 +186,11 @@ def column_update(
     """
     delta = expand(delta, places, len(indices))
     if dtype.itemsize > 2:
-        wide = _cast(delta, dtype)
+        wide = cast(delta, dtype)
         return wide if scaling == 1.0 else wide * scaling
     columns = read_columns(weight, indices)
     adapted = adapted_columns(columns, delta, scaling)
-    return torch.cat((_cast(adapted, dtype), _cast(columns, dtype).neg()), 1)
+    return torch.cat((cast(adapted, dtype), cast(columns, dtype).neg()), 1)
 
 
 class _PacaLinear(torch.autograd.Function):
@@ -257,8 +243,7 @@ class _PacaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            refuse_second_derivative("paca_linear")
+        refuse_second_derivative("paca_linear")
         needs_x, _, needs_delta, _, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
         kept, weight_OI, delta_OR, indices_R, places, gate = ctx.saved_tensors
         x_shape, scaling, is_resident, source, activation = ctx.call
@@ -303,7 +288,7 @@ def add_columns(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
 
 def _inputs(x_R: Tensor, update: Tensor, y_NO: Tensor) -> Tensor:
     """Return (N, R) in the dtype of y, twice where an update has new columns and old ones."""
-    x_NR = _cast(x_R, y_NO.dtype).reshape(y_NO.shape[0], x_R.shape[-1])
+    x_NR = cast(x_R, y_NO.dtype).reshape(y_NO.shape[0], x_R.shape[-1])
     return torch.cat((x_NR, x_NR), 1) if update.shape[1] > x_NR.shape[1] else x_NR
 
 
@@ -323,86 +308,10 @@ def grad_x(
         update = column_update(weight_OI, delta_OR, indices_R, scaling, places, gy_NO.dtype)
         rank = indices_R.shape[0]
         if update.shape[1] == rank:
-            gx_NI.index_add_(1, indices_R, _thin_product(gy_NO, update))
+            gx_NI.index_add_(1, indices_R, thin_product(gy_NO, update))
         else:  # those of W' as they are
-            gx_NI.index_copy_(1, indices_R, _thin_product(gy_NO, update[:, :rank]))
+            gx_NI.index_copy_(1, indices_R, thin_product(gy_NO, update[:, :rank]))
     return gx_NI
-
-
-def _thin_product(gy_NO: Tensor, update_OR: Tensor) -> Tensor:
-    """Return dy update as (N, R), by the faster order."""
-    if torch.compiler.is_compiling() or not _is_on_cpu(gy_NO):
-        return gy_NO.mm(update_OR)
-    if _is_faster_transposed(gy_NO, update_OR.shape[1]):
-        return update_OR.t().mm(gy_NO.t()).t()
-    return gy_NO.mm(update_OR)
-
-
-def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return scaling * dy^T x[..., indices] as (O, R) in the dtype of delta (Eq. 9).
-
-    On GPUs one GEMM, which scales, and which stores the dtype of delta where torch has such a one.
-    On CPUs with many tokens for the rank computed as (x^T dy)^T, which is faster there. Compilers
-    fuse what follows a product.
-    """
-    if not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
-        return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
-    if _is_on_cpu(gy_NO) and _is_faster_transposed(gy_NO, x_NR.shape[1]):
-        gdelta = x_NR.t().mm(gy_NO).t()
-    else:
-        gdelta = gy_NO.t().mm(x_NR)
-    gdelta = gdelta.to(dtype, memory_format=torch.contiguous_format)
-    return gdelta if scaling == 1.0 else gdelta.mul_(scaling)
-
-
-def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return scaling * a b in `dtype` by one GEMM, and a cast where no GEMM ends in that dtype."""
-    if dtype.itemsize > a.itemsize and _can_widen(a.device, a.dtype, dtype):
-        return _wide_product(a, b, scaling, dtype)
-    return _cast(a.mm(b) if scaling == 1.0 else _addmm(a, b, scaling), dtype)
-
-
-def _addmm(a: Tensor, b: Tensor, scaling: float, **options: Any) -> Tensor:
-    """Return scaling * a b; the tensor that addmm adds to is not read, and has one element."""
-    nothing = a.new_empty(()).expand(a.shape[0], b.shape[1])
-    return torch.addmm(nothing, a, b, beta=0, alpha=scaling, **options)
-
-
-def _wide_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return scaling * a b in a wider `dtype`, without rounding to that of a and b in between."""
-    if scaling == 1.0:
-        return torch.mm(a, b, out_dtype=dtype)
-    return _addmm(a, b, scaling, out_dtype=dtype)
-
-
-@functools.cache
-def _can_widen(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether `_wide_product` works there: torch 2.8 has it, for some devices and dtypes.
-
-    Found out by trying it once, on tensors large enough for any alignment that a GEMM may ask for.
-    """
-    one = torch.ones(16, 16, device=device, dtype=dtype)
-    try:
-        return all(_wide_product(one, one, factor, wide).dtype == wide for factor in (1.0, 2.0))
-    except (TypeError, RuntimeError):  # no such option; no such kernel
-        return False
-
-
-def _is_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu"  # torch 2.6 compiles no `is_cpu` in a backward pass
-
-
-def _is_faster_transposed(gy_NO: Tensor, rank: int) -> bool:
-    """Whether a CPU multiplies (N, O) with R columns faster as (B^T A^T)^T than as A B.
-
-    It does if all of dy is read once for R rows instead of R columns, and these rows are long.
-    """
-    # A compiler would make a graph for few tokens, and one for many.
-    return gy_NO.itemsize > 2 or torch.compiler.is_compiling() or gy_NO.shape[0] >= rank * 8
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 # The unchecked form of both functions, for hot paths: Function.apply without its first half, which

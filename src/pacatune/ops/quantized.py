@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
-from pacatune.ops.linear import autocast, grad_delta, owned
 from pacatune.ops.pattern import collect, expand
+from pacatune.ops.products import autocast, grad_delta, owned
+from pacatune.ops.tracing import refuse_second_derivative
 
 __all__ = ["paca_quantized_linear"]
 
@@ -86,8 +86,8 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         return y.add_(F.linear(x_R.to(y.dtype), update.to(y.dtype)), alpha=scaling)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("paca_quantized_linear")
         needs_x, needs_delta, _, _, _, _, needs_bias, _ = ctx.needs_input_grad
         x_R, delta, indices, places = ctx.saved_tensors
         x_shape, scaling, dequantize = ctx.call

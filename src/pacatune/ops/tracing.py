@@ -5,11 +5,9 @@ gradients cannot be saved, and one that was recorded while columns were in the w
 them twice, or not at all, once they are gone.
 """
 
-from typing import NoReturn
-
 import torch
 
-__all__ = ["is_exported", "is_recorded", "is_traced", "refuse_second_derivative"]
+__all__ = ["NOT_LEAN", "is_exported", "is_recorded", "is_traced", "refuse_second_derivative"]
 
 
 def is_traced() -> bool:
@@ -23,12 +21,18 @@ def is_traced() -> bool:
     )
 
 
-def refuse_second_derivative(name: str) -> NoReturn:
-    """Say what to do instead of differentiating a backward pass that keeps R channels only."""
-    raise RuntimeError(
-        f"{name} has no second derivative (`create_graph=True`). Use torch.func's transforms, for "
-        f"which layers run plain operations, or pacatune.ops.reference.{name}."
-    )
+NOT_LEAN = "Call `pacatune.lean.disable(model)` before."
+_TRANSFORMS = "Use torch.func's transforms, for which layers run plain operations."
+
+
+def refuse_second_derivative(name: str, fix: str = _TRANSFORMS) -> None:
+    """Refuse to go on in a backward pass that is itself recorded: what it keeps is too little.
+
+    Raises:
+        RuntimeError: If it is, which is what `create_graph=True` asks for.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative (`create_graph=True`). {fix}")
 
 
 def is_recorded() -> bool:

@@ -162,7 +162,7 @@ class RunConfig:
             ValueError: If options contradict each other, or have values that they cannot have.
             TypeError: If a section is of another task.
         """
-        from pacatune.tuner.compat import require
+        from pacatune.installation import require
 
         run, spec = copy.copy(self), TASKS[choose(self.task, TASKS, option="task")]
         if spec.is_of_trl:

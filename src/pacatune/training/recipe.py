@@ -18,6 +18,7 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import open_adapter, read_adapter
 from pacatune.adapters.loading import check_base, load_values
 from pacatune.files.folder import explained_failure
+from pacatune.installation import require
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
@@ -62,7 +63,6 @@ from pacatune.training.selecting import (
 from pacatune.training.start import check_quantization
 from pacatune.training.task import Prepared, Task, count_trainable, task_of
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
-from pacatune.tuner.compat import require
 from pacatune.tuner.residency_report import residency_report
 
 _SPLIT = (

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
-from pacatune.ops.linear import add_columns_, column_update, grad_delta, grad_x
+from pacatune.ops.linear import add_columns_, column_update, grad_x
 from pacatune.ops.pattern import collect
+from pacatune.ops.products import grad_delta
 from pacatune.residency import Pass, Residency
 
 __all__ = ["compiled_linear", "handle_of"]

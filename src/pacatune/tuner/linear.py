@@ -24,9 +24,9 @@ from pacatune.ops.linear import (
     add_columns,
     add_columns_,
     apply_paca_linear,
-    autocast,
     column_update,
 )
+from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter

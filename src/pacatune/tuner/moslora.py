@@ -25,7 +25,8 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.tuner.compat import lora_variants, require
+from pacatune.installation import require
+from pacatune.tuner.compat import lora_variants
 from pacatune.tuner.registration import ensure_peft_type
 
 __all__ = ["MosLoraConfig", "MosLoraLayer", "MosLoraModel", "MosLoraVariant"]

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.ops.linear import apply_paca_linear, autocast
+from pacatune.installation import require
+from pacatune.ops.linear import apply_paca_linear
 from pacatune.ops.pattern import expand
+from pacatune.ops.products import autocast
 from pacatune.tuner.additive import has_hooks
-from pacatune.tuner.compat import require
 from pacatune.tuner.linear import Linear
 
 if TYPE_CHECKING:
