@@ -140,7 +140,7 @@ def test_weights_that_are_not_there():
     with pytest.raises(ValueError, match=r"module 'up': .*'weight_norm'\) looks at the weights"):
         get_peft_model(build().to("meta"), config_of("weight_norm", ["up"]))
     linear = nn.Linear(2, 2)
-    linear.weight.ds_shape = (2, 2)
+    linear.weight.ds_id = 0
     with pytest.raises(ValueError, match="weights, and those of a Linear are sharded; choose"):
         weight_matrix(linear)
 

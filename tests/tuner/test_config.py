@@ -3,8 +3,7 @@
 import pytest
 from peft import PeftConfig
 
-from pacatune import MosLoraConfig, PacaConfig
-from pacatune.tuner import compat
+from pacatune import MosLoraConfig, PacaConfig, installation
 from tests.releases import needs
 
 NESTED = {}
@@ -116,7 +115,7 @@ def test_values_that_pefts_own_takes(options):
 
 
 def test_an_old_release_is_named(monkeypatch):
-    monkeypatch.setattr(compat, "version", lambda name: "0.18.1")
+    monkeypatch.setattr(installation, "version", lambda name: "0.18.1")
     with pytest.raises(
         ValueError,
         match=r"^MosLoRA needs PEFT 0.19 or newer, and this is 0.18.1; pip install -U peft.$",
@@ -125,5 +124,5 @@ def test_an_old_release_is_named(monkeypatch):
 
 
 def test_a_release_candidate_counts_as_its_release(monkeypatch):
-    monkeypatch.setattr(compat, "version", lambda name: "0.19.0.dev0")
+    monkeypatch.setattr(installation, "version", lambda name: "0.19.0.dev0")
     compat.require("PEFT", "0.19", "MosLoRA")

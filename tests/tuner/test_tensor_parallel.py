@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pacatune import PacaConfig
-from pacatune.tuner import compat
+from pacatune import PacaConfig, installation
 from pacatune.tuner.model import PacaModel
 from pacatune.tuner.targets import check_targets
 from pacatune.tuner.tensor_parallel import refuse_copies, split_of
@@ -101,7 +100,7 @@ def test_marks_of_older_releases(monkeypatch):
     module._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match=r"split by something else than a plan of transformers"):
         split_of(nn.Sequential(module), "0", module)
-    monkeypatch.setattr(compat, "version", lambda package: "5.16.0")
+    monkeypatch.setattr(installation, "version", lambda package: "5.16.0")
     model = Planned({"layers.*.q": "colwise"})
     with pytest.raises(ValueError, match=r"tensor parallelism needs transformers 5.17"):
         split_of(model, "layers.0.q", layer(model))

@@ -24,7 +24,7 @@ from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import check_files
 from pacatune.files.tensor_file import read_header
 from pacatune.format.options import format_quantization
-from pacatune.format.tensors import PEFT_PREFIX
+from pacatune.format.tensors import PEFT_PREFIX, plain_name
 from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
@@ -66,7 +66,7 @@ def replace_quantised(model: PreTrainedModel, original: nn.Module | None) -> Non
             continue
         weight, layer = dequantized(backend, module, model.dtype), layers.get(id(module))
         if original is not None:
-            columns, own = weight, original.get_submodule(name.replace(".base_layer", ""))
+            columns, own = weight, original.get_submodule(plain_name(name))
             weight = cast(Tensor, own.weight).detach().to(columns).clone()
             for indices in [] if layer is None else layer.paca_indices.values():
                 put_columns_(weight, indices, read_columns(columns, indices))

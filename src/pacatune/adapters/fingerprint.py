@@ -26,6 +26,7 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.owned_folder import write_whole
+from pacatune.ops.whole import is_whole
 from pacatune.precision import torch_dtype
 
 SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -114,8 +115,8 @@ def _hash_target(target: BaseWeight, columns: Tensor) -> dict[str, str]:
 
 
 def _is_readable(weight: Tensor) -> bool:
-    is_sharded = hasattr(weight, "full_tensor") or weight.ndim < 2 or weight.numel() == 0
-    return weight.dtype in _ROUNDINGS and not weight.is_meta and not is_sharded
+    is_here = weight.ndim > 1 and weight.numel() > 0 and is_whole(weight, weight.ndim)
+    return weight.dtype in _ROUNDINGS and is_here
 
 
 def _spread(positions: Tensor, most: int) -> Tensor:

@@ -34,12 +34,12 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import target_of_module
 from pacatune.format.options import PacaOptions
-from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate, split_tensor_name
+from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate, plain_name, split_tensor_name
 from pacatune.names import choose
+from pacatune.ops.whole import whole_shape
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import keep_columns
-from pacatune.tuner.layer import check_groups
 from pacatune.tuner.layout import Layout
 from pacatune.tuner.quantized import settle_columns
 
@@ -98,14 +98,14 @@ def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -
             f"{last}, but the base needs {needed} and has {in_features} columns; the adapter is "
             "damaged or belongs to another base."
         )
-    check_groups(update.num_groups, layout, name)
+    layout.check(update.rank, update.num_groups, name)
 
 
 def _check_extra(adapter: Adapter, model: nn.Module) -> None:
     # PEFT passes over a tensor that it has no place for, and the model is silently not the trained.
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for key, tensor in adapter.extra.items():
-        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        name = plain_name(key)
         if name.endswith(".token_adapter.trainable_tokens_delta"):
             continue
         if name not in parameters:
@@ -113,7 +113,7 @@ def _check_extra(adapter: Adapter, model: nn.Module) -> None:
                 f"{adapter.folder}: the base ({type(model).__name__}) has no parameter {name!r} "
                 "that the adapter brings; the adapter belongs to another base or head."
             )
-        shape = tuple(getattr(parameters[name], "ds_shape", parameters[name].shape))  # of ZeRO-3
+        shape = whole_shape(parameters[name])
         # bitsandbytes keeps a quantised weight as bytes in a shape of its own.
         if shape != tensor.shape and parameters[name].is_floating_point():
             raise ValueError(

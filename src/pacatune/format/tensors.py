@@ -69,6 +69,16 @@ def with_places(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+# Modules around a base model's own: of PEFT and torch, and those of ours.
+_AROUND = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """Return what the base model calls a module or parameter of an adapted or wrapped one."""
+    parts = name.removeprefix(PEFT_PREFIX).split(".")
+    return ".".join(part for part in parts if part not in _AROUND)
+
+
 def split_tensor_name(name: str) -> tuple[str, str] | None:
     """Split a name, such as (`layers.0.q_proj`, `paca_delta`); None if it is not PaCA's."""
     module, _, kind = name.rpartition(".")

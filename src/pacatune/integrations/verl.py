@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
+from pacatune.format.tensors import plain_name
 from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.precision import torch_dtype
 from pacatune.sync import ColumnReceiver, ColumnSource, Positions
 from pacatune.sync.message import from_wire, to_wire
-from pacatune.sync.source import base_of, plain_name
+from pacatune.sync.source import base_of
 from pacatune.tuner.layer import PacaLayer
 
 

@@ -15,7 +15,7 @@ from pacatune.files.folder import staged_folder
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
-from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
+from pacatune.format.tensors import TENSORS_NAME, plain_name
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of, put_bits_
@@ -136,8 +136,7 @@ def _refuse_quantised(adapter: Adapter) -> None:
 
 def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:
     for key, tensor in adapter.extra.items():
-        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        name = find_name(names_of(parameter, prefix), checkpoint.entries)
+        name = find_name(names_of(plain_name(key), prefix), checkpoint.entries)
         # PEFT saves embeddings that are adapted, or beside others that are, as they are.
         if name is None or not _is_stored(checkpoint, name, tensor):
             raise ValueError(

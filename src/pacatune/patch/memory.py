@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
+from pacatune.ops.whole import is_shared_out
 from pacatune.patch.edit import Patch, bits, column_bits, put_bits_
 
 _FIX = (
@@ -153,7 +154,7 @@ def find_tensor(
     if (name := find_name(names, tensors)) is None:
         refuse_missing(names, tensors, fix)
     tensor = tensors[name]
-    if hasattr(tensor, "placements"):
+    if is_shared_out(tensor):
         raise ValueError(
             f"{name!r} is sharded over processes; write before it is, or give a receiver the local "
             "tensors by name (`tensor.to_local()`), `tp_rank` and `tp_size`."

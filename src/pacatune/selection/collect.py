@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from pacatune.ops.whole import is_shared_out
 from pacatune.selection.statistics import ColumnStatistics
 from pacatune.tuner.attention import without_fast_path
 from pacatune.tuner.columns import find_targets
@@ -228,7 +229,7 @@ def _check_model(model: nn.Module) -> None:
         if hasattr(module, "paca_delta") or hasattr(module, "lora_A"):
             wrong = f"adapted ({name!r})"
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or hasattr(parameter, "placements") or hasattr(parameter, "ds_shape"):
+        if parameter.is_meta or is_shared_out(parameter):
             wrong = f"on the meta device or sharded ({name!r})"
     if wrong:
         raise ValueError(

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.format.tensors import plain_name
+from pacatune.ops.whole import is_shared_out, whole_shape
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
@@ -25,7 +27,6 @@ from pacatune.sync.spread import (
     columns_of,
     gathered,
     identity_of,
-    is_spread,
     refuse_empty,
     reshard,
     whole,
@@ -231,7 +232,7 @@ class _Weight:
         self.device = weight.device
         layout = layer.layout
         self.wire_indices = self.indices.to(weight.device)
-        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        shape = whole_shape(weight)
         if layer.quantization_backend is not None:
             shape = tuple(layout.dense_shape)
             dtype = dtype or cast(Any, layer.get_base_layer()).compute_dtype
@@ -287,7 +288,7 @@ class _Weight:
 
     def _base_state(self) -> tuple[Any, ...] | None:
         weight, residency = self._weight(), self.layer.residency
-        if is_spread(weight):
+        if is_shared_out(weight):
             return None
         if residency is not None and residency.find_weight() is not None:
             return residency.base()
@@ -308,7 +309,7 @@ class _Weight:
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
         backend = self.layer.quantization_backend
-        if is_spread(weight) or backend is not None:
+        if is_shared_out(weight) or backend is not None:
             token = identity_of(weight)
             if self.kept is None or self.kept[0] != token:
                 if backend is not None:  # as the training pass does it
@@ -335,13 +336,6 @@ def base_of(model: Any) -> nn.Module:
             return cast(nn.Module, model)
         model = inner
     return cast(nn.Module, model.get_base_model())
-
-
-def plain_name(name: str) -> str:
-    """Return what a parameter of the base model is called without wrappers and layers of ours."""
-    for inside in ("_checkpoint_wrapped_module", "_orig_mod", "base_layer"):
-        name = name.replace(f"{inside}.", "")
-    return name
 
 
 def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
@@ -410,8 +404,7 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
             f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
             "trained model on its devices."
         )
-    num_dims = len(getattr(weight, "ds_shape", weight.shape))
-    if weight.numel() and num_dims != len(layer.layout.dense_shape):
+    if weight.numel() and len(whole_shape(weight)) != len(layer.layout.dense_shape):
         raise ValueError(
             f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
             "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
@@ -442,7 +435,7 @@ def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple
     owners = {owner(name) for name in parameters}
     found = {}
     for name, parameter in base.named_parameters():
-        plain, shape = plain_name(name), tuple(getattr(parameter, "ds_shape", parameter.shape))
+        plain, shape = plain_name(name), whole_shape(parameter)
         if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
             found[plain] = shape
     return found

@@ -18,11 +18,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def is_spread(tensor: Any) -> bool:
-    """Whether each process has a part of a tensor."""
-    return hasattr(tensor, "placements") or hasattr(tensor, "ds_id")
-
-
 def identity_of(weight: Any) -> tuple[Any, ...]:
     """Tell one pretrained weight from another."""
     local = weight.to_local() if hasattr(weight, "to_local") else weight

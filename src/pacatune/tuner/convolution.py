@@ -33,6 +33,7 @@ from pacatune.ops.columns import (
 )
 from pacatune.ops.pattern import expand
 from pacatune.ops.tracing import is_recorded
+from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
 __all__ = ["Conv", "runs_torchs_forward"]
@@ -127,11 +128,14 @@ class Conv(AdditiveLayer):
         both_sides = self._base._reversed_padding_repeated_twice
         return F.pad(x, both_sides, mode=self.padding_mode), 0
 
+    def _is_whole(self) -> bool:
+        return is_whole(self._base.weight, 2 + len(self.kernel_size))
+
     def _is_additive(self) -> bool:
         """Whether the base layer runs as it is; in 16 bits W' is rounded as a whole."""
         base = self.base_layer
         is_bare = base is self._base and not has_hooks(base.__dict__)
-        is_rounded = is_bare and self._base.weight.itemsize <= 2 and _is_whole(self._base.weight)
+        is_rounded = is_bare and self._base.weight.itemsize <= 2 and self._is_whole()
         return self.has_torchs_forward and not is_rounded
 
     def _additive_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +157,7 @@ class Conv(AdditiveLayer):
         """Return the kernel with adapters in it, as merging them would make it."""
         base = self._base
         weight: Tensor = base.weight
-        if not _is_whole(weight):
+        if not self._is_whole():
             raise ValueError(
                 f"The weight of a {type(base).__name__} is offloaded or sharded, so its adapted "
                 "kernel cannot be built. Keep the layer on one device or drop it from "
@@ -173,7 +177,7 @@ class Conv(AdditiveLayer):
         and never call the layer; what they do with it is right, and trains the adapter.
         """
         weight: Tensor = self._base.weight
-        if self.disable_adapters or self.merged_adapters or not _is_whole(weight):
+        if self.disable_adapters or self.merged_adapters or not self._is_whole():
             return weight
         return self._kernel(self.active_adapters)
 
@@ -185,11 +189,6 @@ def runs_torchs_forward(base: nn.Module) -> bool:
     """Whether a convolution does what torch's own class does, or is a subclass that differs."""
     kind: Any = type(base)
     return (kind.forward, kind._conv_forward) in _FORWARDS
-
-
-def _is_whole(weight: Tensor) -> bool:
-    """False for offloaded weights and for parts that are not the kernel (ZeRO-3, FSDP)."""
-    return not weight.is_meta and weight.dim() > 2 and not hasattr(weight, "placements")
 
 
 def _pad_by_size(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, widened
+from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer
 from pacatune.tuner.layer import Delta
 
@@ -70,16 +71,11 @@ class Embedding(AdditiveLayer):
         scale = _scale_of(base)
         if scale is None:
             return result.scatter(-1, own, adapted_columns(old, rows, scaling))
-        if _is_whole(base.weight):
+        if is_whole(base.weight, 2):
             columns = base.weight[x.unsqueeze(-1), own]
             rows = widened(adapted_columns(columns, rows, scaling)) - widened(columns)
             scaling = 1.0
         return result.scatter(-1, own, adapted_columns(old, rows * scale, scaling))
-
-
-def _is_whole(weight: Tensor) -> bool:
-    """False for offloaded weights and for parts (ZeRO-3, FSDP)."""
-    return not weight.is_meta and weight.dim() == 2 and not hasattr(weight, "placements")
 
 
 def _scale_of(base_layer: Any) -> Any:

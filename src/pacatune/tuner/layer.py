@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from pacatune.format.options import IN_TENSORS
 from pacatune.ops.columns import adapted_columns, widened
 from pacatune.ops.pattern import divide, expand
+from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
 from pacatune.strategies import random_columns
@@ -155,8 +156,7 @@ class PacaLayer(nn.Module, TunerLayer):
         (r,) numbers, or (G, r) of row groups; IN_TENSORS: they will be loaded.
         """
         num_columns = self.layout.in_features
-        check_rank(r, num_columns, name)
-        check_groups(config.groups, self.layout, name)
+        self.layout.check(r, config.groups, name)
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         delta = self.delta_class(*self.layout.delta_shape(r))
@@ -319,7 +319,11 @@ class PacaLayer(nn.Module, TunerLayer):
     @torch.no_grad()
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         weight = self._weight_to_merge()
-        _refuse_part(weight, num_dims=len(self.layout.dense_shape))
+        if not is_whole(weight, len(self.layout.dense_shape)):
+            raise ValueError(
+                f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process "
+                "has a part. Save the adapter and merge it in one process (`pacatune merge`)."
+            )
         indices, update = (one.to(weight.device) for one in self._columns_to_merge(name))
         originals = self.layout.read_columns(weight, indices)
         update = self.layout.oriented(update)
@@ -419,14 +423,6 @@ class PacaLayer(nn.Module, TunerLayer):
         self._attach()
 
 
-def _refuse_part(weight: Tensor, *, num_dims: int) -> None:
-    if hasattr(weight, "placements") or weight.dim() != num_dims:  # a DTensor, or flat, or empty
-        raise ValueError(
-            f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process has "
-            "a part. Save the adapter and merge it in one process (`pacatune merge`)."
-        )
-
-
 def _snapshot(module: nn.Module) -> dict[str, Any]:
     """What a module consists of, by reference; putting it back undoes any replacement."""
     state = {name: value for name, value in module.__dict__.items() if name != "training"}
@@ -435,28 +431,3 @@ def _snapshot(module: nn.Module) -> dict[str, Any]:
     if "state" in state:  # bitsandbytes' 8-bit layers keep the quantised weight in it
         state["state"] = copy.copy(state["state"])
     return state
-
-
-def check_groups(groups: int, layout: Layout, name: str) -> None:
-    """Refuse row groups that a weight cannot be divided into."""
-    own = getattr(layout, "groups", 1)
-    if groups > 1 and own > 1:
-        raise ValueError(
-            f"`groups` ({groups}) cannot be had by {name!r}, a convolution with groups={own} of "
-            f"its own, whose channels lead to few outputs already; put {name!r} into "
-            "`exclude_modules`, or set `groups` to 1."
-        )
-    if layout.out_features % groups:
-        raise ValueError(
-            f"`groups` ({groups}) must divide out_features={layout.out_features} of {name!r}; "
-            f"choose another number, or put {name!r} into `exclude_modules`."
-        )
-
-
-def check_rank(r: int, in_features: int, name: str) -> None:
-    """Refuse a rank that the weight has not got the columns for."""
-    if r > in_features:
-        raise ValueError(
-            f"`r` ({r}) must be in [1, in_features={in_features}] for {name!r}; lower it, set "
-            f"`rank_pattern`, or drop {name!r} from `target_modules`."
-        )

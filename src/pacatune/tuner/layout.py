@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pacatune.format.options import IN_PROJ
 from pacatune.ops.columns import adapted_columns, columns_of_kernel, put_columns_, read_columns
+from pacatune.ops.whole import whole_shape
 from pacatune.tuner.compat import resolve_quantization_backend
 
 __all__ = [
@@ -85,6 +86,31 @@ class Layout:
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return the shape of a layer's update of `r` columns."""
         return self.out_features, r
+
+    def check(self, r: int, groups: int, name: str) -> None:
+        """Refuse a rank that the weight has not got the columns for, and groups that do not divide.
+
+        Args:
+            r: Columns of each row.
+            groups: Number of row groups.
+            name: The module's, for messages.
+        """
+        if r > self.in_features:
+            raise ValueError(
+                f"`r` ({r}) must be in [1, in_features={self.in_features}] for {name!r}; lower it, "
+                f"set `rank_pattern`, or drop {name!r} from `target_modules`."
+            )
+        if groups > 1 and self.why_no_columns is not None:
+            raise ValueError(
+                f"`groups` ({groups}) cannot be had by {name!r}, {self.why_no_columns} of its own, "
+                f"whose channels lead to few outputs already; put {name!r} into "
+                "`exclude_modules`, or set `groups` to 1."
+            )
+        if self.out_features % groups:
+            raise ValueError(
+                f"`groups` ({groups}) must divide out_features={self.out_features} of {name!r}; "
+                f"choose another number, or put {name!r} into `exclude_modules`."
+            )
 
     def from_file(self, delta: Tensor) -> Tensor:
         """Return an update of a file as a layer holds it."""
@@ -267,7 +293,7 @@ class ExpertsLayout(Layout):
     def of(cls, module: Any, parameter_name: str) -> "ExpertsLayout":
         """Read sizes only."""
         parameter = getattr(module, parameter_name)
-        first, second, third = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
+        first, second, third = whole_shape(parameter)
         if is_transposed(module):
             return cls(third, second, first, True)
         return cls(second, third, first, False)

@@ -28,6 +28,7 @@ from pacatune.ops.linear import (
 )
 from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
+from pacatune.ops.whole import is_whole
 from pacatune.residency import Pass, Residency
 from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
@@ -155,8 +156,8 @@ class Linear(AdditiveLayer):
         if dtype.itemsize > 2 or not is_known:
             return None
         weight: Any = base.weight
-        is_whole = type(weight) in (nn.Parameter, WeightParameter, Tensor) and weight.dim() == 2
-        return self.layout.matrix(weight) if is_whole and not weight.is_meta else None
+        is_plain = type(weight) in (nn.Parameter, WeightParameter, Tensor)
+        return self.layout.matrix(weight) if is_plain and is_whole(weight, 2) else None
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the base layer on the pretrained weight: whoever reads it through its module does."""

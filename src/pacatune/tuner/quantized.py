@@ -22,6 +22,7 @@ from pacatune.format.options import format_quantization
 from pacatune.ops.columns import read_columns
 from pacatune.ops.pattern import collect
 from pacatune.ops.quantized import paca_quantized_linear
+from pacatune.ops.whole import is_shared_out
 from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import layout_of
@@ -203,7 +204,7 @@ def weight_matrix(module: Any, parameter_name: str = "weight", **kwargs: Any) ->
     if backend is not None:
         return dequantized(backend, module, torch.float32)
     weight: Tensor = getattr(module, parameter_name)
-    if hasattr(weight, "placements") or hasattr(weight, "ds_shape"):
+    if is_shared_out(weight):
         raise ValueError(
             f"`selection` looks at the weights, and those of a "
             f"{type(module).__name__} are sharded; choose columns before the model is "

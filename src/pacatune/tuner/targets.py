@@ -18,12 +18,14 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from pacatune.format.options import IN_PROJ, target_of
+from pacatune.format.tensors import plain_name
+from pacatune.ops.whole import whole_shape
 from pacatune.tuner.attention import AttentionInput
 from pacatune.tuner.config import PacaConfig, key_of_columns
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.ignored import refuse_unused_patterns
-from pacatune.tuner.layer import PacaLayer, check_groups, check_rank
+from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import (
     AttentionLayout,
     Conv1DLayout,
@@ -106,8 +108,7 @@ def check_targets(
             )
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, parameter_name)
-            check_rank(rank, layout.in_features, name)
-            check_groups(config.groups, layout, name)
+            layout.check(rank, config.groups, name)
             targets[key] = Target(base, parameter_name, rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
@@ -229,7 +230,7 @@ def find_parameters(
 def _bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
     """Return the module of each parameter, by the parameter's name in the base model."""
     return {
-        f"{name}.{parameter_name}".replace(".base_layer.", ".").removeprefix("."): module
+        plain_name(f"{name}.{parameter_name}".removeprefix(".")): module
         for name, module in model.named_modules()
         for parameter_name, parameter in module._parameters.items()
         if parameter is not None and ".paca_" not in name
@@ -241,7 +242,7 @@ def _check_parameter(
 ) -> None:
     owner, _, parameter_name = name.rpartition(".")
     parameter: Any = getattr(module, parameter_name)
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    shape = whole_shape(parameter)
     if len(shape) != 3:
         raise ValueError(
             f"`target_parameters`: {name!r} has shape {shape}; it must be the three-dimensional "
@@ -266,9 +267,8 @@ def _check_parameter(
             f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
             "which PEFT would train but not save."
         )
-    layout = _experts_layout(module, parameter_name)
-    check_rank(for_module(config.rank_pattern, name, config.r), layout.in_features, name)
-    check_groups(config.groups, layout, name)
+    rank = for_module(config.rank_pattern, name, config.r)
+    _experts_layout(module, parameter_name).check(rank, config.groups, name)
 
 
 def _available_parameters(parameters: dict[str, nn.Module]) -> str:
