@@ -125,4 +125,4 @@ def test_an_old_release_is_named(monkeypatch):
 
 def test_a_release_candidate_counts_as_its_release(monkeypatch):
     monkeypatch.setattr(installation, "version", lambda name: "0.19.0.dev0")
-    compat.require("PEFT", "0.19", "MosLoRA")
+    installation.require("PEFT", "0.19", "MosLoRA")

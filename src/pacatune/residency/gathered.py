@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from pacatune.residency.obstacles import PLAIN
 from pacatune.residency.put import Put, put
 from pacatune.residency.together import Group
 from pacatune.residency.watching import LOCK, alias_of, is_tracked, num_tensors_on
-from pacatune.residency.weight import PLAIN, Residency
+from pacatune.residency.weight import Residency
 
 __all__ = ["GatheredResidency"]
 
@@ -65,11 +66,13 @@ class GatheredResidency(Residency):
     def _together(self) -> Group:
         return _GATHERED
 
-    def _flaw(self, weight: Any) -> str | None:
+    def flaw(self, weight: Any) -> str | None:
+        """Return why columns can never be there."""
         # Between two passes its shards are there, which are no obstacle to the next one.
         return None if type(weight) in PLAIN else ""
 
-    def _tracks(self, delta: Tensor) -> bool:
+    def tracks(self, delta: Tensor) -> bool:
+        """Whether every later change of delta will be noticed."""
         return is_tracked(delta, is_gathered=True)
 
     def base(self) -> tuple[int, int]:

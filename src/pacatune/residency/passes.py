@@ -18,9 +18,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from pacatune.residency.together import Group
+from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
-from pacatune.residency.weight import Residency, Result, restore_all
+from pacatune.residency.weight import Residency, Result
 
 __all__ = ["Pass", "resident"]
 

@@ -3,38 +3,40 @@
 On a GPU that is one launch for all of them, where each takes longer to launch than to run.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
 
-if TYPE_CHECKING:
-    from pacatune.residency.weight import Residency
+import torch
 
-__all__ = ["Group"]
+from pacatune.residency.put import Put, Update, keep, put
+
+__all__ = ["Group", "put_all", "restore_all"]
 
 
 class Group:
     """Weights whose deltas one optimiser changes, or which FSDP2 has gathered by now."""
 
-    def __init__(self, members: "Iterable[Residency]" = ()) -> None:
+    def __init__(self, members: Iterable[Any] = ()) -> None:
         self._links = dict.fromkeys(member.link for member in members)
         self._is_looked_at = False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Group) and self._links == other._links
 
-    def add(self, member: "Residency") -> None:
+    def add(self, member: Any) -> None:
         """Take one in."""
         self._links[member.link] = None
 
-    def discard(self, member: "Residency") -> None:
+    def discard(self, member: Any) -> None:
         """Leave one out."""
         self._links.pop(member.link, None)
 
-    def members(self) -> "list[Residency]":
+    def members(self) -> list[Any]:
         """Return those that are there still."""
         return [member for link in self._links if (member := link()) is not None]
 
-    def waiting(self, first: "Residency") -> "list[Residency]":
+    def waiting(self, first: Any) -> list[Any]:
         """Return the others whose columns have to be written when those of the first one are."""
         self._is_looked_at = False
         return [
@@ -50,3 +52,37 @@ class Group:
         """
         before, self._is_looked_at = self._is_looked_at, True
         return before
+
+
+def put_all(moves: Sequence[tuple[Any, Put]]) -> None:
+    """Write columns into all weights, which are known to allow it; the caller holds the lock."""
+    with _closed([residency for residency, _ in moves]):
+        keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
+        epochs = [residency._begin(kept) for residency, (kept, _) in moves]
+        put([move for _, move in moves])
+    for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
+        residency._end(kept, cast(Update, update), epoch)
+
+
+def restore_all(residencies: Iterable[Any]) -> None:
+    """Put the pretrained columns back wherever nobody has changed the weight since.
+
+    The caller holds the lock.
+    """
+    found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
+    with _closed([residency for residency, _ in found]):
+        for residency, _ in found:
+            residency.is_stale = True
+            residency.epoch += 1  # last, as in `_begin`
+        with torch.inference_mode(False):
+            put([Put(kept, None) for _, kept in found])
+    for residency, _ in found:
+        residency.present, residency.is_stale = None, False
+
+
+def _closed(residencies: list[Any]) -> ExitStack:
+    """Keep other processes out of the memory that they share, if there are any."""
+    stack = ExitStack()
+    for gate in {id(one.gate): one.gate for one in residencies if one.gate is not None}.values():
+        stack.enter_context(gate.closed())
+    return stack

@@ -4,15 +4,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 from torch.optim import optimizer as torch_optimizer
-
-if TYPE_CHECKING:
-    from pacatune.residency.weight import Residency
 
 __all__ = [
     "LOCK",
@@ -41,7 +38,7 @@ if hasattr(os, "register_at_fork"):  # so that no child starts with a weight hal
 class _Watched(nn.Parameter):
     """A parameter that notices the use of `.data`, whose edits change no version counter."""
 
-    residency: "weakref.ref[Residency] | None" = None
+    residency: "weakref.ref[Any] | None" = None
     """Whose it is; a copy is nobody's."""
 
     @property
@@ -113,7 +110,7 @@ class GuardedParameters(dict[str, Any]):
     between. Views are of a plain copy, which keeps hold of the weight until they are gone.
     """
 
-    residency: "weakref.ref[Residency]"
+    residency: "weakref.ref[Any]"
 
     def _look(self) -> None:
         residency = self.residency()
@@ -178,7 +175,7 @@ class GuardedParameters(dict[str, Any]):
         return dict, (self.copy(),)
 
 
-def guard(module: nn.Module, link: "weakref.ref[Residency]") -> GuardedParameters | None:
+def guard(module: nn.Module, link: "weakref.ref[Any]") -> GuardedParameters | None:
     """Put a guarded dictionary in place of the module's own; None if that is no plain one."""
     release(module)
     parameters = module.__dict__["_parameters"]

@@ -44,27 +44,26 @@ the original bits.
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.ops.columns import read_columns, with_columns
-from pacatune.residency.put import Kept, Put, Update, keep, put, room_for
-from pacatune.residency.together import Group
+from pacatune.residency.obstacles import NUM_OWN_REFERENCES, PLAIN, flaw_of, why_not_written
+from pacatune.residency.put import Kept, Put, Update, room_for
+from pacatune.residency.together import Group, put_all, restore_all
 from pacatune.residency.watching import (
     LOCK,
     WeightParameter,
     alias_of,
     guard,
     is_tracked,
-    num_tensors_on,
-    owns_its_memory,
 )
 
-__all__ = ["Residency", "put_all", "restore_all"]
+__all__ = ["Residency"]
 
 Result = TypeVar("Result")
 
@@ -253,7 +252,7 @@ class Residency:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *(member._prepare(*member.last.parts) for member in others)]  # type: ignore[union-attr]
+            moves = [first, *(member._prepare(*member.last.parts) for member in others)]
             put_all([move for move in moves if move is not None])
             return self.holds(delta, indices, scaling)
 
@@ -344,7 +343,7 @@ class Residency:
             with LOCK:
                 self.restore()
                 self._forget()
-                if self._flaw(weight) is None:
+                if self.flaw(weight) is None:
                     self.weight = weight
         return None if self.weight is None or self.weight.requires_grad else self.weight
 
@@ -369,56 +368,17 @@ class Residency:
         """Return those whose columns come and go with these."""
         return self.group
 
-    def _flaw(self, weight: Any) -> str | None:
+    def flaw(self, weight: Any) -> str | None:
         """Return why columns can never be in what stands there, frozen or not."""
-        if type(weight) not in PLAIN:
-            return "its weight is no plain parameter"
-        if weight.is_meta:
-            return "its weight has no values yet"
-        if weight.is_inference():
-            return "its weight was made in inference mode"
-        return None if owns_its_memory(weight) else "its weight is a view into a larger buffer"
+        return flaw_of(weight)
+
+    def tracks(self, delta: Tensor) -> bool:
+        """Whether every later change of delta will be noticed."""
+        return is_tracked(delta)
 
     def obstacle(self, delta: Tensor) -> str | None:
-        """Return why the columns must not be written into W now; None if they may.
-
-        Args:
-            delta: (O, R), whose every change will have to be noticed.
-
-        Raises:
-            RuntimeError: If somebody changed the weight in place while columns were in it.
-        """
-        if self.forbidden is not None:
-            return self.forbidden
-        weight = self.find_weight()
-        if weight is None:
-            flaw = self._flaw(dict.get(self.parameters or {}, "weight"))
-            return "its weight is trained itself" if flaw is None else flaw or None
-        if self.is_merged:
-            return "an adapter is merged into its weight"
-        if delta.device != weight.device:
-            return f"its weight is on {weight.device}, its update on {delta.device}"
-        if weight.is_cpu and weight.untyped_storage().is_shared() and self.gate is None:
-            return "its weight is in memory that processes share"
-        if self.kept is not None and not self.is_unchanged():
-            self._refuse_changed()
-            self.kept = None
-        if weight._use_count() > 1:  # type: ignore[attr-defined]
-            return "an autograd graph holds its weight"
-        num_others = num_tensors_on(weight) - (1 if self.kept is None else 2)
-        if num_others > self.num_sharing:
-            return "somebody holds a tensor in the memory of its weight"
-        if self.looker not in (None, threading.get_ident()):
-            del weight
-            if sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES:
-                return "another thread holds its weight"
-            self.looker = None
-        if not self._tracks(delta):
-            return "somebody holds the `.data` of its update, or that is no plain parameter"
-        return None
-
-    def _tracks(self, delta: Tensor) -> bool:
-        return is_tracked(delta)
+        """Return why the columns must not be written into W now; None if they may."""
+        return why_not_written(delta, self)
 
     def forbid(self, reason: str) -> None:
         """Never write from now on; what is written stays until somebody reads it."""
@@ -456,7 +416,8 @@ class Residency:
             and self._address_of(self.weight) == self.address
         )
 
-    def _refuse_changed(self) -> None:
+    def refuse_changed(self) -> None:
+        """Refuse to go on if somebody changed the weight in place while columns were in it."""
         if self.is_written:
             self.is_lost = True
             raise RuntimeError(
@@ -476,7 +437,7 @@ class Residency:
             return
         with LOCK:
             if not self.is_unchanged():
-                self._refuse_changed()
+                self.refuse_changed()
             restore_all([self])
 
     def pretrained_weight(self) -> Tensor:
@@ -503,7 +464,7 @@ class Residency:
         They have if somebody holds the weight, or if nobody has used them since the last step.
         """
         return self.is_written and (
-            self.is_stale or sys.getrefcount(self.weight) > _NUM_OWN_REFERENCES
+            self.is_stale or sys.getrefcount(self.weight) > NUM_OWN_REFERENCES
         )
 
     def merging(self) -> None:
@@ -542,47 +503,6 @@ class Residency:
             # Garbage is collected at any time: perhaps while a compiler runs on fake tensors.
             with torch.utils._python_dispatch._disable_current_modes():
                 self.restore()
-
-
-def put_all(moves: "Sequence[tuple[Residency, Put]]") -> None:
-    """Write columns into all weights, which are known to allow it; the caller holds the lock."""
-    with _closed([residency for residency, _ in moves]):
-        keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
-        epochs = [residency._begin(kept) for residency, (kept, _) in moves]
-        put([move for _, move in moves])
-    for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
-        residency._end(kept, cast(Update, update), epoch)
-
-
-def restore_all(residencies: "Iterable[Residency]") -> None:
-    """Put the pretrained columns back wherever nobody has changed the weight since.
-
-    The caller holds the lock.
-    """
-    found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
-    with _closed([residency for residency, _ in found]):
-        for residency, _ in found:
-            residency.is_stale = True
-            residency.epoch += 1  # last, as in `_begin`
-        with torch.inference_mode(False):
-            put([Put(kept, None) for _, kept in found])
-    for residency, _ in found:
-        residency.present, residency.is_stale = None, False
-
-
-def _closed(residencies: "list[Residency]") -> ExitStack:
-    """Keep other processes out of the memory that they share, if there are any."""
-    stack = ExitStack()
-    for gate in {id(one.gate): one.gate for one in residencies if one.gate is not None}.values():
-        stack.enter_context(gate.closed())
-    return stack
-
-
-PLAIN = (nn.Parameter, WeightParameter)
-
-
-# To a weight: the guarded dictionary's, Residency.weight, and getrefcount's argument.
-_NUM_OWN_REFERENCES = 3
 
 
 def _is_numpys(memory: Tensor) -> bool:
