@@ -44,7 +44,7 @@ from pacatune.adapters.loading import check_base
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
-from pacatune.format.options import IN_TENSORS, format_quantization, target_of
+from pacatune.format.options import IN_TENSORS, PacaOptions, format_quantization, target_of
 from pacatune.format.tensors import DELTA, INDICES, PEFT_PREFIX, TENSORS_NAME
 from pacatune.precision import torch_dtype
 from pacatune.strategies import FIXED
@@ -170,46 +170,19 @@ def export_paca(
     largest = next(one for one, update in found.modules.items() if len(update.indices) == rank)
     alpha = found.scaling(largest) * rank
     tensors, sidecar, rounding = dict(found.extra), copy.deepcopy(found.sidecar), 0.0
-    for module in found.modules:
-        layout, where = target_of_module(base, module).layout, f"{found.folder}: module {module!r}"
-        delta, indices, _ = found.modules[module].whole()
-        if layout.in_features < rank:
-            raise ValueError(
-                f"{where} has {layout.in_features} columns, and PEFT's own PaCA one rank for all, "
-                f"{rank}; export the adapter as LoRA, or merge it."
-            )
-        is_free = torch.ones(layout.in_features, dtype=torch.bool)
-        is_free[indices] = False
-        free = is_free.nonzero().flatten()[: rank - len(indices)]
-        indices, order = torch.cat((indices, free)).sort()
-        factor = delta.double() * (found.scaling(module) * rank / alpha if alpha else 1)
-        factor = F.pad(factor, (0, len(free))).index_select(1, order)
-        delta, error = rounded_factor(factor, torch.float32, where)
-        tensors |= {f"{PEFT_PREFIX}{module}.{DELTA}": delta}
-        tensors |= {f"{PEFT_PREFIX}{module}.{INDICES}": indices}
+    for module, update in found.modules.items():
+        times = found.scaling(module) * rank / alpha if alpha else 1.0
+        delta, indices = _of_rank(found, base, module, times, rank)
+        delta, error = rounded_factor(delta, torch.float32, f"{found.folder}: module {module!r}")
         rounding = max(rounding, error)
-        for hashes in sidecar.get(FINGERPRINT_KEY, {}).values() if len(free) else ():
-            if isinstance(hashes, dict):  # of other columns
-                hashes.pop(module, None)
-    config = replace(
-        found.config,
-        peft_type="PACA",
-        r=rank,
-        paca_alpha=alpha,
-        rank_pattern={},
-        alpha_pattern={},
-        groups=1,
-        pool=None,
-        random_seed=None,
-        selection=FIXED,
-        columns=IN_TENSORS,
-        target_modules=_exact_targets(sorted(found.modules), base),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-    known = {key: one for key, one in vars(config).items() if key not in ("groups", "pool")}
-    files = {CONFIG_NAME: known} | ({SIDECAR_NAME: sidecar} if sidecar else {})
+        tensors[f"{PEFT_PREFIX}{module}.{DELTA}"] = delta
+        tensors[f"{PEFT_PREFIX}{module}.{INDICES}"] = indices
+        for hashes in sidecar.get(FINGERPRINT_KEY, {}).values():
+            if isinstance(hashes, dict) and len(indices) > len(update.indices):
+                hashes.pop(module, None)  # of other columns
+    targets = _exact_targets(sorted(found.modules), base)
+    config = _paca_config(found.config, targets, rank, alpha)
+    files = {CONFIG_NAME: config} | ({SIDECAR_NAME: sidecar} if sidecar else {})
     own = max(update.rank for update in found.modules.values())
     if found.config.groups > 1:
         notes.append(
@@ -224,6 +197,48 @@ def export_paca(
         rounding=rounding,
         notes=[*notes, *_quantization_notes(found)],
     )
+
+
+def _paca_config(
+    config: PacaOptions, targets: list[str] | str, rank: int, alpha: float
+) -> dict[str, Any]:
+    """Return an adapter_config.json that any PaCA reads, of the columns in the tensors."""
+    plain = replace(
+        config,
+        peft_type="PACA",
+        r=rank,
+        paca_alpha=alpha,
+        rank_pattern={},
+        alpha_pattern={},
+        groups=1,
+        pool=None,
+        random_seed=None,
+        selection=FIXED,
+        columns=IN_TENSORS,
+        target_modules=targets,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    return {key: value for key, value in vars(plain).items() if key not in ("groups", "pool")}
+
+
+def _of_rank(
+    adapter: Adapter, base: nn.Module, module: str, times: float, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Return a module's delta without a pattern, in float64, and indices, both of a rank."""
+    delta, indices, _ = adapter.modules[module].whole()
+    in_features = target_of_module(base, module).layout.in_features
+    if in_features < rank:
+        raise ValueError(
+            f"{adapter.folder}: module {module!r} has {in_features} columns, and PEFT's own PaCA "
+            f"one rank for all, {rank}; export the adapter as LoRA, or merge it."
+        )
+    is_free = torch.ones(in_features, dtype=torch.bool)
+    is_free[indices] = False
+    free = is_free.nonzero().flatten()[: rank - len(indices)]
+    indices, order = torch.cat((indices, free)).sort()
+    return F.pad(delta.double() * times, (0, len(free))).index_select(1, order), indices
 
 
 def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> int:

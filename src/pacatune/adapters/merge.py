@@ -169,52 +169,28 @@ def merge(
     name = base_name(model, checked.config)
     output = Path(output)
     check_output(output, num_bytes=0)
-    quantization = getattr(checked.config, "base_quantization", None)
-    onto = _choose_base(onto, quantization, name)
-    load = partial(
-        load_base,
-        name,
-        task_type=checked.config.task_type,
-        dtype=dtype,
-        device=device,
-        num_labels=num_labels_of(name, checked),
-    )
-    base = load(quantization=quantization)
-    base.config.update(_fitting_labels(base, checked))
+    onto = _choose_base(onto, getattr(checked.config, "base_quantization", None), name)
     tokenizer = find_tokenizer(name, checked.folder)
-    inputs = probe_inputs(base, tokenizer) if verify else []
-    original = load() if onto == "original" and quantization is not None else None
-    written, merged = _merge_in_memory(base, checked, inputs, allow_other_base, onto, original)
-    del base, original
+    bases = _load_bases(name, checked, onto, dtype, device)
+    inputs = probe_inputs(bases[0], tokenizer) if verify else []
+    written, merged = _merge_in_memory(*bases, checked, inputs, allow_other_base, onto)
+    del bases
     num_bytes = sum(parameter.nbytes for parameter in written.parameters())
     with staged_folder(output, num_bytes) as staging:
-        name_of_dtype = dtype_name(written.dtype)
+        written_dtype = dtype_name(written.dtype)
         written.save_pretrained(staging)
         del written  # or it would stay in memory beside the model that is read back
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         error = limit = None
         if verify:
-            written = load_base(str(staging), task_type=checked.config.task_type, device=device)
-            outputs = run_probe(written, inputs)
-            error = output_error(merged.expected, outputs)
-            is_requantised = onto == "nf4"
-            fix = "--base dequantized" if is_requantised else "--dtype float32"
-            limit = check_outputs(
-                error,
-                math.inf if is_requantised else rounding_limit(written, inputs, outputs),
-                merged.effect,
-                whose="the merged model's",
-                dtype="nf4 again" if is_requantised else name_of_dtype,
-                fix=f"Merge with {fix}, serve the adapter unmerged, or take the loss unmeasured "
-                "with --no-verify.",
-            )
-            merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
+            again = load_base(str(staging), task_type=checked.config.task_type, device=device)
+            error, limit = _verify(again, inputs, merged, onto, written_dtype)
     return MergeResult(
         output=output,
         base=name,
         onto=onto,
-        dtype=name_of_dtype,
+        dtype=written_dtype,
         num_modules=merged.num_modules,
         num_bytes=num_bytes,
         error=error,
@@ -222,6 +198,31 @@ def merge(
         effect=merged.effect if verify else None,
         notes=merged.notes,
     )
+
+
+def _verify(
+    written: PreTrainedModel,
+    inputs: list[dict[str, Tensor]],
+    merged: "_Merged",
+    onto: MergeBase,
+    dtype: str,
+) -> tuple[OutputError, float]:
+    """Refuse a written model that is another function; return its error, and what was allowed."""
+    outputs = run_probe(written, inputs)
+    error = output_error(merged.expected, outputs)
+    is_requantised = onto == "nf4"
+    fix = "--base dequantized" if is_requantised else "--dtype float32"
+    limit = check_outputs(
+        error,
+        math.inf if is_requantised else rounding_limit(written, inputs, outputs),
+        merged.effect,
+        whose="the merged model's",
+        dtype="nf4 again" if is_requantised else dtype,
+        fix=f"Merge with {fix}, serve the adapter unmerged, or take the loss unmeasured with "
+        "--no-verify.",
+    )
+    merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
+    return error, limit
 
 
 class _Merged(NamedTuple):
@@ -270,13 +271,28 @@ def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name
     return onto
 
 
+def _load_bases(
+    name: str, adapter: Adapter | LoraAdapter, onto: MergeBase, dtype: DTypeName, device: str
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Load the base as it was trained on, and where that is wanted before quantisation."""
+    quantization = getattr(adapter.config, "base_quantization", None)
+    kind: dict[str, Any] = {
+        "task_type": adapter.config.task_type,
+        "num_labels": num_labels_of(name, adapter),
+    }
+    load = partial(load_base, name, dtype=dtype, device=device, **kind)
+    base = load(quantization=quantization)
+    base.config.update(_fitting_labels(base, adapter))
+    return base, load() if onto == "original" and quantization is not None else None
+
+
 def _merge_in_memory(
     base: PreTrainedModel,
+    original: PreTrainedModel | None,
     adapter: Adapter | LoraAdapter,
     inputs: list[dict[str, Tensor]],
     allow_other_base: bool,
     onto: MergeBase,
-    original: PreTrainedModel | None,
 ) -> tuple[PreTrainedModel, _Merged]:
     plain = run_probe(base, inputs)
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)

@@ -103,12 +103,11 @@ def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanRepor
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` is a {type(model).__name__}; give a torch.nn.Module.")
-    if mode not in ("auto", "require"):
-        raise ValueError(
-            f"`mode` ({mode!r}) must be 'auto' or 'require'; to do without, call `disable`."
-        )
-    if level not in (1, 2, 3):
-        raise ValueError(f"`level` ({level!r}) must be 1, 2 or 3; to do without, call `disable`.")
+    for name, value, known in (("mode", mode, ("auto", "require")), ("level", level, (1, 2, 3))):
+        if value not in known:
+            raise ValueError(
+                f"`{name}` ({value!r}) must be one of {known}; to do without, call `disable`."
+            )
     report = LeanReport(level=level)
     changes: _Changes = []
     for name, module in model.named_modules():

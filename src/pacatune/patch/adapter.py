@@ -61,6 +61,21 @@ def make(
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
     check_shapes(checked.modules, base, source=str(checked.folder))
+    base, edits = _edits(name, base, checkpoint, checked)
+    notes = check_base(checked, base, allow_other_base=allow_other_base)
+    part = _adapter_part(checked) if with_adapter else None
+    if not with_adapter:
+        notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
+    # The path of somebody's folder is their own.
+    short = Path(name).resolve().name if Path(name).is_dir() else name
+    prints = fingerprint(checkpoint, edits)
+    return Patch(edits=edits, base=short, fingerprint=prints, adapter=part), notes
+
+
+def _edits(
+    name: str, base: Any, checkpoint: Checkpoint, checked: Adapter
+) -> tuple[Any, dict[str, ColumnEdit]]:
+    """Return the edits of a checkpoint, and the base with the weights that they are of."""
     targets = {module: target_of_module(base, module) for module in checked.modules}
     parameters = {module: _parameter_name(module, found) for module, found in targets.items()}
     _refuse_tied(base, set(parameters.values()))
@@ -88,14 +103,7 @@ def make(
             found = target_of_module(base, module)
             edit = _edit(parameter, found, checked, module)
             edits |= _converted(base, checkpoint, _weight(found), edit)
-    notes = check_base(checked, base, allow_other_base=allow_other_base)
-    part = _adapter_part(checked) if with_adapter else None
-    if not with_adapter:
-        notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
-    # The path of somebody's folder is their own.
-    short = Path(name).resolve().name if Path(name).is_dir() else name
-    prints = fingerprint(checkpoint, edits)
-    return Patch(edits=edits, base=short, fingerprint=prints, adapter=part), notes
+    return base, edits
 
 
 def to_adapter(patch: Patch, output: str | Path) -> Path:
