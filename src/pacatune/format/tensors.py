@@ -10,12 +10,12 @@ Earlier versions had no places, and indices (G, R): those of each row group.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pacatune.ops.pattern import divide, expand
+from pacatune.ops.pattern import columns_of, divide, expand, form_of
 from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
@@ -38,16 +38,16 @@ class ColumnUpdate(NamedTuple):
     @property
     def num_groups(self) -> int:
         """G."""
-        return 1 if self.places is None else len(self.places)
+        return form_of(self.indices, self.places)[0]
 
     @property
     def rank(self) -> int:
         """R."""
-        return len(self.indices) if self.places is None else self.places.shape[1]
+        return form_of(self.indices, self.places)[1]
 
     def columns(self) -> Tensor:
         """Return the columns of each row, (R,), or (G, R) of row groups."""
-        return self.indices if self.places is None else self.indices[self.places]
+        return columns_of(self.indices, self.places)
 
     def whole(self) -> "ColumnUpdate":
         """Return the same without a pattern: zeros where a row does not train a column.
@@ -62,10 +62,8 @@ def with_places(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = dict(tensors)
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] == INDICES and tensor.ndim == 2 and not tensor.is_meta:
-            indices, places = divide(tensor)
-            result[name] = indices
-            if places is not None:
-                result[name.removesuffix(INDICES) + PLACES] = places
+            result[name], places = divide(tensor)
+            result[name.removesuffix(INDICES) + PLACES] = cast(Tensor, places)
     return result
 
 
@@ -122,13 +120,19 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
             check_finite({f"{module}.{DELTA}": update.delta}, source=source)
         if not update.indices.is_meta:
             _check_order(update.indices, INDICES, where)
-        if update.places is not None and not update.places.is_meta:
-            _check_order(update.places, PLACES, where)
-            if (last := int(update.places.max())) >= len(update.indices):
-                raise ValueError(
-                    f"{where}: `{PLACES}` names number {last} of {len(update.indices)} "
-                    f"`{INDICES}`, the first one being 0; the file is damaged."
-                )
+        check_places(update.indices, update.places, where)
+
+
+def check_places(indices: Tensor, places: Tensor | None, where: str) -> None:
+    """Refuse a pattern of columns that there are not."""
+    if places is None or places.is_meta:
+        return
+    _check_order(places, PLACES, where)
+    if (last := int(places.max())) >= len(indices):
+        raise ValueError(
+            f"{where}: `{PLACES}` names number {last} of {len(indices)} `{INDICES}`, the first one "
+            "being 0; the file is damaged."
+        )
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -170,7 +174,7 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
             f"{where}: `{PLACES}` has shape {tuple(places.shape)}; it must have a line for each of "
             "`groups`, at least 2."
         )
-    groups, rank = (1, indices.numel()) if places is None else places.shape
+    groups, rank = form_of(indices, places)
     if indices.ndim != 1 or all(columns != rank for _, columns in sizes):
         kind, shape = (INDICES, indices.shape) if places is None else (PLACES, places.shape)
         listed = " or ".join(f"({columns},)" for columns in sorted({size[1] for size in sizes}))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.pattern import collect, expand, refuse_misfit
+from pacatune.ops.pattern import collect, expand, form_of, refuse_misfit
 from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -148,7 +148,7 @@ def _check_shapes(
             f"`x` must be (..., I={in_features}) to fit `weight` {tuple(weight.shape)}, "
             f"got shape {tuple(x.shape)}."
         )
-    rank = len(indices) if places is None else places.shape[-1]
+    _, rank = form_of(indices, places)
     refuse_misfit(indices, places, rank, out_features)
     if delta.shape != (out_features, rank):
         raise ValueError(

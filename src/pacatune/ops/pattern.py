@@ -12,7 +12,7 @@ where a row does not train a column, and a gradient of it, of which the trained 
 import torch
 from torch import Tensor
 
-__all__ = ["collect", "divide", "expand", "refuse_misfit"]
+__all__ = ["collect", "columns_of", "divide", "expand", "form_of", "refuse_misfit"]
 
 
 def expand(delta: Tensor, places: Tensor | None, num_columns: int, dim: int = 1) -> Tensor:
@@ -58,12 +58,18 @@ def _index(places: Tensor, grouped: Tensor, dim: int) -> Tensor:
     return places.view(ones).expand(sizes)
 
 
-def divide(columns: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return indices and places of the columns of each row group.
+def columns_of(indices: Tensor, places: Tensor | None) -> Tensor:
+    """Return the columns that each row trains: (R,), or (G, R) of row groups."""
+    return indices if places is None else indices[places]
 
-    Args:
-        columns: (G, R) int64, increasing in each group; (R,) without a pattern.
-    """
+
+def form_of(indices: Tensor, places: Tensor | None) -> tuple[int, int]:
+    """Return G and R."""
+    return (1, indices.numel()) if places is None else (len(places), places.shape[-1])
+
+
+def divide(columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the indices and places of what `columns_of` returns."""
     if columns.dim() == 1:
         return columns, None
     indices, places = torch.unique(columns, return_inverse=True)

@@ -11,7 +11,8 @@ from pacatune.files.folder import explained_failure
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
-from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME, check_places
+from pacatune.ops.pattern import columns_of
 from pacatune.strategies import KINDS
 
 __all__ = ["ColumnStatistics", "load_columns", "save_columns"]
@@ -115,10 +116,8 @@ def load_columns(path: str | Path) -> Columns:
         places = tensors.get(f"{module}.{PLACES}")
         if kind != INDICES:
             continue
-        if places is not None and not 0 <= int(places.max()) < len(indices):
-            raise ValueError(f"{path}: {module!r} has {len(indices)} columns and places beyond.")
-        own = indices if places is None else indices[places]
-        columns[module.removeprefix(PEFT_PREFIX)] = own.tolist()
+        check_places(indices, places, f"{path}: module {module!r}")
+        columns[module.removeprefix(PEFT_PREFIX)] = columns_of(indices, places).tolist()
     if not columns:
         raise ValueError(
             f"{path} holds no `{INDICES}`; give a PaCA adapter, or a file of save_columns."

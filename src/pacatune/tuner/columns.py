@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pacatune.format.options import IN_TENSORS, target_of
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
+from pacatune.ops.pattern import columns_of
 from pacatune.strategies import (
     FIXED,
     deal,
@@ -222,7 +223,7 @@ def note_columns(
     config: PacaConfig, model: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> None:
     """Let a configuration say the columns of a file, if they are not those which it leads to."""
-    columns_of, differ = {}, False
+    found, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
             indices, places = (
@@ -235,10 +236,9 @@ def note_columns(
                 module.paca_indices[adapter_name] = current.new_empty(len(indices))
             if indices.is_meta or current.is_meta:
                 continue
-            columns = indices if places is None else indices[places]
-            columns_of[name.removeprefix(PEFT_PREFIX)] = columns
+            found[name.removeprefix(PEFT_PREFIX)] = columns = columns_of(indices, places)
             differ |= not torch.equal(columns.cpu(), current.cpu())
     if config.columns == IN_TENSORS:
-        config.columns = {name: columns.tolist() for name, columns in columns_of.items()}
+        config.columns = {name: columns.tolist() for name, columns in found.items()}
     elif differ:
-        keep_columns(config, columns_of)
+        keep_columns(config, found)

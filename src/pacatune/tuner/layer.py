@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pacatune.format.options import IN_TENSORS
 from pacatune.ops.columns import adapted_columns, widened
-from pacatune.ops.pattern import divide, expand
+from pacatune.ops.pattern import columns_of, divide, expand
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
@@ -179,7 +179,7 @@ class PacaLayer(nn.Module, TunerLayer):
         """Give an adapter its columns, (U,), and its pattern."""
         self.paca_indices[adapter_name] = indices
         if places is not None:
-            self.paca_places[adapter_name] = places
+            self.paca_places[adapter_name] = places.to(indices.device)
         elif adapter_name in self.paca_places:
             del self.paca_places[adapter_name]
 
@@ -189,8 +189,7 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def columns_of(self, adapter_name: str) -> Tensor:
         """Return the columns that each row of an adapter trains: (R,), or (G, R) of row groups."""
-        indices, places = self.paca_indices[adapter_name], self.places_of(adapter_name)
-        return indices if places is None else indices[places]
+        return columns_of(self.paca_indices[adapter_name], self.places_of(adapter_name))
 
     def expanded(self, adapter_name: str, delta: Tensor) -> Tensor:
         """Return an update for all U columns that an adapter has in this layer."""
@@ -232,7 +231,6 @@ class PacaLayer(nn.Module, TunerLayer):
             old.copy_(delta)
         else:
             holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
-        places = None if places is None else places.to(old.device)
         self.set_columns(adapter_name, indices.to(old.device), places)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
