@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, lengths, roofline, step
+from benchmarks import kernels, lengths, step
 from benchmarks.results import prepare, read
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
@@ -48,7 +48,6 @@ QUICK: dict[str, Callable[[], list[Row]]] = {
 SLOW: dict[str, Callable[[], list[Row]]] = {
     "kernels": partial(kernels.count, "compiled"),
     "lengths": lengths.found,
-    "roofline": roofline.estimate_all,
 }
 NAMES = tuple(dict.fromkeys([*QUICK, "estimate", *SLOW]))
 

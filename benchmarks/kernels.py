@@ -149,8 +149,8 @@ def _num_passes(kernel: Kernel) -> int:
     if kernel.kind == "attention" or (kernel.kind == "gemm" and kernel.smallest_side > RANK):
         return 0
     return sum(
-        operand.numel % NUM_TOKENS == 0 and operand.numel >= NUM_TOKENS * _NARROWEST
-        for operand in (*kernel.reads, *kernel.writes)
+        size % NUM_TOKENS == 0 and size >= NUM_TOKENS * _NARROWEST
+        for size in (*kernel.reads, *kernel.writes)
     )
 
 

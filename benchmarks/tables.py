@@ -76,7 +76,6 @@ VIEWS = {
         name: View(file=name, where=_is_share)
         for name in ("step", "step-groups", "step-compiled", "switch")
     },
-    "roofline": View(file="roofline"),
     "kernels": View(
         file="kernels",
         where=_what("forward", "backward", "with accumulation"),

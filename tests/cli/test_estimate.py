@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from pacatune.cli import main
 from pacatune.training.arguments import training_class
 from pacatune.training.sections import LoraSection, PacaSection
 from tests.measure.real_step import LLAMA, write_config
@@ -73,19 +72,6 @@ def test_largest_that_fits(estimate, config, shown):
     expected = {"max_batch_size": 0, "notes": [], "available_bytes": 2**20, "fits": "no"}
     assert estimate(config, nothing) == expected
     assert "no" in shown("estimate", config, *nothing.split())
-
-
-def test_the_time_of_a_step(estimate, config, capsys):
-    words = f"{config} --methods paca,lora --gpu h100 --time"
-    times = {name: one["time"] for name, one in estimate(words)["methods"].items()}
-    assert 0 < times["paca"]["step_ms"] < times["lora"]["step_ms"]
-    assert sum(times["paca"]["by_kind_ms"].values()) == pytest.approx(times["paca"]["step_ms"])
-    assert main(["estimate", *words.split()]) == 0
-    printed = capsys.readouterr()
-    assert "estimated time of a step on h100, not measured" in printed.out
-    assert "activations" in printed.out
-    assert "have not been checked on a GPU" in printed.err
-    assert "time" not in estimate(config, "--gpu h100")
 
 
 def test_it_is_about_what_train_does(config, shown, estimate):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from pacatune.lean import ACTIVATIONS, gated_product
-from pacatune.measure.kernels import KernelCounter, Operand, branches_of_gpu, num_of_multi_tensor
+from pacatune.measure.kernels import KernelCounter, branches_of_gpu, num_of_multi_tensor
 from pacatune.ops import products
 
 
@@ -44,36 +44,28 @@ def test_launches(function, number):
     assert sum(kernel.launches for kernel in count(function)) == number
 
 
-def test_a_product_has_its_operations_sizes_and_bytes():
+def test_a_product_has_its_sizes():
     (kernel,) = count(F.linear, X, torch.ones(16, 8, dtype=torch.bfloat16))
-    assert (kernel.kind, kernel.flops, kernel.smallest_side) == ("gemm", 2 * 6 * 8 * 16, 6)
-    assert kernel.num_bytes == 2 * (6 * 8 + 16 * 8 + 6 * 16)
+    assert (kernel.kind, kernel.smallest_side) == ("gemm", 6)
+    assert (sorted(kernel.reads), kernel.writes) == ([6 * 8, 16 * 8], (6 * 16,))
 
 
 def test_gathers_and_scatters_touch_what_they_take():
-    """Columns by whole sectors: 32 bytes for each element, and read before they are written."""
     indices = torch.tensor([1, 5])
-    (gather,) = count(X.index_select, 0, indices)
-    assert gather.reads == (Operand(16, 2), Operand(2, 8))
-    weight, rows, columns = torch.zeros(6, 8), torch.ones(2, 8), torch.ones(6, 2)
-    (scatter,) = count(weight.index_copy_, 0, indices, rows)
-    assert scatter.reads == (Operand(2, 8), Operand(16, 4))
-    assert scatter.writes == (Operand(16, 4),)
     (gather,) = count(X.view(2, 3, 8).index_select, -1, indices)
-    assert (gather.reads, gather.writes) == ((Operand(12, 32), Operand(2, 8)), (Operand(12, 2),))
-    (scatter,) = count(weight.index_copy_, 1, indices, columns)
-    assert scatter.reads == (Operand(12, 32), Operand(2, 8), Operand(12, 4))
-    assert scatter.writes == (Operand(12, 32),)
+    assert (gather.reads, gather.writes) == ((12, 2), (12,))
+    (scatter,) = count(torch.zeros(6, 8).index_copy_, 1, indices, torch.ones(6, 2))
+    assert (scatter.reads, scatter.writes) == ((2, 12), (12,))
 
 
 def test_what_is_overwritten_is_not_read():
     target = torch.zeros(6, 8)
     (copy,) = count(target.copy_, X)
-    assert (copy.reads, copy.writes) == ((Operand(48, 2),), (Operand(48, 4),))
+    assert (copy.reads, copy.writes) == ((48,), (48,))
     (added,) = count(target.add_, X)
-    assert added.reads == (Operand(48, 4), Operand(48, 2))
+    assert added.reads == (48, 48)
     (scaled,) = count(torch.mul, X, torch.ones(1).expand(6, 8))
-    assert scaled.reads == (Operand(48, 2), Operand(1, 4))
+    assert scaled.reads == (48, 1)
 
 
 def test_launches_of_multi_tensor_apply():
@@ -126,10 +118,9 @@ def test_gradient_of_delta_is_one_product(counter, scaling, dtype):
     found = products.grad_delta(gy, x, scaling, dtype)
     (kernel,) = counter.kernels
     assert (found.shape, found.dtype) == ((48, 8), dtype)
-    assert (kernel.kind, kernel.flops) == ("gemm", 2 * 200 * 48 * 8)
-    read = sum(operand.num_bytes for operand in kernel.reads)
-    assert read - (2 if (scaling, dtype) == (2.0, torch.bfloat16) else 0) == 2 * 200 * (48 + 8)
-    assert kernel.writes == (Operand(48 * 8, dtype.itemsize),)
+    assert kernel.kind == "gemm"
+    assert sum(kernel.reads) - ((scaling, dtype) == (2.0, torch.bfloat16)) == 200 * (48 + 8)
+    assert kernel.writes == (48 * 8,)
 
 
 def test_what_lean_modules_fuse_is_one(counter):
@@ -141,8 +132,7 @@ def test_what_lean_modules_fuse_is_one(counter):
     counter.kernels.clear()
     ACTIVATIONS["silu"].product_columns(gate.detach(), up.detach(), columns)
     (kernel,) = counter.kernels
-    assert kernel.reads == (Operand(10, 32), Operand(10, 32), Operand(2, 8))
-    assert kernel.writes == (Operand(10, 2),)
+    assert (kernel.reads, kernel.writes) == ((10, 10, 2), (10,))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -152,8 +142,6 @@ def test_attention_and_dropout_are_one_each_way(counter, is_causal):
     y.backward(torch.empty_like(y))
     forward, backward = counter.kernels
     assert {forward.kind, backward.kind} == {"attention"}
-    product = 2 * 2 * 4 * 32 * 32 * 16 // (2 if is_causal else 1)
-    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
     counter.kernels.clear()
     x = empty(8, 8)
     F.dropout(x, 0.5).backward(x.detach())

@@ -12,7 +12,6 @@ from pacatune.training.sections import LoraSection, PacaSection
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Quantity
-    from pacatune.measure.roofline import StepTime
     from pacatune.measure.simulate import Estimate
 
 _NEEDS = (
@@ -54,8 +53,6 @@ class EstimateCommand(Setting):
     """Or in this much, such as 24GiB."""
     max: Literal["seq-len", "batch", "rank"] | None = None
     """Find the largest that fits."""
-    time: bool = False
-    """Estimate a step's time on that GPU, by a roofline."""
     plot: Path | None = None
     """Write bars as a PNG, SVG or PDF."""
     json: bool = False
@@ -67,8 +64,6 @@ class EstimateCommand(Setting):
         give_one(method=self.method, methods=self.methods)
         if self.max is not None and self.gpu is None and self.memory is None:
             raise ValueError("--max needs --gpu or --memory.")
-        if self.time and self.gpu is None:
-            raise ValueError("--time needs --gpu, whose rates it takes.")
 
     def setting(self, method: str) -> Setting:
         """Return the setting of one method, without what it has not and others beside it have."""
@@ -110,13 +105,9 @@ class EstimateCommand(Setting):
         load_config(self.model)  # refuses a wrong one before PEFT is imported, which takes seconds
 
         from pacatune.measure.estimate import estimate_memory, find_max
-        from pacatune.measure.roofline import estimate_time, rates_of
 
-        if self.time:
-            rates_of(str(self.gpu))  # refuses those that it does not know
         estimates: dict[str, Estimate] = {}
         values: dict[str, Values] = {name: {} for name in settings}
-        times: dict[str, StepTime] = {}
         for name, setting in settings.items():
             one, estimate = values[name], None
             if self.max is None or available is None:
@@ -130,15 +121,11 @@ class EstimateCommand(Setting):
                 one["fits"] = "no" if estimate is None else estimate.fits(available)
             if estimate is not None:
                 estimates[name] = estimate
-                if self.time:
-                    times[name] = estimate_time(estimate.setting, str(self.gpu))
-                    one["time"] = times[name].to_values()
         if self.json:
             first = next(iter(values.values()))
             print(json.dumps({"methods": values} if self.methods else first, indent=2))
         else:
             _print_memory(values, estimates, self.model, self.about())
-            _print_times(times, self.gpu)
         if self.plot is not None and estimates:
             _save_plot(estimates, self.plot, available, self.gpu or "available")
         return 0
@@ -179,22 +166,6 @@ def _fits(one: Values) -> str:
     over = {end: _gib(number - available) for end, number in one["device_bytes"].items()}
     by = over["low"] if fits == "no" else f"up to {over['high']}"
     return f"{fits}, over by {by} GiB"
-
-
-def _print_times(times: "dict[str, StepTime]", gpu: str | None) -> None:
-    from pacatune.measure.roofline import MODEL
-    from pacatune.reports.rows import table
-
-    if not times:
-        return
-    rows = [row for name, one in times.items() for row in one.rows(name)]
-    lines = table(rows, ("setting",), ("method",)).plain()
-    print(f"\nestimated time of a step on {gpu}, not measured", *lines, sep="\n")
-    first, ours = next(iter(times.items()))
-    for name, one in times.items():
-        share = "" if one is ours else f"; {first}'s share is {ours.ms / one.ms:.2f}"
-        print(f"  {name}: {one.num_launches:,} kernels{share}")
-    print_notes(dict.fromkeys([MODEL, *(note for one in times.values() for note in one.notes)]))
 
 
 def _save_plot(

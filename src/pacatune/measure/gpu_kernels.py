@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 from transformers import masking_utils
 
 from pacatune.ops import products
@@ -42,11 +41,11 @@ _MAX_FLASH_DIM = 256
 _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 
 
-Launch = Callable[[str, int, Sequence[Tensor], Sequence[Tensor]], None]
-"""Takes note of a kernel's name, operations, and the tensors that it reads and writes."""
+Launch = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
+"""Takes note of a kernel's name, and the tensors that it reads and writes."""
 
 
-def _unnoticed(name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+def _unnoticed(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
     pass
 
 
@@ -87,20 +86,20 @@ def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
     """Stand in for the kernel that puts the columns of many weights, or takes them aside."""
     written = [each.kept.originals for each in puts]
     deltas = [each.update.delta for each in puts if each.update is not None]
-    launch("exchange", 0, written + deltas, written)
+    launch("exchange", written + deltas, written)
 
 
 def wide_product(
     a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype, launch: Launch = _unnoticed
 ) -> Tensor:
-    """Return (M, N) or (B, M, N) in `dtype` for scaling * a b, with no values."""
-    product = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype)
-    launch("mm" if a.dim() == 2 else "bmm", 2 * a.numel() * b.shape[-1], (a, b), (product,))
+    """Return (M, N) in `dtype` for scaling * a b, with no values."""
+    product = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    launch("mm", (a, b), (product,))
     return product
 
 
 def _add_product(launch: Launch, total: Tensor, a: Tensor, b: Tensor) -> None:
-    launch("addmm", 2 * a.numel() * b.shape[1], (a, b, total), (total,))
+    launch("addmm", (a, b, total), (total,))
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -135,7 +134,7 @@ def attention(
     if attn_mask is not None or max(query.shape[-1], value.shape[-1]) > _MAX_FLASH_DIM:
         repeats = query.shape[1] // key.shape[1]  # the other kernel has no groups
         key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
-    result: Tensor = _Attention.apply(query, key, value, attn_mask, is_causal, launch)
+    result: Tensor = _Attention.apply(query, key, value, attn_mask, launch)
     return result
 
 
@@ -147,7 +146,6 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        is_causal: bool,
         launch: Launch,
     ) -> Tensor:
         batch, heads, length, _ = q.shape
@@ -155,9 +153,8 @@ class _Attention(torch.autograd.Function):
         out = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)
         log_sum_exp = q.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, mask, out, log_sum_exp)
-        ctx.launch, ctx.share = launch, 2 if is_causal else 1  # half of the pairs are never seen
-        flops = sdpa_flop_count(q.shape, *_per_head(q, k, v))
-        launch("attention", flops // ctx.share, (q, k, v), (out, log_sum_exp))
+        ctx.launch = launch
+        launch("attention", (q, k, v), (out, log_sum_exp))
         return out
 
     @staticmethod
@@ -174,15 +171,9 @@ class _Attention(torch.autograd.Function):
             expanded = [x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v)]
             del expanded
         del accumulator, row_sums
-        flops = sdpa_backward_flop_count(gradient.shape, q.shape, *_per_head(q, k, v))
         reads = (gradient, q, k, v, out, log_sum_exp)
-        ctx.launch("attention_backward", flops // ctx.share, reads, (gq, gk, gv))
-        return gq, gk, gv, None, None, None
-
-
-def _per_head(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[int, ...]]:
-    """Return the shapes of keys and values as if each head of queries had its own."""
-    return [(*q.shape[:2], *x.shape[2:]) for x in (k, v)]
+        ctx.launch("attention_backward", reads, (gq, gk, gv))
+        return gq, gk, gv, None, None
 
 
 def _round_up(number: int, step: int) -> int:
@@ -199,4 +190,4 @@ class _LossKernel:
         return self._run
 
     def _run(self, tile: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._launch("loss", 0, (tile,), (tile,) if self._writes else ())
+        self._launch("loss", (tile,), (tile,) if self._writes else ())

@@ -21,7 +21,7 @@ are not seen.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -50,8 +50,6 @@ _OVERWRITES = frozenset(
     ["copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "_foreach_copy_"]
 )
 
-_SECTOR = 32
-"""Bytes that a GPU's memory moves at the least."""
 # A fill and a copy.
 _TWO_LAUNCHES = frozenset(["slice_backward", "select_backward", "slice_scatter", "select_scatter"])
 
@@ -59,18 +57,6 @@ _TWO_LAUNCHES = frozenset(["slice_backward", "select_backward", "slice_scatter",
 # launch by the number of lists.
 _CHUNK, _MAX_CHUNKS = 65536, 320
 _MAX_TENSORS = (110, 64, 48, 36, 30)
-
-
-class Operand(NamedTuple):
-    """What a kernel reads or writes of one tensor."""
-
-    numel: int
-    itemsize: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +68,11 @@ class Kernel:
     phase: str
     """What the counter's `phase` was."""
     launches: int
-    flops: int
-    reads: tuple[Operand, ...]
-    writes: tuple[Operand, ...]
+    reads: tuple[int, ...]
+    """Elements that it reads, of each tensor."""
+    writes: tuple[int, ...]
     smallest_side: int
     """The smallest size of the matrices that are multiplied; 0 if there are none."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes read and written, each operand once."""
-        return sum(operand.num_bytes for operand in (*self.reads, *self.writes))
 
 
 class KernelCounter(TorchDispatchMode):
@@ -104,16 +85,14 @@ class KernelCounter(TorchDispatchMode):
         super().__init__()
         self.phase = ""
         self.kernels: list[Kernel] = []
-        # Of a function that is one kernel: what it reads of each storage.
-        self._inner: dict[int, Operand] | None = None
-        self._inner_flops = 0
-        self._formulas = flop_formulas()
+        # Of a function that is one kernel: how much it reads of each storage.
+        self._inner: dict[int, int] | None = None
+        self._products = flop_formulas().keys()
 
-    def launch(
-        self, name: str, flops: int, reads: Sequence[Tensor], writes: Sequence[Tensor]
-    ) -> None:
-        """Note a kernel that no operator stands for."""
-        self._add(name, flops, [(x, _operand(x)) for x in reads], [_operand(x) for x in writes])
+    def launch(self, name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+        """Note a kernel that no operator stands for; those of products end in `mm`."""
+        is_product = name.endswith("mm")
+        self._add(name, is_product, [(x, _size(x)) for x in reads], [_size(x) for x in writes])
 
     def as_one(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return `function`, counted as one kernel that reads its tensors and writes its results.
@@ -123,15 +102,14 @@ class KernelCounter(TorchDispatchMode):
 
         def run(*args: Any) -> Any:
             assert self._inner is None, "a fused function calls another"
-            self._inner, self._inner_flops = {}, 0
+            self._inner = {}
             try:
                 result = function(*args)
             finally:
                 inner, self._inner = self._inner, None
             given = {storage_key(x): x for x in _tensors_in(args)}
             reads = [(x, inner[key]) for key, x in given.items() if key in inner]
-            writes = [_operand(x) for x in _tensors_in(result)]
-            self._add(function.__name__, self._inner_flops, reads, writes)
+            self._add(function.__name__, False, reads, [_size(x) for x in _tensors_in(result)])
             return result
 
         return run
@@ -139,23 +117,20 @@ class KernelCounter(TorchDispatchMode):
     def _add(
         self,
         name: str,
-        flops: int,
-        reads: list[tuple[Tensor, Operand]],
-        writes: list[Operand],
+        is_product: bool,
+        reads: list[tuple[Tensor, int]],
+        writes: list[int],
         launches: int = 1,
     ) -> None:
         if self._inner is not None:
-            self._inner_flops += flops
-            for tensor, operand in reads:
+            for tensor, size in reads:
                 key = storage_key(tensor)
-                self._inner[key] = max(operand, self._inner.get(key, operand))
+                self._inner[key] = max(size, self._inner.get(key, size))
             return
-        kind: Kind = "attention" if "attention" in name else "gemm" if flops else "elementwise"
+        kind: Kind = "attention" if "attention" in name else "gemm" if is_product else "elementwise"
         sides = [min(x.shape[-2:]) for x, _ in reads if x.dim() >= 2] if kind == "gemm" else []
-        operands = tuple(operand for _, operand in reads), tuple(writes)
-        self.kernels.append(
-            Kernel(name, kind, self.phase, launches, flops, *operands, min(sides, default=0))
-        )
+        sizes = tuple(size for _, size in reads), tuple(writes)
+        self.kernels.append(Kernel(name, kind, self.phase, launches, *sizes, min(sides, default=0)))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -178,21 +153,15 @@ class KernelCounter(TorchDispatchMode):
         written = changed or _tensors_in(result)
         if not any(x.numel() for x in written):
             return
-        reads = [(x, _operand(x)) for x in read]
-        writes = [_operand(x) for x in written]
+        reads = [(x, _size(x)) for x in read]
+        writes = [_size(x) for x in written]
         if name in _GATHERS:
-            size = _size_of_access(args, read[0])
-            reads[0] = read[0], Operand(writes[0].numel, size)
+            reads[0] = read[0], writes[0]
         elif name in _SCATTERS:
             # The changed tensor is listed first; what is written into it, last.
-            part = Operand(read[-1].numel(), _size_of_access(args, written[0]))
-            is_whole = part.itemsize == written[0].itemsize
-            # A part of a sector is written by reading the whole.
-            reads = reads[1:] if is_whole else [(written[0], part), *reads[1:]]
-            writes = [part]
-        formula = self._formulas.get(func._overloadpacket)
-        flops = formula(*args, **kwargs, out_val=result) if formula is not None else 0
-        self._add(name, int(flops), reads, writes, _num_launches(name, args, kwargs, result))
+            reads, writes = reads[1:], [read[-1].numel()]
+        is_product = func._overloadpacket in self._products
+        self._add(name, is_product, reads, writes, _num_launches(name, args, kwargs, result))
 
     def _note_4bit(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
@@ -204,11 +173,11 @@ class KernelCounter(TorchDispatchMode):
         if given.get("absmax_8bit") is not None:
             nested = given["absmax_8bit"]
             scales = torch.empty_like(nested, dtype=torch.float32)
-            self.launch("dequantize_blockwise", 0, (nested,), (scales,))
-            self.launch("add_", 0, (scales,), (scales,))
+            self.launch("dequantize_blockwise", (nested,), (scales,))
+            self.launch("add_", (scales,), (scales,))
         weight = x.new_empty(given["shapeB"])
-        self.launch("dequantize_4bit", 0, (packed, scales), (weight,))
-        self.launch("mm", 2 * x.numel() * len(weight), (x, weight), (result,))
+        self.launch("dequantize_4bit", (packed, scales), (weight,))
+        self.launch("mm", (x, weight), (result,))
 
 
 def _arguments(
@@ -227,16 +196,6 @@ def _arguments(
         if name not in _OVERWRITES and not argument.is_out:
             read += tensors
     return read, changed
-
-
-def _size_of_access(args: tuple[Any, ...], x: Tensor) -> int:
-    """Return how many bytes memory moves for each element of `x` that is picked out.
-
-    Columns lie apart: each element of one comes, and goes, with the sector that it is in.
-    """
-    dim = args[1] if len(args) > 1 and isinstance(args[1], int) else 0
-    is_column = x.dim() > 1 and dim % x.dim() == x.dim() - 1
-    return max(x.itemsize, _SECTOR) if is_column else x.itemsize
 
 
 def _num_launches(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
@@ -271,9 +230,9 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _operand(x: Tensor) -> Operand:
-    """Return the size of a tensor; an expanded one is as large as its memory."""
-    return Operand(min(x.numel(), x.untyped_storage().nbytes() // x.itemsize), x.itemsize)
+def _size(x: Tensor) -> int:
+    """Return how many elements a tensor has; an expanded one is as large as its memory."""
+    return min(x.numel(), x.untyped_storage().nbytes() // x.itemsize)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from pacatune import lean
 from pacatune.measure.counters import count_flops
 from pacatune.measure.gpu_kernels import allocations_of_gpu
-from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
 from pacatune.measure.methods import add_adapter
 from pacatune.measure.models import (
     checkpoint_blocks,
@@ -211,27 +210,6 @@ class FakeTraining:
             warnings.simplefilter("ignore")
             ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
             return count_flops(lambda: self._loss(ids))
-
-    def count_kernels(self, batch_size: int, seq_len: int) -> list[Kernel]:
-        """Return the kernels that a GPU runs in an optimiser step of several micro-batches.
-
-        Their phases are `first micro-batch`, whose forward pass writes columns, `micro-batch`, that
-        is any other, and `optimizer`.
-        """
-        counter = KernelCounter()
-        with self._fake(), branches_of_gpu(counter):
-            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
-            optimizer = _warm_optimizer(self._trained, StorageTracker())
-            _kept_aside(self.model)
-            with counter:
-                for counter.phase in ("first micro-batch", "micro-batch"):
-                    with torch.autocast("cpu", dtype=self.setting.compute_dtype):
-                        loss = self._loss(ids)
-                    loss.backward()
-                counter.phase = "optimizer"
-                optimizer.step()
-            optimizer.zero_grad()
-        return counter.kernels
 
     def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
         tracker.hold(self._weights, "weights")
