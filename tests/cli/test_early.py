@@ -60,7 +60,6 @@ def test_options_are_shown_without_torch_as_with_it(command, shown):
     ("words", "text"),
     [
         ("train --help", "Number of trained input columns of each weight"),
-        *((f"completion {shell}", "selection_batches") for shell in ("bash", "zsh", "fish")),
     ],
 )
 def test_what_only_shows_something(words, text):

@@ -79,11 +79,9 @@ EARLY = {
     "estimate llama3-8b --plot out.txt": "must end in one of .png",
     "estimate llama3-8b --gpu h100 --memory 1GiB": "give only one of --gpu, --memory",
     "estimate llama3-8b --max rank": "--max needs --gpu or --memory",
-    "estimate llama3-8b --time --memory 24GiB": "--time needs --gpu",
     BENCH + " --model tiny --heads 2": "`num_heads` is for --shape",
     "bench --shape 32x2 --output images": "did not write, or that were changed since (a/1.png",
     "compare --config wrong.yaml --output out": "wrong.yaml: unknown key 'training'",
-    "completion tcsh": "('tcsh') must be one of bash, zsh, fish",
     # An option that there is not comes before those that are missing.
     **{
         f"{command} --outptu x": "unknown option --outptu; did you mean '--output'?"
@@ -96,7 +94,6 @@ LATER = {
     "merge --adapter paca --output out --model nowhere": "`model` ('nowhere') is neither a file or",
     "estimate llama3-8b --rank 5000": "`r` (5000) must be in [1, in_features=4096]",
     "estimate llama3.2-1b --method shira": "`method` ('shira') looks at values when its",
-    "estimate llama3-8b --time --gpu 4090": "rates of GPU '4090' are not known",
     "evaluate lm-eval --tasks no --tasks-dir images --model tiny --output out": "'images' has no t",
     "evaluate choice --data no.jsonl --model tiny --output out": "'no.jsonl' is not a file; give",
 }

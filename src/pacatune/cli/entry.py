@@ -29,12 +29,11 @@ COMMANDS = {
     "inspect": "show what an adapter holds and what it fits",
     "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
-    "completion": "print a script by which bash, zsh or fish completes commands and options",
 }
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    **dict.fromkeys(("train", "estimate", "compare", "bench", "completion"), "train"),
+    **dict.fromkeys(("train", "estimate", "compare", "bench"), "train"),
     **{"train-image": "vision", "evaluate": "eval"},
 }
 
@@ -129,7 +128,7 @@ def _prepare_process(name: str, argv: list[str], debug: bool) -> int:
     What only shows options does without them altogether. The words of a run are checked in a copy
     of this process that does without them; returned is the exit status where they are wrong.
     """
-    if name == "completion" or (name in _RUNS and _SHOWING & {*argv}):
+    if name in _RUNS and _SHOWING & {*argv}:
         _hide_torch()
     elif name in _RUNS and hasattr(os, "fork"):
         child = os.fork()
