@@ -79,7 +79,6 @@ soak: setup-dev
 
 bench: setup-dev
 	$(RUN) -m benchmarks.step $(ARGS)
-	$(RUN) -m benchmarks.switch $(ARGS)
 	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.tables
 
