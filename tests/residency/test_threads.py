@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig, resident
+from pacatune.residency.reading import read, read_pretrained
 from pacatune.residency.watching import LOCK
 from tests import forks
 from tests.residency import net
@@ -214,11 +215,11 @@ class TestMeanwhile:
     @pytest.fixture(autouse=True)
     def _of_one_layer(self, base, model):
         self.model, self.layer = model, net.layers(model)[0]
-        self.indices, scaling = self.layer.paca_indices["default"], self.layer.scaling["default"]
-        self.update = self.layer.delta_of("default"), self.indices, scaling
+        self.update = self.layer.update_of("default")
+        delta, indices, scaling, _ = self.update
         self.pretrained = base.first.weight.detach().clone()
         self.adapted = self.pretrained.clone()
-        self.adapted[:, self.indices] += scaling * self.update[0].detach()
+        self.adapted[:, indices] += scaling * delta.detach()
         self.states: list[bool] = []
 
     def compute(self, act: Callable[[], object], times: int = 1) -> Callable[..., Tensor]:
@@ -232,26 +233,26 @@ class TestMeanwhile:
         return compute
 
     def write(self) -> None:
-        assert self.layer.residency.write(*self.update)
+        assert self.layer.residency.write(self.update)
 
     def test_columns_are_written(self):
-        found = self.layer.residency.read(self.compute(self.write), *self.update, writes=False)
+        found = read(self.layer.residency, self.compute(self.write), self.update, writes=False)
         assert self.states == [False, True]
         torch.testing.assert_close(found, self.adapted)
 
     def test_columns_are_written_below_a_reader_of_the_pretrained(self):
-        found = self.layer.residency.read_pretrained(self.compute(self.write))
+        found = read_pretrained(self.layer.residency, self.compute(self.write))
         assert self.states == [False, False]
         assert torch.equal(found, self.pretrained)
 
     def test_somebody_looks_again_and_again(self):
         compute = self.compute(self.layer.residency.look, times=9)
-        assert self.layer.residency.read(compute, *self.update, writes=True) is not None
+        assert read(self.layer.residency, compute, self.update, writes=True) is not None
         assert self.states == [True, False]
 
     def test_the_adapter_is_merged(self):
         compute = self.compute(self.model.merge_adapter)
-        assert self.layer.residency.read(compute, *self.update, writes=False) is None
+        assert read(self.layer.residency, compute, self.update, writes=False) is None
 
 
 @pytest.mark.parametrize("change", ["write", "rewrite", "restore"])
@@ -259,7 +260,7 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
     """Before whichever line announces the change: nobody takes one state for the other."""
     layer, delta = net.layers(model)[0], net.deltas(model)[0].detach().clone()
     residency, indices = layer.residency, layer.paca_indices["default"]
-    mine, others = ((net.deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
+    mine, others = ((net.deltas(model)[0], indices, scaling, None) for scaling in (2.0, 3.0))
     pretrained = base.first.weight.detach()[:, indices]
 
     def change_while_reading(number: int) -> int:
@@ -275,7 +276,7 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
             if event == "line" and frame.f_code.co_name in ("_begin", "restore_all"):
                 lines[0] += 1
                 if lines[0] == number:
-                    readers.append(pool.submit(residency.read, compute, *mine, writes=False))
+                    readers.append(pool.submit(read, residency, compute, mine, writes=False))
                     has_started.wait(0.05)  # unless it waits for the lock
             return trace
 
@@ -285,7 +286,7 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
             if change == "restore":
                 residency.restore()
             else:
-                assert residency.write(*(mine if change == "write" else others))
+                assert residency.write(mine if change == "write" else others)
         finally:
             sys.settrace(before)
             is_over.set()
@@ -298,6 +299,6 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
     while number <= num_lines:
         residency.restore()
         if change != "write":
-            assert residency.write(*mine)
+            assert residency.write(mine)
         num_lines = change_while_reading(number)
         number += 1

@@ -404,7 +404,7 @@ def _kept_aside(model: nn.Module) -> list[Tensor]:
         if not isinstance(layer, PacaLayer) or not isinstance(residency, _FakeResidency):
             continue
         (name,) = layer.r
-        residency.write(*layer.update_of(name))
+        residency.write(layer.update_of(name))
         residency.is_stale = residency.is_written
         if residency.kept is not None:
             kept += [residency.kept.originals, residency.kept.columns]

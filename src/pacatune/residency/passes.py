@@ -18,9 +18,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from pacatune.residency.put import Parts
+from pacatune.residency.reading import Result, read, read_pretrained
 from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
-from pacatune.residency.weight import Residency, Result
+from pacatune.residency.weight import Residency
 
 __all__ = ["Pass", "resident"]
 
@@ -30,35 +32,24 @@ class Pass:
 
     Args:
         residency: The residency of the layer's weight.
-        delta: (O, R) update that the pass is of.
-        indices: (U,) int64.
-        scaling: Factor between `delta` and the columns.
-        places: (G, R) int64 pattern; U = R without one.
+        update: What the pass is of.
         writes: Whether this pass trains at all.
     """
 
     __slots__ = ("base", "epoch", "residency", "update", "version", "writes")
 
-    def __init__(
-        self,
-        residency: Residency,
-        delta: Tensor,
-        indices: Tensor,
-        scaling: float,
-        places: Tensor | None = None,
-        writes: bool = True,
-    ) -> None:
-        self.residency, self.writes = residency, writes
-        self.update = delta, indices, scaling, places
+    def __init__(self, residency: Residency, update: Parts, writes: bool = True) -> None:
+        self.residency, self.update, self.writes = residency, update, writes
+        delta = update[0]
         self.version, self.base, self.epoch = delta._version, (0, 0), -1
 
     def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
-        """Compute with the weight, as `Residency.read` does."""
+        """Compute with the weight, as `read` does."""
         residency = self.residency
         residency.trainer = threading.get_ident()
         self.epoch = residency.epoch
         writes = self.writes and self.update[0].requires_grad
-        result = residency.read(compute, *self.update, writes=writes)
+        result = read(residency, compute, self.update, writes=writes)
         self.base = residency.base()
         return result
 
@@ -66,8 +57,8 @@ class Pass:
         """Compute with the weight in the state that the forward pass saw.
 
         Args:
-            compute: As `Residency.read` takes it. Where the columns are not in the weight it uses
-                the delta that the forward pass has saved, whatever became of it since.
+            compute: As `read` takes it. Where the columns are not in the weight it uses the delta
+                that the forward pass has saved, whatever became of it since.
 
         Raises:
             RuntimeError: If the adapter is merged or the base weight was changed since.
@@ -75,7 +66,7 @@ class Pass:
         residency, delta = self.residency, self.update[0]
         # Columns that were there before the forward pass, and that nobody has touched since, are
         # those of its delta, in its weight: the usual case, and the shortest way.
-        if residency.epoch == self.epoch and residency.holds(*self.update):
+        if residency.epoch == self.epoch and residency.holds(self.update):
             result = compute(residency.weight, True)  # type: ignore[arg-type]
             if residency.epoch == self.epoch:
                 return result
@@ -90,11 +81,11 @@ class Pass:
                 "made to ask for a gradient since. Run the forward pass again."
             )
         if delta._version != self.version:  # saved-tensor hooks have kept what it was
-            return residency.read_pretrained(compute)
+            return read_pretrained(residency, compute)
         writes = self.writes and delta.requires_grad
-        read = residency.read(compute, *self.update, writes=writes)
-        assert read is not None
-        return read
+        again = read(residency, compute, self.update, writes=writes)
+        assert again is not None
+        return again
 
 
 @contextmanager

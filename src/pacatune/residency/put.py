@@ -15,7 +15,11 @@ from torch import Tensor
 from pacatune.ops.columns import adapted_columns, put_columns_
 from pacatune.ops.pattern import expand
 
-__all__ = ["Kept", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
+__all__ = ["Kept", "Parts", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
+
+Parts = tuple[Any, Tensor, float, Tensor | None]
+"""A layer's delta, an (O, R) nn.Parameter; its indices, (U,) int64; its scaling; its pattern,
+(G, R) int64, or None where U = R."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -46,15 +50,14 @@ class Update(NamedTuple):
     """Its pattern, which changes with the indices alone."""
 
     @classmethod
-    def now(
-        cls, delta: Any, indices: Tensor, scaling: float, places: Tensor | None = None
-    ) -> "Update":
+    def now(cls, parts: Parts) -> "Update":
         """Return what the columns are of at this moment."""
+        delta, indices, scaling, places = parts
         versions = delta._version, delta.num_unversioned, indices._version
         return cls(delta, scaling, indices, *versions, places)
 
     @property
-    def parts(self) -> tuple[Any, Tensor, float, Tensor | None]:
+    def parts(self) -> Parts:
         """The layer's delta, indices, scaling and pattern."""
         return self.delta, self.indices, self.scaling, self.places
 
@@ -63,10 +66,9 @@ class Update(NamedTuple):
         delta: Tensor = self.delta.detach()
         return expand(delta, self.places, len(self.indices))
 
-    def is_of(
-        self, delta: Any, indices: Tensor, scaling: float, places: Tensor | None = None
-    ) -> bool:
+    def is_of(self, parts: Parts) -> bool:
         """Whether nothing has changed since."""
+        delta, indices, scaling, _ = parts
         return (
             delta is self.delta
             and delta._version == self.version

@@ -1,44 +1,6 @@
-"""Keeps adapted columns inside a frozen weight; whoever looks sees the pretrained ones.
+"""The state of one weight: which columns are in it, what they overwrote, and who may change that.
 
-PaCA is fast because the adapted columns sit in W itself: one GEMM, nothing beside it. The price is
-that W is not the pretrained weight while they do. This module pays it, and decides alone whether
-the columns may be there (`put` writes them).
-
-    write     W[:, indices] <- originals + scaling * delta    in a training pass, if delta changed
-    restore   W[:, indices] <- originals                      before anybody else reads W
-
-Three rules:
-  * **Evaluation never writes.** A pass that trains (forward with a delta that asks for a gradient,
-    and its backward), and a thread inside `resident(model)`, may write columns; a few comparisons
-    say whether they are there already, so that is once per optimiser step, never per micro-batch.
-    Every other pass reads W as it is: W' if the current columns are in it, otherwise the pretrained
-    weight, to whose product it adds that of the columns. Any number of threads may do so.
-  * **Who computes with W checks afterwards** that nobody changed its columns meanwhile (`epoch`),
-    and otherwise computes again: no lock is held while a GEMM runs. Who changes them, or hands W
-    out, holds the one lock.
-  * **Nobody keeps W'.** A backward pass takes W from here and not from what its forward saved,
-    which a hook may have copied, and brings it into the state that it needs.
-
-Who may see W, and how each is served:
-  * Everybody who reaches W through its module (attribute, parameters(), state_dict, deepcopy,
-    pickle, .to(), FSDP) goes through the module's parameter dictionary, which restores before it
-    answers (`watching.GuardedParameters`); so does the `.data` of a Parameter object.
-  * Whoever already holds the Parameter object (an optimiser over all parameters, DDP) sees the
-    pretrained weight again after every optimiser step, through torch's step hook. If nobody holds
-    it, that write is saved. If another thread got hold of it, it is not written until he lets go.
-  * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
-    a graph holds the weight (a traced one, or plain autograd's), or another process shares its
-    memory, nothing is written, and the layer adds the product of its columns. Processes that wait
-    at a gate (`pacatune.sync.shared`) may share it.
-  * FSDP2 shows a temporary that it gathers for a pass: see `gathered.py`.
-
-How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and
-what `watching.DeltaParameter` counts besides (optimiser steps, since fused ones count no versions,
-and uses of `.data`), its identity and scaling (another adapter).
-
-Writes go through an alias of W with a version counter of its own, so autograd's saved-tensor check
-never trips on them. Deltas, not columns, are what is trained: an untrained delta writes nothing but
-the original bits.
+`pacatune.residency` says what for, and by which rules.
 """
 
 import sys
@@ -46,14 +8,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.ops.columns import read_columns, with_columns
 from pacatune.residency.obstacles import NUM_OWN_REFERENCES, PLAIN, flaw_of, why_not_written
-from pacatune.residency.put import Kept, Put, Update, room_for
+from pacatune.residency.put import Kept, Parts, Put, Update, room_for
 from pacatune.residency.together import Group, put_all, restore_all
 from pacatune.residency.watching import (
     LOCK,
@@ -64,8 +26,6 @@ from pacatune.residency.watching import (
 )
 
 __all__ = ["Residency"]
-
-Result = TypeVar("Result")
 
 
 class Gate(Protocol):
@@ -139,104 +99,21 @@ class Residency:
         # What was written last, and will be again, as a rule.
         self.last: Update | None = None
 
-    def read(
-        self,
-        compute: Callable[[Tensor, bool], Result],
-        delta: Tensor,
-        indices: Tensor,
-        scaling: float,
-        places: Tensor | None = None,
-        *,
-        writes: bool,
-    ) -> Result | None:
-        """Compute with the weight; again if somebody changes its columns meanwhile.
-
-        Args:
-            compute: Takes the (O, I) weight, and whether it holds the adapted columns; if not, it
-                holds the pretrained ones.
-            delta: (O, R) update, an nn.Parameter.
-            indices: (U,) int64.
-            scaling: Factor between `delta` and the columns.
-            places: (G, R) int64 pattern; U = R without one.
-            writes: Whether the columns may be written into the weight.
-
-        Returns:
-            What `compute` returns; None if there is no weight here that could be used like this.
-
-        Raises:
-            RuntimeError: If somebody changed the weight in place while columns were in it.
-        """
-        while True:
-            epoch = self.epoch
-            if self.holds(delta, indices, scaling):
-                result = compute(self.weight, True)  # type: ignore[arg-type]
-            else:
-                state = self._open(delta, indices, scaling, places, writes)
-                if state is None:
-                    return None
-                weight, is_resident, epoch = state
-                result = compute(weight, is_resident)
-            if self.epoch == epoch:
-                return result
-            # Another thread looks; he that looks again and again must not keep us from ending.
-            writes = False
-
-    def read_pretrained(self, compute: Callable[[Tensor, bool], Result]) -> Result:
-        """Compute with the pretrained weight, as `read` does."""
-        while True:
-            with LOCK:
-                self.restore()
-                weight, epoch = self.find_weight(), self.epoch
-            assert weight is not None
-            result = compute(weight, False)
-            if self.epoch == epoch:
-                return result
-
-    def _open(
-        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None, writes: bool
-    ) -> tuple[Tensor, bool, int] | None:
-        epoch, weight = self.epoch, self.find_weight()
-        if weight is None or self.is_merged:
-            return None
-        if _is_on_gpu(weight) and _is_capturing():
-            self._capture()
-        if not writes and not self.is_written:
-            return weight, False, epoch
-        del weight  # to a write it would look like somebody else's
-        with LOCK:
-            if not (writes and self.write(delta, indices, scaling, places)):
-                self.restore()
-            # Asked again, since a signal handler may have looked in between.
-            weight, epoch = self.find_weight(), self.epoch
-            if weight is None:
-                return None
-            return weight, self.holds(delta, indices, scaling), epoch
-
-    def holds(
-        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
-    ) -> bool:
+    def holds(self, update: Parts) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
         if self.present is None or self.is_stale:
             return False
         weight: Any = self.weight
         return (
-            self.written.is_of(delta, indices, scaling)  # type: ignore[union-attr]
+            self.written.is_of(update)  # type: ignore[union-attr]
             and weight._version == self.weight_version
             and self._address_of(weight) == self.address
             and not weight.requires_grad
             and not (self.is_on_gpu and _is_capturing())
         )
 
-    def write(
-        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
-    ) -> bool:
+    def write(self, update: Parts) -> bool:
         """Make sure that W holds W[:, indices] + scaling * delta; costs next to nothing if it does.
-
-        Args:
-            delta: (O, R) update, an nn.Parameter.
-            indices: (U,) int64.
-            scaling: Factor between `delta` and the columns.
-            places: (G, R) int64 pattern; U = R without one.
 
         Returns:
             False if W must not be written now; it then holds the pretrained columns.
@@ -245,16 +122,16 @@ class Residency:
             RuntimeError: If somebody changed the weight in place while columns were in it.
         """
         with LOCK, torch.inference_mode(False):
-            if self.holds(delta, indices, scaling):
+            if self.holds(update):
                 return True
-            first = self._prepare(delta, indices, scaling, places)
+            first = self._prepare(update)
             if first is None:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *(member._prepare(*member.last.parts) for member in others)]
+            moves = [first, *(member._prepare(member.last.parts) for member in others)]
             put_all([move for move in moves if move is not None])
-            return self.holds(delta, indices, scaling)
+            return self.holds(update)
 
     def originals(self, indices: Tensor) -> Tensor | None:
         """Return the pretrained columns, (O, U), which the caller must not change.
@@ -276,13 +153,12 @@ class Residency:
             self.last is not None
             and self.last.delta.requires_grad
             and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
-            and not self.holds(*self.last.parts)
+            and not self.holds(self.last.parts)
         )
 
-    def _prepare(
-        self, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None
-    ) -> "tuple[Residency, Put] | None":
+    def _prepare(self, update: Parts) -> "tuple[Residency, Put] | None":
         """Return a write, with room for what it overwrites; None if nothing must be written."""
+        delta, indices = update[:2]
         if self.obstacle(delta) is not None:
             self.restore()
             return None
@@ -291,7 +167,7 @@ class Residency:
             self.restore()
             self.kept = None
             kept = self._make_room(indices)
-        return self, Put(kept, Update.now(delta, indices, scaling, places))
+        return self, Put(kept, Update.now(update))
 
     def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
@@ -394,12 +270,14 @@ class Residency:
         # What an exporter puts in the weight's place has forbidden it already, for no good reason.
         self.forbidden = "a CUDA graph or an exported graph reads its weight"
 
-    def _capture(self) -> None:
+    def refuse_capture(self, weight: Tensor) -> None:
         """Leave the pretrained weight to a CUDA graph, which reads it at every replay.
 
         Raises:
             RuntimeError: If columns are in the weight: restoring them now would be recorded, too.
         """
+        if not (_is_on_gpu(weight) and _is_capturing()):
+            return
         if self.is_written:
             raise RuntimeError(
                 "A CUDA graph is being captured while adapted columns are in the weights, which it "

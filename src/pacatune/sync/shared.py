@@ -129,10 +129,10 @@ class SharedWeights:
         # The lock first, as whoever looks at a weight has it when he comes to the gate.
         with LOCK, self.closed(timeout):
             for name, layer, update in _updates(self._layers):
-                if not layer.residency.write(*update):
+                if not layer.residency.write(update):
                     _refuse(name, layer.residency.obstacle(update[0]) or "its weight is in use")
             for name, layer, update in _updates(self._layers):
-                if not layer.residency.holds(*update):
+                if not layer.residency.holds(update):
                     _refuse(name, layer.residency.obstacle(update[0]) or "its weight is in use")
             _synchronize()
             self._set(2, self._get(2) + 1)

@@ -208,7 +208,7 @@ class _State:
             return False
         if self.update is None or other.update is None:
             return self.update is other.update
-        return other.update.is_of(*self.update.parts)
+        return other.update.is_of(self.update.parts)
 
 
 class _Weight:
@@ -284,7 +284,7 @@ class _Weight:
         delta = layer.delta_of(self.adapter)
         if not is_tracked(delta):
             return None
-        return _State(Update.now(*layer.update_of(self.adapter)), base)
+        return _State(Update.now(layer.update_of(self.adapter)), base)
 
     def _base_state(self) -> tuple[Any, ...] | None:
         weight, residency = self._weight(), self.layer.residency

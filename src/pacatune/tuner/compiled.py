@@ -20,6 +20,7 @@ from pacatune.ops.linear import add_columns_, column_update, grad_x
 from pacatune.ops.pattern import collect
 from pacatune.ops.products import grad_delta
 from pacatune.residency import Pass, Residency
+from pacatune.residency.reading import read_pretrained
 
 __all__ = ["compiled_linear", "handle_of"]
 
@@ -63,7 +64,7 @@ def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residenc
     if found is None or not _is_same(found[0][0], delta):
         return None
     (own, indices, scaling, places), residency = found
-    return Pass(residency, own, indices, scaling, places, trains)
+    return Pass(residency, (own, indices, scaling, places), trains)
 
 
 def _is_same(own: Tensor, delta: Tensor) -> bool:
@@ -113,7 +114,7 @@ def _linear(
             "was compiled. Call `torch.compiler.reset()` and run it again."
         )
     if isinstance(opened, Residency):
-        return opened.read_pretrained(compute), torch.tensor(opened.base())
+        return read_pretrained(opened, compute), torch.tensor(opened.base())
     y = opened.forward(compute)
     if y is None:
         y = compute(_view(opened.residency), False)
@@ -138,12 +139,12 @@ def _linear_grad(
 
     opened = _open(handle, delta, True)
     if isinstance(opened, Residency):
-        gx = opened.read_pretrained(compute)
+        gx = read_pretrained(opened, compute)
     else:
         if opened is None:  # hooks on saved tensors have kept what delta was
             assert delta is not None
             assert indices is not None
-            opened = Pass(_LAYERS[int(handle)].residency, delta, indices, scaling, places)
+            opened = Pass(_LAYERS[int(handle)].residency, (delta, indices, scaling, places))
             opened.version = -1
         opened.base = tuple(base.tolist())
         is_view = opened.residency.find_weight() is None and opened.base[1] == 0

@@ -30,13 +30,13 @@ from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Pass, Residency
+from pacatune.residency.put import Parts
+from pacatune.residency.reading import read
 from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 from pacatune.tuner.compiled import compiled_linear, handle_of
 
 __all__ = ["Linear"]
-
-_Update = tuple[Tensor, Tensor, float, Tensor | None]
 
 
 class Linear(AdditiveLayer):
@@ -82,7 +82,7 @@ class Linear(AdditiveLayer):
             and not (args or kwargs or is_exported())
         )
 
-    def _compiled(self, x: Tensor, update: _Update | None) -> Tensor:
+    def _compiled(self, x: Tensor, update: Parts | None) -> Tensor:
         bias = cast("Tensor | None", self.base_layer.bias)
         return compiled_linear(autocast(x), update, bias, self.handle, self.out_features)
 
@@ -96,14 +96,14 @@ class Linear(AdditiveLayer):
         if not torch.is_grad_enabled():
             writes = residency.owner is not None and residency.owner == threading.get_ident()
             evaluate = partial(_evaluate, x, update, bias)
-            return residency.read(evaluate, *update, writes=writes)
+            return read(residency, evaluate, update, writes=writes)
         if update[0].is_inference():  # nothing is known of its changes
             return None
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
         return _train(residency, x, update, bias)
 
-    def _prepare(self) -> tuple[_Update, Residency] | None:
+    def _prepare(self) -> tuple[Parts, Residency] | None:
         """Return what the hand-written gradients need; None where they cannot serve."""
         update, residency = self._single_update(), self.residency
         if update is None or residency is None:
@@ -180,10 +180,10 @@ class Linear(AdditiveLayer):
 
 
 def _train(
-    residency: Residency, x: Tensor, update: _Update, bias: Tensor | None, *gated: Any
+    residency: Residency, x: Tensor, update: Parts, bias: Tensor | None, *gated: Any
 ) -> Tensor | None:
     """Apply the layer by its hand-written gradients; None where there is no plain weight."""
-    source = Pass(residency, *update) if residency.forbidden is None else None
+    source = Pass(residency, update) if residency.forbidden is None else None
 
     def apply(weight: Tensor, is_resident: bool) -> Tensor:
         return apply_paca_linear(x, weight, *update, bias, is_resident, source, *gated)
@@ -195,7 +195,7 @@ def _train(
 
 
 def _evaluate(
-    x: Tensor, update: _Update, bias: Tensor | None, weight: Tensor, is_resident: bool
+    x: Tensor, update: Parts, bias: Tensor | None, weight: Tensor, is_resident: bool
 ) -> Tensor:
     """Apply the layer without gradients to a weight that holds the columns or not."""
     y = F.linear(x, weight, bias)
