@@ -72,10 +72,7 @@ def _is_share(row: Row) -> bool:
 
 
 VIEWS = {
-    **{
-        name: View(file=name, where=_is_share)
-        for name in ("step", "step-groups", "step-compiled")
-    },
+    **{name: View(file=name, where=_is_share) for name in ("step", "step-groups", "step-compiled")},
     "kernels": View(
         file="kernels",
         where=_what("forward", "backward", "with accumulation"),
