@@ -7,12 +7,12 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from pacatune.cli.options import BaseOptions
+from pacatune.cli.options import ModelOptions
 from pacatune.precision import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class MtBenchConfig(BaseOptions):
+class MtBenchConfig(ModelOptions):
     """Let a model answer MT-Bench's 80 questions of two turns; a judge grades the answers.
 
     A run that was stopped goes on when the same command is given again.

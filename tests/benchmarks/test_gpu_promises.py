@@ -65,9 +65,9 @@ def test_a_base_that_is_not_restored_and_shards_that_were_written(monkeypatch):
 def test_a_step_that_waits_for_the_device(monkeypatch):
     holds = residency.Residency.holds
 
-    def holds_and_looks(self, delta, *args):
-        float(delta.detach().sum())
-        return holds(self, delta, *args)
+    def holds_and_looks(self, update):
+        float(update[0].detach().sum())
+        return holds(self, update)
 
     monkeypatch.setattr(residency.Residency, "holds", holds_and_looks)
     refused("synchronisation", "a training step waits for the device in _local_scalar_dense")

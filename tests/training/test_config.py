@@ -6,10 +6,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from pacatune import installation
 from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
 from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
 from pacatune.training.start import settle
-from pacatune.tuner import compat
 
 
 def run_config(**options):
@@ -26,7 +26,7 @@ def settled(**options):
 
 
 def test_an_old_trl_is_refused(monkeypatch):
-    monkeypatch.setattr(compat, "version", lambda name: "1.15.0")
+    monkeypatch.setattr(installation, "version", lambda name: "1.15.0")
     with pytest.raises(ValueError, match=r"`pacatune train` needs TRL 1.16 or newer, and this is"):
         run_config()
 

@@ -5,12 +5,11 @@ import importlib.metadata
 import pytest
 from accelerate.utils import DeepSpeedPlugin
 
-from pacatune import pretrained
+from pacatune import installation, pretrained
 from pacatune.training import recipe
 from pacatune.training.arguments import SharedDefaults
 from pacatune.training.language import LanguageTask
 from pacatune.training.task import task_of
-from pacatune.tuner import compat
 from tests.training.runs import refused, write_rows
 
 STREAM = {"streaming": True, "eval_fraction": 0}
@@ -113,7 +112,7 @@ def test_what_the_machine_lacks(make_config, monkeypatch):
 
     config = make_config()
     with monkeypatch.context() as patch:
-        patch.setattr(compat, "version", version)
+        patch.setattr(installation, "version", version)
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         refused("FSDP2 needs accelerate 1.15 or newer, and this is 1", config)
     monkeypatch.setattr(type(config.training), "n_gpu", 2)

@@ -43,7 +43,7 @@ def check_place(output_dir: str, *, resume: bool, overwrite: bool) -> None:
     above = (folder.absolute(), *folder.absolute().parents)
     place = next(path for path in above if path.exists())
     try:
-        Path(tempfile.mkdtemp(dir=place)).rmdir()
+        tempfile.TemporaryFile(dir=place).close()  # of no name, since others list the folder
     except OSError as error:
         raise PermissionError(
             f"nothing can be written in {place} ({error.strerror}); choose another "
