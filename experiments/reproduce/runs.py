@@ -151,11 +151,16 @@ Score = Callable[[Work, Line, Path | None], list[Row]]
 
 
 def full_jobs(
-    table: Table, data: Mapping[str, Any], score: Score, inputs: Mapping[str, Any]
+    table: Table,
+    data: Mapping[str, Any],
+    score: Score,
+    inputs: Mapping[str, Any],
+    prepare_data: Callable[[], object] | None = None,
 ) -> list[Job]:
     """Return the jobs of a table at the paper's own size: trained at its rates, the best scored.
 
     Each run's configuration is made here, so that what is wrong with it is known before any ends.
+    `prepare_data` makes a file of `data`, before the first run reads it.
     """
     jobs = []
     for line in table.lines:
@@ -170,7 +175,7 @@ def full_jobs(
                     "runs": {f"{rate:g}": to_values(run.settled()) for rate, run in runs.items()},
                     **inputs,
                 },
-                run=partial(_run_full, table, line, runs, score),
+                run=partial(_run_full, table, line, runs, score, prepare_data),
             )
         )
     return jobs
@@ -191,11 +196,18 @@ def _full_run(table: Table, line: Line, data: Mapping[str, Any], rate: float) ->
 
 
 def _run_full(
-    table: Table, line: Line, runs: dict[float, RunConfig], score: Score, folder: Path
+    table: Table,
+    line: Line,
+    runs: dict[float, RunConfig],
+    score: Score,
+    prepare_data: Callable[[], object] | None,
+    folder: Path,
 ) -> list[Row]:
     work = Work(folder)
     if not runs:
         return score(work, line, None)
+    if prepare_data is not None:
+        prepare_data()
     done = {rate: work.train(run, f"rate-{rate:g}") for rate, run in runs.items()}
     best, note = next(iter(done)), ""
     if len(done) > 1:

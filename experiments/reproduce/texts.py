@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.packaged import prepare
+from experiments import mmlu
 from experiments.paper import Line, Table
 from experiments.paper.settings import SCRIPTS, Settings, of_line
 from experiments.paper.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_5
@@ -51,7 +52,7 @@ _CATEGORIES = {
     "average": "mmlu",
 }
 # The training questions, in the words of the evaluation, loss on the answers.
-_MMLU_DATA = {"path": "cais/mmlu", "name": "auxiliary_train", "format": "mmlu"}
+_MMLU_DATA = {"path": str(mmlu.TRAINING_FILE), "format": "prompt-completion"}
 
 
 def _score_mmlu(work: Work, line: Line, adapter: Path | None) -> list[Row]:
@@ -173,7 +174,8 @@ def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
 
 def _jobs_1(scale: Scale) -> list[Job]:
     if scale == "full":
-        return full_jobs(TABLE_1, _MMLU_DATA, _score_mmlu, {"test": "mmlu, 5-shot"})
+        test = {"test": "mmlu, 5-shot"}
+        return full_jobs(TABLE_1, _MMLU_DATA, _score_mmlu, test, mmlu.write_training_file)
     lines = [line for line in TABLE_1.lines if line.model == MODEL]
     small = [_small_job_1(line) for line in lines]
     return [*memory_jobs(TABLE_1), *step_jobs(TABLE_1, tokens=1024, seq_len=512), *small]

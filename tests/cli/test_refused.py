@@ -156,7 +156,7 @@ def test_runs_by_a_check_without_torch(words, folder):
     name, *rest = words_of(words)
     command = {"train": train, "train-image": train_image}[name]
     with pytest.raises((ValueError, OSError), match=re.escape(WRONG_RUNS[words])):
-        command.check(rest)
+        command.read(rest)
 
 
 def test_before_anything_heavy_is_imported(folder):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pacatune.cli.train import all_options, find_task, names_of_tasks, take_rewards
+from pacatune.training import RunConfig
 from tests.data.conftest import write_lines
 
 REWARD = "def short(completions, **kwargs):\n    return [-len(text) / 10 for text in completions]\n"
@@ -78,4 +79,4 @@ def test_template_is_a_config_file(task, tmp_path, shown):
     words += ["--training.use_cpu", "true"]
     if task in ("grpo", "rloo"):
         words = take_rewards([*words, "--reward", "a:f"])[0]
-    assert options.to_config(options.parse(words)).task == task
+    assert RunConfig(**options.parse(words).values).task == task

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pacatune.cli.train import read_run
+from pacatune.cli.train import all_options
 from pacatune.data import DataConfig, prepare_data
+from pacatune.training import RunConfig
 from pacatune.training.config_file import local_paths, to_values
 from tests.data.conftest import chat, write_lines
 
@@ -76,7 +77,7 @@ def test_from_a_file(paths, tiny_model_dir, tmp_path, monkeypatch):
     sources = [{"path": "chats.jsonl", "weight": 3}, {"path": "no/such", "weight": 1}]
     values = {"model": {"path": str(tiny_model_dir)}, "data": {"datasets": sources}}
     Path("run.yaml").write_text(yaml.safe_dump(values))
-    config, _ = read_run(["--config", "run.yaml"])
+    config = RunConfig(**all_options().parse(["--config", "run.yaml"]).values)
     assert [one.weight for one in config.data.datasets] == [3, 1]
     saved = to_values(config)["data"]["datasets"]
     assert [one["path"] for one in saved] == [paths[0], "no/such"]  # a hub id stays one

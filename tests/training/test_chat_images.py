@@ -22,7 +22,6 @@ from pacatune.cli import main
 from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
-from pacatune.training.language import load_tokenizer
 from pacatune.training.task import task_of
 from tests.conftest import build_tokenizer
 from tests.training.runs import write_rows
@@ -113,8 +112,7 @@ def make_run(make_config, model_dir, images, tmp_path):
 
 def read(config):
     task = task_of(config)
-    task.tokenizer = load_tokenizer(config)
-    return task, task.read_data()
+    return task, task.data.examples
 
 
 def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
@@ -150,12 +148,12 @@ def test_it_learns_and_merges(make_run, model_dir, images, tmp_path, console):
 def test_batches_are_those_of_trl(make_run, images):
     rows = [row_of(path, number) for number, path in enumerate(images[:3])]
     task, data = read(make_run(rows, data={"eval_fraction": 0}))
-    batch = task.collator(list(data.train))
+    batch = task.data.collator(list(data.train))
     opened = [
         {"messages": typed(row["messages"]), "images": [Image.open(path)]}
         for row, path in zip(rows, images, strict=False)
     ]
-    theirs = DataCollatorForVisionLanguageModeling(task.processor)(opened)
+    theirs = DataCollatorForVisionLanguageModeling(data.processor)(opened)
     assert batch.keys() == theirs.keys()
     for name in batch.keys() - {"labels"}:
         assert torch.equal(batch[name], theirs[name]), name
@@ -207,4 +205,4 @@ def test_what_cannot_be_done(make_run, tiny_model_dir, images):
             read(make_run(**options))
     mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]
     task, data = read(make_run(mixed, data={"eval_fraction": 0}))
-    assert task.collator(list(data.train))["input_ids"].shape[0] == 2
+    assert task.data.collator(list(data.train))["input_ids"].shape[0] == 2

@@ -7,7 +7,6 @@ import pytest
 from accelerate.utils import DeepSpeedPlugin
 from safetensors.numpy import save_file
 
-from pacatune.training import TASKS
 from pacatune.training.output import (
     TrainedOn,
     check_folder,
@@ -171,7 +170,6 @@ def test_what_fixes_the_split(make_config):
     assert why_fixed(training, iter([])).startswith("a stream is dealt to the processes")
     training.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
     assert why_fixed(training, []).startswith("DeepSpeed reads the states of as many processes")
-    assert {name for name in TASKS if TASKS[name].fixed_split} == {"grpo", "rloo", "kto"}
 
 
 def trained_on(*split):

@@ -8,6 +8,7 @@ from trl import SFTTrainer
 
 from pacatune.training import TASKS, train
 from pacatune.training.image.task import ImageTask, ImageTrainer
+from pacatune.training.language import LanguageTrainer
 from pacatune.training.tasks import load
 from tests.training.runs import QUIET
 
@@ -22,9 +23,10 @@ def replaced():
     """Yield each private method of a trainer of ours, with the trainers that it is put before."""
     found = {}
     for spec in TASKS.values():
-        run = load(spec.run)
-        mixin = ImageTrainer if run is ImageTask else load(spec.mixin)
-        theirs = Trainer if run is ImageTask else load(spec.trainer)
+        make = load(spec.run)
+        is_image = make is ImageTask
+        mixin = ImageTrainer if is_image else make.keywords.get("mixin", LanguageTrainer)
+        theirs = Trainer if is_image else make.keywords["trainer"]
         for kind in mixin.__mro__:
             if kind.__module__.startswith("pacatune."):
                 found.setdefault(kind, set()).add(theirs)

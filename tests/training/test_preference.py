@@ -62,7 +62,7 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
     held_out = task.prepare().evaluation
     batch = task.collate(held_out, range(len(held_out)))
     with torch.no_grad():
-        loss = task.loss(model.eval(), batch)
+        loss = task.prepared.loss(model.eval(), batch)
     assert float(loss) == pytest.approx(report.eval_loss_after, rel=1e-4)
 
 

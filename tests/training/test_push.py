@@ -79,6 +79,7 @@ def test_the_configuration_is_uploaded_where_that_is_said(hub, make_config, tmp_
 def test_a_card_that_the_hub_would_refuse(hub, make_config, tmp_path, console, monkeypatch):
     config = run_of(make_config)
     task = task_of(config)
+    assert task.prepared.pipeline_tag == "text-generation"  # looks at the model
     task.config.model.path = "a--b/c"  # as refused as a path is
     with pytest.raises(ValueError, match=r"a--b/c"):
         card_front(task, "a--b/c")

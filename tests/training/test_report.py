@@ -66,6 +66,7 @@ def test_train_loss_is_the_mean_over_steps():
 )
 def test_card(make_config, tmp_path, method, library, contains):
     task, report = task_of(make_config(method)), make_report(method=method)
+    assert task.prepared.pipeline_tag == "text-generation"  # looks at the model
     task.config.model.path = report.model
     write_card(task, report, tmp_path)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)

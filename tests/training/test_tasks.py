@@ -14,31 +14,36 @@ from transformers import AutoTokenizer, pipeline
 from pacatune.adapters.merge import merge
 from pacatune.cli import main
 from pacatune.data import PreparedData
-from pacatune.data.config import TextClassConfig
+from pacatune.data.config import PreferenceDataConfig, TextClassConfig
 from pacatune.training import TASKS, TaskSpec, preview, train
 from pacatune.training.classifier import sort_labels, split_texts
-from pacatune.training.task import task_of
+from pacatune.training.language import LanguageTask
+from pacatune.training.task import TaskData, task_of
 from pacatune.tuner.defaults import default_targets
 from tests.adapters.fixtures import edit_json
 from tests.training.runs import CHECKPOINTING, QUIET, read_json, write_rows
 
 ORPO = TaskSpec(
+    run="tests.training.test_tasks.orpo",
     arguments="trl.experimental.orpo.ORPOConfig",
-    trainer="trl.experimental.orpo.ORPOTrainer",
-    data="pacatune.data.PreferenceDataConfig",
-    prepare="tests.training.test_tasks.prepare_orpo",
-    tags=("orpo", "trl"),
-    columns=("row",),
+    data=PreferenceDataConfig,
     loss_per="pair",
     metrics={"rewards/accuracies": "held-out accuracy"},
 )
 
 
-def prepare_orpo(task):
-    rows = load_dataset("json", data_files=task.config.data.path, split="train")
+def prepare_orpo(config, tokenizer):
+    rows = load_dataset("json", data_files=config.data.path, split="train")
     rows = rows.add_column("row", list(range(len(rows))))
-    parts = rows.train_test_split(task.config.data.eval_fraction, seed=task.config.data.seed)
-    return PreparedData(parts["train"], parts["test"], 0, [])
+    parts = rows.train_test_split(config.data.eval_fraction, seed=config.data.seed)
+    examples = PreparedData(parts["train"], parts["test"], 0, [])
+    return TaskData(examples=examples, tokenizer=tokenizer, kind=ORPO.kind, columns=("row",))
+
+
+def orpo(config):
+    from trl.experimental.orpo import ORPOTrainer
+
+    return LanguageTask(config, trainer=ORPOTrainer, prepare=prepare_orpo, tags=("orpo", "trl"))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +127,14 @@ def test_preview(make_task_config, rewards_module, console, task, shown):
     preview(make_task_config(task), 2, console=console)
     out = console.file.getvalue()
     assert all(text in out for text in shown), out
+
+
+def test_whose_split_is_fixed(make_task_config, rewards_module):
+    reasons = {
+        name: task_of(make_task_config(name)).prepared.fixed_split
+        for name in ("dpo", "kto", "reward", "grpo", "rloo")
+    }
+    assert {name for name, reason in reasons.items() if reason} == {"kto", "grpo", "rloo"}
 
 
 def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):

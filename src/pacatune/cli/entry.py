@@ -1,6 +1,7 @@
 """The table of commands and what they share: help, version, and clean error lines."""
 
 import importlib.metadata
+import json
 import logging
 import os
 import shlex
@@ -8,6 +9,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from pacatune.names import did_you_mean
 
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`). It has `command`, or `SUBCOMMANDS` by
 # their names: a function whose parameters are the options, or a dataclass with the method `run`.
-# What declares its options otherwise has `run(argv: list[str]) -> int`.
+# What declares its options otherwise has `run(argv: list[str]) -> int`; a run of training has
+# `read`, which makes of the words a `Request` that is carried out.
 COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
@@ -94,9 +98,8 @@ def _main(words: list[str], owns_process: bool) -> int:
         print(f"pacatune {package_version('pacatune')}")
         return 0
     try:
-        if owns_process and (status := _prepare_process(words[0], words[1:], debug)):
-            return status
-        return _run_command(words[0], words[1:])
+        request = _read_apart(words[0], words[1:], debug) if owns_process else None
+        return request if isinstance(request, int) else _run_command(words[0], words[1:], request)
     except SystemExit as end:  # of --help and --print_config
         return int(end.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -122,27 +125,41 @@ def _tell(error: Exception, debug: bool) -> int:
     return EXIT_USER_ERROR
 
 
-def _prepare_process(name: str, argv: list[str], debug: bool) -> int:
+def _read_apart(name: str, argv: list[str], debug: bool) -> dict[str, Any] | int | None:
     """Do without torch and PEFT what can be: they take many seconds to import.
 
-    What only shows options does without them altogether. The words of a run are checked in a copy
-    of this process that does without them; returned is the exit status where they are wrong.
+    What only shows options does without them altogether. The words of a run are read in a copy of
+    this process that does without them: returned is what they ask for, or the exit status where
+    they are wrong, or None where it is not known.
     """
     if name in _RUNS and _SHOWING & {*argv}:
         _hide_torch()
-    elif name in _RUNS and hasattr(os, "fork"):
-        child = os.fork()
-        if child:  # one that was killed has found nothing wrong
-            return max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        status = 0
+    if name not in _RUNS or _SHOWING & {*argv} or not hasattr(os, "fork"):
+        return None
+    reader, writer = Pipe(duplex=False)
+    child = os.fork()
+    if child:
+        writer.close()
         try:
-            _hide_torch()
-            _run_command(name, argv, "check")
-        except (ValueError, OSError) as error:
-            status = _tell(error, debug)
-        finally:
-            os._exit(status)  # anything else is for the run itself to say
-    return 0
+            request = json.loads(reader.recv_bytes())
+        except EOFError:  # one that was killed has found nothing wrong
+            request = None
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return status if status > 0 else request
+    status = 0
+    try:
+        _hide_torch()
+        request = asdict(_module_of(name).read(argv))
+        writer.send_bytes(json.dumps(request, default=_plain).encode())
+    except (ValueError, OSError) as error:
+        status = _tell(error, debug)
+    finally:
+        os._exit(status)  # anything else is for the run itself to say
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON does not know as what YAML would say."""
+    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _hide_torch() -> None:
@@ -153,8 +170,8 @@ def _hide_torch() -> None:
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.msg)
 
 
-def _run_command(name: str, argv: list[str], function: str = "run") -> int:
-    """Import and run a command, or another function of its module."""
+def _module_of(name: str) -> Any:
+    """Import the module of a command."""
     _refuse_other(name, COMMANDS, "command", "pacatune")
     if name in EXTRAS:
         require_extra(f"`pacatune {name}`", EXTRAS[name])
@@ -163,7 +180,16 @@ def _run_command(name: str, argv: list[str], function: str = "run") -> int:
     # Deprecations between the packages that we build on.
     for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
-    module = importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
+    return importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
+
+
+def _run_command(name: str, argv: list[str], request: dict[str, Any] | None = None) -> int:
+    """Import and run a command; `request` is what its words ask for, if they have been read."""
+    module = _module_of(name)
+    if name in _RUNS:
+        from pacatune.cli.run_options import Request
+
+        return (module.read(argv) if request is None else Request(**request)).carry_out()
     called, words = getattr(module, "command", None), [name]
     if hasattr(module, "SUBCOMMANDS"):
         if not argv or argv[0] in ("-h", "--help"):
@@ -172,7 +198,7 @@ def _run_command(name: str, argv: list[str], function: str = "run") -> int:
         _refuse_other(argv[0], module.SUBCOMMANDS, f"command of {name}", f"pacatune {name}")
         called, words, argv = module.SUBCOMMANDS[argv[0]], [name, argv[0]], argv[1:]
     if called is None:
-        return int(getattr(module, function)(argv) or 0)
+        return int(module.run(argv) or 0)
 
     from pacatune.cli.options import from_words
 

@@ -2,26 +2,22 @@
 
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
-
 from pacatune.cli.options import SectionParser, refuse_unknown
-from pacatune.data.config import REASONING_GYM
 from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
-from pacatune.names import choose
 from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_no_weights
-from pacatune.training.config import RunConfig, check_training, sections_of
+from pacatune.training.config import RunConfig, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
 from pacatune.training.folder import check_place
 from pacatune.training.rewards import check_reward
-from pacatune.training.sections import ADAPTER_SECTIONS, check_selection_file
-from pacatune.training.tasks import TASKS, TaskSpec, load
+from pacatune.training.sections import check_selection_file
+from pacatune.training.tasks import TASKS, TaskSpec
 
 _SWITCHES = {
     "resume": "Continue the run in training.output_dir from its last checkpoint.",
@@ -35,6 +31,7 @@ _PUSH = (
     "private with training.hub_private_repo."
 )
 _FLAGS = (*_SWITCHES, "push_to_hub")
+_PRINT = "--print_config"
 
 
 class RunOptions:
@@ -55,7 +52,7 @@ class RunOptions:
         parser = SectionParser(
             self.spec.command,
             f"{self._description} Options of a config file come first, options here override them.",
-            print_config="--print_config",
+            print_config=_PRINT,
         )
         parser.add_argument("--config", action="config", help="YAML file with options.")
         for name, text in _SWITCHES.items():
@@ -72,18 +69,26 @@ class RunOptions:
             parser.set_defaults({"training.optim": "adamw_torch_fused"})
         return parser
 
-    def parse(self, argv: list[str]) -> Namespace:
-        """Parse the words of the command line and its config files; wrong ones are a ValueError."""
+    def parse(self, argv: list[str], preset: Mapping[str, Any] | None = None) -> "Request":
+        """Parse the words of the command line and its config files, once; wrong is a ValueError.
+
+        What they say goes before the preset; what neither says is for `RunConfig` to fill in.
+        """
         self._check_names(argv)
-        shown = {"--print_config": "--print_config=comments"}
-        self._words = [shown.get(word, word) for word in argv]
-        options = self.parser.parse_args(self._words)
-        if options.task != self.task:
+        if _PRINT in argv:
+            self.parser.set_defaults(dict(preset or {}))
+            self.parser.parse_args([_PRINT + "=comments" if w == _PRINT else w for w in argv])
+        given = self.parser.parse_args(argv, defaults=False).as_dict()
+        if (task := given.setdefault("task", self.task)) != self.task:
             raise ValueError(
-                f"`task` ({options.task!r}) of a config file is another one than `--task` "
+                f"`task` ({task!r}) of a config file is another one than `--task` "
                 f"({self.task!r}); give one of them."
             )
-        return options
+        values = {name: given[name] for name in self._names & given.keys()}
+        for name, value in (preset or {}).items():
+            section, _, option = name.partition(".")
+            values.setdefault(section, {}).setdefault(option, value)
+        return Request(values, {name: given[name] for name in self.flags if name in given})
 
     def _check_names(self, argv: list[str]) -> None:
         """Refuse unknown options and unknown keys of config files."""
@@ -105,73 +110,73 @@ class RunOptions:
                 raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
             check_keys(values, known, path)
 
-    def to_config(self, options: Namespace) -> RunConfig:
-        """Build the run, which refuses options that contradict each other."""
-        values = options.as_dict()
-        given = self.parser.parse_args(self._words, defaults=False).as_dict()
-        # What an adapter that is trained on has is no contradiction of a default.
-        values |= {name: given.get(name, {}) for name in ADAPTER_SECTIONS}
-        return RunConfig(**{name: values[name] for name in self._names & values.keys()})
 
-    def check(self, options: Namespace) -> None:
-        """Refuse what can be seen to be wrong without torch, as the run would do later.
+@dataclass(frozen=True)
+class Request:
+    """What the words ask for, in values of JSON: options of a `RunConfig`, and flags."""
 
-        That are values of sections; a model or data that is not there; and data without the columns
+    values: dict[str, Any]
+    flags: dict[str, Any]
+
+    def check(self) -> RunConfig:
+        """Return the run; refuse what can be seen to be wrong without torch, as it would do later.
+
+        That are contradictions; a model or data that is not there; and data without the columns
         of the task. A run that goes on may need no files.
         """
-        choose(options.method, self.spec.methods, option="method")
-        built = {
-            name: kind(**options[name].as_dict())
-            for name, kind in self.sections.items()
-            if name != "training"
-        }
-        for name in ("model", "data"):
-            built[name].refuse_missing()
-        check_training(options.training.as_dict())
-        if METHODS[options.method].is_paca and built["paca"].from_file:
-            check_selection_file(str(built["paca"].selection))
-        goes_on = "resume" in options or "auto_resume" in options
-        if "preview" not in options and "auto_resume" not in options:
-            how = {name: name in options for name in ("resume", "overwrite")}
-            check_place(str(options.training.output_dir), **how)
-        if goes_on:
-            return
-        adapter = options.get("adapter")
-        if adapter is not None and (folder := find_adapter(adapter)) is not None:
+        config, flags = RunConfig(**self.values), self.flags
+        is_paca = METHODS[config.method].is_paca
+        for section in (config.model, config.data):
+            section.refuse_missing()
+        if is_paca and config.paca.from_file:
+            check_selection_file(str(config.paca.selection))
+        if "preview" not in flags and "auto_resume" not in flags:
+            how = {name: name in flags for name in ("resume", "overwrite")}
+            check_place(str(config.training.output_dir), **how)
+        if "resume" in flags or "auto_resume" in flags:
+            return config
+        if config.adapter is not None and (folder := find_adapter(config.adapter)) is not None:
             find_file(folder, "adapter_config.json")
-        _check_files(built["model"], built["data"], self.spec)
-        if "preview" not in options and self.spec.command == "train":
-            refuse_no_weights(built["model"].path)
-        for name in options.get("reward") or ():
-            if not name.startswith(REASONING_GYM):
-                check_reward(name)
+        _check_files(config.model, config.data, config.spec)
+        if "preview" not in flags and not config.spec.is_of_images:
+            refuse_no_weights(config.model.path)
+        for name in config.code():
+            check_reward(name)
+        return config
+
+    def carry_out(self) -> int:
+        """Train as the words say: anew, or going on; or show the data."""
+        from pacatune.training.language import preview
+        from pacatune.training.recipe import start_or_resume, train
+
+        config, how = RunConfig(**self.values), dict(self.flags)
+        if "preview" in how:
+            preview(config, int(how["preview"]))
+            return 0
+        how.pop("preset", None)
+        if "push_config" in how and "push_to_hub" not in how:
+            raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
+        if how.pop("auto_resume", False):
+            if how.keys() & {"resume", "overwrite"}:
+                raise ValueError(
+                    "--auto_resume decides what --resume and --overwrite say; drop these."
+                )
+            start_or_resume(config, **how)
+        else:
+            train(config, **how)
+        return 0
 
 
 def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
     from pacatune.data.prepare import check_first_rows
     from pacatune.data.read import read_template
 
-    is_name = spec.command == "train-image" and "/" not in model.path  # of timm
+    is_name = spec.is_of_images and "/" not in model.path  # of timm
     if not Path(find_model(model.path)).exists() and not is_name:
         refuse_absent(model.path, option="model.path", revision=model.revision)
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
-    check_first_rows(data, load(spec.rows) if spec.rows else None)
-
-
-def carry_out(config: Any, options: Namespace) -> None:
-    """Train as the options say: anew, or going on."""
-    from pacatune.training.recipe import start_or_resume, train
-
-    how = {name: options[name] for name in _FLAGS if name in options}
-    if "push_config" in how and "push_to_hub" not in how:
-        raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
-    if how.pop("auto_resume", False):
-        if how.keys() & {"resume", "overwrite"}:
-            raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
-        start_or_resume(config, **how)
-    else:
-        train(config, **how)
+    check_first_rows(data, spec.rows)
 
 
 def values_of(argv: list[str], flag: str) -> Iterator[str]:

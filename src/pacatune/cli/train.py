@@ -2,48 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from pacatune.cli.run_options import RunOptions, carry_out, values_of
+from pacatune.cli.run_options import Request, RunOptions, values_of
 from pacatune.names import choose
 from pacatune.training.config_file import load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune train` with the words after it; return the exit status."""
-    config, options = read_run(argv)
-    if "preview" in options:
-        from pacatune.training import preview
-
-        preview(config, int(options.preview))
-    else:
-        carry_out(config, options)
-    return 0
-
-
-def check(argv: list[str]) -> None:
-    """Refuse words that can be seen to be wrong without torch."""
-    known = all_options(find_task(argv))
-    known.check(known.parse(take_rewards(argv)[0]))
-
-
-def read_run(argv: list[str]) -> tuple[Any, Namespace]:
-    """Return the run that the words describe, and all options."""
+def read(argv: list[str]) -> Request:
+    """Return what the words ask for; refuse what can be seen to be wrong without torch."""
     words, rewards = take_rewards(argv)
-    known = all_options(find_task(argv))
-    options = known.parse(words)
-    config = known.to_config(options)
-    for name in config.code():
+    request = all_options(find_task(argv)).parse(words)
+    for name in request.check().code():
         if name not in rewards:
             raise ValueError(
                 f"`reward` ({name!r}) is a Python function, and a config file runs no code by "
                 f"itself; give it on the command line: --reward {name}"
             )
-    return config, options
+    return request
 
 
 def names_of_tasks() -> list[str]:

@@ -1,32 +1,18 @@
 """`pacatune train-image`: fine-tune an image classifier on your images."""
 
-from jsonargparse import Namespace
-
-from pacatune.cli.options import quiet_libraries
-from pacatune.cli.run_options import RunOptions, carry_out, values_of
+from pacatune.cli.run_options import Request, RunOptions, values_of
 
 
-def run(argv: list[str]) -> int:
-    """Run `pacatune train-image` with the words after it; return the exit status."""
-    quiet_libraries()
-    known, options = _parse(argv)
-    carry_out(known.to_config(options), options)
-    return 0
-
-
-def check(argv: list[str]) -> None:
-    """Refuse words that can be seen to be wrong without torch."""
-    known, options = _parse(argv)
-    known.check(options)
-
-
-def _parse(argv: list[str]) -> tuple[RunOptions, Namespace]:
+def read(argv: list[str]) -> Request:
+    """Return what the words ask for; refuse what can be seen to be wrong without torch."""
     from pacatune.training.image.config import find_preset
 
-    known = all_options()
+    preset = {}
     for name in values_of(argv, "preset"):
-        known.parser.set_defaults(find_preset(name))
-    return known, known.parse(argv)
+        preset = find_preset(name)
+    request = all_options().parse(argv, preset)
+    request.check()
+    return request
 
 
 def all_options() -> RunOptions:

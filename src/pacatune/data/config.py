@@ -9,9 +9,7 @@ from pacatune.names import check_choices, choose
 REASONING_GYM = "reasoning-gym:"
 """Before the name of a task of the package reasoning-gym: its data, or its verifier."""
 
-TextFormat = Literal[
-    "auto", "messages", "sharegpt", "prompt-completion", "instruction", "text", "mmlu"
-]
+TextFormat = Literal["auto", "messages", "sharegpt", "prompt-completion", "instruction", "text"]
 
 
 @dataclass(kw_only=True)
@@ -149,8 +147,7 @@ class DataConfig(TextDataConfig):
     format: TextFormat = "auto"
     """`messages` (chats), `sharegpt` (column conversations), `prompt-completion` (columns prompt
     and completion, texts or chats), `instruction` (columns instruction, input if any, and output),
-    `text`, `mmlu` (columns question, choices and answer, or MMLU's .csv files; in the words of
-    `pacatune evaluate mmlu`), or `auto`: found from the columns of the first row."""
+    `text`, or `auto`: found from the columns of the first row."""
 
     streaming: bool = False
     """Read and encode training examples while they are trained on, again from the first after the

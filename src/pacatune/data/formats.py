@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,7 @@ COLUMNS = {
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
-    "mmlu": ("question", "choices", "answer"),
 }
-# The letters of MMLU's answers, and what lm-eval 0.4 says before a question.
-_LETTERS = "ABCD"
-_ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
 _ACCEPTED = " | ".join(", ".join(columns) for columns in COLUMNS.values())
 # What chat templates know; the assistant's turns alone are learned.
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
@@ -92,9 +88,7 @@ def to_examples(
         with named(row.place):
             format = _find_format(row.values, format)
             values, column = row.values, COLUMNS[format][-1]
-            if format == "mmlu":
-                values, column = _from_mmlu(values), "completion"
-            elif format == "instruction":
+            if format == "instruction":
                 values, column = _from_instruction(values, has_template), "completion"
             elif COLUMNS[format][0] == column:  # a whole text or chat
                 values = {**values, "prompt": None}
@@ -108,7 +102,7 @@ def _find_format(values: dict[str, Any], format: str) -> str:
     """Return the format that the columns of a row fit, which that of the rows before must be."""
     present = present_columns(values)
     fits = [name for name, needed in COLUMNS.items() if present.issuperset(needed)]
-    if format in fits or format == "mmlu":  # whose check knows its layouts
+    if format in fits:
         return format
     if format == "auto" and fits:
         return fits[0]
@@ -206,39 +200,6 @@ def _from_instruction(values: dict[str, Any], has_template: bool) -> dict[str, A
         prompt = [{"role": "user", "content": "\n\n".join(texts.values())}]
         answer = [{"role": "assistant", "content": answer}]
     return {**values, "prompt": prompt, "completion": answer}
-
-
-def _from_mmlu(values: dict[str, Any]) -> dict[str, Any]:
-    """Return prompt and completion of a question of MMLU, as lm-eval asks it without examples.
-
-    It has the columns of `cais/mmlu` (question, choices, answer; below `train` in the configuration
-    `auxiliary_train`) or of the original CSV files.
-    """
-    nested = values.get("train")
-    values = nested if isinstance(nested, dict) and "question" not in values else values
-    question, choices = values.get("question"), values.get("choices")
-    choices = [values.get(letter) for letter in _LETTERS] if choices is None else choices
-    answer = find_answer(values.get("answer"), _LETTERS)
-    texts = [question, *choices] if isinstance(choices, list) else []
-    is_text = all(isinstance(text, str) for text in texts) and bool(str(question).strip())
-    if not is_text or len(texts) != 1 + len(_LETTERS) or answer is None:
-        raise ValueError(
-            f"{values!r:.160} needs the text question, four texts as choices, and as answer A, B, "
-            "C or D, or a number from 0 to 3. The file may be cut off here; mend or remove the row."
-        )
-    listed = "".join(map("\n{}. {}".format, _LETTERS, choices))
-    subject = str(values.get("subject") or "").replace("_", " ")
-    about = _ABOUT.format(subject) if subject else ""
-    prompt = f"{about}{str(question).strip()}{listed}\nAnswer:"
-    return {"prompt": prompt, "completion": f" {_LETTERS[answer]}"}
-
-
-def find_answer(answer: Any, texts: Sequence[str]) -> int | None:
-    """Return the number of an answer that is one of the texts, or a number from 0."""
-    known = list(texts)
-    if isinstance(answer, str) and answer.strip() in known:
-        return known.index(answer.strip())
-    return answer if type(answer) is int and answer in range(len(known)) else None
 
 
 def _text(values: dict[str, Any], column: str) -> str:

@@ -13,7 +13,6 @@ from pacatune.pretrained import refuse_absent
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-_OF_MMLU = ("question", "A", "B", "C", "D", "answer")
 _EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
 
@@ -46,9 +45,8 @@ def read_rows(
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
-    MMLU's .csv files, which have no header, get the columns that they are known by. `option` is
-    where `path` is from, for messages. With `streaming`, rows of the hub come while they are asked
-    for.
+    `option` is where `path` is from, for messages. With `streaming`, rows of the hub come while
+    they are asked for.
     """
     sources: Iterable[tuple[str, Iterable[Any]]]
     if is_local(path, option, split, name):
@@ -151,10 +149,7 @@ def _read(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as lines:
         if suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # a document may be longer than Python's 131,072
-            *first, last = next(csv.reader(lines), [""])
-            of_mmlu = len(first) == 5 and last in ("A", "B", "C", "D") and "A" not in first
-            lines.seek(0)
-            for values in csv.DictReader(lines, _OF_MMLU if of_mmlu else None, strict=True):
+            for values in csv.DictReader(lines, strict=True):
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
                 yield values

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pacatune.data.formats import find_answer
 from pacatune.data.read import Row, read_rows
 from pacatune.evaluation.harness import Score, require_lm_eval
 from pacatune.evaluation.tasks import evaluate_tasks
@@ -50,7 +49,7 @@ def to_choice_question(row: Row) -> ChoiceQuestion:
     ]
     if all(isinstance(text, str) and text.strip() for text in texts):
         question, *choices, _ = (text.strip() for text in texts)
-        number = find_answer(values.get("answer"), choices)
+        number = _find_answer(values.get("answer"), choices)
         if number is not None and len(set(choices)) == len(choices) > 1:
             return ChoiceQuestion(question, choices, number, prompt and prompt.rstrip())
     raise ValueError(
@@ -58,6 +57,13 @@ def to_choice_question(row: Row) -> ChoiceQuestion:
         "more different choices, and as answer one of them or its number from 0; or BIG-bench's "
         "input and target_scores, with one highest score. Mend or remove it."
     )
+
+
+def _find_answer(answer: Any, texts: list[str]) -> int | None:
+    """Return the number of an answer that is one of the texts, or a number from 0."""
+    if isinstance(answer, str) and answer.strip() in texts:
+        return texts.index(answer.strip())
+    return answer if type(answer) is int and answer in range(len(texts)) else None
 
 
 @dataclass(frozen=True, kw_only=True)

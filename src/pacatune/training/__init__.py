@@ -6,12 +6,12 @@ from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
     from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
-    from pacatune.training.config import ModelConfig, RunConfig
+    from pacatune.training.config import RunConfig
     from pacatune.training.language import preview
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
     from pacatune.training.rewards import RewardError
-    from pacatune.training.sections import LoraSection, MosLoraSection, PacaSection
+    from pacatune.training.sections import LoraSection, ModelConfig, MosLoraSection, PacaSection
     from pacatune.training.tasks import TASKS, TaskSpec
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 

@@ -130,6 +130,11 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
     """Steps in which the learning rate rises; below 1, a share of all steps. A new head
     starts random, and so do the gradients that it sends to the other layers."""
 
+    head_learning_rate: float | None = None
+    """Peak learning rate of a new head, which starts random; where null, 3e-3 beside any method,
+    and `learning_rate` where the head alone is trained. A head that the model has trains as the
+    rest."""
+
     per_device_train_batch_size: int = 16
     """Texts per device and step."""
 

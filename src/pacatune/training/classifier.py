@@ -1,42 +1,64 @@
 """Fine-tuning of a model that tells texts of some classes apart; its head is new."""
 
+import copy
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
 from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import find_examples, hold_out
-from pacatune.training.language import LanguageTask
+from pacatune.training.config import RunConfig
+from pacatune.training.language import LanguageTask, load_model_config
+from pacatune.training.task import TaskData
+from pacatune.training.tasks import READER
 from pacatune.training.trainer import accuracy
 
 
-def prepare(task: LanguageTask) -> PreparedData:
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Read and encode the texts; the model gets a head for their classes."""
-    if task.tokenizer.pad_token is None:
-        task.tokenizer.pad_token = task.tokenizer.eos_token  # as Llama's; saved with the result
-    train, held_out = split_texts(task.config.data)
+    if tokenizer.pad_token is None:  # as Llama's
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token  # saved with the result
+    train, held_out = split_texts(config.data)
     classes = sort_labels(train["label"][:])
-    task.model_options = {
-        "num_labels": len(classes),
-        "id2label": dict(enumerate(classes)),
-        "label2id": {name: number for number, name in enumerate(classes)},
-    }
-    task.length_option = task.less_memory = "`data.max_length`"
-    task.collator = DataCollatorWithPadding(task.tokenizer)
-    task.trainer_options = {"data_collator": task.collator, "compute_metrics": accuracy}
-    rows = encode(task, train, classes)
-    return PreparedData(
-        rows,
-        encode(task, held_out, classes) if len(held_out) else None,
-        max(map(len, rows["input_ids"])),
-        overlap_warning(train["text"][:], held_out["text"][:], "validation texts"),
+    encode = partial(_encode, config.data.max_length, tokenizer, classes)
+    rows, collator = encode(train), DataCollatorWithPadding(tokenizer)
+    return TaskData(
+        examples=PreparedData(
+            rows,
+            encode(held_out) if len(held_out) else None,
+            max(map(len, rows["input_ids"])),
+            overlap_warning(train["text"][:], held_out["text"][:], "validation texts"),
+        ),
+        tokenizer=tokenizer,
+        kind=READER,
+        collator=collator,
+        model_options={
+            "num_labels": len(classes),
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+        },
+        trainer_options={"data_collator": collator, "compute_metrics": accuracy},
+        has_new_head=not _has_head(load_model_config(config), len(classes)),
+        length_option="`data.max_length`",
+        less_memory="`data.max_length`",
     )
+
+
+classifier = partial(LanguageTask, trainer=Trainer, prepare=prepare)
+
+
+def _has_head(model_config: Any, num_classes: int) -> bool:
+    """Whether the weights of a model have a head for as many classes, which is trained on."""
+    names = " ".join(model_config.architectures or ())
+    return "ForSequenceClassification" in names and model_config.num_labels == num_classes
 
 
 def sort_labels(labels: Iterable[str]) -> list[str]:
@@ -47,13 +69,14 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
     return sorted(classes)
 
 
-def encode(task: LanguageTask, texts: Dataset, classes: list[str]) -> Dataset:
+def _encode(
+    limit: int | None, tokenizer: PreTrainedTokenizerBase, classes: list[str], texts: Dataset
+) -> Dataset:
     """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
     labels = texts["label"][:]
     if unknown := sorted({*labels} - {*classes}):
         raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
-    limit = task.config.data.max_length
-    columns: Any = task.tokenizer(texts["text"][:], truncation=True, max_length=limit)
+    columns: Any = tokenizer(texts["text"][:], truncation=True, max_length=limit)
     columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
     return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))})
 

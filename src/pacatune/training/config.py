@@ -10,56 +10,25 @@ from typing import Any, Literal
 from pacatune.data.config import REASONING_GYM
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
-from pacatune.names import check_choices, choose, suggest
-from pacatune.precision import Dtype
-from pacatune.pretrained import refuse_no_path
+from pacatune.names import choose, suggest
 from pacatune.training.sections import (
     ADAPTER_SECTIONS,
     LoraSection,
     MosLoraSection,
     PacaSection,
 )
-from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec, load
+from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec
+
+HEAD_RATE = 3e-3
+"""Learning rate of a new head, beside any method."""
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
 _ABOVE_ZERO = (
-    *("learning_rate", "max_length", "save_total_limit"),
+    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "eval_steps", "save_steps"),
 )
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The pretrained model. Code that comes with a model is never executed."""
-
-    path: str = ""
-    """Hub id or local folder of a causal language model. Required."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    dtype: Dtype = "auto"
-    """Type of the weights. `auto`: the checkpoint's, but float32 for full fine-tuning and where
-    the device computes in the checkpoint's type slowly."""
-
-    quantization: Literal["nf4", "fp4", "int8"] | None = None
-    """Hold the frozen weights in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; null: as they
-    are. The method paca is then QPaCA."""
-
-    double_quantization: bool = True
-    """With 4 bits, quantise the scales of the weights too."""
-
-    attn_implementation: str | None = None
-    """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
-
-    def __post_init__(self) -> None:
-        check_choices(self, "model.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no model."""
-        refuse_no_path(self.path, "train")
 
 
 @cache
@@ -69,8 +38,8 @@ def sections_of(task: str) -> dict[str, type[Any]]:
 
     spec = TASKS[task]
     return {
-        "model": load(spec.model),
-        "data": load(spec.data),
+        "model": spec.model,
+        "data": spec.data,
         "paca": PacaSection,
         "lora": LoraSection,
         "moslora": MosLoraSection,
@@ -153,9 +122,15 @@ class RunConfig:
         self._typed = {n: {*s} if isinstance(s, Mapping) else set() for n, s in sections.items()}
         for name, kind in sections_of(self.task).items():
             setattr(self, name, _section(name, getattr(self, name), kind))
-        self.settled()
+        self.checked()
 
     def settled(self) -> "RunConfig":
+        """Return a `checked` copy that says what it does on this machine."""
+        run = self.checked()
+        run.training.pin_bf16()
+        return run
+
+    def checked(self) -> "RunConfig":
         """Return a copy, sections too, in which what one option leaves to another is filled in.
 
         Raises:
@@ -264,13 +239,27 @@ class RunConfig:
         training = self.training
         if training.learning_rate is None:
             training.learning_rate = default_rate(spec, self.method)
+        if hasattr(training, "head_learning_rate"):
+            self._settle_head_rate(training)
         check_training(vars(training))
-        training.pin_bf16()
         if self.early_stopping_patience is not None:
             training.load_best_model_at_end = True
         if training.load_best_model_at_end or training.save_strategy == "best":
             best = "eval_reward" if spec.is_rewarded else "eval_loss"
             training.metric_for_best_model = training.metric_for_best_model or best
+
+    def _settle_head_rate(self, training: Any) -> None:
+        """Fill in the learning rate of a new head: the same one beside any method."""
+        given, rate = training.head_learning_rate, training.learning_rate
+        is_alone = self.method == "head"
+        if is_alone and given not in (None, rate):
+            raise ValueError(
+                f"`training.head_learning_rate` ({given}) is another rate than "
+                f"`training.learning_rate` ({rate}), and `method` ('head') trains nothing else; "
+                "set one of them."
+            )
+        if given is None:
+            training.head_learning_rate = rate if is_alone else HEAD_RATE
 
     def _settle_evaluation(self) -> None:
         """Hold nothing out where nothing is evaluated; refuse what asks for it all the same."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
-from pacatune.data import PreparedData, row_digests, show_preview
+from pacatune.data import row_digests, show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.files.owned_folder import to_json
@@ -34,90 +35,96 @@ from pacatune.training.task import (
     Plan,
     Prepared,
     Task,
+    TaskData,
     make_adapter_config,
     make_plan,
     make_trainable,
     task_of,
 )
-from pacatune.training.tasks import load
+from pacatune.training.tasks import READER
 from pacatune.training.trainer import RunTrainer
 
 
 class LanguageTask(Task):
-    """A run on a language model; its row of the table says which.
+    """A run on a language model; a row of the table says of what kind.
 
-    The row's `prepare` reads the data, and may set any of the attributes.
+    Args:
+        config: The run.
+        trainer: TRL's or transformers' class.
+        prepare: Reads and encodes the data of a run, given its tokenizer.
+        mixin: Class of ours that is put before the trainer; `LanguageTrainer` where None.
+        tags: Tags of the model card, beside the method's.
     """
 
     unit = "tokens"
-    less_memory = "`training.max_length`, or set `training.gradient_checkpointing` to true"
 
-    length_option = "`training.max_length`"
-    """What to lower where examples are longer than the model's positions."""
-    tokenizer: PreTrainedTokenizerBase
-    processor: Any = None
-    """What makes images into tensors, where the data has some."""
-    collator: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of rows by which columns are chosen; None: pads what is learned of them."""
-
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        trainer: type[Any],
+        prepare: Callable[[RunConfig, PreTrainedTokenizerBase], TaskData],
+        mixin: type[Any] | None = None,
+        tags: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(config)
-        self.auto_class = self.spec.auto_class
-        self.task_type = self.spec.task_type
-        self.model_options: dict[str, Any] = {}
-        """Changes to the configuration of the model."""
-        self.trainer_options: dict[str, Any] = {}
-        """More arguments of the trainer."""
+        bases = mixin or LanguageTrainer, trainer
+        self.trainer_class: type[Any] = type(trainer.__name__, bases, {})
+        self.tags, self._prepare_data = tags, prepare
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The data, read when it is first asked for."""
+        return self._prepare_data(self.config, load_tokenizer(self.config))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer with the chat template and stop token of the run."""
+        return self.data.tokenizer
 
     def plan(self) -> Plan:
         """Say what would be trained; only the model's configuration is read, if that says it."""
-        if self.task_type == "SEQ_CLS":
-            self.read_data()  # has the classes of the head
-        return self.plan_training()[0]
+        return self.plan_training(self.data if self.spec.kind is READER else None)[0]
 
-    def plan_training(self) -> tuple[Plan, PeftConfig | None, int | None]:
-        """Plan what is trained of a model without weights.
+    def plan_training(
+        self, data: TaskData | None = None
+    ) -> tuple[Plan, PeftConfig | None, int | None]:
+        """Plan what is trained of a model without weights, as the data asks for it.
 
         Returns the adapter's configuration with its targets too, and the longest sequence that the
         model has positions for.
         """
-        config, model_config = self.config, _load_model_config(self.config)
-        model_config.update(self.model_options)
-        if (kind := config.model.quantization) is not None:
+        config, model_config = self.config, load_model_config(self.config)
+        kind = self.spec.kind if data is None else data.kind
+        model_config.update({} if data is None else dict(data.model_options))
+        if (bits := config.model.quantization) is not None:
             path = config.model.path
-            pretrained.check_quantizable(kind, model_config, path, option="model.quantization")
+            pretrained.check_quantizable(bits, model_config, path, option="model.quantization")
         model = pretrained.empty_model(
-            getattr(transformers, self.auto_class),
+            getattr(transformers, kind.auto_class),
             model_config,
             attn_implementation=config.model.attn_implementation,
         )
-        adapter = make_adapter_config(config, model, task_type=self.task_type)
+        adapter = make_adapter_config(config, model, task_type=kind.task_type)
         plan = make_plan(model, adapter, config)
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return plan, adapter, positions
 
-    def read_data(self) -> PreparedData:
-        """Read, encode and check the data, as the row of the task says."""
-        self.tokenizer = load_tokenizer(self.config)
-        data: PreparedData = load(self.spec.prepare)(self)
-        return data
-
     def prepare(self) -> Prepared:
         """Load the tokenizer, encode the data, plan what is trained."""
-        config, data = self.config, self.read_data()
-        plan, adapter_config, max_positions = self.plan_training()
+        config, found, data = self.config, self.data, self.data.examples
+        plan, adapter_config, max_positions = self.plan_training(found)
+        warnings = list(data.warnings)
         if max_positions is not None and data.longest > max_positions:
-            data.warnings.append(
+            warnings.append(
                 f"the longest training example has {data.longest} tokens, but the model was made "
-                f"for {max_positions}; lower {self.length_option}."
+                f"for {max_positions}; lower {found.length_option}."
             )
         held_out = 0 if data.evaluation is None else len(data.evaluation)
         rows = data.train if data.sample is None else data.sample
         how_many = f"{len(rows):,}" if data.sample is None else "streamed"
         parts = [rows, *([] if data.evaluation is None else [data.evaluation])]
-        digests = b"".join(
-            digest for part in parts for digest in row_digests(part, self.spec.columns)
-        )
+        digests = b"".join(digest for part in parts for digest in row_digests(part, found.columns))
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
@@ -126,15 +133,20 @@ class LanguageTask(Task):
             adapter_config=adapter_config,
             plan=plan,
             model=model_path(config),
+            pipeline_tag=found.kind.pipeline_tag,
             dtype=dtype_name(weights_dtype(config)),
-            warnings=data.warnings,
+            less_memory=found.less_memory,
+            loss=found.loss,
+            has_new_head=found.has_new_head,
+            fixed_split=found.fixed_split,
+            warnings=warnings,
         )
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some rows as one padded batch with labels."""
         rows = [examples[place] for place in places]
-        if self.collator is not None:
-            return dict(self.collator(rows))
+        if self.data.collator is not None:
+            return dict(self.data.collator(rows))
         collator = DataCollatorForLanguageModeling(pad_id(self.tokenizer))
         return dict(collator([self._learned(row) for row in rows]))
 
@@ -156,14 +168,14 @@ class LanguageTask(Task):
 
     def load_model(self) -> nn.Module:
         """Load the weights in the type that the run asks for."""
-        config, dtype = self.config, weights_dtype(self.config)
+        config, dtype, data = self.config, weights_dtype(self.config), self.data
         options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
-        options |= quantization_options(config, dtype) | self.model_options
-        if "num_labels" in self.model_options:
+        options |= quantization_options(config, dtype) | dict(data.model_options)
+        if "num_labels" in data.model_options:
             options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
         with suppress_seqcls_warning():  # that a head is new
             model: nn.Module = pretrained.load_weights(
-                getattr(transformers, self.auto_class),
+                getattr(transformers, data.kind.auto_class),
                 model_path(config),
                 dtype=dtype,
                 revision=config.model.revision,
@@ -177,16 +189,14 @@ class LanguageTask(Task):
         self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
     ) -> Any:
         """Return the trainer with ours before it; TRL's put the adapter on the model."""
-        theirs = load(self.spec.trainer)
         if self.spec.is_of_trl:
             options["peft_config"] = adapter_config
         else:
             model = make_trainable(model, adapter_config, self.config.method)
-        kind = type(theirs.__name__, (load(self.spec.mixin), theirs), {})
-        return kind(
+        return self.trainer_class(
             model=model,
-            processing_class=self.processor or self.tokenizer,
-            **{**options, **self.trainer_options},
+            processing_class=self.data.examples.processor or self.tokenizer,
+            **{**options, **self.data.trainer_options},
         )
 
     def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
@@ -228,15 +238,15 @@ class LanguageTask(Task):
 
     def how_to_load(self, report: Report) -> str:
         """Return code that loads the model, or the adapter on its base, and pacatune's commands."""
-        method, auto_class = METHODS[self.config.method], self.auto_class
+        method, (auto_class, task_type, _) = METHODS[self.config.method], self.data.kind
         if not method.has_adapter:
             return (
                 f"```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
                 f'model = {auto_class}.from_pretrained("FOLDER")\n'
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
             )
-        options = dict(self.model_options)
-        if self.task_type == "SEQ_CLS":
+        options = dict(self.data.model_options)
+        if task_type == "SEQ_CLS":
             options["pad_token_id"] = pad_id(self.tokenizer)
         changes = "".join(f", {name}={value!r}" for name, value in options.items())
         code = (
@@ -249,10 +259,10 @@ class LanguageTask(Task):
         kind = "PaCA" if method.is_paca else method.title
         both = f"--model {report.model} --adapter FOLDER"
         commands = [f"pacatune merge {both} --output MERGED      # a plain model"]
-        if self.task_type != "SEQ_CLS":  # the others are for models that write
+        if task_type != "SEQ_CLS":  # the others are for models that write
             export = f"pacatune export {both} --to lora --output LORA"
             commands.append(f"{export}  # an exact LoRA adapter, for any server")
-        if self.task_type == "CAUSAL_LM":
+        if task_type == "CAUSAL_LM":
             commands.insert(0, f'pacatune generate {both} --prompt "..."')
         return (
             f"Install pacatune ({repository_command()}), then:\n\n"
@@ -383,7 +393,7 @@ def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any
 
 def weights_dtype(config: RunConfig) -> torch.dtype:
     """Return the type in which the weights of the run's model are held."""
-    checkpoint = getattr(_load_model_config(config), "dtype", None)
+    checkpoint = getattr(load_model_config(config), "dtype", None)
     return choose_dtype(
         config.model.dtype,
         checkpoint if isinstance(checkpoint, torch.dtype) else None,
@@ -393,7 +403,8 @@ def weights_dtype(config: RunConfig) -> torch.dtype:
     )
 
 
-def _load_model_config(config: RunConfig) -> Any:
+def load_model_config(config: RunConfig) -> Any:
+    """Return the configuration of the base."""
     return pretrained.load_config(model_path(config), revision=config.model.revision)
 
 
@@ -403,6 +414,6 @@ def preview(config: RunConfig, num_examples: int, *, console: Console | None = N
     if not isinstance(task, LanguageTask):
         raise ValueError(f"`task` ({config.task!r}) has no texts to show; preview is for others.")
     console = main_console(task.config, console)
-    data = task.read_data()
+    data = task.data.examples
     task.show(data.train if data.sample is None else data.sample, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -4,17 +4,22 @@ The reference of DPO and KTO is the model itself with the adapter off; no second
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from pacatune.data import PreparedData
 from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
+from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, pad_id
+from pacatune.training.task import TaskData
+from pacatune.training.tasks import READER, WRITER
 
 
 class PreparedTrainer(LanguageTrainer):
@@ -24,28 +29,51 @@ class PreparedTrainer(LanguageTrainer):
         return dataset
 
 
-def prepare_dpo(task: LanguageTask) -> PreparedData:
+def prepare_dpo(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Encode pairs of answers."""
-    return prepare_pairs(*_encoding(task))
+    return TaskData(
+        examples=prepare_pairs(*_encoding(config, tokenizer)),
+        tokenizer=tokenizer,
+        kind=WRITER,
+        columns=("prompt_ids", "chosen_ids", "rejected_ids"),
+    )
 
 
-def prepare_kto(task: LanguageTask) -> PreparedData:
+def prepare_kto(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
-    training = task.config.training
-    data = prepare_judged(*_encoding(task))
-    if training.loss_type == "apo_zero_unpaired":
-        return data
-    size = training.per_device_train_batch_size
-    evaluation = None if data.evaluation is None else with_neighbours(data.evaluation, size)
-    return replace(data, train=with_neighbours(data.train, size), evaluation=evaluation)
+    training, data = config.training, prepare_judged(*_encoding(config, tokenizer))
+    if training.loss_type != "apo_zero_unpaired":
+        size, held_out = training.per_device_train_batch_size, data.evaluation
+        held_out = None if held_out is None else with_neighbours(held_out, size)
+        data = replace(data, train=with_neighbours(data.train, size), evaluation=held_out)
+    return TaskData(
+        examples=data,
+        tokenizer=tokenizer,
+        kind=WRITER,
+        columns=("prompt_ids", "completion_ids", "label"),
+        fixed_split="KTO compares an answer with its neighbour in the batch of a process",
+    )
 
 
-def prepare_reward(task: LanguageTask) -> PreparedData:
+def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
-    task.model_options = {"num_labels": 1}
-    task.collator = DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer))
-    task.loss = loss_of_scores
-    return prepare_pairs(*_encoding(task, learn_all=True))
+    return TaskData(
+        examples=prepare_pairs(*_encoding(config, tokenizer, learn_all=True)),
+        tokenizer=tokenizer,
+        kind=READER,
+        columns=("chosen_ids", "rejected_ids"),
+        collator=DataCollatorForPreference(pad_token_id=pad_id(tokenizer)),
+        loss=loss_of_scores,
+        model_options={"num_labels": 1},
+    )
+
+
+_row = partial(LanguageTask, mixin=PreparedTrainer)
+dpo = partial(_row, trainer=DPOTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
+kto = partial(_row, trainer=KTOTrainer, prepare=prepare_kto, tags=("kto", "trl"))
+reward = partial(
+    _row, trainer=RewardTrainer, prepare=prepare_reward, tags=("reward-trainer", "trl")
+)
 
 
 def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -57,12 +85,14 @@ def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return -logsigmoid(chosen - rejected).mean()
 
 
-def _encoding(task: LanguageTask, learn_all: bool = False) -> tuple[Any, Encoder, int | None]:
+def _encoding(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, learn_all: bool = False
+) -> tuple[Any, Encoder, int | None]:
     """Return what the preparation of the data takes."""
-    config, training = task.config, task.config.training
+    training = config.training
     encoder = Encoder(
-        tokenizer=task.tokenizer,
-        stop_ids=find_stop_ids(config, task.tokenizer),
+        tokenizer=tokenizer,
+        stop_ids=find_stop_ids(config, tokenizer),
         max_length=training.max_length,
         learn_all=learn_all,
     )

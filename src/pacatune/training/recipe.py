@@ -128,7 +128,7 @@ def train(
         card_front(task, prepared.model)
     now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
-        fixed = task.spec.fixed_split or why_fixed(config.training, prepared.train)
+        fixed = prepared.fixed_split or why_fixed(config.training, prepared.train)
         checkpoint = find_checkpoint(now, folder, fixed=fixed)
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
@@ -189,7 +189,7 @@ def prepare(task: Task, console: Console) -> Prepared:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    prepared = task.prepare()
+    prepared = task.prepared
     check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
@@ -248,7 +248,7 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     number = len(prepared.train) if has_length(prepared.train) else 0
     batches = share_of_batches(number, config, partial(task.collate, prepared.train))
     adapter_config = choose_from_data(
-        config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=task.loss
+        config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=prepared.loss
     )
     trainer = task.make_trainer(
         model,
@@ -259,6 +259,7 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
         callbacks=[],
     )
     trainer.trained_on = TrainedOn.of(prepared.fingerprint, arguments)
+    trainer.has_new_head = prepared.has_new_head
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
         load_values(trainer.model, start)
@@ -316,7 +317,7 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         raise ValueError(
             f"the device ran out of memory ({str(error).partition('.')[0]}); lower "
             "`training.per_device_train_batch_size` (and raise gradient_accumulation_steps) or "
-            f"{task.less_memory}."
+            f"{task.prepared.less_memory}."
         ) from error
     finally:
         progress.close()

@@ -182,8 +182,8 @@ def card_front(task: "Task", model: str) -> str:
     front = {
         "base_model": model,
         "library_name": "peft" if method.has_adapter else "transformers",
-        "pipeline_tag": task.pipeline_tag,
-        "tags": sorted({task.config.method, "pacatune", *task.spec.tags}),
+        "pipeline_tag": task.prepared.pipeline_tag,
+        "tags": sorted({task.config.method, "pacatune", *task.tags}),
     }
     if Path(task.config.model.path).expanduser().exists():
         del front["base_model"]

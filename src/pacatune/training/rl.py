@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
+from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
-from pacatune.data import PreparedData
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
+from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer
 from pacatune.training.output import last_checkpoint
 from pacatune.training.rewards import RewardError, load_rewards
+from pacatune.training.task import TaskData
+from pacatune.training.tasks import WRITER
 
 
 class SamplingTrainer(LanguageTrainer):
@@ -144,13 +148,24 @@ class SamplingTrainer(LanguageTrainer):
             logs["eval_reward"] = math.nan
 
 
-def prepare(task: LanguageTask) -> PreparedData:
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Read the prompts, and find the rewards."""
-    config, training = task.config, task.config.training
-    task.less_memory = task.less_memory.replace("max_length", "max_completion_length")
-    task.length_option = "`training.max_completion_length`, or shorten the prompts"
-    length = training.max_completion_length or 0
-    data = prepare_prompts(config.data, task.tokenizer, num_new_tokens=length)
+    length = config.training.max_completion_length or 0
+    data = prepare_prompts(config.data, tokenizer, num_new_tokens=length)
     rewards = load_rewards(config.reward, config.data, list(data.train[0]))
-    task.trainer_options = {"reward_funcs": rewards}
-    return data
+    option = "`training.max_completion_length`"
+    return TaskData(
+        examples=data,
+        tokenizer=tokenizer,
+        kind=WRITER,
+        columns=("row",),
+        trainer_options={"reward_funcs": rewards},
+        fixed_split="each process samples answers of its own",
+        length_option=f"{option}, or shorten the prompts",
+        less_memory=f"{option}, or set `training.gradient_checkpointing` to true",
+    )
+
+
+_row = partial(LanguageTask, mixin=SamplingTrainer, prepare=prepare)
+grpo = partial(_row, trainer=GRPOTrainer, tags=("grpo", "trl"))
+rloo = partial(_row, trainer=RLOOTrainer, tags=("rloo", "trl"))

@@ -1,4 +1,4 @@
-"""The sections of a run that say what adapter is trained: `paca`, `lora` and `moslora`."""
+"""The sections of a run that say what is trained: the model, and its adapter."""
 
 import copy
 from dataclasses import dataclass, fields
@@ -7,10 +7,69 @@ from typing import Any, Literal
 
 from pacatune.format.options import PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
-from pacatune.names import suggest
+from pacatune.names import check_choices, suggest
+from pacatune.precision import Dtype
+from pacatune.pretrained import refuse_no_path
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora", "moslora")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model. Code that comes with a model is never executed."""
+
+    path: str = ""
+    """Hub id or local folder of a causal language model. Required."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    dtype: Dtype = "auto"
+    """Type of the weights. `auto`: the checkpoint's, but float32 for full fine-tuning and where
+    the device computes in the checkpoint's type slowly."""
+
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    """Hold the frozen weights in 4 bits (nf4, fp4) or 8 (int8), by bitsandbytes; null: as they
+    are. The method paca is then QPaCA."""
+
+    double_quantization: bool = True
+    """With 4 bits, quantise the scales of the weights too."""
+
+    attn_implementation: str | None = None
+    """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model.")
+
+    def refuse_missing(self) -> None:
+        """Refuse a section that says no model."""
+        refuse_no_path(self.path, "train")
+
+
+@dataclass(kw_only=True)
+class ImageModelConfig:
+    """The pretrained model. Code that comes with a model is never executed."""
+
+    path: str = ""
+    """Hub id (of transformers, or timm/...), name of a timm model, or local folder of an image
+    model. Required."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+
+    dtype: Literal["float32", "bfloat16", "fp32", "bf16"] = "float32"
+    """Type of the weights. bfloat16 halves their memory, and a head in it learns less exactly."""
+
+    attn_implementation: str | None = None
+    """Attention: eager, sdpa, ...; the model's own choice where null."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "model.")
+
+    def refuse_missing(self) -> None:
+        """Refuse a section that says no model."""
+        refuse_no_path(self.path, "train-image")
 
 
 @dataclass(kw_only=True)

@@ -5,22 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import (
     DataCollatorForLanguageModeling,
     DataCollatorForVisionLanguageModeling,
 )
 
-from pacatune.data import PreparedData, prepare_data
+from pacatune.data import prepare_data
 from pacatune.data.encode import IGNORED
 from pacatune.data.formats import open_image
 from pacatune.pretrained import load_processor
+from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
+from pacatune.training.task import TaskData
+from pacatune.training.tasks import WRITER, ModelKind
 
 
-def prepare(task: LanguageTask) -> PreparedData:
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Read, encode and check texts or chats; the model is another one where they have images."""
-    config, training = task.config, task.config.training
+    training = config.training
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
             "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
@@ -31,24 +36,29 @@ def prepare(task: LanguageTask) -> PreparedData:
     splits = training.packing and training.packing_strategy == "bfd_split"
     data = prepare_data(
         config.data,
-        task.tokenizer,
+        tokenizer,
         max_length=None if splits else training.max_length,
-        stop_ids=find_stop_ids(config, task.tokenizer),
+        stop_ids=find_stop_ids(config, tokenizer),
         num_processes=training.dataset_num_proc,
-        load_processor=partial(_load_processor, task),
+        load_processor=partial(_load_processor, config, tokenizer),
     )
-    if data.processor is not None:
-        if training.packing or training.padding_free:
-            raise ValueError(
-                "`training.packing` and `training.padding_free` are for texts, and the data has "
-                "images; drop them."
-            )
-        task.auto_class, task.task_type = "AutoModelForImageTextToText", None
-        task.pipeline_tag, task.processor = "image-text-to-text", data.processor
-        task.collator = task.trainer_options["data_collator"] = partial(
-            collate_images, collate=DataCollatorForVisionLanguageModeling(data.processor)
+    if data.processor is None:
+        return TaskData(examples=data, tokenizer=tokenizer, kind=WRITER)
+    if training.packing or training.padding_free:
+        raise ValueError(
+            "`training.packing` and `training.padding_free` are for texts, and the data has "
+            "images; drop them."
         )
-    return data
+    collator = partial(
+        collate_images, collate=DataCollatorForVisionLanguageModeling(data.processor)
+    )
+    return TaskData(
+        examples=data,
+        tokenizer=tokenizer,
+        kind=ModelKind("AutoModelForImageTextToText", None, "image-text-to-text"),
+        collator=collator,
+        trainer_options={"data_collator": collator},
+    )
 
 
 def _check_stream(training: Any) -> None:
@@ -66,11 +76,10 @@ def _check_stream(training: Any) -> None:
             )
 
 
-def _load_processor(task: LanguageTask) -> Any:
-    model = task.config.model
-    processor = load_processor(model_path(task.config), revision=model.revision)
-    if task.config.data.chat_template is not None:
-        processor.chat_template = task.tokenizer.chat_template
+def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
+    processor = load_processor(model_path(config), revision=config.model.revision)
+    if config.data.chat_template is not None:
+        processor.chat_template = tokenizer.chat_template
     return processor
 
 
@@ -129,6 +138,11 @@ class TextTrainer(LanguageTrainer):
         if learned := int((labels[:, 1:] != IGNORED).sum()) * (number > 0):
             self._evaluated += torch.tensor([float(loss.detach()) * learned, learned])
         return result
+
+
+sft = partial(
+    LanguageTask, trainer=SFTTrainer, mixin=TextTrainer, prepare=prepare, tags=("sft", "trl")
+)
 
 
 def packs(training: Any, attention: str | None) -> bool:

@@ -5,21 +5,24 @@ What tasks have in common is here too: the adapter, and the plan of what it trai
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
+from pacatune.data import PreparedData
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
 from pacatune.training.start import read_start, settle
-from pacatune.training.tasks import TaskSpec, load
+from pacatune.training.tasks import ModelKind, TaskSpec, load
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,33 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """What a task on a language model makes of its data, and what that asks of the others."""
+
+    examples: PreparedData
+    tokenizer: PreTrainedTokenizerBase
+    kind: ModelKind
+    columns: tuple[str, ...] = ("input_ids", "labels")
+    """Those by which a resumed run knows the data again."""
+    collator: Callable[[list[Any]], Any] | None = None
+    """Makes a batch of rows by which columns are chosen; None: pads what is learned of them."""
+    loss: Callable[[Any, Any], Tensor] | None = None
+    """Loss of a model on such a batch; the model's own where None."""
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    """Changes to the configuration of the model."""
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of the trainer."""
+    has_new_head: bool = False
+    """Whether the model gets a head for its classes."""
+    fixed_split: str | None = None
+    """Why a run must go on with the processes and batches that it began with; None: it need not."""
+    length_option: str = "`training.max_length`"
+    """What to lower where examples are longer than the model's positions."""
+    less_memory: str = "`training.max_length`, or set `training.gradient_checkpointing` to true"
+    """Options that save memory, for the message when there is too little."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What is known before the weights are loaded."""
 
@@ -61,26 +91,30 @@ class Prepared:
     plan: Plan
     model: str
     """Hub id, or absolute path of the model's folder."""
+    pipeline_tag: str
+    """The hub's name of what the model does."""
     dtype: str
     """Name of the type that the weights are held in."""
-    warnings: list[str] = field(default_factory=list)
-    """What looks wrong with data or model."""
-
-
-class Task(ABC):
-    """One run; it keeps what it has found out about data and model.
-
-    The recipe calls `prepare`, `load_model` and `make_trainer`, in this order; after training
-    `results`, `write` and `how_to_load`.
-    """
-
-    unit: ClassVar[str]
-    """What is trained on and counted, such as `tokens`."""
     less_memory: str
     """Options that save memory, for the message when there is too little."""
     loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""
+    has_new_head: bool = False
+    """Whether the model gets a head for its classes, which learns at a rate of its own."""
+    fixed_split: str | None = None
+    """Why a run must go on with the processes and batches that it began with; None: it need not."""
+    warnings: list[str] = field(default_factory=list)
+    """What looks wrong with data or model."""
+
+
+class Task(ABC):
+    """One run, whose methods may be called in any order: what they need is found out by then."""
+
+    unit: ClassVar[str]
+    """What is trained on and counted, such as `tokens`."""
+    tags: tuple[str, ...] = ()
+    """Tags of the model card, beside the method's."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = settle(config)
@@ -88,11 +122,15 @@ class Task(ABC):
         """What config.yaml says of the run."""
         self.config.training = self.config.training.resolved()
         self.spec: TaskSpec = self.config.spec
-        self.pipeline_tag = self.spec.pipeline_tag
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """What is known before the weights are loaded, found out when it is first asked for."""
+        return self.prepare()
 
     def plan(self) -> Plan:
         """Say what would be trained, with no weight and no more data than that takes."""
-        return self.prepare().plan
+        return self.prepared.plan
 
     @abstractmethod
     def prepare(self) -> Prepared:

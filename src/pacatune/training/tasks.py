@@ -3,65 +3,73 @@
 A new task of TRL is a row and, where its data is of a new kind, one function that prepares it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
+from pacatune.data.config import (
+    DataConfig,
+    DataSection,
+    ImageDataConfig,
+    PreferenceDataConfig,
+    PromptDataConfig,
+    TextClassConfig,
+)
+from pacatune.data.formats import to_examples, to_texts
+from pacatune.data.preference import to_judged, to_pairs
+from pacatune.data.prompts import to_prompts
 from pacatune.methods import CLASSIFIER_METHODS, TEXT_METHODS
+from pacatune.training.sections import ImageModelConfig, ModelConfig
 
 DEFAULT_TASK = "sft"
 _CUT = "examples are cut at their end; shorten them yourself"
 _REFERENCE = {"sync_ref_model": "the reference is the pretrained model, with the adapter off"}
+_TEMPLATE = {"chat_template_path": "set `data.chat_template`"}
+
+
+class ModelKind(NamedTuple):
+    """What a model does, in the words of transformers, PEFT and the hub."""
+
+    auto_class: str
+    """Class of transformers that loads it."""
+    task_type: str | None
+    pipeline_tag: str
+
+
+WRITER = ModelKind("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
+READER = ModelKind("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification")
+VIEWER = ModelKind("AutoModelForImageClassification", None, "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
-    """What tells one task from another. Classes and functions are named as `module.name`."""
+    """What tells one task from another, known without torch.
 
+    `run` and `arguments` are named as `module.name`, since they import torch and TRL.
+    """
+
+    run: str
+    """Makes the `Task` of a `RunConfig`: a class, or `LanguageTask` with its trainer."""
     arguments: str
     """TRL's or transformers' class of arguments, or one of ours that begins with
     `SharedDefaults`."""
-    data: str
+    data: type[DataSection]
     """Class of the section `data`."""
-    rows: str = ""
-    """Function that makes examples of rows, or says what is wrong with the first of them."""
-    trainer: str = "transformers.Trainer"
-    prepare: str = ""
-    """Function that reads and encodes the data of a `LanguageTask`, and tells it what else the
-    trainer needs; it returns a `PreparedData`."""
-    mixin: str = "pacatune.training.language.LanguageTrainer"
-    """Class of ours that is put before the trainer."""
-    run: str = "pacatune.training.language.LanguageTask"
-    """Class of ours that carries the task out."""
-    model: str = "pacatune.training.config.ModelConfig"
-    """Class of the section `model`."""
-    command: str = "train"
+    rows: Callable[..., Any] | None = None
+    """Makes examples of rows, or says what is wrong with the first of them."""
+    kind: ModelKind = WRITER
     methods: tuple[str, ...] = TEXT_METHODS
-    auto_class: str = "AutoModelForCausalLM"
-    """Class of transformers that loads the model."""
-    task_type: str | None = "CAUSAL_LM"
-    """PEFT's name of what the adapted model does."""
-    pipeline_tag: str = "text-generation"
-    """The hub's name of what it does."""
-    tags: tuple[str, ...] = ()
-    """Tags of the model card, beside the method's."""
-    columns: tuple[str, ...] = ("input_ids", "labels")
-    """Columns of the data by which a resumed run knows it again."""
     rate_share: float = 1.0
     """Learning rates where a run says none, as a share of those of `METHODS`."""
     refuse: Mapping[str, str] = field(default_factory=dict)
     """Training option that must keep its default -> where it is decided, or why."""
     reference: str | None = None
     """Training option without which the model, its adapter off, is asked as a reference."""
-    fixed_split: str | None = None
-    """Why a run must go on with the processes and batches that it began with; None: it need not."""
     loss_per: str = "learned token"
     """What losses are means over."""
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Held-out metric beside the loss, by the trainer's name -> what reports call it."""
-    lacks: tuple[str, ...] = ("reward",)
-    """Options of a run outside its sections that only other tasks have."""
 
     @property
     def is_of_trl(self) -> bool:
@@ -73,21 +81,34 @@ class TaskSpec:
         """Whether rewards, not the loss, say how good the model is."""
         return "reward" in self.metrics
 
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """Options of a run outside its sections that only other tasks have."""
+        has_none = self.methods is CLASSIFIER_METHODS
+        return (*(["adapter"] if has_none else []), *([] if self.is_rewarded else ["reward"]))
 
-def _of_trl(name: str, **options: Any) -> TaskSpec:
-    """Return the row of TRL's trainer of a name."""
-    known = {"arguments": f"trl.{name}Config", "trainer": f"trl.{name}Trainer"}
-    return TaskSpec(**{"tags": (name.lower(), "trl"), **known, **options})
+    @property
+    def is_of_images(self) -> bool:
+        """Whether images are told apart; texts are learned otherwise."""
+        return self.kind is VIEWER
+
+    @property
+    def command(self) -> str:
+        """The command that does it."""
+        return "train-image" if self.is_of_images else "train"
+
+    @property
+    def model(self) -> type[ModelConfig | ImageModelConfig]:
+        """Class of the section `model`."""
+        return ImageModelConfig if self.is_of_images else ModelConfig
 
 
 def _on_rewards(name: str) -> TaskSpec:
-    return _of_trl(
-        name,
-        data="pacatune.data.PromptDataConfig",
-        rows="pacatune.data.prompts.to_prompts",
-        prepare="pacatune.training.rl.prepare",
-        mixin="pacatune.training.rl.SamplingTrainer",
-        columns=("row",),
+    return TaskSpec(
+        run=f"pacatune.training.rl.{name.lower()}",
+        arguments=f"trl.{name}Config",
+        data=PromptDataConfig,
+        rows=to_prompts,
         rate_share=0.1,
         refuse=_REFERENCE
         | {
@@ -96,24 +117,21 @@ def _on_rewards(name: str) -> TaskSpec:
             "log_completions_hub_repo": "set `training.log_completions` and upload them yourself",
         },
         reference="beta",
-        fixed_split="each process samples answers of its own",
         metrics={
             "reward": "held-out reward",
             "completions/mean_length": "tokens per answer",
         },
-        lacks=(),
     )
 
 
 TASKS: dict[str, TaskSpec] = {
-    "sft": _of_trl(
-        "SFT",
-        data="pacatune.data.DataConfig",
-        rows="pacatune.data.formats.to_examples",
-        prepare="pacatune.training.sft.prepare",
-        mixin="pacatune.training.sft.TextTrainer",
-        refuse={
-            "chat_template_path": "set `data.chat_template`",
+    "sft": TaskSpec(
+        run="pacatune.training.sft.sft",
+        arguments="trl.SFTConfig",
+        data=DataConfig,
+        rows=to_examples,
+        refuse=_TEMPLATE
+        | {
             "dataset_text_field": "name the column 'text'",
             "dataset_kwargs": "data is always prepared before the model is loaded",
             "completion_only_loss": "set `data.loss` to completion or all",
@@ -121,13 +139,11 @@ TASKS: dict[str, TaskSpec] = {
             "truncation_mode": _CUT,
         },
     ),
-    "dpo": _of_trl(
-        "DPO",
-        data="pacatune.data.PreferenceDataConfig",
-        rows="pacatune.data.preference.to_pairs",
-        prepare="pacatune.training.preference.prepare_dpo",
-        mixin="pacatune.training.preference.PreparedTrainer",
-        columns=("prompt_ids", "chosen_ids", "rejected_ids"),
+    "dpo": TaskSpec(
+        run="pacatune.training.preference.dpo",
+        arguments="trl.DPOConfig",
+        data=PreferenceDataConfig,
+        rows=to_pairs,
         rate_share=0.1,
         refuse=_REFERENCE | {"truncation_mode": _CUT},
         reference="precompute_ref_log_probs",
@@ -137,61 +153,46 @@ TASKS: dict[str, TaskSpec] = {
             "rewards/accuracies": "held-out accuracy",
         },
     ),
-    "kto": _of_trl(
-        "KTO",
-        data="pacatune.data.PreferenceDataConfig",
-        rows="pacatune.data.preference.to_judged",
-        prepare="pacatune.training.preference.prepare_kto",
-        mixin="pacatune.training.preference.PreparedTrainer",
-        columns=("prompt_ids", "completion_ids", "label"),
+    "kto": TaskSpec(
+        run="pacatune.training.preference.kto",
+        arguments="trl.KTOConfig",
+        data=PreferenceDataConfig,
+        rows=to_judged,
         rate_share=0.1,
         refuse=_REFERENCE,
         reference="precompute_ref_log_probs",
-        fixed_split="KTO compares an answer with its neighbour in the batch of a process",
         loss_per="answer",
         metrics={"rewards/margins": "held-out reward margin"},
     ),
-    "reward": _of_trl(
-        "Reward",
-        data="pacatune.data.PreferenceDataConfig",
-        rows="pacatune.data.preference.to_pairs",
-        prepare="pacatune.training.preference.prepare_reward",
-        mixin="pacatune.training.preference.PreparedTrainer",
-        auto_class="AutoModelForSequenceClassification",
-        task_type="SEQ_CLS",
-        pipeline_tag="text-classification",
-        tags=("reward-trainer", "trl"),
-        columns=("chosen_ids", "rejected_ids"),
-        refuse={"chat_template_path": "set `data.chat_template`"},
+    "reward": TaskSpec(
+        run="pacatune.training.preference.reward",
+        arguments="trl.RewardConfig",
+        data=PreferenceDataConfig,
+        rows=to_pairs,
+        kind=READER,
+        refuse=_TEMPLATE,
         loss_per="pair",
         metrics={"margin": "held-out margin", "accuracy": "held-out accuracy"},
     ),
     "grpo": _on_rewards("GRPO"),
     "rloo": _on_rewards("RLOO"),
     "classifier": TaskSpec(
+        run="pacatune.training.classifier.classifier",
         arguments="pacatune.training.arguments.ClassifierTrainingConfig",
-        data="pacatune.data.config.TextClassConfig",
-        prepare="pacatune.training.classifier.prepare",
+        data=TextClassConfig,
+        rows=to_texts,
+        kind=READER,
         methods=CLASSIFIER_METHODS,
-        auto_class="AutoModelForSequenceClassification",
-        task_type="SEQ_CLS",
-        pipeline_tag="text-classification",
-        rows="pacatune.data.formats.to_texts",
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
-        lacks=("adapter", "reward"),
     ),
     "image": TaskSpec(
-        arguments="pacatune.training.image.config.ImageTrainingConfig",
-        model="pacatune.training.image.config.ImageModelConfig",
-        data="pacatune.data.config.ImageDataConfig",
         run="pacatune.training.image.task.ImageTask",
-        command="train-image",
+        arguments="pacatune.training.image.config.ImageTrainingConfig",
+        data=ImageDataConfig,
+        kind=VIEWER,
         methods=CLASSIFIER_METHODS,
-        task_type=None,
-        pipeline_tag="image-classification",
         loss_per="image",
-        lacks=("adapter", "reward"),
     ),
 }
 """Name -> what it is."""

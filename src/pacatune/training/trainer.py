@@ -33,6 +33,7 @@ from pacatune.training.output import (
     what_is_intact,
 )
 from pacatune.training.progress import Meter
+from pacatune.training.task import find_heads
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,6 +59,8 @@ class RunTrainer(Trainer):
     trained_on: TrainedOn
     """What each checkpoint says of itself; how it was launched is added."""
     lean_report: LeanReport | None = None
+    has_new_head = False
+    """Whether the model's head learns at `head_learning_rate`, and not as the rest."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.meter = Meter()
@@ -68,6 +71,13 @@ class RunTrainer(Trainer):
         self.saved_activation_bytes: int | None = None
         super().__init__(**kwargs)
         self.add_callback(self.meter)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer, in which a new head has a learning rate of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.has_new_head and self.args.head_learning_rate is not None:
+            give_head_rate(optimizer, self.model, self.args.head_learning_rate)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule; no step of it has the rate 0, with which a warm-up would begin."""
@@ -291,6 +301,17 @@ class RunTrainer(Trainer):
             self.state.best_model_checkpoint = str(target)
             if self.args.should_save:
                 self.state.save_to_json(str(checkpoint / STATE_NAME))
+
+
+def give_head_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
+    """Move the parameters of a model's heads into groups of their own, with a learning rate."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = {id(p) for name in find_heads(base) for p in base.get_submodule(name).parameters()}
+    for group in list(optimizer.param_groups):
+        of_head = [p for p in group["params"] if id(p) in heads]
+        if of_head:
+            group["params"] = [p for p in group["params"] if id(p) not in heads]
+            optimizer.add_param_group({**group, "params": of_head, "lr": rate})
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -35,7 +35,9 @@ def describe(path, image_size=None, classes=CLASSES):
 
 
 def plan(config):
-    return ImageTask(config)._plan(CLASSES)
+    task = ImageTask(config)
+    task.base = describe(config.model.path, config.data.image_size)
+    return task._plan()
 
 
 def test_timm_model_as_timm_writes_it(timm_dir, tmp_path):

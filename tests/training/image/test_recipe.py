@@ -139,7 +139,8 @@ def test_same_losses_as_plain_transformers(make_config, images_dir, tmp_path):
     settings |= {"gradient_accumulation_steps": 2, "warmup_steps": 0, "learning_rate": 1e-3}
     settings["lr_scheduler_type"] = "linear"
     data = {"path": str(images_dir / "train"), "eval_fraction": 0}
-    config = make_config("full", data=data, training=settings)
+    # A head that learns as the rest, which plain Trainer has.
+    config = make_config("full", data=data, training=settings | {"head_learning_rate": 1e-3})
     report = train(config, console=QUIET)
     arguments = TrainingArguments(
         str(tmp_path / "plain"),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
-    from pacatune.training.image.config import ImageModelConfig, ImageTrainingConfig
+    from pacatune.training.image.config import ImageTrainingConfig
     from pacatune.training.image.model import ImageClassifier, load_result
+    from pacatune.training.sections import ImageModelConfig
 
 __all__ = ["ImageClassifier", "ImageModelConfig", "ImageTrainingConfig", "load_result"]
 
-__getattr__, __dir__ = import_later(__name__, __all__, (".config", ".model"))
+__getattr__, __dir__ = import_later(__name__, __all__, (".config", "..sections", ".model"))

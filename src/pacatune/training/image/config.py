@@ -1,36 +1,10 @@
 """The sections of a run on images that are its own, and the runs of the paper."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pacatune.names import check_choices, choose
-from pacatune.pretrained import refuse_no_path
+from pacatune.names import choose
 from pacatune.training.arguments import ClassifierTrainingConfig
-
-
-@dataclass(kw_only=True)
-class ImageModelConfig:
-    """The pretrained model. Code that comes with a model is never executed."""
-
-    path: str = ""
-    """Hub id (of transformers, or timm/...), name of a timm model, or local folder of an image
-    model. Required."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    dtype: Literal["float32", "bfloat16", "fp32", "bf16"] = "float32"
-    """Type of the weights. bfloat16 halves their memory, and a head in it learns less exactly."""
-
-    attn_implementation: str | None = None
-    """Attention: eager, sdpa, ...; the model's own choice where null."""
-
-    def __post_init__(self) -> None:
-        check_choices(self, "model.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no model."""
-        refuse_no_path(self.path, "train-image")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Fine-tuning of an image classifier: its data, model and trainer."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pacatune.adapters.folder import SIDECAR_NAME
 from pacatune.data.images import (
     Augmentation,
     ImageDataset,
+    PreparedImages,
     class_names,
     prepare_images,
 )
@@ -40,15 +42,27 @@ class ImageTask(Task):
     """A run on images."""
 
     unit = "images"
-    less_memory = "`data.image_size`, or set `training.gradient_checkpointing` to true"
 
-    base: ImageBase
-    evaluation: ImageDataset | None
+    @cached_property
+    def images(self) -> PreparedImages:
+        """The images, found when they are first asked for."""
+        return prepare_images(self.config.data)
 
-    def _plan(self, classes: list[str]) -> tuple[Plan, PeftConfig | None, list[str]]:
-        """Describe the model; return what is trained of it, the adapter and notes."""
+    @cached_property
+    def base(self) -> ImageBase:
+        """The model without its weights."""
+        source, size = self.config.model, self.config.data.image_size
+        return ImageBase(source.path, source.revision, class_names(self.images.train), size)
+
+    @cached_property
+    def evaluation(self) -> ImageDataset | None:
+        """The held-out images, as the model sees them."""
+        held_out = self.images.evaluation
+        return held_out and ImageDataset(held_out, self.base.processor)
+
+    def _plan(self) -> tuple[Plan, PeftConfig | None, list[str]]:
+        """Return what is trained of the model, the adapter and notes."""
         config, source, method = self.config, self.config.model, METHODS[self.config.method]
-        self.base = ImageBase(source.path, source.revision, classes, config.data.image_size)
         model = self.base.empty_model()
         batch_norms = find_batch_norms(model) if config.training.train_batch_norm else {}
         if config.training.train_batch_norm and not batch_norms:
@@ -69,13 +83,11 @@ class ImageTask(Task):
 
     def prepare(self) -> Prepared:
         """Find images and model, and plan what is trained."""
-        data, kind = prepare_images(self.config.data), self.config.data.augmentation
-        plan, adapter, notes = self._plan(class_names(data.train))
-        base, augmentation = self.base, None
+        data, base, kind = self.images, self.base, self.config.data.augmentation
+        (plan, adapter, notes), augmentation = self._plan(), None
         if kind != "none":
             augmentation = Augmentation(kind, base.size, self.config.training.seed)
         train = ImageDataset(data.train, base.processor, augmentation)
-        self.evaluation = data.evaluation and ImageDataset(data.evaluation, base.processor)
         head = "the model's own head" if base.has_own_head else "a new head"
         return Prepared(
             train=train,
@@ -86,7 +98,10 @@ class ImageTask(Task):
             adapter_config=adapter,
             plan=plan,
             model=base.path,
+            has_new_head=not base.has_own_head,
+            pipeline_tag=self.spec.kind.pipeline_tag,
             dtype=self.config.model.dtype,
+            less_memory="`data.image_size`, or set `training.gradient_checkpointing` to true",
             warnings=[*data.warnings, *notes],
         )
 
