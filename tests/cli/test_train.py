@@ -1,6 +1,7 @@
 """`pacatune train` and `train-image`: from words and config files to a run."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -95,6 +96,19 @@ def test_template_shows_what_is_given(shown):
     assert values["data"]["image_size"] == 96
     # Nothing of it is left for the next command of this process.
     assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--task", "grpo"], ["train-image"]])
+def test_help_begins_with_what_most_runs_set(words, shown):
+    short, everything = shown(*words, "--help"), shown(*words, "--help", "all")
+    few, many = (re.findall(r"^  --([\w.]+)[ ,]", text, re.M) for text in (short, everything))
+    assert {"config", "method", "model.path", "data.path", "paca.r", "resume"} <= {*few}
+    assert len(few) <= 24
+    assert {*few} <= {*many}
+    assert {"training.optim", "lora.r", "push_config"} <= {*many} - {*few}
+    assert len(short.splitlines()) < 130
+    (number,) = re.findall(r"^(\d+) more, among them", short, re.M)
+    assert int(number) > 100
 
 
 def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monkeypatch):

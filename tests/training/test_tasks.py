@@ -112,7 +112,7 @@ def test_one_row_is_a_task(make_task_config, tmp_path, console, monkeypatch):
     preview(config, 1, console=console)
     assert "rejected: No idea." in console.file.getvalue()
     with redirect_stdout(io.StringIO()) as shown:
-        assert main(["train", "--task", "orpo", "--help"]) == 0
+        assert main(["train", "--task", "orpo", "--help", "all"]) == 0
     assert "--training.disable_dropout" in shown.getvalue()
 
 

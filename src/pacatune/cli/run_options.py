@@ -32,6 +32,16 @@ _PUSH = (
 )
 _FLAGS = (*_SWITCHES, "push_to_hub")
 _PRINT = "--print_config"
+# What most runs set, of each task what it has.
+_COMMON = (
+    *("config", "preset", "task", "method", "adapter", "reward"),
+    *("model.path", "model.quantization", "data.path", "data.eval_path", "data.format"),
+    *("data.image_size", "paca.r", "paca.target_modules", "training.output_dir"),
+    *("training.num_train_epochs", "training.max_steps", "training.learning_rate"),
+    *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
+    *("training.max_length", "training.gradient_checkpointing"),
+    *("resume", "overwrite", "preview"),
+)
 
 
 class RunOptions:
@@ -69,12 +79,35 @@ class RunOptions:
             parser.set_defaults({"training.optim": "adamw_torch_fused"})
         return parser
 
+    def help(self, *, of_all: bool) -> str:
+        """Return the help of all options, or of those that most runs set."""
+        parser = self.parser
+        if of_all:
+            return parser.format_help()
+        others = [action for action in parser._actions if action.dest not in _COMMON]
+        for action in others:
+            action.help = SUPPRESS
+        for group in parser._action_groups:
+            group.title, group.description = group.title and group.title.split(" (")[0], None
+        kind = self.spec.arguments.rpartition(".")[2]
+        parser.usage, parser.epilog = (
+            f"{parser.prog} [OPTIONS]",
+            (
+                f"{len(others)} more, among them every option of {kind} and of other methods: "
+                f"--help all; {_PRINT} writes them as a config file."
+            ),
+        )
+        return parser.format_help()
+
     def parse(self, argv: list[str], preset: Mapping[str, Any] | None = None) -> "Request":
         """Parse the words of the command line and its config files, once; wrong is a ValueError.
 
         What they say goes before the preset; what neither says is for `RunConfig` to fill in.
         """
         self._check_names(argv)
+        if {"-h", "--help"} & {*argv}:
+            print(self.help(of_all="all" in argv))
+            raise SystemExit(0)
         if _PRINT in argv:
             self.parser.set_defaults(dict(preset or {}))
             self.parser.parse_args([_PRINT + "=comments" if w == _PRINT else w for w in argv])
