@@ -14,7 +14,7 @@ from pacatune.methods import METHODS
 from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_no_weights
 from pacatune.training.config import RunConfig, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
-from pacatune.training.folder import check_place
+from pacatune.training.folder import check_folder
 from pacatune.training.rewards import check_reward
 from pacatune.training.sections import check_selection_file
 from pacatune.training.tasks import TASKS, TaskSpec
@@ -165,7 +165,7 @@ class Request:
             check_selection_file(str(config.paca.selection))
         if "preview" not in flags and "auto_resume" not in flags:
             how = {name: name in flags for name in ("resume", "overwrite")}
-            check_place(str(config.training.output_dir), **how)
+            check_folder(config, **how)
         if "resume" in flags or "auto_resume" in flags:
             return config
         if config.adapter is not None and (folder := find_adapter(config.adapter)) is not None:

@@ -2,9 +2,13 @@
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.config_file import CONFIG_NAME, local_paths
+
+if TYPE_CHECKING:
+    from pacatune.training.config import RunConfig
 
 # Written last: a run that has it is finished.
 REPORT_NAME = "report.json"
@@ -22,7 +26,19 @@ def run_folder(folder: str | Path) -> OwnedFolder:
     )
 
 
-def check_place(output_dir: str, *, resume: bool, overwrite: bool) -> None:
+def check_folder(config: "RunConfig", *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder in which this run would lose or mix something."""
+    folder = run_folder(str(config.training.output_dir)).path
+    for option, path in local_paths(config).items() if folder.is_dir() else ():
+        if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`{option}` ({path}) lies in the output folder {folder}, which this run writes; "
+                "choose another `training.output_dir`."
+            )
+    _check_place(str(config.training.output_dir), resume=resume, overwrite=overwrite)
+
+
+def _check_place(output_dir: str, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that cannot be made or written, and one that holds what is not this run's."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them.")

@@ -22,13 +22,9 @@ from pacatune.training.config_file import (
     CONFIG_NAME,
     changed_keys,
     config_text,
-    local_paths,
     read_values,
 )
-from pacatune.training.folder import (
-    check_place,
-    run_folder,
-)
+from pacatune.training.folder import run_folder
 from pacatune.training.progress import say
 
 STATE_NAME = "trainer_state.json"
@@ -92,18 +88,6 @@ def why_fixed(training: Any, examples: Any) -> str | None:
         if value not in usual:
             return f"with `training.{option}` ({value}) the split decides what a step learns"
     return None
-
-
-def check_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder in which this run would lose or mix something."""
-    folder = run_folder(str(config.training.output_dir)).path
-    for option, path in local_paths(config).items():
-        if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"`{option}` ({path}) lies in the output folder {folder}, which this run writes; "
-                "choose another `training.output_dir`."
-            )
-    check_place(str(config.training.output_dir), resume=resume, overwrite=overwrite)
 
 
 def check_same_options(values: dict[str, Any], folder: Path) -> None:

@@ -24,10 +24,15 @@ from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, without_folders
-from pacatune.training.folder import REPORT_NAME, is_begun, is_finished, run_folder
+from pacatune.training.folder import (
+    REPORT_NAME,
+    check_folder,
+    is_begun,
+    is_finished,
+    run_folder,
+)
 from pacatune.training.output import (
     TrainedOn,
-    check_folder,
     check_same_options,
     find_checkpoint,
     last_checkpoint,
