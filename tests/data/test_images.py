@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pacatune.data.config import ImageDataConfig
-from pacatune.data.formats import IMAGE, mark_image, open_image, to_rgb
+from pacatune.data.formats import IMAGE, mark_image, open_image, stored_image, to_rgb
 from pacatune.data.images import (
     Augmentation,
     ImageDataset,
@@ -369,9 +369,9 @@ def test_photographs_are_upright(tmp_path):
     content = (tmp_path / "a.jpg").read_bytes()
     for given in (str(tmp_path / "a.jpg"), {"bytes": content}, Image.open(tmp_path / "a.jpg")):
         (reference,) = IMAGE.findall(mark_image(given))
-        assert open_image(reference).size == (4, 8)
+        assert open_image(stored_image(reference)).size == (4, 8)
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-    assert open_image(IMAGE.findall(mark_image(clear))[0]).getpixel((0, 0)) == WHITE
+    assert open_image(stored_image(IMAGE.findall(mark_image(clear))[0])).getpixel((0, 0)) == WHITE
 
 
 def test_values_of_unknown_range_are_refused():

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from pacatune.data import DataConfig, prepare_data, show_preview
+from pacatune.data.read import Row
 from tests.data.conftest import chat, write_lines
 
 
@@ -57,6 +58,25 @@ def test_several_processes_give_the_same(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")  # encode anew
     assert prepare(ROWS, num_processes=2).train[:] == one
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 2
+
+
+def test_rows_are_parsed_once(prepare, tmp_path, monkeypatch):
+    """Beside the first, whose columns are looked at; and not at all where another did it."""
+    parsed = []
+
+    def count(*found):
+        parsed.append(found)
+        return Row(*found)
+
+    monkeypatch.setattr("pacatune.data.read.Row", count)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    first = prepare(ROWS).train[:]
+    assert len(parsed) == 20 + 1
+    assert prepare(ROWS).train[:] == first
+    assert len(parsed) == 20 + 2
+    changed = [*ROWS[:-1], talk("What is 19?", "No more.")]  # in the last row alone
+    assert prepare(changed).train[:] != first
+    assert len(parsed) == 2 * (20 + 2) - 1
 
 
 def test_separate_evaluation_data(prepare, tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 
 import pytest
 import torch
@@ -203,6 +204,27 @@ def test_what_cannot_be_done(make_run, tiny_model_dir, images):
     ):
         with pytest.raises(ValueError, match=message):
             read(make_run(**options))
-    mixed = [row_of(images[0], 0), {"messages": [user("q"), answer("a")]}]
+
+
+def test_images_in_later_rows_alone(make_run, images):
+    mixed = [{"messages": [user("q"), answer("a")]}, row_of(images[0], 0)]
     task, data = read(make_run(mixed, data={"eval_fraction": 0}))
     assert task.data.collator(list(data.train))["input_ids"].shape[0] == 2
+
+
+def test_images_are_kept_as_files_or_bytes(make_run, images, tmp_path):
+    """And one that has changed, whose path is the same, is read anew."""
+    path = tmp_path / "a.png"
+    shutil.copyfile(images[0], path)
+    content = path.read_bytes()
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    config = make_run([row_of(str(path), 0), row_of(uri, 1)], data={"eval_fraction": 0})
+    _, data = read(config)
+    held = [{"bytes": None, "path": str(path)}, {"bytes": content, "path": None}]
+    assert [row["images"] for row in data.train] == [[one] for one in held]
+    longest = data.longest
+    Image.new("RGB", (80, 80), "red").save(path)
+    assert read(config)[1].longest > longest
+    path.write_bytes(content[:60])
+    with pytest.raises(ValueError, match=r"chats.jsonl, row 1: .*[Tt]runcated"):
+        read(config)

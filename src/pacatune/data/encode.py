@@ -10,7 +10,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.data.formats import IMAGE, Example, Message, as_parts
+from pacatune.data.formats import IMAGE, Example, Message, as_parts, stored_image
 from pacatune.data.read import named
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ _CALLS = {"tool_calls", "function_call"}
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 # What templates add and take away: white space, and the quoting of JSON.
 _UNREAD = re.compile(r'[\s\\"]+')
+
+
+class ImagesFound(ValueError):
+    """Images where texts were expected."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +52,9 @@ class Encoder:
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
+        if example.images and (self.processor is None or self.learn_all):
+            rule = "this task, a stream or `data.loss` 'all' is for texts"
+            raise ImagesFound(f"{example.place}: has images: {rule}.")
         with named(example.place):
             return self._encode(example)
 
@@ -76,13 +83,14 @@ class Encoder:
             found = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
             raise ValueError(f"{found}; images cannot be cut: raise it.")
         labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+        images = list(map(stored_image, example.images))
         return {
             "place": example.place,
             "input_ids": ids[:limit],
             "labels": labels[:limit],
             "num_tokens": len(ids),
             "notes": notes,
-            **({} if self.processor is None else {"text": text, "images": example.images}),
+            **({} if self.processor is None else {"text": text, "images": images}),
         }
 
     def _encode_text(self, example: Example) -> tuple[list[int], list[bool], bool]:
@@ -111,8 +119,6 @@ class Encoder:
         """Return the chat as its template takes it, and the text."""
         if self.learn_all and example.skipped:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
-        if example.images and (self.processor is None or self.learn_all):
-            raise ValueError("has images: this task, a stream or `data.loss` 'all' is for texts.")
         # Most templates write arguments as JSON, those of a text twice; some only take a text.
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:

@@ -330,7 +330,7 @@ def mark_image(image: Any) -> str:
 def as_parts(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message whose content is a list of texts and opened images, as processors want."""
     pieces = [
-        {"type": "image", "image": open_image(piece)}
+        {"type": "image", "image": open_image(stored_image(piece))}
         if number % 2
         else {"type": "text", "text": piece}
         for number, piece in enumerate(IMAGE.split(message["content"]))
@@ -339,15 +339,24 @@ def as_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": pieces}
 
 
-def open_image(reference: str) -> Any:
-    """Open an image of a chat."""
+def stored_image(reference: str) -> dict[str, Any]:
+    """Return an image of a chat as tables of datasets hold it: its bytes, or its path."""
+    if reference.startswith("data:"):
+        return {"bytes": base64.b64decode(reference.partition(",")[2]), "path": None}
+    return {"bytes": None, "path": reference}
+
+
+def open_image(stored: dict[str, Any]) -> "Image.Image":
+    """Return an image that a table of datasets holds, upright and in 8-bit RGB."""
     from PIL import Image
 
-    source: Any = reference
-    if reference.startswith("data:"):
-        source = io.BytesIO(base64.b64decode(reference.partition(",")[2]))
-    with Image.open(source) as image:
-        return to_rgb(image)
+    held = stored["bytes"]
+    try:
+        with Image.open(stored["path"] if held is None else io.BytesIO(held)) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow raises for some damaged files.
+        raise ValueError(str(error)) from error
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":

@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 
 from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import ImageDataConfig, SourceConfig
-from pacatune.data.formats import to_rgb
-from pacatune.data.read import class_folders, is_local, load_hub
+from pacatune.data.formats import open_image
+from pacatune.data.read import class_folders, is_local, load_hub, named
 from pacatune.names import choose
 
 # torchvision's data sets of the paper's Tables 6 and 7, and their splits.
@@ -40,16 +40,10 @@ _SPLITS = {
 
 def load_image(row: dict[str, Any]) -> Image.Image:
     """Decode the image of a row, in 8-bit RGB; an error names it."""
-    try:
-        stored = row["image"]
-        if stored is None:
+    with named(row["place"]):
+        if row["image"] is None:
             raise ValueError("the row has no image")
-        if stored["bytes"] is None and Path(stored["path"]).is_file():  # a decoder keeps it open
-            stored = {"bytes": Path(stored["path"]).read_bytes(), "path": None}
-        return to_rgb(Decoder().decode_example(stored))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # SyntaxError is what Pillow raises for some damaged files.
-        raise ValueError(f"{row['place']}: {error}") from error
+        return open_image(row["image"])
 
 
 def read_images(config: ImageDataConfig) -> tuple[Any, Any | None, list[str]]:

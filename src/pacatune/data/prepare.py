@@ -1,10 +1,11 @@
 """From rows to tokens: read, encode, split, check, before any model weight is loaded."""
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
 from pacatune.data.config import REASONING_GYM, DataConfig, DataSection, SourceConfig
-from pacatune.data.encode import IGNORED, Encoder
+from pacatune.data.encode import IGNORED, Encoder, ImagesFound
 from pacatune.data.formats import to_examples
-from pacatune.data.read import Row, class_folders, is_local, read_rows
+from pacatune.data.read import Row, class_folders, files_of, is_local, load_hub, read_rows
 from pacatune.pretrained import refuse_absent
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 NUM_SAMPLED = 1000
 """Rows at the beginning of a stream that are checked before training."""
+_LARGE = 10_000_000  # bytes, that are seconds of work
 
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
@@ -64,23 +66,24 @@ def prepare_data(
     """
     convert = partial(to_examples, has_template=bool(tokenizer.chat_template))
     sources, held_out = find_examples(config, convert)
-    sampled = sources
-    if config.streaming:
-        sampled = [replace(one, limit=NUM_SAMPLED) for one in sources]
-    processor = None
-    has_images = any(shows for _, _, shows in (one.survey for one in sampled))
-    if load_processor is not None and has_images and not config.streaming:
-        processor = load_processor()
     encoder = Encoder(
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         max_length=max_length,
         learn_all=config.loss == "all",
         special_tokens=config.special_tokens,
-        processor=processor,
     )
-    parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
-    found = replace(found, train=_mixed(parts, config), processor=processor)
+    sampled = [replace(one, limit=NUM_SAMPLED if config.streaming else None) for one in sources]
+    try:
+        parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
+    except ImagesFound:
+        if load_processor is None or config.streaming or encoder.learn_all:
+            raise
+        processor = load_processor()
+        encoder = replace(encoder, processor=processor)
+        parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
+        found = replace(found, processor=processor)
+    found = replace(found, train=_mixed(parts, config))
     if not config.streaming:
         return found
     train = _mixed([one.stream(encoder) for one in sources], config)
@@ -112,31 +115,48 @@ class Examples:
         )
         return islice(self.convert(rows, source.format), self.limit)
 
-    @cached_property
-    def survey(self) -> tuple[int, str, bool]:
-        """The number of examples, a digest of them all, and whether some have images."""
-        digest, number, has_images = hashlib.blake2b(digest_size=16), 0, False
-        for number, example in enumerate(self, start=1):  # noqa: B007
-            digest.update(repr(example).encode(errors="backslashreplace"))
-            for image in getattr(example, "images", ()):
-                has_images = True
-                if not image.startswith("data:"):
-                    digest.update(str(Path(image).stat().st_mtime_ns).encode())
-        return number, digest.hexdigest(), has_images
+    def digest(self, *, with_images: bool) -> tuple[str, bool]:
+        """Return what tells the data from other data, and whether it is large.
+
+        That are the bytes of its files; of a stream, the rows that are looked at.
+        """
+        source, digest, size = self.source, hashlib.blake2b(digest_size=16), 0
+        if self.limit is not None:
+            for example in self:
+                digest.update(repr(example).encode(errors="backslashreplace"))
+        elif is_local(source.path, self.option, source.split, source.name):
+            for file in files_of(source.path):
+                size += file.stat().st_size
+                with file.open("rb") as content:
+                    digest.update(hashlib.file_digest(content, "blake2b").digest())
+                digest.update(str(file).encode())
+        else:
+            table = load_hub(source.path, source.name, source.split, self.option)
+            size = table.info.dataset_size or 0
+            digest.update(f"{source.path} {source.split} {table._fingerprint}".encode())
+        for image in (image for one in self for image in one.images) if with_images else ():
+            if not image.startswith("data:"):
+                digest.update(str(Path(image).stat().st_mtime_ns).encode())
+        return digest.hexdigest(), size > _LARGE
 
     def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
-        """Return what `encode` makes of each, from the cache of datasets, which has a lock."""
+        """Return what `encode` makes of each, from the cache of datasets, which has a lock.
+
+        So of several processes one reads the rows, and the others what it has made of them.
+        """
         import datasets
         from datasets.fingerprint import Hasher
 
-        number, digest, _ = self.survey
-        size = -(-number // (num_processes or 1))
+        digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        key = Hasher.hash([digest, encode, code, version("transformers"), version("tokenizers")])
+        made = [self.source.format, self.limit, self.convert, encode, code]
+        key = Hasher.hash([digest, made, version("transformers"), version("tokenizers")])
+        number = sum(1 for _ in self) if (num_processes or 1) > 1 else sys.maxsize
+        size = -(-number // (num_processes or 1))
         starts = list(range(0, number, size))
         given = {"starts": starts, "size": size, "examples": self, "encode": encode}
         shows_bars = not datasets.are_progress_bars_disabled()
-        if number < 10_000:
+        if not is_large:
             datasets.disable_progress_bars()
         try:
             return datasets.Dataset.from_generator(
@@ -177,10 +197,11 @@ def _encode(
 
 
 def _features(columns: Iterable[str]) -> "Features":
-    from datasets import Features, List, Value
+    from datasets import Features, Image, List, Value
 
     kinds = {"place": Value("string"), "text": Value("string"), "num_tokens": Value("int64")}
-    kinds |= {"label": Value("bool"), **dict.fromkeys(("notes", "images"), List(Value("string")))}
+    kinds |= {"label": Value("bool"), "notes": List(Value("string"))}
+    kinds |= {"images": List(Image(decode=False))}
     return Features({name: kinds.get(name, List(Value("int32"))) for name in columns})
 
 

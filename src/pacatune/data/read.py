@@ -50,7 +50,7 @@ def read_rows(
     """
     sources: Iterable[tuple[str, Iterable[Any]]]
     if is_local(path, option, split, name):
-        sources = ((str(file), _read(file)) for file in _files_of(path))
+        sources = ((str(file), _read(file)) for file in files_of(path))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
         sources = [(f"{path} ({split})", map(_without_nulls, table))]
@@ -87,7 +87,8 @@ def class_folders(path: Path, option: str = "data.path") -> list[Path]:
     return folders
 
 
-def _files_of(path: str) -> list[Path]:
+def files_of(path: str) -> list[Path]:
+    """Return a data file, or those of a folder, in order."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return [folder]
