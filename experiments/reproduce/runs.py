@@ -15,15 +15,16 @@ from experiments.paper.settings import Settings, of_line
 from pacatune.measure.presets import PRESETS
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Job, Row, spread_of_mean
-from pacatune.training import RunConfig, train
+from pacatune.training import RunConfig
 from pacatune.training.config_file import to_values
+from pacatune.training.folder import REPORT_NAME
+from pacatune.training.recipe import start_or_resume
 
 if TYPE_CHECKING:
     from pacatune.adapters.loading import LoadedModel
 
 SEED = 42
 """That of the authors' scripts for MMLU and for Oasst1 on the 8B model."""
-_REPORT = "report.json"  # written last: a run that has it has ended well
 
 
 def text_run(
@@ -88,11 +89,9 @@ class Work:
         """Train a run, going on from its last checkpoint; return its report and its folder."""
         output = self.folder / name
         run.training.output_dir = str(output)
-        if not (output / _REPORT).is_file():
-            has_checkpoint = output.is_dir() and any(output.glob("checkpoint-*"))
-            with self.quiet(name) as console:
-                train(run, resume=has_checkpoint, overwrite=not has_checkpoint, console=console)
-        values: dict[str, Any] = json.loads((output / _REPORT).read_text(encoding="utf-8"))
+        with self.quiet(name) as console:
+            start_or_resume(run, console=console)
+        values: dict[str, Any] = json.loads((output / REPORT_NAME).read_text(encoding="utf-8"))
         return values, output
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.files.folder import format_bytes
+from pacatune.reports.rows import Table
 
 _MOST_ROWS = 12
 _MOST_NAMES = 8
@@ -140,12 +141,9 @@ def _page(
         return "\n".join(page)
     head = [key for key in rows[0] if key != "columns" or options.columns]
     most = len(rows) if options.all or options.columns else _MOST_ROWS
-    lines = [head, *([_cell(row[key]) for key in head] for row in rows[:most])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    page += ["", order]
-    for line in lines:
-        cells = (f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-        page.append(f"  {'  '.join(cells)}".rstrip())
+    cells = [[_cell(row[key]) for key in head] for row in rows[:most]]
+    shown = Table(header=head, cells=cells, num_index=len(head)).plain()
+    page += ["", order, *(f"  {line}" for line in shown)]
     if len(rows) > most:
         page.append(f"{len(rows) - most} more {head[0]}s; --all lists them")
     return "\n".join(page)

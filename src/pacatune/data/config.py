@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pacatune.names import check_choices, choose
 
@@ -75,6 +75,11 @@ class DataSection:
 
     seed: int = 0
     """Seed for choosing what is held out, and for all else that is drawn from the data."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Options of a task's own section."""
 
     def __post_init__(self) -> None:
         check_choices(self, "data.")

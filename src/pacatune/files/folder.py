@@ -127,11 +127,11 @@ def is_write_failure(error: Exception) -> bool:
     return any(words in str(error) for words in marks)
 
 
-def format_bytes(num_bytes: int) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Return a size with the unit that keeps it short, such as `1.5 MiB`."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{num_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"

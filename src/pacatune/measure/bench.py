@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 
+from pacatune.files.folder import format_bytes
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.measure.device import device_name
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.step import count, run_in_child, run_point, time_together
 from pacatune.reports.figures import save_figure
 from pacatune.reports.provenance import commit, commit_text, versions, versions_text
-from pacatune.reports.rows import Job, Row, Table, bytes_text, done, plot, table
+from pacatune.reports.rows import Job, Row, Table, done, plot, table
 
 RESULT_NAME, REPORT_NAME, PICTURE_NAME = "bench.json", "bench.md", "bench.png"
 
@@ -195,7 +196,7 @@ def sweep_method(config: BenchConfig, method: str) -> list[Row]:
     note = f"`{method}`: {most:,} is the largest tried."
     if is_reached:
         limit = config.memory_limit
-        of = "" if limit is None else f" of {bytes_text(limit)}"
+        of = "" if limit is None else f" of {format_bytes(limit)}"
         next_one = min(failed)
         note = f"`{method}`: memory{of} ended at {next_one:,} ({failed[next_one]})."
     names: dict[str, Any] = {"method": method, "model": config.title}

@@ -49,9 +49,8 @@ def add_adapter(
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
     trained in full; `groups` are PaCA's row groups.
     """
-    from peft import get_peft_model
-
     from pacatune.tuner.defaults import default_targets
+    from pacatune.tuner.ignored import put_adapter
 
     options = size_options(row, rank, alpha or rank, dropout)
     if seed is not None:
@@ -65,9 +64,7 @@ def add_adapter(
     )
     if row.is_paca:
         config.groups = groups
-    is_meta = next(model.parameters()).is_meta
-    adapted: Any = get_peft_model(cast(Any, model), config, low_cpu_mem_usage=is_meta)
-    return cast(nn.Module, adapted)
+    return put_adapter(model, config)
 
 
 def adapt(

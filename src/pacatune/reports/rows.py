@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pacatune.files.folder import format_bytes
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import new_figure, plain_text
 from pacatune.reports.provenance import Noise, commit, machine, versions
@@ -25,7 +26,6 @@ Origin = Literal["paper", "measured", "counted", "simulated"]
 computed for a device or size that is not here; `paper` is as printed."""
 
 _TIMES = ("ms", "us", "s", "min", "h")
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _MISSING = "-"
 _JOBS = "jobs"
 # The 97.5 % quantiles of Student's t, of one degree of freedom and more.
@@ -153,7 +153,7 @@ def spread_of_mean(values: Sequence[float]) -> float:
 def number_text(value: float, unit: str = "") -> str:
     """Return a number as every table shows it; a unit that scales, as bytes do, stands with it."""
     if unit == "bytes":
-        return bytes_text(value)
+        return format_bytes(value)
     if unit == "%":
         return f"{value:.2f}"
     if unit == "ratio":
@@ -161,16 +161,6 @@ def number_text(value: float, unit: str = "") -> str:
     if unit in _TIMES or not float(value).is_integer():
         return f"{value:,.0f}" if abs(value) >= 9999.5 else f"{value:.4g}"
     return f"{value:,.0f}"
-
-
-def bytes_text(value: float) -> str:
-    """Return a size with the unit that keeps it short, such as `1.5 MiB`."""
-    size = float(value)
-    for unit in _BYTE_UNITS[:-1]:
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} {_BYTE_UNITS[-1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,9 +298,12 @@ class Table:
         """Return head, rule and lines."""
         sides = ["l" if place < self.num_index else "r" for place in range(len(self.header))]
         rule = f"|{'|'.join(_RULES[side] for side in sides)}|"
-        head, *lines = (f"| {' | '.join(cells)} |" for cells in (self.header, *self.cells))
-        # An empty title takes one space, as in a table written by hand.
-        return [head.replace("|  |", "| |"), rule, *lines]
+        # An empty cell takes one space, as in a table written by hand.
+        head, *lines = (
+            "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+            for cells in (self.header, *self.cells)
+        )
+        return [head, rule, *lines]
 
     def plain(self) -> list[str]:
         """Return lines of aligned text, which nothing cuts: numbers stay whole when piped."""
@@ -401,7 +394,7 @@ def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> A
         axes.set_ylim(tallest - 0.9, -1.1)
         axes.margins(x=0.3)
         if unit == "bytes":
-            axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
+            axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
             axes.locator_params(axis="x", nbins=4)
     if len(colors) > 1:
         both = zip(colors.values(), labels, strict=True)

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
@@ -26,7 +26,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     if tokenizer.pad_token is None:  # as Llama's
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token  # saved with the result
-    train, held_out = split_texts(config.data)
+    train, held_out = split_texts(cast(TextClassConfig, config.data))
     classes = sort_labels(train["label"][:])
     encode = partial(_encode, config.data.max_length, tokenizer, classes)
     rows, collator = encode(train), DataCollatorWithPadding(tokenizer)

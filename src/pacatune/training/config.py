@@ -5,20 +5,35 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pacatune.data.config import REASONING_GYM
+from pacatune.data.config import REASONING_GYM, DataSection
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.names import choose, suggest
 from pacatune.training.sections import (
     ADAPTER_SECTIONS,
+    ImageModelConfig,
     LoraSection,
+    ModelConfig,
     MosLoraSection,
     PacaSection,
 )
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from pacatune.training.arguments import SharedDefaults
+
+    class TrainingOptions(SharedDefaults, TrainingArguments):
+        """Options of every task; those of TRL's class of one task, too."""
+
+        def __getattr__(self, name: str) -> Any: ...
+else:
+    TrainingOptions = Any
+
+_EMPTY: Any = dict  # of which a section is made
 HEAD_RATE = 3e-3
 """Learning rate of a new head, beside any method."""
 
@@ -73,23 +88,23 @@ class RunConfig:
     of inputs), `qlora` (LoRA on a quantised base), or `full` (every weight); for classifiers also
     `head` (the new head alone)."""
 
-    model: Any = field(default_factory=dict)
+    model: ModelConfig | ImageModelConfig = field(default_factory=_EMPTY)
     """The pretrained model: a `ModelConfig`."""
 
-    data: Any = field(default_factory=dict)
+    data: DataSection = field(default_factory=_EMPTY)
     """Training and evaluation data: a `DataConfig`, or that of another task."""
 
-    paca: Any = field(default_factory=dict)
+    paca: PacaSection = field(default_factory=_EMPTY)
     """Options of the methods paca and qpaca: a `PacaSection`."""
 
-    lora: Any = field(default_factory=dict)
+    lora: LoraSection = field(default_factory=_EMPTY)
     """Options of the methods lora, lora_dropout, dora, moslora, shira, gralora, miss and qlora: a
     `LoraSection`."""
 
-    moslora: Any = field(default_factory=dict)
+    moslora: MosLoraSection = field(default_factory=_EMPTY)
     """Options of the method moslora: a `MosLoraSection`."""
 
-    training: Any = field(default_factory=dict)
+    training: TrainingOptions = field(default_factory=_EMPTY)
     """Every option of the trainer's class of arguments; of SFTConfig: a `TrainingConfig`."""
 
     lean: Literal["auto", "off", "require"] = "auto"
@@ -149,8 +164,8 @@ class RunConfig:
             setattr(run, name, _section(name, getattr(run, name), kind))
         run._refuse_options_of_others(spec)
         check_lean_level(run.lean_level, lean=run.lean)
-        if method.quantization is not None and run.model.quantization is None:
-            run.model.quantization = method.quantization
+        if isinstance(run.model, ModelConfig) and run.model.quantization is None:
+            run.model.quantization = cast(Any, method.quantization)
         if method.dropout is not None and run.lora.lora_dropout == 0:
             run.lora.lora_dropout = method.dropout
         run._settle_training(spec)
@@ -212,7 +227,7 @@ class RunConfig:
 
     def _refuse_options_of_others(self, spec: TaskSpec) -> None:
         """Refuse what another task or another method would read."""
-        if self.method == "full" and (kind := getattr(self.model, "quantization", None)):
+        if self.method == "full" and (kind := self.model.quantization):
             raise ValueError(
                 f"`model.quantization` ({kind!r}) with `method` ('full'): quantised weights cannot "
                 "be trained; choose another method or drop the option."

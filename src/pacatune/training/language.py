@@ -31,6 +31,7 @@ from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
 from pacatune.training.progress import main_console, show_warnings
 from pacatune.training.report import Report, curve_of, metrics_of
+from pacatune.training.sections import ModelConfig
 from pacatune.training.task import (
     Plan,
     Prepared,
@@ -377,13 +378,12 @@ def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[
 
 def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
-    quantization = config.model.quantization
-    if quantization is None:
+    if not isinstance(config.model, ModelConfig) or config.model.quantization is None:
         return {}
     # FSDP shards weights of one dtype together, and floating ones only.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     made = pretrained.bitsandbytes_config(
-        quantization,
+        config.model.quantization,
         dtype,
         double=config.model.double_quantization,
         storage=dtype if is_sharded else None,

@@ -59,6 +59,7 @@ from pacatune.training.report import (
     write_card,
     write_report,
 )
+from pacatune.training.rewards import RewardError
 from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
@@ -119,9 +120,19 @@ def train(
         ConnectionError: If the hub cannot be written to.
     """
     task = task_of(config)
-    config = task.config
-    console = main_console(config, console)
-    folder = Path(str(config.training.output_dir))
+    console = main_console(task.config, console)
+    return _train(task, console, resume, overwrite, push_to_hub, push_config)
+
+
+def _train(
+    task: Task,
+    console: Console,
+    resume: bool,
+    overwrite: bool,
+    push_to_hub: str | None,
+    push_config: bool,
+) -> Report:
+    config, folder = task.config, Path(str(task.config.training.output_dir))
     check_folder(config, resume=resume, overwrite=overwrite)
     if resume:
         check_same_options(task.values, folder)
@@ -177,14 +188,7 @@ def start_or_resume(
         return None
     resume = begun and checkpoint is not None
     # Without a checkpoint, what was begun is lost anyway.
-    return train(
-        config,
-        resume=resume,
-        overwrite=begun and not resume,
-        push_to_hub=push_to_hub,
-        push_config=push_config,
-        console=console,
-    )
+    return _train(task, console, resume, begun and not resume, push_to_hub, push_config)
 
 
 def prepare(task: Task, console: Console) -> Prepared:
@@ -324,6 +328,10 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
             "`training.per_device_train_batch_size` (and raise gradient_accumulation_steps) or "
             f"{task.prepared.less_memory}."
         ) from error
+    except RewardError as error:
+        kept = last_checkpoint(Path(str(config.training.output_dir)))
+        go_on = "start again" if kept is None else f"continue from {kept} with --resume"
+        raise RewardError(f"{error} Mend the function, then {go_on}.") from error
     finally:
         progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
@@ -364,7 +372,7 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
         "targets": list(prepared.plan.targets),
         "columns": describe_columns(trainer.model),
         "dtype": prepared.dtype,
-        "quantization": getattr(config.model, "quantization", None),
+        "quantization": config.model.quantization,
         "device": str(trainer.args.device),
         "learning_rate": config.training.learning_rate or 0.0,
         "seed": config.training.seed,

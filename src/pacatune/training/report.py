@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.figures import new_figure, save_figure
+from pacatune.reports.rows import Table
 from pacatune.training.config_file import without_folders
 from pacatune.training.tasks import TASKS, TaskSpec
 
@@ -200,7 +201,6 @@ def write_card(task: "Task", report: Report, folder: Path) -> None:
     name = METHODS[config.method].title
     if report.quantization and not name.startswith("Q"):
         name = f"Q{name}"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in report.table())
     settings = f"`config.yaml`, which `{config.repeat_command('config.yaml')}` repeats"
     text = (
         f"{card_front(task, report.model)}"
@@ -211,7 +211,7 @@ def write_card(task: "Task", report: Report, folder: Path) -> None:
         f"{report.num_eval_examples:,} held out). "
         f"Settings: {settings}. "
         f"Details: [report.md](report.md), [report.json](report.json).\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n![Curves]({report.figure})\n"
+        f"{_table(report)}\n\n![Curves]({report.figure})\n"
     )
     (folder / "README.md").write_text(without_folders(text, config), encoding="utf-8")
 
@@ -264,15 +264,19 @@ def four_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def _table(report: Report) -> str:
+    cells = list(map(list, report.table()))
+    return "\n".join(Table(header=["", ""], cells=cells, num_index=2).markdown())
+
+
 def _markdown(report: Report) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in report.table())
     kinds = sorted({name.rpartition(".")[2] for name in report.targets})
     everything = "the head" if report.method == "head" else "every weight"
     targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else everything
     warnings = "".join(f"- {warning}\n" for warning in report.warnings)
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"# {report.method} on {report.model}\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"# {report.method} on {report.model}\n\n{_table(report)}\n\n"
         f"Trained: {targets}.\n\n{report.details}![Curves]({report.figure})\n\n"
         + (f"Warnings:\n\n{warnings}\n" if warnings else "")
         + f"Versions: {packages}.\n"

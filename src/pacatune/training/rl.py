@@ -9,7 +9,7 @@ import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
+from pacatune.data import PromptDataConfig
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer
-from pacatune.training.output import last_checkpoint
-from pacatune.training.rewards import RewardError, load_rewards
+from pacatune.training.rewards import load_rewards
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import WRITER
 
@@ -112,14 +112,6 @@ class SamplingTrainer(LanguageTrainer):
         output["sampled_at"] = torch.full_like(output["advantages"], self.state.global_step)
         return output
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        try:
-            return super()._calculate_rewards(*args, **kwargs)
-        except RewardError as error:
-            kept = last_checkpoint(Path(self.args.output_dir))
-            go_on = "start again" if kept is None else f"continue from {kept} with --resume"
-            raise RewardError(f"{error} Mend the function, then {go_on}.") from error
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Let checkpoints and a stop wait while answers are left to train on.
 
@@ -151,8 +143,9 @@ class SamplingTrainer(LanguageTrainer):
 def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Read the prompts, and find the rewards."""
     length = config.training.max_completion_length or 0
-    data = prepare_prompts(config.data, tokenizer, num_new_tokens=length)
-    rewards = load_rewards(config.reward, config.data, list(data.train[0]))
+    section = cast(PromptDataConfig, config.data)
+    data = prepare_prompts(section, tokenizer, num_new_tokens=length)
+    rewards = load_rewards(config.reward, section, list(data.train[0]))
     option = "`training.max_completion_length`"
     return TaskData(
         examples=data,

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pacatune.format.options import PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
@@ -63,6 +63,8 @@ class ImageModelConfig:
 
     attn_implementation: str | None = None
     """Attention: eager, sdpa, ...; the model's own choice where null."""
+
+    quantization: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         check_choices(self, "model.")

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a language model, by TRL's SFTTrainer."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import (
     DataCollatorForVisionLanguageModeling,
 )
 
-from pacatune.data import prepare_data
+from pacatune.data import DataConfig, prepare_data
 from pacatune.data.encode import IGNORED
 from pacatune.data.formats import open_image
 from pacatune.pretrained import load_processor
@@ -35,7 +35,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         _check_stream(training)
     splits = training.packing and training.packing_strategy == "bfd_split"
     data = prepare_data(
-        config.data,
+        cast(DataConfig, config.data),
         tokenizer,
         max_length=None if splits else training.max_length,
         stop_ids=find_stop_ids(config, tokenizer),

@@ -3,7 +3,6 @@
 What tasks have in common is here too: the adapter, and the plan of what it trains.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
@@ -23,6 +21,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
 from pacatune.training.start import read_start, settle
 from pacatune.training.tasks import ModelKind, TaskSpec, load
+from pacatune.tuner.ignored import put_adapter
 
 
 @dataclass(frozen=True)
@@ -192,34 +191,13 @@ def make_adapter_config(
     return adapter
 
 
-def put_adapter(model: nn.Module, adapter: PeftConfig | None) -> nn.Module:
-    """Put an adapter, if there is one, on a model, in place; the model may have no weights."""
-    from pacatune.tuner.ignored import get_strict_peft_model
-
-    if adapter is None:
-        return model
-    options: Any = copy.deepcopy(adapter)
-    is_empty = any(parameter.is_meta for parameter in model.parameters())
-    if is_empty and hasattr(options, "mask_fn"):
-        options.mask_fn = None  # SHiRA's, which looks at values; the trained ones are as many
-    if is_empty and options.peft_type == "PACA":
-        options.columns_from = "dequantized"
-        if options.columns is None:
-            options.selection = "random"
-    adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
-    for layer in adapted.modules():
-        if isinstance(layer, _BatchNorm):  # saved for its statistics, if at all
-            layer.requires_grad_(False)
-    return adapted
-
-
 def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Module:
     """Put the adapter on a model; of the method `head`, freeze all but the head."""
     if method == "head":
         model.requires_grad_(False)
         for name in find_heads(model):
             model.get_submodule(name).requires_grad_(True)
-    return put_adapter(model, adapter)
+    return model if adapter is None else put_adapter(model, adapter)
 
 
 def find_heads(model: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Options of an adapter's configuration that match nothing: PEFT ignores them, we refuse them."""
 
+import copy
 import re
 import warnings
 from collections import Counter
@@ -10,10 +11,11 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.names import guess
 
-__all__ = ["get_strict_peft_model", "own_modules", "refuse_unused_patterns"]
+__all__ = ["get_strict_peft_model", "own_modules", "put_adapter", "refuse_unused_patterns"]
 
 # PEFT adds both to `modules_to_save` of classifiers, which have one of them.
 _HEADS = ("classifier", "score")
@@ -39,6 +41,23 @@ def get_strict_peft_model(model: Any, config: PeftConfig, **options: Any) -> Pef
             warnings.filterwarnings("ignore", message)
         adapted: Any = get_peft_model(model, config, **options)
     _refuse_ignored(adapted)
+    return adapted
+
+
+def put_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """Put an adapter on a model, in place, to train or measure it; it may have no weights."""
+    options: Any = copy.deepcopy(config)
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if is_empty and hasattr(options, "mask_fn"):
+        options.mask_fn = None  # SHiRA's, which looks at values; the trained ones are as many
+    if is_empty and options.peft_type == "PACA":
+        options.columns_from = "dequantized"
+        if options.columns is None:
+            options.selection = "random"
+    adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
+    for layer in adapted.modules():
+        if isinstance(layer, _BatchNorm):  # saved for its statistics, if at all
+            layer.requires_grad_(False)
     return adapted
 
 

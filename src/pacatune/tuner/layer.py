@@ -222,10 +222,8 @@ class PacaLayer(nn.Module, TunerLayer):
 
         They are an (O, R) delta, (U,) sorted indices, the factor paca_alpha / R, and a pattern.
         """
-        holder, rank = (
-            cast(Delta, self.paca_delta[adapter_name]),
-            delta.shape[self.layout.delta_dim],
-        )
+        holder = cast(Delta, self.paca_delta[adapter_name])
+        rank = delta.shape[self.layout.delta_dim]
         old = holder.weight
         if old.shape == delta.shape:
             old.copy_(delta)

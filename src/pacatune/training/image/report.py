@@ -9,6 +9,7 @@ import torch
 
 from pacatune.data.images import ImageDataset
 from pacatune.reports.figures import new_figure, plain_text, save_figure
+from pacatune.reports.rows import Table
 
 _MOST_MISTAKES, _MOST_CONFUSIONS = 25, 10
 _NUM_COLUMNS = 5  # of mistakes
@@ -53,9 +54,11 @@ def describe(classes: list[str], confusion: list[list[int]]) -> str:
     if not pairs:
         return f"{text}No held-out image was misclassified.\n\n"
     pairs = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSIONS]
-    rows = "".join(f"| {a} | {b} | {number} |\n" for number, a, b in pairs)
+    cells = [[a, b, str(number)] for number, a, b in pairs]
+    shown = Table(header=["class", "taken for", "images"], cells=cells, num_index=2).markdown()
+    rows = "\n".join(shown)
     return (
-        f"{text}| class | taken for | images |\n|---|---|--:|\n{rows}\n"
+        f"{text}{rows}\n\n"
         "The surest mistakes (class of the image, then what it was taken for, with its "
         "probability):\n\n![Misclassified images](mistakes.png)\n\n"
     )

@@ -3,16 +3,17 @@
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from pacatune.adapters.folder import SIDECAR_NAME
+from pacatune.data.config import ImageDataConfig
 from pacatune.data.images import (
     Augmentation,
     ImageDataset,
@@ -46,7 +47,7 @@ class ImageTask(Task):
     @cached_property
     def images(self) -> PreparedImages:
         """The images, found when they are first asked for."""
-        return prepare_images(self.config.data)
+        return prepare_images(cast(ImageDataConfig, self.config.data))
 
     @cached_property
     def base(self) -> ImageBase:
@@ -75,7 +76,10 @@ class ImageTask(Task):
             section = config.paca if method.is_paca else config.lora
             # PEFT keeps adapters off them.
             saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
-            options = {"modules_to_save": sorted(saved), "revision": source.revision}
+            options: dict[str, Any] = {
+                "modules_to_save": sorted(saved),
+                "revision": source.revision,
+            }
             if section.target_modules is None:
                 options["target_modules"], notes = choose_targets(model, method, section.r)
             adapter = make_adapter_config(config, model, **options)
@@ -178,18 +182,24 @@ class ImageTask(Task):
         ) + (f"\n{merging}\n" if METHODS[self.config.method].has_adapter else "")
 
 
+class _NewPass(TrainerCallback):
+    """Tells images the number of the pass, in which they are augmented anew."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self._images = images
+
+    def on_epoch_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self._images.epoch.fill_(int(state.epoch or 0))  # which also counts its steps
+
+
 class ImageTrainer(RunTrainer):
     """Trainer of a model that turns `pixel_values` into `logits`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(compute_loss_func=self._loss, compute_metrics=_measure, **kwargs)
+        self.add_callback(_NewPass(self.train_dataset))
         # The loss is ours, so nothing but pixels goes into the model.
         self.model_accepts_loss_kwargs = False
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Tell the images the number of the pass, in which they are augmented anew."""
-        self.train_dataset.epoch.fill_(int(self.state.epoch or 0))  # which also counts its steps
-        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
