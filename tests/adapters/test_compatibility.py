@@ -56,7 +56,7 @@ def test_other_modules_are_refused(adapter_dir, model, change, message):
 def test_other_weights_are_refused_unless_allowed(adapter_dir, model):
     with torch.no_grad():
         model.get_submodule(DOWN).weight.add_(1e-3)
-    message = rf"weights of 1 of 6 adapted modules are not .* first '{DOWN}'.*--allow-other-base"
+    message = rf"weights of 1 of 6 adapted modules are not .* first '{DOWN}'.*--allow_other_base"
     with pytest.raises(ValueError, match=message):
         check_base(adapter_dir, model)
     (note,) = check_base(adapter_dir, model, allow_other_base=True)

@@ -198,7 +198,7 @@ def test_what_lora_servers_do_not_load_is_refused_or_kept(export, tmp_path, extr
     build_model(300, attention_bias=True).save_pretrained(tmp_path / "base")
     adapted, *_ = export(tmp_path / "base", keep_extra=True, **extra)
     assert_same_in_peft(tmp_path / "base", tmp_path / "lora", adapted)
-    with pytest.raises(ValueError, match=r"tensors that are not PaCA's, first .*--keep-extra"):
+    with pytest.raises(ValueError, match=r"tensors that are not PaCA's, first .*--keep_extra"):
         export_lora(None, tmp_path / "adapter", tmp_path / "other")
 
 

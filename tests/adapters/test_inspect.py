@@ -40,7 +40,7 @@ def test_what_only_we_can_read_is_said(tmp_path, tiny_model_dir):
     report = inspect_adapter(tmp_path / "ours")
     notes = " ".join(report.notes)
     assert "needs pacatune: PEFT's own PaCA (0.22 and newer) does not know `rank_pattern`" in notes
-    assert "`export` needs --keep-extra" in notes
+    assert "`export` needs --keep_extra" in notes
     assert "fingerprint" not in notes
     assert report.extra == ["base_model.model.lm_head.weight"]
     assert report.num_trainable_parameters == 300 * 32 + 2 * (2 * 32 + 4 * 16 + 4 * 32)

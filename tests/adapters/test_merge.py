@@ -213,7 +213,7 @@ def test_another_base_is_refused(model, model_copy, adapter_dir, tmp_path):
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.add_(0.01)
     model.save_pretrained(model_copy)
-    with pytest.raises(ValueError, match=r"weights of 1 of 6 adapted modules .*--allow-other-base"):
+    with pytest.raises(ValueError, match=r"weights of 1 of 6 adapted modules .*--allow_other_base"):
         merge(str(model_copy), adapter_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     result = merge(str(model_copy), adapter_dir, tmp_path / "out", allow_other_base=True)

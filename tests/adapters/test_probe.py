@@ -54,7 +54,7 @@ def test_inputs_of_other_models(build, inputs, shape):
 def test_other_inputs_are_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     model = Wav2Vec2Model(Wav2Vec2Config(**sizes, num_attention_heads=2))
-    with pytest.raises(ValueError, match=r"Wav2Vec2Model takes 'input_values'; .*--no-verify"):
+    with pytest.raises(ValueError, match=r"Wav2Vec2Model takes 'input_values'; .*--no_verify"):
         probe_inputs(model)
 
 

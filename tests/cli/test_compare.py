@@ -39,7 +39,7 @@ def test_study(study, tmp_path, shown):
 def test_part_of_a_study(study, capsys, refused):
     assert main([*study(), "--arms", "columns"]) == 3
     assert "paused with 2 of 5 runs done" in capsys.readouterr().out
-    assert "`max_hours` (-1.0) must be above 0" in refused(*study(), "--max-hours", "-1")
+    assert "`max_hours` (-1.0) must be above 0" in refused(*study(), "--max_hours", "-1")
 
 
 def test_failed_runs_and_wrong_studies(study, capsys, refused, monkeypatch):

@@ -17,7 +17,7 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     words = ["merge", *words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu"]
     out = shown(*words, "--output", tmp_path / "other")
     assert "merged    6 modules, bfloat16\n" in out
-    assert "verified  no (--no-verify)\n" in out
+    assert "verified  no (--no_verify)\n" in out
 
 
 def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
@@ -41,5 +41,5 @@ def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refu
     save_adapter(tiny_model_dir, tmp_path / "adapter", modules_to_save=["lm_head"])
     words = ["export", "--adapter", tmp_path / "adapter", "--to", "lora"]
     words += ["--output", tmp_path / "lora"]
-    assert "--keep-extra" in refused(*words)
+    assert "--keep_extra" in refused(*words)
     shown(*words, "--keep-extra")

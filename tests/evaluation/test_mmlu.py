@@ -112,5 +112,5 @@ def test_hub_that_cannot_be_reached(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(OSError, match=r"mmlu cannot be had \(Conn.*hub can be .*--tasks-dir"):
+    with pytest.raises(OSError, match=r"mmlu cannot be had \(Conn.*hub can be .*--tasks_dir"):
         prepare_tasks(["mmlu"])

@@ -102,7 +102,7 @@ def test_the_adapter_comes_back_exactly(bf16_dir, tmp_path, groups, with_fingerp
 
 def test_without_its_adapter_a_patch_is_smaller(bf16_dir, bf16_adapter, bf16_patch, tmp_path):
     made, notes = patch.make(bf16_dir, bf16_adapter, with_adapter=False)
-    assert notes == ["the patch is without its adapter (--no-adapter), which it cannot give back."]
+    assert notes == ["the patch is without its adapter (--no_adapter), which it cannot give back."]
     small, large = (patch.save(p, tmp_path / n) for p, n in ((made, "a"), (bf16_patch, "b")))
     assert large - small > sum(t.nbytes for t in bf16_patch.adapter.tensors.values())
     with pytest.raises(ValueError, match="without the adapter it was made of; make it again"):

@@ -112,7 +112,7 @@ def export_lora(
         raise ValueError(
             f"{found.folder} also holds {len(found.extra)} tensors that are not {method}'s, first "
             f"{next(iter(found.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
-            "`keep_extra` (--keep-extra) to carry them over for PEFT, or merge the adapter instead."
+            "`keep_extra` (--keep_extra) to carry them over for PEFT, or merge the adapter instead."
         )
     name, base = named_base(model, found)
     if isinstance(found, Adapter):

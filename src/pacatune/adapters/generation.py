@@ -138,7 +138,7 @@ class TextGenerator:
         if system is not None:
             raise ValueError(
                 f"`system` ({system[:40]!r}) needs a chat template, which this tokenizer lacks "
-                "or --no-chat turns off; put it into the prompt."
+                "or --no_chat turns off; put it into the prompt."
             )
         tokens: Tensor = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
         return tokens

@@ -212,7 +212,7 @@ def _paca_notes(adapter: Adapter) -> list[str]:
     notes.append(_readers(config, has_convolutions=has_convolutions))
     if adapter.extra:
         notes.append(
-            "holds more than PaCA's tensors: `export` needs --keep-extra, `merge` does not."
+            "holds more than PaCA's tensors: `export` needs --keep_extra, `merge` does not."
         )
     else:
         limits = ["dilated or oddly padded convolutions"] * has_convolutions

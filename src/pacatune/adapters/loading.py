@@ -43,7 +43,7 @@ from pacatune.tuner.columns import keep_columns
 from pacatune.tuner.layout import Layout
 from pacatune.tuner.quantized import settle_columns
 
-_OTHER_BASE = "pass `allow_other_base` (--allow-other-base) if this base is meant."
+_OTHER_BASE = "pass `allow_other_base` (--allow_other_base) if this base is meant."
 
 
 def check_base(

@@ -219,7 +219,7 @@ def _verify(
         whose="the merged model's",
         dtype="nf4 again" if is_requantised else dtype,
         fix=f"Merge with {fix}, serve the adapter unmerged, or take the loss unmeasured with "
-        "--no-verify.",
+        "--no_verify.",
     )
     merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
     return error, limit

@@ -49,7 +49,7 @@ def probe_inputs(
     else:
         raise ValueError(
             f"{type(model).__name__} takes {main_input!r}; only models for tokens, pixels or "
-            "log-mel features can be verified. Go without: `verify=False` (--no-verify)."
+            "log-mel features can be verified. Go without: `verify=False` (--no_verify)."
         )
     for batch in batches:
         if getattr(config, "is_encoder_decoder", False) and "input_ids" in batch:

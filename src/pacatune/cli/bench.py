@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     skip = {"values", "title", "memory_limit"}
     parser.add_class_arguments(BenchConfig, as_group=False, skip=skip)
     text = "Memory that each process may take, such as 4GiB; by default, in a sweep on a CPU, 0.8"
-    parser.add_argument("--memory-limit", metavar="SIZE", help=f"{text} of what is free.")
+    parser.add_argument("--memory_limit", metavar="SIZE", help=f"{text} of what is free.")
     given = parser.parse_args(argv)
     options = build(Options, given)
     quiet_libraries()

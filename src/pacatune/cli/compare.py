@@ -21,7 +21,7 @@ class Compare:
 
     Each arm's learning rate is chosen on held-out training data, then all seeds are reported on
     test data. A folder that holds runs of the study is continued; failed runs are done again. Exit
-    status: 0 finished, 1 runs failed, 3 runs are left because of --max-hours or --arms.
+    status: 0 finished, 1 runs failed, 3 runs are left because of --max_hours or --arms.
     """
 
     config: Path

@@ -39,7 +39,7 @@ class Export(BaseOptions):
         else:
             if (self.dtype, self.keep_extra) != ("float32", False):
                 raise ValueError(
-                    "--dtype and --keep-extra are for --to lora; PaCA's tensors are float32, and "
+                    "--dtype and --keep_extra are for --to lora; PaCA's tensors are float32, and "
                     "modules_to_save come along. Drop them."
                 )
             result = export_paca(*where, allow_other_base=self.allow_other_base)

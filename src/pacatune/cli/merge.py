@@ -46,7 +46,7 @@ class Merge(ModelOptions):
         print(f"merged    {result.num_modules} modules, {result.dtype}")
         error = result.error
         if error is None:
-            print("verified  no (--no-verify)")
+            print("verified  no (--no_verify)")
         else:
             print(
                 f"verified  outputs are those of the adapter, rounded by {error.max_absolute:.1e} "

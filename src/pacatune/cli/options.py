@@ -51,7 +51,7 @@ class SectionParser(ArgumentParser):
 
 
 class CommandParser(SectionParser):
-    """Parser of options that are spelt `--some-name`, those for yes or no without a value.
+    """Parser of options that are spelt `--some_name`, those for yes or no without a value.
 
     Several values are one word with commas for a tuple, several words for a list. `build` splits
     the former, and refuses what is no choice.
@@ -74,7 +74,7 @@ class CommandParser(SectionParser):
         if changes:
             kept = ("default", "help", "required")
             arguments = {key: arguments[key] for key in kept if key in arguments} | changes
-        spelt = [name.rstrip("_").replace("_", "-") for name in names if not name.endswith("+")]
+        spelt = [name.rstrip("_") for name in names if not name.endswith("+")]
         return super().add_argument(*spelt, **arguments)
 
 
@@ -136,7 +136,7 @@ def give_one(*, needed: bool = False, **options: Any) -> None:
     """Refuse several of some options, and with `needed` none of them."""
     given = [name for name, value in options.items() if value]
     if len(given) > 1 or (needed and not given):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        flags = ", ".join(f"--{name}" for name in options)
         raise ValueError(f"give {'only ' if given else ''}one of {flags}.")
 
 

@@ -206,7 +206,7 @@ class Stack(_Target):
     def run(self, command: str) -> int:
         """Do it."""
         if self.in_place and self.model is None:
-            raise ValueError("`--in-place` needs --model, the folder to change.")
+            raise ValueError("`--in_place` needs --model, the folder to change.")
         quiet_libraries()
 
         from pacatune.patch import load, save, stack

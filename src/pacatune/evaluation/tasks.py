@@ -144,6 +144,6 @@ def _load(manager: "TaskManager", name: str) -> list[Any]:
         raise OSError(
             f"the data of {name} cannot be had ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}); see that the hub can be reached and that the "
-            "task's own packages are installed, or give task files of local data: --tasks-dir."
+            "task's own packages are installed, or give task files of local data: --tasks_dir."
         ) from error
     return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())

@@ -65,7 +65,7 @@ def make(
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     part = _adapter_part(checked) if with_adapter else None
     if not with_adapter:
-        notes.append("the patch is without its adapter (--no-adapter), which it cannot give back.")
+        notes.append("the patch is without its adapter (--no_adapter), which it cannot give back.")
     # The path of somebody's folder is their own.
     short = Path(name).resolve().name if Path(name).is_dir() else name
     prints = fingerprint(checkpoint, edits)
@@ -120,7 +120,7 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
     part = patch.adapter
     if part is None:
         raise ValueError(
-            "the patch is without the adapter it was made of; make it again without --no-adapter."
+            "the patch is without the adapter it was made of; make it again without --no_adapter."
         )
     output = Path(output)
     with staged_folder(output, part.num_bytes) as staging:

@@ -111,7 +111,7 @@ def check_base(
     if 2 * num_equal < num_compared and not allow_other_base:
         raise ValueError(
             f"{where}: {sampled} differ, although those it changes are the same. Choose the right "
-            "base, or pass `allow_other_base` (--allow-other-base)."
+            "base, or pass `allow_other_base` (--allow_other_base)."
         )
     if num_equal < num_compared:
         return [f"{sampled} differ from its base: another patch is applied, or it is another base."]
