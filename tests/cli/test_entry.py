@@ -97,3 +97,15 @@ def test_a_reader_that_leaves_ends_the_command_quietly(words):
         done = subprocess.run(command, stdout=pipe, stderr=errors, text=True, env=env)
     assert done.returncode == 141
     assert not done.stderr
+
+
+def test_hyphens_and_underscores_are_one_spelling(capsys):
+    for command, option in (("generate", "max_new_tokens"), ("train", "training.max_steps")):
+        said = []
+        for name in (option, option.replace("_", "-")):
+            assert main([command, f"--{name}", "many"]) == 2
+            said.append(capsys.readouterr().err)
+        assert said[0] == said[1]
+        assert "many" in said[0]
+    assert main(["train", "--model.path=./x-y", "--data.path", "d-e.jsonl"]) == 2  # values stay
+    assert "x-y" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def evaluate(folder, tmp_path, monkeypatch, shown):
 
 
 def test_mmlu(evaluate, tmp_path):
-    values, out = evaluate("mmlu --tasks-dir tasks --limit 1 --num-fewshot 1")
+    values, out = evaluate("mmlu --tasks_dir tasks --limit 1 --num_fewshot 1")
     assert values["result"]["tasks"]["mmlu"]["acc"]["num_questions"] == 57
     assert "mmlu_social_sciences" in out
     assert "mmlu_anatomy" not in out
@@ -53,15 +53,15 @@ def test_mmlu(evaluate, tmp_path):
 
 
 def test_mmlu_has_five_examples_and_says_what_did_not_fit(evaluate, tiny_model_dir):
-    line = "mmlu --tasks-dir tasks --tasks mmlu_anatomy --limit 2"
+    line = "mmlu --tasks_dir tasks --tasks mmlu_anatomy --limit 2"
     values, out = evaluate(line, model=("--model", tiny_model_dir))
     assert "2 prompts are longer than the model's context and lost their start." in out
     assert values["result"]["num_fewshot"] == {"mmlu_anatomy": 5}
 
 
 def test_lm_eval(evaluate):
-    tasks = "--tasks mmlu_virology,mmlu_stem --tasks-dir tasks"
-    values, _ = evaluate(f"lm-eval {tasks} --limit 1 --num-fewshot 0")
+    tasks = "--tasks mmlu_virology,mmlu_stem --tasks_dir tasks"
+    values, _ = evaluate(f"lm-eval {tasks} --limit 1 --num_fewshot 0")
     assert values["result"]["tasks"]["mmlu_stem"]["acc"]["num_questions"] == 19
     assert values["result"]["num_fewshot"]["mmlu_virology"] == 0
 
@@ -78,7 +78,7 @@ def test_perplexity(evaluate, tmp_path):
     assert "bits per byte" in out
     assert values["result"]["text.txt"]["num_bytes"] == 620
     assert len(values["settings"]["text_sha256"]["text.txt"]) == 64
-    values, _ = evaluate("perplexity --max-tokens 200", output=tmp_path / "default")
+    values, _ = evaluate("perplexity --max_tokens 200", output=tmp_path / "default")
     assert values["result"]["pydoc_data.topics"]["num_tokens"] == 199
 
 

@@ -53,7 +53,7 @@ def parse(line, text="w"):
 
 def test_words_become_values_of_the_fields_types():
     assert parse("") == Sizes("p", with_="w")
-    words = "--num-rows -7 --share -1e-3 --kind coarse --names a,b --is-quick --lengths 4,5"
+    words = "--num_rows -7 --share -1e-3 --kind coarse --names a,b --is_quick --lengths 4,5"
     values = {"num_rows": -7, "share": -1e-3, "kind": "coarse", "names": ("a", "b")}
     values |= {"is_quick": True, "lengths": (4, 5), "folder": Path("a/b"), "files": ["x", "y"]}
     assert parse(f"{words} --folder a/b --files x y") == Sizes("p", with_="w", **values)
@@ -72,7 +72,7 @@ def test_a_function_and_other_values():
     [
         (Sizes, "p --with w --lengths 4,x", r"`lengths` \('4,x'\) must be whole numbers with com"),
         (Sizes, "p --with w --kind fin", r"`kind` \('fin'\) must be one of .* mean 'fine'\?"),
-        (Sizes, "p --with w --num-rows x", "Expected a .*int.*Got value: x; see `pacatune sizes"),
+        (Sizes, "p --with w --num_rows x", "Expected a .*int.*Got value: x; see `pacatune sizes"),
         (Sizes, "p --with w --nmes x", "unknown option --nmes; did you mean '--names'?"),
         (Sizes, "", "arguments are required: path, with; see"),
         (add, "--number 0", "does not conform to restriction v>0"),
@@ -85,14 +85,14 @@ def test_what_is_wrong_is_refused(called, words, message):
 
 def test_help_is_the_docstring():
     text = " ".join(parser_of("sizes", Sizes, "path").format_help().split())
-    assert "--num-rows NUM_ROWS Rows of 100 % of the data. (type: int, default: 3)" in text
+    assert "--num_rows NUM_ROWS Rows of 100 % of the data. (type: int, default: 3)" in text
     assert "--kind {fine,coarse} The grain. (type: str, default: fine)" in text
     assert "path" not in text.replace("PATH", "")
 
 
 def test_give_one():
     give_one(one=None, two="x")
-    with pytest.raises(ValueError, match="give only one of --one, --the-other"):
+    with pytest.raises(ValueError, match="give only one of --one, --the_other"):
         give_one(one=1, the_other="x")
     with pytest.raises(ValueError, match="give one of --one, --two"):
         give_one(one=None, two="", needed=True)

@@ -3,6 +3,7 @@
 What tasks have in common is here too: the adapter, and the plan of what it trains.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -220,6 +221,9 @@ def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     num_parameters = sum(p.numel() for p in model.parameters())
+    if hasattr(adapter, "mask_fn"):  # SHiRA's, which looks at values; as many are trained without
+        adapter = copy.copy(adapter)
+        setattr(adapter, "mask_fn", None)  # noqa: B010 (PEFT's own field of that class)
     make_trainable(model, adapter, config.method)
     if config.lean == "require":
         lean.enable(model, config.lean, level=config.lean_level)

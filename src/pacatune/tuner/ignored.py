@@ -48,8 +48,6 @@ def put_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     """Put an adapter on a model, in place, to train or measure it; it may have no weights."""
     options: Any = copy.deepcopy(config)
     is_empty = any(parameter.is_meta for parameter in model.parameters())
-    if is_empty and hasattr(options, "mask_fn"):
-        options.mask_fn = None  # SHiRA's, which looks at values; the trained ones are as many
     if is_empty and options.peft_type == "PACA":
         options.columns_from = "dequantized"
         if options.columns is None:
