@@ -1,6 +1,7 @@
 """Names that people write: which one is meant, and which is nearest to a wrong one."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
@@ -9,6 +10,13 @@ _MAX_LISTED = 20
 _NUMBER_FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Less alike than this, a key is no guess at another one.
 _NEAR = 0.6
+# The name of an option, and of one in a section.
+_OPTION = re.compile(r"(?<=^--)[A-Za-z][\w-]*(?:\.[\w-]+)?")
+
+
+def spell(words: Iterable[str]) -> list[str]:
+    """Return the words of a command, its options as the help spells them: `--max_steps`."""
+    return [_OPTION.sub(lambda name: name[0].replace("-", "_"), word) for word in words]
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | None:

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.installation import require_extra
-from pacatune.names import did_you_mean
+from pacatune.names import did_you_mean, spell
 
 # Each command is the module `pacatune.cli.NAME` (`-` as `_`). It has `command`, or `SUBCOMMANDS` by
 # their names: a function whose parameters are the options, or a dataclass with the method `run`.
@@ -44,8 +43,6 @@ EXTRAS = {
 
 # What these show needs neither torch nor PEFT, whose import takes many seconds.
 _RUNS = ("train", "train-image")
-# The name of an option, and of one in a section.
-_OPTION_NAME = re.compile(r"(?<=^--)[A-Za-z][\w-]*(?:\.[\w-]+)?")
 _SHOWING = {"-h", "--help", "--print_config"}
 
 _DESCRIPTION = "Fine-tune a few columns of each pretrained weight in place (PaCA)."
@@ -75,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for a user error, 130 when interrupted, 141 when the reader of the output
         has left, else what the command returns.
     """
-    words = [*map(_underlined, sys.argv[1:] if argv is None else argv)]
+    words = spell(sys.argv[1:] if argv is None else argv)
     try:
         try:
             return _main(words, owns_process=argv is None)
@@ -87,11 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         return EXIT_BROKEN_PIPE
-
-
-def _underlined(word: str) -> str:
-    """Spell an option as its help does: `--max-steps` is `--max_steps`."""
-    return _OPTION_NAME.sub(lambda name: name[0].replace("-", "_"), word)
 
 
 def _main(words: list[str], owns_process: bool) -> int:

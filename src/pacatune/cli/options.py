@@ -14,7 +14,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from pacatune.names import choices_of, choose, suggest
+from pacatune.names import choices_of, choose, spell, suggest
 from pacatune.training.config_file import PARSER_MODE
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ class SectionParser(ArgumentParser):
 
         An unknown option is refused first: without it another one, which was meant, may be missing.
         """
-        refuse_unknown(args or (), self._option_string_actions)
+        args = spell(args or ())
+        refuse_unknown(args, self._option_string_actions)
         try:
             return super().parse_args(args, namespace, **more)
         except ArgumentError as error:

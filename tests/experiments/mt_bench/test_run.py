@@ -187,7 +187,7 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(run, out):
         ({"questions": "./no.jsonl"}, "./no.jsonl does not exist; check `questions`"),
         ({"references": None}, "has no reference to both turns of 11, 12, 31, 32"),
         ({"judge_parallel": 0}, "judge_parallel"),
-        ({"judge_modell": "x"}, "unknown option --judge-modell; did you mean '--judge-model'"),
+        ({"judge_modell": "x"}, "unknown option --judge_modell; did you mean '--judge_model'"),
     ):
         assert run(**options) == 2
         assert message in run.err
