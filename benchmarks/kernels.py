@@ -4,8 +4,9 @@
 
 A layer's are those of a model of three layers minus those of a model of two; what counts as a
 kernel is in pacatune.measure.kernels. Weights are in bfloat16, adapters in float32 as PEFT makes
-them, and the factor alpha / r is 2, so that multiplying by it shows. Counts depend on no clock: the
-same versions of torch, transformers and PEFT give the same numbers everywhere.
+them, passes run under autocast as Trainer's do, and the factor alpha / r is 2, so that multiplying
+by it shows. Counts depend on no clock: the same versions of torch, transformers and PEFT give the
+same numbers everywhere.
 
 A whole-tensor pass is one read or one write of an (N, I) or (N, O) tensor beside the large products
 and attention: what an adapter costs in memory traffic, whatever the size of the model.
@@ -49,7 +50,7 @@ _NARROWEST = 32  # the outputs of k_proj and v_proj
 _NUM_LAYERS = 3
 
 QUANTISED = ("qpaca", "qlora")
-COUNTED = ("frozen", OURS, "paca_g8", SWAP, "lora", "lora_dropout", "dora", *QUANTISED)
+COUNTED = ("frozen", OURS, "paca_g8", SWAP, "lora", "lora_bf16", "lora_dropout", "dora", *QUANTISED)
 HELD = ("frozen", OURS)
 """Those that promises are about: ours, beyond the floor."""
 
@@ -99,7 +100,8 @@ def passes(contender: Contender, batch: Tensor) -> Iterator[tuple[str, Callable[
     losses: list[Tensor] = []
 
     def forward() -> None:
-        losses.append(loss_of(model, batch))
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            losses.append(loss_of(model, batch))
 
     def backward() -> None:
         losses.pop().backward()
@@ -244,7 +246,9 @@ def _generated_code(model: nn.Module) -> list[str]:
     compiled = torch.compile(model, fullgraph=True)
 
     def step() -> None:
-        compiled(inputs_embeds=x.requires_grad_(), labels=labels, use_cache=False).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(inputs_embeds=x.requires_grad_(), labels=labels, use_cache=False).loss
+        loss.backward()
 
     return list(run_and_get_code(step)[1])
 
@@ -262,8 +266,8 @@ def _num_calls(code: str) -> int:
 COUNTERS: dict[str, tuple[Callable[[str], Launches], Iterable[str]]] = {
     "eager": (count_layer, COUNTED),
     "lean": (partial(count_layer, is_lean=True), COUNTED),
-    "compiled": (count_compiled, (*HELD, "lora")),
-    "sharded": (count_sharded, (*HELD, "lora")),
+    "compiled": (count_compiled, (*HELD, "lora", "lora_bf16")),
+    "sharded": (count_sharded, (*HELD, "lora", "lora_bf16")),
 }
 """Setting -> what counts a method in it, and which are counted."""
 
@@ -308,8 +312,8 @@ def main(options: list[str] | None = None) -> int:
     args = new_parser(__doc__).parse_args(options)
     how = (
         f"Per Llama decoder layer (in all: of {_NUM_LAYERS} layers), weights in bfloat16, adapters "
-        f"in float32, alpha / r = {SCALING}: counted, not timed, on a CPU that takes a GPU's "
-        "branches"
+        f"in float32, under autocast, alpha / r = {SCALING}: counted, not timed, on a CPU that "
+        "takes a GPU's branches"
     )
     run = partial(count, *COUNTERS)
     problems = exceeded(record("kernels", how, run, args, options, COUNTED))

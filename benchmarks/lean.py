@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from benchmarks.methods import METHODS, OURS, make_batch, make_contender
+from benchmarks.methods import METHODS, OURS, RANK, autocast_of, make_batch, make_contender
 from benchmarks.results import DTYPES, compare, counted, record, take_turns, timed_parser
 from pacatune import lean
 from pacatune.lean.gated import apply_gated_product
@@ -39,9 +39,7 @@ from pacatune.measure.models import checkpoint_blocks, llama_values, loss_of
 from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 
-COUNTED = ("full", "lora", "lora_dropout", OURS)
-# PEFT's default is float32, for which LoRA keeps a float32 copy of each input.
-ADAPTERS = {OURS: ("float32",), "lora": ("bfloat16", "float32")}
+COUNTED = ("full", "lora", "lora_bf16", "lora_dropout", OURS)
 TIMED = (OURS, "lora")
 TOKENS = (512, 2048)
 LEVELS = ("level 1", "level 2", "level 3")
@@ -144,16 +142,15 @@ def _attention(module: nn.Module, run: Callable[..., Any], **kwargs: Any) -> Any
     return recompute(body, [x], state_of(module)), None
 
 
-def count(method: str, adapters: str, variant: str, values: dict[str, Any], seed: int) -> Row:
-    """Return what one layer keeps per token, in bytes per channel; adapters in a dtype."""
+def count(method: str, variant: str, values: dict[str, Any], seed: int) -> Row:
+    """Return what one layer keeps per token, in bytes per channel."""
     batch = make_batch(_NUM_COUNTED, values["vocab_size"], seed)
     units = 0.0
     for num_layers, sign in ((2, 1), (1, -1)):
         sized = values | {"num_hidden_layers": num_layers}
-        dtype = DTYPES[adapters]
-        model = make_contender(method, sized, torch.bfloat16, seed, adapter_dtype=dtype).model
+        model = make_contender(method, sized, torch.bfloat16, seed).model
         apply_variant(model, variant)
-        with SavedBytes(model) as saved:
+        with torch.autocast("cpu", torch.bfloat16), SavedBytes(model) as saved:
             loss = loss_of(model, batch)
         del loss
         units += sign * saved.num_bytes / batch.numel() / values["hidden_size"]
@@ -164,19 +161,18 @@ def count(method: str, adapters: str, variant: str, values: dict[str, Any], seed
                 f"lean paca at {variant} keeps {units} bytes per token, layer and channel; its "
                 f"formula gives {formula}, so something else is saved."
             )
-    finer = ", float32 adapters" if adapters == "float32" and method != OURS else ""
-    return counted(WHAT, method + finer, units, "bytes per channel", setting=variant)
+    return counted(WHAT, method, units, "bytes per channel", setting=variant)
 
 
 def counted_variants(method: str) -> list[str]:
     """Return the variants whose bytes are counted; selective checkpointing hides what it keeps."""
     if method == "lora_dropout":  # dropout cannot be computed again
         return ["plain", REFERENCE]
-    rivals = {OURS: _RIVALS[1:], "lora": _RIVALS}.get(method, ())
+    rivals = {OURS: _RIVALS[1:], "lora": _RIVALS, "lora_bf16": _RIVALS}.get(method, ())
     return ["plain", *LEVELS, *rivals]
 
 
-def formula_units(values: dict[str, Any], level: int = 1, rank: int = 8) -> float:
+def formula_units(values: dict[str, Any], level: int = 1, rank: int = RANK) -> float:
     """Return what a lean PaCA layer keeps without padding.
 
     The inputs of two norms, y and the columns of o_proj; below level 3 q, k, v and their columns;
@@ -200,7 +196,10 @@ def measure(method: str, tokens: int, dtype: str, args: argparse.Namespace) -> l
     for variant in VARIANTS:
         contender = make_contender(method, SMALL, DTYPES[dtype], args.seed)
         apply_variant(contender.model, variant)
-        steps[variant] = Step(contender=contender, batch=batch, clock=clock).seconds
+        step = Step(
+            contender=contender, batch=batch, clock=clock, autocast=autocast_of(DTYPES[dtype])
+        )
+        steps[variant] = step.seconds
     pairs = [(v, "plain" if v == REFERENCE else REFERENCE) for v in VARIANTS if v != "plain"]
     rows = compare(take_turns(steps, args), args.seed, pairs, setting=f"{tokens} tokens, {dtype}")
     return [replace(row, method=method, what=row.method) for row in rows if row.unit == "ratio"]
@@ -223,9 +222,8 @@ def main(options: list[str] | None = None) -> None:
 
     def run() -> list[Row]:
         counts = [
-            count(method, adapters, variant, LAYER, args.seed)
+            count(method, variant, LAYER, args.seed)
             for method in chosen
-            for adapters in ADAPTERS.get(method, ("bfloat16",))
             for variant in counted_variants(method)
         ]
         settings = [(tokens, dtype) for tokens in args.tokens for dtype in args.dtypes]

@@ -2,6 +2,7 @@
 
 Every adapter is made by PEFT with the same rank, alpha (= rank, so that the factor is 1), targets
 and defaults; every method that trains has torch's fused AdamW over its trainable parameters only.
+Adapters are in float32, as PEFT makes them; models in bfloat16 run under autocast, as Trainer's do.
 """
 
 from dataclasses import replace
@@ -23,20 +24,23 @@ OURS = "paca"
 SWAP = "swap"
 METHODS = {name: method.summary for name, method in MEASURED.items()} | {
     SWAP: "columns swapped in and out around every matmul (PEFT 0.22's way)",
-    "lora_r4": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
+    "lora": "PEFT's LoRA, its adapters in float32 (under autocast where weights are in bfloat16)",
+    "lora_bf16": "PEFT's LoRA with its adapters in bfloat16, under autocast",
+    "lora_r8": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
     **{f"paca_g{groups}": f"ours, with {groups} row groups" for groups in (8, 16, 64)},
     "additive": "ours in plain autograd, weight untouched: the fallback's form",
 }
-USUAL = ("frozen", OURS, SWAP, "lora", "lora_r4", "lora_dropout", "dora", "full")
+USUAL = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_r8", "lora_dropout", "dora", "full")
 """Those that are measured unless asked otherwise."""
 # Those that are another method with something changed.
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     SWAP: (OURS, {}),
     "additive": (OURS, {}),
     **{f"paca_g{groups}": (OURS, {"groups": groups}) for groups in (8, 16, 64)},
-    "lora_r4": ("lora", {"rank": 4, "alpha": 4}),
+    "lora_r8": ("lora", {"rank": 8, "alpha": 8}),
+    "lora_bf16": ("lora", {"adapter_dtype": torch.bfloat16}),
 }
-RANK, DROPOUT = 8, 0.1
+RANK, DROPOUT = 16, 0.1  # the rank is `train`'s default
 MAX_LENGTH = 512
 CPU = torch.device("cpu")
 VALUES = llama_values(512, 8, vocab_size=1024)
@@ -73,6 +77,11 @@ def make_contender(
                 names = layer.active_adapters
                 layer.forward = partial(layer._additive_forward, names=names)
     return replace(contender, method=method)
+
+
+def autocast_of(dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype of autocast for weights of a dtype; None: without."""
+    return None if dtype == torch.float32 else dtype
 
 
 def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.methods import OURS, RANK, USUAL, VALUES, make_batch, make_contender
+from benchmarks.methods import OURS, RANK, USUAL, VALUES, autocast_of, make_batch, make_contender
 from benchmarks.results import (
     DTYPES,
     at_least_1,
@@ -38,7 +38,7 @@ from pacatune.tuner.layer import PacaLayer
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
-COMPILED_METHODS = (OURS, "lora")
+COMPILED_METHODS = (OURS, "lora", "lora_bf16")
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
@@ -82,9 +82,11 @@ def measure(num_tokens: int, accumulation: int, dtype: str, args: argparse.Names
             contender=make_contender(method, args.values, DTYPES[dtype], args.seed),
             batch=make_batch(num_tokens, args.vocab_size, args.seed),
             loss=loss_of_graph if args.compiled else loss_of,
+            autocast=autocast_of(DTYPES[dtype]),
             accumulation=accumulation,
         )
         for method in args.methods
+        if method != "lora_bf16" or dtype == "bfloat16"
     }
     if args.compiled:
         # Compiled code is cached per function, up to a limit beyond which models run uncompiled.

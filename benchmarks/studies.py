@@ -32,6 +32,7 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
         if arm.get("saved_activation_bytes") is not None:
             kept = arm["saved_activation_bytes"]
             yield Row(what="kept for backward", value=kept, unit="bytes", **names)
+        yield Row(what="best rate", value=arm["learning_rate"], **names)
         for rate, value in arm["rates"].items():
             if value is not None:
                 at = f"{float(rate):g}"
@@ -49,7 +50,7 @@ def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, costs or transfer (scores by rate)."""
+    """Return a table of one of `FILES`: scores, differences, costs, rates, transfer (by rate)."""
     known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
     named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
     is_transfer = what == "transfer"
@@ -59,7 +60,7 @@ def block(kind: str, what: str, results: Path) -> str:
     if what == "differences":
         rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
     quantities = {"scores": "test", "differences": "", "transfer": "validation"}
-    quantities["costs"] = ("kept", "forgetting")
+    quantities |= {"costs": ("kept", "forgetting"), "rates": "best rate"}
     if what not in quantities:
         raise ValueError(
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."

@@ -20,7 +20,7 @@ from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
 
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +132,85 @@ def block(name: str, results: Path = RESULTS) -> str:
         return doc_table(rest)
     if kind in studies.FILES:
         return studies.block(kind, rest, results)
+    if name in _FIRST:
+        return "\n".join(_FIRST[name](results).markdown())
     if name == "compat":
         return compat(json.loads((results / "compat.json").read_text(encoding="utf-8")))
     if name not in VIEWS:
         raise ValueError(f"no table {name!r}; there are {', '.join(VIEWS)}.")
     return VIEWS[name].markdown(results)
+
+
+def _first_costs(results: Path) -> Table:
+    """Return what PaCA costs beside LoRA, for the first screen."""
+    loras = ("lora", "lora_bf16")
+    steps = read("step", results)
+    shares = {
+        name: [row.value for row in steps.rows if row.method == f"paca / {name}"] for name in loras
+    }
+    kept = {(row.setting, row.method): row.value for row in read("lean", results).rows}
+    kernels = {
+        (row.what, row.method): row.value
+        for row in read("kernels", results).rows
+        if row.setting == "eager"
+    }
+
+    def beyond(name: str) -> str:
+        ways = ("forward", "backward")
+        return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
+
+    model, device = steps.rows[0].model, steps.provenance["device"]
+    names = ("paca", *loras)
+    return Table(
+        header=["cost", "PaCA", "LoRA as Trainer runs it", "LoRA, adapters in bfloat16"],
+        cells=[
+            [
+                f"step time of a small Llama ({model.partition(', ')[2]}), 16 to 2,048 tokens, "
+                f"LoRA's = 1, {device}",
+                "",
+                *(f"{min(found):.2f} to {max(found):.2f}" for found in shares.values()),
+            ],
+            [
+                "bytes kept for backward per token, layer and channel, LLaMA3-8B, counted",
+                *(f"{kept['plain', name]:.0f}" for name in names),
+            ],
+            [
+                "the same with lean activations, level 1",
+                *(f"{kept['level 1', name]:.0f}" for name in names),
+            ],
+            [
+                "kernels beyond a frozen decoder layer, forward + backward, counted",
+                *map(beyond, names),
+            ],
+        ],
+    )
+
+
+_FIRST_SCORES = {
+    "groups-minilm": "MiniLM-L6, types of questions, %",
+    "groups-dinov2": "DINOv2-S, CIFAR-10, %",
+    "groups-smollm2-words": "SmolLM2-135M, words reversed, %",
+    "groups-smollm2": "SmolLM2-135M, problems, loss (less is better)",
+}
+
+
+def _first_scores(results: Path) -> Table:
+    """Return scores and forgetting of PaCA beside both LoRAs, for the first screen."""
+    known = json.loads((results / "groups.json").read_text(encoding="utf-8"))
+    arms, scores, forgotten = ("paca", "lora", "rslora"), [], []
+    for name, title in _FIRST_SCORES.items():
+        rows = {(r.what, r.method): r for r in studies.rows_of(name, known[name])}
+        what = next(what for what, _ in rows if what.startswith("test "))
+        scores.append([title, *(rows[what, arm].text() for arm in arms)])
+        if ("forgetting", "paca") in rows:
+            shown = [rows["forgetting", arm].text() for arm in arms]
+            forgotten.append([f"general text's loss rises by: {title.rpartition(', ')[0]}", *shown])
+    forgotten = [[cell.removesuffix(", problems") for cell in row] for row in forgotten]
+    header = ["quality at equal parameters, five seeds", "PaCA", "LoRA", "rsLoRA"]
+    return Table(header=header, cells=[*scores, *forgotten])
+
+
+_FIRST = {"first-costs": _first_costs, "first-scores": _first_scores}
 
 
 _COMBINATIONS = {

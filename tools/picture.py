@@ -2,6 +2,7 @@
 
 python -m tools.picture
 
+    method  a weight, its trained columns, and what of the input is kept for them
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
     groups  what arms of the study of row groups keep for backward, and their scores
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.patches import Rectangle
 
 from benchmarks.results import RESULTS, ROOT, read
 from benchmarks.studies import rows_of
@@ -92,6 +94,30 @@ def draw(name: str, theme: str, folder: Path) -> Path:
     return path
 
 
+def _draw_method(figure: Any, text: str, ours: str, theirs: str) -> None:
+    axes = figure.add_subplot()
+    trained, num_inputs, num_outputs = (2, 5, 11), 14, 7
+    for column in range(num_inputs):
+        colour = ours if column in trained else theirs
+        for row in range(num_outputs):
+            axes.add_patch(Rectangle((column, -row), 0.9, 0.9, color=colour))
+        axes.add_patch(Rectangle((column, 2.2), 0.9, 0.9, color=colour))
+    for row in range(num_outputs):
+        axes.add_patch(Rectangle((num_inputs + 1.2, -row), 0.9, 0.9, color=theirs))
+    words = {"color": text, "fontsize": 9, "va": "center"}
+    beside = num_inputs + 3.4
+    axes.text(-0.4, 2.65, "input x", ha="right", **words)
+    axes.text(-0.4, -2.5, "weight W", ha="right", **words)
+    axes.text(num_inputs + 0.55, -2.5, "=", ha="center", **words)
+    axes.text(beside, -2.5, "output y = W x: one product, of one weight", **words)
+    axes.text(beside, 2.65, f"{len(trained)} of {num_inputs} channels kept for backward", **words)
+    columns = f"{len(trained)} of {num_inputs} columns trained, in place"
+    axes.text(beside, -4.2, columns, **{**words, "color": ours})
+    axes.text(beside, -5.9, "the others stay as they were pretrained", **{**words, "color": theirs})
+    axes.set(xlim=(-5, 42), ylim=(-6.6, 3.6), aspect="equal")
+    axes.set_axis_off()
+
+
 def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
     left, right = figure.subplots(1, 2)
     found = shares()
@@ -156,7 +182,12 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
-_PICTURES = {"step": (_draw_step, 2.5), "sync": (_draw_sync, 1.7), "groups": (_draw_groups, 6.0)}
+_PICTURES = {
+    "method": (_draw_method, 1.9),
+    "step": (_draw_step, 2.5),
+    "sync": (_draw_sync, 1.7),
+    "groups": (_draw_groups, 6.0),
+}
 """Name -> what draws it, and its height in inches."""
 
 

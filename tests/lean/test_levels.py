@@ -92,23 +92,25 @@ def test_gradients_are_those_of_level_1(name, method, dtype):
 @pytest.mark.parametrize(
     ("method", "bounds"),
     [
-        # At 8B the columns are an eighth of what they are here: 23.06, 9.06 and 6.06 units.
-        ("paca", (23.3, 9.2, 6.15)),
+        # At 8B the columns are an eighth of what they are here: 23.08, 9.06 and 6.04 units.
+        ("paca", (23.5, 9.3, 6.15)),
         # Its inputs are recomputed like what is made of them: at level 3 it keeps what PaCA does.
-        ("lora", (34.5, 11.4, 6.3)),
+        ("lora_bf16", (34.5, 11.4, 6.3)),
+        # PEFT casts inputs to its factors' dtype, under autocast too: float32 copies are kept.
+        ("lora", (52.5, 22.9, 11.5)),
     ],
 )
 def test_units_at_the_proportions_of_llama3_8b(method, bounds, monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
     for level, bound in enumerate(bounds, 1):
-        row = count(method, "bfloat16", f"level {level}", SHAPE, 0)
+        row = count(method, f"level {level}", SHAPE, 0)
         assert row.value <= bound
         if method == "paca":
             assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
             assert formula_units(benchmark.LAYER, level=level) <= (23.1, 9.1, 6.1)[level - 1]
     # The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels.
-    one, two = (count("lora", "float32", f"level {level}", SHAPE, 0).value for level in (1, 2))
-    assert one - two >= 14 + 7 + 14
+    one, two = (count("lora", f"level {level}", SHAPE, 0).value for level in (1, 2))
+    assert one - two >= 14 + 14
 
 
 def test_memory_that_lives_is_what_is_counted():
