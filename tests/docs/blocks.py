@@ -27,7 +27,7 @@ DOCUMENTS = sorted(
 )
 # What a reader sees first runs in `make test`, the rest in `make test-docs`.
 FIRST = ("README.md", "docs/index.md")
-OF_PROCESSES = ("docs/distributed.md", "docs/tasks.md")
+OF_PROCESSES = ("docs/distributed.md", "docs/rl.md")
 NOT_RUN_MARK = "<!-- not run: "
 # Languages that are shown only.
 SHOWN = ("text", "math")

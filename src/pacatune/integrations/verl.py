@@ -1,6 +1,6 @@
 """verl's trainers: a checkpoint engine that brings a PaCA actor's columns to its rollouts.
 
-Its name is `pacatune` where `custom_backend_module` names this module; docs/tasks.md has settings.
+Its name is `pacatune` where `custom_backend_module` names this module; docs/rl.md has settings.
 The first sync brings the adapted weights as they were pretrained. Each rollout worker keeps them,
 writes columns into them, and hands whole tensors to its server, within the machine.
 """

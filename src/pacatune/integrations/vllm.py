@@ -2,7 +2,7 @@
 
 vLLM finds `register` by the entry point group `vllm.general_plugins`, and takes the engine by name:
 `LLM(..., weight_transfer_config={"backend": "pacatune"})`. This module imports nothing of vLLM, so
-a trainer that talks to a server needs none. docs/tasks.md says how to use it.
+a trainer that talks to a server needs none. docs/rl.md says how to use it.
 
     inline       the columns are part of the request
     File         a folder that both see

@@ -106,7 +106,7 @@ class BenchConfig:
     title: str
     """What tables call the model."""
     methods: tuple[str, ...] = _USUAL_METHODS
-    """Methods to compare; docs/memory.md lists them."""
+    """Methods to compare; docs/benchmarks.md lists them."""
     tokens: tuple[int, ...] = (16, 512, 2048)
     """Tokens per micro-batch; a sweep does not use them."""
     seq_len: int = 512

@@ -8,7 +8,7 @@
     transport     in process, torch.distributed, files
     shared        two processes over one copy of the weights
 
-docs/tasks.md says how to use them.
+docs/rl.md says how to use them.
 """
 
 from typing import TYPE_CHECKING
