@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.files.journal import refuse_half_edited
-from pacatune.installation import install_command
+from pacatune.files.journal import is_gguf, refuse_half_edited
+from pacatune.installation import install_command, require_extra
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,12 @@ def refuse_no_path(path: str, command: str) -> None:
 def find_model(path: str, *, option: str = "model.path") -> str:
     """Return the absolute path of a local folder; a hub id, or another name, as it is."""
     local = Path(path).expanduser()
+    if is_gguf(local):
+        require_extra(f"`{option}` ({path})", "gguf", ("gguf",))
+        refuse_half_edited(local)
+        if not local.is_file():
+            raise FileNotFoundError(f"model file {path} does not exist; check `{option}`.")
+        return str(local.resolve())
     if local.exists():
         if (local / "config.json").is_file():
             refuse_half_edited(local)
@@ -120,14 +126,15 @@ def refuse_absent(
 
 def load_config(path: str, *, revision: str | None = None, option: str = "model.path") -> Any:
     """Load the configuration of a model, without a weight."""
+    import torch
     import transformers
 
     if not Path(find_model(path, option=option)).exists():
         refuse_absent(path, option=option, revision=revision)
     try:
-        with no_remote_code(path):
-            return transformers.AutoConfig.from_pretrained(
-                path, revision=revision, trust_remote_code=False
+        with no_remote_code(path), readable_gguf(path):
+            config = transformers.AutoConfig.from_pretrained(
+                **_source(path), revision=revision, trust_remote_code=False
             )
     except OSError as error:
         raise FileNotFoundError(
@@ -138,6 +145,32 @@ def load_config(path: str, *, revision: str | None = None, option: str = "model.
         raise ValueError(
             f"model {path!r} has a config.json without the key {error}; transformers "
             f"{transformers.__version__} cannot tell which architecture it is."
+        ) from error
+    if is_gguf(path):
+        config.name_or_path = path
+        config.dtype = torch.bfloat16  # which the values of few bits are held in
+    return config
+
+
+def _source(path: str) -> dict[str, str]:
+    """Return how transformers is told where a model is: a GGUF is a file in a folder."""
+    if not is_gguf(path):
+        return {"pretrained_model_name_or_path": path}
+    file = Path(path)
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+@contextmanager
+def readable_gguf(path: str) -> Iterator[None]:
+    """Raise a ValueError where a GGUF file cannot be read in this block."""
+    try:
+        yield
+    except Exception as error:
+        if not is_gguf(path) or isinstance(error, ImportError):
+            raise
+        raise ValueError(
+            f"{path} cannot be read as a GGUF file ({type(error).__name__}: {error}); copy it "
+            "again, or take one of an architecture that transformers reads."
         ) from error
 
 
@@ -152,7 +185,7 @@ def load_tokenizer(
     with no_remote_code(path):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, revision=revision, trust_remote_code=False
+                **_source(path), revision=revision, trust_remote_code=False
             )
         except Exception as error:
             if isinstance(error, OSError) and not Path(path).exists():
@@ -208,10 +241,21 @@ def load_weights(
     """Load a model with its weights, by any class of transformers; `auto` is their own type."""
     from pacatune.tuner.quantized import forbid_packing
 
-    with no_remote_code(path), readable_weights(path):
+    if is_gguf(path):
+        from transformers.utils.quantization_config import GgufConfig
+
+        # Packed blocks would have no weights to train.
+        options = {"quantization_config": GgufConfig(dequantize=True)} | options
+    with no_remote_code(path), readable_weights(path), readable_gguf(path):
         loaded = model_class.from_pretrained(
-            path, revision=revision, dtype=dtype, trust_remote_code=False, **options
+            **_source(path), revision=revision, dtype=dtype, trust_remote_code=False, **options
         )
+    if is_gguf(path):
+        loaded.name_or_path = path
+        loaded.config.name_or_path = path
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+        loaded.is_quantized = False
     # An evaluation before training would spoil the base of LoRA.
     forbid_packing(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded

@@ -8,7 +8,7 @@ import torch
 
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
-from pacatune.patch.edit import bits
+from pacatune.ops.columns import bits
 from tests.adapters.fixtures import adapter_dir, save_adapter
 from tests.conftest import build_model
 

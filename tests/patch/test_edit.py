@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of, stack
-from pacatune.patch.edit import bits, shared_columns
+from pacatune.patch.edit import shared_columns
 
 WEIGHT = torch.arange(24.0).view(4, 6)
 NOTHING = torch.zeros(4, 0)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from pacatune import patch
 from pacatune.cli.entry import main
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.ops.columns import bits
 from pacatune.patch.base import check_base
-from pacatune.patch.edit import bits
 from pacatune.patch.file import _KEY, _digest, is_patch
 from tests.full_disk import limited_files
 from tests.mutations import mutated

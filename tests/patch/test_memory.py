@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pacatune import patch
+from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of, memory
-from pacatune.patch.edit import bits
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 

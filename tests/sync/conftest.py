@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from pacatune import PacaConfig
-from pacatune.patch.edit import bits
+from pacatune.ops.columns import bits
 from pacatune.sync import ColumnReceiver, ColumnSource
 from tests.conftest import build_model
 from tests.distributed import net

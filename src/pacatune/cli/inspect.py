@@ -63,7 +63,7 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
         name: {
             "dim": edit.dim,
             "shape": edit.shape,
-            "dtype": str(edit.dtype).removeprefix("torch."),
+            "dtype": str(edit.form).removeprefix("torch."),
             "columns": edit.indices.tolist(),
         }
         for name, edit in patch.edits.items()

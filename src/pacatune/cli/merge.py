@@ -1,21 +1,27 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from pacatune.cli.options import ModelOptions, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
+from pacatune.files.journal import is_gguf
+from pacatune.files.json_file import read_json_object
 from pacatune.precision import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(ModelOptions):
-    """Write an adapter into its base model: a folder that transformers loads alone."""
+    """Write an adapter into its base model: a folder that transformers loads alone.
+
+    Of a base in a GGUF file, PaCA's trained columns become codes of a copy of that file.
+    """
 
     adapter: str = field()
     device: str = "cpu"
     output: str
-    """Folder to write."""
+    """Folder to write; of a GGUF file a new .gguf file."""
     dtype: Dtype = "auto"
     """Number type of the result; auto is the base's own."""
     base: Literal["original", "dequantized", "nf4"] | None = None
@@ -27,6 +33,9 @@ class Merge(ModelOptions):
 
     def run(self, command: str) -> int:
         """Do it."""
+        model = self.model or base_of(self.adapter)
+        if model is not None and is_gguf(model):
+            return self._run_packed(model)
         self.check_base(self.output)
         quiet_libraries()
 
@@ -56,6 +65,40 @@ class Merge(ModelOptions):
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
         print_notes(result.notes)
         return 0
+
+    def _run_packed(self, model: str) -> int:
+        """Write the trained columns as codes of a GGUF file."""
+        for name, value in (("dtype", self.dtype), ("base", self.base)):
+            if value not in ("auto", None):
+                raise ValueError(
+                    f"`{name}` ({value!r}): a GGUF keeps its own formats; drop the option."
+                )
+        self.check_base()
+        quiet_libraries()
+
+        from pacatune.patch.packed import merge_packed, rounding_note
+
+        how: Any = self.values("device", "allow_other_base")
+        result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
+        print(f"base      {result.base}")
+        print(f"merged    {result.num_tensors} tensors: {rounding_note(result.rounding)}")
+        if result.error is None or result.effect is None:
+            print("verified  no (--no_verify)")
+        else:
+            print(
+                "verified  outputs differ from the trained model's by "
+                f"{result.error.max_absolute:.1e}; the adapter changes them by {result.effect:.1e}"
+            )
+        print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
+        print_notes(result.notes)
+        return 0
+
+
+def base_of(adapter: str) -> str | None:
+    """Return the base that a local adapter names, without opening anything else of it."""
+    path = Path(adapter).expanduser() / "adapter_config.json"
+    name = read_json_object(path).get("base_model_name_or_path") if path.is_file() else None
+    return name if isinstance(name, str) else None
 
 
 command = Merge

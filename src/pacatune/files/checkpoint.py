@@ -4,6 +4,7 @@ Nothing is loaded: a tensor is a window onto its file. The folder's index (or it
 which files belong to the model; anything else that lies there does not.
 """
 
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -102,6 +103,31 @@ class Checkpoint:
         tensor: Tensor = self._opened[file].get_tensor(name)
         return tensor
 
+    def columns(self, name: str, dim: int, indices: Tensor) -> Tensor:
+        """Return some columns of a tensor."""
+        return self.tensor(name).index_select(dim, indices)
+
+    def put_columns_(
+        self, memory: mmap.mmap, name: str, dim: int, indices: Tensor, columns: Tensor
+    ) -> None:
+        """Write columns, in the tensor's dtype, into its mapped file; nothing else changes."""
+        entry = self.entries[name]
+        flat = torch.frombuffer(
+            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
+        )
+        new = columns.contiguous().view(torch.uint8).view(*columns.shape, -1)
+        flat.view(*entry.shape, -1).index_copy_(dim, indices, new)
+
+    def touched(self, name: str, dim: int, indices: Tensor, step: int) -> Tensor:
+        """Return places in the file where columns lie, one at least in any `step` bytes of them."""
+        entry = self.entries[name]
+        shape, itemsize = entry.shape, DTYPES[entry.dtype].itemsize
+        # What is together in memory: a column's part of one row.
+        length = math.prod(shape[dim + 1 :]) * itemsize
+        rows = torch.arange(math.prod(shape[:dim])) * shape[dim]
+        starts = entry.start + ((rows[:, None] + indices.cpu()) * length).reshape(-1, 1)
+        return (starts + torch.tensor([*range(0, length, step), length - 1])).flatten()
+
     @property
     def num_bytes(self) -> int:
         """Size of the files."""
@@ -157,10 +183,3 @@ def writable(path: Path) -> Iterator[mmap.mmap]:
         os.fsync(file.fileno())
         with suppress(BufferError):  # a window is still held somewhere; it goes with that
             memory.close()
-
-
-def window(memory: mmap.mmap, entry: Entry) -> Tensor:
-    """Return a tensor's bytes in a mapped file: `shape`, and a last dimension of each element's."""
-    count, start = entry.num_bytes, entry.start
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start)
-    return flat.view(*entry.shape, -1)

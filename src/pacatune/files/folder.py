@@ -93,16 +93,21 @@ def whole_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
     try:
         yield partial
         if is_new:
-            try:
-                os.link(partial, path)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                partial.replace(path)
+            publish(partial, path)
         else:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def publish(written: Path, path: Path) -> None:
+    """Give a complete file on the same disk its name, which must be free."""
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        written.replace(path)
 
 
 @contextmanager

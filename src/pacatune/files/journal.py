@@ -8,12 +8,28 @@ PARKED_SUFFIX = ".patching"
 """Ends the name of a file that is being edited, so that no loader takes it for the model's."""
 
 
-def refuse_half_edited(folder: Path) -> None:
-    """Refuse a folder that is being edited, or whose editing was interrupted."""
-    if (folder / JOURNAL_NAME).exists():
+def is_gguf(model: str | Path) -> bool:
+    """Whether a model is one file of llama.cpp, by its ending; others are folders."""
+    return Path(model).suffix.lower() == ".gguf"
+
+
+def folder_of(model: Path) -> Path:
+    """Return the folder of a model: itself, or the one that its file lies in."""
+    return model.parent if is_gguf(model) else model
+
+
+def journal_of(model: Path) -> Path:
+    """Return where the journal of a model is: in its folder, or beside its file."""
+    named = model.with_name(f".{model.name}{JOURNAL_NAME}")
+    return named if is_gguf(model) else model / JOURNAL_NAME
+
+
+def refuse_half_edited(model: Path) -> None:
+    """Refuse a model that is being edited, or whose editing was interrupted."""
+    if journal_of(model).exists():
         raise ValueError(
-            f"{folder} is being patched in place, or that was interrupted and it is neither the "
-            f"base nor the patched model; `pacatune patch recover --model {folder}` rolls it back."
+            f"{model} is being patched in place, or that was interrupted and it is neither the "
+            f"base nor the patched model; `pacatune patch recover --model {model}` rolls it back."
         )
 
 

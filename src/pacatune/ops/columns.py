@@ -16,6 +16,7 @@ __all__ = [
     "Size",
     "adapted_columns",
     "adapted_kernel",
+    "bits",
     "columns_of_kernel",
     "conv_of_columns",
     "one_group_each",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 Size = int | Sequence[int]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Number of spatial dimensions -> the convolution.
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -77,6 +80,11 @@ def put_columns_(
     per_group = weight.shape[1]
     grouped = weight.unflatten(0, (groups, -1))
     grouped[indices // per_group, :, indices % per_group] = columns.transpose(0, 1)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bits as whole numbers, in the same memory."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 def with_columns(weight: Tensor, indices: Tensor, columns: Tensor) -> Tensor:

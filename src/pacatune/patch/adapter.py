@@ -12,14 +12,17 @@ from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import BaseWeight, adapted_target_columns, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
+from pacatune.files.journal import is_gguf
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import TENSORS_NAME, plain_name
+from pacatune.ops.columns import bits
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits, edit_of, put_bits_
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, put_bits_
 from pacatune.patch.memory import find_name, names_of
+from pacatune.patch.packed import make_from_file
 from pacatune.tuner.compat import as_saved, tied_weights
 
 _BY_MERGE = (
@@ -41,7 +44,8 @@ def make(
     where transformers holds a tensor in another form than the checkpoint (experts, mostly).
 
     Args:
-        model: Folder or hub id of the base; None takes the one that the adapter names.
+        model: Folder or hub id of the base, or its GGUF file, whose codes change; None takes the
+            one that the adapter names.
         adapter: Folder or hub id of a PaCA adapter.
         with_adapter: Keep the adapter's own tensors, which `to_adapter` needs: in 16 bits the
             columns are rounded, so the update cannot be read off them.
@@ -58,6 +62,9 @@ def make(
     checked = read_adapter(adapter)
     _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
+    if is_gguf(name):
+        part = _adapter_part(checked) if with_adapter else None
+        return make_from_file(name, adapter, part, allow_other_base=allow_other_base)
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
     check_shapes(checked.modules, base, source=str(checked.folder))

@@ -10,11 +10,12 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
-from pacatune.patch.edit import ColumnEdit, Patch, bits, column_bits
+from pacatune.files.journal import is_gguf
+from pacatune.ops.columns import bits
+from pacatune.patch.edit import ColumnEdit, Patch
 from pacatune.patch.memory import check_form, refuse_missing
 
 _NUM_COLUMNS = 8
@@ -23,13 +24,22 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 
 
 def find_folder(name: str, *, option: str = "model") -> Path:
-    """Return a model's folder: the one given, or the hub's, whose files are fetched first."""
+    """Return a model's folder or file: the one given, or the hub's, whose files are fetched."""
     found = pretrained.find_model(name, option=option)
-    if Path(found).is_dir():
+    if Path(found).exists():
         return Path(found)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(found, allow_patterns=_HUB_FILES))
+
+
+def open_checkpoint(model: str | Path, *, half_edited: bool = False) -> Checkpoint:
+    """Open a model folder, or a GGUF file; see `Checkpoint.open`."""
+    if not is_gguf(model):
+        return Checkpoint.open(model, half_edited=half_edited)
+    from pacatune.grid.gguf import GgufCheckpoint
+
+    return GgufCheckpoint.open(model, half_edited=half_edited)
 
 
 def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[str, dict[int, str]]:
@@ -41,13 +51,13 @@ def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[st
         free = is_free.nonzero()[:, 0]
         chosen = free[:: max(1, -(-len(free) // _NUM_COLUMNS))]
         if len(edit.shape) > 1 and len(chosen):
-            result[name] = _hashes(checkpoint.tensor(name), edit.dim, chosen.tolist())
+            result[name] = _hashes(checkpoint, name, edit.dim, chosen.tolist())
     return result
 
 
-def _hashes(tensor: Tensor, dim: int, columns: list[int]) -> dict[int, str]:
+def _hashes(checkpoint: Checkpoint, name: str, dim: int, columns: list[int]) -> dict[int, str]:
     indices = torch.tensor(columns, dtype=torch.int64)
-    values = column_bits(tensor, dim, indices).movedim(dim, 0).contiguous()
+    values = bits(checkpoint.columns(name, dim, indices)).movedim(dim, 0).contiguous()
     return {
         column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
         for column, value in zip(columns, values, strict=True)
@@ -61,7 +71,7 @@ def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
         if (entry := checkpoint.entries.get(name)) is None:
             refuse_missing([name], checkpoint.entries, fix)
         found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-        check_form(name, found, (edit.shape, edit.dtype), fix)
+        check_form(name, found, (edit.shape, edit.form), fix)
 
 
 def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
@@ -69,7 +79,9 @@ def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
     return [
         name
         for name, edit in patch.edits.items()
-        if not torch.equal(edit.bits_of(checkpoint.tensor(name)), bits(edit.original))
+        if not torch.equal(
+            bits(checkpoint.columns(name, edit.dim, edit.indices)), bits(edit.original)
+        )
     ]
 
 
@@ -104,7 +116,7 @@ def check_base(
         )
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
-        found = _hashes(checkpoint.tensor(name), patch.edits[name].dim, [*hashes])
+        found = _hashes(checkpoint, name, patch.edits[name].dim, [*hashes])
         num_compared += len(hashes)
         num_equal += sum(found[column] == value for column, value in hashes.items())
     sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"

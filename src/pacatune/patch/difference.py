@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint
+from pacatune.files.journal import is_gguf
+from pacatune.ops.columns import bits
 from pacatune.patch.base import fingerprint
-from pacatune.patch.edit import ColumnEdit, Patch, bits, edit_of, shared_columns
+from pacatune.patch.edit import ColumnEdit, Patch, edit_of, shared_columns
 
 _MAX_SHARE = 0.5
 """A patch has changed columns twice, before and after: from half of a tensor on, that is larger."""
@@ -73,6 +75,9 @@ def diff(a: str | Path, b: str | Path) -> Difference:
         FileNotFoundError: If one is missing, or a file of it.
         ValueError: If a file is damaged.
     """
+    for path in (a, b):
+        if is_gguf(path):
+            raise ValueError(f"{path} is a GGUF file; model folders and patches are compared.")
     first, second = Checkpoint.open(a), Checkpoint.open(b)
     edits: dict[str, ColumnEdit] = {}
     changed: dict[str, float] = {}

@@ -12,17 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import put_columns_, read_columns
+from pacatune.grid.formats import GRIDS
+from pacatune.ops.columns import bits, put_columns_, read_columns
 
 Overlap = Literal["first", "last", "sum"]
 """Whose column is taken where several patches have it; `sum` adds up their differences."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return a tensor's bits as whole numbers, in the same memory."""
-    return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 def column_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
@@ -89,6 +83,9 @@ class ColumnEdit(ColumnPlace):
     new: Tensor
     """The columns of the patched tensor, in the same shape and dtype. `original` and an adapter's
     deltas give them too, but whoever applies a patch need not know what an adapter is."""
+    grid: str = ""
+    """Format of a quantised tensor, such as `Q4_1`: the columns are its codes then, (O, R) uint8.
+    Empty: numbers."""
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -105,6 +102,23 @@ class ColumnEdit(ColumnPlace):
                 f"{where}: `original` is {self.original.dtype} and `new` is {self.new.dtype}; "
                 "both must have the base's dtype."
             )
+        if self.grid:
+            self._check_codes(where)
+
+    def _check_codes(self, where: str) -> None:
+        grid = GRIDS.get(self.grid)
+        if grid is None or self.dim != 1 or len(self.shape) != 2 or self.dtype != torch.uint8:
+            raise ValueError(
+                f"{where}: the format {self.grid[:20]!r}, or its codes, are not known here; "
+                f"formats are {', '.join(GRIDS)}, of uint8 codes of (O, I) matrices."
+            )
+        if max(int(part.max()) for part in (self.original, self.new)) >= grid.num_codes:
+            raise ValueError(f"{where}: {self.grid} has codes below {grid.num_codes} alone.")
+
+    @property
+    def form(self) -> "str | torch.dtype":
+        """Format of a quantised tensor, or dtype of another."""
+        return self.grid or self.dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,6 +273,11 @@ def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit
             "before the change."
         )
     shared = (counts > 1).nonzero()[:, 0]
+    if len(shared) and overlap == "sum" and first.grid:
+        raise ValueError(
+            f"`overlap` ('sum'): {first.name!r} has codes of {first.grid}, which do not add up; "
+            "take first or last, or join the adapters (`add_weighted_adapter`)."
+        )
     if len(shared) and overlap is None:
         raise ValueError(
             f"the patches overlap: {len(shared)} columns of {first.name!r} are changed by several, "
@@ -275,10 +294,10 @@ def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit
 def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
     first = edits[0]
     for other in edits[1:]:
-        if (other.shape, other.dtype) != (first.shape, first.dtype):
+        if (other.shape, other.form) != (first.shape, first.form):
             raise ValueError(
                 f"the patches are of different bases: {first.name!r} is {first.shape} in "
-                f"{first.dtype} for one and {other.shape} in {other.dtype} for another."
+                f"{first.form} for one and {other.shape} in {other.form} for another."
             )
         if other.dim != first.dim:
             raise ValueError(

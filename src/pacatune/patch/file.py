@@ -22,7 +22,8 @@ from pacatune.files.checkpoint import DTYPES
 from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, bits
+from pacatune.ops.columns import bits
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
 
 _KEY = "pacatune_patch"
 _VERSION = 1
@@ -110,7 +111,9 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "version": _VERSION,
         "base": patch.base,
         "tensors": {
-            name: {"dim": edit.dim, "shape": list(edit.shape)} for name, edit in patch.edits.items()
+            name: {"dim": edit.dim, "shape": list(edit.shape)}
+            | ({"grid": edit.grid} if edit.grid else {})
+            for name, edit in patch.edits.items()
         },
         "fingerprint": {
             name: {str(column): value for column, value in hashes.items()}
@@ -127,7 +130,8 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
     edits = {}
     for name, entry in metadata["tensors"].items():
         indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        if original.dtype not in DTYPES.values():
+        grid = str(entry.get("grid", ""))
+        if not grid and original.dtype not in DTYPES.values():
             raise TypeError(f"{name!r} is {original.dtype}")
         edits[name] = ColumnEdit(
             name=name,
@@ -136,6 +140,7 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             indices=indices,
             original=original,
             new=new,
+            grid=grid,
         )
     adapter = None
     if (entry := metadata.get("adapter")) is not None:

@@ -11,23 +11,38 @@ Whoever finds a journal puts the columns back that were there before and ends wi
 again does no harm, so it does not matter where the process was killed, nor how often.
 """
 
-import math
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from pacatune.files.checkpoint import Checkpoint, window, writable
-from pacatune.files.folder import check_output, check_room, explained_failure, staged_folder, sync
-from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, file_path
+from pacatune.files.checkpoint import Checkpoint, writable
+from pacatune.files.folder import (
+    check_output,
+    check_room,
+    explained_failure,
+    publish,
+    staged_folder,
+    sync,
+)
+from pacatune.files.journal import (
+    JOURNAL_NAME,
+    PARKED_SUFFIX,
+    file_path,
+    folder_of,
+    is_gguf,
+    journal_of,
+)
 from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
-from pacatune.patch.base import check_base, check_tensors, holds
-from pacatune.patch.edit import ColumnEdit, Patch, put_bits_
-from pacatune.patch.file import load, save
+from pacatune.patch.base import check_base, check_tensors, holds, open_checkpoint
+from pacatune.patch.edit import ColumnEdit, Patch
+from pacatune.patch.file import load, refuse_existing, save
 
 _PAGE_BYTES = 4096
 # Weights in other formats, which a patch does not change: a copy of them would be the base's.
@@ -79,21 +94,49 @@ def apply_to_folder(
         FileNotFoundError: If a file of the model is missing.
         ValueError: If the patch does not fit, the folder is damaged, or the disk is full.
     """
-    output = Path(output)
-    check_output(output, num_bytes=0)
-    checkpoint, wanted = Checkpoint.open(model), patch.inverse() if revert else patch
+    output, wanted = Path(output), patch.inverse() if revert else patch
+    (check_new_file if is_gguf(model) else partial(check_output, num_bytes=0))(output)
+    checkpoint = open_checkpoint(model)
     notes = check_base(checkpoint, wanted, allow_other_base=allow_other_base)
+    if is_gguf(model):
+        _write_file(checkpoint, wanted, output)
+        return _result(output, checkpoint, wanted, notes)
     with staged_folder(output, checkpoint.num_bytes) as staging:
         notes += _copy(checkpoint, staging)
         copied = Checkpoint.open(staging)
         for name, edits in _by_file(copied, wanted).items():
             _write(staging / name, copied, edits)
-        if wrong := holds(Checkpoint.open(staging), wanted.inverse()):
-            raise ValueError(
-                f"{wrong[0]!r} was not written as it should be; nothing was left behind. Is the "
-                "disk damaged?"
-            )
+        _check_written(staging, wanted)
     return _result(output, checkpoint, wanted, notes)
+
+
+def check_new_file(output: Path) -> None:
+    """Refuse a name for a GGUF file that is taken, or that no GGUF has."""
+    if not is_gguf(output):
+        raise ValueError(f"`output` ({output}) must end in .gguf, as the model does.")
+    refuse_existing(output)
+
+
+def _write_file(checkpoint: Checkpoint, wanted: Patch, output: Path) -> None:
+    """Write a patched copy of a model that is one file."""
+    (name,) = checkpoint.files
+    source = file_path(checkpoint.folder, name)
+    check_room(output.parent, source.stat().st_size)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explained_failure(output), TemporaryDirectory(dir=output.absolute().parent) as hidden:
+        copy = Path(hidden) / output.name
+        shutil.copyfile(source, copy)
+        _write(copy, open_checkpoint(copy), wanted.edits.values())
+        _check_written(copy, wanted)
+        publish(copy, output)
+
+
+def _check_written(model: Path, wanted: Patch) -> None:
+    if wrong := holds(open_checkpoint(model), wanted.inverse()):
+        raise ValueError(
+            f"{wrong[0]!r} was not written as it should be; nothing was left behind. Is the disk "
+            "damaged?"
+        )
 
 
 def apply_in_place(
@@ -106,7 +149,7 @@ def apply_in_place(
     are read) sees the new columns in them.
 
     Args:
-        folder: The model folder.
+        folder: The model folder, or the GGUF file.
         patch: What to write.
         revert: Take the patch back instead of applying it.
         allow_other_base: As for `check_base`.
@@ -116,12 +159,13 @@ def apply_in_place(
         ValueError: If the patch does not fit, a file is a link or has several names, another
             process is at work in the folder, or the disk is full. The folder is as before then.
     """
-    folder, wanted = Path(folder), patch.inverse() if revert else patch
+    model, wanted = Path(folder), patch.inverse() if revert else patch
+    folder = folder_of(model)
     with alone_in(folder):
-        notes = _roll(folder, finish=False)
-        checkpoint = Checkpoint.open(folder)
+        notes = _roll(model, finish=False)
+        checkpoint = open_checkpoint(model)
         check_tensors(checkpoint, wanted)
-        result = _result(folder, checkpoint, wanted, notes)
+        result = _result(model, checkpoint, wanted, notes)
         if notes and not holds(checkpoint, wanted.inverse()):
             return result  # that was all that was asked for
         result.notes.extend(check_base(checkpoint, wanted, allow_other_base=allow_other_base))
@@ -132,13 +176,13 @@ def apply_in_place(
         for name in files:
             with writable(folder / name):  # or rolling back would fail as well
                 pass
-        with explained_failure(folder):
+        with explained_failure(model):
             try:
-                save(Patch(edits=wanted.edits, base=wanted.base), folder / JOURNAL_NAME)
+                save(Patch(edits=wanted.edits, base=wanted.base), journal_of(model))
                 sync(folder)
-                _edit(folder, checkpoint, files)
+                _edit(model, checkpoint, files)
             except BaseException as error:  # a full disk, an interrupt: back to what it was
-                _roll_after(error, folder)
+                _roll_after(error, model)
                 raise
     return result
 
@@ -156,7 +200,7 @@ def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
     Raises:
         ValueError: If another process is at work there, or the journal is damaged.
     """
-    with alone_in(Path(folder)):
+    with alone_in(folder_of(Path(folder))):
         return _roll(Path(folder), finish=finish)
 
 
@@ -170,13 +214,11 @@ def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[ColumnEdit]
 def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> None:
     with writable(path) as memory:
         for edit in edits:
-            place = window(memory, checkpoint.entries[edit.name])
-            new = edit.new.contiguous().view(torch.uint8).view(*edit.columns_shape, -1)
-            put_bits_(place, edit.dim, edit.indices, new)
-            del place
+            checkpoint.put_columns_(memory, edit.name, edit.dim, edit.indices, edit.new)
 
 
-def _edit(folder: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit]]) -> None:
+def _edit(model: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit]]) -> None:
+    folder = folder_of(model)
     for name in files:
         if not (parked := folder / f"{name}{PARKED_SUFFIX}").exists():
             (folder / name).rename(parked)
@@ -186,37 +228,37 @@ def _edit(folder: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit
     for name in files:
         file_path(folder, name).rename(folder / name)
     sync(folder)
-    (folder / JOURNAL_NAME).unlink()
+    journal_of(model).unlink()
     sync(folder)
 
 
-def _roll_after(error: BaseException, folder: Path) -> None:
+def _roll_after(error: BaseException, model: Path) -> None:
     try:
-        _roll(folder, finish=False)
+        _roll(model, finish=False)
     except Exception as second:
         raise ValueError(
-            f"patching {folder} failed ({error!r}), and so did rolling it back ({second}). Its "
+            f"patching {model} failed ({error!r}), and so did rolling it back ({second}). Its "
             "journal is kept: mend the cause, such as a full or damaged disk, then run `pacatune "
-            f"patch recover --model {folder}`."
+            f"patch recover --model {model}`."
         ) from error
 
 
-def _roll(folder: Path, *, finish: bool) -> list[str]:
+def _roll(model: Path, *, finish: bool) -> list[str]:
     """End what a journal says was begun."""
-    for partial in folder.glob(f".{JOURNAL_NAME}.*"):  # of a journal that was not written whole
-        partial.unlink()
-    journal = folder / JOURNAL_NAME
+    folder, journal = folder_of(model), journal_of(model)
+    for unfinished in folder.glob(f".{journal.name}.*"):  # a journal that was not written whole
+        unfinished.unlink()
     if not journal.exists():
         return []
     patch = load(journal) if finish else load(journal).inverse()
-    checkpoint = Checkpoint.open(folder, half_edited=True)
+    checkpoint = open_checkpoint(model, half_edited=True)
     check_tensors(checkpoint, patch)
     files = _by_file(checkpoint, patch)
     _refuse_links(folder, files)
     _refuse_others(folder, checkpoint, patch)
-    _edit(folder, checkpoint, files)
+    _edit(model, checkpoint, files)
     done = "completed" if finish else "rolled back"
-    return [f"{folder}: patching in place was interrupted earlier; it is {done}."]
+    return [f"{model}: patching in place was interrupted earlier; it is {done}."]
 
 
 def _refuse_others(folder: Path, checkpoint: Checkpoint, patch: Patch) -> None:
@@ -289,12 +331,7 @@ def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
         size = (checkpoint.folder / name).stat().st_size
         is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool)
         for edit in edits:
-            # What is together in memory: a column's part of one row.
-            length = math.prod(edit.shape[edit.dim + 1 :]) * edit.dtype.itemsize
-            rows = torch.arange(math.prod(edit.shape[: edit.dim])) * edit.shape[edit.dim]
-            places = (rows[:, None] + edit.indices.cpu()) * length
-            starts = checkpoint.entries[edit.name].start + places.reshape(-1, 1)
-            within = torch.tensor([*range(0, length, _PAGE_BYTES), length - 1])
-            is_touched[(starts + within) // _PAGE_BYTES] = True
+            places = checkpoint.touched(edit.name, edit.dim, edit.indices, _PAGE_BYTES)
+            is_touched[places // _PAGE_BYTES] = True
         num_pages += int(is_touched.sum())
     return num_pages * _PAGE_BYTES

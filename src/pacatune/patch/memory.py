@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.names import nearest
+from pacatune.ops.columns import bits
 from pacatune.ops.whole import is_shared_out
-from pacatune.patch.edit import Patch, bits, column_bits, put_bits_
+from pacatune.patch.edit import Patch, column_bits, put_bits_
 
 _FIX = (
     "Load the model that the patch is for, in that dtype and not quantised; if it holds the "
@@ -65,7 +66,7 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
     tensors, prefix = tensors_of(model)
     pairs = []
     for edit in patch.edits.values():
-        weight = find_tensor(tensors, names_of(edit.name, prefix), edit.shape, edit.dtype, _FIX)
+        weight = find_tensor(tensors, names_of(edit.name, prefix), edit.shape, edit.form, _FIX)
         pairs.append((weight, edit.to(weight.device)))
     refuse_aliases(((edit.name, weight) for weight, edit in pairs), "the patch")
     # All are compared before any answer of a GPU is waited for.
@@ -147,7 +148,7 @@ def find_tensor(
     tensors: Mapping[str, Tensor],
     names: Sequence[str],
     shape: tuple[int, ...],
-    dtype: torch.dtype,
+    form: str | torch.dtype,
     fix: str,
 ) -> Tensor:
     """Return the tensor of the first name that a model has; refuse one without such columns."""
@@ -159,7 +160,7 @@ def find_tensor(
             f"{name!r} is sharded over processes; write before it is, or give a receiver the local "
             "tensors by name (`tensor.to_local()`), `tp_rank` and `tp_size`."
         )
-    check_form(name, (tuple(tensor.shape), tensor.dtype), (shape, dtype), fix)
+    check_form(name, (tuple(tensor.shape), tensor.dtype), (shape, form), fix)
     if tensor.is_meta:
         raise ValueError(f"{name!r} is on the meta device, without values; load the model first.")
     return tensor

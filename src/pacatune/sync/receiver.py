@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pacatune.patch.edit import bits
+from pacatune.ops.columns import bits
 from pacatune.patch.memory import (
     Place,
     find_tensor,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
 from pacatune.data import row_digests, show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
+from pacatune.files.journal import is_gguf
 from pacatune.files.owned_folder import to_json
 from pacatune.installation import repository_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
@@ -306,7 +308,10 @@ class LanguageTrainer(RunTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter or model; beside an adapter with a new head, what its classes are."""
-        super().save_model(output_dir, _internal_call)
+        with warnings.catch_warnings():
+            # PEFT looks for a config.json beside a base, which a GGUF has within.
+            warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")
+            super().save_model(output_dir, _internal_call)
         model = self.accelerator.unwrap_model(self.model)
         adapter = getattr(model, "peft_config", {}).get("default")
         if self.args.should_save and getattr(adapter, "task_type", None) == "SEQ_CLS":
@@ -366,6 +371,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens at which a generation of this model ends."""
     ids = {tokenizer.eos_token_id}
+    if is_gguf(config.model.path):  # which has one such token, the tokenizer's
+        return ids - {None}
     try:
         generation = GenerationConfig.from_pretrained(
             model_path(config), revision=config.model.revision

@@ -1,0 +1,221 @@
+"""What the elements of a quantised weight can be: codes of blocks, which scales make values.
+
+A weight (O, I) lies in rows of blocks of elements. A `Grid` says where the bits of each element's
+code lie in its block, and how a code becomes a value, in float32 and in this order:
+
+    value = scale * (code - zero) + minimum
+
+Scales and minima are the file's; what is trained changes codes alone. The layouts are those of
+ggml's `block_q4_0` and the others (ggml-common.h); `gguf.quants` is the reference of the tests.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Steps = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Returns scale and minimum, (O, R) float32, of (O, R, bytes) blocks and the (R,) elements."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Some bits of every code: for each element of a block its byte and its lowest bit there."""
+
+    width: int
+    """How many bits."""
+    places: tuple[tuple[int, int], ...]
+    """(byte, bit) of each element."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A format: what an element can be, and where it lies."""
+
+    name: str
+    """As the file calls it, such as `Q4_1`."""
+    block_bytes: int
+    planes: tuple[Plane, ...]
+    """The bits of a code, lowest first."""
+    steps: Steps
+    zero: int = 0
+    """Code of the value `minimum`."""
+    flipped: int = 0
+    """Bits of a code that are stored turned round, as the sign of a byte."""
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        return len(self.planes[0].places)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes are 0 to this minus 1."""
+        return 1 << sum(plane.width for plane in self.planes)
+
+    def row_bytes(self, in_features: int) -> int:
+        """Return the bytes of a row."""
+        return in_features // self.block * self.block_bytes
+
+    def byte_places(self, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return for each plane the byte in the row, and the bit in it, of (R,) columns."""
+        starts, elements = indices // self.block * self.block_bytes, indices % self.block
+        found = []
+        for plane in self.planes:
+            byte, bit = torch.tensor(plane.places)[elements].unbind(1)
+            found.append((starts + byte, bit))
+        return found
+
+    def codes(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """Return the (O, R) uint8 codes of columns of (O, bytes) rows."""
+        codes, low = torch.zeros(len(rows), len(indices), dtype=torch.uint8), 0
+        for plane, (byte, bit) in zip(self.planes, self.byte_places(indices), strict=True):
+            found = rows[:, byte] >> bit.to(torch.uint8) & (1 << plane.width) - 1
+            codes |= found << low
+            low += plane.width
+        return codes ^ self.flipped
+
+    def put_codes_(self, rows: Tensor, indices: Tensor, codes: Tensor) -> None:
+        """Write the codes of columns into (O, bytes) rows, in place; no other bit changes."""
+        low, codes = 0, codes ^ self.flipped
+        for plane, (byte, bit) in zip(self.planes, self.byte_places(indices), strict=True):
+            mask = (1 << plane.width) - 1
+            part = codes >> low & mask
+            # One by one: two columns may lie in one byte.
+            for place, shift, column in zip(byte.tolist(), bit.tolist(), part.T, strict=True):
+                kept = rows[:, place] & ~(mask << shift) & 0xFF
+                rows[:, place] = kept | column << shift
+            low += plane.width
+
+    def scales(self, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and minimum, (O, R) float32, of columns of (O, bytes) rows."""
+        blocks = rows.unflatten(1, (-1, self.block_bytes))[:, indices // self.block]
+        return self.steps(blocks, indices % self.block)
+
+    def values(self, rows: Tensor, indices: Tensor) -> Tensor:
+        """Return the (O, R) float32 values of columns of (O, bytes) rows."""
+        scale, minimum = self.scales(rows, indices)
+        return scale * (self.codes(rows, indices).float() - self.zero) + minimum
+
+    def moved(self, rows: Tensor, indices: Tensor, change: Tensor) -> "Moved":
+        """Return the codes nearest to the values of columns plus an (O, R) change.
+
+        An element whose change is less than half a step keeps its code. Where the nearest code
+        would lie beyond the block's range it is clipped.
+        """
+        before, (scale, _) = self.codes(rows, indices), self.scales(rows, indices)
+        steps = torch.where(scale == 0, 0.0, change.float() / torch.where(scale == 0, 1.0, scale))
+        wanted = (before.float() + steps).round()
+        codes = wanted.clamp(0, self.num_codes - 1)
+        return Moved(before, codes.to(torch.uint8), int((codes != wanted).sum()))
+
+
+class Moved(NamedTuple):
+    """Codes before and after a change."""
+
+    before: Tensor
+    """(O, R) uint8."""
+    after: Tensor
+    num_clipped: int
+    """Elements that would lie beyond their block's range."""
+
+
+def _float16(blocks: Tensor, start: int) -> Tensor:
+    """Return the number at a byte of each block, (O, R)."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16)[..., 0].float()
+
+
+def _symmetric(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    scale = _float16(blocks, 0)
+    return scale, torch.zeros_like(scale)
+
+
+def _with_minimum(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    return _float16(blocks, 0), _float16(blocks, 2)
+
+
+def _of_32(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps of Q4_K and Q5_K: 6-bit scales and minima of eight parts of 32 elements."""
+    packed = blocks[..., 4:16]
+    low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=-1)
+    minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=-1)
+    part = (elements // 32).expand(blocks.shape[:-1])[..., None]
+    scale, minimum = (one.gather(-1, part)[..., 0].float() for one in (scales, minima))
+    return _float16(blocks, 0) * scale, -(_float16(blocks, 2) * minimum)
+
+
+def _of_16(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps of Q6_K: signed scales of sixteen parts of 16 elements."""
+    scales = blocks[..., 192:208].contiguous().view(torch.int8)
+    part = (elements // 16).expand(blocks.shape[:-1])[..., None]
+    scale = _float16(blocks, 208) * scales.gather(-1, part)[..., 0].float()
+    return scale, torch.zeros_like(scale)
+
+
+def _halves(start: int, size: int = 32) -> Plane:
+    """Return low and high half bytes: of `size` elements in `size` / 2 bytes, again and again."""
+    half = size // 2
+    places = [(start + e % half, 4 * (e // half)) for e in range(size)]
+    return Plane(4, tuple(places))
+
+
+def _bits(start: int) -> Plane:
+    """Return single bits of 32 elements, in four bytes."""
+    return Plane(1, tuple((start + e // 8, e % 8) for e in range(32)))
+
+
+def _plane(width: int, place: Callable[[int], tuple[int, int]]) -> Plane:
+    return Plane(width, tuple(map(place, range(256))))
+
+
+def _table(grids: Iterable[Grid]) -> dict[str, Grid]:
+    return {grid.name: grid for grid in grids}
+
+
+# Of 64 elements in 32 bytes, the first 32 have the low halves; of 128 in Q6_K, the first 64.
+_HALVES_OF_64 = _plane(4, lambda e: (e // 64 * 32 + e % 32, e // 32 % 2 * 4))
+GRIDS = _table(
+    [
+        Grid("Q4_0", 18, (_halves(2),), _symmetric, zero=8),
+        Grid("Q4_1", 20, (_halves(4),), _with_minimum),
+        Grid("Q5_0", 22, (_halves(6), _bits(2)), _symmetric, zero=16),
+        Grid("Q5_1", 24, (_halves(8), _bits(4)), _with_minimum),
+        Grid(
+            "Q8_0",
+            34,
+            (Plane(8, tuple((2 + e, 0) for e in range(32))),),
+            _symmetric,
+            zero=128,
+            flipped=128,
+        ),
+        Grid(
+            "Q4_K",
+            144,
+            (Plane(4, tuple((16 + byte, bit) for byte, bit in _HALVES_OF_64.places)),),
+            _of_32,
+        ),
+        Grid(
+            "Q5_K",
+            176,
+            (
+                Plane(4, tuple((48 + byte, bit) for byte, bit in _HALVES_OF_64.places)),
+                _plane(1, lambda e: (16 + e % 32, e // 32)),
+            ),
+            _of_32,
+        ),
+        Grid(
+            "Q6_K",
+            210,
+            (
+                _plane(4, lambda e: (e // 128 * 64 + e % 64, e // 64 % 2 * 4)),
+                _plane(2, lambda e: (128 + e // 128 * 32 + e % 32, e // 32 % 4 * 2)),
+            ),
+            _of_16,
+            zero=32,
+        ),
+    ]
+)
+"""Format by its name."""

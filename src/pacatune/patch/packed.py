@@ -1,0 +1,262 @@
+"""From an adapter to an edit of codes: what is trained in a GGUF file goes back into it.
+
+Of each trained column the codes are changed; scales, minima and every other byte are the file's. An
+element whose update is less than half a step keeps its code, since steps are counted from the code
+that is there and not from a value that was rounded to 16 bits.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pacatune.adapters.base import find_tokenizer, load_base
+from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
+from pacatune.adapters.loading import attach, check_base
+from pacatune.adapters.probe import (
+    OutputError,
+    check_outputs,
+    output_error,
+    probe_inputs,
+    run_probe,
+)
+from pacatune.adapters.target import target_of_module
+from pacatune.files.folder import publish
+from pacatune.grid.gguf import GgufCheckpoint, name_of, row_order
+from pacatune.ops.columns import adapted_columns
+from pacatune.patch.base import fingerprint
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
+from pacatune.patch.folder import apply_to_folder, check_new_file
+
+_NUM_COMPARED = 64
+"""Columns by which the order of a weight's rows in the file is told."""
+
+
+@dataclass(kw_only=True)
+class Rounding:
+    """What writing an adapter as codes did."""
+
+    num_codes: int = 0
+    """Codes of the trained columns."""
+    num_moved: int = 0
+    """Those that changed."""
+    num_clipped: int = 0
+    """Those that their block's range has cut off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedResult:
+    """What `merge_packed` wrote, and how it was verified."""
+
+    output: Path
+    """The file."""
+    base: str
+    """The file that was trained in."""
+    num_tensors: int
+    """Tensors with other codes."""
+    num_bytes: int
+    """Size of the file."""
+    rounding: Rounding
+    error: OutputError | None
+    """The written file's outputs against the trained model's; None if not verified."""
+    effect: float | None
+    """Largest absolute change of the outputs by the adapter; None if not verified."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def open_paca(adapter: str | Path) -> Adapter:
+    """Open an adapter whose columns can be codes; refuse LoRA, and what trains more."""
+    checked = open_adapter(adapter)
+    if isinstance(checked, LoraAdapter):
+        raise ValueError(
+            f"{checked.folder} is a LoRA adapter, which changes every element of a weight, and "
+            "most by less than a step of a quantised one; a GGUF takes PaCA's columns alone."
+        )
+    if checked.extra:
+        raise ValueError(
+            f"{checked.folder} also trains what are no columns, first {next(iter(checked.extra))!r}"
+            "; a GGUF takes columns alone."
+        )
+    return checked
+
+
+def make_packed(
+    base: nn.Module, checkpoint: GgufCheckpoint, adapter: Adapter
+) -> tuple[Patch, Rounding]:
+    """Make the patch that writes an adapter's columns into a GGUF file, as codes.
+
+    Args:
+        base: The model of the file, as transformers dequantises it.
+        checkpoint: The file.
+        adapter: A PaCA adapter that was trained on this model.
+
+    Raises:
+        ValueError: If a trained weight is not in the file as the model has it, or in a format whose
+            codes cannot be trained.
+    """
+    rounding, edits = Rounding(), dict[str, ColumnEdit]()
+    config: Any = base.config
+    heads = (config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
+    for module, update in adapter.modules.items():
+        name = name_of(checkpoint, f"{module}.weight", config.num_hidden_layers)
+        weight = _weight(base, module)
+        order = _order(checkpoint, name, weight, heads)
+        delta, indices, _ = update.whole()
+        edit = _edit(
+            checkpoint, name, indices, delta.float()[order], adapter.scaling(module), rounding
+        )
+        edits[name] = edit
+    short = checkpoint.files[0]
+    return Patch(edits=edits, base=short, fingerprint=fingerprint(checkpoint, edits)), rounding
+
+
+def merge_packed(
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    verify: bool = True,
+    allow_other_base: bool = False,
+) -> PackedResult:
+    """Write an adapter into a copy of the GGUF file that it was trained in.
+
+    Args:
+        model: The file.
+        adapter: Folder or hub id of a PaCA adapter.
+        output: A new .gguf file.
+        device: Where to compute.
+        verify: Load what was written, and compare its outputs with the trained model's.
+        allow_other_base: Go on although the file is not the one the adapter was trained in.
+
+    Raises:
+        FileExistsError: If there is something under that name.
+        ValueError: If the adapter is not PaCA's or of another model, a format is not known, or
+            rounding takes more than half of what the adapter changes. Nothing is written then.
+    """
+    output, checked = Path(output), open_paca(adapter)
+    check_new_file(output)
+    checkpoint = GgufCheckpoint.open(model)
+    base = load_base(str(model), task_type=checked.config.task_type, device=device)
+    patch, rounding = make_packed(base, checkpoint, checked)
+    inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
+    plain = run_probe(base, inputs)
+    adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
+    expected = run_probe(adapted, inputs)
+    del base, adapted
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    error = effect = None
+    with TemporaryDirectory(prefix=".", dir=output.absolute().parent) as hidden:
+        written = Path(hidden) / output.name
+        result = apply_to_folder(model, patch, written)
+        if verify:
+            again = load_base(str(written), task_type=checked.config.task_type, device=device)
+            error = output_error(expected, run_probe(again, inputs))
+            effect = output_error(plain, expected).max_absolute
+            check_outputs(
+                error,
+                math.inf,
+                effect,
+                whose="the written file's",
+                dtype="the file's steps",
+                fix=f"{rounding_note(rounding)} Train with a higher learning rate where few moved, "
+                "with a lower one where many lie at the end, or take the loss unmeasured with "
+                "--no_verify.",
+            )
+        publish(written, output)
+    return PackedResult(
+        output=output,
+        base=str(model),
+        num_tensors=len(patch.edits),
+        num_bytes=output.stat().st_size,
+        rounding=rounding,
+        error=error,
+        effect=effect,
+        notes=[*notes, *result.notes],
+    )
+
+
+def make_from_file(
+    model: str | Path,
+    adapter: str | Path,
+    part: "AdapterPart | None" = None,
+    *,
+    allow_other_base: bool = False,
+) -> tuple[Patch, list[str]]:
+    """Make the patch of a GGUF file for an adapter; `part` is kept in it."""
+    checked = open_paca(adapter)
+    checkpoint = GgufCheckpoint.open(model)
+    base = load_base(str(model), task_type=checked.config.task_type)
+    notes = check_base(checked, base, allow_other_base=allow_other_base)
+    patch, rounding = make_packed(base, checkpoint, checked)
+    notes.append(rounding_note(rounding))
+    return Patch(
+        edits=patch.edits, base=patch.base, fingerprint=patch.fingerprint, adapter=part
+    ), notes
+
+
+def rounding_note(rounding: Rounding) -> str:
+    """Say what became of the codes."""
+    moved, clipped = (
+        number / max(rounding.num_codes, 1) for number in (rounding.num_moved, rounding.num_clipped)
+    )
+    return (
+        f"{moved:.1%} of {rounding.num_codes:,} trained codes moved; {clipped:.1%} lie at the end "
+        "of their block's range."
+    )
+
+
+def _weight(base: nn.Module, module: str) -> Tensor:
+    target = target_of_module(base, module)
+    weight = getattr(target.module, target.parameter_name)
+    if not isinstance(target.module, nn.Linear):
+        raise ValueError(
+            f"module {module!r} is a {type(target.module).__name__}, and in a GGUF the columns of "
+            "linear layers alone can be trained; leave it out of the targets."
+        )
+    return cast(Tensor, weight).detach().cpu()
+
+
+def _order(checkpoint: GgufCheckpoint, name: str, weight: Tensor, heads: tuple[int, ...]) -> Tensor:
+    entry, grid = checkpoint.entries[name], checkpoint.grid(name)
+    if entry.shape != tuple(weight.shape):
+        raise ValueError(
+            f"{checkpoint.path} holds {name!r} as {entry.shape}, and the model as "
+            f"{tuple(weight.shape)}; it is another model's."
+        )
+    width = weight.shape[1]
+    compared = torch.arange(0, width, max(1, width // _NUM_COMPARED))
+    if grid is None:
+        values = checkpoint.columns(name, 1, compared)
+    else:
+        values = grid.values(checkpoint.rows(name), compared)
+    return row_order(values, weight[:, compared], heads, name)
+
+
+def _edit(
+    checkpoint: GgufCheckpoint,
+    name: str,
+    indices: Tensor,
+    delta: Tensor,
+    scaling: float,
+    rounding: Rounding,
+) -> ColumnEdit:
+    grid, shape = checkpoint.grid(name), checkpoint.entries[name].shape
+    if grid is None:
+        before = checkpoint.columns(name, 1, indices)
+        after = adapted_columns(before, delta, scaling)
+        return ColumnEdit(
+            name=name, dim=1, shape=shape, indices=indices, original=before, new=after
+        )
+    before, after, num_clipped = grid.moved(checkpoint.rows(name), indices, scaling * delta)
+    rounding.num_codes += after.numel()
+    rounding.num_moved += int((before != after).sum())
+    rounding.num_clipped += num_clipped
+    return ColumnEdit(
+        name=name, dim=1, shape=shape, indices=indices, original=before, new=after, grid=grid.name
+    )

@@ -1,0 +1,89 @@
+"""Small GGUF files, as llama.cpp's converter writes them."""
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import quantize
+
+KINDS = gguf.GGMLQuantizationType
+
+
+def permuted(weight, num_heads):
+    """Rows of q and k as llama.cpp has them."""
+    out, width = weight.shape
+    return (
+        weight.view(num_heads, 2, out // num_heads // 2, width).swapaxes(1, 2).reshape(out, width)
+    )
+
+
+def random_blocks(out_features, in_features, kind, generator):
+    """A matrix of a format that the package cannot write: random codes, small scales."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    shape = (out_features, in_features // block, size)
+    data = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    places = {"Q6_K": (208,)}.get(kind.name, (0, 2))
+    for start in places:
+        number = 2e-4 * torch.rand(*shape[:2], 1, generator=generator).half()
+        data[..., start : start + 2] = number.view(torch.uint8).view(*shape[:2], 2)
+    return data.flatten(1).numpy()
+
+
+def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
+    """Write a Llama; `others` are formats of tensors by a part of their names."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = {*tokenizer.all_special_ids, *range(6)}
+    types = [
+        gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL
+        for number in range(len(tokens))
+    ]
+    merges = tokenizer.backend_tokenizer.to_str()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges_of(merges))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for parameter, weight in model.state_dict().items():
+        name = names.get_name(parameter, try_suffixes=(".weight",))
+        matrix = weight.float()
+        for part, number in heads.items():
+            if f".{part}." in parameter:
+                matrix = permuted(matrix, number)
+        found = [other for part, other in (others or {}).items() if part in name]
+        is_plain = matrix.ndim == 1 or "token_embd" in name or name == "output.weight"
+        chosen = found[0] if found else "F32" if is_plain else kind
+        values = np.ascontiguousarray(matrix.numpy())
+        if chosen.endswith("_K"):
+            data = random_blocks(*matrix.shape, KINDS[chosen], generator)
+        else:
+            data = quantize(values, KINDS[chosen])
+        writer.add_tensor(name, data, raw_dtype=KINDS[chosen])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def merges_of(text):
+    import json
+
+    merges = json.loads(text)["model"]["merges"]
+    return [one if isinstance(one, str) else " ".join(one) for one in merges]

@@ -1,0 +1,89 @@
+"""Codes and values of quantised weights, held against the package gguf."""
+
+import pytest
+import torch
+
+from pacatune.grid.formats import GRIDS
+
+quants = pytest.importorskip("gguf.quants")
+from gguf import GGMLQuantizationType  # noqa: E402 (after its absence is known)
+
+OUT, NUM_BLOCKS = 5, 3
+
+
+def rows_of(grid, seed=0):
+    """Rows of random bytes, whose scales are numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (OUT, NUM_BLOCKS, grid.block_bytes)
+    blocks = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    scales = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(grid.name, (0, 2))
+    if grid.name in ("Q4_0", "Q5_0", "Q8_0"):
+        scales = (0,)
+    for start in scales:
+        number = torch.randn(OUT, NUM_BLOCKS, 1, generator=generator).half()
+        blocks[..., start : start + 2] = number.view(torch.uint8).view(OUT, NUM_BLOCKS, 2)
+    return blocks.flatten(1)
+
+
+def reference(grid, rows):
+    kind = GGMLQuantizationType[grid.name]
+    return torch.from_numpy(quants.dequantize(rows.numpy(), kind))
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_values_are_those_of_the_package(grid):
+    rows = rows_of(grid)
+    every = torch.arange(NUM_BLOCKS * grid.block)
+    assert rows.shape[1] == grid.row_bytes(len(every))
+    expected = reference(grid, rows)
+    assert expected.isfinite().all()
+    assert torch.equal(grid.values(rows, every), expected)
+    assert int(grid.codes(rows, every).max()) < grid.num_codes
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_codes_are_written_and_nothing_else(grid):
+    rows, every = rows_of(grid), torch.arange(NUM_BLOCKS * grid.block)
+    before, kept = reference(grid, rows), rows.clone()
+    # Neighbours, which may share a byte, and others.
+    columns = torch.tensor([0, 1, 15, 16, 17, grid.block - 1, grid.block, 2 * grid.block + 5])
+    generator = torch.Generator().manual_seed(1)
+    shape = (OUT, len(columns))
+    codes = torch.randint(grid.num_codes, shape, generator=generator, dtype=torch.uint8)
+    grid.put_codes_(rows, columns, codes)
+    assert torch.equal(grid.codes(rows, columns), codes)
+    others = torch.tensor([column for column in every.tolist() if column not in columns.tolist()])
+    assert torch.equal(reference(grid, rows)[:, others], before[:, others])
+    grid.put_codes_(rows, columns, grid.codes(kept, columns))
+    assert torch.equal(rows, kept)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_a_change_moves_codes_to_the_nearest(grid):
+    rows, columns = rows_of(grid), torch.tensor([3, 40, 41])
+    scale, _ = grid.scales(rows, columns)
+    values = grid.values(rows, columns)
+    still = grid.moved(rows, columns, torch.zeros_like(scale))
+    assert torch.equal(still.after, still.before)
+    assert still.num_clipped == 0
+    small = grid.moved(rows, columns, 0.49 * scale)
+    assert torch.equal(small.after, small.before)
+    change = scale * torch.linspace(-9, 9, scale.numel()).view_as(scale)
+    moved = grid.moved(rows, columns, change)
+    grid.put_codes_(rows, columns, moved.after)
+    found, wanted = grid.values(rows, columns), values + change
+    is_free = (moved.after > 0) & (moved.after < grid.num_codes - 1)
+    error = (found - wanted).abs()
+    assert (error <= 0.5001 * scale.abs() + 1e-6)[is_free].all()
+    # Nothing that the block can say is nearer: the clipped are at an end.
+    assert ((error <= 0.5001 * scale.abs() + 1e-6) | ~is_free).all()
+    if grid.num_codes == 16:
+        assert 0 < moved.num_clipped < scale.numel()
+
+
+def test_a_block_whose_scale_is_zero_keeps_its_codes():
+    grid = GRIDS["Q4_0"]
+    rows, columns = rows_of(grid), torch.tensor([2])
+    rows[:, :2] = 0
+    moved = grid.moved(rows, columns, torch.ones(OUT, 1))
+    assert torch.equal(moved.after, moved.before)

@@ -1,0 +1,236 @@
+"""Training in a GGUF file: read, trained, written back as codes, and taken out again."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("gguf")
+
+from pacatune.adapters.base import load_base
+from pacatune.cli import main
+from pacatune.grid.gguf import GgufCheckpoint, name_of
+from pacatune.patch import load
+from tests.conftest import build_model
+from tests.grid.files import write_gguf
+
+# PEFT looks for a config.json beside a base, which a GGUF has within.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in .*gguf")
+ROWS = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]}
+    for q in ("Is it?", "Was it?", "Will it be?", "Can it be?")
+]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def build(tokenizer, **config):
+    return build_model(len(tokenizer), hidden_size=64, intermediate_size=96, **config)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory, tiny_tokenizer):
+    folder = tmp_path_factory.mktemp("gguf")
+    others = {"ffn_down": "Q8_0", "attn_v": "Q5_1", "attn_output": "Q4_1", "ffn_up": "F16"}
+    return write_gguf(folder / "base.gguf", build(tiny_tokenizer), tiny_tokenizer, "Q4_0", others)
+
+
+@pytest.fixture(scope="module")
+def run_dir(model_file, tmp_path_factory):
+    """What `train` makes of a few steps, at a rate whose changes are seen in 4 bits."""
+    folder = tmp_path_factory.mktemp("run")
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["--model.path", model_file, "--data.path", data, "--data.eval_fraction", "0"]
+    words += ["--training.output_dir", folder / "run", "--training.max_steps", "8"]
+    words += ["--training.learning_rate", "0.002", "--paca.r", "4", "--training.use_cpu", "true"]
+    assert main(["train", *map(str, words)]) == 0
+    return folder / "run"
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(6, 40)[None]).logits.float()
+
+
+def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, capsys):
+    before, output = digest(model_file), tmp_path / "tuned.gguf"
+    words = ["--model", str(model_file), "--adapter", str(run_dir), "--output", str(output)]
+    assert main(["merge", *words]) == 0
+    said = capsys.readouterr().out
+    assert "trained codes moved" in said
+    assert "verified  outputs differ from the trained model's by" in said
+    assert digest(model_file) == before
+    assert output.stat().st_size == model_file.stat().st_size
+    base, tuned = (load_base(str(path), task_type="CAUSAL_LM") for path in (model_file, output))
+    from peft import PeftModel
+
+    trained = PeftModel.from_pretrained(load_base(str(model_file), task_type="CAUSAL_LM"), run_dir)
+    effect = (outputs(trained) - outputs(base)).abs().mean()
+    error = (outputs(tuned) - outputs(trained)).abs().mean()
+    assert error < effect / 3
+    # As a patch: the same file, in place too, and the base's bytes again.
+    patch, copy = tmp_path / "p.safetensors", tmp_path / "copy.gguf"
+    copy.write_bytes(model_file.read_bytes())
+    assert main(["patch", "make", *words[:4], "--output", str(patch)]) == 0
+    assert {edit.grid for edit in load(patch).edits.values()} == {
+        "Q4_0",
+        "Q4_1",
+        "Q5_1",
+        "Q8_0",
+        "",
+    }
+    for word, expected in (("apply", digest(output)), ("revert", before)):
+        how = ["--model", str(copy), "--patch", str(patch), "--in_place"]
+        assert main(["patch", word, *how]) == 0
+        assert digest(copy) == expected
+    assert main(["patch", "apply", "--model", str(copy), "--patch", str(patch), "--output",
+                 str(tmp_path / "again.gguf")]) == 0  # fmt: skip
+    assert digest(tmp_path / "again.gguf") == digest(output)
+    assert main(["inspect", str(patch)]) == 0
+    assert "Q4_0" in capsys.readouterr().out
+
+
+def test_only_trained_columns_change(model_file, run_dir, tmp_path):
+    output = tmp_path / "tuned.gguf"
+    words = ["--adapter", str(run_dir), "--output", str(output)]  # the adapter names its file
+    assert main(["merge", *words, "--no_verify"]) == 0
+    before, after = GgufCheckpoint.open(model_file), GgufCheckpoint.open(output)
+    from pacatune.adapters.folder import read_adapter
+
+    trained = read_adapter(run_dir).modules
+    names = {name_of(before, f"{module}.weight", 2): u.indices for module, u in trained.items()}
+    assert len(names) == 14
+    for name, entry in before.entries.items():
+        every = torch.arange(entry.shape[-1])
+        if len(entry.shape) == 1:
+            assert torch.equal(before.tensor(name), after.tensor(name))
+            continue
+        old, new = (one.columns(name, 1, every) for one in (before, after))
+        changed = (old != new).any(dim=0).nonzero()[:, 0]
+        assert set(changed.tolist()) <= set(names.get(name, torch.tensor([])).tolist())
+        assert (name in names) == (len(changed) > 0)
+
+
+def test_k_quants(tiny_tokenizer, tmp_path):
+    """Formats that nothing here can write: their codes are trained all the same."""
+    model = build_model(len(tiny_tokenizer), hidden_size=256, intermediate_size=256,
+                        num_hidden_layers=1)  # fmt: skip
+    others = {"ffn_gate": "Q4_K", "ffn_up": "Q5_K", "ffn_down": "Q6_K"}
+    path = write_gguf(tmp_path / "k.gguf", model, tiny_tokenizer, "Q8_0", others)
+    from peft import get_peft_model
+
+    from pacatune import PacaConfig
+    from pacatune.adapters.folder import read_adapter
+    from pacatune.patch import apply_to_folder
+    from pacatune.patch.packed import make_from_file
+
+    base = load_base(str(path), task_type="CAUSAL_LM", dtype="float32")
+    config = PacaConfig(r=4, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    patch, _ = make_from_file(path, tmp_path / "adapter")
+    apply_to_folder(path, patch, tmp_path / "tuned.gguf")
+    tuned = load_base(str(tmp_path / "tuned.gguf"), task_type="CAUSAL_LM", dtype="float32")
+    adapter = read_adapter(tmp_path / "adapter")
+    plain = load_base(str(path), task_type="CAUSAL_LM", dtype="float32")
+    for module, update in adapter.modules.items():
+        wanted = plain.get_submodule(module).weight.detach().clone()
+        scaling = adapter.scaling(module)
+        wanted[:, update.indices] += scaling * update.delta
+        found = tuned.get_submodule(module).weight.detach()
+        others = torch.ones(wanted.shape[1], dtype=torch.bool)
+        others[update.indices] = False
+        assert torch.equal(found[:, others], wanted[:, others])
+        before = (plain.get_submodule(module).weight - wanted).abs().sum()
+        assert (found - wanted).abs().sum() < before
+
+
+def refused(capsys, *words):
+    assert main([*map(str, words)]) == 2
+    *bars, said = capsys.readouterr().err.splitlines()  # of transformers, where it has loaded
+    assert all("GGUF tensors" in bar or "Loading" in bar or not bar for bar in bars)
+    return said
+
+
+def test_bad_input_is_one_line_and_nothing_is_written(
+    model_file, run_dir, tiny_tokenizer, tmp_path, capsys
+):
+    def merge(model=model_file, adapter=run_dir, output="new.gguf", *more):
+        words = ["--model", model, "--adapter", adapter, "--output", tmp_path / output]
+        said = refused(capsys, "merge", *words, *more)
+        assert not (tmp_path / "new.gguf").exists()
+        return said
+
+    damaged = tmp_path / "damaged.gguf"
+    for content in (b"", b"GGUF", model_file.read_bytes()[:200]):
+        damaged.write_bytes(content)
+        assert "GGUF file" in merge(damaged)
+        words = ["train", "--model.path", damaged, "--data.path", tmp_path / "d.jsonl"]
+        (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+        refused(capsys, *words, "--training.output_dir", tmp_path / "out")
+    damaged.write_bytes(model_file.read_bytes()[:-5000])
+    assert "GGUF file" in merge(damaged)
+    assert "must end in .gguf" in merge(output="folder")
+    (tmp_path / "there.gguf").write_bytes(b"mine")
+    assert "exists; choose another name" in merge(output="there.gguf")
+    assert (tmp_path / "there.gguf").read_bytes() == b"mine"
+    assert "a GGUF keeps its own formats" in merge(
+        model_file, run_dir, "new.gguf", "--dtype", "bf16"
+    )
+    # Another model, of the same shapes.
+    other = write_gguf(tmp_path / "other.gguf", build(tiny_tokenizer, seed=5), tiny_tokenizer)
+    assert "are not those it was trained on" in merge(other)
+    # A format whose codes are not known, among the targets: which tensor, and which format.
+    mixed = write_gguf(
+        tmp_path / "mixed.gguf", build(tiny_tokenizer), tiny_tokenizer, "Q4_0",
+        {"blk.1.ffn_gate": "BF16", "blk.1.ffn_down": "MXFP4"},
+    )  # fmt: skip
+    said = merge(mixed, run_dir, "new.gguf", "--allow_other_base")
+    assert "holds 'blk.1.ffn_down.weight' as MXFP4" in said
+    assert "formats are Q4_0" in said
+
+
+def test_lora_is_refused(model_file, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base(str(model_file), task_type="CAUSAL_LM")
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "lora")
+    words = ["--model", model_file, "--adapter", tmp_path / "lora"]
+    said = refused(capsys, "merge", *words, "--output", tmp_path / "new.gguf")
+    assert "is a LoRA adapter, which changes every element of a weight" in said
+
+
+def test_an_interrupted_patch_is_rolled_back(model_file, run_dir, tmp_path, monkeypatch):
+    from pacatune.patch import apply_in_place, folder, recover
+    from pacatune.patch.packed import make_from_file
+    from pacatune.pretrained import find_model
+
+    patch, _ = make_from_file(model_file, run_dir)
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(model_file.read_bytes())
+    real = GgufCheckpoint.put_columns_
+    calls = []
+
+    def dies(self, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    monkeypatch.setattr(GgufCheckpoint, "put_columns_", dies)
+    monkeypatch.setattr(folder, "_roll_after", lambda error, model: None)  # as if it were killed
+    with pytest.raises(KeyboardInterrupt):
+        apply_in_place(copy, patch)
+    monkeypatch.undo()
+    assert not copy.exists()
+    assert (copy.parent / "copy.gguf.patching").exists()
+    with pytest.raises(ValueError, match="is being patched in place, or that was interrupted"):
+        find_model(str(copy))
+    assert "rolled back" in recover(copy)[0]
+    assert digest(copy) == digest(model_file)
+    assert recover(copy) == []
