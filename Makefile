@@ -7,7 +7,7 @@ WORKERS ?= 2
 # Hundreds of processes import the package: let the first one keep what it compiles.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm
+.PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm test-gguf
 .PHONY: lint conformance test-docs
 .PHONY: compat soak soak-rl bench bench-check metamath docs dist report
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
@@ -17,6 +17,7 @@ help:
 	@echo 'make demo-vision       the same with real image models'
 	@echo 'make demo-rl           reinforcement learning on a small task: GRPO, in about ten minutes'
 	@echo 'make test              lint, types, spelling and every test'
+	@echo 'make test-gguf         training in a GGUF file, run by llama.cpp where it can be fetched'
 	@echo 'make test-docs         every block of code of the docs; make test runs those of README and quick start'
 	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
@@ -66,6 +67,9 @@ test-distributed: setup-dev
 
 test-vllm:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh $(ARGS)
+
+test-gguf: setup-dev
+	$(RUN) -m pytest tests/grid tests/adapters/test_gguf.py $(ARGS)
 
 soak-rl:
 	@PYTHON='$(PYTHON)' sh tools/test_vllm.sh soak $(ARGS)

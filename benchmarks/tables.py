@@ -112,6 +112,11 @@ VIEWS = {
         index=("method",),
         columns=("what", "model", "setting"),
     ),
+    "packed": View(
+        file="packed",
+        index=("setting", "method"),
+        columns=("what",),
+    ),
     "patch": View(
         file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),

@@ -25,8 +25,7 @@ from pacatune.reports.rows import Row
 
 FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
-_SETTINGS = ("512 tokens", "2048 tokens")
-_DTYPES = ("float32", "bfloat16")
+_LORAS = {"lora": "LoRA, as Trainer runs it", "lora_bf16": "LoRA, bfloat16 adapters"}
 _FAR = 0.08  # of a score from the median
 _KEPT = "kept for backward"
 _SYNCED = {
@@ -37,31 +36,35 @@ _SYNCED = {
 }
 
 
-def shares() -> dict[str, Row]:
-    """Return PaCA's step as a share of LoRA's by what was trained on."""
-    rows = {row.setting: row for row in read("step").rows if row.method == "paca / lora"}
-    return {name: rows[name] for name in (f"{s}, {d}" for s in _SETTINGS for d in _DTYPES)}
+def shares() -> dict[str, dict[str, Row]]:
+    """Return PaCA's step as a share of each LoRA's, in every setting that was measured."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in read("step").rows:
+        if row.method in (names := {f"paca / {lora}": title for lora, title in _LORAS.items()}):
+            found.setdefault(row.setting, {})[names[row.method]] = row
+    return found
 
 
-def kept() -> dict[str, tuple[float, float]]:
-    """Return the bytes that PaCA and LoRA keep per token, layer and channel, by lean level."""
+def kept() -> dict[str, dict[str, float]]:
+    """Return the bytes that each keeps per token, layer and channel, by lean level."""
     rows = {(row.setting, row.method): row.value for row in read("lean").rows}
     levels = ("plain", "level 1", "level 2", "level 3")
-    return {level: (rows[level, "paca"], rows[level, "lora"]) for level in levels}
+    names = {"paca": "PaCA"} | _LORAS
+    return {level: {t: rows[level, name] for name, t in names.items()} for level in levels}
 
 
 def synced() -> dict[str, dict[str, float]]:
-    """Return what each panel of the second picture shows of each way to sync a sampler."""
+    """Return what each panel of the picture of syncs shows of each way, where it was measured."""
     rows = {(r.what, r.method, r.model or r.setting): r.value for r in read("rl_sync").rows}
 
-    def of(what: str, where: str, default: float | None = None, scale: float = 1.0) -> Any:
-        return {title: scale * rows.get((what, m, where), default) for m, title in _SYNCED.items()}
+    def of(what: str, where: str, scale: float = 1.0) -> dict[str, float]:
+        known = {title: rows.get((what, name, where)) for name, title in _SYNCED.items()}
+        return {title: scale * value for title, value in known.items() if value is not None}
 
     return {
-        "mean |log p_train - log p_sample|": of("gap, same tokens", "transformers"),
-        "GiB per sync, LLaMA3-8B": of("sent per sync", "llama3-8b", scale=2**-30),
-        # Merged weights are the base's.
-        "time per output token, base = 1": of("token / base", "transformers", 1.0),
+        "mean |log p| gap while vLLM draws": of("gap, drawn tokens", "vLLM"),
+        "MiB per sync, SmolLM2-135M": of("sent per sync", "SmolLM2-135M", 2**-20),
+        "time per output token, base = 1": of("token / base", "transformers"),
     }
 
 
@@ -120,16 +123,34 @@ def _draw_method(figure: Any, text: str, ours: str, theirs: str) -> None:
 
 def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
     left, right = figure.subplots(1, 2)
-    found = shares()
-    _bars(left, list(found), [(row.value, 1.0) for row in found.values()], (ours, theirs))
-    for place, row in enumerate(found.values()):
-        left.plot([row.low, row.high], [place - 0.2] * 2, color=text, linewidth=1)
-    left.set_title("step time, LoRA's = 1 (line: 95 % interval)", fontsize=9)
-    _bars(right, list(kept()), list(kept().values()), (ours, theirs))
-    right.set_title("bytes kept per token, layer and channel", fontsize=9)
-    figure.legend(
-        right.containers, ["PaCA", "LoRA"], loc="outside lower center", ncols=2, frameon=False
-    )
+    settings, made = shares(), read("step").provenance
+    for offset, title, marker in zip((-0.15, 0.15), _LORAS.values(), "os", strict=True):
+        for place, rows in enumerate(settings.values()):
+            if (row := rows.get(title)) is not None:
+                at = place + offset
+                left.plot([row.low, row.high], [at] * 2, color=theirs, linewidth=1)
+                left.plot(row.value, at, marker, color=ours, markersize=4)
+                left.text(row.high, at, f" {row.value:.3g}", fontsize=7, va="center_baseline")
+    left.axvline(1, color=text, linewidth=0.8)
+    left.set_yticks(range(len(settings)), settings)
+    left.set_title("PaCA's step / LoRA's (95 % intervals)", fontsize=9)
+    left.set_xlabel(f"o as Trainer runs it, s bfloat16 adapters; {made['device']}", fontsize=7)
+    left.margins(x=0.15)
+    left.invert_yaxis()
+    for spine in left.spines.values():
+        spine.set_visible(False)
+    colours = (ours, theirs, text)
+    for number, (title, colour) in enumerate(zip(("PaCA", *_LORAS.values()), colours, strict=True)):
+        places = [place + 0.27 * (number - 1) for place in range(len(kept()))]
+        values = [levels[title] for levels in kept().values()]
+        right.barh(places, values, height=0.25, color=colour, label=title)
+        for place, value in zip(places, values, strict=True):
+            right.text(value, place, f" {value:.3g}", fontsize=7, va="center_baseline")
+    right.set_yticks(range(len(kept())), list(kept()))
+    right.set_title("bytes kept per token, layer and channel (counted)", fontsize=9)
+    right.legend(frameon=False, fontsize=7)
+    right.margins(x=0.15)
+    _bare(right)
 
 
 def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
@@ -138,9 +159,9 @@ def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
         axes.barh(places, values.values(), color=[ours] + [theirs] * (len(values) - 1))
         for place, value in zip(places, values.values(), strict=True):
             axes.text(value, place, f" {value:.3g}", color=text, fontsize=8, va="center_baseline")
-        axes.set_yticks(places, [""] * len(values) if number else values)
-        axes.set_title(title, fontsize=9)
-        axes.margins(x=0.2)
+        axes.set_yticks(places, values, fontsize=8)
+        axes.set_title(title, fontsize=8)
+        axes.margins(x=0.25)
         _bare(axes)
 
 
@@ -164,17 +185,6 @@ def _draw_groups(figure: Any, text: str, ours: str, theirs: str) -> None:
         axes.set_xlabel("kept for backward, PaCA = 1", color=text)
 
 
-def _bars(axes: Any, names: list[str], pairs: list[tuple[float, float]], colours: Any) -> None:
-    """Draw two bars for each name, the first at the top, each with its number in it."""
-    for offset, colour, values in zip((-0.2, 0.2), colours, zip(*pairs, strict=True), strict=True):
-        places = [place + offset for place in range(len(names))]
-        axes.barh(places, values, height=0.38, color=colour)
-        for place, value in zip(places, values, strict=True):
-            axes.text(0, place, f"  {value:.3g}", color="white", fontsize=8, va="center_baseline")
-    axes.set_yticks(range(len(names)), names)
-    _bare(axes)
-
-
 def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.invert_yaxis()
@@ -184,7 +194,7 @@ def _bare(axes: Any) -> None:
 
 _PICTURES = {
     "method": (_draw_method, 1.9),
-    "step": (_draw_step, 2.5),
+    "step": (_draw_step, 3.4),
     "sync": (_draw_sync, 1.7),
     "groups": (_draw_groups, 6.0),
 }

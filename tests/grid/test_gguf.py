@@ -1,6 +1,5 @@
 """Training in a GGUF file: read, trained, written back as codes, and taken out again."""
 
-import hashlib
 import json
 
 import pytest
@@ -13,42 +12,11 @@ from pacatune.cli import main
 from pacatune.grid.gguf import GgufCheckpoint, name_of
 from pacatune.patch import load
 from tests.conftest import build_model
+from tests.grid.conftest import ROWS, build, digest
 from tests.grid.files import write_gguf
 
 # PEFT looks for a config.json beside a base, which a GGUF has within.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in .*gguf")
-ROWS = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Yes."}]}
-    for q in ("Is it?", "Was it?", "Will it be?", "Can it be?")
-]
-
-
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def build(tokenizer, **config):
-    return build_model(len(tokenizer), hidden_size=64, intermediate_size=96, **config)
-
-
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory, tiny_tokenizer):
-    folder = tmp_path_factory.mktemp("gguf")
-    others = {"ffn_down": "Q8_0", "attn_v": "Q5_1", "attn_output": "Q4_1", "ffn_up": "F16"}
-    return write_gguf(folder / "base.gguf", build(tiny_tokenizer), tiny_tokenizer, "Q4_0", others)
-
-
-@pytest.fixture(scope="module")
-def run_dir(model_file, tmp_path_factory):
-    """What `train` makes of a few steps, at a rate whose changes are seen in 4 bits."""
-    folder = tmp_path_factory.mktemp("run")
-    data = folder / "chats.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = ["--model.path", model_file, "--data.path", data, "--data.eval_fraction", "0"]
-    words += ["--training.output_dir", folder / "run", "--training.max_steps", "8"]
-    words += ["--training.learning_rate", "0.002", "--paca.r", "4", "--training.use_cpu", "true"]
-    assert main(["train", *map(str, words)]) == 0
-    return folder / "run"
 
 
 def outputs(model):
