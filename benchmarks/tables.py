@@ -170,9 +170,9 @@ def _first_costs(results: Path) -> Table:
         header=["cost", "PaCA", "LoRA as Trainer runs it", "LoRA, adapters in bfloat16"],
         cells=[
             [
-                f"step time of a small Llama ({model.partition(', ')[2]}), 16 to 2,048 tokens, "
-                f"LoRA's = 1, {device}",
-                "",
+                f"PaCA's step time as a share of theirs: a small Llama ({model.partition(', ')[2]})"
+                f", 16 to 2,048 tokens, {device}",
+                "-",
                 *(f"{min(found):.2f} to {max(found):.2f}" for found in shares.values()),
             ],
             [
@@ -210,7 +210,6 @@ def _first_scores(results: Path) -> Table:
         if ("forgetting", "paca") in rows:
             shown = [rows["forgetting", arm].text() for arm in arms]
             forgotten.append([f"general text's loss rises by: {title.rpartition(', ')[0]}", *shown])
-    forgotten = [[cell.removesuffix(", problems") for cell in row] for row in forgotten]
     header = ["quality at equal parameters, five seeds", "PaCA", "LoRA", "rsLoRA"]
     return Table(header=header, cells=[*scores, *forgotten])
 

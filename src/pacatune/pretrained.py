@@ -290,7 +290,7 @@ def no_remote_code(path: str) -> Iterator[None]:
 
 def check_quantizable(kind: str, config: Any, path: str, *, option: str) -> None:
     """Refuse to quantise a model that is quantised, or where bitsandbytes is missing."""
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None or is_gguf(path):
         raise ValueError(
             f"`{option}` ({kind!r}): {path} is saved quantised already; drop the option, or give "
             "the original model."

@@ -37,7 +37,12 @@ def test_studies_are_compared_seed_by_seed():
     assert (found.method, found.model) == ("groups", "small")
     # The same for both seeds.
     assert (found.value, found.low, found.high) == pytest.approx((10.0, 10.0, 10.0))
-    assert {row.what for row in rows} == {"test accuracy", "validation", "kept for backward"}
+    assert {row.what for row in rows} == {
+        "test accuracy",
+        "validation",
+        "kept for backward",
+        "best rate",
+    }
 
 
 def test_tables_of_studies_and_those_that_there_are_not(tmp_path):

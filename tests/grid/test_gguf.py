@@ -162,6 +162,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert "formats are Q4_0" in said
 
 
+def test_other_commands(model_file, run_dir, tmp_path, capsys):
+    words = ["--model", str(model_file), "--adapter", str(run_dir)]
+    assert main(["generate", *words, "--prompt", "Is it?", "--max_new_tokens", "3"]) == 0
+    assert main(["inspect", str(run_dir)]) == 0
+    assert str(model_file) in capsys.readouterr().out
+    assert "gguf_file='base.gguf'" in (run_dir / "README.md").read_text()
+    data = tmp_path / "chats.jsonl"
+    data.write_text(json.dumps(ROWS[0]) + "\n")
+    quantised = ["--model.path", model_file, "--data.path", data, "--data.eval_fraction", "0"]
+    quantised += ["--model.quantization", "nf4"]
+    said = refused(capsys, "train", *quantised, "--training.output_dir", tmp_path / "out")
+    assert "is saved quantised already" in said
+    other = tmp_path / "there-is-none.gguf"
+    said = refused(capsys, "train", "--model.path", other, "--data.path", data)
+    assert f"model file {other} does not exist" in said
+    said = refused(capsys, "patch", "diff", "--model", model_file, "--with", model_file)
+    assert "is a GGUF file; model folders and patches are compared" in said
+
+
 def test_lora_is_refused(model_file, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
 

@@ -252,9 +252,12 @@ class LanguageTask(Task):
         if task_type == "SEQ_CLS":
             options["pad_token_id"] = pad_id(self.tokenizer)
         changes = "".join(f", {name}={value!r}" for name, value in options.items())
+        source = repr(report.model)
+        if is_gguf(report.model):
+            source = f'".", gguf_file={Path(report.model).name!r}'
         code = (
             f"from peft import PeftModel\nfrom transformers import {auto_class}\n\n"
-            f"base = {auto_class}.from_pretrained({report.model!r}{changes})\n"
+            f"base = {auto_class}.from_pretrained({source}{changes})\n"
             'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
         )
         if not method.needs_pacatune:
