@@ -97,6 +97,9 @@ def export_lora(
             vLLM and most other servers do not.
         allow_other_base: As for `check_base`.
 
+    Returns:
+        The folder, its rank, size and notes for the user.
+
     Raises:
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.

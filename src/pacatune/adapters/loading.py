@@ -318,6 +318,9 @@ def load_language_model(
             adapter that was trained so knows it, a LoRA adapter does not.
         allow_other_base: As for `check_base`.
 
+    Returns:
+        Model, tokenizer, the opened adapter, and notes for the user.
+
     Raises:
         FileNotFoundError: If base or adapter are missing.
         ValueError: If the adapter is damaged or belongs to another base or another quantisation,

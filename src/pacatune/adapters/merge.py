@@ -159,6 +159,9 @@ def merge(
         allow_other_base: Merge even if the base is not the one the adapter was trained on.
         onto: The base to merge onto; None takes the adapter's default.
 
+    Returns:
+        The folder, what was merged, how far its outputs are from the adapter's, and notes.
+
     Raises:
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.

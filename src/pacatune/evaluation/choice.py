@@ -113,6 +113,9 @@ def evaluate_choice(
         batch_size: Choices that are evaluated at once.
         chat: Ask by the chat template; the choice is what the assistant says.
         progress: Whether to show a bar.
+
+    Returns:
+        Accuracies with their standard errors, and every question with its scores.
     """
     require_lm_eval()
     asked = list(questions)[:limit]

@@ -58,6 +58,9 @@ def collect_statistics(
         loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, or for activations
             just `model(**batch)`, with the batch on the model's device.
 
+    Returns:
+        Numbers for the columns of each target, by which a strategy chooses.
+
     Raises:
         ValueError: If nothing is to be collected, the model is adapted, wrapped, sharded or without
             weights, a target cannot be observed or was never used, or a loss is not finite.
