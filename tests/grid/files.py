@@ -21,7 +21,7 @@ def random_blocks(out_features, in_features, kind, generator):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (out_features, in_features // block, size)
     data = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    places = {"Q6_K": (208,)}.get(kind.name, (0, 2))
+    places = {"Q6_K": (208,), "TQ1_0": (52,)}.get(kind.name, (0, 2))
     for start in places:
         number = 2e-4 * torch.rand(*shape[:2], 1, generator=generator).half()
         data[..., start : start + 2] = number.view(torch.uint8).view(*shape[:2], 2)
@@ -70,7 +70,7 @@ def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
         is_plain = matrix.ndim == 1 or "token_embd" in name or name == "output.weight"
         chosen = found[0] if found else "F32" if is_plain else kind
         values = np.ascontiguousarray(matrix.numpy())
-        if chosen.endswith("_K"):
+        if chosen.endswith("_K") or chosen == "TQ1_0":
             data = random_blocks(*matrix.shape, KINDS[chosen], generator)
         else:
             data = quantize(values, KINDS[chosen])

@@ -3,8 +3,9 @@
 A weight (O, I) lies in rows of blocks of elements. A `Grid` says where the bits of each element's
 code lie in its block, and how a code becomes a value, in float32 and in this order:
 
-    value = scale * (code - zero) + minimum
+    value = scale * level[code] + minimum
 
+where levels are code - zero in most formats, and a table in those of floating-point codes.
 Scales and minima are the file's; what is trained changes codes alone. The layouts are those of
 ggml's `block_q4_0` and the others (ggml-common.h); `gguf.quants` is the reference of the tests.
 """
@@ -41,7 +42,9 @@ class Grid:
     """The bits of a code, lowest first."""
     steps: Steps
     zero: int = 0
-    """Code of the value `minimum`."""
+    """Code of level 0, where levels have one distance."""
+    levels: tuple[int, ...] = ()
+    """Level of each code, where they have not."""
     flipped: int = 0
     """Bits of a code that are stored turned round, as the sign of a byte."""
 
@@ -97,7 +100,12 @@ class Grid:
     def values(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Return the (O, R) float32 values of columns of (O, bytes) rows."""
         scale, minimum = self.scales(rows, indices)
-        return scale * (self.codes(rows, indices).float() - self.zero) + minimum
+        return scale * self._levels[self.codes(rows, indices).long()] + minimum
+
+    @property
+    def _levels(self) -> Tensor:
+        levels = self.levels or range(-self.zero, self.num_codes - self.zero)
+        return torch.tensor(levels, dtype=torch.float32)
 
     def moved(self, rows: Tensor, indices: Tensor, change: Tensor) -> "Moved":
         """Return the codes nearest to the values of columns plus an (O, R) change.
@@ -107,9 +115,18 @@ class Grid:
         """
         before, (scale, _) = self.codes(rows, indices), self.scales(rows, indices)
         steps = torch.where(scale == 0, 0.0, change.float() / torch.where(scale == 0, 1.0, scale))
-        wanted = (before.float() + steps).round()
-        codes = wanted.clamp(0, self.num_codes - 1)
-        return Moved(before, codes.to(torch.uint8), int((codes != wanted).sum()))
+        levels, places = self._levels.sort()
+        wanted = self._levels[before.long()] + steps
+        right = torch.searchsorted(levels, wanted.contiguous()).clamp(1, len(levels) - 1)
+        is_left = wanted - levels[right - 1] <= levels[right] - wanted
+        nearest = torch.where(is_left, right - 1, right)
+        after = places[nearest].to(torch.uint8)
+        # Of two codes as near, and of the two zeros of floating point, the old one stays.
+        distance = (wanted - levels[nearest]).abs()
+        stays = (wanted - self._levels[before.long()]).abs() <= distance
+        low, high = levels[0] * 1.5 - levels[1] / 2, levels[-1] * 1.5 - levels[-2] / 2
+        num_clipped = int(((wanted < low) | (wanted > high)).sum())
+        return Moved(before, torch.where(stays, before, after), num_clipped)
 
 
 class Moved(NamedTuple):
@@ -155,11 +172,44 @@ def _of_16(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale)
 
 
+def _of_power(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps of MXFP4: half of a power of two, by its exponent."""
+    power = blocks[..., 0].int()
+    bits = torch.where(power < 2, 0x00200000 << power.clamp(max=1), power - 1 << 23)
+    scale = bits.view(torch.float32)
+    return scale, torch.zeros_like(scale)
+
+
+def _of_float8(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps of NVFP4: half of an unsigned E4M3 for each of four parts of 16 elements."""
+    part = (elements // 16).expand(blocks.shape[:-1])[..., None]
+    byte = blocks[..., :4].gather(-1, part)[..., 0]
+    exponent, mantissa = (byte >> 3 & 15).float(), (byte & 7).float()
+    normal = (1 + mantissa / 8) * 2 ** (exponent - 7)
+    scale = torch.where(exponent == 0, mantissa * 2**-9, normal) / 2
+    scale = torch.where((byte == 0) | (byte == 0x7F), 0.0, scale)
+    return scale, torch.zeros_like(scale)
+
+
+def _of_signed_6_bits(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the steps of IQ4_XS: 6-bit scales of eight parts of 32 elements."""
+    part = (elements // 32).expand(blocks.shape[:-1])[..., None]
+    low = blocks[..., 4:8].gather(-1, part // 2) >> 4 * (part % 2) & 15
+    high = blocks[..., 2:4].gather(-1, part // 4) >> 2 * (part % 4) & 3
+    scale = _float16(blocks, 0) * ((low | high << 4)[..., 0].float() - 32)
+    return scale, torch.zeros_like(scale)
+
+
 def _halves(start: int, size: int = 32) -> Plane:
-    """Return low and high half bytes: of `size` elements in `size` / 2 bytes, again and again."""
+    """Return low and high half bytes: of `size` elements in `size` / 2 bytes."""
     half = size // 2
-    places = [(start + e % half, 4 * (e // half)) for e in range(size)]
-    return Plane(4, tuple(places))
+    return Plane(4, tuple((start + e % half, 4 * (e // half)) for e in range(size)))
+
+
+def _parts(start: int, size: int, number: int) -> Plane:
+    """Return `number` of these, one after the other."""
+    places = [_halves(start + part * size // 2, size).places for part in range(number)]
+    return Plane(4, tuple(place for part in places for place in part))
 
 
 def _bits(start: int) -> Plane:
@@ -177,6 +227,9 @@ def _table(grids: Iterable[Grid]) -> dict[str, Grid]:
 
 # Of 64 elements in 32 bytes, the first 32 have the low halves; of 128 in Q6_K, the first 64.
 _HALVES_OF_64 = _plane(4, lambda e: (e // 64 * 32 + e % 32, e // 32 % 2 * 4))
+# Twice E2M1, as ggml has it; and the levels of non-linear quants.
+_FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 GRIDS = _table(
     [
         Grid("Q4_0", 18, (_halves(2),), _symmetric, zero=8),
@@ -216,6 +269,10 @@ GRIDS = _table(
             _of_16,
             zero=32,
         ),
+        Grid("IQ4_NL", 18, (_halves(2),), _symmetric, levels=_NON_LINEAR),
+        Grid("IQ4_XS", 136, (_parts(8, 32, 8),), _of_signed_6_bits, levels=_NON_LINEAR),
+        Grid("MXFP4", 17, (_halves(1),), _of_power, levels=_FLOAT4),
+        Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4),
     ]
 )
 """Format by its name."""
