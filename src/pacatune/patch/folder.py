@@ -77,15 +77,15 @@ def apply_to_folder(
     revert: bool = False,
     allow_other_base: bool = False,
 ) -> FolderResult:
-    """Write a patched copy of a model folder, a plain one that needs nothing of ours.
+    """Write a patched copy of a model folder, a plain one that needs nothing of ours, or of a GGUF.
 
     Files that are not weights come along; hidden ones, weights in other formats and safetensors
     that are not the model's do not. What was written is read back before the folder gets its name.
 
     Args:
-        model: The folder to patch; it is only read.
+        model: The folder, or GGUF file, to patch; it is only read.
         patch: What to write.
-        output: Folder to write, missing or empty.
+        output: Folder to write, missing or empty; of a GGUF a new .gguf file.
         revert: Take the patch back instead of applying it.
         allow_other_base: As for `check_base`.
 

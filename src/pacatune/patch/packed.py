@@ -100,8 +100,9 @@ def make_packed(
             codes cannot be trained.
     """
     rounding, edits = Rounding(), dict[str, ColumnEdit]()
-    config: Any = base.config
-    heads = (config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
+    config: Any = cast(Any, base).config.get_text_config()
+    names = ("num_attention_heads", "num_key_value_heads")
+    heads = tuple(filter(None, (getattr(config, name, None) for name in names)))
     for module, update in adapter.modules.items():
         name = name_of(checkpoint, f"{module}.weight", config.num_hidden_layers)
         weight = _weight(base, module)
