@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
+from multiprocessing import popen_forkserver
 
 import pytest
 import torch
@@ -64,6 +66,20 @@ def test_errors_of_another_process(make_config, measure, options, error, message
     function, *args = measure
     with pytest.raises(error, match=message):
         run_in_child(function, make_config(**options), *args)
+
+
+def test_the_exit_status_is_asked_for_once(make_config, monkeypatch):
+    """The pool's own thread asks as well, and it comes but once."""
+    read = popen_forkserver.forkserver.read_signed
+
+    def read_slowly(sentinel):
+        is_ours = threading.current_thread() is threading.main_thread()
+        time.sleep(0.6 if is_ours else 0.1)
+        return read(sentinel)
+
+    monkeypatch.setattr(popen_forkserver.forkserver, "read_signed", read_slowly)
+    with pytest.raises(MemoryError, match="the system ended the process"):
+        run_in_child(_end_by, make_config(), signal.SIGKILL)
 
 
 SETTING = MicroBatch(num_rows=2, num_tokens=6)

@@ -121,6 +121,8 @@ def run_in_child(measure: Callable[..., _T], config: BenchConfig, *args: Any) ->
             ready.result()
             return pool.submit(measure, config, *args).result()
         except BrokenProcessPool as error:
+            # Its own thread asks for the exit status, which comes but once; then it is known.
+            pool.shutdown()
             process.join()
             # Allocations that fail in libraries abort the process, or are written to.
             limited = (signal.SIGABRT, signal.SIGSEGV) if config.memory_limit is not None else ()
