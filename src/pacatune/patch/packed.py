@@ -95,6 +95,9 @@ def make_packed(
         checkpoint: The file.
         adapter: A PaCA adapter that was trained on this model.
 
+    Returns:
+        The patch, and what rounding to codes did.
+
     Raises:
         ValueError: If a trained weight is not in the file as the model has it, or in a format whose
             codes cannot be trained.
@@ -134,6 +137,9 @@ def merge_packed(
         device: Where to compute.
         verify: Load what was written, and compare its outputs with the trained model's.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
+
+    Returns:
+        What was written and how it was verified.
 
     Raises:
         FileExistsError: If there is something under that name.
