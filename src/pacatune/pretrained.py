@@ -7,6 +7,7 @@ In all of them `path` is a hub id or a folder, `revision` a branch, tag or commi
 model, and `option` where the path is from, for messages.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.files.journal import is_gguf, refuse_half_edited
+from pacatune.grid import DEQUANTISED
 from pacatune.installation import install_command, require_extra
 
 if TYPE_CHECKING:
@@ -239,26 +241,38 @@ def load_weights(
     **options: Any,
 ) -> Any:
     """Load a model with its weights, by any class of transformers; `auto` is their own type."""
+    from transformers import GgufConfig
+
     from pacatune.tuner.quantized import forbid_packing
 
+    # Packed weights could not be trained: the codes of trained columns are written later.
+    config = options.get("config") or load_config(path, revision=revision)
     if is_gguf(path):
-        from transformers.utils.quantization_config import GgufConfig
-
-        # Packed blocks would have no weights to train.
         options = {"quantization_config": GgufConfig(dequantize=True)} | options
+    if is_short := is_dequantised(config):
+        if config.quantization_config["quant_method"] != "fp8":
+            require_extra(f"{path}", "compressed", ("compressed_tensors",))
+        options["config"] = copy.deepcopy(config)
+        options["config"].quantization_config["dequantize"] = True
     with no_remote_code(path), readable_weights(path), readable_gguf(path):
         loaded = model_class.from_pretrained(
             **_source(path), revision=revision, dtype=dtype, trust_remote_code=False, **options
         )
-    if is_gguf(path):
-        loaded.name_or_path = path
-        loaded.config.name_or_path = path
-        if hasattr(loaded.config, "quantization_config"):
-            del loaded.config.quantization_config
-        loaded.is_quantized = False
+    if is_short or is_gguf(path):
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = path
+        model.is_quantized, model.hf_quantizer = False, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     # An evaluation before training would spoil the base of LoRA.
     forbid_packing(loaded[0] if isinstance(loaded, tuple) else loaded)
     return loaded
+
+
+def is_dequantised(config: Any) -> bool:
+    """Whether a model in safetensors is of few bits that are dequantised as it is loaded."""
+    section = getattr(config, "quantization_config", None) or {}
+    return isinstance(section, dict) and section.get("quant_method") in DEQUANTISED
 
 
 @contextmanager

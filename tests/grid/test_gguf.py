@@ -10,9 +10,9 @@ pytest.importorskip("gguf")
 from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
-from pacatune.grid.gguf import GgufCheckpoint, name_of
+from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import apply_in_place, apply_to_folder, load, recover
-from pacatune.patch.packed import make_from_file
+from pacatune.patch.packed import make_of_codes
 from pacatune.pretrained import find_model
 from tests.conftest import build_model
 from tests.grid.conftest import ROWS, build, digest
@@ -32,7 +32,9 @@ def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, caps
     words = ["--model", str(model_file), "--adapter", str(run_dir), "--output", str(output)]
     assert main(["merge", *words]) == 0
     said = capsys.readouterr().out
+    assert "2 of Q4_1" in said
     assert "trained codes moved" in said
+    assert "held out  not measured: " in said
     assert "verified  outputs differ from the trained model's by" in said
     assert digest(model_file) == before
     assert output.stat().st_size == model_file.stat().st_size
@@ -71,7 +73,7 @@ def test_only_trained_columns_change(model_file, run_dir, tmp_path):
     assert main(["merge", *words, "--no_verify"]) == 0
     before, after = GgufCheckpoint.open(model_file), GgufCheckpoint.open(output)
     trained = read_adapter(run_dir).modules
-    names = {name_of(before, f"{module}.weight", 2): u.indices for module, u in trained.items()}
+    names = {before.name_of(f"{module}.weight", 2): u.indices for module, u in trained.items()}
     assert len(names) == 14
     for name, entry in before.entries.items():
         every = torch.arange(entry.shape[-1])
@@ -102,7 +104,7 @@ def test_k_quants(tiny_tokenizer, tmp_path):
     """Formats that nothing here can write: their codes are trained all the same."""
     others = {"ffn_gate": "Q4_K", "ffn_up": "Q5_K", "ffn_down": "Q6_K"}
     path, folder = wide_file(tiny_tokenizer, tmp_path / "k.gguf", others)
-    patch, _ = make_from_file(path, folder)
+    patch, _ = make_of_codes(path, folder)
     apply_to_folder(path, patch, tmp_path / "tuned.gguf")
     plain, tuned = (
         load_base(str(one), task_type="CAUSAL_LM", dtype="float32")
@@ -158,9 +160,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     (tmp_path / "there.gguf").write_bytes(b"mine")
     assert "exists; choose another name" in merge(output="there.gguf")
     assert (tmp_path / "there.gguf").read_bytes() == b"mine"
-    assert "a GGUF keeps its own formats" in merge(
-        model_file, run_dir, "new.gguf", "--dtype", "bf16"
-    )
+    dtype = merge(model_file, run_dir, "new.gguf", "--dtype", "bf16")
+    assert "`dtype` ('bfloat16'): a quantised model keeps its own formats" in dtype
+    base = merge(model_file, run_dir, "new.gguf", "--base", "nf4")
+    assert "`base` ('nf4')" in base
+    assert "is quantised itself" in base
     # Another model, of the same shapes.
     other = write_gguf(tmp_path / "other.gguf", build(tiny_tokenizer, seed=5), tiny_tokenizer)
     assert "are not those it was trained on" in merge(other)
@@ -199,7 +203,7 @@ def test_lora_is_refused(model_file, tmp_path, capsys):
 def test_an_interrupted_patch_is_rolled_back(model_file, run_dir, tmp_path, monkeypatch):
     from pacatune.patch import folder
 
-    patch, _ = make_from_file(model_file, run_dir)
+    patch, _ = make_of_codes(model_file, run_dir)
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_file.read_bytes())
     real = GgufCheckpoint.put_columns_

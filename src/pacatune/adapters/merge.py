@@ -39,7 +39,7 @@ from pacatune.adapters.target import (
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.format.options import format_quantization
 from pacatune.precision import dtype_name
-from pacatune.pretrained import load_config
+from pacatune.pretrained import is_dequantised, load_config
 from pacatune.tuner.compat import tied_weights
 from pacatune.tuner.quantized import Quantization
 
@@ -265,7 +265,8 @@ def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name
             "`dequantized` or `original` (--base) and quantise the result."
         )
     config = load_config(name, option="model")
-    if onto == "original" and getattr(config, "quantization_config", None) is not None:
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    if onto == "original" and is_quantised and not is_dequantised(config):
         raise ValueError(
             f"base model {name!r} is saved quantised; merging would round every weight again. "
             "Give the original base that is not quantised, or merge onto the dequantised one "

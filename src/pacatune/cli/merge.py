@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pacatune.cli.options import ModelOptions, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
-from pacatune.files.journal import is_gguf
 from pacatune.files.json_file import read_json_object
+from pacatune.grid import is_packed
 from pacatune.precision import Dtype
 
 
@@ -15,7 +15,8 @@ from pacatune.precision import Dtype
 class Merge(ModelOptions):
     """Write an adapter into its base model: a folder that transformers loads alone.
 
-    Of a base in a GGUF file, PaCA's trained columns become codes of a copy of that file.
+    Of a base in few bits (a GGUF file, a folder of FP8 or INT4), PaCA's trained columns become
+    codes of a copy of it.
     """
 
     adapter: str = field()
@@ -27,15 +28,23 @@ class Merge(ModelOptions):
     base: Literal["original", "dequantized", "nf4"] | None = None
     """For adapters of a quantised base, whose weights the untrained ones are: those of the
     checkpoint before quantisation, those that were trained with (the default), or these quantised
-    again, which costs accuracy."""
+    again, which costs accuracy. Of a base in few bits: dequantized writes a model in 16 bits."""
     no_verify: bool = False
     """Skip comparing outputs before and after (saves four forward passes and a load)."""
 
     def run(self, command: str) -> int:
         """Do it."""
         model = self.model or base_of(self.adapter)
-        if model is not None and is_gguf(model):
-            return self._run_packed(model)
+        onto = self.base
+        if model is not None and is_packed(model):
+            if onto is None:
+                return self._run_packed(model)
+            if onto != "dequantized":
+                raise ValueError(
+                    f"`base` ({onto!r}): {model} is quantised itself; drop the option to write "
+                    "codes, or choose 'dequantized' for a model in 16 bits."
+                )
+            onto = None  # as it is loaded
         self.check_base(self.output)
         quiet_libraries()
 
@@ -47,11 +56,11 @@ class Merge(ModelOptions):
             self.adapter,
             self.output,
             verify=not self.no_verify,
-            onto=self.base,
+            onto=onto,
             **how,
         )
-        onto = "" if result.onto == "original" else f" ({result.onto})"
-        print(f"base      {result.base}{onto}")
+        kind = "" if result.onto == "original" else f" ({result.onto})"
+        print(f"base      {result.base}{kind}")
         print(f"merged    {result.num_modules} modules, {result.dtype}")
         error = result.error
         if error is None:
@@ -67,21 +76,24 @@ class Merge(ModelOptions):
         return 0
 
     def _run_packed(self, model: str) -> int:
-        """Write the trained columns as codes of a GGUF file."""
-        for name, value in (("dtype", self.dtype), ("base", self.base)):
-            if value not in ("auto", None):
-                raise ValueError(
-                    f"`{name}` ({value!r}): a GGUF keeps its own formats; drop the option."
-                )
+        """Write the trained columns as codes of a quantised model."""
+        if self.dtype != "auto":
+            raise ValueError(
+                f"`dtype` ({self.dtype!r}): a quantised model keeps its own formats; drop it."
+            )
         self.check_base()
         quiet_libraries()
 
         from pacatune.patch.packed import merge_packed, rounding_note
 
         how: Any = self.values("device", "allow_other_base")
-        result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
+        measure, why_not = (None, "") if self.no_verify else _held_out(self.adapter)
+        result = merge_packed(
+            model, self.adapter, self.output, verify=not self.no_verify, measure=measure, **how
+        )
         print(f"base      {result.base}")
-        print(f"merged    {result.num_tensors} tensors: {rounding_note(result.rounding)}")
+        formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())
+        print(f"merged    {formats}: {rounding_note(result.rounding)}")
         if result.error is None or result.effect is None:
             print("verified  no (--no_verify)")
         else:
@@ -89,9 +101,26 @@ class Merge(ModelOptions):
                 "verified  outputs differ from the trained model's by "
                 f"{result.error.max_absolute:.1e}; the adapter changes them by {result.effect:.1e}"
             )
+        if result.measured is not None:
+            before, after = result.measured
+            print(f"held out  loss {before:.4f} as trained, {after:.4f} as written")
+        elif why_not:
+            print(f"held out  not measured: {why_not}")
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
         print_notes(result.notes)
         return 0
+
+
+def _held_out(adapter: str) -> tuple[Any, str]:
+    """Return what measures the loss on the data that a run held out, or why nothing can."""
+    if not (Path(adapter).expanduser() / "config.yaml").is_file():
+        return None, f"{adapter} is not the folder of a run."
+    from pacatune.training.held_out import HeldOut
+
+    try:
+        return HeldOut(adapter).loss, ""
+    except (ImportError, OSError, ValueError) as error:  # data that is gone or was changed
+        return None, str(error)
 
 
 def base_of(adapter: str) -> str | None:

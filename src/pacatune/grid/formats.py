@@ -7,7 +7,8 @@ code lie in its block, and how a code becomes a value, in float32 and in this or
 
 where levels are code - zero in most formats, and a table in those of floating-point codes.
 Scales and minima are the file's; what is trained changes codes alone. The layouts are those of
-ggml's `block_q4_0` and the others (ggml-common.h); `gguf.quants` is the reference of the tests.
+ggml's `block_q4_0` and the others (ggml-common.h), whose blocks hold their scales; `gguf.quants` is
+the reference of the tests. In safetensors scales are tensors of their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,11 +41,12 @@ class Grid:
     block_bytes: int
     planes: tuple[Plane, ...]
     """The bits of a code, lowest first."""
-    steps: Steps
+    steps: Steps | None = None
+    """None: scales are not in the blocks."""
     zero: int = 0
     """Code of level 0, where levels have one distance."""
-    levels: tuple[int, ...] = ()
-    """Level of each code, where they have not."""
+    levels: tuple[float, ...] = ()
+    """Level of each code, where they have not; NaN for codes that are no number."""
     flipped: int = 0
     """Bits of a code that are stored turned round, as the sign of a byte."""
 
@@ -93,29 +95,29 @@ class Grid:
             low += plane.width
 
     def scales(self, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scale and minimum, (O, R) float32, of columns of (O, bytes) rows."""
+        """Return scale and minimum, (O, R) float32, that columns of (O, bytes) rows hold."""
+        assert self.steps is not None
         blocks = rows.unflatten(1, (-1, self.block_bytes))[:, indices // self.block]
         return self.steps(blocks, indices % self.block)
 
-    def values(self, rows: Tensor, indices: Tensor) -> Tensor:
-        """Return the (O, R) float32 values of columns of (O, bytes) rows."""
-        scale, minimum = self.scales(rows, indices)
-        return scale * self._levels[self.codes(rows, indices).long()] + minimum
+    def values(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """Return the (O, R) float32 values of codes."""
+        return scale * self._levels[codes.long()] + minimum
 
     @property
     def _levels(self) -> Tensor:
         levels = self.levels or range(-self.zero, self.num_codes - self.zero)
         return torch.tensor(levels, dtype=torch.float32)
 
-    def moved(self, rows: Tensor, indices: Tensor, change: Tensor) -> "Moved":
-        """Return the codes nearest to the values of columns plus an (O, R) change.
+    def moved(self, before: Tensor, scale: Tensor, change: Tensor) -> "Moved":
+        """Return the codes nearest to the values of (O, R) codes plus an (O, R) change.
 
         An element whose change is less than half a step keeps its code. Where the nearest code
         would lie beyond the block's range it is clipped.
         """
-        before, (scale, _) = self.codes(rows, indices), self.scales(rows, indices)
         steps = torch.where(scale == 0, 0.0, change.float() / torch.where(scale == 0, 1.0, scale))
-        levels, places = self._levels.sort()
+        levels, places = self._levels.sort(stable=True)  # NaN at the end
+        levels = levels[~levels.isnan()]
         wanted = self._levels[before.long()] + steps
         right = torch.searchsorted(levels, wanted.contiguous()).clamp(1, len(levels) - 1)
         is_left = wanted - levels[right - 1] <= levels[right] - wanted
@@ -225,6 +227,11 @@ def _table(grids: Iterable[Grid]) -> dict[str, Grid]:
     return {grid.name: grid for grid in grids}
 
 
+def _float8() -> tuple[float, ...]:
+    """Return the values of E4M3 without infinities, as torch has them."""
+    return tuple(torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().tolist())
+
+
 # Of 64 elements in 32 bytes, the first 32 have the low halves; of 128 in Q6_K, the first 64.
 _HALVES_OF_64 = _plane(4, lambda e: (e // 64 * 32 + e % 32, e // 32 % 2 * 4))
 # Twice E2M1, as ggml has it; and the levels of non-linear quants.
@@ -273,6 +280,9 @@ GRIDS = _table(
         Grid("IQ4_XS", 136, (_parts(8, 32, 8),), _of_signed_6_bits, levels=_NON_LINEAR),
         Grid("MXFP4", 17, (_halves(1),), _of_power, levels=_FLOAT4),
         Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4),
+        # In safetensors: codes alone.
+        Grid("F8_E4M3", 1, (Plane(8, ((0, 0),)),), levels=_float8()),
+        Grid("INT4", 4, (Plane(4, tuple((e // 2, e % 2 * 4) for e in range(8))),), zero=8),
     ]
 )
 """Format by its name."""

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
+from pacatune.files.checkpoint import DTYPES, Entry
 from pacatune.files.journal import file_path, refuse_half_edited
 from pacatune.files.json_file import check_strings
-from pacatune.grid.formats import GRIDS, Grid
+from pacatune.grid.checkpoint import PackedCheckpoint
+from pacatune.grid.formats import GRIDS
 from pacatune.installation import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
-class GgufCheckpoint(Checkpoint):
-    """The tensors of a GGUF file. Columns of quantised ones are (O, R) uint8 codes."""
+class GgufCheckpoint(PackedCheckpoint):
+    """The tensors of a GGUF file."""
 
     architecture: str
     """As the file says it, such as `llama`."""
@@ -74,26 +75,14 @@ class GgufCheckpoint(Checkpoint):
         )
 
     @property
+    def title(self) -> str:
+        """The file, for messages."""
+        return str(self.folder / self.files[0])
+
+    @property
     def path(self) -> Path:
         """The file, under the name that it has now."""
         return file_path(self.folder, self.files[0])
-
-    def grid(self, name: str) -> Grid | None:
-        """Return the grid of a tensor; None if it holds plain numbers.
-
-        Raises:
-            ValueError: If it is of another format.
-        """
-        kind = self.entries[name].dtype
-        if kind in DTYPES:
-            return None
-        if kind not in GRIDS:
-            raise ValueError(
-                f"{self.folder / self.files[0]} holds {name!r} as {kind}, whose codes cannot be "
-                f"trained; formats are {', '.join((*GRIDS, *DTYPES))}. Leave it out of the "
-                "targets, or take a file in one of these."
-            )
-        return GRIDS[kind]
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of plain numbers."""
@@ -105,33 +94,32 @@ class GgufCheckpoint(Checkpoint):
         entry = self.entries[name]
         return self._bytes(entry).view(entry.shape[0], -1)
 
-    def columns(self, name: str, dim: int, indices: Tensor) -> Tensor:
-        """Return columns; of a quantised matrix their codes."""
-        if (grid := self.grid(name)) is None:
-            return super().columns(name, dim, indices)
-        return grid.codes(self.rows(name), indices)
+    def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and minimum of columns, which are in their blocks."""
+        return GRIDS[self.entries[name].dtype].scales(self.rows(name), indices)
 
-    def put_columns_(
-        self, memory: Any, name: str, dim: int, indices: Tensor, columns: Tensor
-    ) -> None:
-        """Write columns, or their codes, into the mapped file."""
-        if (grid := self.grid(name)) is None:
-            super().put_columns_(memory, name, dim, indices, columns)
-            return
-        entry = self.entries[name]
-        flat = torch.frombuffer(
-            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
-        )
-        grid.put_codes_(flat.view(entry.shape[0], -1), indices, columns)
+    def name_of(self, parameter: str, num_blocks: int) -> str:
+        """Return the name that llama.cpp gives a parameter of transformers.
 
-    def touched(self, name: str, dim: int, indices: Tensor, step: int) -> Tensor:
-        """Return the places of all bytes in the file that columns lie in."""
-        if (grid := self.grid(name)) is None:
-            return super().touched(name, dim, indices, step)
-        entry = self.entries[name]
-        starts = entry.start + torch.arange(entry.shape[0]) * grid.row_bytes(entry.shape[1])
-        bytes_ = torch.cat([byte for byte, _ in grid.byte_places(indices)])
-        return (starts[:, None] + bytes_).flatten()
+        Raises:
+            ValueError: If there is none here, or the package gguf does not know the model.
+        """
+        import gguf
+
+        kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        if self.architecture not in kinds:
+            raise ValueError(
+                f"{self.title} is of the architecture {self.architecture!r}, which the package "
+                "gguf does not know; upgrade it."
+            )
+        names = gguf.get_tensor_name_map(kinds[self.architecture], num_blocks)
+        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        if name not in self.entries:
+            raise ValueError(
+                f"{self.title} has no tensor of its own for {parameter!r}; leave it out of the "
+                "targets."
+            )
+        return str(name)
 
     def _bytes(self, entry: Entry) -> Tensor:
         if entry.file not in self._opened:
@@ -161,55 +149,3 @@ def _read(path: Path) -> Any:
 def _is_short(field: Any) -> bool:
     """Whether a field of the header is one value: lists have a token each."""
     return len(field.data) == 1 and len(field.types) == 1
-
-
-def name_of(checkpoint: GgufCheckpoint, parameter: str, num_blocks: int) -> str:
-    """Return the name of a parameter of transformers in a file.
-
-    Raises:
-        ValueError: If the file has no such tensor, or the package gguf does not know the model.
-    """
-    import gguf
-
-    kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    file = checkpoint.folder / checkpoint.files[0]
-    if checkpoint.architecture not in kinds:
-        raise ValueError(
-            f"{file} is of the architecture {checkpoint.architecture!r}, which the package gguf "
-            "does not know; upgrade it."
-        )
-    names = gguf.get_tensor_name_map(kinds[checkpoint.architecture], num_blocks)
-    name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
-    if name not in checkpoint.entries:
-        raise ValueError(
-            f"{file} has no tensor of its own for {parameter!r}; leave it out of the targets."
-        )
-    return str(name)
-
-
-def row_order(values: Tensor, weight: Tensor, heads: tuple[int, ...], name: str) -> Tensor:
-    """Return which row of a weight each row of the file is, (O,) int64.
-
-    llama.cpp lays the rows of some projections otherwise: of each head, the two halves that are
-    rotated together alternate. Values decide, so it is also a check that the weight is the file's.
-
-    Args:
-        values: (O, R) values of some columns in the file.
-        weight: The same columns of the model's weight, in its dtype.
-        heads: Numbers of heads that a weight may have.
-        name: What the weight is called, for messages.
-    """
-    rows = torch.arange(len(weight))
-    halves = [
-        rows.view(number, 2, -1).transpose(1, 2).flatten()
-        for number in heads
-        if len(weight) % (2 * number) == 0
-    ]
-    rounded = values.to(weight.dtype)
-    for order in (rows, *halves):
-        if torch.equal(weight[order], rounded):
-            return order
-    raise ValueError(
-        f"the file does not hold {name!r} as the model has it; it is another model's, or its rows "
-        "are laid in an order that is not known here."
-    )

@@ -12,17 +12,17 @@ from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import BaseWeight, adapted_target_columns, target_of_module
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
-from pacatune.files.journal import is_gguf
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import TENSORS_NAME, plain_name
+from pacatune.grid import is_packed
 from pacatune.ops.columns import bits
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, put_bits_
 from pacatune.patch.memory import find_name, names_of
-from pacatune.patch.packed import make_from_file
+from pacatune.patch.packed import make_of_codes
 from pacatune.tuner.compat import as_saved, tied_weights
 
 _BY_MERGE = (
@@ -62,9 +62,9 @@ def make(
     checked = read_adapter(adapter)
     _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
-    if is_gguf(name):
+    if is_packed(name):
         part = _adapter_part(checked) if with_adapter else None
-        return make_from_file(name, adapter, part, allow_other_base=allow_other_base)
+        return make_of_codes(name, adapter, part, allow_other_base=allow_other_base)
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
     check_shapes(checked.modules, base, source=str(checked.folder))

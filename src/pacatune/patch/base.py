@@ -14,6 +14,9 @@ import torch
 from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
+from pacatune.grid import is_packed
+from pacatune.grid.folder import PackedFolder
+from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.ops.columns import bits
 from pacatune.patch.edit import ColumnEdit, Patch
 from pacatune.patch.memory import check_form, refuse_missing
@@ -35,11 +38,10 @@ def find_folder(name: str, *, option: str = "model") -> Path:
 
 def open_checkpoint(model: str | Path, *, half_edited: bool = False) -> Checkpoint:
     """Open a model folder, or a GGUF file; see `Checkpoint.open`."""
-    if not is_gguf(model):
-        return Checkpoint.open(model, half_edited=half_edited)
-    from pacatune.grid.gguf import GgufCheckpoint
-
-    return GgufCheckpoint.open(model, half_edited=half_edited)
+    if is_gguf(model):
+        return GgufCheckpoint.open(model, half_edited=half_edited)
+    kind = PackedFolder if is_packed(model) else Checkpoint
+    return kind.open(model, half_edited=half_edited)
 
 
 def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[str, dict[int, str]]:

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -95,7 +94,7 @@ def apply_to_folder(
         ValueError: If the patch does not fit, the folder is damaged, or the disk is full.
     """
     output, wanted = Path(output), patch.inverse() if revert else patch
-    (check_new_file if is_gguf(model) else partial(check_output, num_bytes=0))(output)
+    check_new(model, output)
     checkpoint = open_checkpoint(model)
     notes = check_base(checkpoint, wanted, allow_other_base=allow_other_base)
     if is_gguf(model):
@@ -103,15 +102,18 @@ def apply_to_folder(
         return _result(output, checkpoint, wanted, notes)
     with staged_folder(output, checkpoint.num_bytes) as staging:
         notes += _copy(checkpoint, staging)
-        copied = Checkpoint.open(staging)
+        copied = open_checkpoint(staging)
         for name, edits in _by_file(copied, wanted).items():
             _write(staging / name, copied, edits)
         _check_written(staging, wanted)
     return _result(output, checkpoint, wanted, notes)
 
 
-def check_new_file(output: Path) -> None:
-    """Refuse a name for a GGUF file that is taken, or that no GGUF has."""
+def check_new(model: str | Path, output: Path) -> None:
+    """Refuse a name for a changed copy of a model that is taken, or that no GGUF has."""
+    if not is_gguf(model):
+        check_output(output, num_bytes=0)
+        return
     if not is_gguf(output):
         raise ValueError(f"`output` ({output}) must end in .gguf, as the model does.")
     refuse_existing(output)

@@ -1,4 +1,4 @@
-"""From an adapter to an edit of codes: what is trained in a GGUF file goes back into it.
+"""From an adapter to an edit of codes: what is trained in a file of few bits goes back into it.
 
 Of each trained column the codes are changed; scales, minima and every other byte are the file's. An
 element whose update is less than half a step keeps its code, since steps are counted from the code
@@ -6,6 +6,8 @@ that is there and not from a value that was rounded to 16 bits.
 """
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,11 +28,11 @@ from pacatune.adapters.probe import (
 )
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
-from pacatune.grid.gguf import GgufCheckpoint, name_of, row_order
+from pacatune.grid.checkpoint import PackedCheckpoint, row_order
 from pacatune.ops.columns import adapted_columns
-from pacatune.patch.base import fingerprint
+from pacatune.patch.base import fingerprint, open_checkpoint
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
-from pacatune.patch.folder import apply_to_folder, check_new_file
+from pacatune.patch.folder import apply_to_folder, check_new
 
 _NUM_COMPARED = 64
 """Columns by which the order of a weight's rows in the file is told."""
@@ -53,18 +55,20 @@ class PackedResult:
     """What `merge_packed` wrote, and how it was verified."""
 
     output: Path
-    """The file."""
+    """The file or folder."""
     base: str
-    """The file that was trained in."""
-    num_tensors: int
-    """Tensors with other codes."""
+    """What was trained in."""
+    formats: dict[str, int]
+    """How many tensors of each format have other codes, or other numbers."""
     num_bytes: int
-    """Size of the file."""
+    """Size of all its tensors' files."""
     rounding: Rounding
     error: OutputError | None
     """The written file's outputs against the trained model's; None if not verified."""
     effect: float | None
     """Largest absolute change of the outputs by the adapter; None if not verified."""
+    measured: list[float] | None
+    """What `measure` gave of the trained model and of what was written."""
     notes: list[str]
     """What the user should know."""
 
@@ -75,24 +79,32 @@ def open_paca(adapter: str | Path) -> Adapter:
     if isinstance(checked, LoraAdapter):
         raise ValueError(
             f"{checked.folder} is a LoRA adapter, which changes every element of a weight, and "
-            "most by less than a step of a quantised one; a GGUF takes PaCA's columns alone."
+            "most by less than a step of a quantised one; codes take PaCA's columns alone."
         )
     if checked.extra:
         raise ValueError(
             f"{checked.folder} also trains what are no columns, first {next(iter(checked.extra))!r}"
-            "; a GGUF takes columns alone."
+            "; codes are those of columns alone."
         )
     return checked
 
 
+def open_packed(model: str | Path) -> PackedCheckpoint:
+    """Open a model whose weights are codes; a ValueError if it is none."""
+    checkpoint = open_checkpoint(model)
+    if not isinstance(checkpoint, PackedCheckpoint):
+        raise ValueError(f"{model} holds plain numbers and no codes; merge it by `merge`.")
+    return checkpoint
+
+
 def make_packed(
-    base: nn.Module, checkpoint: GgufCheckpoint, adapter: Adapter
+    base: nn.Module, checkpoint: PackedCheckpoint, adapter: Adapter
 ) -> tuple[Patch, Rounding]:
-    """Make the patch that writes an adapter's columns into a GGUF file, as codes.
+    """Make the patch that writes an adapter's columns into a quantised checkpoint, as codes.
 
     Args:
-        base: The model of the file, as transformers dequantises it.
-        checkpoint: The file.
+        base: Its model, as transformers dequantises it.
+        checkpoint: The GGUF file or the folder.
         adapter: A PaCA adapter that was trained on this model.
 
     Returns:
@@ -107,7 +119,7 @@ def make_packed(
     names = ("num_attention_heads", "num_key_value_heads")
     heads = tuple(filter(None, (getattr(config, name, None) for name in names)))
     for module, update in adapter.modules.items():
-        name = name_of(checkpoint, f"{module}.weight", config.num_hidden_layers)
+        name = checkpoint.name_of(f"{module}.weight", config.num_hidden_layers)
         weight = _weight(base, module)
         order = _order(checkpoint, name, weight, heads)
         delta, indices, _ = update.whole()
@@ -115,7 +127,7 @@ def make_packed(
             checkpoint, name, indices, delta.float()[order], adapter.scaling(module), rounding
         )
         edits[name] = edit
-    short = checkpoint.files[0]
+    short = Path(checkpoint.title).name
     return Patch(edits=edits, base=short, fingerprint=fingerprint(checkpoint, edits)), rounding
 
 
@@ -126,16 +138,18 @@ def merge_packed(
     *,
     device: str = "cpu",
     verify: bool = True,
+    measure: Callable[[nn.Module], float] | None = None,
     allow_other_base: bool = False,
 ) -> PackedResult:
-    """Write an adapter into a copy of the GGUF file that it was trained in.
+    """Write an adapter into a copy of the file or folder of codes that it was trained in.
 
     Args:
-        model: The file.
+        model: The GGUF file, or the folder.
         adapter: Folder or hub id of a PaCA adapter.
-        output: A new .gguf file.
+        output: A new .gguf file, or a new folder.
         device: Where to compute.
         verify: Load what was written, and compare its outputs with the trained model's.
+        measure: What to measure of both then, such as a loss.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
     Returns:
@@ -147,17 +161,19 @@ def merge_packed(
             rounding takes more than half of what the adapter changes. Nothing is written then.
     """
     output, checked = Path(output), open_paca(adapter)
-    check_new_file(output)
-    checkpoint = GgufCheckpoint.open(model)
+    check_new(model, output)
+    checkpoint = open_packed(model)
     base = load_base(str(model), task_type=checked.config.task_type, device=device)
     patch, rounding = make_packed(base, checkpoint, checked)
     inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
     plain = run_probe(base, inputs)
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
     expected = run_probe(adapted, inputs)
+    error = effect = losses = None
+    if verify and measure is not None:
+        losses = [measure(adapted)]
     del base, adapted
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    error = effect = None
     with TemporaryDirectory(prefix=".", dir=output.absolute().parent) as hidden:
         written = Path(hidden) / output.name
         result = apply_to_folder(model, patch, written)
@@ -165,6 +181,8 @@ def merge_packed(
             again = load_base(str(written), task_type=checked.config.task_type, device=device)
             error = output_error(expected, run_probe(again, inputs))
             effect = output_error(plain, expected).max_absolute
+            if losses is not None and measure is not None:
+                losses.append(measure(again))
             check_outputs(
                 error,
                 math.inf,
@@ -175,29 +193,34 @@ def merge_packed(
                 "with a lower one where many lie at the end, or take the loss unmeasured with "
                 "--no_verify.",
             )
-        publish(written, output)
+        num_bytes = open_checkpoint(written).num_bytes
+        if written.is_dir():
+            written.rename(output)
+        else:
+            publish(written, output)
     return PackedResult(
         output=output,
         base=str(model),
-        num_tensors=len(patch.edits),
-        num_bytes=output.stat().st_size,
+        formats=dict(Counter(checkpoint.entries[name].dtype for name in patch.edits)),
+        num_bytes=num_bytes,
         rounding=rounding,
         error=error,
         effect=effect,
+        measured=losses,
         notes=[*notes, *result.notes],
     )
 
 
-def make_from_file(
+def make_of_codes(
     model: str | Path,
     adapter: str | Path,
     part: "AdapterPart | None" = None,
     *,
     allow_other_base: bool = False,
 ) -> tuple[Patch, list[str]]:
-    """Make the patch of a GGUF file for an adapter; `part` is kept in it."""
+    """Make the patch of a quantised checkpoint for an adapter; `part` is kept in it."""
     checked = open_paca(adapter)
-    checkpoint = GgufCheckpoint.open(model)
+    checkpoint = open_packed(model)
     base = load_base(str(model), task_type=checked.config.task_type)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     patch, rounding = make_packed(base, checkpoint, checked)
@@ -223,30 +246,27 @@ def _weight(base: nn.Module, module: str) -> Tensor:
     weight = getattr(target.module, target.parameter_name)
     if not isinstance(target.module, nn.Linear):
         raise ValueError(
-            f"module {module!r} is a {type(target.module).__name__}, and in a GGUF the columns of "
-            "linear layers alone can be trained; leave it out of the targets."
+            f"module {module!r} is a {type(target.module).__name__}, and codes are those of linear "
+            "layers alone; leave it out of the targets."
         )
     return cast(Tensor, weight).detach().cpu()
 
 
-def _order(checkpoint: GgufCheckpoint, name: str, weight: Tensor, heads: tuple[int, ...]) -> Tensor:
-    entry, grid = checkpoint.entries[name], checkpoint.grid(name)
-    if entry.shape != tuple(weight.shape):
+def _order(
+    checkpoint: PackedCheckpoint, name: str, weight: Tensor, heads: tuple[int, ...]
+) -> Tensor:
+    if (shape := checkpoint.entries[name].shape) != tuple(weight.shape):
         raise ValueError(
-            f"{checkpoint.path} holds {name!r} as {entry.shape}, and the model as "
+            f"{checkpoint.title} holds {name!r} as {shape}, and the model as "
             f"{tuple(weight.shape)}; it is another model's."
         )
     width = weight.shape[1]
     compared = torch.arange(0, width, max(1, width // _NUM_COMPARED))
-    if grid is None:
-        values = checkpoint.columns(name, 1, compared)
-    else:
-        values = grid.values(checkpoint.rows(name), compared)
-    return row_order(values, weight[:, compared], heads, name)
+    return row_order(checkpoint.values(name, compared), weight[:, compared], heads, name)
 
 
 def _edit(
-    checkpoint: GgufCheckpoint,
+    checkpoint: PackedCheckpoint,
     name: str,
     indices: Tensor,
     delta: Tensor,
@@ -254,13 +274,14 @@ def _edit(
     rounding: Rounding,
 ) -> ColumnEdit:
     grid, shape = checkpoint.grid(name), checkpoint.entries[name].shape
+    before = checkpoint.columns(name, 1, indices)
     if grid is None:
-        before = checkpoint.columns(name, 1, indices)
         after = adapted_columns(before, delta, scaling)
         return ColumnEdit(
             name=name, dim=1, shape=shape, indices=indices, original=before, new=after
         )
-    before, after, num_clipped = grid.moved(checkpoint.rows(name), indices, scaling * delta)
+    scale, _ = checkpoint.scales(name, indices)
+    before, after, num_clipped = grid.moved(before, scale, scaling * delta)
     rounding.num_codes += after.numel()
     rounding.num_moved += int((before != after).sum())
     rounding.num_clipped += num_clipped

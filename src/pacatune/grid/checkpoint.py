@@ -1,0 +1,112 @@
+"""A checkpoint some of whose matrices are codes: their columns are read and written in place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pacatune.files.checkpoint import DTYPES, Checkpoint
+from pacatune.grid.formats import GRIDS, Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCheckpoint(Checkpoint):
+    """Tensors of which some are quantised. Columns of these are (O, R) uint8 codes."""
+
+    def grid(self, name: str) -> Grid | None:
+        """Return the grid of a tensor; None if it holds plain numbers.
+
+        Raises:
+            ValueError: If it is of another format.
+        """
+        kind = self.entries[name].dtype
+        if kind in DTYPES:
+            return None
+        if kind not in GRIDS:
+            raise ValueError(
+                f"{self.title} holds {name!r} as {kind}, whose codes cannot be trained; formats "
+                f"are {', '.join((*GRIDS, *DTYPES))}. Leave it out of the targets, or take a file "
+                "in one of these."
+            )
+        return GRIDS[kind]
+
+    @property
+    def title(self) -> str:
+        """The path, for messages."""
+        return str(self.folder)
+
+    def name_of(self, parameter: str, num_blocks: int) -> str:
+        """Return the name here of a parameter of transformers; a ValueError if there is none."""
+        raise NotImplementedError
+
+    def rows(self, name: str) -> Tensor:
+        """Return (O, bytes) uint8, the rows of a quantised matrix, in the file's order."""
+        raise NotImplementedError
+
+    def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and minimum, (O, R) float32, of columns of a quantised matrix."""
+        raise NotImplementedError
+
+    def values(self, name: str, indices: Tensor) -> Tensor:
+        """Return the (O, R) values of columns, whether they are codes or not."""
+        columns = self.columns(name, 1, indices)
+        if (grid := self.grid(name)) is None:
+            return columns
+        return grid.values(columns, *self.scales(name, indices))
+
+    def columns(self, name: str, dim: int, indices: Tensor) -> Tensor:
+        """Return columns; of a quantised matrix their codes."""
+        if (grid := self.grid(name)) is None:
+            return super().columns(name, dim, indices)
+        return grid.codes(self.rows(name), indices)
+
+    def put_columns_(
+        self, memory: Any, name: str, dim: int, indices: Tensor, columns: Tensor
+    ) -> None:
+        """Write columns, or their codes, into the mapped file."""
+        if (grid := self.grid(name)) is None:
+            super().put_columns_(memory, name, dim, indices, columns)
+            return
+        entry = self.entries[name]
+        flat = torch.frombuffer(
+            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
+        )
+        grid.put_codes_(flat.view(entry.shape[0], -1), indices, columns)
+
+    def touched(self, name: str, dim: int, indices: Tensor, step: int) -> Tensor:
+        """Return the places of all bytes in the file that columns lie in."""
+        if (grid := self.grid(name)) is None:
+            return super().touched(name, dim, indices, step)
+        entry = self.entries[name]
+        starts = entry.start + torch.arange(entry.shape[0]) * grid.row_bytes(entry.shape[1])
+        bytes_ = torch.cat([byte for byte, _ in grid.byte_places(indices)])
+        return (starts[:, None] + bytes_).flatten()
+
+
+def row_order(values: Tensor, weight: Tensor, heads: tuple[int, ...], name: str) -> Tensor:
+    """Return which row of a weight each row of the file is, (O,) int64.
+
+    llama.cpp lays the rows of some projections otherwise: of each head, the two halves that are
+    rotated together alternate. Values decide, so it is also a check that the weight is the file's.
+
+    Args:
+        values: (O, R) values of some columns in the file.
+        weight: The same columns of the model's weight, in its dtype.
+        heads: Numbers of heads that a weight may have.
+        name: What the weight is called, for messages.
+    """
+    rows = torch.arange(len(weight))
+    halves = [
+        rows.view(number, 2, -1).transpose(1, 2).flatten()
+        for number in heads
+        if len(weight) % (2 * number) == 0
+    ]
+    rounded = values.to(weight.dtype)
+    for order in (rows, *halves):
+        if torch.equal(weight[order], rounded):
+            return order
+    raise ValueError(
+        f"the file does not hold {name!r} as the model has it; it is another model's, or its rows "
+        "are laid in an order that is not known here."
+    )

@@ -1,0 +1,44 @@
+"""The held-out loss of a finished run, of its model and of what is made of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pacatune.training.config import RunConfig
+from pacatune.training.config_file import CONFIG_NAME, read_values
+from pacatune.training.task import task_of
+
+_BATCH_SIZE = 4
+
+
+class HeldOut:
+    """The data that a run has held out.
+
+    Raises:
+        ValueError: If the folder is not that of a run, or nothing was held out.
+        FileNotFoundError: If its data is gone.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / CONFIG_NAME
+        self._task: Any = task_of(RunConfig(**read_values(path)))
+        self._examples = self._task.prepared.evaluation
+        if self._examples is None:
+            raise ValueError(f"{path} holds out no data.")
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Return the mean loss per learned token, or label."""
+        device, total, num_tokens = next(model.parameters()).device, 0.0, 0
+        places = range(len(self._examples))
+        for start in places[::_BATCH_SIZE]:
+            chosen = [*places[start : start + _BATCH_SIZE]]
+            batch = self._task.collate(self._examples, chosen)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = batch["labels"]  # of tokens, or of whole texts
+            number = int(((labels[:, 1:] if labels.ndim > 1 else labels) != -100).sum())
+            total += float(model(**batch).loss) * number
+            num_tokens += number
+        return total / num_tokens
