@@ -1,5 +1,6 @@
 """What README and docs say of themselves: blocks, links, tables and the site."""
 
+import importlib
 import re
 import sys
 
@@ -11,6 +12,9 @@ from pacatune.cli.entry import COMMANDS
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
 
+PARTS = "evaluation lean ops patch selection study sync training training.image tuner"
+PUBLIC = ("pacatune", *(f"pacatune.{part}" for part in PARTS.split()))
+
 
 def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
     for document in DOCUMENTS:
@@ -21,12 +25,27 @@ def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
 
+def unlisted(api):
+    """Return the public names that the page of the API does not have."""
+    listed = "\n".join(re.findall(r'id="(pacatune[\w.]*)"', api))
+    missing = set()
+    for module in map(importlib.import_module, PUBLIC):
+        for name in set(module.__all__) - {"__version__"}:
+            home = getattr(getattr(module, name), "__module__", None)
+            path = rf"^({module.__name__}(\.[a-z_]+)*|{home})\.{name}$"  # never a class's method
+            if not re.search(path, listed, re.MULTILINE):
+                missing.add(f"{module.__name__}.{name}")
+    return missing
+
+
 def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     """mkdocs warns of links and anchors that lead nowhere, and of pages that no menu has."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     result = run([*command, "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], ROOT)
     assert result.returncode == 0, result.stderr
-    assert "Number of trained input columns of each weight." in (tmp_path / "api.html").read_text()
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "Number of trained input columns of each weight." in api
+    assert unlisted(api) == {"pacatune.training.TrainingConfig"}  # made of TRL's class, when asked
     commands = (tmp_path / "cli.html").read_text(encoding="utf-8")
     assert all(f'id="pacatune-{name}"' in commands for name in COMMANDS)
     assert "--training.output_dir" in commands
