@@ -144,7 +144,7 @@ def summary(results: dict, num_answers: int | None = None) -> str:
     for name, text in rows.items():
         values = (text(report) for report in results["reports"].values())
         lines.append(f"{name:22}" + "".join(f"{value:>14}" for value in values))
-    lines.append("One seed, few steps: this shows the training, not which method learns better.")
+    lines.append("One seed, few steps: this shows training, not which method is better or faster.")
     return "\n".join(lines)
 
 
