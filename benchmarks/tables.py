@@ -36,6 +36,8 @@ class View:
     floor: str = ""
     """Method beyond whose numbers the others are shown."""
     remark: str = ""
+    is_first: bool = True
+    """Whether no table before it on its page says what its words mean, and where it comes from."""
 
     def markdown(self, results: Path) -> str:
         """Return the table, what its words mean, and where it comes from."""
@@ -46,8 +48,10 @@ class View:
             if self.floor not in ("", row.method):
                 rows[place] = replace(row, value=row.value - floors[row.what, row.setting])
         shown = table(rows, self.index, self.columns)
+        if not self.is_first:
+            return "\n".join(shown.markdown())
         known = [f"`{n}`: {text}" for n, text in made["methods"].items() if n in _words(rows)]
-        remarks = ["; ".join(known) + "." if known else "", self.remark, *shown.notes]
+        remarks = ["; ".join(known) + "." if known else "", self.remark, " ".join(shown.notes)]
         where = f", on {made['device']}" if "device" in made else ""
         source = (
             f"{made['how']}{where} ({versions_text(made['versions'])}). `{made['command']}`"
@@ -88,6 +92,7 @@ VIEWS = {
         where=lambda row: row.what.endswith(" / level 1"),
         index=("what",),
         columns=("method", "setting"),
+        is_first=False,
     ),
     "lengths": View(
         file="lengths",
@@ -100,6 +105,7 @@ VIEWS = {
         where=lambda row: row.model != "llama3-8b",
         index=("model",),
         columns=("setting",),
+        is_first=False,
     ),
     "rl-gap": View(
         file="rl_sync",
@@ -112,6 +118,7 @@ VIEWS = {
         where=_what("sent per sync", "sync", "token / base", "changed elements of the base"),
         index=("method",),
         columns=("what", "model", "setting"),
+        is_first=False,
     ),
     "packed": View(
         file="packed",
