@@ -21,8 +21,16 @@ def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
         for block in read_blocks(document):
             assert block.language in ("python", "bash", "yaml", *SHOWN), f"{document}:{block.line}"
         text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:|#|cli.md)([^)#]+)", text):
-            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            path = (ROOT / document).parent / target if target else ROOT / document
+            assert path.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), anchor
+
+
+def anchors(text):
+    """Return what the headings of a page are called in links, by GitHub and by the site."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def unlisted(api):
