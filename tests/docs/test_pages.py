@@ -9,6 +9,8 @@ import pytest
 from benchmarks import tables
 from benchmarks.results import read
 from pacatune.cli.entry import COMMANDS
+from pacatune.methods import METHODS
+from pacatune.training import PacaSection
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
 
@@ -67,11 +69,21 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
 def test_the_first_screen_has_tables_of_the_committed_results():
     """`test_tables_of_measurements...` holds their numbers; nothing else there is a number."""
     screen = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
-    assert re.findall("<!-- table: ([a-z-]+) -->", screen) == ["first-costs", "first-scores"]
+    assert re.findall("<!-- table: ([a-z-]+) -->", screen) == ["first"]
+    assert len([line for line in screen.splitlines() if not line.startswith("<!-- ")]) <= 25
     prose = re.sub(
         r"<!-- table.*?<!-- end -->|\(http.*?\)|<picture.*?</picture>", "", screen, flags=re.S
     )
     assert set(re.findall(r"[\d.]+\d", prose)) == {"2025", "3.11"}
+
+
+def test_the_first_screen_trains_by_the_defaults_of_train():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = PacaSection()
+    numbers = set(re.findall(r"PacaConfig\(r=(\d+), paca_alpha=(\d+)", text))
+    assert numbers == {(str(ours.r), str(ours.paca_alpha))}
+    rates = re.findall(r"learning_rate=([\d.e-]+)", text)
+    assert set(map(float, rates)) == {METHODS["paca"].text_rate}
 
 
 def test_the_table_of_syncs_says_the_committed_numbers():
