@@ -198,7 +198,7 @@ def _first(results: Path) -> str:
         rows = {(r.what, r.method): r for r in studies.rows_of(name, studied[name])}
         what = next(what for what, _ in rows if what.startswith("test "))
         paca, lora, rslora = (rows[what, arm].text() for arm in forgotten)
-        cells.append([f"equal parameters, five seeds: {title}", paca, lora, "-", rslora])
+        cells.append([f"score at equal parameters, five seeds: {title}", paca, lora, "-", rslora])
         if ("forgetting", "paca") in rows:
             for arm, values in forgotten.items():
                 values.append(f"{rows['forgetting', arm].value:.2f}")

@@ -118,6 +118,19 @@ def test_the_table_of_syncs_says_the_committed_numbers():
         assert said in text
 
 
+def test_the_agreement_with_the_paper_is_that_of_its_tables():
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    tables = "".join(re.findall(r"<!-- table: reproduce-.*?<!-- end -->", text, re.DOTALL))
+    verdicts = ("agrees", "same order", "other order", "not told apart", "one run")
+    agree, same, other, apart, single = (tables.count(f"| {word} |") for word in verdicts)
+    number = agree + same + other + apart + single
+    said = " ".join(text.split())
+    assert f"Of {number} shares and differences, {agree} agree with the paper" in said
+    assert f"{same} have its order; none has the other order.** {apart} cannot be told" in said
+    assert other == 0
+    assert f"The other {single} come from one run" in said
+
+
 def test_the_pictures_show_the_committed_numbers():
     step = [row.value for rows in picture.shares().values() for row in rows.values()]
     step += [value for level in picture.kept().values() for value in level.values()]
