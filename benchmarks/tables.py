@@ -215,8 +215,8 @@ def _demo(results: Path) -> str:
     made = json.loads((results / "demo.json").read_text(encoding="utf-8"))
     return (
         f"```text\n{finetune_llm.summary(made, num_answers=1)}\n```\n\n"
-        f"That took {made['minutes']} minutes on {made['device']}, once everything was installed "
-        f"({versions_text(made['reports']['paca']['versions'])}){commit_text(made)}."
+        f"That took {made['minutes']} minutes once everything was installed, on {made['device']}"
+        f"{commit_text(made)} ({versions_text(made['reports']['paca']['versions'])})."
     )
 
 
