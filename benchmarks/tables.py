@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import studies
 from benchmarks.results import RESULTS, ROOT, read
+from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
@@ -35,6 +36,8 @@ class View:
     floor: str = ""
     """Method beyond whose numbers the others are shown."""
     remark: str = ""
+    is_first: bool = True
+    """Whether no table before it on its page says what its words mean, and where it comes from."""
 
     def markdown(self, results: Path) -> str:
         """Return the table, what its words mean, and where it comes from."""
@@ -45,8 +48,10 @@ class View:
             if self.floor not in ("", row.method):
                 rows[place] = replace(row, value=row.value - floors[row.what, row.setting])
         shown = table(rows, self.index, self.columns)
+        if not self.is_first:
+            return "\n".join(shown.markdown())
         known = [f"`{n}`: {text}" for n, text in made["methods"].items() if n in _words(rows)]
-        remarks = ["; ".join(known) + "." if known else "", self.remark, *shown.notes]
+        remarks = ["; ".join(known) + "." if known else "", self.remark, " ".join(shown.notes)]
         where = f", on {made['device']}" if "device" in made else ""
         source = (
             f"{made['how']}{where} ({versions_text(made['versions'])}). `{made['command']}`"
@@ -87,6 +92,7 @@ VIEWS = {
         where=lambda row: row.what.endswith(" / level 1"),
         index=("what",),
         columns=("method", "setting"),
+        is_first=False,
     ),
     "lengths": View(
         file="lengths",
@@ -99,6 +105,7 @@ VIEWS = {
         where=lambda row: row.model != "llama3-8b",
         index=("model",),
         columns=("setting",),
+        is_first=False,
     ),
     "rl-gap": View(
         file="rl_sync",
@@ -111,6 +118,7 @@ VIEWS = {
         where=_what("sent per sync", "sync", "token / base", "changed elements of the base"),
         index=("method",),
         columns=("what", "model", "setting"),
+        is_first=False,
     ),
     "packed": View(
         file="packed",
@@ -137,58 +145,13 @@ def block(name: str, results: Path = RESULTS) -> str:
         return doc_table(rest)
     if kind in studies.FILES:
         return studies.block(kind, rest, results)
-    if name in _FIRST:
-        return "\n".join(_FIRST[name](results).markdown())
+    if name in ("first", "demo"):
+        return (_first if name == "first" else _demo)(results)
     if name == "compat":
         return compat(json.loads((results / "compat.json").read_text(encoding="utf-8")))
     if name not in VIEWS:
         raise ValueError(f"no table {name!r}; there are {', '.join(VIEWS)}.")
     return VIEWS[name].markdown(results)
-
-
-def _first_costs(results: Path) -> Table:
-    """Return what PaCA costs beside LoRA, for the first screen."""
-    loras = ("lora", "lora_bf16")
-    steps = read("step", results)
-    shares = {
-        name: [row.value for row in steps.rows if row.method == f"paca / {name}"] for name in loras
-    }
-    kept = {(row.setting, row.method): row.value for row in read("lean", results).rows}
-    kernels = {
-        (row.what, row.method): row.value
-        for row in read("kernels", results).rows
-        if row.setting == "eager"
-    }
-
-    def beyond(name: str) -> str:
-        ways = ("forward", "backward")
-        return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
-
-    model, device = steps.rows[0].model, steps.provenance["device"]
-    names = ("paca", *loras)
-    return Table(
-        header=["cost", "PaCA", "LoRA as Trainer runs it", "LoRA, adapters in bfloat16"],
-        cells=[
-            [
-                f"PaCA's step time as a share of theirs: a small Llama ({model.partition(', ')[2]})"
-                f", 16 to 2,048 tokens, {device}",
-                "-",
-                *(f"{min(found):.2f} to {max(found):.2f}" for found in shares.values()),
-            ],
-            [
-                "bytes kept for backward per token, layer and channel, LLaMA3-8B, counted",
-                *(f"{kept['plain', name]:.0f}" for name in names),
-            ],
-            [
-                "the same with lean activations, level 1",
-                *(f"{kept['level 1', name]:.0f}" for name in names),
-            ],
-            [
-                "kernels beyond a frozen decoder layer, forward + backward, counted",
-                *map(beyond, names),
-            ],
-        ],
-    )
 
 
 _FIRST_SCORES = {
@@ -199,22 +162,62 @@ _FIRST_SCORES = {
 }
 
 
-def _first_scores(results: Path) -> Table:
-    """Return scores and forgetting of PaCA beside both LoRAs, for the first screen."""
-    known = json.loads((results / "groups.json").read_text(encoding="utf-8"))
-    arms, scores, forgotten = ("paca", "lora", "rslora"), [], []
+def _first(results: Path) -> str:
+    """Return costs, scores and forgetting of PaCA and three LoRAs, for the first screen."""
+    steps = read("step", results)
+    kept = {(row.setting, row.method): row.value for row in read("lean", results).rows}
+    eager = [row for row in read("kernels", results).rows if row.setting == "eager"]
+    kernels = {(row.what, row.method): row.value for row in eager}
+
+    def share(name: str) -> str:
+        shares = [row.value for row in steps.rows if row.method == f"paca / {name}"]
+        return f"{min(shares):.2f} to {max(shares):.2f}" if shares else "-"
+
+    def beyond(name: str) -> str:
+        ways = ("forward", "backward")
+        return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
+
+    model, device = steps.rows[0].model.partition(", ")[2], steps.provenance["device"]
+    loras = ("paca", "lora", "lora_bf16")
+    cells = [
+        [
+            f"PaCA's step time as a share of theirs: small Llama ({model}), 16 to 2,048 tokens, "
+            f"{device}",
+            *map(share, loras),
+        ],
+        [
+            "kept for backward, bytes per token, layer and channel of LLaMA3-8B; with lean "
+            "activations, level 1; counted",
+            *(f"{kept['plain', name]:.0f}; {kept['level 1', name]:.0f}" for name in loras),
+        ],
+        ["kernels beyond a frozen decoder layer, forward + backward; counted", *map(beyond, loras)],
+    ]
+    studied = json.loads((results / "groups.json").read_text(encoding="utf-8"))
+    forgotten: dict[str, list[str]] = {"paca": [], "lora": [], "rslora": []}
     for name, title in _FIRST_SCORES.items():
-        rows = {(r.what, r.method): r for r in studies.rows_of(name, known[name])}
+        rows = {(r.what, r.method): r for r in studies.rows_of(name, studied[name])}
         what = next(what for what, _ in rows if what.startswith("test "))
-        scores.append([title, *(rows[what, arm].text() for arm in arms)])
+        paca, lora, rslora = (rows[what, arm].text() for arm in forgotten)
+        cells.append([f"score at equal parameters, five seeds: {title}", paca, lora, "-", rslora])
         if ("forgetting", "paca") in rows:
-            shown = [rows["forgetting", arm].text() for arm in arms]
-            forgotten.append([f"general text's loss rises by: {title.rpartition(', ')[0]}", *shown])
-    header = ["quality at equal parameters, five seeds", "PaCA", "LoRA", "rsLoRA"]
-    return Table(header=header, cells=[*scores, *forgotten])
+            for arm, values in forgotten.items():
+                values.append(f"{rows['forgetting', arm].value:.2f}")
+    paca, lora, rslora = map(", ".join, forgotten.values())
+    title = "rise of the loss on general text, by the three tasks on text"
+    cells.append([title, paca, lora, "-", rslora])
+    trainer = "LoRA as Trainer runs it (autocast, float32 adapters)"
+    header = ["", "PaCA", trainer, "LoRA, adapters in bfloat16", "rsLoRA"]
+    return "\n".join(Table(header=header, cells=[[*c, "-"][:5] for c in cells]).markdown())
 
 
-_FIRST = {"first-costs": _first_costs, "first-scores": _first_scores}
+def _demo(results: Path) -> str:
+    """Return what `make demo` printed, with the first of its questions."""
+    made = json.loads((results / "demo.json").read_text(encoding="utf-8"))
+    return (
+        f"```text\n{finetune_llm.summary(made, num_answers=1)}\n```\n\n"
+        f"That took {made['minutes']} minutes once everything was installed, on {made['device']}"
+        f"{commit_text(made)} ({versions_text(made['reports']['paca']['versions'])})."
+    )
 
 
 _COMBINATIONS = {

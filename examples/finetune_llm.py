@@ -33,6 +33,7 @@ def main() -> None:
     options = parser.parse_args()
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
     output.mkdir(parents=True)
+    start = time.monotonic()
 
     from packaged import prepare
     from transformers.utils.logging import disable_progress_bar
@@ -51,12 +52,15 @@ def main() -> None:
         for method in ("paca", "lora")
     }
     answers = ask(model, output / "paca", options.prompt or PROMPTS)
-    for answer in answers:
-        print(f"\n{answer['prompt']}\n  before  {answer['before']}\n  after   {answer['after']}")
-    show(reports)
+    results = {
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        **where(),
+        "reports": {method: report.to_dict() for method, report in reports.items()},
+        "answers": answers,
+    }
+    print(f"\n{summary(results)}")
     draw(reports, output / "losses.png")
-    results = {"reports": {m: r.to_dict() for m, r in reports.items()}, "answers": answers}
-    (output / "demo.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output / "demo.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     program = shlex.quote(str(Path(sys.executable).with_name("pacatune")))
     base = f"--model {shlex.quote(model)} --adapter {shlex.quote(str(output / 'paca'))}"
     print(f"\nThe loss curves are in {output / 'losses.png'}. What to do with the adapter:\n")
@@ -113,19 +117,35 @@ def ask(model: str, adapter: Path, prompts: list[str]) -> list[dict[str, str]]:
     return [dict(zip(("prompt", "before", "after"), row, strict=True)) for row in rows]
 
 
-def show(reports) -> None:
-    """Print a table of both runs."""
+def where() -> dict[str, object]:
+    """Return the processor, and the commit of a checkout."""
+    import torch
+
+    from pacatune.reports.provenance import commit, cpu_name
+
+    threads = torch.get_num_threads()
+    return {"device": f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}", **commit()}
+
+
+def summary(results: dict, num_answers: int | None = None) -> str:
+    """Return the answers and a table of both runs, from the values of demo.json."""
+    lines = []
+    for answer in results["answers"][:num_answers]:
+        lines += [answer["prompt"], f"  before  {answer['before']}", f"  after   {answer['after']}"]
+        lines.append("")
     rows = {
-        "held-out loss before": lambda r: f"{r.eval_loss_before:.4f}",
-        "held-out loss after": lambda r: f"{r.eval_loss_after:.4f}",
-        "trained parameters": lambda r: f"{r.num_trainable_parameters:,}",
-        "step, median": lambda r: f"{r.step_ms:,.0f} ms",
-        "kept for backward": lambda r: f"{r.saved_activation_bytes / 1e6:.1f} MB",
+        "held-out loss before": lambda r: f"{r['eval_loss_before']:.4f}",
+        "held-out loss after": lambda r: f"{r['eval_loss_after']:.4f}",
+        "trained parameters": lambda r: f"{r['num_trainable_parameters']:,}",
+        "step, median": lambda r: f"{r['step_ms']:,.0f} ms",
+        "kept for backward": lambda r: f"{r['saved_activation_bytes'] / 1e6:.1f} MB",
     }
-    print(f"\n{'':22}{'PaCA, r=16':>14}{'LoRA, r=8':>14}")
+    lines.append(f"{'':22}{'PaCA, r=16':>14}{'LoRA, r=8':>14}")
     for name, text in rows.items():
-        print(f"{name:22}" + "".join(f"{text(report):>14}" for report in reports.values()))
-    print("One seed, few steps: this shows the training, not which method learns better.")
+        values = (text(report) for report in results["reports"].values())
+        lines.append(f"{name:22}" + "".join(f"{value:>14}" for value in values))
+    lines.append("One seed, few steps: this shows training, not which method is better or faster.")
+    return "\n".join(lines)
 
 
 def draw(reports, path: Path) -> None:

@@ -1,6 +1,8 @@
 """What messages, cards and pages say of installing it."""
 
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
@@ -72,3 +74,16 @@ def test_only_the_packages_that_are_asked_for_count(monkeypatch) -> None:
 
 def test_versions_agree() -> None:
     assert PROJECT["version"] == version("pacatune")
+
+
+def test_the_description_of_a_wheel_leads_nowhere_outside_of_it(tmp_path) -> None:
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "src").mkdir()
+    code = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.dist-info/METADATA")
+    text = path.read_text(encoding="utf-8").partition("\n\n")[2]
+    assert text.startswith("# pacatune\n\n[PaCA](https://arxiv.org/abs/2503.01905) (ICLR 2025)")
+    assert not re.findall(r"\]\((?!https://)|src=|<!--", text)
+    assert "Apache License 2.0" in text

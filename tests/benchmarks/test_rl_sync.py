@@ -30,8 +30,9 @@ def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
     assert found[changed, "paca", ""] == 0
     assert found[changed, "lora", ""] > found[changed, "swap", ""] > 0
 
-    assert "`paca`: PaCA's columns" in tables.block("rl-sync", tmp_path)
+    assert "\n| paca |" in tables.block("rl-sync", tmp_path)
     lines = tables.block("rl-gap", tmp_path).splitlines()
+    assert any(line.startswith("`base`: ") and "; `paca`: PaCA's columns" in line for line in lines)
     assert next(line for line in lines if line.startswith("| paca |")).endswith("| 0 | 0 |")
 
 

@@ -1,5 +1,6 @@
 """What README and docs say of themselves: blocks, links, tables and the site."""
 
+import importlib
 import re
 import sys
 
@@ -8,8 +9,13 @@ import pytest
 from benchmarks import tables
 from benchmarks.results import read
 from pacatune.cli.entry import COMMANDS
+from pacatune.methods import METHODS
+from pacatune.training import PacaSection
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
+
+PARTS = "evaluation lean ops patch selection study sync training training.image tuner"
+PUBLIC = ("pacatune", *(f"pacatune.{part}" for part in PARTS.split()))
 
 
 def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
@@ -17,8 +23,29 @@ def test_local_links_lead_somewhere_and_blocks_have_a_known_language():
         for block in read_blocks(document):
             assert block.language in ("python", "bash", "yaml", *SHOWN), f"{document}:{block.line}"
         text = (ROOT / document).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:|#|cli.md)([^)#]+)", text):
-            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            path = (ROOT / document).parent / target if target else ROOT / document
+            assert path.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), anchor
+
+
+def anchors(text):
+    """Return what the headings of a page are called in links, by GitHub and by the site."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def unlisted(api):
+    """Return the public names that the page of the API does not have."""
+    listed = "\n".join(re.findall(r'id="(pacatune[\w.]*)"', api))
+    missing = set()
+    for module in map(importlib.import_module, PUBLIC):
+        for name in set(module.__all__) - {"__version__"}:
+            home = getattr(getattr(module, name), "__module__", None)
+            path = rf"^({module.__name__}(\.[a-z_]+)*|{home})\.{name}$"  # never a class's method
+            if not re.search(path, listed, re.MULTILINE):
+                missing.add(f"{module.__name__}.{name}")
+    return missing
 
 
 def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
@@ -26,7 +53,9 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
     result = run([*command, "--config-file", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], ROOT)
     assert result.returncode == 0, result.stderr
-    assert "Number of trained input columns of each weight." in (tmp_path / "api.html").read_text()
+    api = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "Number of trained input columns of each weight." in api
+    assert unlisted(api) == {"pacatune.training.TrainingConfig"}  # made of TRL's class, when asked
     commands = (tmp_path / "cli.html").read_text(encoding="utf-8")
     assert all(f'id="pacatune-{name}"' in commands for name in COMMANDS)
     assert "--training.output_dir" in commands
@@ -40,11 +69,21 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):
 def test_the_first_screen_has_tables_of_the_committed_results():
     """`test_tables_of_measurements...` holds their numbers; nothing else there is a number."""
     screen = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
-    assert re.findall("<!-- table: ([a-z-]+) -->", screen) == ["first-costs", "first-scores"]
+    assert re.findall("<!-- table: ([a-z-]+) -->", screen) == ["first"]
+    assert len([line for line in screen.splitlines() if not line.startswith("<!-- ")]) <= 25
     prose = re.sub(
         r"<!-- table.*?<!-- end -->|\(http.*?\)|<picture.*?</picture>", "", screen, flags=re.S
     )
     assert set(re.findall(r"[\d.]+\d", prose)) == {"2025", "3.11"}
+
+
+def test_the_first_screen_trains_by_the_defaults_of_train():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = PacaSection()
+    numbers = set(re.findall(r"PacaConfig\(r=(\d+), paca_alpha=(\d+)", text))
+    assert numbers == {(str(ours.r), str(ours.paca_alpha))}
+    rates = re.findall(r"learning_rate=([\d.e-]+)", text)
+    assert set(map(float, rates)) == {METHODS["paca"].text_rate}
 
 
 def test_the_table_of_syncs_says_the_committed_numbers():
@@ -77,6 +116,19 @@ def test_the_table_of_syncs_says_the_committed_numbers():
         f"| {changed[0].value:g} % | {changed[1].value:.1f} % | 0 % |",
     ):
         assert said in text
+
+
+def test_the_agreement_with_the_paper_is_that_of_its_tables():
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    tables = "".join(re.findall(r"<!-- table: reproduce-.*?<!-- end -->", text, re.DOTALL))
+    verdicts = ("agrees", "same order", "other order", "not told apart", "one run")
+    agree, same, other, apart, single = (tables.count(f"| {word} |") for word in verdicts)
+    number = agree + same + other + apart + single
+    said = " ".join(text.split())
+    assert f"Of {number} shares and differences, {agree} agree with the paper" in said
+    assert f"{same} have its order; none has the other order.** {apart} cannot be told" in said
+    assert other == 0
+    assert f"The other {single} come from one run" in said
 
 
 def test_the_pictures_show_the_committed_numbers():

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pacatune.cli import main
 from tests.data.conftest import write_lines
@@ -50,6 +51,10 @@ def test_language_model(tmp_path, tiny_model_dir):
     assert paca["saved_activation_bytes"] < lora["saved_activation_bytes"]
     assert paca["eval_loss_after"] < paca["eval_loss_before"]
     assert f"{lora['eval_loss_after']:.4f}" in printed
+    # README shows the same of the committed file.
+    summary = runpy.run_path(str(EXAMPLES / "finetune_llm.py"))["summary"]
+    assert summary(result) in printed
+    assert result["device"].endswith("thread" if torch.get_num_threads() == 1 else "threads")
     assert (folder / "losses.png").read_bytes().startswith(b"\x89PNG")
     (answer,) = result["answers"]
     assert answer["prompt"] == "What is 3?"

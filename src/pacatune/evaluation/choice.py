@@ -116,6 +116,9 @@ def evaluate_choice(
 
     Returns:
         Accuracies with their standard errors, and every question with its scores.
+
+    Raises:
+        ValueError: If no question is asked, or `chat` is set and there is no chat template.
     """
     require_lm_eval()
     asked = list(questions)[:limit]

@@ -56,8 +56,6 @@ def evaluate_perplexity(
 ) -> dict[str, TextScore]:
     """Score a model on texts, each token once, with at least `window - stride` tokens before it.
 
-    Returns a score by name, and that of all texts together as `all` where there are several.
-
     The windows of a text are `window` tokens long and start `stride` apart; the first `stride`
     tokens of a text have less before them. A text begins with the BOS token if the tokenizer puts
     it there; else its first token, which nothing predicts, is left out, and so are its bytes.
@@ -72,6 +70,12 @@ def evaluate_perplexity(
         max_tokens: Tokens of each text at most, the first ones.
         batch_size: Windows that are evaluated at once.
         progress: Whether to show a bar.
+
+    Returns:
+        Name -> score, and `all` for all texts together where there are several.
+
+    Raises:
+        ValueError: If a text has fewer than two tokens, or `window` and `stride` do not fit.
     """
     window, stride = _sizes(model, window, stride, batch_size)
     model.eval()

@@ -47,6 +47,12 @@ def evaluate_tasks(
         seed: Seed for examples drawn at random.
         progress: Whether to show a bar.
         keep_line_break: As for `LanguageModel`.
+
+    Returns:
+        Scores with standard errors by task and group, and every question with its scores.
+
+    Raises:
+        ValueError: If a number is out of range, a task is unknown, or there is no chat template.
     """
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:

@@ -76,15 +76,17 @@ class PacaChoices(TargetOptions):
     times `r` where null. At most all that a weight has: then whole inputs are kept."""
     selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
-    registered one. Or the columns themselves, by the module's name or pattern."""
+    registered one. Or the columns themselves, by the module's name or pattern. No strategy was
+    better than random in our studies; gradient costs a pass over data before training."""
     random_seed: int | None = 42
     """Chooses the columns, together with each module's name. Null: drawn from torch's global
     generator when the adapter is made, and recorded; processes that train together must agree."""
     bias: Literal["none", "all", "paca_only"] = "none"
-    """Which biases are trained: none, all, or those of the adapted modules."""
+    """Which biases are trained: none, all, or those of the adapted modules. Patches and syncs
+    refuse trained ones."""
     columns_from: Literal["dequantized", "original"] = "dequantized"
     """What the columns of a quantised base start from: its own, rounded weights, or those of the
-    checkpoint that it was quantised from."""
+    checkpoint that it was quantised from, which start exact but fit one rounding of the base."""
 
 
 @dataclass

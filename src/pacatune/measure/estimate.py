@@ -17,6 +17,12 @@ def estimate_memory(setting: Setting) -> Estimate:
 
     Runs the step of the model's own class on tensors without memory: seconds, on any machine.
 
+    Args:
+        setting: Model, method, sizes and options of the step.
+
+    Returns:
+        The peak in bytes, what it consists of, and the range that a device needs.
+
     Raises:
         FileNotFoundError, ValueError: If the model or the options do not exist.
     """

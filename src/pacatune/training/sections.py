@@ -83,10 +83,12 @@ class PacaSection(PacaChoices):
     """
 
     r: int = 16
-    """Number of trained input columns of each weight."""
+    """Number of trained input columns of each weight. Costs 16 bytes per column and output, and one
+    kept channel per column and token; 8 to 64."""
 
     paca_alpha: float = 16
-    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate."""
+    """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.
+    Leave it at 16 whatever `r` is."""
 
     selection_batches: int = 100
     """How many batches of the training data, over all processes, are looked at where columns are

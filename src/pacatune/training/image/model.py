@@ -220,7 +220,15 @@ class ImageClassifier:
 def load_result(folder: str | Path, base: str | None = None) -> ImageClassifier:
     """Load the output folder of `pacatune train-image`, a finished run.
 
-    `base` is where the base of an adapter is, if not where it was trained.
+    Args:
+        folder: The output folder.
+        base: Where the base of an adapter is, if not where it was when the adapter was trained.
+
+    Returns:
+        Model, image processor and classes; `classify` takes an image.
+
+    Raises:
+        FileNotFoundError: If the folder is no finished run, or the base is missing.
     """
     folder = Path(folder).expanduser()
     found = find_file(folder, "preprocessor_config.json").parent
