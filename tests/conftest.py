@@ -1,5 +1,6 @@
 """Tiny models and tokenizers, built once per session: no test needs a network."""
 
+import copy
 import gc
 import itertools
 import os
@@ -153,6 +154,12 @@ def build_model(vocab_size, seed=0, **config):
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return build_tokenizer()
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    """A tokenizer that a test may change."""
+    return copy.deepcopy(tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
