@@ -95,17 +95,6 @@ def test_torchrun_gets_the_run_and_the_size_of_the_job(name, tmp_path):
         assert run.keys() == {"model", "data", "training"}
 
 
-def test_the_platforms_know_the_fields():
-    """They refuse others, and values of another kind."""
-    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert task.keys() == {"name", "setup", "workdir", "run", "resources", "num_nodes", "envs"}
-    job = yaml.safe_load((LAUNCH / "kubeflow.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
-    assert job["spec"].keys() == {"runtimeRef", "trainer"}
-    fields = {"numNodes", "numProcPerNode", "image", "resourcesPerNode", "command"}
-    assert job["spec"]["trainer"].keys() == fields
-
-
 def test_sbatch_reads_all_its_directives():
     before, _, after = (LAUNCH / "slurm.sh").read_text().partition("\nCONFIG=run.yaml")
     assert before.count("\n#SBATCH --") == 7
