@@ -12,6 +12,7 @@ from tests.conftest import build_model
 
 gguf = pytest.importorskip("gguf")
 
+
 @pytest.mark.parametrize("quantization", ["F32", "Q4_1"])
 def test_converted_folder_has_the_weights_of_the_gguf(tmp_path, tiny_tokenizer, quantization):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -136,33 +136,6 @@ def test_classes(class_options, tmp_path):
     assert f"{100 * result.arms['paca'].mean:.2f}" in text
 
 
-@pytest.mark.parametrize(
-    ("change", "rows", "message"),
-    [
-        ({"path": ""}, "", r"`data.path` is ''; give a file, a folder or"),
-        ({"num_train": 55}, "", r"`data.num_train` \(55\) must be at most 54"),
-        ({"num_train": 0}, "", r"`data.num_train` \(0\) must be at least 1"),
-        ({"max_length": 0}, "", r"`data.max_length` \(0\) must be at least 1"),
-        (
-            {"path": "rows"},
-            '{"text": "pear"}',
-            r"row 1: field 'label' is missing \(columns \['text'\]",
-        ),
-        ({"path": "rows"}, '{"text": " ", "label": "a"}', r"row 1: has text ' ' and label 'a'"),
-        ({"path": "rows"}, '{"text": "a", "label": "a"}\n' * 20, r"has the labels \['a'\]; a cl"),
-        ({"eval_path": "rows"}, '{"text": "pear", "label": "tree"}', r"labels \['tree'\] are no"),
-    ],
-)
-def test_classes_from_bad_data(class_options, change, rows, message, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(rows)
-    if rows:
-        change = dict.fromkeys(change, str(tmp_path / "rows.jsonl"))
-    options = {**class_options, "data": {**class_options["data"], **change}}
-    config = study_of(options, {"a": Arm(rank=2)}, command="classify")
-    with pytest.raises(ValueError, match=message):
-        run(config, tmp_path / "out")
-
-
 @pytest.fixture
 def image_options(tmp_path):
     save_vit(tmp_path / "vit")

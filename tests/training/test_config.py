@@ -135,16 +135,10 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": {"path": ""}}, r"`model.path` is ''; give a hub id or the folder"),
         ({"model": {"dtype": "bflaot16"}}, r"`model.dtype` \('bflaot16'\) .* mean 'bf"),
         ({"task": "spo"}, r"`task` \('spo'\) must be one of sft, dpo.* did you mean"),
         ({"method": "vera"}, r"`method` \('vera'\) must be one of paca, qpaca, lora, "),
         ({"lean": "off", "lean_level": 2}, r"`lean_level` \(2\) with `lean` \('off'\)"),
-        ({"training": {"report_to": "wandb"}}, r"`training.report_to` \('wandb'\) is not "),
-        (
-            {"training": {"optim": "adam"}},
-            r"`training.optim` \('adam'\) must be one of adamw_torch",
-        ),
         ({"training": {"max_step": 3}}, "unknown option training.max_step; did you mean 'max"),
         ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
         ({"task": "image", "adapter": "a"}, r"the task image has no `adapter` \('a'\); drop it"),
