@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import time
 
 import pytest
 
@@ -11,9 +9,7 @@ from experiments.mt_bench import answering
 from experiments.mt_bench.run import main
 from tests.adapters.fixtures import save_adapter
 from tests.experiments.mt_bench.conftest import answer_row, question_rows, read_lines, write_lines
-from tests.forks import Program
-
-COMMAND = "experiments.mt_bench"
+from tests.experiments.mt_bench.fake_judge import URL
 
 
 @pytest.fixture
@@ -25,18 +21,14 @@ def out(tmp_path):
 def run(tiny_model_dir, files, judge, out, capsys):
     """Run with the tiny model; `run.out` and `run.err` hold what was said. None is no option."""
     usual = {"output": out, "model": tiny_model_dir, "device": "cpu", "max_new_tokens": 8}
-    usual |= {"judge_url": judge.url, "judge_model": "judge", "judge_retries": 0}
-
-    def words(**options):
-        given = {k: v for k, v in (usual | files | options).items() if v is not None}
-        return [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    usual |= {"judge_url": URL, "judge_model": "judge", "judge_retries": 0}
 
     def run(**options):
-        status = main(words(**options))
+        given = {k: v for k, v in (usual | files | options).items() if v is not None}
+        status = main([w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))])
         run.out, run.err = capsys.readouterr()
         return status
 
-    run.words = words
     return run
 
 
@@ -87,31 +79,6 @@ def test_from_the_questions_to_the_table(run, judge, out, tiny_model_dir, reques
     page = (out / "mt_bench.md").read_text()
     assert "| all |" in page
     assert page in run.out
-
-
-def test_a_killed_run_loses_only_what_was_under_way(run, judge, out):
-    """Answers of others are judged without a model."""
-    answer_as_other(out)
-    judge.delay_s = 0.1
-    words = run.words(model="other", judge_parallel=2)
-    program = Program(f"import runpy; runpy.run_module({COMMAND!r}, run_name='__main__')", *words)
-    path = out / "model_judgment" / "judge_single.jsonl"
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 4):
-        assert program.is_alive(), program.wait().stderr
-        time.sleep(0.01)
-    program.send_signal(signal.SIGKILL)
-    program.wait()
-    num_kept = path.read_bytes().count(b"\n")
-    with path.open("ab") as file:
-        file.write(b'{"question_id": 1, "jud')  # as if the kill had come while it wrote
-    time.sleep(0.3)  # the server finishes what it was asked
-    num_asked, judge.delay_s = len(judge.requests), 0
-    assert num_kept <= num_asked <= num_kept + 2
-    assert run(model="other") == 0, run.err
-    assert len(judge.requests) - num_asked == 16 - num_kept
-    result = result_of(out)
-    assert (result["table"][-1]["num_judged"], result["model_id"]) == (16, "other")
-    assert any("first {it}" in body["messages"][1]["content"] for _, body in judge.requests)
 
 
 def test_an_adapter_answers_otherwise_and_does_not_mix(run, tiny_model_dir, tmp_path, out):
