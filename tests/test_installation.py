@@ -3,7 +3,6 @@
 import re
 import sys
 import tomllib
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,7 +67,3 @@ def test_only_the_packages_that_are_asked_for_count(monkeypatch) -> None:
     require_extra("a plot", "train", ("matplotlib",))
     with pytest.raises(ValueError, match=r"a plot needs packages .*\(trl\): pip install 'pacatune"):
         require_extra("a plot", "train", ("matplotlib", "trl"))
-
-
-def test_versions_agree() -> None:
-    assert PROJECT["version"] == version("pacatune")

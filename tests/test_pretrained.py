@@ -11,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from transformers import AutoModelForCausalLM
 
 from pacatune import pretrained
+from pacatune.adapters.base import empty_base, load_tokenizer
+from pacatune.data.read import read_rows
 
 
 def test_no_model(tmp_path):
@@ -20,6 +22,24 @@ def test_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
         pretrained.find_model(str(tmp_path))
     assert pretrained.find_model("resnet18.a1_in1k") == "resnet18.a1_in1k"
+
+
+MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the hub that can be re"
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: pretrained.load_config("nosuch/model"), f"`model.path` {MODEL}"),
+        (lambda: empty_base("nosuch/model", task_type=None), f"`model` {MODEL}"),
+        (lambda: load_tokenizer("nosuch/model"), f"`model` {MODEL}"),
+        (lambda: list(read_rows("no/data")), r"`data.path` .* data set of the hub"),
+        (lambda: list(read_rows("no/data", option="data.eval_path")), r"`data.eval_path` \('no/da"),
+    ],
+)
+def test_name_that_is_nowhere(load, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load()
 
 
 def response(status):
