@@ -77,14 +77,6 @@ def test_first_call_installs_and_the_second_does_nothing(checkout):
     assert len(calls(checkout)) == number
 
 
-def test_quantisers_of_the_tests_are_kept_apart(checkout):
-    put_python(checkout)
-    setup(checkout, extra="dev")
-    assert calls(checkout)[-3].endswith(f"--target .cache/quantizers -r {QUANTIZERS}")
-    assert calls(checkout)[-2].endswith(f"--target .cache/deepspeed -r {DEEPSPEED}")
-    assert calls(checkout)[-1].endswith(f"--target .cache/triton -r {TRITON}")
-
-
 @pytest.mark.parametrize(
     ("name", "message", "log"),
     [

@@ -42,16 +42,6 @@ def test_language_model_is_the_real_one_and_learns(tmp_path):
     assert result["answers"][0]["before"] != ""
 
 
-def test_images_are_the_real_ones():
-    from PIL import Image
-
-    files = sorted(prepared("cifar10").glob("*/*/*.png"))
-    assert len(files) == 10_000
-    assert len({path.parent.name for path in files}) == 10
-    with Image.open(files[0]) as image:
-        assert (image.mode, image.size) == ("RGB", (32, 32))
-
-
 def test_an_image_model_beats_chance(tmp_path):
     name = "efficientnet-lite0"  # the other one of the demo takes the same way, with more time
     for one in ("cifar10", "efficientnet"):
