@@ -22,7 +22,7 @@ def prepared(name):
             pytest.skip(f"{name} can't be had: {error}")
 
 
-def test_language_model_is_the_real_one_and_learns(tmp_path):
+def test_language_model_is_the_real_one_and_asked_what_is_new_to_it():
     model = prepared("smollm2")
     generator = TextGenerator(str(model), dtype="float32")
     tokens = generator.encode("What is the capital of France?")
@@ -31,15 +31,6 @@ def test_language_model_is_the_real_one_and_learns(tmp_path):
     lines = (prepared("chats") / "train.jsonl").read_text().splitlines(keepends=True)
     for prompt in runpy.run_path(str(EXAMPLES / "finetune_llm.py"))["PROMPTS"]:
         assert prompt.casefold().rstrip("?.") not in "".join(lines).casefold()
-    (tmp_path / "chats.jsonl").write_text("".join(lines[:20]))
-    words = ["--data", str(tmp_path / "chats.jsonl"), "--steps", "2", "--prompt", "Hi"]
-    folder, _ = run("finetune_llm", *words, output=tmp_path / "out")
-    result = json.loads((folder / "demo.json").read_text())
-    for report in result["reports"].values():
-        assert report["eval_loss_after"] < report["eval_loss_before"]
-    numbers = [report["num_trainable_parameters"] for report in result["reports"].values()]
-    assert max(numbers) < 1.03 * min(numbers)
-    assert result["answers"][0]["before"] != ""
 
 
 def test_an_image_model_beats_chance(tmp_path):

@@ -213,10 +213,6 @@ def test_throughput_is_that_of_the_largest_batch():
     assert not rate.has_interval
 
 
-def jobs_of(one, scale):
-    return {job.key: job for job in one.jobs(scale)}
-
-
 def test_accuracies_keep_what_they_are_means_of():
     right = [[1.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]]
     found = texts.accuracy_row(row("PaCA", 62.5, unit="%"), right)

@@ -76,15 +76,6 @@ def test_training_goes_on(write_config, tiny_model_dir, tmp_path):
     direct.assert_same(again, tmp_path / "direct")
 
 
-def test_default_targets_and_all_linear(write_config, tiny_model_dir):
-    for options in ({}, {"lora_target_linear": True}):
-        cfg = load_cfg(write_config(**options))
-        model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
-        layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
-        assert len(layers) == 2 * 7
-        assert (config.r, config.paca_alpha, config.task_type) == (4, 8, "CAUSAL_LM")
-
-
 def test_preferences(write_config, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"{n}?", "chosen": f"{2 * n}.", "rejected": "No."} for n in range(4)]

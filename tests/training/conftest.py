@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from pacatune.training import RunConfig, train
+from tests.data.conftest import talk
 from tests.training.runs import QUIET, assert_same_run, interrupt, write_rows
 
 # `make test-distributed` lets it be found.
@@ -21,10 +22,7 @@ def turn(role, content):
 
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory):
-    rows = [
-        {"messages": turn("user", f"What is {i}?") + turn("assistant", f"It is {7 * i % 10}.")}
-        for i in range(60)
-    ]
+    rows = [talk(f"What is {i}?", f"It is {7 * i % 10}.") for i in range(60)]
     return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
 
 

@@ -41,8 +41,6 @@ def _no_weights(monkeypatch, tmp_path):
         ({"data": {"chat_template": "t.jinja"}}, r"`data.chat_template` \('t.jinja'\) is neither"),
         ({"training": {"eos_token": "<no>"}}, r"`training.eos_token` \('<no>'\) is not in the voc"),
         # The model
-        ({"model": {"path": "./no/such"}}, "model folder ./no/such does not exist; check"),
-        ({"model": {"path": "."}}, r"holds no config.json; `model.path` must be"),
         ({"model": {"attn_implementation": "flash_attention_2"}}, "FlashAttention2 .* installed"),
         (REQUIRED | {"model": EAGER}, "this model cannot be all lean, which 'require' ask"),
         (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) "),

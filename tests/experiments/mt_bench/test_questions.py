@@ -42,7 +42,6 @@ def test_questions_have_a_reference_to_both_turns(questions, tmp_path):
         {"category": "maths"},
         {"turns": ["one"]},
         {"turns": ["one", " "]},
-        {"turns": "text"},
         {"question_id": None},
         {"question_id": 1},
     ],
