@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM
 
 from pacatune import pretrained
 from pacatune.adapters.base import empty_base, load_tokenizer
@@ -90,19 +89,6 @@ def test_damaged_tokenizer(tiny_model_dir, tmp_path):
 def test_other_errors_are_not_ours():
     with pytest.raises(ValueError, match=r"^something else$"), pretrained.no_remote_code("m"):
         raise ValueError("something else")
-
-
-def test_a_model_without_weights_is_one_with_them(tiny_model_dir):
-    config = pretrained.load_config(str(tiny_model_dir))
-    empty = pretrained.empty_model(AutoModelForCausalLM, config)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    loaded = pretrained.load_weights(
-        AutoModelForCausalLM, str(tiny_model_dir), dtype=torch.bfloat16
-    )
-    assert loaded.dtype == torch.bfloat16
-    assert {n: p.shape for n, p in loaded.named_parameters()} == {
-        n: p.shape for n, p in empty.named_parameters()
-    }
 
 
 @pytest.mark.parametrize("kind", pretrained.QUANTIZATIONS)
