@@ -11,7 +11,6 @@ from pacatune.cli import main
 from pacatune.cli.train import all_options, find_task, names_of_tasks, take_rewards
 from pacatune.training import RunConfig
 from tests.data.conftest import write_lines
-from tests.image_models import save_vit, write_images
 
 
 @pytest.fixture
@@ -28,19 +27,11 @@ def words(tiny_model_dir, data_path, tmp_path, monkeypatch):
     return ["train", *to_words(given)]
 
 
-@pytest.fixture(scope="module")
-def image_inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    save_vit(folder / "model")
-    write_images(folder / "images", 6)
-    return {"model.path": folder / "model", "data.path": folder / "images"}
-
-
 @pytest.fixture
-def image_words(image_inputs, tmp_path, monkeypatch):
+def image_words(vit_dir, images_dir, tmp_path, monkeypatch):
     """Least words of a run on images, whose output folder is the default."""
     monkeypatch.chdir(tmp_path)
-    return ["train-image", *to_words(image_inputs)]
+    return ["train-image", *to_words({"model.path": vit_dir, "data.path": images_dir})]
 
 
 def to_words(given):
@@ -139,24 +130,19 @@ def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-REWARD = "def short(completions, **kwargs):\n    return [-len(text) / 10 for text in completions]\n"
 GIVEN = ["--reward", "my_rewards:short"]
 
 
 @pytest.fixture
-def folder(tiny_model_dir, tmp_path, monkeypatch):
+def folder(tiny_model_dir, tmp_path, rewards_module):
     """A folder with prompts.jsonl, my_rewards.py and grpo.yaml."""
     write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Count {i}"} for i in range(16)])
-    (tmp_path / "my_rewards.py").write_text(REWARD)
     training = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False}
     training |= {"num_generations": 2, "max_completion_length": 4, "output_dir": "grpo-run"}
     data = {"path": "prompts.jsonl", "eval_fraction": 0.25}
     values = {"model": {"path": str(tiny_model_dir)}, "data": data, "training": training}
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(values))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
-    yield tmp_path
-    sys.modules.pop("my_rewards", None)
+    return tmp_path
 
 
 def test_grpo_with_a_function(folder, shown, refused):

@@ -1,6 +1,7 @@
 """Real runs on tiny models: texts, classes, images; what is measured, and fairness."""
 
 import math
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ from pacatune.study.tasks import exact_match
 from pacatune.training import train
 from pacatune.training.sft import TextTrainer
 from tests.conftest import build_model
-from tests.image_models import save_vit, write_images
 from tests.study.conftest import TWO_STEPS, run
 
 
@@ -137,13 +137,10 @@ def test_classes(class_options, tmp_path):
 
 
 @pytest.fixture
-def image_options(tmp_path):
-    save_vit(tmp_path / "vit")
-    write_images(tmp_path / "images" / "train", 12)
-    write_images(tmp_path / "images" / "test", 6, seed=1)
-    data = {"path": str(tmp_path / "images"), "eval_per_class": 6}
+def image_options(vit_dir, images_dir, tmp_path):
+    data = {"path": str(shutil.copytree(images_dir, tmp_path / "images")), "eval_per_class": 6}
     training = {**TWO_STEPS, "max_steps": 6}
-    return {"model": {"path": str(tmp_path / "vit")}, "data": data, "training": training}
+    return {"model": {"path": str(vit_dir)}, "data": data, "training": training}
 
 
 def test_images(image_options, tmp_path):

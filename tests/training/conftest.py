@@ -1,5 +1,4 @@
 import importlib.util
-import sys
 
 import pytest
 
@@ -92,22 +91,6 @@ def make_task_config(make_config, pairs_path, prompts_path):
         )
 
     return make
-
-
-@pytest.fixture
-def rewards_module(tmp_path, monkeypatch):
-    """The module `my_rewards` in the current folder, as a user writes one."""
-    name = "my_rewards"
-    (tmp_path / f"{name}.py").write_text(
-        "def short(completions, **kwargs):\n"
-        "    return [-len(text) / 10 for text in completions]\n\n\n"
-        "def even(completions, number, **kwargs):\n"
-        "    return [float(n % 2 == 0) for n in number]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield name
-    sys.modules.pop(name, None)
 
 
 @pytest.fixture
