@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pacatune.measure.counters import SavedBytes
+from pacatune.measure.counters import SavedBytes, kinds_of_modules
+from pacatune.measure.models import llama_values, make_model
 
 X = torch.randn(4, 64)
 LINEAR = nn.Linear(64, 32)
@@ -43,6 +44,14 @@ def test_saved_bytes_belong_to_the_innermost_layer_that_alone_keeps_them():
         y = model(torch.randn(5, 16, requires_grad=True))
     assert saved.num_bytes_by_kind == {"outer": (5 * 16 + 5 * 8) * 4, "inner": 0}
     del y
+
+
+def test_modules_have_the_kind_of_what_they_do():
+    values = llama_values(32, 1, num_heads=2, vocab_size=64)
+    model = make_model(values, torch.float32, torch.device("cpu"), seed=0)
+    kinds = list(kinds_of_modules(model).values())
+    expected = {"embedding": 1, "attention": 1, "linear": 7, "mlp": 1, "norm": 3, "head": 1}
+    assert {kind: kinds.count(kind) for kind in kinds} == expected
 
 
 def scaled():
