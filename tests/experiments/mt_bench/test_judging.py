@@ -77,7 +77,7 @@ def test_judgments_are_written_in_the_form_of_fastchat_once(ask, judge, turns, p
     # A line that a kill cut off is asked for again, and as often as is said.
     path.write_bytes(path.read_bytes()[:-10])
     judge.misdeeds.extend([(503, {}), "cut"])
-    assert ask(turns, judge_retries=2) == judgments
+    assert ask(turns, judge_retries=2) == ask(turns) == judgments
     assert len(judge.requests) == 19
 
 
