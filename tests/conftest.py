@@ -1,5 +1,6 @@
 """Tiny models and tokenizers, built once per session: no test needs a network."""
 
+import copy
 import gc
 import itertools
 import os
@@ -155,6 +156,12 @@ def tiny_tokenizer():
     return build_tokenizer()
 
 
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    """A tokenizer that a test may change."""
+    return copy.deepcopy(tiny_tokenizer)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
     """Folder of a tiny Llama with its tokenizer and chat template, as from a model hub."""
@@ -162,6 +169,41 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
     build_model(len(tiny_tokenizer)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vit_dir(tmp_path_factory):
+    """Folder of a tiny ViT with its transform and a head of two classes."""
+    from tests.image_models import save_vit
+
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def images_dir(tmp_path_factory):
+    """Three colours: 12 training and 6 test images of each."""
+    from tests.image_models import write_images
+
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", 12)
+    write_images(folder / "test", 6, seed=1)
+    return folder
+
+
+@pytest.fixture
+def rewards_module(tmp_path, monkeypatch):
+    """The module `my_rewards` in the current folder, as a user writes one."""
+    name = "my_rewards"
+    (tmp_path / f"{name}.py").write_text(
+        "def short(completions, **kwargs):\n"
+        "    return [-len(text) / 10 for text in completions]\n\n\n"
+        "def even(completions, number, **kwargs):\n"
+        "    return [float(n % 2 == 0) for n in number]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield name
+    sys.modules.pop(name, None)
 
 
 @pytest.fixture

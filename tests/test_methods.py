@@ -90,5 +90,4 @@ def test_no_other_table_of_methods():
         for path in root.rglob("*.py")
         if literal.search(path.read_text(encoding="utf-8"))
     }
-    paper = {path for path in found if path.startswith("paper/")}  # as printed
-    assert found - paper == set()
+    assert found == set()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM
 
 from pacatune import pretrained
+from pacatune.adapters.base import empty_base, load_tokenizer
+from pacatune.data.read import read_rows
 
 
 def test_no_model(tmp_path):
@@ -20,6 +21,24 @@ def test_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
         pretrained.find_model(str(tmp_path))
     assert pretrained.find_model("resnet18.a1_in1k") == "resnet18.a1_in1k"
+
+
+MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the hub that can be re"
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: pretrained.load_config("nosuch/model"), f"`model.path` {MODEL}"),
+        (lambda: empty_base("nosuch/model", task_type=None), f"`model` {MODEL}"),
+        (lambda: load_tokenizer("nosuch/model"), f"`model` {MODEL}"),
+        (lambda: list(read_rows("no/data")), r"`data.path` .* data set of the hub"),
+        (lambda: list(read_rows("no/data", option="data.eval_path")), r"`data.eval_path` \('no/da"),
+    ],
+)
+def test_name_that_is_nowhere(load, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load()
 
 
 def response(status):
@@ -70,19 +89,6 @@ def test_damaged_tokenizer(tiny_model_dir, tmp_path):
 def test_other_errors_are_not_ours():
     with pytest.raises(ValueError, match=r"^something else$"), pretrained.no_remote_code("m"):
         raise ValueError("something else")
-
-
-def test_a_model_without_weights_is_one_with_them(tiny_model_dir):
-    config = pretrained.load_config(str(tiny_model_dir))
-    empty = pretrained.empty_model(AutoModelForCausalLM, config)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    loaded = pretrained.load_weights(
-        AutoModelForCausalLM, str(tiny_model_dir), dtype=torch.bfloat16
-    )
-    assert loaded.dtype == torch.bfloat16
-    assert {n: p.shape for n, p in loaded.named_parameters()} == {
-        n: p.shape for n, p in empty.named_parameters()
-    }
 
 
 @pytest.mark.parametrize("kind", pretrained.QUANTIZATIONS)

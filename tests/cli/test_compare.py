@@ -54,5 +54,3 @@ def test_failed_runs_and_wrong_studies(study, capsys, refused, monkeypatch):
     assert said in capsys.readouterr().out
     said = refused(*study(task="minilm-question"))
     assert "`python -m examples.packaged minilm-question` prepares" in said
-    said = refused(*study(arms={"a": {"rank": 2, "selection": "best"}}))
-    assert "arm 'a': `paca.selection` ('best') is no strategy" in said

@@ -39,29 +39,11 @@ def test_help_lists_every_command(words, commands, capsys, shown):
     assert shown("--version") == f"pacatune {version('pacatune')}\n"
 
 
-def test_a_command_gets_its_words_and_gives_the_status(inspect, monkeypatch):
+def test_a_command_gets_its_words_and_gives_the_status(inspect):
     seen = []
     inspect(lambda argv: seen.append(argv) or 7)
     assert main(["inspect", "folder", "--x"]) == 7
     assert seen == [["folder", "--x"]]
-
-    def score(*, number: int) -> int:
-        """Score a number."""
-        return number
-
-    class Scorer:
-        """Score a number."""
-
-        def __init__(self, number: int = 1):
-            self.number = number
-
-        def run(self, command: str) -> int:
-            assert command == f"pacatune evaluate mmlu --number {self.number}"
-            return self.number
-
-    for called in (score, Scorer):
-        monkeypatch.setitem(evaluate.SUBCOMMANDS, "mmlu", called)
-        assert main(["evaluate", "mmlu", "--number", "7"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -39,18 +39,6 @@ def test_a_real_model_by_name(estimate):
     assert saved["LlamaAttention"] / unit == pytest.approx(5, rel=0.02)
 
 
-def test_a_long_sequence_at_lean_level_2(estimate):
-    words = "llama3-8b --method paca --rank 8 --batch-size 1 --gpu a100-80g --seq-len 40000"
-    usual = estimate(words, "--lean-level 2")
-    assert usual["fits"] == "yes"
-    grouped = estimate(words, "--lean-level 2 --groups 64")
-    assert usual["peak_bytes"] < grouped["peak_bytes"]
-    assert [one["setting"]["groups"] for one in (usual, grouped)] == [1, 64]
-    # Per token and layer, 9 units of the hidden size; a copy of the last hidden states; columns.
-    unit = 40_000 * 32 * 4096
-    assert usual["saved_bytes"] / unit <= 9.15
-
-
 def test_methods_side_by_side_and_a_plot(estimate, config, tmp_path):
     methods = "paca,lora,dora,moslora,full,qpaca"
     plot = tmp_path / "out.png"

@@ -101,8 +101,6 @@ P = "--patch p.safetensors"
     [
         ("make --adapter {adapter} --output p.safetensors", "'p.safetensors' exists; choose"),
         (f"apply --model {{base}} {P}", "give one of --output, --in_place"),
-        (f"apply --model {{adapter}} {P} --output d", "it is an adapter, not a base"),
-        (f"revert --model {{base}} {P} --output d", "already holds the columns"),
         (f"diff {P} --with p.safetensors --output x", "`--output` is for two models"),
         (f"stack {P} p.safetensors --in_place", "`--in_place` needs --model"),
         ("to-adapter --patch {adapter}/adapter_model.safetensors --output d", "is no patch"),

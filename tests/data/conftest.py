@@ -1,16 +1,12 @@
-"""A tokenizer that a test may change, chats, and files of rows."""
+"""Chats, files of rows, and what is prepared of them."""
 
-import copy
 import json
 
 import pytest
 
+from pacatune.data import DataConfig, prepare_data
+
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
 
 
 def chat(*contents):
@@ -19,6 +15,23 @@ def chat(*contents):
     return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
+def talk(question, answer):
+    return {"messages": chat(question, answer)}
+
+
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def prepare(tokenizer, tmp_path):
+    """Prepare rows, or with `path` or `datasets` what lies there."""
+
+    def run(rows=(), max_length=200, num_processes=None, **options):
+        if rows:
+            options["path"] = write_lines(tmp_path / "data.jsonl", rows)
+        limits = {"max_length": max_length, "stop_ids": {2}, "num_processes": num_processes}
+        return prepare_data(DataConfig(**options), tokenizer, **limits)
+
+    return run

@@ -30,7 +30,6 @@ def test_no_data():
         (DataConfig, {"eval_fraction": -0.1}, r"`data.eval_fraction` \(-0.1\) must be in"),
         (DataConfig, {"mix_strategy": "all_exhausted"}, "is for `data.datasets` with weights"),
         (DataConfig, several("a"), "`data.datasets` has 'a'; each must be a mapping, as {path"),
-        (DataConfig, several({"name": ""}), "`data.datasets` has {'name': ''}; each must be a"),
         (DataConfig, one(weight=0), r"`weight` \(0\) of a in `data.datasets`"),
         (DataConfig, several({"path": "a", "weight": 1}, {"path": "b"}), "give all one, or none"),
         (DataConfig, one(format="msgs"), r"`data.datasets.format` \('msgs'\) must be"),

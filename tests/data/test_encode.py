@@ -185,17 +185,6 @@ def test_texts_end_and_their_prompts_are_not_learned(tokenizer, adds_stop):
     assert "moved" in encoded["notes"]
 
 
-def test_all_is_learned_or_labels_are_cut_where_that_is_wanted(tokenizer):
-    for parts in (("Hi?", " Yes."), ([], chat("Hi?", "Yes."))):
-        encoded = encode(tokenizer, *parts, learn_all=True)
-        assert encoded["labels"] == encoded["input_ids"]
-    whole = encode(tokenizer, "Hi?", " It is so.")
-    cut = encode(tokenizer, "Hi?", " It is so.", max_length=7)
-    assert (cut["labels"], cut["input_ids"]) == (whole["labels"][:7], whole["input_ids"][:7])
-    assert (cut["num_tokens"], cut["notes"]) == (whole["num_tokens"], ["cut"])
-    assert encode(tokenizer, "Hi?", " It is so.", max_length=3)["notes"] == ["lost"]
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [("", "It is so."), ("It ", "is so."), (chat("Hi?"), chat("", "It is so.")[1:])],
@@ -283,9 +272,6 @@ SEARCHING = [
         ],
     },
 ]
-LLAMA_3, R1 = (
-    (TEMPLATES / f"{name}.jinja").read_text() for name in ("llama3", "deepseek_r1_distill")
-)
 NAMES_ALONE = (
     "{% for m in messages %}{{ m['role'] + m['content'] }}{% for c in m['tool_calls'] or [] %}"
     "{{ c['function']['name'] }}{% endfor %}{{ eos_token }}{% endfor %}"
@@ -306,8 +292,6 @@ CHOOSY = (
         (CHATML, PLAIN, {"tools": TOOLS}, HIDDEN.format(r"tools\[0\]")),
         (CHATML, answered(function_call=FUNCTION_CALL), {}, HIDDEN.format("tool_calls of turn 2")),
         (CHATML, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
-        (LLAMA_3, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
-        (R1, SEARCHING, {}, HIDDEN.format("tool_calls of turn 2")),
         (CHATML, [ASKING, PLAIN[1]], {"tools": [SEARCH]}, HIDDEN.format(r"tools\[0\]")),
         (NAMES_ALONE, SEARCHING, {}, HIDDEN.format("the arguments of tool_calls of turn 2")),
         (CHOOSY, SEARCHING, {}, HIDDEN.format("tool_calls")),

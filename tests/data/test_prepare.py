@@ -1,29 +1,17 @@
-"""From files to tokens: what is held out, cut, left out, warned about and refused."""
+"""From files to tokens: what is held out, mixed, streamed and refused."""
 
 import io
 import re
+from collections import Counter
+from itertools import islice
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pacatune.data import DataConfig, prepare_data, show_preview
+from pacatune.data import show_preview
 from pacatune.data.read import Row
-from tests.data.conftest import chat, write_lines
-
-
-@pytest.fixture
-def prepare(tokenizer, tmp_path):
-    def run(rows, max_length=200, num_processes=None, **options):
-        config = DataConfig(path=write_lines(tmp_path / "data.jsonl", rows), **options)
-        limits = {"max_length": max_length, "stop_ids": {2}, "num_processes": num_processes}
-        return prepare_data(config, tokenizer, **limits)
-
-    return run
-
-
-def talk(question, answer):
-    return {"messages": chat(question, answer)}
-
+from tests.data.conftest import chat, talk, write_lines
 
 ROWS = [talk(f"What is {i}?", f"It is {i}.") for i in range(20)]
 
@@ -79,37 +67,87 @@ def test_rows_are_parsed_once(prepare, tmp_path, monkeypatch):
     assert len(parsed) == 2 * (20 + 2) - 1
 
 
-def test_separate_evaluation_data(prepare, tmp_path):
-    held_out = write_lines(tmp_path / "held.jsonl", [talk("Hi?", "Yes."), *ROWS[2:6]])
-    data = prepare(ROWS, eval_path=held_out)
-    assert (len(data.train), len(data.evaluation)) == (20, 5)
-    assert "held.jsonl, row 1" in data.evaluation["place"][0]
-    (warning,) = data.warnings
-    assert warning.startswith("4 of 5 evaluation examples are also in the training data (")
-    assert "row 4 and 1 more" in warning
+@pytest.fixture
+def paths(tmp_path):
+    chats = [{"messages": chat(f"Chat {i}?", f"It is {i}.")} for i in range(40)]
+    orders = [{"instruction": f"Count {i}", "output": f"So {i}."} for i in range(10)]
+    sources = {"chats": chats, "orders": orders}
+    return [write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in sources.items()]
 
 
-@pytest.mark.parametrize(
-    ("row", "num_kept", "message"),
-    [
-        (talk("Hi?", "It is so. " * 20), 2, "are cut at .* [(]30[)] and never learn to stop: .*2"),
-        (talk("Hi? " * 40, "Yes."), 1, "do not fit into .* [(]30[)] and are left out: .*row 2.$"),
-    ],
-)
-def test_warnings(prepare, row, num_kept, message):
-    data = prepare([talk("Hi?", "Yes."), row], eval_fraction=0, max_length=30)
-    (warning,) = data.warnings
-    assert re.match(f"1 of 2 training examples {message}", warning)
-    assert len(data.train) == num_kept
-    assert data.longest == max(len(row["labels"]) for row in data.train) <= 30
+def counts(data):
+    return Counter(Path(place.partition(",")[0]).stem for place in data["place"])
 
 
-def test_other_warnings(prepare, tokenizer):
-    (warning,) = prepare([{"prompt": "It ", "completion": "is so."}], eval_fraction=0).warnings
-    assert warning.startswith("1 of 1 training examples have a prompt that is tokenized otherwise")
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "")
-    (warning,) = prepare(ROWS).warnings
-    assert warning.startswith("19 of 19 training examples do not end in a stop token, so the model")
+def test_without_weights_all_is_put_together(prepare, paths):
+    sources = [{"path": path} for path in paths]
+    data = prepare(datasets=sources, eval_fraction=0.2)
+    assert counts(data.train) == {"chats": 32, "orders": 8}
+    assert counts(data.evaluation) == {"chats": 8, "orders": 2}
+    assert not set(data.train["place"]) & set(data.evaluation["place"])
+    assert data.warnings == []
+    alone = prepare(path=paths[0], eval_fraction=0.2)
+    assert data.train.select(range(32))[:] == alone.train[:]
+    assert data.longest == max(map(len, data.train["input_ids"]))
+
+
+def test_weights_are_proportions(prepare, paths):
+    def mixed(strategy, weights, seed=0):
+        sources = [{"path": p, "weight": w} for p, w in zip(paths, weights, strict=True)]
+        options = {"datasets": sources, "mix_strategy": strategy, "seed": seed}
+        return prepare(eval_fraction=0, **options).train
+
+    until_one = mixed("first_exhausted", (2, 1))
+    assert counts(until_one)["orders"] == 10
+    assert 10 < counts(until_one)["chats"] < 40
+    assert len(set(until_one["place"])) == len(until_one)
+    assert mixed("first_exhausted", (0.6666, 0.3333))["place"] == until_one["place"]
+    assert mixed("first_exhausted", (2, 1), seed=1)["place"] != until_one["place"]
+    until_all = mixed("all_exhausted", (1, 1))
+    assert counts(until_all)["chats"] == 40
+    assert 25 < counts(until_all)["orders"] < 60
+    assert len(set(until_all["place"])) == 50
+
+
+def test_each_has_its_format_and_messages_name_it(prepare, paths):
+    sources = [{"path": paths[0]}, {"path": paths[1], "format": "text"}]
+    rule = r"orders.jsonl, row 1: the columns .* not those of format 'text'"
+    with pytest.raises(ValueError, match=rule):
+        prepare(datasets=sources)
+    data = prepare(datasets=[{"path": p} for p in paths], max_length=22)
+    cut = [w for w in data.warnings if "training examples are cut at `training.max_length`" in w]
+    assert {warning.partition(" training")[0].rpartition(" ")[2] for warning in cut} <= set(paths)
+    assert any(paths[0] in warning for warning in cut)
+
+
+STREAM = {"streaming": True, "eval_fraction": 0}
+
+
+def test_streamed_rows_are_those_of_the_table_and_begin_again(prepare):
+    table = prepare(ROWS, eval_fraction=0).train
+    data = prepare(ROWS, **STREAM, shuffle_buffer=0)
+    assert data.sample[:] == table[:]
+    assert [*islice(data.train, 50)] == [table[place % 20] for place in range(50)]
+    data = prepare(ROWS, **STREAM, shuffle_buffer=10)
+    places = [row["place"] for row in islice(data.train, 40)]
+    assert places[:20] != table["place"][:]
+    assert len(set(places[:20])) > 12
+    assert places[:20] != places[20:]
+    assert [row["place"] for row in islice(data.train, 40)] == places
+
+
+def test_streams_are_mixed(prepare, paths):
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
+    rows = islice(prepare(datasets=sources, **STREAM).train, 400)
+    assert 60 < sum("orders" in row["place"] for row in rows) < 140
+
+
+def test_what_is_wrong_with_a_stream_is_said_where_it_is_reached(prepare, monkeypatch):
+    monkeypatch.setattr("pacatune.data.prepare.NUM_SAMPLED", 10)
+    data = prepare([*ROWS, {"messages": "hi"}], **STREAM, shuffle_buffer=0)
+    assert (len(data.sample), len([*islice(data.train, 20)])) == (10, 20)
+    with pytest.raises(ValueError, match=r"data.jsonl, row 21: 'messages' is 'hi'; it must be"):
+        list(islice(data.train, 21))
 
 
 DOUBLED = [{"text": "a"}, {"text": "<s>b"}]

@@ -33,12 +33,11 @@ def bundled_questions():
     return found
 
 
-def write_mmlu(folder, test_split="test", questions=None):
+def write_mmlu(folder, questions=None):
     """Write a data set like cais/mmlu, whose splits are the same, and lm-eval's tasks for it."""
     shutil.copytree(TASKS / "default", folder)
     template = folder / "_default_template_yaml"
-    text = template.read_text().replace("cais/mmlu", "questions")
-    template.write_text(text.replace("test_split: test", f"test_split: {test_split}"))
+    template.write_text(template.read_text().replace("cais/mmlu", "questions"))
     (folder / "questions").mkdir()
     configs = []
     for subject, rows in (questions or bundled_questions()).items():

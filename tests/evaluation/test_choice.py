@@ -9,13 +9,12 @@ from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pacatune import PacaConfig
-from pacatune.adapters.loading import answered_warnings, load_language_model
+from pacatune.adapters.loading import answered_warnings
 from pacatune.data import DataConfig, prepare_data
 from pacatune.data.read import Row
-from pacatune.evaluation import ChoiceQuestion, evaluate_choice, read_questions
+from pacatune.evaluation import ChoiceQuestion, evaluate_choice
 from pacatune.evaluation.choice import to_choice_question
 from pacatune.evaluation.language_model import LanguageModel
-from pacatune.training import ModelConfig, RunConfig, TrainingConfig, train
 from tests.conftest import build_model
 from tests.data.conftest import chat as turns
 from tests.data.conftest import write_lines
@@ -106,26 +105,6 @@ def test_training_tokens_are_those_that_are_scored(model, tokenizer, tmp_path, c
         assert learned == answer_ids + stop
         both = context_ids + answer_ids + stop
         assert row["input_ids"][: len(both)] == both
-
-
-def test_training_on_the_questions_makes_them_right(tokenizer, tmp_path, tiny_model_dir):
-    """The whole way: rows, training as `pacatune train` does it, adapter, accuracy."""
-    questions = [ChoiceQuestion(f"{'abcdef'[i]}?", ["x", "y", "z"], i % 3) for i in range(6)]
-    path = tmp_path / "train.jsonl"
-    training = {"max_steps": 60, "learning_rate": 2e-2, "per_device_train_batch_size": 6}
-    training |= {"output_dir": str(tmp_path / "run"), "report_to": "none"}
-    config = RunConfig(
-        model=ModelConfig(path=str(tiny_model_dir)),
-        data=write_rows(path, questions, chat=True),
-        training=TrainingConfig(**training, use_cpu=True, bf16=False),
-    )
-    train(config)
-    loaded = load_language_model(str(tiny_model_dir)), load_language_model(None, tmp_path / "run")
-    before, after = (
-        evaluate_choice(each.model, each.tokenizer, read_questions(path), chat=True).accuracy.value
-        for each in loaded
-    )
-    assert before < 0.7 < 0.9 < after
 
 
 def test_limit_truncation_and_wrong_input(tokenizer):

@@ -1,30 +1,15 @@
 """MMLU by lm-eval itself on a tiny model, from local files."""
 
 import datasets
-import lm_eval
 import pytest
-from lm_eval.api.model import LM
-from lm_eval.tasks import TaskManager
 
 from pacatune.evaluation import evaluate_tasks
 from pacatune.evaluation.tasks import prepare_tasks
 from tests.conftest import build_model
 from tests.evaluation.conftest import log_likelihood
-from tests.evaluation.mmlu import LETTERS, bundled_questions, write_mmlu
+from tests.evaluation.mmlu import LETTERS, bundled_questions
 
 ANATOMY = ["mmlu_anatomy"]
-
-
-class Recorder(LM):
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def loglikelihood(self, requests):
-        self.asked += [f"{one.task_name}|{one.args[0]}|{one.args[1]}" for one in requests]
-        return [(0.0, False)] * len(requests)
-
-    loglikelihood_rolling = generate_until = None
 
 
 def prompt_of(asked, examples):
@@ -36,22 +21,6 @@ def prompt_of(asked, examples):
         text += "".join(f"\n{LETTERS[i]}. {one['choices'][i]}" for i in range(4)) + "\nAnswer:"
         text += "" if one is asked else f" {LETTERS[one['answer']]}\n\n"
     return text
-
-
-def test_prompts_have_the_other_questions_of_the_subject_as_examples(tmp_path):
-    """Task, prompt and continuation of every request, where the examples' split is asked."""
-    pools = {name: rows for name, rows in bundled_questions().items() if len(rows) == 5}
-    assert len(pools) == 53
-    tasks = prepare_tasks([f"mmlu_{name}" for name in pools], write_mmlu(tmp_path / "a", "dev"))
-    options = {"tasks": tasks, "task_manager": TaskManager(include_defaults=False)}
-    recorder = Recorder()
-    lm_eval.simple_evaluate(model=recorder, num_fewshot=4, bootstrap_iters=0, **options)
-    assert sorted(recorder.asked) == sorted(
-        f"mmlu_{name}|{prompt_of(asked, [one for one in pool if one is not asked])}| {letter}"
-        for name, pool in pools.items()
-        for asked in pool
-        for letter in LETTERS
-    )
 
 
 def test_log_likelihoods_are_those_of_the_plain_prompt(model, tokenizer, tasks_dir):

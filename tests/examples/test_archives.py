@@ -81,12 +81,6 @@ def test_another_hash_is_refused(probe, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_without_a_network(probe, tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "cache"))
-    with pytest.raises(OSError, match=r"No matching .*run this once with a network connection"):
-        probe.prepare(tmp_path / "cache")
-
-
 def test_foreign_files_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "pacatune"

@@ -1,6 +1,6 @@
 """The packaged models: the conversions themselves."""
 
-import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,94 +8,31 @@ import torch
 
 from examples.packaged import models
 from pacatune.training.image.model import ImageBase
+from tests.conftest import build_model
 
 gguf = pytest.importorskip("gguf")
-
-CONFIG = {"hidden": 32, "ff": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocab": 300}
-
-
-def write_gguf(path, tokenizer, quantization):
-    """Write a tiny Llama GGUF with random weights; return the weights that it stands for."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    sizes = {"block_count": CONFIG["layers"], "embedding_length": CONFIG["hidden"]}
-    sizes |= {"head_count": CONFIG["heads"], "head_count_kv": CONFIG["kv_heads"]}
-    sizes |= {"feed_forward_length": CONFIG["ff"], "vocab_size": len(tokenizer)}
-    more = {"context_length": 256, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4}
-    for name, value in (sizes | more).items():
-        getattr(writer, f"add_{name}")(value)
-    _write_tokenizer(writer, tokenizer)
-    kept = {}
-
-    def add(name, *shape):
-        values = rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, values)
-        else:
-            packed = gguf.quants.quantize(values, quantization)
-            values = gguf.quants.dequantize(packed, quantization)
-            writer.add_tensor(name, packed, raw_dtype=quantization)
-        kept[name] = values
-
-    hidden, ff = CONFIG["hidden"], CONFIG["ff"]
-    kv = hidden * CONFIG["kv_heads"] // CONFIG["heads"]
-    add("token_embd.weight", len(tokenizer), hidden)
-    add("output_norm.weight", hidden)
-    for i in range(CONFIG["layers"]):
-        norms = dict.fromkeys(("attn_norm", "ffn_norm"), (hidden,))
-        attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden)}
-        attention = {f"attn_{name}": shape for name, shape in attention.items()}
-        mlp = {"ffn_gate": (ff, hidden), "ffn_up": (ff, hidden), "ffn_down": (hidden, ff)}
-        output = {"attn_output": (hidden, hidden)}
-        for name, shape in (norms | attention | output | mlp).items():
-            add(f"blk.{i}.{name}.weight", *shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return kept
-
-
-def _write_tokenizer(writer, tokenizer):
-    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    kinds = [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
 
 
 @pytest.mark.parametrize("quantization", ["F32", "Q4_1"])
 def test_converted_folder_has_the_weights_of_the_gguf(tmp_path, tiny_tokenizer, quantization):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = tmp_path / "tiny.gguf"
-    kept = write_gguf(path, tiny_tokenizer, gguf.GGMLQuantizationType[quantization])
+    from tests.grid.files import KINDS, write_gguf
+
+    base = build_model(len(tiny_tokenizer), tie_word_embeddings=True)
+    weights = {name: one for name, one in base.state_dict().items() if name != "lm_head.weight"}
+    written = SimpleNamespace(config=base.config, state_dict=lambda: weights)
+    path = write_gguf(tmp_path / "tiny.gguf", written, tiny_tokenizer, quantization)
     models.convert_gguf([path], tmp_path / "model")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.bfloat16
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    state = model.state_dict()
-    for theirs, ours in {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "blk.1.ffn_down.weight": "model.layers.1.mlp.down_proj.weight",
-        "blk.0.attn_v.weight": "model.layers.0.self_attn.v_proj.weight",
-        "output_norm.weight": "model.norm.weight",
-    }.items():
-        assert torch.equal(state[ours], torch.from_numpy(kept[theirs]).bfloat16()), ours
-    # GGUF keeps the rows of q and k in pairs for its rotary embedding; here they are in halves.
-    q = torch.from_numpy(kept["blk.0.attn_q.weight"]).bfloat16()
-    heads = CONFIG["heads"]
-    unpaired = q.view(heads, -1, 2, q.shape[1]).transpose(1, 2).reshape_as(q)
-    assert torch.equal(state["model.layers.0.self_attn.q_proj.weight"], unpaired)
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "embed" not in name:
+            packed = gguf.quants.quantize(weight.numpy(), KINDS[quantization])
+            weight = torch.from_numpy(gguf.quants.dequantize(packed, KINDS[quantization]))
+        assert torch.equal(model.state_dict()[name], weight.bfloat16()), name
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     chat = [{"role": "user", "content": "What is the capital of France?"}]

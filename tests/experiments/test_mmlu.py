@@ -1,6 +1,5 @@
 """Questions of MMLU are trained on in the tokens that lm-eval scores."""
 
-import copy
 import json
 
 import pytest
@@ -14,11 +13,6 @@ BONE = {"question": " Which bone is longest?\nThink. ", "answer": 3, "subject": 
 BONE["choices"] = ["Femur", " Skull", "Rib\n", "Été"]
 SALE = {"question": "What sells?", "answer": 0, "subject": "high_school_world_history"}
 SALE["choices"] = ["{{ 1 }}", "2", "3", "4"]
-
-
-@pytest.fixture
-def tokenizer(tiny_tokenizer):
-    return copy.deepcopy(tiny_tokenizer)
 
 
 @pytest.fixture(scope="module")

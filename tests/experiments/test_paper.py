@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.paper import METHOD_TITLES, TABLES, fig2, fig3, settings
+from experiments.paper import METHOD_TITLES, TABLES
 from pacatune.measure.presets import PRESETS
 
 
@@ -45,21 +45,3 @@ def test_trained_parameters_of_table_1_are_those_of_the_ranks():
         number = outputs if row.method == "paca" else outputs + inputs
         millions = number * row.rank * sizes["num_hidden_layers"] / 1e6
         assert row.values["params"] == pytest.approx(millions, abs=0.51), row.key
-
-
-def test_claims_of_the_figures_are_about_different_things():
-    for claims in (fig2.CLAIMS, fig3.CLAIMS):
-        assert len({(row.what, row.method) for row in claims}) == len(claims)
-    for row in fig2.CLAIMS:
-        assert set(row.method.split(" / ")) <= {METHOD_TITLES[one] for one in fig2.METHODS}
-
-
-def test_settings_follow_the_line():
-    assert settings.table_9("llama2-7b", "paca", 16).learning_rates == (1e-4,)
-    assert settings.table_9("llama2-7b", "paca", 8).learning_rates == (3e-4,)
-    assert settings.table_9("llama3-8b", "dora", 8).dropout == 0.1
-    assert settings.table_9("llama3-8b", "paca", 16).alpha == 64
-    assert settings.table_9("llama3-8b", "paca", 16).dropout is None
-    assert settings.table_11("llama3-8b").micro_batches == 4
-    assert settings.table_11("llama3.1-70b").micro_batches == 2
-    assert settings.of_line("table4", TABLES["table4"].lines[0]).batch_size == 1

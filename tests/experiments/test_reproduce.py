@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments.paper import TABLES, fig2, fig3
-from experiments.reproduce import costs, images, texts
+from experiments.reproduce import costs, texts
 from experiments.reproduce.__main__ import main
 from experiments.reproduce.catalogue import EXPERIMENTS, doc_table
 from experiments.reproduce.experiment import (
@@ -212,36 +211,6 @@ def test_throughput_is_that_of_the_largest_batch():
     assert (batch.what, batch.method, batch.value) == (fig3.BATCH, "LoRA", 34)
     assert (rate.what, rate.method, rate.value) == (fig3.RATE, "LoRA", 24.5)
     assert not rate.has_interval
-
-
-def jobs_of(one, scale):
-    return {job.key: job for job in one.jobs(scale)}
-
-
-def test_results_of_other_settings_are_not_taken_for_these():
-    """The inputs of a run at the paper's size say all that decides it."""
-    jobs = jobs_of(texts.TABLE_5_EXPERIMENT, "full")
-    runs = [jobs[f"full-llama3-8b-paca-r64-random-{n}"].inputs["runs"]["0.0005"] for n in (1, 2)]
-    assert [one["paca"]["random_seed"] for one in runs] == [42, 43]
-    assert runs[0]["paca"]["paca_alpha"] == 1
-    assert runs[0]["training"]["gradient_accumulation_steps"] == 4
-    assert runs[0]["training"]["lr_scheduler_type"] == "linear"
-    jobs = jobs_of(images.TABLE_6_EXPERIMENT, "full")
-    run = jobs["full-vit-b16-paca-pets"].inputs["run"]
-    assert run["data"]["path"].startswith("torchvision:")
-    assert run["training"]["per_device_train_batch_size"] == 64
-    with torch.device("meta"):  # ViT-B/16 with a head of 100 classes
-        assert images.build_vit().num_parameters() == 85_798_656 + 100 * (768 + 1)
-
-
-def test_memory_at_the_papers_size_says_what_it_does_not_explain(tmp_path):
-    jobs = jobs_of(texts.TABLE_2_EXPERIMENT, "small")
-    (found,) = jobs["memory-llama3-8b-lora-r64"].run(tmp_path)
-    assert found.what == "memory"
-    assert found.value == pytest.approx(40.35, abs=0.1)
-    assert found.high > found.value
-    assert "5,1" in found.note  # tokens
-    assert "its settings allow 3,072" in found.note
 
 
 def test_accuracies_keep_what_they_are_means_of():

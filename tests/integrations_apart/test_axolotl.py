@@ -76,15 +76,6 @@ def test_training_goes_on(write_config, tiny_model_dir, tmp_path):
     direct.assert_same(again, tmp_path / "direct")
 
 
-def test_default_targets_and_all_linear(write_config, tiny_model_dir):
-    for options in ({}, {"lora_target_linear": True}):
-        cfg = load_cfg(write_config(**options))
-        model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
-        layers = [module for module in model.modules() if isinstance(module, PacaLayer)]
-        assert len(layers) == 2 * 7
-        assert (config.r, config.paca_alpha, config.task_type) == (4, 8, "CAUSAL_LM")
-
-
 def test_preferences(write_config, tmp_path):
     rows = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"{n}?", "chosen": f"{2 * n}.", "rejected": "No."} for n in range(4)]
@@ -114,8 +105,6 @@ def test_preferences(write_config, tmp_path):
         ({"strict": True}, "`strict` .* would write the base unmerged"),
         ({"expert_parallel_size": 2}, "`expert_parallel_size`"),
         ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),
-        ({"paca": {"ranks": 16}}, "`paca.ranks` does not exist"),
-        ({"paca": {"groups": 0}}, "`groups` .0. must be an integer of at least 1"),
         ({"lora_target_linear": True, "lora_target_modules": ["q_proj"]}, "both say what is"),
         ({"adapter": "lora", "paca": {"groups": 2}}, "would be ignored by `adapter: lora`"),
     ],
@@ -133,11 +122,6 @@ def test_the_page(write_config, tiny_model_dir, chats, tmp_path):
     model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
     assert (config.r, config.paca_alpha, config.groups) == (16, 16, 2)
     assert sum(isinstance(module, PacaLayer) for module in model.modules()) == 2 * 7
-
-
-def test_values_said_twice_alike(write_config):
-    cfg = load_cfg(write_config(paca={"r": 4, "groups": 2}))
-    assert cfg.paca.to_dict() == {"r": 4, "groups": 2, "paca_alpha": 8}
 
 
 def test_merge_lora_is_refused(write_config, tmp_path):

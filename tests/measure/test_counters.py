@@ -121,14 +121,3 @@ def test_a_graph_that_is_dropped_keeps_nothing():
     y.backward()
     assert saved.num_bytes == X.nbytes + 4
     assert saved.num_bytes_by_kind == {"linear": X.nbytes}
-
-
-def test_gradients_are_the_same_under_the_hooks():
-    model = nn.Sequential(nn.Linear(64, 16), nn.SiLU(), nn.LayerNorm(16), nn.Linear(16, 4))
-    model(X).square().sum().backward()
-    plain = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    with SavedBytes(model):
-        loss = model(X).square().sum()
-    loss.backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.measure.estimate import _last_with_room, estimate_memory, find_max
+from pacatune.measure.estimate import estimate_memory, find_max
 from pacatune.measure.setting import Setting
 from pacatune.measure.simulate import Estimate
 from tests.measure.real_step import tiny
@@ -60,20 +60,3 @@ def test_nothing_fits_everything_fits_or_there_is_no_such_quantity(tmp_path):
         find_max(tiny(tmp_path), "layers", GIB)
     with pytest.raises(ValueError, match=r"`method` \('full'\) has no rank"):
         find_max(tiny(tmp_path, method="full"), "rank", GIB)
-
-
-@pytest.mark.parametrize(("step", "most_tried"), [(1, 12), (64, 40)])
-def test_search_is_exact_and_short(step, most_tried):
-    """On lines and on stairs, whose steps are kernels' blocks; on a curve; and at its bounds."""
-    for limit in (1, 2, 3, 511, 512, 513, 4096, 9999, 10**6):
-        tried = set()
-
-        def room(number, limit=limit, tried=tried):
-            tried.add(number)
-            return (limit - number) // step * 1000
-
-        assert _last_with_room(room, 1, 2**24) == limit
-        assert len(tried) <= most_tried
-    assert _last_with_room(lambda number: -1, 1, 100) == 0
-    assert _last_with_room(lambda number: 1, 1, 100) == 100
-    assert _last_with_room(lambda number: 50**3 - number**3, 1, 10**6) == 50

@@ -38,13 +38,6 @@ def test_a_method_is_the_base_model_at_first_and_trains_what_it_says_in_its_dtyp
     assert (adapted.optimizer is None) == (method == "frozen")
 
 
-def test_dropout_is_that_of_the_method_that_has_it(values):
-    config = contender(values, "lora_dropout").model.peft_config["default"]
-    assert config.lora_dropout == 0.1
-    assert contender(values, "lora").model.peft_config["default"].lora_dropout == 0.0
-    assert contender(values, "dora").model.peft_config["default"].use_dora
-
-
 @pytest.mark.parametrize("num_tokens", [5, 80])
 def test_the_forms_of_paca_train_alike_and_write_or_never_do(values, num_tokens):
     batch, losses = make_batch(1, num_tokens, VOCAB, seed=1), {}

@@ -12,11 +12,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune.measure import step
-from pacatune.measure.methods import Contender
 from pacatune.measure.setting import MicroBatch
 from pacatune.measure.step import (
     PHASES,
-    Step,
     count,
     make_step,
     run_in_child,
@@ -220,17 +218,3 @@ def test_a_step_waits_for_the_device_at_its_end_alone(make_config, monkeypatch):
     # Forward and backward of two micro-batches take turns.
     assert replace(one, accumulation=2)() == (1.0 + 3.0, 2.0 + 4.0, 5.0)
     assert one.seconds() == 6.0
-
-
-def test_a_step_takes_any_loss_and_batch():
-    model, batch = torch.nn.Linear(3, 2), (torch.ones(4, 3), torch.zeros(4, 2))
-    full = Contender("full", model, torch.optim.SGD(model.parameters(), lr=1.0))
-
-    def loss(model, batch):
-        return (model(batch[0]) - batch[1]).square().mean()
-
-    one = Step(contender=full, batch=batch, loss=loss, clock=time.process_time)
-    before = one.forward().item()
-    assert min(one()) >= 0
-    assert one.forward().item() != before
-    assert model.weight.grad is None

@@ -57,13 +57,6 @@ def test_runs_have_what_the_arm_says(text_options, tmp_path):
     assert plan.num_runs == (2 + 3) + (1 + 3) + (3 + 3)
 
 
-def test_row_groups_are_those_of_the_arm_or_of_the_task_or_one(text_options):
-    arms = {"paca": Arm(rank=4), "more": Arm(rank=4, options={"paca": {"groups": 4}})}
-    for task, expected in ({}, [1, 4]), ({"paca": {"groups": 8}}, [8, 4]):
-        runs = [run_of(merged(text_options, task), name, arms) for name in arms]
-        assert [run.paca.groups for run in runs] == expected
-
-
 def test_equal_parameters(text_options):
     """The reference's own number is met as nearly as one more column allows."""
     arms = {"lora": Arm(method="lora", rank=4), "paca": Arm(), "moslora": Arm(method="moslora")}

@@ -1,6 +1,7 @@
 """What is run when, what is kept, and what comes out of it; results are scripted."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from pacatune.study.plan import make_plan
 from pacatune.study.report import table
 from pacatune.study.result import StudyResult
 from pacatune.study.runner import pending_runs
+from pacatune.study.tasks import StudyTask
+from pacatune.training.language import LanguageTrainer
 from tests.study.conftest import run
 
 ARMS = {
@@ -204,3 +207,32 @@ def test_unequal_parameters_are_said(scripted, tmp_path):
     result, _ = run(config, tmp_path / "out")
     assert result.arms["paca"].rank == 5  # 500 are nearer to 460 than 400 are
     assert "paca: trains 500 parameters, the reference 460." in result.warnings
+
+
+def test_a_signal_in_the_middle_of_a_real_run(class_options, tmp_path, monkeypatch):
+    """What is finished is on the disk by then, as if the process had been killed."""
+    step, measure, started = LanguageTrainer.training_step, StudyTask.run, []
+
+    def remember(self, config):
+        started.append((config.paca.r, config.training.seed))
+        return measure(self, config)
+
+    def signalled(self, *args, **kwargs):
+        if len(started) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StudyTask, "run", remember)
+    monkeypatch.setattr(LanguageTrainer, "training_step", signalled)
+    arms = {"a": Arm(rank=2), "b": Arm(rank=4)}
+    options = {"command": "classify", "learning_rates": {"paca": [1e-3]}, "seeds": [0, 1]}
+    config, out = config_of(class_options, arms=arms, **options), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match="stopped with 1 of 4 runs done; the same command"):
+        run(config, out)
+    assert json.loads((out / "study.json").read_text()) == {"finished": False}
+    assert len(list((out / "jobs").glob("[!.]*"))) == 1
+    monkeypatch.setattr(LanguageTrainer, "training_step", step)
+    result, _ = run(config, out)
+    assert started == [(2, 0), (4, 0), (4, 0), (2, 1), (4, 1)]
+    assert [[*arm.values] for arm in result.arms.values()] == [[0, 1], [0, 1]]
+    assert json.loads((out / "study.json").read_text())["finished"] is True

@@ -1,6 +1,5 @@
 """Means, spreads and the exact test, against closed forms and scipy; rates of a grid."""
 
-import numpy as np
 import pytest
 
 from pacatune.study.statistics import (
@@ -31,16 +30,6 @@ def test_the_exact_test_in_closed_forms():
     # Four of five differences alike: 2 * (C(5,0) + C(5,1)) / 2^5, with rounding or without.
     assert sign_flip_p_value([0.1, 0.1, 0.1, 0.1, -0.1]) == 12 / 32
     assert sign_flip_p_value([0.3, 0.1 + 0.2, 0.3, 0.3, -0.3]) == 12 / 32
-
-
-def test_is_the_test_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    options = {"permutation_type": "samples", "n_resamples": np.inf, "alternative": "two-sided"}
-    for number in (3, 6, 9):
-        differences = rng.normal(0.5, 1, number)
-        expected = stats.permutation_test((differences,), np.mean, **options).pvalue
-        assert sign_flip_p_value(list(differences)) == pytest.approx(expected)
 
 
 def test_comparison_is_paired_by_seed():

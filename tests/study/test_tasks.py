@@ -1,6 +1,7 @@
 """Real runs on tiny models: texts, classes, images; what is measured, and fairness."""
 
 import math
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,7 +15,6 @@ from pacatune.study.tasks import exact_match
 from pacatune.training import train
 from pacatune.training.sft import TextTrainer
 from tests.conftest import build_model
-from tests.image_models import save_vit, write_images
 from tests.study.conftest import TWO_STEPS, run
 
 
@@ -136,41 +136,11 @@ def test_classes(class_options, tmp_path):
     assert f"{100 * result.arms['paca'].mean:.2f}" in text
 
 
-@pytest.mark.parametrize(
-    ("change", "rows", "message"),
-    [
-        ({"path": ""}, "", r"`data.path` is ''; give a file, a folder or"),
-        ({"num_train": 55}, "", r"`data.num_train` \(55\) must be at most 54"),
-        ({"num_train": 0}, "", r"`data.num_train` \(0\) must be at least 1"),
-        ({"max_length": 0}, "", r"`data.max_length` \(0\) must be at least 1"),
-        (
-            {"path": "rows"},
-            '{"text": "pear"}',
-            r"row 1: field 'label' is missing \(columns \['text'\]",
-        ),
-        ({"path": "rows"}, '{"text": " ", "label": "a"}', r"row 1: has text ' ' and label 'a'"),
-        ({"path": "rows"}, '{"text": "a", "label": "a"}\n' * 20, r"has the labels \['a'\]; a cl"),
-        ({"eval_path": "rows"}, '{"text": "pear", "label": "tree"}', r"labels \['tree'\] are no"),
-    ],
-)
-def test_classes_from_bad_data(class_options, change, rows, message, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(rows)
-    if rows:
-        change = dict.fromkeys(change, str(tmp_path / "rows.jsonl"))
-    options = {**class_options, "data": {**class_options["data"], **change}}
-    config = study_of(options, {"a": Arm(rank=2)}, command="classify")
-    with pytest.raises(ValueError, match=message):
-        run(config, tmp_path / "out")
-
-
 @pytest.fixture
-def image_options(tmp_path):
-    save_vit(tmp_path / "vit")
-    write_images(tmp_path / "images" / "train", 12)
-    write_images(tmp_path / "images" / "test", 6, seed=1)
-    data = {"path": str(tmp_path / "images"), "eval_per_class": 6}
+def image_options(vit_dir, images_dir, tmp_path):
+    data = {"path": str(shutil.copytree(images_dir, tmp_path / "images")), "eval_per_class": 6}
     training = {**TWO_STEPS, "max_steps": 6}
-    return {"model": {"path": str(tmp_path / "vit")}, "data": data, "training": training}
+    return {"model": {"path": str(vit_dir)}, "data": data, "training": training}
 
 
 def test_images(image_options, tmp_path):

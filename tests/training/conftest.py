@@ -1,9 +1,9 @@
 import importlib.util
-import sys
 
 import pytest
 
 from pacatune.training import RunConfig, train
+from tests.data.conftest import talk
 from tests.training.runs import QUIET, assert_same_run, interrupt, write_rows
 
 # `make test-distributed` lets it be found.
@@ -21,10 +21,7 @@ def turn(role, content):
 
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory):
-    rows = [
-        {"messages": turn("user", f"What is {i}?") + turn("assistant", f"It is {7 * i % 10}.")}
-        for i in range(60)
-    ]
+    rows = [talk(f"What is {i}?", f"It is {7 * i % 10}.") for i in range(60)]
     return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", rows)
 
 
@@ -94,22 +91,6 @@ def make_task_config(make_config, pairs_path, prompts_path):
         )
 
     return make
-
-
-@pytest.fixture
-def rewards_module(tmp_path, monkeypatch):
-    """The module `my_rewards` in the current folder, as a user writes one."""
-    name = "my_rewards"
-    (tmp_path / f"{name}.py").write_text(
-        "def short(completions, **kwargs):\n"
-        "    return [-len(text) / 10 for text in completions]\n\n\n"
-        "def even(completions, number, **kwargs):\n"
-        "    return [float(n % 2 == 0) for n in number]\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield name
-    sys.modules.pop(name, None)
 
 
 @pytest.fixture

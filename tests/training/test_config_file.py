@@ -4,6 +4,7 @@ import yaml
 from pacatune.training.config_file import (
     check_keys,
     load_yaml,
+    local_paths,
     read_values,
     suggest,
     to_values,
@@ -35,6 +36,11 @@ def test_local_paths_are_saved_absolute(make_config, tmp_path, monkeypatch):
     assert values["model"]["path"] == str(tmp_path / "model")
     found = [values["data"][name] for name in data]
     assert found == [str(tmp_path / "d.jsonl"), "owner/data", text]
+    sources = [{"path": "d.jsonl", "weight": 3}, {"path": "no/such", "weight": 1}]
+    config = make_config(data={"path": "", "datasets": sources})
+    saved = to_values(config)["data"]["datasets"]
+    assert [one["path"] for one in saved] == [str(tmp_path / "d.jsonl"), "no/such"]
+    assert local_paths(config)["data.datasets[0].path"] == str(tmp_path / "d.jsonl")
 
 
 def test_values_are_those_of_yaml_1_2():

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
 
 from pacatune.cli import main
 from tests.distributed import zero
 from tests.docs.blocks import read_blocks
+from tests.examples.test_launch import LAUNCH, environment_of
 from tests.training import runs
 from tests.training.launching import launch, save_config
 from tests.training.runs import assert_same, read_json
-from tests.training.test_distributed import LAUNCH, config_of, cut, launched
+from tests.training.test_distributed import config_of, cut, launched
 
 TIMEOUT = 600
 # DeepSpeed keeps smaller weights whole, which are all of the tiny model's.
@@ -53,9 +53,7 @@ def environment(built, tmp_path):
             path = tmp_path / "deepspeed.json"
             path.write_text(json.dumps(SHARD_ALL))
             words += ["--deepspeed_config_file", str(path)]
-        args = launched("zero3", *words)
-        args.deepspeed_fields_from_accelerate_config = ""
-        return prepare_deepspeed_cmd_env(args)[1] | built
+        return environment_of(launched("zero3", *words)) | built
 
     return make
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pacatune.training import train
 from pacatune.training.output import refuse_missing_weights
-from tests.examples.test_launch import LAUNCH
+from tests.examples.test_launch import LAUNCH, accelerate_options, environment_of
 from tests.training import runs
 from tests.training.launching import launch, save_config
 from tests.training.runs import ADAPTER, QUIET, assert_same, read_json, refused
@@ -30,18 +29,14 @@ ON_CPU = f"import runpy; runpy.run_path({FSDP_ON_CPU!r}, run_name='__main__')"
 
 def launched(name, *words):
     """What `accelerate launch` makes of a file of ours."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
     # Any free port: the usual one may be another test's.
-    file = ["--config_file", str(LAUNCH / f"{name}.yaml"), "--main_process_port", "0"]
-    parser = launch_command_parser()
-    return _validate_launch_command(parser.parse_args([*file, *words, "-m", "pacatune"]))[0]
+    return accelerate_options(LAUNCH / f"{name}.yaml", "--main_process_port", "0", *words)
 
 
 def launcher_options(name):
     """The environment in which a file of ours lets `pacatune` run, and what runs in it."""
     code = {"code": ON_CPU} if name == "fsdp2" else {}
-    return {"env": prepare_multi_gpu_env(launched(name)), **code}
+    return {"env": environment_of(launched(name)), **code}
 
 
 def config_of(make_config, data_path, tmp_path, name, batch_size, quantization=None):

@@ -93,11 +93,6 @@ def test_a_card_that_the_hub_would_refuse(hub, make_config, tmp_path, console, m
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_uploaded_unless_asked(hub, make_config, console):
-    train(run_of(make_config), console=console)
-    assert not hub.created
-
-
 def test_what_is_wrong_is_found_before_training(hub, make_config, tmp_path, console):
     hub.refuses = "create_repo"
     message = r"`--push_to_hub` \('a/b'\).* can neither be found nor created \(.*403.*; give ORGAN"

@@ -15,6 +15,7 @@ from pacatune.training import RunConfig, train
 from pacatune.training.config_file import read_values
 from pacatune.training.sft import TextTrainer
 from pacatune.training.task import task_of
+from tests.data.conftest import talk
 from tests.training.runs import (
     CHECKPOINTING,
     QUIET,
@@ -25,11 +26,6 @@ from tests.training.runs import (
     write_rows,
 )
 from tests.tuner.moe import BOTH, build
-
-
-def turns(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
 
 RESULT_NAMES = {"config.yaml", "report.json", "report.md", "loss.png", "README.md"}
 
@@ -128,8 +124,7 @@ def test_held_out_loss_is_a_mean_over_learned_tokens(
 ):
     """Of long and short answers, whatever batches they are in; padding-free or not."""
     rows = [
-        {"messages": turns(f"What is {i}?", "It is so. " * (1 + 7 * (i % 2)) + f"Yes, {i}.")}
-        for i in range(6)
+        talk(f"What is {i}?", "It is so. " * (1 + 7 * (i % 2)) + f"Yes, {i}.") for i in range(6)
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     places = [f"row {number}" for number in range(1, 7)]

@@ -8,8 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics, load_columns
-from pacatune.training import PacaSection, train
-from pacatune.training.config_file import to_values
+from pacatune.training import train
 from pacatune.training.selecting import share_of_batches
 from pacatune.training.task import make_adapter_config, task_of
 from tests.training.runs import CHECKPOINTING, QUIET, read_json
@@ -34,20 +33,6 @@ def test_processes_share_the_batches_of_one():
     assert shares == [one[0::2], one[1::2]]
     assert list(share_of_batches(23, run_of(selection_batches=2), tuple)) == one[:2]
     assert list(share_of_batches(23, run_of(seed=8), tuple)) != one
-
-
-def test_a_batch_is_what_the_trainer_makes_of_it(make_config, tiny_tokenizer):
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
-    rows += [{"input_ids": [8], "labels": [8], "place": 2}]
-    task = task_of(make_config())
-    task.tokenizer = tiny_tokenizer
-    batch = task.collate(rows, [1, 0])
-    padding = tiny_tokenizer.pad_token_id
-    assert batch["input_ids"].tolist() == [[8, padding, padding], [5, 6, 7]]
-    assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    task.tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=2)
-    assert task.collate(rows, [1, 0])["input_ids"].tolist()[0] == [8, 2, 2]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -100,20 +85,6 @@ def test_columns_for_other_tasks(make_task_config, rewards_module, task):
     assert report.columns == "gradient, num_batches 2"
 
 
-def test_a_folder_is_known_by_its_name(make_config, tmp_path, monkeypatch):
-    """As a path, or where no strategy is called like it; it is saved with its whole path."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("some-run", "gradient"):
-        (tmp_path / name).mkdir()
-    for given, saved in (
-        ("some-run", str(tmp_path / "some-run")),
-        ("gradient", "gradient"),
-        ("./gradient", str(tmp_path / "gradient")),
-    ):
-        config = make_config(paca=PacaSection(selection=given))
-        assert to_values(config)["paca"]["selection"] == saved
-
-
 def test_row_groups_in_a_run(make_config, tmp_path):
     """Trained, saved, and taken over by another run."""
     section = {"r": 4, "paca_alpha": 4, "groups": 8}
@@ -131,8 +102,3 @@ def test_row_groups_in_a_run(make_config, tmp_path):
     assert (adapter.columns, adapter.groups) == (columns, 8)
     with pytest.raises(ValueError, match=r"has columns of 8 row groups; set `groups` to that"):
         make_adapter_config(make_config(paca=again))
-
-
-def test_no_row_group(make_config):
-    with pytest.raises(ValueError, match=r"`groups` \(0\) must be an integer of at least 1"):
-        make_config(paca={"groups": 0})

@@ -1,11 +1,14 @@
-"""Questions, references, judge prompts and a judge, all on this machine."""
+"""Questions, references, judge prompts and a judge, all in this process."""
 
 import json
+from functools import partial
 
+import httpx2
+import openai
 import pytest
 
 from experiments.mt_bench.questions import add_references, read_prompts, read_questions
-from tests.experiments.mt_bench.judge_server import State, judge_server
+from tests.experiments.mt_bench.fake_judge import FakeJudge
 
 CATEGORIES = ("writing", "math", "stem", "coding")
 TWO = "First: {question_1} {answer_1} Then: {question_2} {answer_2}"
@@ -77,10 +80,9 @@ def questions(files):
 
 @pytest.fixture
 def judge(monkeypatch):
-    """State of a judge that serves at `judge.url`."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    """A judge that openai's client asks."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    state = State()
-    with judge_server(state) as url:
-        state.url = url
-        yield state
+    judge = FakeJudge()
+    client = httpx2.Client(transport=httpx2.MockTransport(judge.answer))
+    monkeypatch.setattr(openai, "OpenAI", partial(openai.OpenAI, http_client=client))
+    return judge

@@ -16,13 +16,6 @@ from tests.experiments.mt_bench.conftest import (
 ANSWERS = ("first {answer}", "second")
 
 
-def test_temperatures_and_references_are_those_of_fastchat():
-    cold = dict.fromkeys(("reasoning", "math", "coding", "extraction"), 0)
-    some = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
-    assert cold | some == mt.TEMPERATURES
-    assert {"math", "reasoning", "coding"} == mt.NEEDS_REFERENCE
-
-
 def test_names_of_hub_data_sets_are_understood(tmp_path):
     row = {"prompt_id": 7, "category": "stem", "prompt": ["a", "b"], "reference": []}
     path = write_lines(tmp_path / "q.jsonl", [row])
@@ -49,7 +42,6 @@ def test_questions_have_a_reference_to_both_turns(questions, tmp_path):
         {"category": "maths"},
         {"turns": ["one"]},
         {"turns": ["one", " "]},
-        {"turns": "text"},
         {"question_id": None},
         {"question_id": 1},
     ],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.mt_bench.report import make_table, to_markdown
+from experiments.mt_bench.report import make_table
 
 
 def judgments(category, scores, start=0):
@@ -13,29 +13,6 @@ def judgments(category, scores, start=0):
         for number, pair in enumerate(scores)
         for turn, score in enumerate(pair, start=1)
     ]
-
-
-def test_page():
-    ones = [
-        *judgments("writing", [(7, 8), (9, None)]),
-        *judgments("math", [(1, 2), (3, 4)]),
-        *judgments("stem", [(None, None)]),
-    ]
-    judge = {"model": "gpt-4o-mini", "models": ["gpt-4o-mini-2024"], "url": "https://a/v1"}
-    result = {"model_id": "tiny+my_adapter", "judge": judge | {"temperatures": ["0.0"]}, "seed": 3}
-    result |= {"questions": "q.jsonl", "references": None, "judge_prompts": "p"}
-    failures = [{"question_id": n, "turn": 1, "problem": "silence"} for n in range(12)]
-    result |= {"cut_off": {"context": 2}, "failures": failures, "table": make_table(ones, seed=3)}
-    page = to_markdown(result)
-    for words in (
-        "# MT-Bench: tiny+my_adapter\n\n| category | turn 1 | turn 2 | both |",
-        "\n| writing | 8.00 | 8.00 | 8.00 | 7.50 to 9.00 | 2 | 3 | 1 |\n",
-        "\n| stem | - | - | - | - | 1 | 0 | 2 |\n",
-        "Judge: gpt-4o-mini (gpt-4o-mini-2024) at https://a/v1, temperature 0.0.",
-        "Turns cut off: 2 by context.",
-        "12 turns have no score, and no mean counts them: silence (question 0, turn 1; all are in",
-    ):
-        assert words in page
 
 
 def values(line, *names):

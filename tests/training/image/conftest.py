@@ -1,27 +1,12 @@
 import pytest
 
-from tests.image_models import save_timm, save_vit, write_images
-
-
-@pytest.fixture(scope="session")
-def vit_dir(tmp_path_factory):
-    """Folder of a tiny ViT with its transform and a head of two classes."""
-    return save_vit(tmp_path_factory.mktemp("vit"))
+from tests.image_models import save_timm
 
 
 @pytest.fixture(scope="session")
 def timm_dir(tmp_path_factory):
     """Folder of a tiny EfficientNet, as timm writes it."""
     return save_timm(tmp_path_factory.mktemp("timm"))
-
-
-@pytest.fixture(scope="session")
-def images_dir(tmp_path_factory):
-    """Three colours: 12 training and 6 test images of each."""
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "train", 12)
-    write_images(folder / "test", 6, seed=1)
-    return folder
 
 
 @pytest.fixture

@@ -182,7 +182,6 @@ DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
     ("kind", "method", "options", "message"),
     [
         ("vit", "paca", {"training": {"train_batch_norm": True}}, NO_NORM),
-        ("vit", "head", {"training": {"train_batch_norm": True}}, NO_NORM),
         ("vit", "paca", {"model": {"path": "resnet18"}}, NOWHERE),
         ("cnn", "lora", {"lora": {"r": 5000}}, FEW),
         ("cnn", "moslora", {}, r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"),

@@ -1,4 +1,6 @@
-"""Training on a base of few bits: QPaCA and QLoRA."""
+"""Tokenizer, weights and batches of language models; bases of few bits: QPaCA and QLoRA."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,10 +8,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pacatune.adapters.folder import read_adapter
-from pacatune.training import language as models
 from pacatune.training import train
+from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options
 from pacatune.training.task import task_of
+from tests.adapters.fixtures import edit_json, model_copy
 from tests.training.runs import QUIET, assert_close, read_json, refused
+
+__all__ = ["model_copy"]
 
 
 def load(folder, **options):
@@ -77,5 +82,47 @@ def test_storage_is_set_for_sharding(make_config, monkeypatch):
     config = make_config(model={"quantization": "nf4"})
     for sharded, storage in (("false", torch.uint8), ("true", torch.bfloat16)):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
-        options = models.quantization_options(config, torch.bfloat16)
+        options = quantization_options(config, torch.bfloat16)
         assert options["quantization_config"].bnb_4bit_quant_storage == storage
+
+
+def test_stop_ids_are_those_of_generation_and_of_the_run(make_config, model_copy):
+    config = make_config(model={"path": str(model_copy)})
+    tokenizer = load_tokenizer(config)
+    edit_json(model_copy / "generation_config.json", eos_token_id=[2, 5])
+    assert find_stop_ids(config, tokenizer) == {2, 5}
+    (model_copy / "generation_config.json").unlink()
+    assert find_stop_ids(config, tokenizer) == {2}
+    config = make_config(training={"eos_token": "<|user|>"})
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.eos_token == "<|user|>"
+    assert find_stop_ids(config, tokenizer) == {2, tokenizer.eos_token_id}
+
+
+def test_nothing_of_a_model_is_executed(make_config, model_copy, tmp_path):
+    """Neither its code nor pickled weights."""
+    model = {"path": str(model_copy)}
+    torch.save({}, model_copy / "pytorch_model.bin")
+    (model_copy / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read .*no file named model.safetensors"):
+        task_of(make_config(model=model)).load_model()
+    (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    edit_json(model_copy / "config.json", model_type="evil", auto_map=code)
+    with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
+        task_of(make_config(model=model)).plan()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_batch_is_what_the_trainer_makes_of_it(make_config, tiny_tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
+    rows += [{"input_ids": [8], "labels": [8], "place": 2}]
+    task = task_of(make_config())
+    task.tokenizer = tiny_tokenizer
+    batch = task.collate(rows, [1, 0])
+    padding = tiny_tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[8, padding, padding], [5, 6, 7]]
+    assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    task.tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=2)
+    assert task.collate(rows, [1, 0])["input_ids"].tolist()[0] == [8, 2, 2]

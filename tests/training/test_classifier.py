@@ -1,0 +1,163 @@
+"""Texts of some classes: what is read, what is saved, and the rate of a new head."""
+
+import shutil
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from pacatune.adapters.merge import merge
+from pacatune.data.config import TextClassConfig
+from pacatune.training import preview, train
+from pacatune.training.classifier import sort_labels, split_texts
+from pacatune.training.config import HEAD_RATE
+from pacatune.training.task import task_of
+from tests.adapters.fixtures import edit_json
+from tests.training.runs import QUIET, make_trainer, read_json, write_rows
+
+WORDS = ("red", "green", "blue")
+
+
+@pytest.fixture
+def make_classifier(make_task_config, tmp_path):
+    rows = [{"text": f"It is {WORDS[i % 3]} {i}.", "label": WORDS[i % 3]} for i in range(60)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def make(method="paca", *, data=(), **options):
+        data = {"path": str(path), **dict(data)}
+        return make_task_config("classifier", method, data=data, **options)
+
+    return make
+
+
+def rates(config):
+    """Rate of each trained parameter, by its name."""
+    trainer = make_trainer(config)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    optimizer = trainer.create_optimizer()
+    found = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert found.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return found
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "full"])
+def test_it_is_the_same_beside_every_method(make_classifier, method):
+    found = rates(make_classifier(method, training={"learning_rate": 1e-4}))
+    heads = {name for name in found if ".score." in f".{name}"}
+    assert heads
+    assert {found.pop(name) for name in heads} == {HEAD_RATE}
+    assert {*found.values()} == {1e-4}
+
+
+def test_of_the_head_alone(make_classifier):
+    assert {*rates(make_classifier("head", training={"learning_rate": 0.02})).values()} == {0.02}
+    with pytest.raises(ValueError, match=r"head_learning_rate` \(0.1\) is another rate than"):
+        make_classifier("head", training={"learning_rate": 0.02, "head_learning_rate": 0.1})
+    with pytest.raises(ValueError, match=r"`training.head_learning_rate` \(0\) must be above 0"):
+        make_classifier(training={"head_learning_rate": 0})
+
+
+def test_a_head_of_its_own_learns_as_the_rest(make_classifier, tiny_model_dir, tmp_path):
+    folder = tmp_path / "with-head"
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=3)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_model_dir / name).read_bytes())
+    config = make_classifier(model={"path": str(folder)}, training={"learning_rate": 1e-4})
+    assert {*rates(config).values()} == {1e-4}
+
+
+def test_it_goes_on_where_it_stopped(make_classifier, assert_resumes):
+    """The moments of a resumed run belong to the same parameters."""
+    steps = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "head_learning_rate": 0.01}
+    assert_resumes(3, make_classifier, training=steps)
+
+
+def test_split_of_a_classifier(tmp_path):
+    rows = [{"text": f"t{i}", "label": "aab"[i % 3]} for i in range(10)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_fraction=0.2))
+    assert (len(texts), len(held_out)) == (8, 2)
+    assert {*texts["label"]} == {"a", "b"}
+    again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
+    assert again["text"][:] == texts["text"][:6]
+    texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
+    assert (len(texts), len(held_out)) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [{"text": "a", "label": i % 2} for i in range(10)],
+            {"num_train": 10},
+            "be at most 9",
+        ),
+        ([{"sentence": "a", "label": 1}], {}, "row 1: field 'text' is missing .columns .'label', "),
+        (
+            [{"text": " ", "label": 1}],
+            {},
+            "row 1: has text ' ' and label 1; a classifier",
+        ),
+        ([{"text": "a", "label": "a"}] * 20, {}, r"has the labels \['a'\]; a classifier needs at"),
+    ],
+)
+def test_rows_that_teach_no_classes(tmp_path, rows, options, message):
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=message):
+        split_texts(TextClassConfig(path=path, **options))
+
+
+def test_labels_that_are_not_trained(make_classifier, tmp_path):
+    other = write_rows(tmp_path / "other.jsonl", [{"text": "pear", "label": "tree"}])
+    with pytest.raises(ValueError, match=r"the labels \['tree'\] are not among those of the trai"):
+        task_of(make_classifier(data={"eval_path": str(other)})).plan()
+
+
+@pytest.mark.parametrize("method", ["paca", "lora", "full"])
+def test_a_classifier_knows_its_classes(
+    make_classifier, tiny_model_dir, tmp_path, console, monkeypatch, method
+):
+    """As the card loads it and merged, in padded batches, it answers with the user's labels."""
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if method == "lora":  # as Llama's, which does not pad
+        edit_json(folder / "tokenizer_config.json", pad_token=None)
+    rows = [
+        {"text": f"{'It is ' * (i % 4)}{'abcdefghijk'[i % 11] * 3}.", "label": i % 11}
+        for i in range(55)
+    ]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    data = {"path": path, "eval_path": path}
+    training = {"max_steps": 60, "eval_steps": 60, "save_steps": 60, "learning_rate": 1e-2}
+    out = tmp_path / "out"
+    options = {"data": data, "model": {"path": str(folder)}, "training": training}
+    config = make_classifier(method, **options)
+    preview(config, 2, console=console)
+    assert console.file.getvalue().count("input (") == 2
+    expected = train(config, console=QUIET).eval_metrics_after["accuracy"]
+    assert expected > 0.3
+    saved = read_json(out / ("config.json" if method == "full" else "pacatune.json"))
+    saved = saved if method == "full" else saved["head"]
+    assert saved["id2label"] == {str(number): str(number) for number in range(11)}
+    assert saved["label2id"] == {str(number): number for number in range(11)}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert saved["pad_token_id"] == tokenizer.pad_token_id
+
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("FOLDER", str(out)), names := {})
+    models = [names["model"]]
+    if method != "full":
+        merge(None, out, tmp_path / "merged")
+        models.append(str(tmp_path / "merged"))
+    for model in models:
+        classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+        answers = classify([row["text"] for row in rows], batch_size=8)
+        right = [
+            answer["label"] == str(row["label"]) for answer, row in zip(answers, rows, strict=True)
+        ]
+        assert sum(right) / len(rows) == pytest.approx(expected)
+
+
+def test_labels_are_sorted_as_what_they_are():
+    assert sort_labels(["10", "9", "-1", "2", "10"]) == ["-1", "2", "9", "10"]
+    assert sort_labels(["b", "10", "9"]) == ["10", "9", "b"]

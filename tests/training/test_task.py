@@ -1,0 +1,34 @@
+import pytest
+import torch
+from peft import get_peft_model
+
+from pacatune.training.language import weights_dtype
+from pacatune.training.task import count_trainable, make_adapter_config, task_of
+
+
+@pytest.mark.parametrize("method", ["paca", "dora", "moslora", "full"])
+def test_plan_is_what_is_trained(make_config, method):
+    config = make_config(method)
+    planned, adapter_config, max_positions = task_of(config).plan_training()
+    model = task_of(config).load_model()
+    if adapter_config is not None:
+        model = get_peft_model(model, adapter_config)
+    assert planned.num_trainable_parameters == count_trainable(model)
+    assert max_positions == 256
+    assert len(planned.targets) == (0 if method == "full" else 14)
+
+
+def test_options_reach_peft_and_transformers(make_config):
+    section = {"r": 4, "paca_alpha": 8, "random_seed": 7, "rank_pattern": {"q_proj": 2}}
+    paca = make_adapter_config(make_config(paca=section))
+    assert {name: getattr(paca, name) for name in section} == section
+    dora = make_adapter_config(make_config("dora", lora={"r": 4, "lora_dropout": 0.5}))
+    assert (dora.use_dora, dora.r, dora.lora_dropout) == (True, 4, 0.5)
+    moslora = make_adapter_config(make_config("moslora", moslora={"mixer_init": "orthogonal"}))
+    assert moslora.mixer_init == "orthogonal"
+    assert make_adapter_config(make_config("full")) is None
+    config = make_config(model={"dtype": "bfloat16"})
+    assert weights_dtype(config) == task_of(config).load_model().dtype == torch.bfloat16
+    config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
+    with pytest.raises(TypeError, match="no_such_argument"):
+        task_of(config).load_model()
