@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pacatune.lean import ACTIVATIONS, fused, gated_product, rms_norm
-from tests.lean.twins import assert_within_own_error, run
+from tests.lean.functions import run
+from tests.ops.twin import assert_within_own_error
 
 # Inductor imports what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -9,7 +9,7 @@ from pacatune.lean import gated as gated_module
 from pacatune.lean.gated import overwriting
 from pacatune.lean.norm import Norm, apply_norm, source_of
 from pacatune.lean.recompute import recompute, state_of, why_not
-from tests.lean.twins import SavedBytes
+from pacatune.measure.counters import SavedBytes
 
 
 class Net(nn.Module):
@@ -122,25 +122,6 @@ def test_an_input_without_gradient():
     y = recompute(lambda x, cut: cut(2 * x)[0].detach() + 1, [x])
     assert torch.equal(y, 2 * x + 1)
     assert not y.requires_grad
-
-
-def test_hooks_of_others_see_what_is_kept():
-    net = Net(leaps=True)
-
-    def elsewhere(x):
-        with torch.autograd.graph.save_on_cpu():
-            return net(x)
-
-    assert_gradients_of_plain(net, make_input(), elsewhere)
-
-
-def test_autocast_is_that_of_the_forward_pass():
-    net, x = Net().float(), make_input().float().detach().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = net(x), net.plain(x)
-    ours, theirs = (gradients_of(lambda x, y=y: y, net, x) for y in outputs)
-    assert outputs[0].dtype == torch.bfloat16
-    assert all(map(torch.equal, ours, theirs))
 
 
 def change_parameter(net):

@@ -79,23 +79,6 @@ def test_equal_to_reference(is_transposed, is_grouped, ends, dtype, groups) -> N
         twin.assert_equal(ours, theirs, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_experts_without_tokens_get_no_gradient() -> None:
-    delta = gradients(paca_experts_linear, make((3, 3, 9, 9)), {"delta"})["delta"]
-    assert [bool(one.any()) for one in delta] == [True, False, True, False]
-
-
-@WAYS
-def test_second_adapter_is_added(is_grouped: bool) -> None:
-    one, two = make(dtype=torch.float32), make(dtype=torch.float32, rank=8)
-    x, weight, offsets = one["x"], one["weight"], one["offsets"]
-    update = (two["delta"], two["indices"], 0.5, offsets)
-    adapted = reference.adapted_experts(weight, two["delta"], two["indices"], 0.5)
-    expected = reference.paca_experts_linear(**{**one, "weight": adapted}, scaling=2.0)
-    y = paca_experts_linear(**one, scaling=2.0, is_grouped=is_grouped)
-    y = y + paca_experts_update(x, *update, is_grouped=is_grouped)
-    torch.testing.assert_close(y, expected)
-
-
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
