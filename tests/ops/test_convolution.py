@@ -5,15 +5,9 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune.ops import paca_conv, reference
-from pacatune.ops.columns import (
-    CONVOLUTIONS,
-    adapted_kernel,
-    conv_of_columns,
-    select_channels,
-)
+from pacatune.ops.columns import adapted_kernel, select_channels
 from tests.ops import twin
 from tests.ops.twin import choose, normal
 
@@ -112,44 +106,6 @@ def test_low_precision_error_is_within_plain_autograds(
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype)
     both = (partial(one, scaling=0.75, **options) for one in RUN.values())
     twin.assert_error_of_plain(*both, tensors, {"x", "delta", "bias"})
-
-
-@pytest.mark.parametrize(
-    ("case", "batch"), [*((case, (2,)) for case in CASES), ("1d", ()), ("2d groups", ())]
-)
-def test_what_columns_add_by_plain_operations(case: str, batch: tuple[int, ...]) -> None:
-    tensors, options = make(case, bias=False, batch=batch)
-    adapted = reference.paca_conv(**tensors, scaling=0.5, **options)
-    plain = reference.paca_conv(
-        **{**tensors, "delta": torch.zeros_like(tensors["delta"])}, scaling=0.5, **options
-    )
-    x, indices = tensors["x"], tensors["indices"]
-    num_dims = tensors["weight"].dim() - 2
-    in_channels = x.shape[-num_dims - 1]
-    columns = select_channels(x, indices, num_dims)
-    groups = options.pop("groups", 1)
-
-    def convolve(x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-        return CONVOLUTIONS[num_dims](x, kernel, **options, groups=groups)
-
-    kernel = 0.5 * tensors["delta"]
-    added = conv_of_columns(columns, kernel, indices, in_channels, groups, convolve)
-    torch.testing.assert_close(plain + added, adapted, atol=1e-12, rtol=1e-12)
-
-
-# Dynamo itself instantiates autograd Functions while it traces them.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("case", ["1d strided", "2d even same", "2d groups", "3d depthwise"])
-def test_compiles_whole_and_once(case: str) -> None:
-    torch._dynamo.reset()
-    tensors, options = make(case, torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(paca_conv, fullgraph=True, backend=counter)
-    for step in range(3):
-        tensors["weight"].mul_(1.0 + step)
-        calls = [partial(one, scaling=0.5, **options) for one in (compiled, paca_conv)]
-        twin.assert_equal(*(twin.gradients(c, tensors, {"x", "delta", "bias"}) for c in calls))
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

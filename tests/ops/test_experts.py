@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -180,27 +179,6 @@ def test_saved_bytes_are_routed_tokens_times_rank(is_transposed, is_grouped, dty
         return one, experts_linear(leaves["x"], leaves["weight"], leaves["offsets"], **options)
 
     assert twin.bytes_kept(call, leaves.values()) == 9 * RANK * dtype.itemsize
-
-
-# Dynamo itself instantiates autograd Functions while it traces them.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="an old torch rounds otherwise compiled")
-@LAYOUTS
-@WAYS
-@pytest.mark.parametrize(
-    ("dtype", "groups"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)]
-)
-def test_compiles_whole_and_once(is_transposed, is_grouped, dtype, groups) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(paca_experts_linear, fullgraph=True, backend=counter)
-    for ends in [(3, 3, 9, 9), (0, 9, 9, 9), (2, 4, 6, 9)]:  # other groups, same graph
-        tensors = make(ends, dtype, is_transposed, rank=8, groups=groups)
-        options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
-        ours = gradients(compiled, tensors, {"x", "delta"}, **options)
-        theirs = gradients(paca_experts_linear, tensors, {"x", "delta"}, **options)
-        twin.assert_equal(ours, theirs)
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

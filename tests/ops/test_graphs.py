@@ -6,14 +6,7 @@ import pytest
 import torch
 
 from pacatune.ops import paca_conv, paca_experts_linear, paca_linear, paca_linear_additive
-from tests.ops import (
-    test_convolution,
-    test_experts,
-    test_gated,
-    test_linear,
-    test_quantized,
-    twin,
-)
+from tests.ops import test_convolution, test_experts, test_gated, test_linear, test_quantized, twin
 
 
 def build(name):

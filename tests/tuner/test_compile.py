@@ -169,17 +169,6 @@ def test_columns_are_written_once_a_step(pair, monkeypatch):
 
 
 @compiles_whole
-def test_evaluation_with_and_without_columns(pair):
-    want = pair.twin(batch())
-    for _ in range(3):
-        for call in (lambda: pair.model(batch()), lambda: pair.model.state_dict()):
-            call()  # columns there, and gone
-            with torch.no_grad():
-                torch.testing.assert_close(pair.compiled(batch()), want)
-    assert pair.counter.frame_count == 1
-
-
-@compiles_whole
 @pytest.mark.parametrize("groups", [1, 3])
 def test_evaluation_before_and_after_training(groups):
     """Before, a graph of plain operations, as anybody's; then one that asks."""

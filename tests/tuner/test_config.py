@@ -1,7 +1,6 @@
 """Every value of a configuration that can be wrong without a model."""
 
 import pytest
-from peft import PeftConfig
 
 from pacatune import MosLoraConfig, PacaConfig, installation
 from tests.releases import needs
@@ -82,16 +81,6 @@ def test_wrong_values(options, message):
 def test_wrong_values_of_moslora(options, message):
     with pytest.raises(ValueError, match=message):
         MosLoraConfig(**options)
-
-
-def test_wrong_values_of_a_file_are_said_by_peft_too(tmp_path):
-    for text, message in (
-        ('"rank_pattern": "q"', "dictionary"),
-        ('"base_quantization": 4', "dict"),
-    ):
-        (tmp_path / "adapter_config.json").write_text('{"peft_type": "PACA", ' + text + "}")
-        with pytest.raises(ValueError, match=f"must be a {message}"):
-            PeftConfig.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pacatune import PacaConfig, lean
 from pacatune.adapters.loading import hotswap_adapter
-from pacatune.selection import choose_columns, load_columns
+from pacatune.selection import load_columns
 from tests.conftest import build_model
 from tests.tuner.nets import evaluate
 
@@ -113,11 +113,6 @@ def test_given_columns(tmp_path):
     model.save_pretrained(tmp_path)
     for one in (model, PeftModel.from_pretrained(build_model(300), tmp_path)):
         assert indices_of(one).tolist() == [[1, 3], [0, 1]]
-
-
-def test_columns_chosen_before_the_adapter_is_made():
-    config = choose_columns(build_model(300), PacaConfig(**FIXED, groups=4))
-    assert config.columns[NAME] == indices_of(adapt(4)).tolist()
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
