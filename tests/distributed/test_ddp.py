@@ -33,24 +33,6 @@ def test_losses_adapter_and_base(pair, options):
     net.assert_equal_to_one(pair.run(train_copies, **options), one, atol)
 
 
-def count_writes(accumulation, checkpointing):
-    model = net.adapt()
-    if checkpointing:
-        net.checkpoint(model, use_reentrant=False)
-    wrapped = DistributedDataParallel(model)
-    with net.counted_writes() as writes:
-        net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
-    return len(set(writes)), len(net.layers_of(model)), len(writes)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_at_most_two_column_writes_per_step(pair, accumulation, checkpointing):
-    for num_written, num_layers, num_writes in pair.run(count_writes, accumulation, checkpointing):
-        assert num_written == num_layers
-        assert num_layers * net.NUM_STEPS <= num_writes <= 2 * num_layers * net.NUM_STEPS
-
-
 def two_forwards_before_one_backward():
     def loss_of(wrapped, batch):
         return sum(net.loss_of(wrapped, net.half(ids)) for ids in batch.chunk(2)) / 2

@@ -43,15 +43,6 @@ def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize(("pool", "kept"), [(None, 16), (7, 7), (1000, 16)])
-def test_what_is_kept_are_the_columns_of_that_rank(pool, kept):
-    model = adapt(4, random_seed=7, pool=pool)
-    layer = layer_of(model)
-    assert layer.paca_indices["default"].equal(indices_of(adapt(1, r=kept, random_seed=7)))
-    assert layer.paca_places["default"].shape == (4, 4)
-    assert layer.delta_of("default").shape == (32, 4)
-
-
 def test_a_strategy_chooses_the_pool():
     base, options = build_model(300), {"selection": "weight_norm"}
     kept = indices_of(adapt(1, base=copy.deepcopy(base), r=8, **options))
