@@ -124,29 +124,12 @@ def test_an_input_without_gradient():
     assert not y.requires_grad
 
 
-def change_parameter(net):
-    with torch.no_grad():
-        net.a.bias.add_(1)
-
-
-def change_body(net):
-    net.a.forward = lambda x: x.exp()[:, [0, 1, 2, 3, 0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("change", "create_graph", "words"),
-    [
-        (change_parameter, False, "a parameter was changed or replaced since"),
-        (change_body, False, "computes something else than in its forward pass"),
-        (lambda net: None, True, "A lean module has no second derivative"),
-    ],
-)
-def test_refused(change, create_graph, words):
+def test_a_body_that_computes_something_else_by_then_is_refused():
     net, x = Net(), make_input()
     y = net(x).sum()
-    change(net)
-    with pytest.raises(RuntimeError, match=words):
-        torch.autograd.grad(y, x, create_graph=create_graph)
+    net.a.forward = lambda x: x.exp()[:, [0, 1, 2, 3, 0, 1]]
+    with pytest.raises(RuntimeError, match="computes something else than in its forward pass"):
+        torch.autograd.grad(y, x)
 
 
 def test_what_cannot_run_twice():

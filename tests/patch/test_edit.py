@@ -7,6 +7,7 @@ import torch
 
 from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of, stack
+from pacatune.patch.edit import shared_columns
 
 WEIGHT = torch.arange(24.0).view(4, 6)
 NOTHING = torch.zeros(4, 0)
@@ -52,14 +53,6 @@ def test_patches_of_nothing_and_of_other_names_are_refused():
         Patch(edits={"b": make_edit([1])})
     with pytest.raises(ValueError, match="`patches` is empty"):
         stack([])
-
-
-def test_the_inverse_takes_back():
-    patch = make_patch(1, 4)
-    edit, inverse = patch.edits["a.weight"], patch.inverse().edits["a.weight"]
-    assert torch.equal(inverse.new, edit.original)
-    assert torch.equal(inverse.original, edit.new)
-    assert (patch.num_bytes, patch.num_columns) == (4 * 2 * 2, 2)
 
 
 def test_disjoint_patches_stack_in_any_order():
@@ -122,3 +115,9 @@ def test_a_stack_knows_the_base_by_what_none_of_them_changes():
     one = make_patch(1, fingerprint={"a.weight": {2: "x", 5: "y"}})
     two = make_patch(2, fingerprint={"a.weight": {1: "z", 5: "y"}})
     assert stack([one, two]).fingerprint == {"a.weight": {5: "y"}}
+
+
+def test_shared_columns_are_counted():
+    others = make_patch(3, 4), make_patch(0), make_patch(0, dim=0)
+    found = [shared_columns(make_patch(1, 4).edits, other.edits) for other in others]
+    assert [one.get("a.weight", 0) for one in found] == [1, 0, 2]

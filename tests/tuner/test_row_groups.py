@@ -1,6 +1,6 @@
 """`PacaConfig(groups=G)`: what is chosen, saved and loaded.
 
-Gradients are held by tests/residency and tests/ops, graphs by test_compile.py.
+Gradients are held by tests/residency and tests/ops, graphs by test_compiled.py.
 """
 
 import copy
