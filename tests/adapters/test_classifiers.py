@@ -54,7 +54,6 @@ def test_a_merged_lora_reward_model(model_copy, tmp_path):
     [
         ({"id2label": {"0": "a", "1": "b"}}, "names 2 classes, and the adapter has a head of 3"),
         ({"id2label": {"1": "a", "2": "b", "3": "c"}}, "must name the classes from '0' on"),
-        ({"id2label": {"0": 1}}, "must name the classes from '0' on"),
         ([], "must name the classes from '0' on"),
         (
             {"id2label": {"0": "a", "1": "b", "2": "c"}, "pad_token_id": "x"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pacatune.lean import attend, gated_product, layer_norm, linear_cross_entropy, rms_norm
+from pacatune.lean import attend, gated_product, linear_cross_entropy, rms_norm
 from pacatune.lean.batch_norm import frozen_batch_norm
 from tests.lean.functions import CASES, FORMS, B, D, H, K, N, T, V, attention, gated, run, sdpa
 from tests.ops.twin import assert_equal, assert_within_own_error, cast, leaves_of
@@ -150,7 +150,6 @@ LOSS = {n: x for n, x in CASES["loss"].tensors.items() if n != "bias"}
     [
         (rms_norm, {"x": X, "weight": ONES[1:]},
          r"must be \(I=8,\) to fit `x` \(3, 8\), got shape \(7,\)"),
-        (layer_norm, {"x": X, "weight": ONES, "bias": torch.ones(9)}, r"must be \(I=8,\)"),
         *((frozen_batch_norm, STATISTICS | {name: ONES[:6].clone().requires_grad_()},
            f"`{name}` asks for a gradient, but is frozen here") for name in ("weight", "bias")),
         (gated_product, {"gate": X, "up": X, "activation": "swish"},
@@ -162,8 +161,6 @@ LOSS = {n: x for n, x in CASES["loss"].tensors.items() if n != "bias"}
          r"`x` must be \(N, I\) and `weight` \(V, I\), got \(11, 6\)"),
         (linear_cross_entropy, LOSS | {"target": LOSS["target"][1:]},
          r"`target` must be \(N=11,\) int64, got \(10,\)"),
-        (linear_cross_entropy, LOSS | {"target": LOSS["target"].int()},
-         r"`target` must be \(N=11,\) int64, got \(11,\) of torch.int32"),
         (linear_cross_entropy, LOSS | {"reduction": "none"},
          r"`reduction` \('none'\) must be 'mean' or 'sum'"),
         (linear_cross_entropy, LOSS | {"chunk_rows": 0}, r"`chunk_rows` \(0\) must be at least 1"),

@@ -12,18 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune.residency import put as put_module
 from tests.releases import compiles_whole
+from tests.residency.net import Net
 from tests.tuner import nets
 from tests.tuner.nets import layers
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(10, 12)
-        self.second = nn.Linear(12, 6)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
 
 
 class Pair:
