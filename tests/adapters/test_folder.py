@@ -25,7 +25,6 @@ from tests.adapters.fixtures import edit_json, edit_tensors
 
 CONFIG, TENSORS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "pacatune.json"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-V = "base_model.model.model.layers.0.self_attn.v_proj"
 HEAD = "base_model.model.lm_head.weight"
 
 
