@@ -97,6 +97,18 @@ def test_an_adapter_of_earlier_versions(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_hotswap_of_other_groups_and_another_seed(tmp_path):
+    """A reference adapter is made from the configuration alone."""
+    other, model = adapt(2, random_seed=3), adapt(4, random_seed=5)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(other))
+    config = model.peft_config["default"]
+    assert (config.groups, config.columns[NAME]) == (2, indices_of(other).tolist())
+    model.add_adapter("reference", config)
+    assert indices_of(model, "reference").equal(indices_of(model))
+
+
 def test_given_columns(tmp_path):
     columns = {"q_proj": [[3, 1], [0, 1]], "down_proj": [[5, 6], [7, 9]]}
     model = adapt(2, r=2, selection=columns)
@@ -104,6 +116,18 @@ def test_given_columns(tmp_path):
     model.save_pretrained(tmp_path)
     for one in (model, PeftModel.from_pretrained(build_model(300), tmp_path)):
         assert indices_of(one).tolist() == [[1, 3], [0, 1]]
+
+
+def test_weighted_sums_have_all_columns_of_all_groups():
+    model = adapt(4)
+    model.add_adapter("one", PacaConfig(**FIXED, init_weights=False, random_seed=9))
+    model.add_weighted_adapter(["default", "one"], [0.3, -2.0], "sum")
+    layer = layer_of(model)
+    assert model.peft_config["sum"].groups == 1
+    distinct = torch.cat([indices_of(model).flatten(), indices_of(model, "one")]).unique()
+    assert indices_of(model, "sum").equal(distinct)
+    parts = (0.3 * layer.get_delta_weight("default"), -2.0 * layer.get_delta_weight("one"))
+    torch.testing.assert_close(layer.get_delta_weight("sum"), sum(parts))
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
