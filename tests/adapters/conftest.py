@@ -3,12 +3,7 @@
 import pytest
 
 from pacatune.adapters.base import load_base
-from tests.adapters.fixtures import (
-    adapter_copy,
-    adapter_dir,
-    lora_dir,
-    model_copy,
-)
+from tests.adapters.fixtures import adapter_copy, adapter_dir, lora_dir, model_copy
 
 __all__ = ["adapter_copy", "adapter_dir", "lora_dir", "model_copy"]
 

@@ -68,26 +68,6 @@ def test_the_lora_adapter_computes_the_same(export, tiny_model_dir, tmp_path):
     assert not any("paca" in key for key in config)
 
 
-def test_row_groups_have_the_rank_of_what_they_draw_from(export, tiny_model_dir, tmp_path):
-    options = {"groups": 4, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 2}}
-    adapted, result, config, tensors = export(**options)
-    modules = read_adapter(tmp_path / "adapter").modules
-    rank = max(len(one.indices) for one in modules.values())
-    assert rank == 16
-    assert result.rounding < 1e-6
-    # The same factor, 8 / 4 for 4 columns of each row.
-    assert (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
-    assert f"4 row groups of 4 columns: as LoRA the rank is {rank}" in result.notes[0]
-    assert_same_in_peft(tiny_model_dir, tmp_path / "lora", adapted, atol=1e-5)
-    for name, update in modules.items():
-        a, b = (tensors[f"base_model.model.{name}.lora_{one}.weight"] for one in "AB")
-        scaling = 1 if "v_proj" in name else 2
-        parts = (b @ a).chunk(4), update.delta.chunk(4), update.columns()
-        for rows, own, columns in zip(*parts, strict=True):
-            assert int((rows != 0).any(0).sum()) == len(columns)
-            torch.testing.assert_close(2 * rows[:, columns], scaling * own)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -93,6 +93,7 @@ def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_pat
     notes = " ".join(result.notes)
     assert ("convolutions have ranks of their own" in notes) == is_convolution
     assert ("with groups but cannot merge" in notes) == has_groups
+    assert ("columns: as LoRA the rank is" in notes) == (groups > 1)
     if kind in kinds.ATTENTION:
         exported = PeftModel.from_pretrained(kinds.build(kind), lora)
         torch.testing.assert_close(pooled(exported.eval()), pooled(model))

@@ -16,24 +16,6 @@ from tests.releases import needs
 CONFIG = "adapter_config.json"
 
 
-def test_an_attached_adapter_computes_what_was_saved(tiny_model_dir, tmp_path, model):
-    saved = save_adapter(tiny_model_dir, tmp_path / "adapter", rank_pattern={"v_proj": 2})
-    attached, notes = attach(model, read_adapter(tmp_path / "adapter"))
-    assert notes == []
-    assert not attached.training
-    expected = logits_of(saved)
-    assert torch.equal(logits_of(attached), expected)
-    with attached.disable_adapter():
-        assert not torch.allclose(logits_of(attached), expected, atol=1e-3)
-
-
-def test_an_adapter_of_another_base_is_refused_before_peft_sees_it(adapter_dir, model):
-    model.model.layers[0].mlp.down_proj = torch.nn.Linear(64, 48)
-    with pytest.raises(ValueError, match="belongs to another base"):
-        attach(model, read_adapter(adapter_dir))
-    assert not hasattr(model, "peft_config")
-
-
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

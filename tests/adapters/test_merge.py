@@ -5,12 +5,10 @@ from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from pacatune.adapters.export import export_lora
-from pacatune.adapters.loading import answered_warnings
 from pacatune.adapters.merge import merge, rounding_limit
 from pacatune.adapters.probe import OutputError, check_outputs, probe_inputs, run_probe
 from pacatune.tuner import PacaLayer
@@ -115,18 +113,6 @@ def test_what_else_was_trained_is_merged_too(tmp_path, config, changed):
     assert torch.allclose(logits_of(merged), logits_of(adapted), atol=1e-5)
 
 
-def test_a_lora_adapter_is_merged_by_peft(tiny_model_dir, lora_dir, tmp_path):
-    result = merge(str(tiny_model_dir), lora_dir, tmp_path / "out")
-    assert result.num_modules == 6
-    assert result.error.max_relative < 1e-5
-    assert result.effect > 0.01
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with answered_warnings():
-        expected = logits_of(PeftModel.from_pretrained(model, lora_dir))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits_of(merged), expected, atol=1e-5)
-
-
 def test_an_untrained_adapter_is_noted(adapter_copy, tmp_path):
     scale(adapter_copy, 0)
     result = merge(None, adapter_copy, tmp_path / "out")
@@ -225,15 +211,6 @@ def test_a_merge_that_forgets_a_column_is_refused(adapter_dir, tmp_path, monkeyp
     message = r"module 'model\..*: the merged columns are not W \+ scaling \* delta in torch"
     with pytest.raises(ValueError, match=message):
         merge(None, adapter_dir, tmp_path / "out", verify=False)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_lora_merge_that_does_nothing_is_refused(lora_dir, tmp_path, monkeypatch):
-    from peft.tuners.lora import Linear
-
-    monkeypatch.setattr(Linear, "merge", lambda self, *args, **kwargs: None)
-    with pytest.raises(ValueError, match="outputs differ from the adapter's by"):
-        merge(None, lora_dir, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
 
 

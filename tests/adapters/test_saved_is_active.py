@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import LlamaForSequenceClassification
 
 from pacatune import PacaConfig
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.loading import answered_warnings, hotswap_adapter
 from pacatune.format.tensors import PEFT_PREFIX
 from tests.adapters.fixtures import edit_json, edit_tensors
+from tests.conftest import build_model
 
 IDS = torch.arange(10)[None]
 CHOICES = [
@@ -25,18 +26,9 @@ CHOICES = [
 
 
 def make_base(task_type):
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        num_labels=3,
-    )
+    config = build_model(50, num_labels=3).config
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model = LlamaForSequenceClassification(config).eval()
     return model if task_type else model.model
 
 

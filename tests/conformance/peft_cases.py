@@ -20,11 +20,7 @@ CUSTOM = [
     ("Vanilla MLP 3", "MLP", MLP_2),
     ("Vanilla MLP 4", "MLP", BOTH),
     ("Vanilla MLP 5 modules_to_save", "MLP", {**MLP_1, "modules_to_save": ["lin1"]}),
-    (
-        "Vanilla MLP 6 exclude_modules",
-        "MLP",
-        {"target_modules": "lin.*", "exclude_modules": ["lin1"]},
-    ),
+    ("Vanilla MLP 6 exclude_modules", "MLP", EXCLUDED),
     ("Vanilla MLP 7 patterns", "MLP", {**BOTH, **PATTERNS}),
     ("Embedding + transformers Conv1D 1", "EmbConv1D", {"target_modules": ["conv1d"]}),
     ("Embedding + transformers Conv1D 2", "EmbConv1D", {"target_modules": ["emb"]}),

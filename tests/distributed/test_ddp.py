@@ -33,24 +33,6 @@ def test_losses_adapter_and_base(pair, options):
     net.assert_equal_to_one(pair.run(train_copies, **options), one, atol)
 
 
-def count_writes(accumulation, checkpointing):
-    model = net.adapt()
-    if checkpointing:
-        net.checkpoint(model, use_reentrant=False)
-    wrapped = DistributedDataParallel(model)
-    with net.counted_writes() as writes:
-        net.train(wrapped, accumulation=accumulation, part=net.half, no_sync=wrapped.no_sync)
-    return len(set(writes)), len(net.layers_of(model)), len(writes)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_at_most_two_column_writes_per_step(pair, accumulation, checkpointing):
-    for num_written, num_layers, num_writes in pair.run(count_writes, accumulation, checkpointing):
-        assert num_written == num_layers
-        assert num_layers * net.NUM_STEPS <= num_writes <= 2 * num_layers * net.NUM_STEPS
-
-
 def two_forwards_before_one_backward():
     def loss_of(wrapped, batch):
         return sum(net.loss_of(wrapped, net.half(ids)) for ids in batch.chunk(2)) / 2
@@ -77,43 +59,3 @@ def train_from_other_starts():
 
 def test_the_first_process_says_where_to_start(pair):
     net.assert_equal_to_one(pair.run(train_from_other_starts))
-
-
-def train_with_sharded_optimizer(as_views):
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    model = net.adapt()
-    wrapped = DistributedDataParallel(model)
-    optimizer = ZeroRedundancyOptimizer(
-        net.trained(model), torch.optim.AdamW, parameters_as_bucket_view=as_views, lr=1e-2
-    )
-    return net.train(wrapped, optimizer, part=net.half), net.adapter_of(model)
-
-
-@pytest.mark.parametrize("as_views", [False, True])
-def test_optimizer_that_sends_new_values(pair, as_views):
-    # A process steps half of the deltas and receives the others through `.data`.
-    net.assert_equal_to_one(pair.run(train_with_sharded_optimizer, as_views))
-
-
-def train_and_average():
-    from torch.distributed.algorithms.model_averaging.utils import average_parameters
-
-    model = net.adapt()
-    losses = []
-    for batch in net.batches():
-        optimizer = torch.optim.SGD(net.trained(model), lr=0.5)
-        loss = net.loss_of(model, net.half(batch))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        average_parameters(iter(net.trained(model)), torch.distributed.group.WORLD)
-        losses.append(loss.item())
-    return losses, net.adapter_of(model)
-
-
-def test_averaged_parameters(pair):
-    # One step of SGD on each half, averaged, is one step on the whole.
-    model = net.adapt()
-    losses = net.train(model, torch.optim.SGD(net.trained(model), lr=0.5))
-    net.assert_equal_to_one(pair.run(train_and_average), (losses, net.adapter_of(model)))

@@ -19,17 +19,13 @@ def test_an_object_is_read_with_its_values():
     ("text", "message"),
     [
         ("[" * 1_000_000, "it is not valid JSON: maximum recursion"),
-        ('{"a":' * 500_000, "it is not valid JSON: maximum recursion"),
         ("[1]", "it holds a JSON list; it must be an object"),
-        ('"text"', "it holds a JSON str; it must be an object"),
         ('{"a": 1', "it is not valid JSON"),
         ("", "it is not valid JSON"),
-        ('{"a": "', "it is not valid JSON"),
         (b'{"a": "\xff"}', "it is not valid JSON"),
         ('"' + '\\"' * 1_000_000, "it is not valid JSON"),  # takes linear time
         ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
         ('{"a": NaN}', "NaN is no finite number"),
-        ('{"a": -Infinity}', "-Infinity is no finite number"),
         ('{"a": -1e999}', "-1e999 is no finite number"),
         ('{"a": 1' + "0" * 10_000 + "}", "1000.* is no finite number"),
         ('{"a": 1' + "0" * 40 + "}", "a number has 41 digits; at most 40 are read"),

@@ -70,13 +70,9 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 @pytest.mark.parametrize(
     "header",
     [
-        *(b"not json", b"[]", b"{" * 100, {"a": 1}),
-        {"a": {**ENTRY, "data_offsets": [0, 4, 8]}},
-        {"a": {**ENTRY, "data_offsets": [-4, 4]}},
+        *(b"not json", b"[]", {"a": 1}),
         {"a": {**ENTRY, "dtype": "F31"}},
         {"a": {**ENTRY, "shape": [2**62, 2**62]}},
-        {"a": {**ENTRY, "shape": [3]}},
-        {"a": {**ENTRY, "shape": "x"}},
         {"a": ENTRY, "b": ENTRY},
     ],
 )

@@ -16,11 +16,6 @@ def test_patterns_match_as_in_peft(patterns, name):
     assert expected == (name if found is None else found)
 
 
-@pytest.mark.parametrize(("name", "key"), [("a.q_proj", "q_proj"), ("a.xq_proj", None)])
-def test_a_pattern_fits_whole_parts_of_a_name(name, key):
-    assert matching_key(["q_proj"], name) == key
-
-
 FINE = [
     r".*decoder.*(SA|MHA).*to_[kqv]$",
     r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v)_proj",

@@ -56,9 +56,7 @@ def test_values_that_are_not_finite_are_refused(value):
     ("delta", "message"),
     [
         (torch.ones(4, 3, dtype=torch.int32), r"dtype torch.int32; it must be one of float64"),
-        (torch.ones(4, 3).to(torch.float8_e4m3fn), r"dtype torch.float8_e4m3fn; it must be one of"),
         (torch.ones(3), r"shape \(3,\); it must be \(out_features, rank\)"),
-        (torch.ones(0, 3), r"shape \(0, 3\); it must be \(out_features, rank\)"),
         (torch.ones(4, 0), r"shape \(4, 0\); it must be \(out_features, rank\)"),
         (torch.ones(4, 2), r"shape \(3,\); it must be \(2,\), one entry for each column"),
         (torch.ones(3, 2, 1, 3), r"shape \(3,\); it must be \(2,\), .* shape \(3, 2, 1, 3\)"),
@@ -74,13 +72,11 @@ def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
     ("indices", "message"),
     [
         (torch.tensor([0, 2, 5], dtype=torch.int32), "dtype torch.int32; it must be torch.int64"),
-        (torch.tensor([0.0, 2.0, 5.0]), "dtype torch.float32; it must be torch.int64"),
         (torch.tensor([[0, 2, 5]]), r"shape \(1, 3\); it must be \(3,\)"),
         (torch.tensor(3), r"shape \(\); it must be \(3,\)"),
         (torch.tensor([-1, 2, 5]), "holds -1 at position 0; column numbers must be sorted"),
         (torch.tensor([0, 5, 2]), "holds 2 at position 2; .* Sort them"),
         (torch.tensor([0, 2, 2]), "holds 2 at position 2; .* unique"),
-        (torch.tensor([5, 2, 5]), "holds 2 at position 1; .* unique"),
     ],
 )
 def test_indices_must_be_int64_sorted_and_unique(indices, message):
@@ -92,12 +88,10 @@ def test_indices_must_be_int64_sorted_and_unique(indices, message):
     ("places", "message"),
     [
         ([[0, 1, 2]], r"`paca_places` has shape \(1, 3\); it must have a line for each"),
-        ([0, 1, 2], r"`paca_places` has shape \(3,\); it must have a line"),
         ([[0, 1, 2]] * 4, "has 4 lines, one for each of `groups`, which do not divide the rows"),
         ([[0, 1], [1, 2]], r"`paca_places` has shape \(2, 2\); it must be \(3,\)"),
         ([[0, 2, 4], [1, 1, 3]], "`paca_places` holds 1 at position 1; column numbers must be"),
         ([[0, 2, 4], [1, 2, 5]], "`paca_places` names number 5 of 5 `paca_indices`"),
-        ([[-1, 2, 4], [1, 2, 3]], "`paca_places` holds -1 at position 0"),
         ([[0.0, 2.0, 4.0]] * 2, "`paca_places` has dtype torch.float32"),
     ],
 )

@@ -18,6 +18,8 @@ from pacatune.lean import (
 )
 from pacatune.lean.attention import repeat_heads
 from pacatune.lean.batch_norm import frozen_batch_norm
+from pacatune.measure.counters import SavedBytes
+from tests.ops import twin
 
 B, H, K, T, D = 2, 6, 2, 7, 4
 N, WIDTH, V = 11, 6, 9
@@ -35,6 +37,17 @@ class Case:
         """Names of the tensors that may be trained."""
         found = {n for n, x in self.tensors.items() if x is not None and x.is_floating_point()}
         return found - set(self.frozen)
+
+
+def run(function, tensors, trained):
+    """Return output and gradients by name, and the bytes kept, inputs included."""
+    saved = SavedBytes(torch.nn.Module())
+
+    def counted(**given):
+        with saved:
+            return function(**given)
+
+    return twin.gradients(counted, tensors, trained), saved.num_bytes
 
 
 def _normal(**shapes):

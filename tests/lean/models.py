@@ -10,7 +10,7 @@ from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.measure.counters import SavedBytes
-from tests.lean.twins import assert_results_close, cast
+from tests.ops.twin import assert_equal, cast
 from tests.releases import has
 from tools.families import FAMILIES, VOCAB_SIZE, Family
 
@@ -151,4 +151,4 @@ def adapted(name="Llama", dtype=torch.float32, **options):
 
 
 def assert_equal_results(ours, theirs):
-    assert_results_close(ours, theirs, atol=2e-6, rtol=2e-4)
+    assert_equal(ours, theirs, atol=2e-6, rtol=2e-4)

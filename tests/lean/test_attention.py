@@ -10,7 +10,7 @@ from pacatune.lean import attend
 from pacatune.lean.attention import find_registry
 from tests.lean.functions import CASES, H, plain_attention, sdpa
 from tests.lean.models import adapted, build, gradients
-from tests.lean.twins import cast, leaves
+from tests.ops.twin import cast, leaves_of
 from tests.releases import needs
 
 TENSORS = cast(CASES["attention, causal"].tensors, torch.float32)
@@ -18,7 +18,7 @@ TENSORS = cast(CASES["attention, causal"].tensors, torch.float32)
 
 def test_the_graph_holds_nothing_when_hooks_take_what_is_kept():
     """Non-reentrant checkpointing and offloading rely on it."""
-    tensors = leaves(TENSORS, TENSORS)
+    tensors = leaves_of(TENSORS, TENSORS)
     kept = []
 
     def pack(x):

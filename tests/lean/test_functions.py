@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pacatune.lean import attend, gated_product, layer_norm, linear_cross_entropy, rms_norm
+from pacatune.lean import attend, gated_product, linear_cross_entropy, rms_norm
 from pacatune.lean.batch_norm import frozen_batch_norm
-from tests.lean.functions import CASES, FORMS, B, D, H, K, N, T, V, attention, gated, sdpa
-from tests.lean.twins import assert_results_close, assert_within_own_error, cast, leaves, run
+from tests.lean.functions import CASES, FORMS, B, D, H, K, N, T, V, attention, gated, run, sdpa
+from tests.ops.twin import assert_equal, assert_within_own_error, cast, leaves_of
 
 FIRST = ["attention, causal", "product, silu", "rms_norm, llama", "layer_norm of (5, 8)", "loss"]
 every_case = pytest.mark.parametrize("name", CASES)
@@ -23,7 +23,7 @@ def compare(case, tensors):
 @every_case
 def test_gradcheck(name):
     case = CASES[name]
-    inputs = leaves(case.tensors, case.floating)
+    inputs = leaves_of(case.tensors, case.floating)
     names = sorted(case.floating)
 
     def function(*given):
@@ -46,7 +46,7 @@ def test_gradients_of_some_inputs(name):
     for trained in [*({one} for one in case.floating), {"key", "value"} & case.floating]:
         ours, _ = run(case.function, case.tensors, trained)
         theirs, _ = run(case.plain, case.tensors, trained)
-        assert_results_close(ours, theirs)
+        assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_dropout_is_the_same_in_both_directions():
     case = attention("bool", dropout=0.5)
     tensors = cast(case.tensors, torch.float32)
     ours, theirs = (run(f, tensors, case.floating)[0] for f in (case.function, case.plain))
-    assert_results_close(ours, theirs)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_retained_graphs_and_what_is_refused(name):
     case = CASES[name]
-    inputs = leaves(case.tensors, case.floating)
+    inputs = leaves_of(case.tensors, case.floating)
     trained = [inputs[n] for n in case.floating]
     y = case.function(**{n: x if x.dtype == torch.int64 else 1 * x for n, x in inputs.items()})
     first, second = (torch.autograd.grad(y.sum(), trained, retain_graph=True) for _ in range(2))
@@ -132,7 +132,7 @@ def test_retained_graphs_and_what_is_refused(name):
 
 
 def test_an_inplace_change_between_is_noticed():
-    tensors = leaves(CASES["product, silu"].tensors, {"gate"})
+    tensors = leaves_of(CASES["product, silu"].tensors, {"gate"})
     y = gated_product(**tensors)
     tensors["up"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -150,7 +150,6 @@ LOSS = {n: x for n, x in CASES["loss"].tensors.items() if n != "bias"}
     [
         (rms_norm, {"x": X, "weight": ONES[1:]},
          r"must be \(I=8,\) to fit `x` \(3, 8\), got shape \(7,\)"),
-        (layer_norm, {"x": X, "weight": ONES, "bias": torch.ones(9)}, r"must be \(I=8,\)"),
         *((frozen_batch_norm, STATISTICS | {name: ONES[:6].clone().requires_grad_()},
            f"`{name}` asks for a gradient, but is frozen here") for name in ("weight", "bias")),
         (gated_product, {"gate": X, "up": X, "activation": "swish"},
@@ -162,8 +161,6 @@ LOSS = {n: x for n, x in CASES["loss"].tensors.items() if n != "bias"}
          r"`x` must be \(N, I\) and `weight` \(V, I\), got \(11, 6\)"),
         (linear_cross_entropy, LOSS | {"target": LOSS["target"][1:]},
          r"`target` must be \(N=11,\) int64, got \(10,\)"),
-        (linear_cross_entropy, LOSS | {"target": LOSS["target"].int()},
-         r"`target` must be \(N=11,\) int64, got \(11,\) of torch.int32"),
         (linear_cross_entropy, LOSS | {"reduction": "none"},
          r"`reduction` \('none'\) must be 'mean' or 'sum'"),
         (linear_cross_entropy, LOSS | {"chunk_rows": 0}, r"`chunk_rows` \(0\) must be at least 1"),

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pacatune.lean import ACTIVATIONS, fused, gated_product, rms_norm
-from tests.lean.twins import assert_within_own_error, run
+from tests.lean.functions import run
+from tests.ops.twin import assert_within_own_error
 
 # Inductor imports what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -101,11 +102,3 @@ def test_shapes_of_all_kinds_share_one_graph_each_way(graphs):
         expected = torch.nn.functional.silu(x) * other
         torch.testing.assert_close(found, expected[..., indices])
     assert graphs.frame_count == 5  # a norm, a product, and each backward; the columns
-
-
-def test_a_half_of_a_wider_output_is_not_copied():
-    half, seen = torch.zeros(2, 6, 64)[..., :32], []
-    result = fused._of_matrices(lambda x: seen.append(x) or x, half)
-    assert seen[0].shape == (12, 32)
-    assert seen[0].data_ptr() == half.data_ptr()
-    assert result.shape == half.shape

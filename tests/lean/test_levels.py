@@ -29,7 +29,7 @@ from tests.lean.models import (
     make_batch,
     results,
 )
-from tests.lean.twins import assert_results_close
+from tests.ops import twin
 from tests.releases import parameters_keep_hooks
 
 NO_ATTENTION = "Gemma 2", "DINOv2, SwiGLU"  # none that can be cut
@@ -39,9 +39,7 @@ FAMILIES = sorted(
 )
 
 
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+assert_equal = partial(twin.assert_equal, atol=0)
 
 
 def batch_of(name, dtype=torch.float32):
@@ -82,7 +80,7 @@ def test_gradients_are_those_of_level_1(name, method, dtype):
     if method != "full":
         model = adapt(model, method)
     is_added_up = name == "OLMo 2"
-    check = partial(assert_results_close, **TOLERANCES[dtype]) if is_added_up else assert_equal
+    check = partial(twin.assert_equal, **TOLERANCES[dtype]) if is_added_up else assert_equal
     one, two, three = compare_levels(model, batch_of(name, dtype), check=check)
     assert max(two, three) < one
     if method != "dora" and name not in NO_ATTENTION:

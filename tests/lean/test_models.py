@@ -1,5 +1,7 @@
 """Lean models of every family: gradients, bytes, and no trace left."""
 
+import json
+
 import pytest
 import torch
 
@@ -39,6 +41,7 @@ LEFT = {
 def test_report(name):
     model = build(name)
     report = lean.enable(model)
+    assert json.loads(json.dumps(report.to_dict()))["made"] == report.made
     assert {kind: len(names) for kind, names in report.made.items()} == FOUND[name]
     assert all(model.get_submodule(place) for names in report.made.values() for place in names)
     assert len(report.already.get("norm", [])) == ALREADY.get(name, 0)

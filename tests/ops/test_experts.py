@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,23 +76,6 @@ def test_equal_to_reference(is_transposed, is_grouped, ends, dtype, groups) -> N
         ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
         theirs = gradients(reference.paca_experts_linear, tensors, trained, **layout)
         twin.assert_equal(ours, theirs, 1e-12 if dtype == torch.float64 else 1e-5)
-
-
-def test_experts_without_tokens_get_no_gradient() -> None:
-    delta = gradients(paca_experts_linear, make((3, 3, 9, 9)), {"delta"})["delta"]
-    assert [bool(one.any()) for one in delta] == [True, False, True, False]
-
-
-@WAYS
-def test_second_adapter_is_added(is_grouped: bool) -> None:
-    one, two = make(dtype=torch.float32), make(dtype=torch.float32, rank=8)
-    x, weight, offsets = one["x"], one["weight"], one["offsets"]
-    update = (two["delta"], two["indices"], 0.5, offsets)
-    adapted = reference.adapted_experts(weight, two["delta"], two["indices"], 0.5)
-    expected = reference.paca_experts_linear(**{**one, "weight": adapted}, scaling=2.0)
-    y = paca_experts_linear(**one, scaling=2.0, is_grouped=is_grouped)
-    y = y + paca_experts_update(x, *update, is_grouped=is_grouped)
-    torch.testing.assert_close(y, expected)
 
 
 @WAYS
@@ -199,35 +181,12 @@ def test_saved_bytes_are_routed_tokens_times_rank(is_transposed, is_grouped, dty
     assert twin.bytes_kept(call, leaves.values()) == 9 * RANK * dtype.itemsize
 
 
-# Dynamo itself instantiates autograd Functions while it traces them.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="an old torch rounds otherwise compiled")
-@LAYOUTS
-@WAYS
-@pytest.mark.parametrize(
-    ("dtype", "groups"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1)]
-)
-def test_compiles_whole_and_once(is_transposed, is_grouped, dtype, groups) -> None:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(paca_experts_linear, fullgraph=True, backend=counter)
-    for ends in [(3, 3, 9, 9), (0, 9, 9, 9), (2, 4, 6, 9)]:  # other groups, same graph
-        tensors = make(ends, dtype, is_transposed, rank=8, groups=groups)
-        options = {"is_transposed": is_transposed, "is_grouped": is_grouped}
-        ours = gradients(compiled, tensors, {"x", "delta"}, **options)
-        theirs = gradients(paca_experts_linear, tensors, {"x", "delta"}, **options)
-        twin.assert_equal(ours, theirs)
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("weight", torch.zeros(8, 12), r"`weight` must be \(E, O, I\), got shape \(8, 12\)"),
         ("x", torch.zeros(9, 8), r"`x` must be \(S, I=12\).*\(E, O, I\); got shape \(9, 8\)"),
-        ("x", torch.zeros(12), r"`x` must be \(S, I=12\)"),
         ("offsets", torch.zeros(3, dtype=torch.int32), r"`offsets` must be \(E=4,\) int32"),
-        ("offsets", torch.zeros(4, dtype=torch.int64), r"got shape \(4,\) of torch.int64"),
         ("delta", torch.zeros(8, 4), r"`delta` must be \(E=4, O, R\).*got shape \(8, 4\)"),
         ("delta", torch.zeros(4, 7, 4), r"`delta` must be \(E=4, O=8, R\).*\(4, 7, 4\)"),
         ("delta", torch.zeros(4, 8, 5), "`delta` is of 5 columns, and `indices` has 4"),

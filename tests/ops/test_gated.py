@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pacatune.lean import ACTIVATIONS
 from pacatune.ops import reference
 from pacatune.ops.linear import apply_paca_linear
-from tests.lean.twins import assert_results_close, assert_within_own_error, run
+from tests.ops import twin
 from tests.ops.twin import choose, normal
 
 WIDTH, OUT, RANK = 11, 6, 3
@@ -56,15 +56,14 @@ def together(gate, up, delta, bias, activation="silu", groups=1, is_resident=Tru
 def test_equals_apart(is_resident, activation, leading, dtype):
     tensors, trained = make(leading, dtype), {"gate", "up", "delta", "bias"}
     options = {"activation": activation}
-    ours, _ = run(partial(together, **options, is_resident=is_resident), tensors, trained)
-    theirs, _ = run(partial(apart, **options), tensors, trained)
+    ours = twin.gradients(partial(together, **options, is_resident=is_resident), tensors, trained)
+    theirs = twin.gradients(partial(apart, **options), tensors, trained)
     if dtype == torch.float64:
-        assert_results_close(ours, theirs)
+        twin.assert_equal(ours, theirs)
         return
-    wide = {name: x.double() for name, x in tensors.items()}
-    weight = fixed(dtype)[0].double()
-    exact, _ = run(partial(apart, **options, weight=weight), wide, trained)
-    assert_within_own_error(ours, theirs, exact, factor=2.5)
+    weight, wide = fixed(dtype)[0].double(), twin.cast(tensors, torch.float64)
+    exact = twin.gradients(partial(apart, **options, weight=weight), wide, trained)
+    twin.assert_within_own_error(ours, theirs, exact, factor=2.5)
 
 
 @pytest.mark.parametrize("trained", [{"delta"}, {"gate"}, {"up", "bias"}, {"gate", "up"}])
@@ -73,18 +72,17 @@ def test_equals_apart(is_resident, activation, leading, dtype):
 def test_frozen_inputs(trained, bias, groups, is_resident):
     tensors = make((2, 3), bias=bias)
     trained = {name for name in trained if tensors[name] is not None}
-    ours, _ = run(partial(together, groups=groups, is_resident=is_resident), tensors, trained)
-    theirs, _ = run(partial(apart, groups=groups), tensors, trained)
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected)
+    both = partial(together, groups=groups, is_resident=is_resident), partial(apart, groups=groups)
+    twin.assert_equal(*(twin.gradients(one, tensors, trained) for one in both))
 
 
 def test_bytes_kept():
     tensors = make((40,), torch.bfloat16, bias=False)
     weight, indices, _ = fixed(torch.bfloat16)
-    _, ours = run(partial(together, is_resident=False), tensors, {"gate", "up", "delta"})
+    leaves = twin.leaves_of(tensors, {"gate", "up", "delta"})
+    kept = twin.bytes_kept(lambda: together(**leaves, is_resident=False), [])
     parameters = weight.nbytes + indices.nbytes + tensors["delta"].nbytes
-    assert ours == 2 * 40 * WIDTH * 2 + parameters
+    assert kept == 2 * 40 * WIDTH * 2 + parameters
 
 
 class Elsewhere:
@@ -117,11 +115,3 @@ def test_asks_again_before_it_reads_the_weight():
         torch.testing.assert_close(leaves[name].grad, twin[name].grad)
     torch.testing.assert_close(y, apart(**twin))
     assert F.linear(torch.zeros(1, WIDTH, dtype=torch.float64), memory).abs().sum() == 0
-
-
-def test_columns_of_the_product():
-    gate, up = make((4,))["gate"], make((4,))["up"]
-    _, indices, _ = fixed(torch.float64)
-    silu = ACTIVATIONS["silu"]
-    found = silu.product_columns(gate, up, indices)
-    assert torch.equal(found, silu.product(gate, up).index_select(-1, indices))

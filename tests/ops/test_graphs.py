@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from pacatune.ops import paca_conv, paca_experts_linear, paca_linear, paca_linear_additive
-from tests.ops import test_convolution, test_experts, test_gated, test_linear, twin
+from tests.ops import test_convolution, test_experts, test_gated, test_linear, test_quantized, twin
 
 
 def build(name):
     if name == "gated":
         return test_gated.together, test_gated.make((2,))
+    if name == "quantised":
+        return test_quantized.ours(test_quantized.Codes()), test_quantized.make(4)
     if name == "convolution":
         tensors, options = test_convolution.make("2d")
         return partial(paca_conv, scaling=1.0, **options), tensors
@@ -32,7 +34,7 @@ def test_nothing_is_kept_for_a_gradient_that_nobody_needs(name):
     assert twin.bytes_kept(lambda: function(**leaves), leaves.values()) == 0
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, "gated"])
+@pytest.mark.parametrize("name", [*OPERATIONS, "gated", "quantised"])
 def test_a_second_derivative_is_refused(name):
     function, tensors = build(name)
     leaves = twin.leaves_of(tensors, {"x", "gate"})

@@ -46,13 +46,6 @@ def test_expanded_and_collected(shape, dim) -> None:
     assert delta.grad.equal(collect(gradient, places, dim))
 
 
-def test_without_a_pattern_nothing_is_made() -> None:
-    delta, indices = normal(OUT, RANK), torch.arange(RANK)
-    assert expand(delta, None, RANK) is delta
-    assert collect(delta, None) is delta
-    assert divide(indices) == (indices, None)
-
-
 def test_a_process_without_rows() -> None:
     places = torch.empty(0, RANK, dtype=torch.int64)
     assert expand(torch.empty(0, RANK), places, 9).shape == (0, 9)

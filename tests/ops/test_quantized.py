@@ -85,13 +85,6 @@ def test_keeps_the_chosen_channels_and_dequantises_once_each_way(own_kernel):
     assert weight.count == 2
 
 
-def test_no_second_derivative():
-    leaves = twin.leaves_of(make(4), {"x"})
-    y = ours(Codes())(**leaves)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)
-
-
 @own_kernel
 def test_autocast_computes_as_it_does_for_a_linear_layer(own_kernel):
     weight, tensors = Codes(), make(2, 3, dtype=torch.float32, bias=False)

@@ -68,24 +68,6 @@ def test_every_kind_of_weight(kind, groups, tmp_path):
             patch.apply(AutoModelForCausalLM.from_pretrained(base), made)
 
 
-def test_row_groups_in_a_file_and_in_place(single, bf16_dir, tmp_path):
-    """They are columns as others are: those that the groups draw from."""
-    save_adapter(single, tmp_path / "adapter", dtype="bfloat16", groups=4)
-    made = make(bf16_dir, tmp_path / "adapter")
-    assert made.num_bytes == 2 * 2 * 16 * (32 + 16 + 32)
-    patch.save(made, tmp_path / "p.safetensors")
-    found = patch.load(tmp_path / "p.safetensors")
-    assert patch.compare_patches(found, made).differing == []
-    assert patch.apply_in_place(single, found).column_bytes == made.num_bytes
-    assert_same_tensors(single, tmp_path / "merged")
-    model = AutoModelForCausalLM.from_pretrained(single, dtype="auto")
-    patch.revert(model, found)
-    model.save_pretrained(tmp_path / "reverted")
-    assert_same_tensors(tmp_path / "reverted", bf16_dir)
-    patch.apply_in_place(single, found, revert=True)
-    assert contents(single) == contents(bf16_dir)
-
-
 @pytest.mark.parametrize(("groups", "with_fingerprint"), [(1, True), (4, False)])
 def test_the_adapter_comes_back_exactly(bf16_dir, tmp_path, groups, with_fingerprint):
     options = {"groups": groups, "with_fingerprint": with_fingerprint}

@@ -144,32 +144,3 @@ def test_a_look_at_every_line(base, model, x):
             net.check(base, model, x)
         net.assert_base(base, model)
     assert number > 60
-
-
-@pytest.mark.parametrize(
-    ("owner", "operation"),
-    [(torch.Tensor, "index_select"), (torch.Tensor, "index_copy_"), (torch, "add")],
-)
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_out_of_memory_in_every_operation(
-    owner, operation, fails_at, base, model, x, monkeypatch: pytest.MonkeyPatch
-):
-    """As `auto_find_batch_size` catches it, while another adapter's columns are copied aside."""
-    prepare(model, x)
-    model.set_adapter("other")
-    original, calls = getattr(owner, operation), []
-
-    def out_of_memory(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == fails_at:
-            raise torch.OutOfMemoryError("out of memory")
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, operation, out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            train(model, x)
-    net.check(base, model, x, "other")
-    model.set_adapter("default")
-    net.check(base, model, x)
-    net.assert_base(base, model)

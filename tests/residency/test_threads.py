@@ -13,12 +13,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig, resident
 from pacatune.residency.reading import read, read_pretrained
 from pacatune.residency.watching import LOCK
 from tests import forks
+from tests.conftest import build_model
 from tests.residency import net
 from tests.residency.looks import HANDED_OUT, LOOKS, assert_sees_base
 
@@ -75,24 +75,15 @@ def test_evaluation_beside_another_thread(other, base, model, x, pool):
     net.assert_base(base, model)
 
 
-def llama(**options) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Return an adapted model, and what generates with it."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    model = get_peft_model(base, PacaConfig(**options)).eval()
-    ids = torch.randint(0, 64, (2, 16))
+def test_the_thread_that_trains_generates_with_resident_columns(pool):
+    config = PacaConfig(r=4, target_modules="all-linear", init_weights=False)
+    model = get_peft_model(build_model(64), config).eval()
 
     def generate() -> Tensor:
-        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        ids = torch.randint(0, 64, (2, 16))
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
 
-    return model, generate
-
-
-def test_the_thread_that_trains_generates_with_resident_columns(pool):
-    model, generate = llama(r=4, target_modules="all-linear", init_weights=False)
     seen: list[bool] = []
     model.get_base_model().model.layers[0].mlp.register_forward_hook(
         lambda *call: seen.append(is_written(model)[0])

@@ -252,7 +252,6 @@ def test_gradients_of_quantised_layers(name):
         ("random", TARGETS, None, r"`selection` \('random'\) needs no statistics"),
         (INPUTS, ["embed", "up"], None, "target 'embed' is an embedding, whose input has no col"),
         ("gradient", ["up", "unused"], None, "1 targets have no gradient in 4 .*first 'unused'"),
-        ("gradient", TARGETS, [], r"`num_batches` \(0\) must be at least 1"),
     ],
 )
 def test_what_has_no_statistics(selection, targets, batches, message):

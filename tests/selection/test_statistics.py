@@ -39,11 +39,6 @@ def test_wrong_values(values, message):
 
 
 def test_files_of_another_kind(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none does not exist"):
-        ColumnStatistics.load(tmp_path / "none")
     save_file({"a.gradient": torch.ones(2)}, tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="was not written by ColumnStatistics"):
         ColumnStatistics.load(tmp_path / "s.safetensors")
-    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        ColumnStatistics.load(tmp_path / "pickle.safetensors")

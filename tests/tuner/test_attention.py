@@ -210,26 +210,6 @@ def test_fused_inference_does_not_pass_by_the_adapter(targets, is_padded: bool) 
     assert merged.layers[1].activation_relu_or_gelu == base.layers[1].activation_relu_or_gelu
 
 
-def test_both_parts_merged_and_unloaded() -> None:
-    """out_proj is then a child of the attention again."""
-    base = build(batch_first=True)
-    model, args = adapt(base), inputs(base, "cross")
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    y = evaluate(model, *args)[0]
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(evaluate(model, *args)[0], y)
-    with model.disable_adapter():
-        torch.testing.assert_close(model(*args)[0], base(*args)[0], atol=1e-12, rtol=1e-12)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert [name for name, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
-    assert list(merged.state_dict()) == list(base.state_dict())
-    torch.testing.assert_close(evaluate(merged, *args)[0], y)
-    assert vars(merged.get_submodule("attn")).keys() == vars(base.get_submodule("attn")).keys()
-    for name, tensor in model.unload().state_dict().items():
-        assert torch.equal(tensor, base.state_dict()[name])
-
-
 @pytest.mark.parametrize(
     ("targets", "ranks"),
     [

@@ -200,12 +200,6 @@ def test_per_sample_gradients_by_torch_func(is_compiled):
     torch.testing.assert_close(rowwise(one.x.detach()), torch.autograd.grad(loss, one.x)[0])
 
 
-@pytest.mark.parametrize("name", ["1d", "2d depthwise", "3d"])
-def test_unbatched_input(name):
-    one = One(name)
-    torch.testing.assert_close(one.model(one.x[1]), one.model(one.x)[1])
-
-
 def test_an_offloaded_layer_with_a_forward_of_its_own_is_refused():
     layer = layers(adapt(nn.Sequential(Standardises(3, 4, 3))))["0"]
     layer.base_layer.to("meta")

@@ -115,12 +115,6 @@ def test_a_second_adapter_gets_the_same_targets(llama):
     assert survey(model.base_model.model)["experts.0"] == "outside the blocks"
 
 
-def test_towers_are_left_alone():
-    model = get_peft_model(FAMILIES["Gemma 3, multimodal"].build(), PacaConfig(r=2))
-    assert len(layers(model)) == 14
-    assert all("language_model.layers." in name for name in layers(model))
-
-
 def test_a_matrix_of_the_model_itself_has_no_name_to_log(caplog):
     model = Model(nn.ModuleList([Block(), Block()]))
     model.weight = nn.Parameter(torch.zeros(3, 4))  # as timm's ViT has its positions

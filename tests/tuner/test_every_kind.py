@@ -6,7 +6,6 @@ tests/residency/twin.py has the kinds; random walks over them do the same in any
 
 import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -186,17 +185,6 @@ def test_saved_and_loaded(kind: str, tmp_path) -> None:
     loaded = PeftModel.from_pretrained(base_of(twin), tmp_path, **options)
     x = twin.inputs()
     assert torch.equal(evaluate(loaded, x), evaluate(twin.model, x))
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-@floating
-def test_copies_are_independent(kind: str, copied) -> None:
-    twin = make(kind)
-    x = twin.inputs()
-    want, other = evaluate(twin.model, x), copied(twin.model)
-    twin.layer.delta_of("default").data.zero_()
-    assert torch.equal(evaluate(other, x), want)
-    twin.close(evaluate(twin.model, x), evaluate(base_of(twin), x))
 
 
 @floating

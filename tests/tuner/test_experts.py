@@ -5,11 +5,10 @@ test_every_kind.py holds what PEFT does with one adapted parameter; here are mod
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -55,19 +54,6 @@ def test_equal_to_reference_and_merged(
     model.merge_adapter()
     if implementation == "eager":  # torch's grouped GEMM does not take float64
         torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "use_reentrant"), [("mixtral", False), ("llama4", True)])
-def test_gradient_checkpointing(kind: str, use_reentrant: bool) -> None:
-    base = build(kind)
-    model = adapt(base)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
-        model.get_base_model().gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-        )
-    model.enable_input_require_grads()
-    assert_equal(model.train(), base)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,12 +172,6 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         base.load_adapter(str(tmp_path))
         torch.testing.assert_close(logits(base), logits(model))
-
-    def test_a_file_for_other_parameters_is_refused(self) -> None:
-        tensors = get_peft_model_state_dict(adapt(build("mixtral"), target_parameters=UP))
-        model = adapt(build("mixtral"), target_parameters=DOWN)
-        with pytest.raises(ValueError, match=r"gate_up_proj.paca_delta', but this model has no"):
-            set_peft_model_state_dict(model, tensors)
 
 
 def test_a_second_adapter_has_parameters_that_the_first_has_not() -> None:

@@ -103,22 +103,3 @@ def test_a_layer_of_peft_has_that_of_its_base():
     assert target_of_module(model, "0").layout.file_shape == (5, 3)
     with pytest.raises(ValueError, match=r"has no module '1'; the nearest name is"):
         target_of_module(model, "1")
-
-
-def test_inputs_of_torchs_attention_are_query_key_and_value():
-    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    layout = layout_of(nn.MultiheadAttention(4, 2))
-    assert [one is x for one in layout.inputs((x, x), {"value": x})] == [True]
-    assert len(layout.inputs((x,), {"key": y, "value": y, "need_weights": False})) == 2
-
-
-def test_tokens_of_inputs():
-    x = torch.randn(2, 3, 4)
-    layout = layout_of(nn.Linear(4, 6))
-    assert layout.tokens(x).equal(x.flatten(0, 1))
-    assert layout.tokens(x[0, 0]).equal(x[0, :1])
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert layout.tokens(x, mask).equal(torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
-    images = torch.randn(2, 4, 5, 7)
-    tokens = layout_of(nn.Conv2d(4, 6, 3)).tokens(images)
-    assert tokens.equal(images.permute(0, 2, 3, 1).reshape(-1, 4))

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
-from pacatune.selection import seed_for
 from tests.releases import LOADS_ADAPTERS, needs
 from tests.tuner import nets
-from tests.tuner.nets import evaluate, fill, layers
+from tests.tuner.nets import evaluate, fill
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 NAME = "model.layers.0.self_attn.q_proj"
@@ -58,22 +57,6 @@ def edit_config(folder, **changes):
 
 
 class TestFiles:
-    def test_names_shapes_and_dtypes_are_those_of_peft_0_22(self, base, tmp_path):
-        model = adapt(base, random_seed=5)
-        model.save_pretrained(tmp_path)
-        tensors = load_file(tmp_path / "adapter_model.safetensors")
-        assert len(tensors) == 2 * len(layers(model))
-        delta, indices = (
-            tensors[f"base_model.model.{NAME}.paca_{n}"] for n in ("delta", "indices")
-        )
-        assert (delta.shape, delta.dtype) == ((32, 4), torch.float32)
-        assert (indices.shape, indices.dtype) == ((4,), torch.int64)
-        generator = torch.Generator().manual_seed(seed_for(5, NAME))
-        assert torch.equal(indices, torch.randperm(32, generator=generator)[:4].sort().values)
-        config = json.loads((tmp_path / "adapter_config.json").read_text())
-        assert config["peft_type"] == "PACA"
-        assert {"r", "paca_alpha", "random_seed", "init_weights", "layers_pattern"} <= set(config)
-
     @loads_adapters
     @pytest.mark.parametrize("options", [{}, {"selection": "weight_norm"}])
     def test_loads_by_every_door(self, base, ids, tmp_path, tiny_model_dir, options):
@@ -123,13 +106,8 @@ class TestFiles:
         ("kind", "value", "message"),
         [
             ("indices", torch.tensor([0, 1, 2, 32]), r"names column 32.*in_features=32"),
-            ("indices", torch.tensor([1, 0, 2, 3]), "increasing|sorted"),
-            ("indices", torch.tensor([0, 1, 1, 3]), "twice|duplicate|unique"),
-            ("indices", torch.tensor([-1, 1, 2, 3]), "negative|-1"),
-            ("indices", torch.tensor([0, 1, 2, 3], dtype=torch.int32), "int64"),
             ("indices", None, "has `paca_delta` but no `paca_indices`"),
-            ("delta", torch.full((32, 4), float("nan")), "finite|NaN"),
-            ("delta", torch.zeros(32, 4, dtype=torch.int64), "int64|floating"),
+            ("delta", torch.full((32, 4), float("nan")), "not finite"),
             ("query", None, r"query.paca_.*no such adapted module"),
         ],
     )
@@ -161,14 +139,6 @@ class TestSeveralAdapters:
         model.add_adapter("b", config)
         fill(model, "b", seed=3)
         return model
-
-    def test_the_sum_of_adapters_of_different_modules(self, model, base, ids, tmp_path):
-        model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
-        model.base_model.set_adapter(["default", "b"])
-        want = logits(model, ids)
-        model.save_pretrained(tmp_path, selected_adapters=["sum"])
-        loaded = PeftModel.from_pretrained(base, tmp_path / "sum")
-        torch.testing.assert_close(logits(loaded, ids), want, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize(
         ("call", "arguments", "state", "message"),

@@ -38,27 +38,18 @@ class TestColumnsFromTheCheckpoint:
         config = PacaConfig(r=4, paca_alpha=8, target_modules=TARGETS, columns_from="original")
         return get_peft_model(load(), config)
 
-    def test_effective_columns_are_the_originals(self, model, tiny_model_dir):
-        original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        for name, layer in layers(model).items():
-            columns = layer.paca_indices["default"]
-            weight = original.get_submodule(name).weight[:, columns]
-            rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
-            assert not torch.allclose(weight, rounded[:, columns], atol=1e-4)
-            adapted = rounded[:, columns] + 2.0 * layer.delta_of("default")
-            torch.testing.assert_close(adapted, weight)
-
-    def test_row_groups_start_from_the_originals_as_well(self, load, tiny_model_dir):
-        options = {"r": 4, "groups": 4, "target_modules": TARGETS, "columns_from": "original"}
-        model = get_peft_model(load(), PacaConfig(**options))
+    @pytest.mark.parametrize("groups", [1, 4])
+    def test_effective_columns_are_the_originals(self, load, tiny_model_dir, groups):
+        options = {"target_modules": TARGETS, "columns_from": "original"}
+        model = get_peft_model(load(), PacaConfig(r=4, paca_alpha=8, groups=groups, **options))
         original = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
         for name, layer in layers(model).items():
             weight = original.get_submodule(name).weight
             rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
             columns = [read_columns(w, layer.paca_indices["default"]) for w in (rounded, weight)]
-            columns = [collect(one, layer.places_of("default")) for one in columns]
-            adapted = columns[0] + layer.scaling["default"] * layer.delta_of("default")
-            torch.testing.assert_close(adapted, columns[1])
+            assert not torch.allclose(*columns, atol=1e-4)
+            own, originals = (collect(one, layer.places_of("default")) for one in columns)
+            torch.testing.assert_close(own + 2.0 * layer.delta_of("default"), originals)
 
     def test_no_half_made_adapter_is_left(self, load, monkeypatch):
         def fail(*args, **options):

@@ -26,20 +26,6 @@ class Planned(nn.Module):
         self._device_mesh = SimpleNamespace(ndim=1)
 
 
-class Wrapper(nn.Module):
-    """Answers for the model inside it, as PEFT's do."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.model, name)
-
-
 def layer(model):
     return model.layers[0]["q"]
 
@@ -87,12 +73,6 @@ def test_unsupported_styles(plan, module, message):
     config = PacaConfig(r=2, target_modules=["q"])
     with pytest.raises(ValueError, match=f"'layers.0.q' shares its work .* {message}"):
         check_targets(PacaModel, config, model)
-
-
-def test_plan_is_found_inside_a_wrapper():
-    model = Planned({"layers.*.q": "packed_colwise"})
-    with pytest.raises(ValueError, match=r"'model.layers.0.q' .* its style is 'packed_colwise'"):
-        split_of(Wrapper(model), "model.layers.0.q", layer(model))
 
 
 def test_marks_of_older_releases(monkeypatch):

@@ -97,19 +97,6 @@ def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-@pytest.mark.filterwarnings("ignore:You are importing from .trl.experimental.")
-def test_kto_from_a_loaded_adapter_takes_it_as_the_reference(base, train, tmp_path):
-    """The first rewards, policy against reference, are zero up to rounding."""
-    from trl.experimental.kto import KTOConfig, KTOTrainer
-
-    rows = {"prompt": ["What is"] * 8, "completion": [" the capital", " France"] * 4}
-    rows["label"] = [True, False] * 4
-    _, (first, second) = train(KTOTrainer, KTOConfig, load_adapter(base, tmp_path), rows)
-    for name in ("rewards/chosen", "rewards/rejected"):
-        assert first[name] == pytest.approx(0, abs=1e-6)
-    assert second["rewards/chosen"] > second["rewards/rejected"]
-
-
 def test_grpo_from_a_loaded_adapter_takes_it_as_the_reference(base, train, tmp_path):
     """The first divergence of the policy from the reference is zero."""
     from trl import GRPOConfig, GRPOTrainer

@@ -1,6 +1,6 @@
 """`PacaConfig(groups=G)`: what is chosen, saved and loaded.
 
-Gradients are held by tests/residency and tests/ops, graphs by test_compile.py.
+Gradients are held by tests/residency and tests/ops, graphs by test_compiled.py.
 """
 
 import copy
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pacatune import PacaConfig, lean
 from pacatune.adapters.loading import hotswap_adapter
-from pacatune.selection import choose_columns, load_columns
+from pacatune.selection import load_columns
 from tests.conftest import build_model
 from tests.tuner.nets import evaluate
 
@@ -41,15 +41,6 @@ def logits(model):
 
 def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
-
-
-@pytest.mark.parametrize(("pool", "kept"), [(None, 16), (7, 7), (1000, 16)])
-def test_what_is_kept_are_the_columns_of_that_rank(pool, kept):
-    model = adapt(4, random_seed=7, pool=pool)
-    layer = layer_of(model)
-    assert layer.paca_indices["default"].equal(indices_of(adapt(1, r=kept, random_seed=7)))
-    assert layer.paca_places["default"].shape == (4, 4)
-    assert layer.delta_of("default").shape == (32, 4)
 
 
 def test_a_strategy_chooses_the_pool():
@@ -125,11 +116,6 @@ def test_given_columns(tmp_path):
     model.save_pretrained(tmp_path)
     for one in (model, PeftModel.from_pretrained(build_model(300), tmp_path)):
         assert indices_of(one).tolist() == [[1, 3], [0, 1]]
-
-
-def test_columns_chosen_before_the_adapter_is_made():
-    config = choose_columns(build_model(300), PacaConfig(**FIXED, groups=4))
-    assert config.columns[NAME] == indices_of(adapt(4)).tolist()
 
 
 def test_weighted_sums_have_all_columns_of_all_groups():

@@ -6,6 +6,9 @@ import pytest
 
 from pacatune.adapters.inspect import inspect_adapter
 from pacatune.reports.columns import plot_columns
+from tests.adapters.fixtures import adapter_dir
+
+__all__ = ["adapter_dir"]
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -14,8 +17,8 @@ LLAMA = [f"model.layers.{layer}.{kind}" for layer in range(80) for kind in LAYER
 CNN = [f"blocks.{block}.conv_{kind}" for kind in range(40) for block in range(8)]
 
 
-def report_of(adapter_dir, names):
-    report = inspect_adapter(adapter_dir)
+def report_of(folder, names):
+    report = inspect_adapter(folder)
     modules = [
         dataclasses.replace(report.modules[0], name=name, columns=[*range(number % 5, 4096, 511)])
         for number, name in enumerate(names)

@@ -6,14 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-from pacatune.adapters.export import export_lora
 from pacatune.adapters.export_factors import convolution_factors, refuse_inexpressible
-from pacatune.adapters.merge import merge
 from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.tuner.layout import layout_of
-from tests.adapters.fixtures import save_adapter
 
 CONVOLUTIONS = {
     "wide": ((5, 7, 6), lambda: nn.Conv2d(5, 40, 3, stride=2, padding=1)),  # taps
@@ -71,15 +67,3 @@ class Own(nn.Conv2d):
 def test_what_lora_does_not_follow_is_refused(layer, problem):
     with pytest.raises(ValueError, match=rf"here is a convolution with {problem}.*merge the"):
         refuse_inexpressible(layer, "here")
-
-
-def test_an_adapter_of_dilated_convolutions_is_merged_instead(tmp_path):
-    sizes = {"image_size": 32, "depth_multiplier": 0.1, "num_labels": 3}
-    config = MobileNetV2Config(**sizes, output_stride=16)
-    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "base")
-    options = {"r": 2, "task_type": None, "target_modules": r".*conv_3x3\.convolution"}
-    save_adapter(tmp_path / "base", tmp_path / "adapter", **options)
-    with pytest.raises(ValueError, match=r"conv_3x3.*with dilation = \(2, 2\).*`pacatune merge`"):
-        export_lora(None, tmp_path / "adapter", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-    assert merge(None, tmp_path / "adapter", tmp_path / "merged").effect > 0

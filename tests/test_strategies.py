@@ -73,17 +73,9 @@ def test_each_strategy_takes_what_its_name_says():
     assert chosen.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        ("best", r"`selection` \('best'\) must be one of \['gradient'"),
-        ("gradient", r"'gradient'\) needs statistics of the kind gradient"),
-        ("weight_norm", r"'weight_norm'\) looks at the weights, which are on"),
-    ],
-)
-def test_what_cannot_choose(weight, strategy, message):
-    with pytest.raises(ValueError, match=message):
-        select_columns(strategy, weight, 3, seed=0)
+def test_an_unknown_strategy(weight):
+    with pytest.raises(ValueError, match=r"`selection` \('best'\) must be one of \['gradient'"):
+        select_columns("best", weight, 3, seed=0)
 
 
 def test_a_strategy_can_be_added_and_gets_what_it_needs(own_strategies):

@@ -12,18 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune.residency import put as put_module
 from tests.releases import compiles_whole
+from tests.residency.net import Net
 from tests.tuner import nets
 from tests.tuner.nets import layers
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(10, 12)
-        self.second = nn.Linear(12, 6)
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
 
 
 class Pair:
@@ -166,17 +157,6 @@ def test_columns_are_written_once_a_step(pair, monkeypatch):
         gc.collect()  # dynamo's own references to what it has seen
     assert len(written) == 2
     assert all(layer.residency.is_written for layer in layers(pair.model).values())
-
-
-@compiles_whole
-def test_evaluation_with_and_without_columns(pair):
-    want = pair.twin(batch())
-    for _ in range(3):
-        for call in (lambda: pair.model(batch()), lambda: pair.model.state_dict()):
-            call()  # columns there, and gone
-            with torch.no_grad():
-                torch.testing.assert_close(pair.compiled(batch()), want)
-    assert pair.counter.frame_count == 1
 
 
 @compiles_whole

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from benchmarks.gpu_promises import Reads
 from pacatune.lean import linear_cross_entropy
 from pacatune.lean.loss import LazyLogits, _rows_per_chunk
-from tests.lean.functions import CASES, WIDTH, N, V, loss, plain_loss
-from tests.lean.twins import assert_results_close, cast, leaves, run
+from tests.lean.functions import CASES, WIDTH, N, V, loss, plain_loss, run
+from tests.ops.twin import assert_equal, cast, leaves_of
 
 LOSS = CASES["loss"]
 
@@ -26,7 +26,7 @@ def test_chunks_do_not_matter(chunk_rows):
     tensors, trained = LOSS.tensors, LOSS.floating
     ours, _ = run(lambda **x: linear_cross_entropy(**x, chunk_rows=chunk_rows), tensors, trained)
     theirs, _ = run(LOSS.plain, tensors, trained)
-    assert_results_close(ours, theirs)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_chunks_are_whole_tiles_of_a_gemm(num_words, num_rows):
 
 def test_a_gpu_is_waited_for_once():
     """Which rows count is read by the host, in the forward pass."""
-    tensors = leaves(LOSS.tensors, {"x"})
+    tensors = leaves_of(LOSS.tensors, {"x"})
     with Reads() as reads:
         linear_cross_entropy(**tensors, chunk_rows=4).backward()
     assert reads.names == ["nonzero"]
