@@ -122,6 +122,24 @@ VIEWS = {
     ),
     "packed": View(
         file="packed",
+        where=_what("score as trained", "score", "bytes changed"),
+        index=("setting", "method"),
+        columns=("what",),
+    ),
+    "packed-rates": View(
+        file="packed",
+        where=lambda row: row.what.startswith("first seed"),
+        index=("setting", "method"),
+        columns=("what",),
+    ),
+    "packed-costs": View(
+        file="packed",
+        where=_what("file", "speed", "time per token", "patch applied or taken out"),
+        columns=("what", "method"),
+    ),
+    "packed-after": View(
+        file="packed",
+        where=lambda row: row.what.startswith("loss"),
         index=("setting", "method"),
         columns=("what",),
     ),

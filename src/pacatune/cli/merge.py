@@ -94,16 +94,16 @@ class Merge(ModelOptions):
         print(f"base      {result.base}")
         formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())
         print(f"merged    {formats}: {rounding_note(result.rounding)}")
-        if result.error is None or result.effect is None:
+        if (verified := result.verified) is None:
             print("verified  no (--no_verify)")
         else:
             print(
-                "verified  outputs differ from the trained model's by "
-                f"{result.error.max_absolute:.1e}; the adapter changes them by {result.effect:.1e}"
+                f"verified  outputs differ from the trained model's by {verified.error:.1e}; the "
+                f"adapter changes them by {verified.effect:.1e}"
             )
-        if result.measured is not None:
-            before, after = result.measured
-            print(f"held out  loss {before:.4f} as trained, {after:.4f} as written")
+        if verified is not None and verified.losses:
+            base, trained, written = verified.losses
+            print(f"held out  loss {base:.4f}, {trained:.4f} as trained, {written:.4f} as written")
         elif why_not:
             print(f"held out  not measured: {why_not}")
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")

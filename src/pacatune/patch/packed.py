@@ -5,13 +5,12 @@ element whose update is less than half a step keeps its code, since steps are co
 that is there and not from a value that was rounded to 16 bits.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,7 @@ from torch import Tensor, nn
 from pacatune.adapters.base import find_tokenizer, load_base
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import attach, check_base
-from pacatune.adapters.probe import (
-    OutputError,
-    check_outputs,
-    output_error,
-    probe_inputs,
-    run_probe,
-)
+from pacatune.adapters.probe import probe_inputs, run_probe
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
 from pacatune.grid.checkpoint import PackedCheckpoint, row_order
@@ -51,6 +44,18 @@ class Rounding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verified:
+    """How near what was written is to what was trained."""
+
+    error: float
+    """How far outputs on fixed inputs are from the trained model's, as a root mean square."""
+    effect: float
+    """How far the trained model's are from the base's."""
+    losses: list[float]
+    """Of the base, of the trained model and of what was written, where they were measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedResult:
     """What `merge_packed` wrote, and how it was verified."""
 
@@ -63,12 +68,8 @@ class PackedResult:
     num_bytes: int
     """Size of all its tensors' files."""
     rounding: Rounding
-    error: OutputError | None
-    """The written file's outputs against the trained model's; None if not verified."""
-    effect: float | None
-    """Largest absolute change of the outputs by the adapter; None if not verified."""
-    measured: list[float] | None
-    """What `measure` gave of the trained model and of what was written."""
+    verified: Verified | None
+    """None if it was not."""
     notes: list[str]
     """What the user should know."""
 
@@ -149,7 +150,7 @@ def merge_packed(
         output: A new .gguf file, or a new folder.
         device: Where to compute.
         verify: Load what was written, and compare its outputs with the trained model's.
-        measure: What to measure of both then, such as a loss.
+        measure: The loss of a model on held-out data, which is compared then, too.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
     Returns:
@@ -158,7 +159,8 @@ def merge_packed(
     Raises:
         FileExistsError: If there is something under that name.
         ValueError: If the adapter is not PaCA's or of another model, a format is not known, or
-            rounding takes more than half of what the adapter changes. Nothing is written then.
+            rounding takes more than half of what the adapter has gained: of the loss, or without
+            one of the change of the outputs. Nothing is written then.
     """
     output, checked = Path(output), open_paca(adapter)
     check_new(model, output)
@@ -166,33 +168,23 @@ def merge_packed(
     base = load_base(str(model), task_type=checked.config.task_type, device=device)
     patch, rounding = make_packed(base, checkpoint, checked)
     inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
-    plain = run_probe(base, inputs)
+
+    def seen(model: nn.Module) -> _Seen:
+        measured = [] if measure is None or not verify else [measure(model)]
+        return _Seen(run_probe(model, inputs), measured)
+
+    plain = seen(base)
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
-    expected = run_probe(adapted, inputs)
-    error = effect = losses = None
-    if verify and measure is not None:
-        losses = [measure(adapted)]
+    expected = seen(adapted)
     del base, adapted
+    verified = None
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=output.absolute().parent) as hidden:
         written = Path(hidden) / output.name
         result = apply_to_folder(model, patch, written)
         if verify:
             again = load_base(str(written), task_type=checked.config.task_type, device=device)
-            error = output_error(expected, run_probe(again, inputs))
-            effect = output_error(plain, expected).max_absolute
-            if losses is not None and measure is not None:
-                losses.append(measure(again))
-            check_outputs(
-                error,
-                math.inf,
-                effect,
-                whose="the written file's",
-                dtype="the file's steps",
-                fix=f"{rounding_note(rounding)} Train with a higher learning rate where few moved, "
-                "with a lower one where many lie at the end, or take the loss unmeasured with "
-                "--no_verify.",
-            )
+            verified = _verify(plain, expected, seen(again), rounding)
         num_bytes = open_checkpoint(written).num_bytes
         if written.is_dir():
             written.rename(output)
@@ -204,11 +196,41 @@ def merge_packed(
         formats=dict(Counter(checkpoint.entries[name].dtype for name in patch.edits)),
         num_bytes=num_bytes,
         rounding=rounding,
-        error=error,
-        effect=effect,
-        measured=losses,
+        verified=verified,
         notes=[*notes, *result.notes],
     )
+
+
+class _Seen(NamedTuple):
+    """What a model gives."""
+
+    outputs: list[Tensor]
+    losses: list[float]
+
+
+def _verify(plain: _Seen, expected: _Seen, written: _Seen, rounding: Rounding) -> Verified:
+    """Compare what was written; refuse it if more than half of what was trained is lost."""
+    losses = [*plain.losses, *expected.losses, *written.losses]
+    error, effect = (
+        _distance(expected.outputs, other.outputs).item() for other in (written, plain)
+    )
+    lost, gained, what = error, effect, "changed the outputs"
+    # Outputs on any text say less than the loss on the data, if there is one that fell.
+    if losses and losses[0] > losses[1]:
+        lost, gained, what = losses[2] - losses[1], losses[0] - losses[1], "lowered the loss"
+    if gained and not lost <= gained / 2:  # so that NaN fails
+        raise ValueError(
+            f"rounding to codes takes {lost:.2g} of the {gained:.2g} by which training {what}; "
+            f"nothing was written. {rounding_note(rounding)} Train with a higher learning rate "
+            "where few moved, with a lower one where many lie at the end, or write it all the same "
+            "with --no_verify."
+        )
+    return Verified(error=error, effect=effect, losses=losses)
+
+
+def _distance(expected: list[Tensor], outputs: list[Tensor]) -> Tensor:
+    squares = [(a - b).square().flatten() for a, b in zip(expected, outputs, strict=True)]
+    return torch.cat(squares).mean().sqrt()
 
 
 def make_of_codes(
