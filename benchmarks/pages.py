@@ -4,7 +4,6 @@ python -m benchmarks.pages          # make report
 
 report/reproduce/NAME.md            a table or figure of the paper and ours, with a picture
 report/studies/NAME/report.md       each study, with its plots
-report/bench-NAME/bench.md          each `pacatune bench`, with its picture
 """
 
 import argparse
@@ -25,7 +24,6 @@ FOLDER = ROOT / "report"
 
 def make_pages(folder: Path) -> Iterator[Path]:
     """Write the pages, and yield the first file of each to look at."""
-    from pacatune.measure.bench import write_page as write_bench
     from pacatune.study.report import REPORT_NAME, write_report
     from pacatune.study.result import StudyResult
 
@@ -33,9 +31,6 @@ def make_pages(folder: Path) -> Iterator[Path]:
     for name, one in EXPERIMENTS.items():
         if found := read_results(name, "small"):
             yield write_page(one, found, "small", reproduction)
-    for path in sorted(RESULTS.glob("bench-*.json")):
-        write_bench(_read(path), _ready(folder / path.stem))
-        yield folder / path.stem / "bench.md"
     for path in filter(Path.is_file, (RESULTS / f"{kind}.json" for kind in FILES)):
         for name, study in _read(path).items():
             output = folder / "studies" / name
