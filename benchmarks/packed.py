@@ -399,8 +399,18 @@ def measure(args: argparse.Namespace) -> list[Row]:
     rows = [
         row for kind in args.formats for task in args.tasks for row in _of_task(kind, task, args)
     ]
-    more = () if args.quick else (*_costs(args), *_quantised_after(args))
-    return [*rows, *more]
+    if not args.quick:
+        rows += _kept(args.work / "costs.json", lambda: [*_costs(args)])
+        rows += _kept(args.work / "after.json", lambda: [*_quantised_after(args)])
+    return rows
+
+
+def _kept(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:
+    """Return rows that were measured before, or measure them."""
+    if not path.is_file():
+        text = json.dumps([row.to_dict() for row in measure()])
+        path.write_text(text, encoding="utf-8")
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def _of_task(kind: str, task: str, args: argparse.Namespace) -> Iterator[Row]:

@@ -120,29 +120,7 @@ VIEWS = {
         columns=("what", "model", "setting"),
         is_first=False,
     ),
-    "packed": View(
-        file="packed",
-        where=_what("score as trained", "score", "bytes changed"),
-        index=("setting", "method"),
-        columns=("what",),
-    ),
-    "packed-rates": View(
-        file="packed",
-        where=lambda row: row.what.startswith("first seed"),
-        index=("setting", "method"),
-        columns=("what",),
-    ),
-    "packed-costs": View(
-        file="packed",
-        where=_what("file", "speed", "time per token", "patch applied or taken out"),
-        columns=("what", "method"),
-    ),
-    "packed-after": View(
-        file="packed",
-        where=lambda row: row.what.startswith("loss"),
-        index=("setting", "method"),
-        columns=("what",),
-    ),
+    "packed": View(file="packed", index=("setting", "method"), columns=("what",)),
     "patch": View(
         file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),

@@ -37,6 +37,7 @@ from pacatune.adapters.target import (
     target_of_module,
 )
 from pacatune.files.folder import check_output, staged_folder
+from pacatune.files.journal import is_gguf
 from pacatune.format.options import format_quantization
 from pacatune.precision import dtype_name
 from pacatune.pretrained import is_dequantised, load_config
@@ -252,6 +253,15 @@ def _fitting_labels(base: PreTrainedModel, adapter: Adapter | LoraAdapter) -> di
 
 
 def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name: str) -> MergeBase:
+    config = load_config(name, option="model")
+    if is_gguf(name) or is_dequantised(config):
+        if onto == "dequantized":
+            return "original"  # as it is loaded
+        raise ValueError(
+            f"base model {name!r} is saved in few bits. `pacatune merge` writes PaCA's columns as "
+            "codes into a copy of a local file or folder; a model in 16 bits is written by merging "
+            "onto the dequantised one (--base dequantized)."
+        )
     if quantization is None and onto not in (None, "original"):
         raise ValueError(
             f"`onto` ({onto!r}) is for adapters of PaCA that were trained on a quantised base, and "
@@ -264,9 +274,7 @@ def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name
             f"{format_quantization(quantization)!r}, and would be so again; merge onto "
             "`dequantized` or `original` (--base) and quantise the result."
         )
-    config = load_config(name, option="model")
-    is_quantised = getattr(config, "quantization_config", None) is not None
-    if onto == "original" and is_quantised and not is_dequantised(config):
+    if onto == "original" and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"base model {name!r} is saved quantised; merging would round every weight again. "
             "Give the original base that is not quantised, or merge onto the dequantised one "

@@ -35,16 +35,8 @@ class Merge(ModelOptions):
     def run(self, command: str) -> int:
         """Do it."""
         model = self.model or base_of(self.adapter)
-        onto = self.base
-        if model is not None and is_packed(model):
-            if onto is None:
-                return self._run_packed(model)
-            if onto != "dequantized":
-                raise ValueError(
-                    f"`base` ({onto!r}): {model} is quantised itself; drop the option to write "
-                    "codes, or choose 'dequantized' for a model in 16 bits."
-                )
-            onto = None  # as it is loaded
+        if model is not None and self.base is None and is_packed(model):
+            return self._run_packed(model)
         self.check_base(self.output)
         quiet_libraries()
 
@@ -56,7 +48,7 @@ class Merge(ModelOptions):
             self.adapter,
             self.output,
             verify=not self.no_verify,
-            onto=onto,
+            onto=self.base,
             **how,
         )
         kind = "" if result.onto == "original" else f" ({result.onto})"

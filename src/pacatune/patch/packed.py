@@ -80,7 +80,8 @@ def open_paca(adapter: str | Path) -> Adapter:
     if isinstance(checked, LoraAdapter):
         raise ValueError(
             f"{checked.folder} is a LoRA adapter, which changes every element of a weight, and "
-            "most by less than a step of a quantised one; codes take PaCA's columns alone."
+            "most by less than a step of a quantised one; codes take PaCA's columns alone. "
+            "`--base dequantized` writes a model in 16 bits."
         )
     if checked.extra:
         raise ValueError(
