@@ -45,9 +45,12 @@ def start(model, adapter):
     return llama.Server(params)
 
 started = [start(*server) for server in servers]
-for prompt, length, options in requests:
+for turn, (prompt, length, options) in enumerate(requests):
     request = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False}
-    answers = [server.handle_completions(request | options) for server in started]
+    answers = [None] * len(started)
+    places = range(len(started))
+    for place in reversed(places) if turn % 2 else places:
+        answers[place] = started[place].handle_completions(request | options)
     told = [(a["choices"][0]["text"], a["timings"]["predicted_per_second"]) for a in answers]
     print("answers", json.dumps(told))
 """
