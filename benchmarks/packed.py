@@ -66,6 +66,7 @@ RATES = {
     "lora": (2e-3, 6e-3, 1.8e-2),
     "full": (3e-5, 1e-4, 3e-4),
 }
+RATES["grid"] = RATES["paca"]
 RANKS = {"paca": 8, "lora": 4}  # about as many trained parameters
 TASKS = ("words reversed", "words sorted")
 FORMATS = ("Q4_1", "Q8_0", "Q4_0")

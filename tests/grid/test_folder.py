@@ -105,7 +105,7 @@ def run_dir(folder, tmp_path):
 def test_it_is_trained_written_and_taken_out(folder, run_dir, tmp_path, capsys):
     before, output = digest(folder / "model.safetensors"), tmp_path / "tuned"
     words = ["--model", str(folder), "--adapter", str(run_dir), "--output", str(output)]
-    assert main(["merge", *words]) == 0
+    assert main(["merge", *words, "--held_out"]) == 0
     said = capsys.readouterr().out
     assert "trained codes moved" in said
     assert "as trained, " in said

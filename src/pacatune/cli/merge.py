@@ -29,6 +29,9 @@ class Merge(ModelOptions):
     """For adapters of a quantised base, whose weights the untrained ones are: those of the
     checkpoint before quantisation, those that were trained with (the default), or these quantised
     again, which costs accuracy. Of a base in few bits: dequantized writes a model in 16 bits."""
+    held_out: bool = False
+    """For a base in few bits: compare losses on the data that the run held out, too. Reads its
+    config.yaml, and what that names: for runs of your own."""
     no_verify: bool = False
     """Skip comparing outputs before and after (saves four forward passes and a load)."""
 
@@ -79,10 +82,11 @@ class Merge(ModelOptions):
         from pacatune.patch.packed import merge_packed, rounding_note
 
         how: Any = self.values("device", "allow_other_base")
-        measure, why_not = (None, "") if self.no_verify else _held_out(self.adapter)
-        result = merge_packed(
-            model, self.adapter, self.output, verify=not self.no_verify, measure=measure, **how
-        )
+        if self.held_out:
+            from pacatune.training.held_out import HeldOut
+
+            how["measure"] = HeldOut(Path(self.adapter).expanduser()).loss
+        result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
         print(f"base      {result.base}")
         formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())
         print(f"merged    {formats}: {rounding_note(result.rounding)}")
@@ -96,23 +100,9 @@ class Merge(ModelOptions):
         if verified is not None and verified.losses:
             base, trained, written = verified.losses
             print(f"held out  loss {base:.4f}, {trained:.4f} as trained, {written:.4f} as written")
-        elif why_not:
-            print(f"held out  not measured: {why_not}")
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
         print_notes(result.notes)
         return 0
-
-
-def _held_out(adapter: str) -> tuple[Any, str]:
-    """Return what measures the loss on the data that a run held out, or why nothing can."""
-    if not (Path(adapter).expanduser() / "config.yaml").is_file():
-        return None, f"{adapter} is not the folder of a run."
-    from pacatune.training.held_out import HeldOut
-
-    try:
-        return HeldOut(adapter).loss, ""
-    except (ImportError, OSError, ValueError) as error:  # data that is gone or was changed
-        return None, str(error)
 
 
 def base_of(adapter: str) -> str | None:

@@ -1,5 +1,6 @@
 """A checkpoint some of whose matrices are codes: their columns are read and written in place."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from pacatune.grid.formats import GRIDS, Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedCheckpoint(Checkpoint):
+class PackedCheckpoint(Checkpoint, ABC):
     """Tensors of which some are quantised. Columns of these are (O, R) uint8 codes."""
 
     def grid(self, name: str) -> Grid | None:
@@ -36,17 +37,17 @@ class PackedCheckpoint(Checkpoint):
         """The path, for messages."""
         return str(self.folder)
 
+    @abstractmethod
     def name_of(self, parameter: str, num_blocks: int) -> str:
         """Return the name here of a parameter of transformers; a ValueError if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, name: str) -> Tensor:
         """Return (O, bytes) uint8, the rows of a quantised matrix, in the file's order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and minimum, (O, R) float32, of columns of a quantised matrix."""
-        raise NotImplementedError
 
     def values(self, name: str, indices: Tensor) -> Tensor:
         """Return the (O, R) values of columns, whether they are codes or not."""

@@ -7,7 +7,7 @@
     folder        apply and revert in model folders, in place or not
     difference    what two checkpoints or patches differ in
     adapter       from a PaCA adapter and back
-    packed        from a PaCA adapter, as codes of a GGUF file
+    packed        from a PaCA adapter, as codes of a file of few bits
 
 docs/serving.md says how to use them. A patch holds the bits that `ops.columns.adapted_columns`
 gives, which are those of training, merging and serving.

@@ -11,19 +11,25 @@ from pacatune.training.config_file import CONFIG_NAME, read_values
 from pacatune.training.task import task_of
 
 _BATCH_SIZE = 4
+_TASKS = ("sft", "classifier")
 
 
 class HeldOut:
-    """The data that a run has held out.
+    """The data that a run has held out. What its config.yaml names is opened: trust it.
 
     Raises:
-        ValueError: If the folder is not that of a run, or nothing was held out.
+        ValueError: If the folder is not that of such a run, or nothing was held out.
         FileNotFoundError: If its data is gone.
     """
 
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder) / CONFIG_NAME
-        self._task: Any = task_of(RunConfig(**read_values(path)))
+        values = read_values(path)
+        if (task := values.get("task", "sft")) not in _TASKS:
+            raise ValueError(
+                f"{path}: a run of the task {task!r} has no held-out loss of one model."
+            )
+        self._task: Any = task_of(RunConfig(**values))
         self._examples = self._task.prepared.evaluation
         if self._examples is None:
             raise ValueError(f"{path} holds out no data.")
