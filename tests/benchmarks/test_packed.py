@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("gguf")
 
-from benchmarks.packed import Base, on_the_grid, requantised, run_of
+from benchmarks.packed import FORMS, RATES, Base, on_the_grid, requantised, run_of
 from pacatune.adapters.base import load_base
 from pacatune.patch.packed import merge_packed
 from pacatune.training import train
@@ -22,6 +22,10 @@ def base(model_file):  # noqa: F811
     found = Base(model_file)
     found.modules = lambda: [f"model.layers.{n}.self_attn.{m}_proj" for n in (0, 1) for m in "qkvo"]
     return found
+
+
+def test_every_form_has_rates():
+    assert {form.method for form in FORMS.values()} == RATES.keys()
 
 
 def test_what_is_not_trained_stays_as_it_is(base, tmp_path):
