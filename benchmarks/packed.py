@@ -70,7 +70,9 @@ RATES["grid"] = RATES["paca"]
 RANKS = {"paca": 8, "lora": 4}  # about as many trained parameters
 TASKS = ("words reversed", "words sorted")
 FORMATS = ("Q4_1", "Q8_0", "Q4_0")
+_FIRST_FORMAT_ALONE = ("paca, on the grid", "lora, scales kept", "full")
 MODEL = "SmolLM2-135M"
+_RATES_AFTER = (7e-4, 2e-3, 6e-3)
 _NUM_CHOOSING = 50
 _SPEED_TOKENS, _SPEED_TURNS = 64, 24
 
@@ -314,7 +316,8 @@ FORMS = {
 
 def base_file(kind: str, folder: Path) -> Path:
     """Return the file of a format: somebody's, or made of that by gguf."""
-    source, path = default_cache() / "smollm2-135m-instruct-gguf" / "model.gguf", folder / kind
+    source = default_cache() / "smollm2-135m-instruct-gguf" / "model.gguf"
+    path = folder / f"{kind}.gguf"  # transformers and we know a GGUF file by its name
     if kind == FORMATS[0] or path.is_file():
         return source if kind == FORMATS[0] else path
     reader, checkpoint = gguf.GGUFReader(source), GgufCheckpoint.open(source)
@@ -419,17 +422,22 @@ def _of_task(kind: str, task: str, args: argparse.Namespace) -> Iterator[Row]:
     names: dict[str, Any] = {"model": MODEL, "setting": f"{kind}, {task}"}
     before = served(base, None, rows_of(task, "test")[: args.rows], args.threads)
     yield Row(what="score", method="base", value=before, unit="%", **names)
-    for title in args.forms:
+    model, choosing = base_of(kind, args.work), rows_of(task, "train")[:_NUM_CHOOSING]
+    loss = teacher_forced(model.model, model.tokenizer, choosing)["loss"]
+    yield Row(what="loss", method="base", value=loss, **names)
+    others = () if kind == FORMATS[0] else _FIRST_FORMAT_ALONE
+    for title in (form for form in args.forms if form not in others):
         method = FORMS[title].method
         rates = RATES[method] if len(args.seeds) > 1 else RATES[method][-1:]
         # The other formats take the rates of the first.
         first = {rate: cell(FORMATS[0], task, method, rate, args.seeds[0], args) for rate in rates}
         best = min(rates, key=lambda rate: first[rate][title]["choosing"])
         cells = {str(seed): cell(kind, task, method, best, seed, args) for seed in args.seeds}
-        for what, part in (("score as trained", "as trained"), ("score", title)):
-            each = {seed: found[part]["score"] for seed, found in cells.items()}
-            note = f"{title}, {kind}, {task}: learning rate {best:g}."
-            yield _mean(what, title, each, note, unit="%", **names)
+        for key, name, unit in (("score", "score", "%"), ("choosing", "loss", "")):
+            for what, part in ((f"{name} as trained", "as trained"), (name, title)):
+                each = {seed: found[part][key] for seed, found in cells.items()}
+                note = f"{title}, {kind}, {task}: learning rate {best:g}."
+                yield _mean(what, title, each, note, unit=unit, **names)
         sizes = [found[title]["bytes"] for found in cells.values() if "bytes" in found[title]]
         if sizes:
             share = 100 * statistics.mean(sizes) / base.stat().st_size
@@ -502,28 +510,33 @@ def _quantised_after(args: argparse.Namespace) -> Iterator[Row]:
     task = load_yaml((default_cache() / "minilm-questions.yaml").read_text(encoding="utf-8"))
     names: dict[str, Any] = {"model": "MiniLM-L6", "setting": "types of questions, Q4_1 after"}
     q4 = gguf.GGMLQuantizationType.Q4_1
-    for method, rate in (("paca", 3e-3), ("lora", 6e-3)):
-        found: dict[str, dict[str, float]] = {"loss as trained": {}, "loss in the file": {}}
-        for seed in args.seeds:
-            with tempfile.TemporaryDirectory() as scratch:
-                run, merged = Path(scratch, "run"), Path(scratch, "merged")
-                options = _options(method, rate, seed, 120, run)
-                options["training"] |= {"per_device_train_batch_size": 16}
-                options["training"] |= {"eval_strategy": "steps", "eval_steps": 120}
-                data = task["data"] | {"seed": seed}
-                train(RunConfig(task="classifier", model=task["model"], data=data, **options))
-                merge(None, run, merged, verify=False)
-                model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
-                held_out = HeldOut(run)
-                found["loss as trained"][str(seed)] = held_out.loss(model)
-                for name, layer in model.named_modules():
-                    if isinstance(layer, torch.nn.Linear) and ".encoder." in name:
-                        values = layer.weight.detach().numpy()
-                        again = gguf.quants.dequantize(gguf.quants.quantize(values, q4), q4)
-                        layer.weight.data = torch.from_numpy(again)
-                found["loss in the file"][str(seed)] = held_out.loss(model)
-        for what, each in found.items():
-            yield _mean(what, method, each, f"learning rate {rate:g}", **names)
+
+    def losses(method: str, rate: float, seed: int) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as scratch:
+            run, merged = Path(scratch, "run"), Path(scratch, "merged")
+            options = _options(method, rate, seed, 120, run)
+            options["training"] |= {"per_device_train_batch_size": 16}
+            options["training"] |= {"eval_strategy": "steps", "eval_steps": 120}
+            data = task["data"] | {"seed": seed}
+            train(RunConfig(task="classifier", model=task["model"], data=data, **options))
+            merge(None, run, merged, verify=False)
+            model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+            held_out = HeldOut(run)
+            found = {"loss as trained": held_out.loss(model)}
+            for name, layer in model.named_modules():
+                if isinstance(layer, torch.nn.Linear) and ".encoder." in name:
+                    values = layer.weight.detach().numpy()
+                    again = gguf.quants.dequantize(gguf.quants.quantize(values, q4), q4)
+                    layer.weight.data = torch.from_numpy(again)
+            return found | {"loss in the file": held_out.loss(model)}
+
+    for method in ("paca", "lora"):
+        first = {rate: losses(method, rate, args.seeds[0]) for rate in _RATES_AFTER}
+        best = min(first, key=lambda rate: first[rate]["loss in the file"])
+        runs = [first[best], *(losses(method, best, seed) for seed in args.seeds[1:])]
+        for what in first[best]:
+            each = {str(seed): run[what] for seed, run in zip(args.seeds, runs, strict=True)}
+            yield _mean(what, method, each, f"{method}: learning rate {best:g}.", **names)
 
 
 def main(options: list[str] | None = None) -> None:

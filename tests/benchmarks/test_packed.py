@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("gguf")
 
-from benchmarks.packed import FORMS, RATES, Base, on_the_grid, requantised, run_of
+from benchmarks import packed
+from benchmarks.packed import FORMS, RATES, Base, base_file, on_the_grid, requantised, run_of
 from pacatune.adapters.base import load_base
 from pacatune.patch.packed import merge_packed
 from pacatune.training import train
@@ -26,6 +27,20 @@ def base(model_file):  # noqa: F811
 
 def test_every_form_has_rates():
     assert {form.method for form in FORMS.values()} == RATES.keys()
+
+
+def test_a_file_of_another_format_is_read_and_holds_the_same(base, tmp_path, monkeypatch):
+    source = tmp_path / "smollm2-135m-instruct-gguf" / "model.gguf"
+    source.parent.mkdir()
+    source.write_bytes(base.file.read_bytes())
+    monkeypatch.setattr(packed, "default_cache", lambda: tmp_path)
+    other = Base(base_file("Q8_0", tmp_path))
+    kinds = {entry.dtype for entry in other.checkpoint.entries.values()}
+    assert kinds & {"Q8_0", "Q4_1"} == {"Q8_0"}
+    for module in base.modules():
+        expected = base.model.get_submodule(module).weight
+        error = (other.model.get_submodule(module).weight - expected).abs().max()
+        assert error <= 0.01 * expected.abs().max(), module
 
 
 def test_what_is_not_trained_stays_as_it_is(base, tmp_path):
