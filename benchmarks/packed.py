@@ -68,7 +68,7 @@ RATES = {
 }
 RATES["grid"] = RATES["paca"]
 RANKS = {"paca": 8, "lora": 4}  # about as many trained parameters
-TASKS = ("words reversed", "words sorted")
+TASKS = {"words reversed": "reverse-words", "words sorted": "sort-words"}
 FORMATS = ("Q4_1", "Q8_0", "Q4_0")
 _FIRST_FORMAT_ALONE = ("paca, on the grid", "lora, scales kept", "full")
 MODEL = "SmolLM2-135M"
@@ -90,16 +90,8 @@ class Form:
 
 def rows_of(task: str, part: str) -> list[dict[str, str]]:
     """Return the rows of a task: lists of words, to be reversed or sorted."""
-    path = default_cache() / "reverse-words" / f"{part}.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if task == "words reversed":
-        return rows
-    found = []
-    for row in rows:
-        words = row["prompt"].removeprefix("Reverse: ").removesuffix("\nReversed:").split(", ")
-        prompt = f"Sort: {', '.join(words)}\nSorted:"
-        found.append({"prompt": prompt, "completion": f" {', '.join(sorted(words))}"})
-    return found
+    path = default_cache() / TASKS[task] / f"{part}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _options(method: str, rate: float, seed: int, steps: int, output: Path) -> dict[str, Any]:
@@ -395,7 +387,7 @@ def cell(
 
 def measure(args: argparse.Namespace) -> list[Row]:
     """Train, write, serve and score every method on every task in every format."""
-    for name in ("smollm2-gguf", "reverse-words"):
+    for name in ("smollm2-gguf", *TASKS.values()):
         prepare(name)
     args.work.mkdir(parents=True, exist_ok=True)
     # transformers asks for it once per tensor, and it takes 20 ms.
@@ -471,7 +463,7 @@ def _costs(args: argparse.Namespace) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             data, output = folder / "train.jsonl", folder / "tuned.gguf"
-            some = rows_of(TASKS[0], "train")[:64]
+            some = rows_of(next(iter(TASKS)), "train")[:64]
             data.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
             for method in ("paca", "lora"):
                 rate = RATES[method][-1]
@@ -553,7 +545,7 @@ def main(options: list[str] | None = None) -> None:
     add("--work", type=Path, default=default_cache() / "packed", help="where cells are kept")
     args = parser.parse_args(options)
     if args.quick:
-        args.tasks, args.formats, args.seeds = list(TASKS[:1]), list(FORMATS[:1]), [0]
+        args.tasks, args.formats, args.seeds = list(TASKS)[:1], list(FORMATS[:1]), [0]
         args.steps, args.rows, args.forms = 10, 20, ["paca", "lora"]
     how = (
         f"{args.steps} steps of 8 rows, bfloat16, all linear layers; scores of {args.rows} "

@@ -45,7 +45,7 @@ def test_variants_are_other_methods_with_an_option_set():
 
 def test_sections_have_their_readers():
     assert readers_of("paca") == ("paca", "qpaca")
-    others = {"dora", "moslora", "shira", "gralora", "miss", "qlora"}
+    others = {"dora", "moslora", "shira", "gralora", "miss", "oft", "qlora"}
     assert set(readers_of("lora")) == {"lora", "lora_dropout", *others}
 
 
@@ -53,7 +53,7 @@ def test_sections_have_their_readers():
 def test_every_adapter_has_its_configuration(name):
     method = METHODS[name]
     config = adapter_config(method, **size_options(method, 4, 8, method.dropout or 0.0))
-    assert config.r == 4
+    assert (config.oft_block_size if name == "oft" else config.r) == 4
     assert type(config).__name__ == method.config
     assert getattr(config, "paca_alpha", None) == (8 if method.is_paca else None)
     assert getattr(config, "lora_alpha", None) == (8 if method.has_dropout else None)

@@ -9,7 +9,7 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,17 @@ def split_by_question(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def make_reversed_words(files: list[Path], folder: Path) -> None:
-    """Write lists of words to reverse, made by reasoning-gym; no prompt is in both files, or twice.
+    """Write lists of words to reverse."""
+    _write_lists(folder, "Reverse: {}\nReversed:", lambda words: words[::-1])
+
+
+def make_sorted_words(files: list[Path], folder: Path) -> None:
+    """Write the same lists, to be sorted."""
+    _write_lists(folder, "Sort: {}\nSorted:", sorted)
+
+
+def _write_lists(folder: Path, question: str, order: Callable[[list[str]], list[str]]) -> None:
+    """Write lists of words made by reasoning-gym; no prompt is in both files, or twice.
 
     Its own words around a problem, and its hints on the format, would be most of the tokens.
     """
@@ -197,8 +207,9 @@ def make_reversed_words(files: list[Path], folder: Path) -> None:
     found: dict[str, Row] = {}
     # More than are wanted, since some come twice.
     for item in _problems("word_sequence_reversal", 4 * number, min_words=3, max_words=6):
-        prompt = f"Reverse: {', '.join(item['metadata']['words'])}\nReversed:"
-        found.setdefault(prompt, {"prompt": prompt, "completion": f" {item['answer']}"})
+        words = item["metadata"]["words"]
+        prompt = question.format(", ".join(words))
+        found.setdefault(prompt, {"prompt": prompt, "completion": f" {', '.join(order(words))}"})
     rows = list(found.values())[:number]
     _write(folder, rows[_NUM_PROBLEMS_HELD_OUT:], rows[:_NUM_PROBLEMS_HELD_OUT])
 

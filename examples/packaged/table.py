@@ -134,6 +134,12 @@ PACKAGED = {
         make=texts.make_reversed_words,
         needs="reasoning_gym",
     ),
+    "sort-words": Packaged(
+        folder="sort-words",
+        what="the same lists, to be sorted",
+        make=texts.make_sorted_words,
+        needs="reasoning_gym",
+    ),
     "reasoning": Packaged(
         folder="reasoning",
         what="ten kinds of short problems, made by reasoning-gym, Apache-2.0",
@@ -217,6 +223,12 @@ TASKS = {
         what="task of `train`: words to reverse, by exact answers",
         model="smollm2",
         data="reverse-words",
+        options=_text(40, 8, per_device_eval_batch_size=40, warmup_steps=4, bf16=True),
+    ),
+    "smollm2-sort-words": Task(
+        what="task of `train`: words to sort, by exact answers",
+        model="smollm2",
+        data="sort-words",
         options=_text(40, 8, per_device_eval_batch_size=40, warmup_steps=4, bf16=True),
     ),
     "smollm2-reasoning": Task(

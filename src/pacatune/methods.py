@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 
+_WITHOUT_SCALE = ("ShiraConfig", "MissConfig", "OFTConfig")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to fine-tune a model."""
@@ -71,7 +74,7 @@ class Method:
     @property
     def has_scale(self) -> bool:
         """Whether the update is multiplied by alpha / r."""
-        return self.has_adapter and self.config not in ("ShiraConfig", "MissConfig")
+        return self.has_adapter and self.config not in _WITHOUT_SCALE
 
     @property
     def needs_pacatune(self) -> bool:
@@ -168,6 +171,15 @@ METHODS: dict[str, Method] = {
             head_rate=1e-3,
         ),
         Method(
+            name="oft",
+            title="OFT",
+            summary="PEFT's OFT: a rotation of each block of r inputs",
+            sections=("lora",),
+            config="OFTConfig",
+            text_rate=2e-4,
+            head_rate=1e-3,
+        ),
+        Method(
             name="qlora",
             title="QLoRA",
             summary="PEFT's LoRA on a base in 4 bits (nf4)",
@@ -258,6 +270,8 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
     known = {one.name for one in fields(found)}
     if "alpha" in known and "lora_alpha" in options:
         options["alpha"] = options.pop("lora_alpha")
+    if "oft_block_size" in known:  # its own r is the number of blocks
+        options |= {"r": 0, "oft_block_size": options.get("r")}
     for name, value in options.items():
         if value and name not in {*known, "lora_alpha"}:
             raise ValueError(f"`{name}` ({value!r}): {method.title} has no such option; drop it.")

@@ -121,6 +121,10 @@ def test_problems_of_reasoning(tmp_path):
     for row in test:
         words = row["prompt"].removeprefix("Reverse: ").removesuffix("\nReversed:").split(", ")
         assert row["completion"] == " " + ", ".join(reversed(words))
+    packaged.make_sorted_words([], tmp_path)
+    for row in read(tmp_path / "test.jsonl"):
+        words = row["prompt"].removeprefix("Sort: ").removesuffix("\nSorted:").split(", ")
+        assert row["completion"] == " " + ", ".join(sorted(words))
     packaged.make_reasoning([], tmp_path)
     train, test = read(tmp_path / "train.jsonl"), read(tmp_path / "test.jsonl")
     assert len(test) == 10 * 20

@@ -30,6 +30,8 @@ STUDY = {"task": "smollm2-chat", "arms": ARMS}
         (StudyConfig, {"forgetting_tokens": -1}, r"`forgetting_tokens` \(-1\) must be at least 0"),
         (StudyConfig, {"learning_rates": {"sgd": [1e-3]}}, r"`learning_rates` \('sgd'\) must be"),
         (StudyConfig, {"learning_rates": {"paca": [0.0]}}, r"`learning_rates.paca` \(\[0.0\]\) m"),
+        (StudyConfig, {"rewind": [0.5, 1.0]}, r"`rewind` \(\[0.5, 1.0\]\) must be shares above 0"),
+        (StudyConfig, {"command": "classify", "unrelated": "x"}, r"`unrelated` \('x'\) is for"),
         (StudyConfig, {"validation_fraction": 0.0}, r"`validation_fraction` \(0.0\) must be"),
     ],
 )

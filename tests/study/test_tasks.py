@@ -17,6 +17,8 @@ from pacatune.training.sft import TextTrainer
 from tests.conftest import build_model
 from tests.study.conftest import TWO_STEPS, run
 
+RSLORA = {"lora": {"use_rslora": True}}
+
 
 def study_of(options, arms, **values):
     base = {"options": options, "arms": arms, "seeds": [0], "forgetting_tokens": 0}
@@ -93,6 +95,31 @@ def test_measures_are_those_of_the_recipe(text_options, tmp_path):
     assert measured["test loss"] != measured["validation loss"]
 
 
+def test_what_is_forgotten_and_an_update_that_is_rewound(text_options, chats, tmp_path):
+    unrelated, shares = str(chats / "both.jsonl"), [1e-9, 0.5, 1 - 1e-9]
+    arms = {"paca": Arm(rank=4), "rslora": Arm(method="lora", rank=4, options=RSLORA)}
+    arms["miss"] = Arm(method="miss", rank=1)
+    more = {"unrelated": unrelated, "rewind": shares, "forgetting_tokens": 256}
+    plan = make_plan(study_of(text_options, arms, metric="exact_match", choose_by="loss", **more))
+    for name in arms:
+        run = plan.make_run(name, 3e-2, 0, tmp_path)
+        found = plan.task.run(run)
+        assert "test exact_match" in found
+        assert "validation exact_match" not in found  # nothing asks for it
+        if name == "miss":
+            assert not any("at" in what.split() for what in found)
+            continue
+        for what in ("general loss", "unrelated loss"):
+            none, half, whole = (found[f"{what} at {share:g}"] for share in shares)
+            assert none == pytest.approx(found[f"{what} before"], abs=1e-6)
+            assert whole == pytest.approx(found[f"{what} after"], abs=1e-6)
+            assert half not in (none, whole)
+        assert found["test loss at 1"] == pytest.approx(found["test loss"], abs=1e-6)
+    plain = make_plan(study_of(text_options, arms, metric="exact_match"))
+    keys = {key_of(one.inputs(one.make_run("paca", 3e-2, 0, tmp_path))) for one in (plan, plain)}
+    assert len(keys) == 2
+
+
 def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
     step, seen = TextTrainer.training_step, []
 
@@ -116,7 +143,7 @@ def test_classes(class_options, tmp_path):
     """Words tell the classes apart, which three methods are given the steps to learn."""
     longer = {"options": {"training": {"max_steps": 60}}}
     learning = {"paca": {"rank": 32}, "lora": {"method": "lora"}, "full": {"method": "full"}}
-    names = ("dora", "moslora", "shira", "gralora", "miss", "head")
+    names = ("dora", "moslora", "shira", "gralora", "miss", "oft", "head")
     others = {name: {"method": name} for name in names}
     others["shira"]["rank"] = 8  # has as many parameters as LoRA, no more than a weight
     arms = at_rate(1e-2, **{name: one | longer for name, one in learning.items()}, **others)
@@ -126,7 +153,7 @@ def test_classes(class_options, tmp_path):
     assert result.metric == "accuracy"
     (failure,) = result.arms.pop("diverging").failures
     assert "TrainingDiverged: training diverged: the loss of step 2" in failure
-    assert [arm.failures for arm in result.arms.values()] == [[]] * 9
+    assert [arm.failures for arm in result.arms.values()] == [[]] * 10
     for name in learning:
         assert result.arms[name].mean >= 0.9, name
     assert result.arms["head"].num_trainable_parameters == 2 * 32 + 2

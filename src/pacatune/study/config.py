@@ -18,7 +18,7 @@ class Arm:
 
     method: str = "paca"
     """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, shira, gralora,
-    miss, qlora, full (every weight) or head (of a classifier)."""
+    miss, oft, qlora, full (every weight) or head (of a classifier)."""
 
     rank: int | None = None
     """Rank of the adapter. Where null, `match` of the study decides."""
@@ -82,6 +82,10 @@ class StudyConfig:
     """What is compared; auto: accuracy where there are classes, else the loss. exact_match: the
     share of answers that a language model gives token by token."""
 
+    choose_by: Literal["metric", "loss"] = "metric"
+    """What chooses the rates, on validation data: what is compared, or the loss, of which a few
+    hundred examples tell more than of answers that are right or wrong."""
+
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the order of the data, the columns, and whatever starts at random."""
 
@@ -104,6 +108,14 @@ class StudyConfig:
     """How much general text to measure the loss on before and after, of models for text; 0: none.
     An encoder's loss is that of finding the second half of a paragraph by its first."""
 
+    unrelated: str = ""
+    """Data of another task, as `data.eval_path` of `train` takes them, whose loss is measured
+    before and after as well."""
+
+    rewind: list[float] = field(default_factory=list)
+    """Shares of the trained update, above 0 and below 1, with which every run of an arm that has a
+    scale, alpha / rank, is tested too."""
+
     def __post_init__(self) -> None:
         if not self.task and not self.options:
             raise ValueError("`task` is ''; name a configuration's path.")
@@ -121,6 +133,13 @@ class StudyConfig:
         for name in ("extend_grids", "forgetting_tokens"):
             if (number := getattr(self, name)) < 0:
                 raise ValueError(f"`{name}` ({number}) must be at least 0; with 0 it is off.")
+        if self.unrelated and self.command != "train":
+            raise ValueError(
+                f"`unrelated` ({self.unrelated!r}) is for `command` train, and it is "
+                f"{self.command}: a classifier's head knows one task; drop it."
+            )
+        if not all(0 < share < 1 for share in self.rewind):
+            raise ValueError(f"`rewind` ({self.rewind}) must be shares above 0 and below 1.")
         self._check_seeds()
         self.learning_rates = {
             choose(name, METHODS, option="learning_rates"): rates

@@ -57,6 +57,11 @@ class Plan:
         return self.metric != "loss"
 
     @property
+    def chosen_by(self) -> str:
+        """What chooses the rates, on validation data."""
+        return self.metric if self.config.choose_by == "metric" else "loss"
+
+    @property
     def num_runs(self) -> int:
         """Return how many runs the whole study takes."""
         seeds, tuning = len(self.config.seeds), self.config.tuning_seeds
@@ -78,7 +83,10 @@ class Plan:
             for name in names:
                 values[section].pop(name, None)
         test = {k: v for k, v in self.task.test_options.items() if not k.endswith("path")}
-        more = {"exact_match": True} if self.metric == "exact_match" else {}
+        more: Values = {"exact_match": True} if self.metric == "exact_match" else {}
+        if self.metric == "exact_match" and self.config.choose_by == "loss":
+            more = {"exact_match": "test"}
+        more |= {"rewind": self.task.rewind} if self.task.rewind else {}
         return {"run": values, "test": test, "data": self.task.look(run)[0], **more}
 
 
@@ -93,6 +101,9 @@ def make_plan(config: StudyConfig) -> Plan:
     task = _open_task(config)
     if config.metric != "auto":
         task.metric = config.metric
+    task.unrelated, task.rewind = config.unrelated, config.rewind
+    if config.choose_by == "loss":
+        task.matched = ("test",)
     if task.metric not in task.metrics:
         raise ValueError(
             f"`metric` ({task.metric!r}) is not measured by {config.command}; use one of "

@@ -84,6 +84,10 @@ def _number(value: float | None, unit: str) -> str:
     return "-" if value is None else number_text(value, unit)
 
 
+def _chosen_by(result: StudyResult) -> str:
+    return "loss" if result.config.get("choose_by") == "loss" else result.metric
+
+
 def _notes(result: StudyResult, columns: Collection[str]) -> str:
     """Return what a reader must know of the table."""
     config = result.config
@@ -92,10 +96,10 @@ def _notes(result: StudyResult, columns: Collection[str]) -> str:
         f"Each test {result.metric} is a mean over n runs, one for each seed "
         f"({', '.join(map(str, seeds))}), and after ± their standard deviation. What a run reaches "
         f"is {_MEANING[result.metric]}; {'more' if result.higher_is_better else 'less'} is better. "
-        "The rate of each arm is the best of its grid on a held-out share of the training data "
-        f"({config['validation_fraction']:g}), with {tuning} of {len(seeds)} seeds; `!` marks one "
-        "at the edge of its grid. Test data chose nothing. All arms see the same batches in the "
-        "same order, with the same schedule and precision."
+        f"The rate of each arm has the best {_chosen_by(result)} of its grid on a held-out share "
+        f"of the training data ({config['validation_fraction']:g}), with {tuning} of {len(seeds)} "
+        "seeds; `!` marks one at the edge of its grid. Test data chose nothing. "
+        "All arms see the same batches in the same order, with the same schedule and precision."
     )
     if compared := [arm.comparison for arm in result.arms.values() if arm.comparison]:
         smallest = max(one.smallest_p_value for one in compared)
@@ -150,7 +154,7 @@ def _draw_rates(result: StudyResult, path: Path) -> None:
     axes.set(
         xscale="log",
         xlabel="learning rate",
-        ylabel=f"validation {result.metric}",
+        ylabel=f"validation {_chosen_by(result)}",
         title="star: the rate that was taken",
     )
     axes.legend(fontsize="small")

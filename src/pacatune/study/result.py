@@ -46,7 +46,7 @@ class ArmResult:
     forgetting: float | None
     """Mean rise of the loss on general text."""
     rates: dict[float, float | None]
-    """Learning rate -> mean metric on validation data, None where a run failed."""
+    """Learning rate -> mean of what chooses, on validation data; None where a run failed."""
     at_edge: bool
     """Whether the best rate is the smallest or largest of several, so that a better one may lie
     outside the grid."""
@@ -92,13 +92,14 @@ def numbers_of(run: Finished) -> dict[str, float]:
 
 def best_rate(plan: Plan, ended: Ended, name: str) -> float | None:
     """Return the rate with the best mean on validation data over the seeds that choose."""
-    return best_of(_rate_curve(plan, ended, name), higher_is_better=plan.higher_is_better)
+    curve = _rate_curve(plan, ended, name)
+    return best_of(curve, higher_is_better=plan.chosen_by != "loss")
 
 
 def _rate_curve(plan: Plan, ended: Ended, name: str) -> dict[float, float | None]:
-    """Return learning rate -> mean metric on validation data, None where a run failed."""
+    """Return learning rate -> mean on validation data of what chooses, None where a run failed."""
     seeds = plan.config.seeds[: plan.config.tuning_seeds]
-    what = f"validation {plan.metric}"
+    what = f"validation {plan.chosen_by}"
     curve: dict[float, float | None] = {}
     for rate in plan.arms[name].learning_rates:
         runs = [numbers_of(ended[name, rate, s]) for s in seeds if (name, rate, s) in ended]

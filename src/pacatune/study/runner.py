@@ -184,7 +184,7 @@ class _Runner:
             found = done([job], self._folder, packages=PACKAGES)[job.key]
             note = f"{found.provenance['seconds']:.0f} s"
         self.ended[place] = found
-        what, outcome = f"validation {self._plan.metric}", f"failed: {found.error}"
+        what, outcome = f"validation {self._plan.chosen_by}", f"failed: {found.error}"
         if found.error is None:
             outcome = f"{what} {numbers_of(found)[what]:.4f} ({note})"
         self._console.print(

@@ -8,19 +8,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
 from pacatune.data.checks import overlap_warning, row_digests
 from pacatune.data.encode import IGNORED
 from pacatune.data.images import ImageDataset, check_images, find_parts, images_digest
 from pacatune.evaluation import default_text, evaluate_perplexity
-from pacatune.methods import readers_of
+from pacatune.methods import METHODS, readers_of
 from pacatune.reports.provenance import sha256_of
 from pacatune.training import RunConfig
 from pacatune.training.config_file import add_run_options, check_keys, option_parser, to_values
@@ -54,9 +55,15 @@ class StudyTask:
         """What can be compared; the first is that of `metric: auto`."""
         self.metric = self.metrics[0]
         self.forgetting_tokens = 0 if self.kind == "image" else forgetting_tokens
+        self.matched: tuple[str, ...] = ("validation", "test")
+        """Parts of which exact answers are counted."""
+        self.unrelated = ""
+        """Data of another task, whose loss is measured before and after."""
+        self.rewind: list[float] = []
+        """Shares of the update with which a run is tested too."""
         self.warnings: list[str] = []
         """What looks wrong with the data, as far as `look` has seen it."""
-        self._seen: dict[str, tuple[str, Any]] = {}
+        self._seen: dict[str, tuple[str, Any, Any]] = {}
         self.values = copy.deepcopy(values)
         self.test_options = self._take_test(self.values.setdefault("data", {}))
         if self.values.get("early_stopping_patience") is not None:
@@ -107,8 +114,8 @@ class StudyTask:
         number: int = task_of(config).plan().num_trainable_parameters
         return number
 
-    def look(self, config: RunConfig) -> tuple[str, Any]:
-        """Return a digest of model and data, and the test data as the trainer takes it.
+    def look(self, config: RunConfig) -> tuple[str, Any, Any]:
+        """Return a digest of model and data, test data as the trainer takes it, and the unrelated.
 
         It looks once at what several runs share, and warns of it.
         """
@@ -117,11 +124,11 @@ class StudyTask:
             values["training"].pop(name, None)
         where = json.dumps([values["data"], values["model"], values["training"]])
         if where not in self._seen:
-            run, tested = prepare(task_of(config), _QUIET), copy.copy(config)
-            tested.data = replace(config.data, eval_fraction=0, **self.test_options)
-            test = prepare(task_of(tested), _QUIET).evaluation
+            run, test = prepare(task_of(config), _QUIET), _data(config, self.test_options)
+            unrelated = _data(config, {"eval_path": self.unrelated}) if self.unrelated else None
             parts = [_digests(part) for part in (run.train, run.evaluation, test)]
             train, validation, asked = (examples for examples, _ in parts)
+            parts += [_digests(unrelated)] if self.unrelated else []
             table: Any = getattr(test, "table", test)
             places = table["place"][:] if "place" in table.column_names else None
             if self.kind == "image":
@@ -130,21 +137,22 @@ class StudyTask:
             self._warn(*run.warnings, *overlap_warning(known, asked, "test examples", places))
             digests = [digest for _, digest in parts]
             digests += [_weights_digest(run.model, config.model.revision)]
-            self._seen[where] = " ".join([*digests, str(self.forgetting_tokens)]), test
+            self._seen[where] = " ".join([*digests, str(self.forgetting_tokens)]), test, unrelated
         return self._seen[where]
 
     def run(self, config: RunConfig) -> dict[str, float]:
         """Train and evaluate; return what is measured -> value."""
         with released():
-            test, task = self.look(config)[1], task_of(config)
+            (_, test, unrelated), task = self.look(config), task_of(config)
             prepared = prepare(task, _QUIET)
             trainer = make_trainer(task, prepared, None, _QUIET)
             trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
-            found = {"general loss before": self._general_loss(task, trainer)}
+            others = partial(self._others, task, trainer, unrelated)
+            found = others("before")
             run_trainer(trainer, task, None, _QUIET)
-            found["general loss after"] = self._general_loss(task, trainer)
+            found |= others("after")
             for part, data in (("validation", prepared.evaluation), ("test", test)):
-                for metric, value in self._measure(trainer, data).items():
+                for metric, value in self._measure(trainer, data, part).items():
                     found[f"{part} {metric}"] = value
             found |= {
                 "train loss": train_curve(trainer.state.log_history)[1],
@@ -153,18 +161,29 @@ class StudyTask:
                 "step": trainer.meter.step_ms,
                 "kept for backward": trainer.saved_activation_bytes,
             }
+            for share in self.rewind if METHODS[config.method].has_scale else ():
+                with rewound(trainer.model, share):
+                    found |= others(at := f"at {share:g}")
+                    found[f"test loss {at}"] = trainer.evaluate(test)["eval_loss"]
         known = {what: value for what, value in found.items() if value is not None}
         for what, value in known.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{what} is {value}: training diverged; lower the rate.")
         return known
 
-    def _measure(self, trainer: Any, data: Any) -> dict[str, float]:
+    def _measure(self, trainer: Any, data: Any, part: str) -> dict[str, float]:
         values = trainer.evaluate(data)
         found = {name: values.get(f"eval_{name}") for name in self.metrics}
-        if self.metric == "exact_match":
+        if self.metric == "exact_match" and part in self.matched:
             found["exact_match"] = exact_match(trainer, data)
         return {name: float(value) for name, value in found.items() if value is not None}
+
+    def _others(self, task: Any, trainer: Any, unrelated: Any, when: str) -> dict[str, Any]:
+        """Return the losses on what no run trains on."""
+        found = {f"general loss {when}": self._general_loss(task, trainer)}
+        if unrelated is not None:
+            found[f"unrelated loss {when}"] = trainer.evaluate(unrelated)["eval_loss"]
+        return found
 
     def _general_loss(self, task: Any, trainer: Any) -> float | None:
         """Return the loss on general text, which no run trains on: English prose with some code.
@@ -181,6 +200,26 @@ class StudyTask:
                 trainer.model, task.tokenizer, default_text(), max_tokens=limit
             ).values()
         return score.loss
+
+
+def _data(config: RunConfig, options: Values) -> Any:
+    """Return what evaluation data that a run's options name are to its trainer."""
+    changed = copy.copy(config)
+    changed.data = replace(config.data, eval_fraction=0, **options)
+    return prepare(task_of(changed), _QUIET).evaluation
+
+
+@contextmanager
+def rewound(model: Any, share: float) -> Iterator[None]:
+    """Let an adapter's update count by a share: 1 is all of it."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.scale_layer(share)
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer()
 
 
 @torch.no_grad()

@@ -85,8 +85,8 @@ class RunConfig:
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
     says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `shira`
     (single weights at random places), `gralora` (LoRA of blocks), `miss` (one update for all blocks
-    of inputs), `qlora` (LoRA on a quantised base), or `full` (every weight); for classifiers also
-    `head` (the new head alone)."""
+    of inputs), `oft` (a rotation of each block of r inputs), `qlora` (LoRA on a quantised base), or
+    `full` (every weight); for classifiers also `head` (the new head alone)."""
 
     model: ModelConfig | ImageModelConfig = field(default_factory=_EMPTY)
     """The pretrained model: a `ModelConfig`."""
@@ -98,8 +98,8 @@ class RunConfig:
     """Options of the methods paca and qpaca: a `PacaSection`."""
 
     lora: LoraSection = field(default_factory=_EMPTY)
-    """Options of the methods lora, lora_dropout, dora, moslora, shira, gralora, miss and qlora: a
-    `LoraSection`."""
+    """Options of the methods lora, lora_dropout, dora, moslora, shira, gralora, miss, oft and
+    qlora: a `LoraSection`."""
 
     moslora: MosLoraSection = field(default_factory=_EMPTY)
     """Options of the method moslora: a `MosLoraSection`."""
