@@ -2,9 +2,9 @@
 
     python -m benchmarks.collect FOLDER...          # -> results/STUDY.json and .csv
 
-FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality or selection.
-STUDY.json has what each folder's study found, STUDY.csv a line for each run. `make report` makes
-the pages and pictures again.
+FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality, selection,
+groups or cost. STUDY.json has what each folder's study found, STUDY.csv a line for each run. `make
+report` makes the pages and pictures again.
 """
 
 import argparse

@@ -115,6 +115,8 @@ def test_what_is_forgotten_and_an_update_that_is_rewound(text_options, chats, tm
             assert whole == pytest.approx(found[f"{what} after"], abs=1e-6)
             assert half not in (none, whole)
         assert found["test loss at 1"] == pytest.approx(found["test loss"], abs=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"`unrelated` \('none.jsonl'\) is no file; name"):
+        make_plan(study_of(text_options, arms, unrelated="none.jsonl"))
     plain = make_plan(study_of(text_options, arms, metric="exact_match"))
     keys = {key_of(one.inputs(one.make_run("paca", 3e-2, 0, tmp_path))) for one in (plan, plain)}
     assert len(keys) == 2

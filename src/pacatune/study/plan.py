@@ -101,7 +101,10 @@ def make_plan(config: StudyConfig) -> Plan:
     task = _open_task(config)
     if config.metric != "auto":
         task.metric = config.metric
-    task.unrelated, task.rewind = config.unrelated, config.rewind
+    if config.unrelated and not (unrelated := Path(config.unrelated).expanduser()).is_file():
+        raise FileNotFoundError(f"`unrelated` ({config.unrelated!r}) is no file; name one of rows.")
+    task.unrelated = str(unrelated) if config.unrelated else ""
+    task.rewind = config.rewind
     if config.choose_by == "loss":
         task.matched = ("test",)
     if task.metric not in task.metrics:
