@@ -1,106 +1,168 @@
-"""Apply the rules of the study of row groups (studies/groups.md) to its results.
+"""Say what the study at equal cost found, by the rules of studies/cost.md.
 
-    python -m benchmarks.verdict                # reads results/groups.json
+    python -m benchmarks.verdict            # reads results/cost.csv and cost-steps.json
 
-Prints for each study that is there which arms are better or worse than `paca` and than LoRA, and
-which settings could become the default.
+Prints what is better, worse or not told apart, what it costs and what it forgets, by task.
 """
 
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.results import RESULTS
-from pacatune.reports.rows import Table
+import numpy as np
+from scipy.stats import ttest_1samp
 
-Study = Mapping[str, Any]
-MODELS = {
-    "MiniLM-L6": ("groups-minilm",),
-    "SmolLM2-135M": ("groups-smollm2", "groups-smollm2-words"),
-    "DINOv2-S": ("groups-dinov2",),
-}
-"""Model -> its studies."""
+from benchmarks.collect import read_runs
+from benchmarks.results import RESULTS, read
+from pacatune.reports.rows import Table, spread_of_mean
+
+Run = Mapping[str, float]
+"""What was measured -> value; the rate and the seed among it."""
+Study = Mapping[str, Sequence[Run]]
+"""Arm -> its runs."""
 LORAS = ("lora", "rslora")
+_KEPT, _LOSS = "kept for backward, bytes", "test loss"
+_LEVEL, _SLOWER = 0.05, 1.03
 
 
-def best_lora(study: Study) -> str:
-    """Return the one with the better score on validation data."""
-    sign = 1 if study["higher_is_better"] else -1
-    best = {
-        name: max(sign * value for value in study["arms"][name]["rates"].values() if value)
-        for name in LORAS
-    }
-    return max(best, key=lambda name: best[name])
-
-
-def judged(study: Study, arm: str, other: str) -> str:
-    """Return whether an arm is better or worse than another one, or neither: the empty text."""
-    sign = 1 if study["higher_is_better"] else -1
-    ours, theirs = (study["arms"][name]["values"] for name in (arm, other))
-    differences = [sign * (ours[seed] - theirs[seed]) for seed in ours]
-    spread = study["arms"][study["reference"]]["std"]
-    if fmean(differences) > spread and min(differences) > 0:
-        return "better"
-    return "worse" if fmean(differences) < -spread else ""
-
-
-def on_model(studies: Mapping[str, Study], model: str, arm: str, other: str) -> str:
-    """Return the same over the studies of a model: better on one, and worse on none."""
-    found = set()
-    for name in MODELS[model]:
-        study = studies.get(name)
-        if study is not None and arm in study["arms"]:
-            found.add(judged(study, arm, best_lora(study) if other == "LoRA" else other))
-    return "worse" if "worse" in found else "better" if "better" in found else ""
-
-
-def candidates(studies: Mapping[str, Study]) -> list[str]:
-    """Return the settings of PaCA that the rule would let be the default."""
-    arms = {arm: one for study in studies.values() for arm, one in study["arms"].items()}
-    found = []
-    for arm, one in arms.items():
-        said = {
-            (model, other): on_model(studies, model, arm, other)
-            for model in MODELS
-            for other in ("paca", "LoRA")
-        }
-        both = [m for m in MODELS if said[m, "paca"] == said[m, "LoRA"] == "better"]
-        if one["method"] == "paca" and len(both) >= 2 and "worse" not in said.values():
-            found.append(arm)
+def studies(results: Path = RESULTS) -> dict[str, dict[str, list[Run]]]:
+    """Return the runs of each task's arms."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for row in read_runs("cost", results):
+        numbers = {k: float(v) for k, v in row.items() if v and k not in ("study", "arm", "key")}
+        found.setdefault(row["study"], {}).setdefault(row["arm"], []).append(numbers)
     return found
 
 
-def table(studies: Mapping[str, Study]) -> Table:
-    """Return the verdicts of every arm and model."""
-    arms = dict.fromkeys(arm for study in studies.values() for arm in study["arms"])
-    header = [
-        "method",
-        *(f"{model}, than {other}" for model in MODELS for other in ("paca", "LoRA")),
-    ]
+def chosen(runs: Sequence[Run]) -> dict[int, Run]:
+    """Return an arm's runs by seed, at the rate with the least mean validation loss.
+
+    The mean is over the seeds that most rates have; a rate that lacks one of them has failed.
+    """
+    rates: dict[float, dict[int, Run]] = {}
+    for run in runs:
+        rates.setdefault(run["learning rate"], {})[int(run["seed"])] = run
+    every = {seed for one in rates.values() for seed in one}
+    common = {seed for seed in every if 2 * sum(seed in r for r in rates.values()) > len(rates)}
+    losses = {
+        rate: fmean(one[seed]["validation loss"] for seed in common)
+        for rate, one in rates.items()
+        if common <= one.keys()
+    }
+    return rates[min(losses, key=lambda rate: losses[rate])]
+
+
+def paired(ours: Mapping[int, Run], theirs: Mapping[int, Run], what: str) -> list[float]:
+    """Return the differences by seed, ours minus theirs."""
+    return [ours[seed][what] - theirs[seed][what] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def holm(values: Mapping[Any, float]) -> dict[Any, float]:
+    """Return p-values corrected for their number, by Holm's method."""
+    found, largest = {}, 0.0
+    for place, key in enumerate(sorted(values, key=lambda key: values[key])):
+        found[key] = largest = max(largest, min(1.0, (len(values) - place) * values[key]))
+    return found
+
+
+def is_paca(arm: str) -> bool:
+    """Whether an arm trains columns."""
+    return arm.startswith(("paca", "pool", "spread"))
+
+
+def stage_two(study: Study) -> dict[str, dict[int, Run]]:
+    """Return the arms that ran with all seeds, at their chosen rates."""
+    found = {arm: chosen(runs) for arm, runs in study.items()}
+    most = max(map(len, found.values()))
+    return {arm: runs for arm, runs in found.items() if len(runs) == most}
+
+
+def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
+    """Return of each pair, PaCA first, what it is, and mean and half interval of the difference."""
+    arms = stage_two(study)
+    pairs = [sorted(pair, key=is_paca, reverse=True) for pair in combinations(arms, 2)]
+    differences = {(a, b): paired(arms[a], arms[b], _LOSS) for a, b in pairs if is_paca(a)}
+    corrected = holm({pair: ttest_1samp(d, 0.0).pvalue for pair, d in differences.items()})
+    found = {}
+    for pair, d in differences.items():
+        said = "not told apart"
+        if corrected[pair] < _LEVEL:
+            said = "better" if fmean(d) < 0 else "worse"
+        found[pair] = said, fmean(d), spread_of_mean(d)
+    return found
+
+
+def costs_no_more(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> bool:
+    """Whether an arm keeps no more bytes than another, and has no slower step."""
+    kept = {arm: {run["seed"]: run[_KEPT] for run in study[arm]}[0] for arm in (ours, other)}
+    return kept[ours] <= kept[other] and steps[ours] <= _SLOWER * steps[other]
+
+
+def forgotten(study: Study, ours: str, other: str, what: str) -> list[float]:
+    """Return by seed how much an arm forgets as a share of another, at equal test loss.
+
+    `what` is `general` or `unrelated`. Every rate and share of the update of a seed is a point; the
+    loss is the least that both reach.
+    """
+    shares = []
+    for seed in sorted(stage_two(study)[ours]):
+        lines = [_frontier(study[arm], seed, what) for arm in (ours, other)]
+        loss = max(line[0][0] for line in lines)
+        a, b = (float(np.interp(loss, *zip(*line, strict=True))) for line in lines)
+        shares.append(a / b)
+    return shares
+
+
+def _frontier(runs: Sequence[Run], seed: int, what: str) -> list[tuple[float, float]]:
+    """Return test losses, rising, and the rise of another loss, falling: what nothing beats."""
+    points = []
+    for run in (run for run in runs if run["seed"] == seed):
+        before = run[f"{what} loss before"]
+        for name, loss in run.items():
+            if name == _LOSS or name.startswith(f"{_LOSS} at "):
+                when = name.removeprefix(_LOSS).strip() or "after"
+                points.append((loss, run[f"{what} loss {when}"] - before))
+    line: list[tuple[float, float]] = []
+    for loss, rise in sorted(points):
+        if not line or rise < line[-1][1]:
+            line.append((loss, rise))
+    return line
+
+
+def table(name: str, study: Study, steps: Mapping[str, float]) -> Table:
+    """Return the pairs of a task."""
+    header = [name, "than", "is", "difference of the test loss", "at no more cost"]
     cells = [
-        [
-            arm,
-            *(
-                on_model(studies, model, arm, other)
-                if any(arm in studies[name]["arms"] for name in MODELS[model] if name in studies)
-                else "-"
-                for model in MODELS
-                for other in ("paca", "LoRA")
-            ),
-        ]
-        for arm in arms
+        [ours, other, said, f"{mean:+.4f} ± {half:.4f}", _yes(ours, other, study, steps)]
+        for (ours, other), (said, mean, half) in compared(study).items()
     ]
     return Table(header=header, cells=cells)
 
 
+def _yes(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> str:
+    return "yes" if costs_no_more(ours, other, study, steps) else "no"
+
+
 def main() -> None:
     """Print what the rules say."""
-    studies = json.loads((RESULTS / "groups.json").read_text(encoding="utf-8"))
-    studies = {name: study for name, study in studies.items() if "rate" not in name}
-    print("\n".join(table(studies).markdown()))
-    print(f"\nMay become the default: {', '.join(candidates(studies)) or 'none'}.")
+    measured = {(row.model, row.method): row.value for row in read("cost-steps").rows}
+    for name, study in studies().items():
+        steps = {arm: seconds for (model, arm), seconds in measured.items() if model == name}
+        print("\n".join([*table(name, study, steps).markdown(), ""]))
+        loras = [arm for arm in stage_two(study) if arm.startswith(LORAS)]
+        for ours in filter(is_paca, stage_two(study)):
+            for what in ("general", "unrelated"):
+                if f"{what} loss after" in study[ours][0]:
+                    told = (f"{other} {_share(study, ours, other, what)}" for other in loras)
+                    print(f"{name}: {ours} forgets ({what} text), as a share: {', '.join(told)}")
+
+
+def _share(study: Study, ours: str, other: str, what: str) -> str:
+    shares = forgotten(study, ours, other, what)
+    return f"{fmean(shares):.2f} ± {spread_of_mean(shares):.2f}"
 
 
 if __name__ == "__main__":

@@ -1,60 +1,88 @@
-"""The rules of the study of row groups, on results that are made up."""
+"""The rules of the study at equal cost, on runs that are made up."""
+
+import csv
 
 import pytest
 
 from benchmarks import verdict
 
 
-def study(**arms):
-    """A study of two seeds, whose reference has a standard deviation of 0.01."""
-    arms = {"paca": (0.5, 0.5), "lora": (0.5, 0.5), "rslora": (0.4, 0.4), **arms}
-    made = {
-        name: {
-            "method": "lora" if "lora" in name else "paca",
-            "values": {str(seed): value for seed, value in enumerate(values)},
-            "rates": {"0.1": max(values), "0.2": None},
-            "std": 0.01,
+def runs_of(losses, *, rate=1e-3, kept=100.0, rise=1.0, validation=1.0, **more):
+    """Runs of one rate, with the test losses of seeds 0, 1, ..."""
+    return [
+        {
+            "learning rate": rate,
+            "seed": float(seed),
+            "validation loss": validation,
+            "test loss": loss,
+            "kept for backward, bytes": kept,
+            "general loss before": 2.0,
+            "general loss after": 2.0 + rise,
+            **more,
         }
-        for name, values in arms.items()
-    }
-    return {"higher_is_better": True, "reference": "paca", "arms": made}
+        for seed, loss in enumerate(losses)
+    ]
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ((0.52, 0.53), "better"),
-        ((0.60, 0.49), ""),  # not for every seed
-        ((0.505, 0.505), ""),  # within the spread
-        ((0.48, 0.48), "worse"),
-        ((0.60, 0.30), "worse"),
-    ],
-)
-def test_verdicts(values, said):
-    made = study(groups16=values)
-    assert verdict.best_lora(made) == "lora"
-    assert verdict.judged(made, "groups16", "paca") == said
+NEAR = [0.50, 0.54, 0.46, 0.52, 0.48]
 
 
-def test_less_is_better_of_a_loss():
-    made = study(groups16=(0.48, 0.48)) | {"higher_is_better": False}
-    assert verdict.judged(made, "groups16", "paca") == "better"
-    assert verdict.best_lora(made) == "rslora"
+def less(by, noise=(0.0, 0.001, -0.001, 0.002, -0.002)):
+    return [loss - by + more for loss, more in zip(NEAR, noise, strict=True)]
 
 
-def test_a_default_is_better_on_two_models_and_worse_on_none():
-    better, same, worse = (0.6, 0.6), (0.5, 0.5), (0.4, 0.4)
+def test_the_rate_is_chosen_by_validation_over_the_seeds_that_most_rates_have():
+    rates = [runs_of(NEAR[:2], rate=1e-3, validation=0.5), runs_of(NEAR, rate=2e-3, validation=0.4)]
+    rates += [runs_of(NEAR[:2], rate=4e-3, validation=0.6)]
+    failed = runs_of(NEAR[:1], rate=8e-3, validation=0.1)  # with its second seed
+    found = verdict.chosen([run for one in (*rates, failed) for run in one])
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert {run["learning rate"] for run in found.values()} == {2e-3}
 
-    def studies(minilm, problems, words, dinov2):
-        values = (minilm, problems, words, dinov2)
-        names = [name for model in verdict.MODELS.values() for name in model]
-        return {n: study(groups16=v) for n, v in zip(names, values, strict=True)}
 
-    assert verdict.candidates(studies(better, better, same, same)) == ["groups16"]
-    assert verdict.candidates(studies(better, same, same, same)) == []
-    assert verdict.candidates(studies(same, better, better, same)) == []  # one model
-    assert verdict.candidates(studies(better, better, same, worse)) == []
-    assert verdict.candidates(studies(better, better, worse, better)) == []
-    shown = verdict.table(studies(better, same, same, worse))
-    (row,) = [cells for cells in shown.cells if cells[0] == "groups16"]
-    assert row == ["groups16", "better", "better", "", "", "worse", "worse"]
+def test_better_worse_and_not_told_apart():
+    study = {"paca8": runs_of(NEAR), "lora8": runs_of(less(0.1)), "rslora8": runs_of(less(-0.1))}
+    study |= {"dora8": runs_of(less(0.0, (0.05, -0.05, 0.02, -0.02, 0.01)))}
+    study |= {"shira8": runs_of([0.1, 0.1])}  # left after the first stage
+    found = {other: said[0] for (_, other), said in verdict.compared(study).items()}
+    assert found == {"lora8": "worse", "rslora8": "better", "dora8": "not told apart"}
+    _, mean, half = verdict.compared(study)["paca8", "lora8"]
+    assert mean == pytest.approx(0.1)
+    assert 0 < half < 0.01
+
+
+def test_two_of_paca_are_compared_once():
+    study = {"paca8": runs_of(NEAR), "spread16": runs_of(less(0.1)), "lora8": runs_of(NEAR)}
+    pairs = [("paca8", "spread16"), ("paca8", "lora8"), ("spread16", "lora8")]
+    assert list(verdict.compared(study)) == pairs
+
+
+def test_holm_takes_the_least_times_the_most():
+    found = verdict.holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert found == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})  # 3, 2 and 1 times; rising
+
+
+def test_cost_is_bytes_and_time():
+    study = {"paca8": runs_of(NEAR), "lora8": runs_of(NEAR, kept=200.0)}
+    assert verdict.costs_no_more("paca8", "lora8", study, {"paca8": 1.02, "lora8": 1.0})
+    assert not verdict.costs_no_more("paca8", "lora8", study, {"paca8": 1.1, "lora8": 1.0})
+    assert not verdict.costs_no_more("lora8", "paca8", study, {"paca8": 1.0, "lora8": 0.5})
+
+
+def test_forgetting_at_equal_loss_goes_along_the_frontier():
+    part = {"test loss at 0.5": 0.8, "general loss at 0.5": 2.2}
+    ours = runs_of([0.4], rise=1.0, **part) + runs_of([0.6], rate=2e-3, rise=2.0)  # is beaten
+    theirs = runs_of([0.6], rise=3.0)
+    study = {"paca8": ours, "lora8": theirs}
+    # Halfway between (0.4, 1.0) and (0.8, 0.2), and 3.0 of LoRA at its own.
+    assert verdict.forgotten(study, "paca8", "lora8", "general") == pytest.approx([0.6 / 3])
+
+
+def test_runs_are_read(tmp_path):
+    rows = [{"study": "cost-minilm", "arm": "paca8", "key": "0f", "unknown": ""}]
+    rows[0] |= {name: str(value) for name, value in runs_of([0.5])[0].items()}
+    with (tmp_path / "cost.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert verdict.studies(tmp_path) == {"cost-minilm": {"paca8": runs_of([0.5])}}
