@@ -4,19 +4,28 @@ import json
 import random
 
 import pytest
+import torch
 
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import from_wire, to_wire
+from tests.distributed import net
 from tests.mutations import mutated
 from tests.sync.conftest import adapt, assert_bits, clone, served
 from tests.sync.ranks import held_by
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("kind", ["positions", "columns"])
+@pytest.mark.parametrize("kind", ["positions", "columns", "elements"])
 def test_mutated_messages(kind, groups):
-    source = ColumnSource(adapt(groups=groups))
+    source = ColumnSource(model := adapt(groups=groups))
     positions, columns = source.positions(), source.columns()
+    first = columns
+    if kind == "elements":
+        with torch.no_grad():
+            for layer in net.layers_of(model):
+                layer.delta_of("default")[:2].add_(1)
+        columns = source.columns()
+        assert columns.elements
     words, buffer = to_wire(positions if kind == "positions" else columns)
     generator, num_refused = random.Random(f"{kind} {groups}"), 0
     servers = [(held_by(clone(served())), True), (clone(served()), False)]
@@ -31,9 +40,12 @@ def test_mutated_messages(kind, groups):
                 receiver.apply(source.columns(everything=True))
             else:
                 receiver.expect(positions)
+                if kind == "elements":
+                    receiver.apply(first)
                 receiver.apply(found)
         except ValueError:
             num_refused += 1
+            receiver.revert()
             assert_bits(server, before[number % 2])
         receiver.revert()
         assert_bits(server, before[number % 2])

@@ -51,9 +51,11 @@ def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype, groups)
     for number in range(1, 4):
         step(model, optimizer, number)
         columns = source.columns()
-        assert (columns.number, columns.since) == (number, 0)
+        assert columns.number == number
         num_bytes = num_values * (dtype or trained).itemsize
-        assert columns.num_bytes == source.positions().num_bytes == num_bytes
+        assert source.positions().num_bytes == num_bytes
+        assert (columns.num_bytes == num_bytes) == (columns.since == 0)
+        assert columns.since in (0, number - 1 if columns.elements else 0)
         assert receiver.apply(columns)
         assert_bits(server, merged(model, dtype))
         assert not receiver.apply(columns)  # once is enough
@@ -101,6 +103,91 @@ def test_only_what_was_changed_is_sent(model, server, source, receiver, sync):
     assert_bits(server, merged(model))
     net.layers_of(model)[3].scaling["default"] *= 0.5
     sync()
+
+
+def nudge(model, seed, by=1e-5):
+    """Change every delta by less than most elements' rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.trained(model):
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def test_elements_that_small_steps_change_are_sent():
+    model, server = adapt(torch.bfloat16), served(torch.bfloat16)
+    source, receiver = ColumnSource(model, complete_every=4), ColumnReceiver(server)
+    bring(source, receiver)
+    total = source.positions().num_bytes // 2
+    for number in range(2, 10):
+        nudge(model, number)
+        before = clone(server)
+        columns = source.columns()
+        words, buffer = to_wire(columns)
+        assert receiver.apply(from_wire(words, buffer.clone()))
+        assert_bits(server, merged(model))
+        changed = sum(int((before[k] != v).sum()) for k, v in server.state_dict().items())
+        assert 0 < changed < total / 2
+        is_complete = number in (5, 9)
+        assert columns.since == (0 if is_complete else number - 1)
+        assert columns.num_bytes == (2 * total if is_complete else 2 * changed + -(-total // 8))
+    receiver.revert()
+    assert_bits(server, served(torch.bfloat16).state_dict())
+
+
+def test_elements_of_a_sync_that_follows_another_one():
+    model, server = adapt(torch.bfloat16), served(torch.bfloat16)
+    source, receiver = ColumnSource(model), ColumnReceiver(server)
+    bring(source, receiver)
+    nudge(model, 0)
+    missed = source.columns()
+    nudge(model, 1)
+    held = clone(server)
+    with pytest.raises(ValueError, match="sync 3 has the columns changed since sync 2, and the"):
+        receiver.apply(source.columns())
+    late = ColumnReceiver(served(torch.bfloat16))
+    late.expect(source.positions())
+    with pytest.raises(ValueError, match="sync 2 has the columns changed since sync 1, and the"):
+        late.apply(missed)
+    with pytest.raises(ValueError, match=r"follow a sync which is not here; call `source\.forget"):
+        missed.by_name(source.positions())
+    assert_bits(server, held)
+    source.forget()
+    bring(source, receiver)
+    assert receiver.number == 4
+    assert_bits(server, merged(model))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda buffer: buffer[:-1], r"damaged: \d+ bytes were changed, and \d+ are here"),
+        (lambda buffer: buffer[:9], "does not say which elements were changed"),
+        (lambda buffer: buffer[:0], "does not say which elements were changed"),
+        (lambda buffer: buffer.flip(0), "bytes were changed, and"),
+        (lambda buffer: buffer[None], "does not say which elements were changed"),
+    ],
+)
+def test_damaged_elements(damage, message):
+    model, server = adapt(torch.bfloat16), served(torch.bfloat16)
+    source, receiver = ColumnSource(model), ColumnReceiver(server)
+    bring(source, receiver)
+    held = clone(server)
+    nudge(model, 0)
+    words, buffer = to_wire(source.columns())
+    with pytest.raises(ValueError, match=message):
+        receiver.apply(from_wire(words, damage(buffer)))
+    assert_bits(server, held)
+    receiver.apply(from_wire(words, buffer))
+    assert_bits(server, merged(model))
+
+
+def test_every_so_often_a_sync_is_complete():
+    with pytest.raises(ValueError, match=r"`complete_every` \(0\) must be at least 1"):
+        ColumnSource(adapt(), complete_every=0)
+    source = ColumnSource(model := adapt(torch.bfloat16), complete_every=1)
+    for number in range(3):
+        nudge(model, number)
+        assert source.columns().since == 0
 
 
 def test_fused_optimizers_and_data_edits_are_noticed(model, source, receiver, sync):

@@ -2,7 +2,8 @@
 
 Both are a few words (JSON) and one flat buffer of bytes, which is all that a transport carries.
 Columns are in the buffer one tensor after the other, those of the widest dtype first, so that each
-begins where its dtype can be read.
+begins where its dtype can be read. A sync that follows one has only the elements that were changed
+since, in the same order, and after them a bit for each element that says which these are.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pacatune.ops.columns import bits
 from pacatune.patch.edit import ColumnPlace
 from pacatune.precision import dtype_name, torch_dtype
 
@@ -74,7 +76,7 @@ class Positions:
         """Size of all columns: what a complete sync sends."""
         return sum(one.num_bytes for one in self.sets)
 
-    def layout(self, ordinals: Iterable[int]) -> list[tuple[int, ColumnSet, int]]:
+    def layout(self, ordinals: Iterable[int]) -> "Places":
         """Return each of some sets with its number and where its columns begin in the buffer."""
         start, result = 0, []
         widest_first = sorted(ordinals, key=lambda number: -self.sets[number].dtype.itemsize)
@@ -93,23 +95,21 @@ class Columns:
     number: int
     """Counts the source's syncs from 1 on."""
     since: int
-    """0: all columns are here. Otherwise those that are not are as in the sync of that number."""
+    """0: all columns are here. Otherwise what is not is as in the sync of that number."""
     ordinals: tuple[int, ...] = field(repr=False)
     """Which of the positions' sets are here."""
     buffer: Tensor = field(repr=False)
     """(num_bytes,) uint8."""
+    elements: bool = False
+    """Whether of these sets only the elements that were changed are here."""
 
     @property
     def num_bytes(self) -> int:
         """Size of the columns that are here."""
         return self.buffer.nbytes
 
-    def by_name(self, positions: Positions) -> dict[str, Tensor]:
-        """Return the columns by their tensors' names, as views of the buffer.
-
-        Raises:
-            ValueError: If they belong to other positions, or the buffer has another size.
-        """
+    def check(self, positions: Positions) -> None:
+        """Refuse columns of other positions, or of tensors that these do not have."""
         if self.version != positions.version:
             raise ValueError(
                 f"the columns belong to positions {self.version}, not to {positions.version}; send "
@@ -118,21 +118,90 @@ class Columns:
         known, given = len(positions.sets), {*self.ordinals}
         if not given <= {*range(known)} or len(given) < len(self.ordinals):
             raise ValueError(f"the columns name tensors beyond the {known} known, or one twice.")
-        if self.since == 0 and len(given) < known:
+        if self.since == 0 and (self.elements or len(given) < known):
             raise ValueError(f"the columns are of {len(given)} tensors, not of all {known}.")
+
+    def by_name(
+        self, positions: Positions, last: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the columns by their tensors' names, mostly as views of the buffer.
+
+        Args:
+            positions: Those that the columns are at.
+            last: Columns of the sync that this follows, by name: what elements are changed of.
+
+        Raises:
+            ValueError: If they belong to other positions, or the buffer has another size.
+        """
+        self.check(positions)
         places = positions.layout(self.ordinals)
+        buffer = self.buffer
+        if self.elements:
+            buffer = _decoded(buffer, places, last or {})
         expected = sum(one.num_bytes for _, one, _ in places)
-        if self.buffer.dtype != torch.uint8 or self.buffer.shape != (expected,):
+        if buffer.dtype != torch.uint8 or buffer.shape != (expected,):
             raise ValueError(
-                f"the columns must be {expected} bytes, got {tuple(self.buffer.shape)} of "
-                f"{self.buffer.dtype}; the message is damaged, send it again."
+                f"the columns must be {expected} bytes, got {tuple(buffer.shape)} of "
+                f"{buffer.dtype}; the message is damaged, send it again."
             )
-        return {one.name: view_of(self.buffer, one, start) for _, one, start in places}
+        return {one.name: view_of(buffer, one, start) for _, one, start in places}
 
 
 def view_of(buffer: Tensor, one: ColumnSet, start: int) -> Tensor:
     """Return the columns of one tensor as a view of the buffer."""
     return buffer[start : start + one.num_bytes].view(one.dtype).view(one.columns_shape)
+
+
+Places = list[tuple[int, ColumnSet, int]]
+"""What `Positions.layout` returns."""
+
+
+def encoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+    """Return the elements of columns that differ from the last ones, and which they are.
+
+    Args:
+        buffer: (B,) uint8, all elements of the columns.
+        places: Where they are in it.
+        last: Columns by name.
+    """
+    masks, changed = [], []
+    for _, one, start in places:
+        new = bits(view_of(buffer, one, start)).flatten()
+        masks.append(mask := new != bits(last[one.name]).flatten())
+        changed.append(new[mask].view(torch.uint8))
+    mask = torch.cat(masks)
+    mask = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
+    packed = (mask << torch.arange(8, device=mask.device)).sum(1, dtype=torch.uint8)
+    return torch.cat([*changed, packed])
+
+
+def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+    """Return all elements of columns, (B,) uint8."""
+    number = sum(math.prod(one.columns_shape) for _, one, _ in places)
+    start = buffer.numel() - -(-number // 8)
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or start < 0:
+        raise ValueError("the message is damaged: it does not say which elements were changed.")
+    mask = (buffer[start:, None] >> torch.arange(8, device=buffer.device)) & 1
+    masks = mask.flatten()[:number].bool().split([math.prod(o.columns_shape) for _, o, _ in places])
+    changed = [
+        int(one.sum()) * o.dtype.itemsize for one, (_, o, _) in zip(masks, places, strict=True)
+    ]
+    if sum(changed) != start:
+        raise ValueError(
+            f"the message is damaged: {sum(changed)} bytes were changed, and {start} are here."
+        )
+    found = []
+    values = buffer[:start].split(changed)
+    for (_, one, _), mask, value in zip(places, masks, values, strict=True):
+        if (old := last.get(one.name)) is None:
+            raise ValueError(
+                f"elements of {one.name!r} were sent that follow a sync which is not here; call "
+                "`source.forget()` before the next `send`."
+            )
+        new = bits(old.to(buffer.device)).flatten().clone()
+        new[mask] = value.view(new.dtype)
+        found.append(new.view(torch.uint8))
+    return torch.cat(found) if found else buffer
 
 
 def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
@@ -144,6 +213,7 @@ def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
             "number": message.number,
             "since": message.since,
             "ordinals": list(message.ordinals),
+            "elements": message.elements,
         }
         return words, message.buffer
     buffer = torch.cat([one.indices for one in message.sets])
@@ -163,6 +233,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                 number=int(words["number"]),
                 since=int(words["since"]),
                 ordinals=tuple(int(number) for number in words["ordinals"]),
+                elements=bool(words["elements"]),
                 buffer=buffer,
             )
         if buffer.dtype != torch.uint8 or buffer.dim() != 1:

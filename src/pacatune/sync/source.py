@@ -22,7 +22,7 @@ from pacatune.format.tensors import plain_name
 from pacatune.ops.whole import is_shared_out, whole_shape
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
-from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
+from pacatune.sync.message import Columns, ColumnSet, Positions, encoded, view_of
 from pacatune.sync.spread import (
     columns_of,
     gathered,
@@ -50,6 +50,8 @@ class ColumnSource:
         model: A PEFT model with a PaCA adapter, perhaps compiled, sharded or wrapped for DDP.
         dtype: In which the model is served; None: that of each weight.
         adapter: Name of the adapter; None: the one that is active when columns are asked for.
+        complete_every: Of so many syncs one has all columns, so that a receiver may begin with it,
+            and the others the elements that were changed since the one before.
 
     Raises:
         ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
@@ -57,9 +59,21 @@ class ColumnSource:
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype | None = None, *, adapter: str | None = None
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        *,
+        adapter: str | None = None,
+        complete_every: int = 64,
     ) -> None:
+        if complete_every < 1:
+            raise ValueError(
+                f"`complete_every` ({complete_every}) must be at least 1, with which all syncs are "
+                "complete."
+            )
         self.model, self.dtype, self.adapter = model, dtype, adapter
+        self.complete_every = complete_every
+        self._num_partial = 0
         self.number = 0  # of the last sync
         self._run = secrets.token_hex(8)
         self._weights: list[_Weight] = []
@@ -72,7 +86,7 @@ class ColumnSource:
         return self._refresh()
 
     def columns(self, *, everything: bool = False) -> Columns:
-        """Return the columns that were changed since the last sync, of which this is the next.
+        """Return what was changed of the columns since the last sync, of which this is the next.
 
         They are those that the model computes with: while its adapters are disabled, the base's.
 
@@ -119,7 +133,7 @@ class ColumnSource:
         """Have the next sync send everything: a receiver was lost, or a new one has come."""
         self._sent_version = ""
         for weight in self._weights:
-            weight.sent = None
+            weight.sent = weight.last = None
 
     def _refresh(self) -> Positions:
         """Find the adapted weights anew if adapter or columns are others now."""
@@ -155,9 +169,20 @@ class ColumnSource:
         size = sum(positions.sets[number].num_bytes for number in changed)
         device = self._weights[0].device
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        for number, one, start in positions.layout(changed):
+        places = positions.layout(changed)
+        for number, one, start in places:
             view_of(buffer, one, start).copy_(self._weights[number].values(is_base))
         self._refuse_infinite(positions, changed, buffer)
+        last = {one.name: self._weights[number].last for number, one, _ in places}
+        elements = None
+        is_due = self._num_partial + 1 >= self.complete_every
+        if places and not everything and not is_due and None not in last.values():
+            elements = encoded(buffer, places, cast(Any, last))
+        is_partial = elements is not None and elements.nbytes < buffer.nbytes
+        is_complete = len(changed) == len(states) and not is_partial
+        self._num_partial = 0 if is_complete else self._num_partial + 1
+        for number, one, start in places:
+            self._weights[number].last = None if is_base else view_of(buffer, one, start)
         for weight, state in zip(self._weights, states, strict=True):
             # Whether a receiver wrote the base's or compared it, the next sync is complete.
             weight.sent = None if is_base else state
@@ -165,9 +190,10 @@ class ColumnSource:
         return Columns(
             version=positions.version,
             number=self.number,
-            since=0 if len(changed) == len(states) else self.number - 1,
+            since=0 if is_complete else self.number - 1,
             ordinals=tuple(changed),
-            buffer=buffer,
+            buffer=cast(Tensor, elements) if is_partial else buffer,
+            elements=is_partial,
         )
 
     def _refuse_infinite(self, positions: Positions, changed: list[int], buffer: Tensor) -> None:
@@ -226,6 +252,7 @@ class _Weight:
         self.indices = layer.paca_indices[adapter]
         self.indices_version = self.indices._version
         self.sent: _State | None = None
+        self.last: Tensor | None = None  # columns of the last sync
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
         _refuse_weight(layer, parameter, weight)
