@@ -4,19 +4,17 @@ import json
 import os
 import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pacatune.sync import ColumnReceiver, ColumnSource, Distributed, File, InProcess
+from pacatune.sync import ColumnReceiver, ColumnSource, File, InProcess
 from tests.adapters import kinds
 from tests.distributed import net
-from tests.distributed.pair import Pair
 from tests.full_disk import limited_files
 from tests.releases import needs
-from tests.sync.conftest import adapt, assert_bits, bring, change, clone, merged, served, step
+from tests.sync.conftest import adapt, assert_bits, bring, change, clone, merged, step
 
 # torch 2.6 has no FSDP2 on CPUs.
 on_cpu = needs("torch", "2.7")
@@ -155,76 +153,6 @@ def test_a_disk_that_runs_full_keeps_what_was_sent(
     while receiver.receive(reader).number < last:
         pass
     assert_bits(server, merged(model))
-
-
-# Over processes.
-
-
-def train_and_serve():
-    """Rank 0 trains, rank 1 serves; both return what the served model has to be, and is."""
-    transport, is_trainer = Distributed(src=0), torch.distributed.get_rank() == 0
-    expected = []
-    if is_trainer:
-        model = adapt(groups=4)
-        source = ColumnSource(model, torch.bfloat16)
-        for seed in range(3):
-            step(model, seed=seed) if seed < 2 else change(model, 5)
-            source.send(transport)
-            expected.append(merged(model, torch.bfloat16))
-        source.send(transport)
-        transport.close()
-        return expected
-    server = served(torch.bfloat16)
-    receiver = ColumnReceiver(server)
-    for _ in range(3):
-        receiver.receive(transport)
-        expected.append(clone(server))
-    assert receiver.receive(transport).number == 4
-    for error in (EOFError, ConnectionError):
-        with pytest.raises(error):
-            receiver.receive(transport)
-    return expected
-
-
-def test_distributed(pair):
-    trained, used = pair.run(train_and_serve)
-    for expected, found in zip(trained, used, strict=True):
-        assert_bits(found, expected)
-
-
-def wait_in_vain():
-    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
-    transport = Distributed(group, src=0, timeout=0.5)
-    if torch.distributed.get_rank() == 0:
-        time.sleep(1.5)
-        return None
-    with pytest.raises((TimeoutError, ConnectionError), match=r"the sender is gone, or too slow"):
-        transport.receive()
-    for use in (transport.receive, lambda: transport.send(None)):
-        with pytest.raises(ConnectionError, match=r"cannot be used any more.*new_group"):
-            use()
-    return True
-
-
-def test_a_trainer_that_does_not_send(tmp_path):
-    pair = Pair(tmp_path / "rendezvous")
-    try:
-        assert pair.run(wait_in_vain)[1]
-    finally:
-        pair.close()
-
-
-def take_the_wrong_part():
-    transport, rank = Distributed(src=0), torch.distributed.get_rank()
-    refused = pytest.raises(ValueError, match=rf"rank {rank} \w+s \(`src` is 0\)")
-    with refused:
-        transport.send(None) if rank else transport.receive()
-
-
-def test_distributed_needs_a_group_and_its_roles(pair):
-    with pytest.raises(ValueError, match=r"call `torch.distributed.init_process_group` first"):
-        Distributed()
-    pair.run(take_the_wrong_part)
 
 
 # R6: trainers of which each process has a part.

@@ -29,8 +29,7 @@ Who may see W, and how each is served:
     it, that write is saved. If another thread got hold of it, it is not written until he lets go.
   * While somebody holds another tensor over the same memory (the values of a state_dict, say), or
     a graph holds the weight (a traced one, or plain autograd's), or another process shares its
-    memory, nothing is written, and the layer adds the product of its columns. Processes that wait
-    at a gate (`pacatune.sync.shared`) may share it.
+    memory, nothing is written, and the layer adds the product of its columns.
   * FSDP2 shows a temporary that it gathers for a pass: see `gathered.py`.
 
 How a change of delta is noticed: its version counter (in-place arithmetic, load_state_dict), and

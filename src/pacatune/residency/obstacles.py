@@ -49,7 +49,7 @@ def why_not_written(delta: Tensor, state: Any) -> str | None:
         return "an adapter is merged into its weight"
     if delta.device != weight.device:
         return f"its weight is on {weight.device}, its update on {delta.device}"
-    if weight.is_cpu and weight.untyped_storage().is_shared() and state.gate is None:
+    if weight.is_cpu and weight.untyped_storage().is_shared():
         return "its weight is in memory that processes share"
     if state.kept is not None and not state.is_unchanged():
         state.refuse_changed()

@@ -4,7 +4,6 @@ On a GPU that is one launch for all of them, where each takes longer to launch t
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -56,10 +55,9 @@ class Group:
 
 def put_all(moves: Sequence[tuple[Any, Put]]) -> None:
     """Write columns into all weights, which are known to allow it; the caller holds the lock."""
-    with _closed([residency for residency, _ in moves]):
-        keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
-        epochs = [residency._begin(kept) for residency, (kept, _) in moves]
-        put([move for _, move in moves])
+    keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
+    epochs = [residency._begin(kept) for residency, (kept, _) in moves]
+    put([move for _, move in moves])
     for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
         residency._end(kept, cast(Update, update), epoch)
 
@@ -70,19 +68,10 @@ def restore_all(residencies: Iterable[Any]) -> None:
     The caller holds the lock.
     """
     found = [(r, kept) for r in residencies if (kept := r.present) is not None and r.is_unchanged()]
-    with _closed([residency for residency, _ in found]):
-        for residency, _ in found:
-            residency.is_stale = True
-            residency.epoch += 1  # last, as in `_begin`
-        with torch.inference_mode(False):
-            put([Put(kept, None) for _, kept in found])
+    for residency, _ in found:
+        residency.is_stale = True
+        residency.epoch += 1  # last, as in `_begin`
+    with torch.inference_mode(False):
+        put([Put(kept, None) for _, kept in found])
     for residency, _ in found:
         residency.present, residency.is_stale = None, False
-
-
-def _closed(residencies: list[Any]) -> ExitStack:
-    """Keep other processes out of the memory that they share, if there are any."""
-    stack = ExitStack()
-    for gate in {id(one.gate): one.gate for one in residencies if one.gate is not None}.values():
-        stack.enter_context(gate.closed())
-    return stack

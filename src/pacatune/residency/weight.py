@@ -7,8 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,6 @@ from pacatune.residency.watching import (
 __all__ = ["Residency"]
 
 
-class Gate(Protocol):
-    """What stands between the memory of weights and other processes that read it."""
-
-    def closed(self) -> AbstractContextManager[None]:
-        """Wait until nobody reads, and let nobody read meanwhile, nor after: W is another one."""
-
-
 class Residency:
     """The adapted columns of one module's weight: at most one adapter's, written on demand.
 
@@ -50,8 +42,6 @@ class Residency:
     def __init__(self, module: nn.Module) -> None:
         # Why nothing is ever written from now on, whatever else happens.
         self.forbidden: str | None = None
-        # Keeps other processes from reading the memory that they share while columns change there.
-        self.gate: Gate | None = None
         self.is_merged = False
         # Changes by merging and unmerging, which are not the base's. Kept while another weight is
         # there for a while (torch.func.functional_call).

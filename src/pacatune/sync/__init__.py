@@ -5,8 +5,7 @@
     spread        the same where each of its processes has a part of the weights
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
-    transport     in process, torch.distributed, files
-    shared        two processes over one copy of the weights
+    transport     in process, files
 
 docs/rl.md says how to use them.
 """
@@ -16,8 +15,7 @@ from typing import TYPE_CHECKING
 from pacatune.lazy import import_later
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.receiver import ColumnReceiver
-from pacatune.sync.shared import SharedWeights
-from pacatune.sync.transport import Distributed, File, InProcess, Transport
+from pacatune.sync.transport import File, InProcess, Transport
 
 if TYPE_CHECKING:
     from pacatune.sync.source import ColumnSource
@@ -27,11 +25,9 @@ __all__ = [
     "ColumnSet",
     "ColumnSource",
     "Columns",
-    "Distributed",
     "File",
     "InProcess",
     "Positions",
-    "SharedWeights",
     "Transport",
 ]
 

@@ -1,7 +1,6 @@
 """How messages get from a trainer to those who serve the model.
 
 InProcess      a queue; tensors are handed over as they are
-Distributed    three broadcasts in a group: sizes, words, one buffer; gloo or nccl
 File           a folder with one safetensors file per message, complete when it has its name
 """
 
@@ -10,7 +9,6 @@ import queue
 import re
 import time
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,103 +83,6 @@ class InProcess:
     def close(self) -> None:
         """Tell the receiver that nothing more will come."""
         self._put(None, None)
-
-
-class Distributed:
-    """From one process of a group to all others, by broadcasts that all of them take part in.
-
-    Args:
-        group: Process group of the sender and the receivers; None: all processes.
-        src: Rank of the sender among all processes.
-        device: Where buffers are sent from and received; None: the current GPU for nccl, else CPU.
-        timeout: Seconds; None: the group's own. With nccl a watchdog ends the process instead.
-    """
-
-    def __init__(
-        self,
-        group: Any = None,
-        *,
-        src: int = 0,
-        device: torch.device | str | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        from torch import distributed
-
-        if not distributed.is_initialized():
-            raise ValueError(
-                "there is no process group; call `torch.distributed.init_process_group` first."
-            )
-        if device is None:
-            is_nccl = distributed.get_backend(group) == "nccl"
-            device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
-        self.group, self.src, self.device = group, src, torch.device(device)
-        self.timeout = timeout
-        self.is_sender = distributed.get_rank() == src
-        self._broken: str | None = None
-
-    def send(self, message: Message, timeout: float | None = None) -> None:
-        """Broadcast a message."""
-        self._refuse(is_sender=True)
-        words, buffer = to_wire(message)
-        encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
-        sizes = torch.tensor([len(encoded), len(buffer)])
-        for part in (sizes, encoded, buffer):
-            if part.numel():
-                self._broadcast(part.to(self.device), timeout)
-
-    def receive(self, timeout: float | None = None) -> Message:
-        """Take part in the broadcasts of the next message."""
-        self._refuse(is_sender=False)
-        sizes = torch.empty(2, dtype=torch.int64, device=self.device)
-        self._broadcast(sizes, timeout)
-        num_words, num_bytes = sizes.tolist()
-        if num_words < 0:
-            self._broken = "its sender has closed it"
-            raise EOFError("the sender has closed; no more columns will come.")
-        words, buffer = (
-            torch.empty(size, dtype=torch.uint8, device=self.device)
-            for size in (num_words, num_bytes)
-        )
-        for part in (words, buffer):
-            if part.numel():
-                self._broadcast(part, timeout)
-        raw = words.cpu().numpy().tobytes()
-        return from_wire(parse_json_object(raw, source="the message"), buffer)
-
-    def close(self) -> None:
-        """Tell the receivers that nothing more will come."""
-        self._refuse(is_sender=True)
-        self._broadcast(torch.full((2,), -1, device=self.device), None)
-        self._broken = "it was closed"
-
-    def _refuse(self, *, is_sender: bool) -> None:
-        if self._broken is not None:
-            raise ConnectionError(
-                f"this transport cannot be used any more: {self._broken}. Make another one over a "
-                "new group (`torch.distributed.new_group`)."
-            )
-        if is_sender != self.is_sender:
-            verb = "sends" if self.is_sender else "receives"
-            raise ValueError(f"rank {torch.distributed.get_rank()} {verb} (`src` is {self.src}).")
-
-    def _broadcast(self, part: Tensor, timeout: float | None) -> None:
-        seconds = self.timeout if timeout is None else timeout
-        try:
-            work = torch.distributed.broadcast(part, self.src, group=self.group, async_op=True)
-            if seconds is None:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=seconds))
-        except RuntimeError as error:  # gloo's, and DistBackendError
-            # The others may be in the middle of a message; what follows would not be understood.
-            other = "the receivers are" if self.is_sender else "the sender is"
-            self._broken = f"a broadcast failed ({error})"
-            is_late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-            kind = TimeoutError if is_late else ConnectionError
-            raise kind(
-                f"{other} gone, or too slow ({error}). Make another transport over a new group; "
-                "the next `source.send` sends everything."
-            ) from error
 
 
 class File:
