@@ -64,7 +64,7 @@ from pacatune.tuner.linear import Linear
 RATES = {
     "paca": (1e-3, 3e-3, 9e-3, 2.7e-2),
     "lora": (2e-3, 6e-3, 1.8e-2),
-    "full": (3e-5, 1e-4, 3e-4),
+    "full": (3e-5, 1e-4, 3e-4, 1e-3),
 }
 RATES["grid"] = RATES["paca"]
 RANKS = {"paca": 8, "lora": 4}  # about as many trained parameters
@@ -121,7 +121,8 @@ def run_of(
 ) -> RunConfig:
     """Return the run of a method on the file."""
     return RunConfig(
-        model={"path": str(model), "dtype": "bfloat16"},
+        # All weights in bfloat16 would lose most of their steps by rounding.
+        model={"path": str(model), "dtype": "float32" if method == "full" else "bfloat16"},
         data={"path": str(data), "eval_fraction": 0, "seed": seed},
         **_options(method, rate, seed, steps, output),
     )
