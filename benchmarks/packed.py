@@ -413,11 +413,8 @@ def _kept(path: Path, measure: Callable[[], list[Row]]) -> list[Row]:
 def _of_task(kind: str, task: str, args: argparse.Namespace) -> Iterator[Row]:
     base = base_file(kind, args.work)
     names: dict[str, Any] = {"model": MODEL, "setting": f"{kind}, {task}"}
-    before = served(base, None, rows_of(task, "test")[: args.rows], args.threads)
-    yield Row(what="score", method="base", value=before, unit="%", **names)
-    model, choosing = base_of(kind, args.work), rows_of(task, "train")[:_NUM_CHOOSING]
-    loss = teacher_forced(model.model, model.tokenizer, choosing)["loss"]
-    yield Row(what="loss", method="base", value=loss, **names)
+    kept = args.work / f"{kind}-{task.replace(' ', '-')}-base-{args.rows}.json"
+    yield from _kept(kept, lambda: [*_before(kind, task, args, names)])
     others = () if kind == FORMATS[0] else _FIRST_FORMAT_ALONE
     for title in (form for form in args.forms if form not in others):
         method = FORMS[title].method
@@ -444,6 +441,16 @@ def _of_task(kind: str, task: str, args: argparse.Namespace) -> Iterator[Row]:
                 )
 
 
+def _before(kind: str, task: str, args: argparse.Namespace, names: Any) -> Iterator[Row]:
+    """Measure a file that nobody has tuned."""
+    base, test = base_of(kind, args.work), rows_of(task, "test")[: args.rows]
+    score = served(base.file, None, test, args.threads)
+    yield Row(what="score", method="base", value=score, unit="%", **names)
+    choosing = rows_of(task, "train")[:_NUM_CHOOSING]
+    loss = teacher_forced(base.model, base.tokenizer, choosing)["loss"]
+    yield Row(what="loss", method="base", value=loss, **names)
+
+
 def _mean(what: str, method: str, each: dict[str, float], note: str, **names: str) -> Row:
     """Return the mean over seeds, with its interval."""
     mean, ends = statistics.mean(each.values()), dict[str, float]()
@@ -456,8 +463,11 @@ def _mean(what: str, method: str, each: dict[str, float], note: str, **names: st
 
 
 def _costs(args: argparse.Namespace) -> Iterator[Row]:
-    """Measure tokens per second of what is served, in turns, and how long a change takes."""
-    for kind in args.formats:
+    """Measure tokens per second of what is served, in turns, and how long a change takes.
+
+    `base again` is another copy of the base: what differs between equal files.
+    """
+    for kind in args.formats[:1]:
         base = base_of(kind, args.work)
         names: dict[str, Any] = {"model": MODEL, "setting": kind}
         yield counted("file", "base", base.file.stat().st_size, "bytes", **names)
@@ -472,12 +482,15 @@ def _costs(args: argparse.Namespace) -> Iterator[Row]:
             beside = _beside(base, folder / "lora", output)
             _codes(base, folder / "paca", output)
             copy = folder / "copy.gguf"  # as new as the tuned file
-            copy.write_bytes(base.file.read_bytes())
-            servers = {"base": (copy, None), "paca": (output, None), "lora, beside": (copy, beside)}
+            again = folder / "again.gguf"
+            for path in (copy, again):
+                path.write_bytes(base.file.read_bytes())
+            servers = {"base": (copy, None), "paca": (output, None), "base again": (again, None)}
+            servers["lora, beside"] = (copy, beside)
             request = ("The words are", _SPEED_TOKENS, {"ignore_eos": True})
             told = [*answers([*servers.values()], [request] * (_SPEED_TURNS + 1), args.threads)][1:]
             times = {name: [1 / turn[i][1] for turn in told] for i, name in enumerate(servers)}
-            for name in ("paca", "lora, beside"):
+            for name in list(servers)[1:]:
                 yield ratio_row(
                     times[name], times["base"], seed=args.seed, what="time per token",
                     method=f"{name} / base", **names,
