@@ -49,7 +49,7 @@ for turn, (prompt, length, options) in enumerate(requests):
     request = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False}
     answers = [None] * len(started)
     for place in range(len(started)):
-        place = (place + turn) % len(started)  # nobody twice in a row, with his weights in caches
+        place = (place + turn) % len(started)  # or one would run twice in a row, caches warm
         answers[place] = started[place].handle_completions(request | options)
     told = [(a["choices"][0]["text"], a["timings"]["predicted_per_second"]) for a in answers]
     print("answers", json.dumps(told))

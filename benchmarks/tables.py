@@ -120,7 +120,41 @@ VIEWS = {
         columns=("what", "model", "setting"),
         is_first=False,
     ),
-    "packed": View(file="packed", index=("setting", "method"), columns=("what",)),
+    "packed": View(
+        file="packed",
+        where=lambda row: (
+            row.setting.endswith(("reversed", "sorted"))
+            and row.method != "base"
+            and (row.method != "lora, beside" or row.setting.startswith("Q4_1"))
+            and not row.what.startswith("first")
+        ),
+        index=("setting", "method"),
+        columns=("what",),
+    ),
+    "packed-rates": View(
+        file="packed",
+        where=lambda row: (
+            row.what.startswith("first seed")
+            and "reversed" in row.setting
+            and row.method in ("paca", "paca, on the grid", "lora")
+        ),
+        index=("method", "setting"),
+        columns=("what",),
+        is_first=False,
+    ),
+    "packed-costs": View(
+        file="packed",
+        where=_what("file", "speed", "time per token", "patch applied or taken out"),
+        columns=("what", "method"),
+        is_first=False,
+    ),
+    "packed-after": View(
+        file="packed",
+        where=lambda row: row.setting.endswith("after"),
+        index=("setting", "method"),
+        columns=("what",),
+        is_first=False,
+    ),
     "patch": View(
         file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
     ),
@@ -128,7 +162,6 @@ VIEWS = {
         file="demo-rl",
         where=lambda row: "gap" not in row.what,
         columns=("what", "method"),
-        remark="The command is `python examples/grpo.py --seed SEED` now.",
     ),
 }
 """Name of a block -> what it shows."""
@@ -201,9 +234,24 @@ def _first(results: Path) -> str:
     paca, lora, rslora = map(", ".join, forgotten.values())
     title = "rise of the loss on general text, by the three tasks on text"
     cells.append([title, paca, lora, "-", rslora])
+    title = (
+        "tuned in a 4-bit GGUF and written into it (LoRA: quantised again), SmolLM2-135M, words "
+        "reversed; sorted: exact answers served, % (as trained)"
+    )
+    cells.append([title, *("; ".join(_served(results, arm)) for arm in ("paca", "lora"))])
     trainer = "LoRA as Trainer runs it (autocast, float32 adapters)"
     header = ["", "PaCA", trainer, "LoRA, adapters in bfloat16", "rsLoRA"]
-    return "\n".join(Table(header=header, cells=[[*c, "-"][:5] for c in cells]).markdown())
+    return "\n".join(Table(header=header, cells=[[*c, "-", "-"][:5] for c in cells]).markdown())
+
+
+def _served(results: Path, arm: str) -> list[str]:
+    """Return the scores of an arm in the first format of files of few bits, by task."""
+    rows = {(r.setting, r.what): r for r in read("packed", results).rows if r.method == arm}
+    settings = [f"Q4_1, words {task}" for task in ("reversed", "sorted")]
+    return [
+        f"{rows[setting, 'score'].value:.1f} ({rows[setting, 'score as trained'].value:.1f})"
+        for setting in settings
+    ]
 
 
 def _demo(results: Path) -> str:

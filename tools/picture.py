@@ -6,6 +6,7 @@ python -m tools.picture
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
     groups  what arms of the study of row groups keep for backward, and their scores
+    packed  scores in a file of 4 bits against the bytes that were changed in it
 """
 
 import json
@@ -80,6 +81,15 @@ def groups() -> dict[str, dict[str, tuple[float, float]]]:
             kept = rows[_KEPT, "paca"]
             arms = [arm for arm in study["arms"] if "normalized" not in arm and "pool" not in arm]
             found[title] = {arm: (rows[_KEPT, arm] / kept, rows[score, arm]) for arm in arms}
+    return found
+
+
+def packed() -> dict[str, dict[str, dict[str, Row]]]:
+    """Return score and changed bytes of what is in the file, and the score as trained, by task."""
+    found: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in read("packed").rows:
+        if row.setting.startswith("Q4_1, words") and "rate" not in row.setting:
+            found.setdefault(row.setting, {}).setdefault(row.method, {})[row.what] = row
     return found
 
 
@@ -185,6 +195,24 @@ def _draw_groups(figure: Any, text: str, ours: str, theirs: str) -> None:
         axes.set_xlabel("kept for backward, PaCA = 1", color=text)
 
 
+def _draw_packed(figure: Any, text: str, ours: str, theirs: str) -> None:
+    panels, shown = packed(), {"paca": 0, "lora": 9, "full": -9}
+    for number, (title, methods) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), number + 1)
+        for name, shift in shown.items():
+            rows, colour = methods[name], ours if name == "paca" else theirs
+            score, changed = rows["score"], rows["bytes changed"].value
+            axes.plot([changed] * 2, [score.low, score.high], color=colour, linewidth=1)
+            axes.plot(changed, score.value, "o", color=colour)
+            trained = rows["score as trained"].value
+            axes.plot(changed, trained, "o", color=colour, fillstyle="none")
+            beside = {"xytext": (7, shift), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(name, (changed, score.value), va="center", **beside)
+        axes.set_xlim(0, 9)
+        axes.set_title(f"{title}: exact answers, %; hollow: as trained", fontsize=8)
+        axes.set_xlabel("bytes of the file that were changed, %", color=text, fontsize=8)
+
+
 def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.invert_yaxis()
@@ -197,6 +225,7 @@ _PICTURES = {
     "step": (_draw_step, 3.4),
     "sync": (_draw_sync, 1.7),
     "groups": (_draw_groups, 6.0),
+    "packed": (_draw_packed, 2.6),
 }
 """Name -> what draws it, and its height in inches."""
 
