@@ -131,11 +131,14 @@ def sync(actor, rollouts):
 def test_rollouts_hold_what_the_actor_trains(groups):
     import_module("pacatune.integrations.verl")
     actor, rollouts = Process(Actor, groups), [Process(Rollout), Process(Rollout)]
-    everything = 2 * 4 * 2 * (32 + 32)  # bytes, ranks, layers, outputs of q_proj and down_proj
+    rank = 4 if groups == 1 else 16  # that of the pool which groups draw from
+    everything = 2 * rank * 2 * (32 + 32)  # bytes, columns, layers, outputs of both targets
     for step in range(3):
         actor.call("step", step)
         metrics, *served = sync(actor, rollouts)
-        assert metrics == {"sync/num_bytes": everything}
+        # Each row of groups changes a part of the pool's columns; later syncs have that alone.
+        is_part = groups > 1 and step > 0
+        assert metrics["sync/num_bytes"] in (range(1, everything) if is_part else [everything])
         expected = actor.call("served")
         assert len(expected) == 4
         for found in served:
