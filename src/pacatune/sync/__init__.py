@@ -6,6 +6,7 @@
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
     transport     in process, files
+    elements      elements at flat places, for vLLM's own loader and verl's
 
 docs/rl.md says how to use them.
 """
@@ -13,6 +14,7 @@ docs/rl.md says how to use them.
 from typing import TYPE_CHECKING
 
 from pacatune.lazy import import_later
+from pacatune.sync.elements import ElementPatch, element_patches
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File, InProcess, Transport
@@ -25,10 +27,12 @@ __all__ = [
     "ColumnSet",
     "ColumnSource",
     "Columns",
+    "ElementPatch",
     "File",
     "InProcess",
     "Positions",
     "Transport",
+    "element_patches",
 ]
 
 # It needs PEFT; a server does not wait for that.
