@@ -23,7 +23,7 @@ help:
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
 	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
-	@echo 'make test-integrations PaCA in Axolotl, ms-swift, LLaMA-Factory and verl, each in an environment of its own'
+	@echo 'make test-integrations PaCA in Axolotl, ms-swift, LLaMA-Factory, verl and modelexpress, each in an environment of its own'
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'
 	@echo 'make soak-rl           300 steps of GRPO beside a vLLM server, killed three times; about an hour'
 	@echo 'make bench             measure step time and memory against the other methods'

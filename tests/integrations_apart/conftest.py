@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-TOOLS = {"axolotl": "axolotl", "llamafactory": "llamafactory", "ms_swift": "swift", "verl": "verl"}
+TOOLS = {"axolotl": "axolotl", "llamafactory": "llamafactory", "modelexpress": "modelexpress_rl"}
+TOOLS |= {"ms_swift": "swift", "verl": "verl"}
 """Beginning of a test file's name -> the package that it needs; `make test` has none of them."""
 
 missing = [name for name, package in TOOLS.items() if importlib.util.find_spec(package) is None]

@@ -6,6 +6,8 @@
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
     transport     in process, files
+    delta_folder  versions of a checkpoint, for SkyRL, modelexpress and others
+    elements      elements at flat places, for vLLM's own loader and verl's
 
 docs/rl.md says how to use them.
 """
@@ -13,6 +15,8 @@ docs/rl.md says how to use them.
 from typing import TYPE_CHECKING
 
 from pacatune.lazy import import_later
+from pacatune.sync.delta_folder import DeltaFolder, SkyrlDeltaFolder
+from pacatune.sync.elements import ElementPatch, element_patches
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File, InProcess, Transport
@@ -25,10 +29,14 @@ __all__ = [
     "ColumnSet",
     "ColumnSource",
     "Columns",
+    "DeltaFolder",
+    "ElementPatch",
     "File",
     "InProcess",
     "Positions",
+    "SkyrlDeltaFolder",
     "Transport",
+    "element_patches",
 ]
 
 # It needs PEFT; a server does not wait for that.

@@ -175,8 +175,12 @@ def encoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tenso
     return torch.cat([*changed, packed])
 
 
-def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
-    """Return all elements of columns, (B,) uint8."""
+def changed_elements(buffer: Tensor, places: Places) -> list[tuple[ColumnSet, Tensor, Tensor]]:
+    """Return what `encoded` packed: for each tensor (N,) bool, and the elements where it is set.
+
+    Raises:
+        ValueError: If these are not as many as the bits say.
+    """
     number = sum(math.prod(one.columns_shape) for _, one, _ in places)
     start = buffer.numel() - -(-number // 8)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or start < 0:
@@ -190,16 +194,24 @@ def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tens
         raise ValueError(
             f"the message is damaged: {sum(changed)} bytes were changed, and {start} are here."
         )
-    found = []
     values = buffer[:start].split(changed)
-    for (_, one, _), mask, value in zip(places, masks, values, strict=True):
+    return [
+        (one, mask, value.view(one.dtype))
+        for (_, one, _), mask, value in zip(places, masks, values, strict=True)
+    ]
+
+
+def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+    """Return all elements of columns, (B,) uint8."""
+    found = []
+    for one, mask, values in changed_elements(buffer, places):
         if (old := last.get(one.name)) is None:
             raise ValueError(
                 f"elements of {one.name!r} were sent that follow a sync which is not here; call "
                 "`source.forget()` before the next `send`."
             )
         new = bits(old.to(buffer.device)).flatten().clone()
-        new[mask] = value.view(new.dtype)
+        new[mask] = bits(values)
         found.append(new.view(torch.uint8))
     return torch.cat(found) if found else buffer
 

@@ -1,0 +1,264 @@
+"""Columns as versions of a checkpoint in a folder, as engines of other frameworks take them.
+
+    DeltaFolder          weight_v000001, ...   read by slime, miles and modelexpress
+    SkyrlDeltaFolder     delta-00000001, ...   read by SkyRL
+
+Version 0 is the base's own files. Each later one has, for every tensor that it changes, all bytes
+XOR those of the version before, as a zstd frame, and a digest of the new tensor, which the reader
+checks. So a sync reads each tensor that it changes from the base's files, and compresses and hashes
+all of it: O(OI), not O(OR). Only columns are kept in memory.
+"""
+
+import json
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
+from pacatune.files.folder import staged_folder
+from pacatune.files.tensor_file import read_header, write_tensors
+from pacatune.installation import require_extra
+from pacatune.names import nearest
+from pacatune.ops.columns import bits
+from pacatune.patch.edit import put_bits_
+from pacatune.precision import dtype_name
+from pacatune.sync.message import Columns, ColumnSet, Positions
+
+_Part = tuple[ColumnSet, Tensor]
+"""Columns of one tensor: where they are, and what is in them."""
+
+
+class DeltaFolder:
+    """A transport that writes each sync as the next version of a checkpoint.
+
+    A version has its name when it is complete, and stays. A trainer that was restarted goes on
+    after the last one: it reads all that are there, as a new engine does, and its first version
+    leads from there to the new columns.
+
+    Args:
+        folder: Made if it is missing; it holds the versions of one run and nothing else.
+        base: Model folder that trainer and engines have loaded.
+
+    Raises:
+        FileNotFoundError: If the base has no safetensors.
+        ValueError: If the folder holds anything else, or a package is not installed.
+    """
+
+    _version = "weight_v{:06}"
+    _shard = "model-00000-of-00001.safetensors"
+    _index = "model.safetensors.index.json"
+    _packages: tuple[str, ...] = ("zstandard",)
+
+    def __init__(self, folder: str | Path, *, base: str | Path) -> None:
+        require_extra(type(self).__name__, "delta", self._packages)
+        self.folder, self._base = Path(folder), Checkpoint.open(base)
+        self._positions: Positions | None = None
+        self._number = 0  # of the last sync
+        self._parts: dict[str, _Part] = {}  # what the last version changes of the base
+        self._earlier: dict[str, list[Path]] = {}  # or where, if another trainer wrote it
+        self.version = 0
+        """Number of the last version, which engines are told to take."""
+        for path in self._find_versions():
+            self.version += 1
+            for shard in sorted(path.glob("*.safetensors")):
+                for name in read_header(shard):
+                    self._entry(name)
+                    self._earlier.setdefault(name, []).append(shard)
+
+    def send(self, message: Positions | Columns, timeout: float | None = None) -> None:
+        """Write a sync as the next version, or learn where the next columns belong.
+
+        Raises:
+            ValueError: If the base lacks a tensor or has it in another dtype, an earlier sync is
+                missing, or the disk is full; nothing was written then.
+            FileExistsError: If another trainer has written this version.
+        """
+        if isinstance(message, Positions):
+            for one in message.sets:
+                self._check(one)
+            self._positions, self._number = message, 0
+            return
+        parts = self._received(message)
+        if message.since:
+            parts = self._parts | parts
+        names = dict.fromkeys([*self._earlier, *self._parts, *parts])
+        changes = [self._change(name, parts.get(name)) for name in names]
+        self._write([one for one in changes if one is not None])
+        self.version += 1
+        self._parts, self._number, self._earlier = parts, message.number, {}
+
+    def receive(self, timeout: float | None = None) -> NoReturn:
+        """Refuse: engines read the folder."""
+        raise ValueError("this end writes; engines read the folder by code of their own.")
+
+    def close(self) -> None:
+        """Leave the versions as they are: none of them is marked as the last one."""
+
+    def _find_versions(self) -> list[Path]:
+        """Return the versions that are there; refuse gaps and whatever else is there."""
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        found = {path for path in paths if not path.name.startswith(".")}  # those are unfinished
+        numbers = range(1, 1 + len(found))
+        versions = [self.folder / self._version.format(number) for number in numbers]
+        if wrong := found - {path for path in versions if (path / self._index).is_file()}:
+            raise ValueError(
+                f"{min(wrong)} is none of the complete versions {self._version.format(1)!r}, ... "
+                "that may be there, without a gap; choose a folder for the versions of one run."
+            )
+        return versions
+
+    def _entry(self, name: str) -> Entry:
+        """Return where a tensor of the base is."""
+        entries = self._base.entries
+        if name not in entries:
+            raise ValueError(
+                f"{self._base.folder} has no tensor {name!r}; the nearest is "
+                f"{nearest(name, entries, cutoff=0)!r}. Give the base that is trained; experts "
+                "that its files split cannot be targets."
+            )
+        return entries[name]
+
+    def _check(self, one: ColumnSet) -> None:
+        """Refuse columns that are not of the base's tensor."""
+        entry = self._entry(one.name)
+        dtype = DTYPES.get(entry.dtype)
+        if (entry.shape, dtype) != (one.shape, one.dtype):
+            raise ValueError(
+                f"{one.name!r} is {entry.shape} in {dtype or entry.dtype} in the base, and the "
+                f"columns are of {one.shape} in {one.dtype}; give the base that is trained, and "
+                "make the source with its dtype: `ColumnSource(model, dtype)`."
+            )
+
+    def _received(self, columns: Columns) -> dict[str, _Part]:
+        """Return the columns that a sync brings."""
+        if self._positions is None:
+            raise ValueError("no positions are known; `source.send` sends them first.")
+        if columns.since not in (0, self._number):
+            raise ValueError(
+                f"sync {columns.number} has the columns changed since sync {columns.since}, and "
+                f"sync {self._number} was written last; call `source.forget()` before the next "
+                "`send`."
+            )
+        sets = {one.name: one for one in self._positions.sets}
+        last = {name: part for name, (_, part) in self._parts.items()}
+        values = replace(columns, buffer=columns.buffer.cpu()).by_name(self._positions, last)
+        return {name: (sets[name], part) for name, part in values.items()}
+
+    def _change(self, name: str, part: _Part | None) -> tuple[dict[str, Any], Tensor] | None:
+        """Return what the next version says of a tensor, None if it stays as it is.
+
+        Returns:
+            Words about it, and (F,) uint8, the compressed XOR.
+        """
+        import zstandard
+
+        if part is self._parts.get(name) and name not in self._earlier:
+            return None
+        plain = self._base.tensor(name)
+        old, new = _with_part(plain, self._parts.get(name)), _with_part(plain, part)
+        if name in self._earlier:
+            self._read_back_(name, old)
+        difference = bits(old) ^ bits(new)
+        if not difference.any():
+            return None
+        frame = zstandard.ZstdCompressor(level=1).compress(_bytes_of(difference).numpy())
+        words = {
+            "name": name,
+            "dtype": dtype_name(new.dtype),
+            "shape": list(new.shape),
+            "uncompressed_num_bytes": new.nbytes,
+            "compressed_num_bytes": len(frame),
+            "checksum": self._digest(_bytes_of(new).numpy()),
+        }
+        return words, torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+
+    def _read_back_(self, name: str, tensor: Tensor) -> None:
+        """Make a tensor of the base the one that an earlier trainer's versions lead to."""
+        import zstandard
+
+        data, digest = _bytes_of(tensor), None
+        for shard in self._earlier[name]:
+            with safe_open(shard, framework="pt") as file:
+                frame, digest = file.get_tensor(name), (file.metadata() or {}).get(name)
+            with suppress(zstandard.ZstdError, RuntimeError, ValueError):  # the digest tells
+                reader = zstandard.ZstdDecompressor().stream_reader(frame.numpy())
+                data ^= torch.frombuffer(bytearray(reader.read(len(data))), dtype=torch.uint8)
+        if self._digest(data.numpy()) != digest:
+            raise ValueError(
+                f"the versions in {str(self.folder)!r} do not lead on from {self._base.folder} in "
+                f"{name!r}: they have another base, or are damaged. Give their base, or a new "
+                "folder."
+            )
+
+    def _write(self, changes: list[tuple[dict[str, Any], Tensor]]) -> None:
+        path = self.folder / self._version.format(self.version + 1)
+        frames = {words["name"]: frame for words, frame in changes}
+        digests = {words["name"]: words["checksum"] for words, _ in changes}
+        try:
+            with staged_folder(path, sum(frame.nbytes for frame in frames.values())) as staging:
+                if frames:
+                    write_tensors(frames, staging / self._shard, metadata=digests)
+                index = self._describe(self.version + 1, [words for words, _ in changes])
+                (staging / self._index).write_text(json.dumps(index), encoding="utf-8")
+        except FileExistsError:
+            raise FileExistsError(
+                f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
+            ) from None
+
+    def _digest(self, data: Any) -> str:
+        return f"{zlib.adler32(data):08x}"
+
+    def _describe(self, version: int, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the index says, given words about each changed tensor."""
+        metadata = {
+            "version": f"{version:06}",
+            "base_version": f"{version - 1:06}",
+            "delta_encoding": "xor",
+            "compression_format": "zstd",
+            "checksum_format": "adler32",
+        }
+        return {"metadata": metadata, "weight_map": {one["name"]: self._shard for one in tensors}}
+
+
+class SkyrlDeltaFolder(DeltaFolder):
+    """The same in SkyRL's layout."""
+
+    _version = "delta-{:08}"
+    _shard = "delta-rank00000-file000000.safetensors"
+    _index = "manifest.json"
+    _packages = ("zstandard", "xxhash")
+
+    def _digest(self, data: Any) -> str:
+        import xxhash
+
+        return str(xxhash.xxh3_128(data).hexdigest())
+
+    def _describe(self, version: int, tensors: list[dict[str, Any]]) -> dict[str, Any]:
+        same = {"payload_file": self._shard, "checksum_algorithm": "xxh3-128"}
+        return {
+            "version": version,
+            "base_version": version - 1,
+            "tensors": [{**one, **same, "payload_key": one["name"]} for one in tensors],
+            "total_uncompressed_num_bytes": sum(one["uncompressed_num_bytes"] for one in tensors),
+            "total_compressed_num_bytes": sum(one["compressed_num_bytes"] for one in tensors),
+            "payload_files": [self._shard] if tensors else [],
+        }
+
+
+def _with_part(tensor: Tensor, part: _Part | None) -> Tensor:
+    """Return a copy of a tensor with other columns."""
+    tensor = tensor.clone()
+    if part is not None:
+        one, columns = part
+        put_bits_(tensor, one.dim, one.indices, columns)
+    return tensor
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

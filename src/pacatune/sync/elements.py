@@ -1,0 +1,71 @@
+"""A sync as elements at flat places of the checkpoint's tensors, for loaders that know no columns.
+
+`integrations.vllm` and `integrations.verl` turn them into what these frameworks take. Each element
+brings its place, in 4 bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacatune.sync.message import Columns, ColumnSet, Positions, changed_elements
+
+_MAX_ELEMENTS = 2**31
+
+
+class ElementPatch(NamedTuple):
+    """Some elements of one tensor of the checkpoint, as they are now."""
+
+    name: str
+    """Name of the tensor in the checkpoint."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    dtype: torch.dtype
+    """Dtype of the values."""
+    indices: Tensor
+    """(N,) int32, where the elements are in the flattened tensor; they increase."""
+    values: Tensor
+    """(N,) contiguous."""
+
+
+def element_patches(positions: Positions, columns: Columns) -> list[ElementPatch]:
+    """Return what a sync brings as elements: those that were changed if the sync says which.
+
+    A complete sync has all elements of the columns. Nothing here takes columns back that leave the
+    selection: patch with `source.base_columns()` before the adapter or its columns change.
+
+    Args:
+        positions: Those that the columns are at.
+        columns: The sync; one that follows another has what was changed since.
+
+    Raises:
+        ValueError: If the columns belong to other positions, or a tensor has 2**31 elements.
+    """
+    columns.check(positions)
+    changed: Sequence[tuple[ColumnSet, Tensor | slice, Tensor]]
+    if columns.elements:
+        changed = changed_elements(columns.buffer, positions.layout(columns.ordinals))
+    else:
+        sets, values = {one.name: one for one in positions.sets}, columns.by_name(positions)
+        changed = [(sets[name], slice(None), values[name].flatten()) for name in values]
+    return [
+        ElementPatch(one.name, one.shape, one.dtype, _places(one, values.device)[mask], values)
+        for one, mask, values in changed
+        if len(values)
+    ]
+
+
+def _places(one: ColumnSet, device: torch.device) -> Tensor:
+    """Return where each element of columns is in the flattened tensor, in the columns' order."""
+    if (size := math.prod(one.shape)) > _MAX_ELEMENTS:
+        raise ValueError(
+            f"{one.name!r} has {size} elements, and int32 counts {_MAX_ELEMENTS}; leave it out of "
+            "the targets, or send columns."
+        )
+    inner = math.prod(one.shape[one.dim + 1 :])
+    first = torch.arange(math.prod(one.shape[: one.dim]), device=device) * one.shape[one.dim]
+    columns = first[:, None, None] + one.indices.to(device)[:, None]
+    return (columns * inner + torch.arange(inner, device=device)).flatten().int()

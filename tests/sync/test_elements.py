@@ -1,0 +1,90 @@
+"""Elements at flat places lead a checkpoint to the bits of a merge."""
+
+import math
+
+import pytest
+import torch
+
+from pacatune.ops.columns import bits
+from pacatune.sync import ColumnSource, element_patches
+from pacatune.sync.message import Columns, ColumnSet, Positions
+from tests.adapters import kinds
+from tests.sync.conftest import adapt, assert_bits, change, clone, merged, served
+from tests.sync.test_sync import nudge
+
+
+def take(server, source, columns):
+    """Write a sync's elements into plain tensors; return how many there are."""
+    state, patches = server.state_dict(), element_patches(source.positions(), columns)
+    for one in patches:
+        tensor = state[one.name]
+        assert (one.shape, one.dtype) == (tensor.shape, tensor.dtype)
+        assert one.values.dtype == one.dtype
+        assert one.indices.dtype == torch.int32
+        assert (one.indices.diff() > 0).all()
+        assert one.values.is_contiguous()
+        assert one.values.shape == one.indices.shape
+        tensor.view(-1)[one.indices.long()] = one.values
+    return sum(len(one.values) for one in patches)
+
+
+def test_elements_are_those_that_were_changed():
+    model, server = adapt(torch.bfloat16, groups=2), served(torch.bfloat16)
+    source = ColumnSource(model, complete_every=4)
+    total = sum(math.prod(one.columns_shape) for one in source.positions().sets)
+    assert take(server, source, source.columns()) == total
+    assert_bits(server, merged(model))
+    for number in range(2, 7):
+        nudge(model, number)
+        before, columns = clone(server), source.columns()
+        num_taken = take(server, source, columns)
+        state = server.state_dict()
+        num_changed = sum(int((bits(before[k]) != bits(state[k])).sum()) for k in before)
+        assert 0 < num_changed < total / 2
+        assert num_taken == (num_changed if columns.elements else total)
+        assert columns.elements == (number != 5)
+        assert_bits(server, merged(model))
+    change(model, 3, by=1e-3)
+    columns = source.columns()
+    assert [one.name for one in element_patches(source.positions(), columns)] == [
+        source.positions().sets[3].name
+    ]
+    take(server, source, columns)
+    assert_bits(server, merged(model))
+    assert element_patches(source.positions(), source.columns()) == []
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "gpt_oss", "embedding"])
+def test_other_dimensions(kind):
+    model, server = (kinds.build(kind) for _ in range(2))
+    model = adapt(base=model, init_weights=False, **kinds.OPTIONS[kind])
+    source = ColumnSource(model)
+    take(server, source, source.columns())
+    assert_bits(server, merged(model))
+
+
+def test_the_base_is_taken_before_other_columns():
+    model, server = adapt(torch.bfloat16, init_weights=False), served(torch.bfloat16)
+    source, base = ColumnSource(model), clone(server)
+    take(server, source, source.columns())
+    take(server, source, source.base_columns())
+    assert_bits(server, base)
+
+
+def test_what_is_refused():
+    source, other = ColumnSource(adapt()), ColumnSource(adapt(r=2))
+    with pytest.raises(ValueError, match="the columns belong to positions"):
+        element_patches(source.positions(), other.columns())
+    one = ColumnSet(
+        name="large",
+        parameter="large",
+        dim=1,
+        shape=(2**16, 2**16),
+        dtype=torch.bfloat16,
+        indices=torch.tensor([3]),
+    )
+    positions = Positions(sets=(one,), shapes={}, run="")
+    buffer = torch.zeros(one.num_bytes, dtype=torch.uint8)
+    columns = Columns(version=positions.version, number=1, since=0, ordinals=(0,), buffer=buffer)
+    with pytest.raises(ValueError, match="'large' has 4294967296 elements, and int32 counts"):
+        element_patches(positions, columns)

@@ -1,0 +1,83 @@
+"""vLLM's own loader takes a sync as patches; nothing of ours is called in its worker."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from pacatune.integrations.vllm import checkpoint_patches, sparse_patches
+from pacatune.sync import ColumnSource
+from tests.sync.test_sync import nudge
+from tests.vllm.conftest import (
+    adapted,
+    save_small_model,
+    served_digests,
+    start,
+    stop,
+    trained_digests,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(model_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_small_model(model_path, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # functions go to the worker
+        engine = start(folder)
+        yield engine
+        stop(engine)
+
+
+@pytest.fixture
+def load(llm):
+    from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+        load_checkpoint_weight_patches,
+    )
+
+    # A function that pickle knows, since the worker is another process.
+    return lambda patches: llm.apply_model(partial(load_checkpoint_weight_patches, patches=patches))
+
+
+def test_its_loader_serves_the_bits_of_a_merge(llm, load, folder):
+    base, model = served_digests(llm), adapted(folder, init_weights=False)
+    source = ColumnSource(model)
+    for number in range(3):
+        columns = source.columns()
+        assert columns.elements == (number > 0)
+        load(checkpoint_patches(source.positions(), columns))
+        assert served_digests(llm) == trained_digests(model)
+        assert served_digests(llm) != base
+        nudge(model, number)
+    assert load(checkpoint_patches(source.positions(), source.columns()))
+    load(checkpoint_patches(source.positions(), source.base_columns()))
+    assert served_digests(llm) == base
+
+
+def test_its_loader_checks_places(llm, load, folder):
+    source = ColumnSource(adapted(folder))
+    patch, *_ = checkpoint_patches(source.positions(), source.columns())
+    with pytest.raises(Exception, match="out-of-range indices, or duplicate indices"):
+        load([patch._replace(indices=torch.zeros_like(patch.indices))])
+
+
+def test_patches_of_its_engine_for_nccl(folder):
+    from vllm.distributed.weight_transfer.sparse_nccl_engine import (
+        SparseNCCLTrainerWeightTransferEngine,
+    )
+
+    source = ColumnSource(adapted(folder))
+    columns = source.columns()
+    patches = sparse_patches(source.positions(), columns)
+    assert len(patches) == len(source.positions().sets)
+    others = checkpoint_patches(source.positions(), columns)
+    for one, other in zip(patches, others, strict=True):
+        SparseNCCLTrainerWeightTransferEngine._validate_patch(one)
+        assert (one.name, one.full_shape) == (other.name, other.shape)
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.values, other.values)
