@@ -50,24 +50,21 @@ def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, costs, rates, transfer (by rate)."""
+    """Return a table of one of `FILES`: scores, differences, costs, rates."""
     known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
     named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
-    is_transfer = what == "transfer"
-    curves = {name for name in named if name.startswith(("transfer", "rate"))}
-    chosen = {n: study for n, study in named.items() if (n in curves) == is_transfer}
+    curves = ("transfer", "rate")  # studies of rates alone
+    chosen = {name: study for name, study in named.items() if not name.startswith(curves)}
     rows = [row for name, study in chosen.items() for row in rows_of(name, study)]
+    if kind == "groups":  # options that left with this study, see studies/groups.md
+        rows = [row for row in rows if "normalized" not in row.method]
     if what == "differences":
         rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
-    quantities = {"scores": "test", "differences": "", "transfer": "validation"}
+    quantities = {"scores": "test", "differences": ""}
     quantities |= {"costs": ("kept", "forgetting"), "rates": "best rate"}
     if what not in quantities:
         raise ValueError(
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."
         )
     rows = [row for row in rows if row.what.startswith(quantities[what])]
-    if not is_transfer:
-        return "\n".join(table(rows, ("method",), ("model", "what")).markdown())
-    # Columns in the order of the rates, which differ by arm; units differ by model.
-    rows = sorted((replace(row, unit="") for row in rows), key=lambda row: float(row.setting))
-    return "\n".join(table(rows, ("model", "method"), ("setting",)).markdown())
+    return "\n".join(table(rows, ("method",), ("model", "what")).markdown())
