@@ -167,7 +167,7 @@ class DeltaFolder:
         difference = bits(old) ^ bits(new)
         if not difference.any():
             return None
-        frame = zstandard.ZstdCompressor(level=1).compress(_bytes_of(difference).numpy())
+        frame = zstandard.ZstdCompressor(level=1).compress(_bytes_of(difference).numpy().data)
         words = {
             "name": name,
             "dtype": dtype_name(new.dtype),
