@@ -1,7 +1,8 @@
 """Measure what tuning survives in a file of few bits, and what it costs there.
 
     python -m benchmarks.packed                writes benchmarks/results/packed.json
-    python -m benchmarks.packed --quick        one format, one task, one seed, fewer steps and rows
+    python -m benchmarks.packed --quick        one format, one task, one seed, fewer steps and rows:
+                                               packed-part.json
 
 The model exists in few bits alone: SmolLM2-135M-Instruct as somebody's GGUF (Q4_1), and two files
 that the package gguf makes of it (Q8_0, Q4_0). Every method trains on the file in bfloat16, as
@@ -566,7 +567,8 @@ def main(options: list[str] | None = None) -> None:
         f"held-out rows, seeds {', '.join(map(str, args.seeds))}"
     )
     titles = {name: form.title for name, form in FORMS.items()}
-    record("packed", how, lambda: measure(args), args, options, titles)
+    name = "packed-part" if args.quick else "packed"
+    record(name, how, lambda: measure(args), args, options, titles)
 
 
 if __name__ == "__main__":
