@@ -182,6 +182,17 @@ def test_damaged_elements(damage, message):
 
 
 def test_every_so_often_a_sync_is_complete():
+    """Also where only some of the tensors are trained."""
+    source, receiver = ColumnSource(model := adapt(), complete_every=3), ColumnReceiver(served())
+    bring(source, receiver)
+    found = []
+    for _ in range(5):
+        change(model)
+        found.append(columns := source.columns())
+        receiver.apply(columns)
+    assert [columns.since for columns in found] == [1, 2, 0, 4, 5]
+    assert [len(columns.ordinals) for columns in found] == [1, 1, 14, 1, 1]
+    assert_bits(receiver.model, merged(model))
     with pytest.raises(ValueError, match=r"`complete_every` \(0\) must be at least 1"):
         ColumnSource(adapt(), complete_every=0)
     source = ColumnSource(model := adapt(torch.bfloat16), complete_every=1)

@@ -169,9 +169,9 @@ def encoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tenso
         new = bits(view_of(buffer, one, start)).flatten()
         masks.append(mask := new != bits(last[one.name]).flatten())
         changed.append(new[mask].view(torch.uint8))
-    mask = torch.cat(masks)
+    mask = torch.cat(masks).view(torch.uint8)
     mask = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
-    packed = (mask << torch.arange(8, device=mask.device)).sum(1, dtype=torch.uint8)
+    packed = (mask << _shifts(mask)).sum(1, dtype=torch.uint8)
     return torch.cat([*changed, packed])
 
 
@@ -185,7 +185,7 @@ def changed_elements(buffer: Tensor, places: Places) -> list[tuple[ColumnSet, Te
     start = buffer.numel() - -(-number // 8)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or start < 0:
         raise ValueError("the message is damaged: it does not say which elements were changed.")
-    mask = (buffer[start:, None] >> torch.arange(8, device=buffer.device)) & 1
+    mask = (buffer[start:, None] >> _shifts(buffer)) & 1
     masks = mask.flatten()[:number].bool().split([math.prod(o.columns_shape) for _, o, _ in places])
     changed = [
         int(one.sum()) * o.dtype.itemsize for one, (_, o, _) in zip(masks, places, strict=True)
@@ -199,6 +199,11 @@ def changed_elements(buffer: Tensor, places: Places) -> list[tuple[ColumnSet, Te
         (one, mask, value.view(one.dtype))
         for (_, one, _), mask, value in zip(places, masks, values, strict=True)
     ]
+
+
+def _shifts(buffer: Tensor) -> Tensor:
+    """Return the places of bits in a byte, as bytes: wider numbers would widen the mask."""
+    return torch.arange(8, dtype=torch.uint8, device=buffer.device)
 
 
 def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:

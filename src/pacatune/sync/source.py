@@ -50,8 +50,8 @@ class ColumnSource:
         model: A PEFT model with a PaCA adapter, perhaps compiled, sharded or wrapped for DDP.
         dtype: In which the model is served; None: that of each weight.
         adapter: Name of the adapter; None: the one that is active when columns are asked for.
-        complete_every: Of so many syncs one has all columns, so that a receiver may begin with it,
-            and the others the elements that were changed since the one before.
+        complete_every: One in so many syncs has all columns, so that a receiver may begin with it;
+            the others have the elements that were changed since the one before.
 
     Raises:
         ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
@@ -166,6 +166,8 @@ class ColumnSource:
             for number, (weight, state) in enumerate(zip(self._weights, states, strict=True))
             if everything or state is None or not state.is_same(weight.sent)
         ]
+        if changed and self._num_partial + 1 >= self.complete_every:
+            everything, changed = True, list(range(len(states)))
         size = sum(positions.sets[number].num_bytes for number in changed)
         device = self._weights[0].device
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
@@ -175,8 +177,7 @@ class ColumnSource:
         self._refuse_infinite(positions, changed, buffer)
         last = {one.name: self._weights[number].last for number, one, _ in places}
         elements = None
-        is_due = self._num_partial + 1 >= self.complete_every
-        if places and not everything and not is_due and None not in last.values():
+        if places and not everything and None not in last.values():
             elements = encoded(buffer, places, cast(Any, last))
         is_partial = elements is not None and elements.nbytes < buffer.nbytes
         is_complete = len(changed) == len(states) and not is_partial
