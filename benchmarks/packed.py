@@ -6,17 +6,18 @@
 
 The model exists in few bits alone: SmolLM2-135M-Instruct as somebody's GGUF (Q4_1), and two files
 that the package gguf makes of it (Q8_0, Q4_0). Every method trains on the file in bfloat16, as
-transformers dequantises it. Then (`FORMS`) PaCA's columns become codes of the same file, or were
-rounded to codes in every step; LoRA is merged and what it changed is quantised again, by gguf's
-quantiser or to the nearest codes of the scales that are there, or is served beside the file; full
-fine-tuning is quantised again.
+transformers dequantises it, full fine-tuning in float32. Then (`FORMS`) PaCA's columns become codes
+of the same file; LoRA is merged and what it changed is quantised again, by gguf's quantiser or to
+the nearest codes of the scales that are there, or is served beside the file; full fine-tuning is
+quantised again.
 
 Plan and rule. A score is the share of held-out answers that greedy decoding gives: as trained by
 transformers, of the file by llama.cpp. Rates are a grid with a factor of three, from low ones to
 beyond the best; a form's rate is the one with the least loss of what is served, of the first seed,
 on rows that neither train nor test, in the first format. Target: 95 % of the gain as trained in 4
 bits, 99 % in 8; ahead of LoRA quantised again by more than the spread of both. A form that keeps
-less than half leaves; training on the grid stays only where it wins.
+less than half leaves. So did `paca, on the grid`, which rounded columns to codes in every step and
+had to win somewhere: its rows are of commit ca84c0e0.
 
 Each training with its measurements is a cell, kept in --work: a run that was stopped goes on.
 """
@@ -28,12 +29,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gguf
 import gguf.quants
@@ -41,8 +41,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.llama_cpp import answers
 from benchmarks.results import at_least_1, counted, new_parser, record
@@ -56,22 +55,19 @@ from pacatune.measure.timing import ratio_row
 from pacatune.patch import apply_in_place, apply_to_folder
 from pacatune.patch.packed import make_of_codes, make_packed, open_paca
 from pacatune.reports.rows import Row, spread_of_mean
-from pacatune.residency import put
 from pacatune.training import RunConfig, train
 from pacatune.training.config_file import load_yaml
 from pacatune.training.held_out import HeldOut
-from pacatune.tuner.linear import Linear
 
 RATES = {
     "paca": (1e-3, 3e-3, 9e-3, 2.7e-2),
     "lora": (2e-3, 6e-3, 1.8e-2),
     "full": (3e-5, 1e-4, 3e-4, 1e-3),
 }
-RATES["grid"] = RATES["paca"]
 RANKS = {"paca": 8, "lora": 4}  # about as many trained parameters
 TASKS = {"words reversed": "reverse-words", "words sorted": "sort-words"}
 FORMATS = ("Q4_1", "Q8_0", "Q4_0")
-_FIRST_FORMAT_ALONE = ("paca, on the grid", "lora, scales kept", "full")
+_FIRST_FORMAT_ALONE = ("lora, scales kept", "full")
 MODEL = "SmolLM2-135M"
 _RATES_AFTER = (7e-4, 2e-3, 6e-3)
 _NUM_CHOOSING = 50
@@ -102,7 +98,6 @@ def _options(method: str, rate: float, seed: int, steps: int, output: Path) -> d
         "lora": {"lora": {"r": RANKS["lora"], "lora_alpha": 2 * RANKS["lora"]}},
         "full": {},
     }
-    method = "paca" if method == "grid" else method
     training = {
         "output_dir": str(output),
         "max_steps": steps,
@@ -218,41 +213,6 @@ def requantised(base: Base, trained: Any, output: Path, *, keeps_scales: bool = 
     output.write_bytes(content)
 
 
-@contextmanager
-def on_the_grid(base: Base) -> Iterator[None]:
-    """Let PaCA's columns be values of their codes while they train; gradients go straight through.
-
-    A sketch, for this measurement: it replaces the one line of residency that rounds columns.
-    """
-    grids: dict[int, tuple[Any, ...]] = {}
-
-    class Find(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            for name, layer in given["model"].named_modules():
-                if isinstance(layer, Linear):
-                    module = name.removeprefix("base_model.model.")
-                    indices, own = layer.paca_indices["default"], base.name(module)
-                    parts = [base.checkpoint.columns(own, 1, indices)]
-                    parts += base.checkpoint.scales(own, indices)
-                    rows = base.order(module).argsort()
-                    delta = layer.paca_delta["default"].weight
-                    grids[delta.data_ptr()] = (base.checkpoint.grid(own), *(p[rows] for p in parts))
-
-    def rounded(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
-        grid, codes, scale, minimum = grids[delta.data_ptr()]
-        after = grid.moved(codes, scale, scaling * delta).after
-        return cast(Tensor, grid.values(after, scale, minimum)).to(columns.dtype)
-
-    plain, put.adapted_columns = put.adapted_columns, rounded
-    DEFAULT_CALLBACKS.append(Find)
-    try:
-        yield
-    finally:
-        put.adapted_columns = plain
-        DEFAULT_CALLBACKS.remove(Find)
-    assert grids
-
-
 def _codes(base: Base, adapter: Path, output: Path) -> None:
     patch, _ = make_packed(base.model, base.checkpoint, open_paca(adapter))
     apply_to_folder(base.file, patch, output)
@@ -298,7 +258,6 @@ def _close(writer: Any) -> None:
 
 FORMS = {
     "paca": Form("paca", "PaCA, r = 8; its columns as codes of the file", _codes),
-    "paca, on the grid": Form("grid", "its columns are values of codes while it trains", _codes),
     "lora": Form("lora", "PEFT's LoRA, r = 4; merged, and quantised again by gguf", _merged),
     "lora, scales kept": Form(
         "lora", "merged, and rounded to the codes of the scales that are there", _merged_on_scales
@@ -359,17 +318,12 @@ def cell(
         folder = Path(scratch)
         data, adapter, output = (folder / name for name in ("train.jsonl", "run", "tuned.gguf"))
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        with on_the_grid(base) if method == "grid" else nullcontext():
-            train(run_of(method, base.file, data, rate, seed, args.steps, adapter))
+        train(run_of(method, base.file, data, rate, seed, args.steps, adapter))
         trained = (
             load_base(str(adapter), task_type="CAUSAL_LM", dtype="bfloat16")
             if method == "full"
             else base.with_adapter(adapter)
         )
-        if method == "grid":  # whose function is the file's
-            _codes(base, adapter, output)
-            trained = base.with_file(output)
-            output.unlink()
         loss = teacher_forced(trained, base.tokenizer, choosing)["loss"]
         found = {"as trained": teacher_forced(trained, base.tokenizer, test) | {"choosing": loss}}
         for title, form in FORMS.items():

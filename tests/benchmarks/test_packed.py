@@ -1,17 +1,14 @@
 """The benchmark of files of few bits, on a small model."""
 
-import json
-
 import pytest
 import torch
 
 pytest.importorskip("gguf")
 
 from benchmarks import packed
-from benchmarks.packed import FORMS, RATES, Base, base_file, on_the_grid, requantised, run_of
+from benchmarks.packed import FORMS, RATES, Base, base_file, requantised
 from pacatune.adapters.base import load_base
 from pacatune.patch.packed import merge_packed
-from pacatune.training import train
 from tests.grid.conftest import ROWS, model_file, run_dir  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in .*gguf")
@@ -62,19 +59,3 @@ def test_a_written_file_is_scored_as_it_is_read(base, run_dir, tmp_path):  # noq
     for module in base.modules():
         expected = again.get_submodule(module).weight
         assert torch.equal(found.get_submodule(module).weight, expected), module
-
-
-def test_on_the_grid_small_steps_change_no_output(base, tmp_path):
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-
-    def losses(rate):
-        run = run_of("grid", base.file, data, rate, 0, 6, tmp_path / f"run-{rate}")
-        run.paca.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        run.training.logging_steps, run.training.use_cpu = 1, True
-        with on_the_grid(base):
-            return [loss for _, loss in train(run).train_losses]
-
-    small, large = losses(1e-7), losses(1e-2)
-    assert small == pytest.approx([small[0]] * 6, abs=1e-5)
-    assert large[-1] < small[0]
