@@ -55,6 +55,14 @@ def change(model, number=0, by=1):
         net.layers_of(model)[number].delta_of("default").add_(by)
 
 
+def nudge(model, seed, by=1e-5):
+    """Change every delta by less than most elements' rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.trained(model):
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
 def bring(source, receiver, **options):
     """Bring the columns over, and where they are, without a transport."""
     receiver.expect(source.positions())

@@ -13,8 +13,7 @@ from pacatune import PacaConfig
 from pacatune.sync import ColumnSource, DeltaFolder, SkyrlDeltaFolder
 from tests.adapters import kinds
 from tests.full_disk import limited_files
-from tests.sync.conftest import adapt, change, merged, served
-from tests.sync.test_sync import nudge
+from tests.sync.conftest import adapt, change, merged, nudge, served
 
 zstandard = pytest.importorskip("zstandard")
 xxhash = pytest.importorskip("xxhash")

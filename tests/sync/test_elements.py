@@ -9,8 +9,7 @@ from pacatune.ops.columns import bits
 from pacatune.sync import ColumnSource, element_patches
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from tests.adapters import kinds
-from tests.sync.conftest import adapt, assert_bits, change, clone, merged, served
-from tests.sync.test_sync import nudge
+from tests.sync.conftest import adapt, assert_bits, change, clone, merged, nudge, served
 
 
 def take(server, source, columns):

@@ -7,7 +7,7 @@ import torch
 
 from pacatune.integrations.vllm import checkpoint_patches, sparse_patches
 from pacatune.sync import ColumnSource
-from tests.sync.test_sync import nudge
+from tests.sync.conftest import nudge
 from tests.vllm.conftest import (
     adapted,
     save_small_model,
