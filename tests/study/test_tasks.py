@@ -122,6 +122,22 @@ def test_what_is_forgotten_and_an_update_that_is_rewound(text_options, chats, tm
     assert len(keys) == 2
 
 
+def test_what_no_run_has_changed_is_measured_once_for_each_method(text_options, chats, tmp_path):
+    arms = {"paca": Arm(rank=4), "more": Arm(rank=8), "lora": Arm(method="lora", rank=4)}
+    more = {"unrelated": str(chats / "both.jsonl"), "forgetting_tokens": 256}
+    plan, found = make_plan(study_of(text_options, arms, **more)), {}
+    ask, asked = plan.task._others, []
+    plan.task._others = lambda *given: asked.append(given[-1]) or ask(*given)
+    for name, seed in (("paca", 0), ("paca", 1), ("more", 0), ("lora", 0)):
+        found[name, seed] = plan.task.run(plan.make_run(name, 3e-2, seed, tmp_path))
+    assert asked == ["before", "after", "after", "after", "before", "after"]
+    for what in ("general loss before", "unrelated loss before"):
+        (value,) = {round(numbers[what], 6) for numbers in found.values()}
+        alone = make_plan(study_of(text_options, arms, **more)).task
+        own = alone.run(plan.make_run("more", 3e-2, 1, tmp_path))[what]
+        assert own == pytest.approx(value, abs=1e-6)
+
+
 def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
     step, seen = TextTrainer.training_step, []
 

@@ -64,6 +64,7 @@ class StudyTask:
         self.warnings: list[str] = []
         """What looks wrong with the data, as far as `look` has seen it."""
         self._seen: dict[str, tuple[str, Any, Any]] = {}
+        self._before: dict[tuple[str, str], dict[str, Any]] = {}
         self.values = copy.deepcopy(values)
         self.test_options = self._take_test(self.values.setdefault("data", {}))
         if self.values.get("early_stopping_patience") is not None:
@@ -119,11 +120,7 @@ class StudyTask:
 
         It looks once at what several runs share, and warns of it.
         """
-        values = to_values(config.settled())
-        for name in ("learning_rate", "seed", "output_dir"):
-            values["training"].pop(name, None)
-        where = json.dumps([values["data"], values["model"], values["training"]])
-        if where not in self._seen:
+        if (where := _where(config)) not in self._seen:
             run, test = prepare(task_of(config), _QUIET), _data(config, self.test_options)
             unrelated = _data(config, {"eval_path": self.unrelated}) if self.unrelated else None
             parts = [_digests(part) for part in (run.train, run.evaluation, test)]
@@ -148,7 +145,10 @@ class StudyTask:
             trainer = make_trainer(task, prepared, None, _QUIET)
             trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
             others = partial(self._others, task, trainer, unrelated)
-            found = others("before")
+            # An adapter changes nothing yet, so one run of a method says it for all.
+            if (where := (_where(config), config.method)) not in self._before:
+                self._before[where] = others("before")
+            found = dict(self._before[where])
             run_trainer(trainer, task, None, _QUIET)
             found |= others("after")
             for part, data in (("validation", prepared.evaluation), ("test", test)):
@@ -200,6 +200,14 @@ class StudyTask:
                 trainer.model, task.tokenizer, default_text(), max_tokens=limit
             ).values()
         return score.loss
+
+
+def _where(config: RunConfig) -> str:
+    """Return what tells model, data and training from others, whatever the rate and the seed."""
+    values = to_values(config.settled())
+    for name in ("learning_rate", "seed", "output_dir"):
+        values["training"].pop(name, None)
+    return json.dumps([values["data"], values["model"], values["training"]])
 
 
 def _data(config: RunConfig, options: Values) -> Any:
