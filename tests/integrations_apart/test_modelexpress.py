@@ -104,7 +104,7 @@ def test_its_checkpoint_has_the_bits_of_a_merge(base, tmp_path):
         assert sync(source, writer).since == 0
         for seed in range(2):
             nudge(model, seed)
-            assert sync(source, writer).elements
+            assert sync(source, writer).follows
         assert sync(source, writer).num_bytes == 0
     assert writer.version == 12
 

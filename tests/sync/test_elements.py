@@ -40,8 +40,8 @@ def test_elements_are_those_that_were_changed():
         state = server.state_dict()
         num_changed = sum(int((bits(before[k]) != bits(state[k])).sum()) for k in before)
         assert 0 < num_changed < total / 2
-        assert num_taken == (num_changed if columns.elements else total)
-        assert columns.elements == (number != 5)
+        assert num_taken == (num_changed if columns.follows else total)
+        assert bool(columns.follows) == (number != 5)
         assert_bits(server, merged(model))
     change(model, 3, by=1e-3)
     columns = source.columns()

@@ -15,17 +15,17 @@ from tests.sync.ranks import held_by
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("kind", ["positions", "columns", "elements"])
+@pytest.mark.parametrize("kind", ["positions", "columns", "change"])
 def test_mutated_messages(kind, groups):
     source = ColumnSource(model := adapt(groups=groups))
     positions, columns = source.positions(), source.columns()
     first = columns
-    if kind == "elements":
+    if kind == "change":
         with torch.no_grad():
             for layer in net.layers_of(model):
                 layer.delta_of("default")[:2].add_(1)
         columns = source.columns()
-        assert columns.elements
+        assert columns.follows
     words, buffer = to_wire(positions if kind == "positions" else columns)
     generator, num_refused = random.Random(f"{kind} {groups}"), 0
     servers = [(held_by(clone(served())), True), (clone(served()), False)]
@@ -40,7 +40,7 @@ def test_mutated_messages(kind, groups):
                 receiver.apply(source.columns(everything=True))
             else:
                 receiver.expect(positions)
-                if kind == "elements":
+                if kind == "change":
                     receiver.apply(first)
                 receiver.apply(found)
         except ValueError:

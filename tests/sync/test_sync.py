@@ -54,8 +54,7 @@ def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype, groups)
         assert columns.number == number
         num_bytes = num_values * (dtype or trained).itemsize
         assert source.positions().num_bytes == num_bytes
-        assert (columns.num_bytes == num_bytes) == (columns.since == 0)
-        assert columns.since in (0, number - 1 if columns.elements else 0)
+        assert (columns.num_bytes, columns.since) == (num_bytes, 0)
         assert receiver.apply(columns)
         assert_bits(server, merged(model, dtype))
         assert not receiver.apply(columns)  # once is enough

@@ -96,11 +96,13 @@ class ColumnCheckpointEngine(CheckpointEngine):
                     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                     self._send({"name": known, "shape": whole.shape}, whole.to(self.dtype))
         columns = self._source.columns(everything=self._is_whole)
+        num_bytes = 0
         for message in (positions, columns):
             words, buffer = to_wire(message)
             self._send({"message": words}, buffer)
+            num_bytes = buffer.nbytes
         self._send({"is_last": True}, torch.empty(0))
-        return {"sync/num_bytes": columns.num_bytes}
+        return {"sync/num_bytes": num_bytes}
 
     def _send(self, words: dict[str, Any], tensor: Tensor) -> None:
         if self._group is not None:

@@ -132,14 +132,16 @@ class VllmTransport:
     def _update(self, message: Positions | Columns, kind: str) -> None:
         if self._is_broken:
             raise ConnectionError("this transport was closed, or a broadcast failed; make another.")
-        words, buffer = to_wire(message)
         version = None
         if isinstance(message, Columns) and kind == "columns":
             version = f"{message.version}-{message.number}"
         if self._files is not None and kind != "base":
             self._files.send(message)
             self._request({"kind": kind, "is_filed": True}, version)
-        elif self._group is not None and buffer.nbytes:
+            return
+        is_far = isinstance(self.client, _Server) and self._group is None
+        words, buffer = to_wire(message, compress=is_far)
+        if self._group is not None and buffer.nbytes:
             update = {"kind": kind, "words": words, "num_bytes": buffer.nbytes}
             self._broadcast(self._group, buffer, _in_background(self._request, update, version))
         else:

@@ -5,13 +5,13 @@ brings its place, in 4 bytes.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pacatune.sync.message import Columns, ColumnSet, Positions, changed_elements
+from pacatune.ops.columns import bits
+from pacatune.sync.message import Columns, ColumnSet, Positions
 
 _MAX_ELEMENTS = 2**31
 
@@ -39,23 +39,22 @@ def element_patches(positions: Positions, columns: Columns) -> list[ElementPatch
 
     Args:
         positions: Those that the columns are at.
-        columns: The sync; one that follows another has what was changed since.
+        columns: The sync, as the source gave it; one that follows another knows what was changed.
 
     Raises:
         ValueError: If the columns belong to other positions, or a tensor has 2**31 elements.
     """
-    columns.check(positions)
-    changed: Sequence[tuple[ColumnSet, Tensor | slice, Tensor]]
-    if columns.elements:
-        changed = changed_elements(columns.buffer, positions.layout(columns.ordinals))
-    else:
-        sets, values = {one.name: one for one in positions.sets}, columns.by_name(positions)
-        changed = [(sets[name], slice(None), values[name].flatten()) for name in values]
-    return [
-        ElementPatch(one.name, one.shape, one.dtype, _places(one, values.device)[mask], values)
-        for one, mask, values in changed
-        if len(values)
-    ]
+    sets, patches = {one.name: one for one in positions.sets}, []
+    _, last = columns.follows or ([], {})
+    for name, new in columns.by_name(positions).items():
+        one, values = sets[name], new.flatten()
+        places = _places(one, values.device)
+        if (old := last.get(name)) is not None:
+            is_changed = bits(values) != bits(old.flatten())
+            places, values = places[is_changed], values[is_changed]
+        if len(values):
+            patches.append(ElementPatch(name, one.shape, one.dtype, places, values))
+    return patches
 
 
 def _places(one: ColumnSet, device: torch.device) -> Tensor:

@@ -2,13 +2,14 @@
 
 Both are a few words (JSON) and one flat buffer of bytes, which is all that a transport carries.
 Columns are in the buffer one tensor after the other, those of the widest dtype first, so that each
-begins where its dtype can be read. A sync that follows one has only the elements that were changed
-since, in the same order, and after them a bit for each element that says which these are.
+begins where its dtype can be read. Where a sync follows one, and bytes count, it is compressed: by
+how many representable numbers each element has moved, which are few, and of most elements none.
 """
 
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import bits
 from pacatune.patch.edit import ColumnPlace
 from pacatune.precision import dtype_name, torch_dtype
 
@@ -100,12 +100,14 @@ class Columns:
     """Which of the positions' sets are here."""
     buffer: Tensor = field(repr=False)
     """(num_bytes,) uint8."""
-    elements: bool = False
-    """Whether of these sets only the elements that were changed are here."""
+    compressed: bool = False
+    """Whether the buffer is what the wire has of a change."""
+    follows: "tuple[Places, Mapping[str, Tensor]] | None" = field(default=None, repr=False)
+    """Where the columns are in the buffer, and the last sync's by name; where these are known."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the columns that are here."""
+        """Size of the buffer; what `to_wire` makes of it may be smaller."""
         return self.buffer.nbytes
 
     def check(self, positions: Positions) -> None:
@@ -118,7 +120,7 @@ class Columns:
         known, given = len(positions.sets), {*self.ordinals}
         if not given <= {*range(known)} or len(given) < len(self.ordinals):
             raise ValueError(f"the columns name tensors beyond the {known} known, or one twice.")
-        if self.since == 0 and (self.elements or len(given) < known):
+        if self.since == 0 and (self.compressed or len(given) < known):
             raise ValueError(f"the columns are of {len(given)} tensors, not of all {known}.")
 
     def by_name(
@@ -128,16 +130,14 @@ class Columns:
 
         Args:
             positions: Those that the columns are at.
-            last: Columns of the sync that this follows, by name: what elements are changed of.
+            last: Columns of the sync that this follows, by name.
 
         Raises:
             ValueError: If they belong to other positions, or the buffer has another size.
         """
         self.check(positions)
         places = positions.layout(self.ordinals)
-        buffer = self.buffer
-        if self.elements:
-            buffer = _decoded(buffer, places, last or {})
+        buffer = _restored(self.buffer, places, last or {}) if self.compressed else self.buffer
         expected = sum(one.num_bytes for _, one, _ in places)
         if buffer.dtype != torch.uint8 or buffer.shape != (expected,):
             raise ValueError(
@@ -156,83 +156,88 @@ Places = list[tuple[int, ColumnSet, int]]
 """What `Positions.layout` returns."""
 
 
-def encoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
-    """Return the elements of columns that differ from the last ones, and which they are.
+def _moved(new: Tensor, old: Tensor) -> Tensor:
+    """Return (N * itemsize,) uint8: how far each of N elements is from the old one.
+
+    Bits of floating-point numbers are ordered as these are, but for the sign: so the distance is a
+    whole number, small for a small step. It has the sign in its lowest bit, and all elements' low
+    bytes come first: what is left is mostly zeros.
+    """
+    distance = _ordered(new.flatten()) - _ordered(old.flatten())
+    distance = (distance << 1) ^ (distance >> 8 * new.itemsize - 1)
+    return distance.view(torch.uint8).view(-1, new.itemsize).T.flatten()
+
+
+def _moved_to(moved: Tensor, old: Tensor) -> Tensor:
+    """Return the new elements, as bytes: the inverse."""
+    start = _ordered(old.flatten())
+    distance = moved.view(old.itemsize, -1).T.flatten().view(start.dtype)
+    distance = ((distance >> 1) & torch.iinfo(start.dtype).max) ^ -(distance & 1)
+    return _ordered(start + distance).view(torch.uint8)
+
+
+def _ordered(numbers: Tensor) -> Tensor:
+    """Return numbers as integers of the same order; with a view as their dtype, its own inverse."""
+    whole = numbers.view(getattr(torch, f"int{8 * numbers.itemsize}"))
+    return whole ^ ((whole >> 8 * whole.itemsize - 1) & torch.iinfo(whole.dtype).max)
+
+
+def _compressed(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+    """Return (B,) uint8, what has changed of columns since the last sync."""
+    moved = torch.cat([_moved(view_of(buffer, one, at), last[one.name]) for _, one, at in places])
+    # Runs of zeros and the frequencies of bytes are all that there is to find.
+    compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    found = compressor.compress(moved.cpu().numpy().data) + compressor.flush()
+    return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+
+
+def _restored(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+    """Return (B,) uint8, the columns."""
+    size, reader = sum(one.num_bytes for _, one, _ in places), zlib.decompressobj()
+    if missing := [one.name for _, one, _ in places if one.name not in last]:
+        raise ValueError(
+            f"what was sent of {missing[0]!r} follows a sync which is not here; call "
+            "`source.forget()` before the next `send`."
+        )
+    try:
+        found = reader.decompress(buffer.cpu().contiguous().numpy().data, size + 1)
+    except (zlib.error, TypeError, RuntimeError) as error:
+        raise ValueError(f"the message is damaged: {error}.") from error
+    if len(found) != size or not reader.eof or reader.unused_data:
+        raise ValueError(f"the message is damaged: it does not have {size} bytes.")
+    moved = torch.frombuffer(bytearray(found), dtype=torch.uint8).to(buffer.device)
+    return torch.cat(
+        [
+            _moved_to(moved[at : at + one.num_bytes], last[one.name].to(buffer.device))
+            for _, one, at in places
+        ]
+    )
+
+
+def to_wire(
+    message: Positions | Columns, *, compress: bool = True
+) -> tuple[dict[str, Any], Tensor]:
+    """Return a message as words that JSON can hold and (B,) uint8.
 
     Args:
-        buffer: (B,) uint8, all elements of the columns.
-        places: Where they are in it.
-        last: Columns by name.
+        message: What a `ColumnSource` gives.
+        compress: Make a sync that follows one as small as it can be, on the CPU. Where the wire
+            carries some hundred MB a second, that takes longer than sending.
     """
-    masks, changed = [], []
-    for _, one, start in places:
-        new = bits(view_of(buffer, one, start)).flatten()
-        masks.append(mask := new != bits(last[one.name]).flatten())
-        changed.append(new[mask].view(torch.uint8))
-    mask = torch.cat(masks).view(torch.uint8)
-    mask = torch.nn.functional.pad(mask, (0, -len(mask) % 8)).view(-1, 8)
-    packed = (mask << _shifts(mask)).sum(1, dtype=torch.uint8)
-    return torch.cat([*changed, packed])
-
-
-def changed_elements(buffer: Tensor, places: Places) -> list[tuple[ColumnSet, Tensor, Tensor]]:
-    """Return what `encoded` packed: for each tensor (N,) bool, and the elements where it is set.
-
-    Raises:
-        ValueError: If these are not as many as the bits say.
-    """
-    number = sum(math.prod(one.columns_shape) for _, one, _ in places)
-    start = buffer.numel() - -(-number // 8)
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or start < 0:
-        raise ValueError("the message is damaged: it does not say which elements were changed.")
-    mask = (buffer[start:, None] >> _shifts(buffer)) & 1
-    masks = mask.flatten()[:number].bool().split([math.prod(o.columns_shape) for _, o, _ in places])
-    changed = [
-        int(one.sum()) * o.dtype.itemsize for one, (_, o, _) in zip(masks, places, strict=True)
-    ]
-    if sum(changed) != start:
-        raise ValueError(
-            f"the message is damaged: {sum(changed)} bytes were changed, and {start} are here."
-        )
-    values = buffer[:start].split(changed)
-    return [
-        (one, mask, value.view(one.dtype))
-        for (_, one, _), mask, value in zip(places, masks, values, strict=True)
-    ]
-
-
-def _shifts(buffer: Tensor) -> Tensor:
-    """Return the places of bits in a byte, as bytes: wider numbers would widen the mask."""
-    return torch.arange(8, dtype=torch.uint8, device=buffer.device)
-
-
-def _decoded(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
-    """Return all elements of columns, (B,) uint8."""
-    found = []
-    for one, mask, values in changed_elements(buffer, places):
-        if (old := last.get(one.name)) is None:
-            raise ValueError(
-                f"elements of {one.name!r} were sent that follow a sync which is not here; call "
-                "`source.forget()` before the next `send`."
-            )
-        new = bits(old.to(buffer.device)).flatten().clone()
-        new[mask] = bits(values)
-        found.append(new.view(torch.uint8))
-    return torch.cat(found) if found else buffer
-
-
-def to_wire(message: Positions | Columns) -> tuple[dict[str, Any], Tensor]:
-    """Return a message as words that JSON can hold and (B,) uint8."""
     if isinstance(message, Columns):
+        since, buffer = message.since, message.buffer
+        small = _compressed(buffer, *message.follows) if compress and message.follows else None
+        if is_small := small is not None and small.nbytes < buffer.nbytes:
+            since, buffer = message.number - 1, small
         words = {
             "kind": "columns",
             "version": message.version,
             "number": message.number,
-            "since": message.since,
+            "since": since,
             "ordinals": list(message.ordinals),
-            "elements": message.elements,
+            "compressed": message.compressed or is_small,
         }
-        return words, message.buffer
+        return words, buffer
     buffer = torch.cat([one.indices for one in message.sets])
     return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
 
@@ -250,7 +255,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                 number=int(words["number"]),
                 since=int(words["since"]),
                 ordinals=tuple(int(number) for number in words["ordinals"]),
-                elements=bool(words["elements"]),
+                compressed=bool(words["compressed"]),
                 buffer=buffer,
             )
         if buffer.dtype != torch.uint8 or buffer.dim() != 1:

@@ -22,7 +22,7 @@ from pacatune.format.tensors import plain_name
 from pacatune.ops.whole import is_shared_out, whole_shape
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
-from pacatune.sync.message import Columns, ColumnSet, Positions, encoded, view_of
+from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
 from pacatune.sync.spread import (
     columns_of,
     gathered,
@@ -50,8 +50,8 @@ class ColumnSource:
         model: A PEFT model with a PaCA adapter, perhaps compiled, sharded or wrapped for DDP.
         dtype: In which the model is served; None: that of each weight.
         adapter: Name of the adapter; None: the one that is active when columns are asked for.
-        complete_every: One in so many syncs has all columns, so that a receiver may begin with it;
-            the others have the elements that were changed since the one before.
+        complete_every: One in so many syncs does not follow the one before, so that a receiver may
+            begin with it.
 
     Raises:
         ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
@@ -176,12 +176,11 @@ class ColumnSource:
             view_of(buffer, one, start).copy_(self._weights[number].values(is_base))
         self._refuse_infinite(positions, changed, buffer)
         last = {one.name: self._weights[number].last for number, one, _ in places}
-        elements = None
+        is_complete = len(changed) == len(states)
+        follows = None
         if places and not everything and None not in last.values():
-            elements = encoded(buffer, places, cast(Any, last))
-        is_partial = elements is not None and elements.nbytes < buffer.nbytes
-        is_complete = len(changed) == len(states) and not is_partial
-        self._num_partial = 0 if is_complete else self._num_partial + 1
+            follows = places, cast("dict[str, Tensor]", last)
+        self._num_partial = 0 if is_complete and follows is None else self._num_partial + 1
         for number, one, start in places:
             self._weights[number].last = None if is_base else view_of(buffer, one, start)
         for weight, state in zip(self._weights, states, strict=True):
@@ -193,8 +192,8 @@ class ColumnSource:
             number=self.number,
             since=0 if is_complete else self.number - 1,
             ordinals=tuple(changed),
-            buffer=cast(Tensor, elements) if is_partial else buffer,
-            elements=is_partial,
+            buffer=buffer,
+            follows=follows,
         )
 
     def _refuse_infinite(self, positions: Positions, changed: list[int], buffer: Tensor) -> None:

@@ -116,8 +116,9 @@ class File:
 
     def send(self, message: Message, timeout: float | None = None) -> None:
         """Write a message; a file needs nobody to take it, so nothing is waited for."""
-        self._write(*to_wire(message))
-        if isinstance(message, Columns) and message.since == 0:
+        words, buffer = to_wire(message)
+        self._write(words, buffer)
+        if words.get("since") == 0:
             self._remove_old()
 
     def close(self) -> None:
