@@ -44,7 +44,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.llama_cpp import answers
-from benchmarks.results import at_least_1, counted, new_parser, record
+from benchmarks.results import at_least_1, counted, mean_row, new_parser, record
 from examples.packaged import default_cache, prepare
 from pacatune.adapters.base import load_base
 from pacatune.adapters.loading import load_language_model
@@ -54,7 +54,7 @@ from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.measure.timing import ratio_row
 from pacatune.patch import apply_in_place, apply_to_folder
 from pacatune.patch.packed import make_of_codes, make_packed, open_paca
-from pacatune.reports.rows import Row, spread_of_mean
+from pacatune.reports.rows import Row
 from pacatune.training import RunConfig, train
 from pacatune.training.config_file import load_yaml
 from pacatune.training.held_out import HeldOut
@@ -382,7 +382,7 @@ def _of_task(kind: str, task: str, args: argparse.Namespace) -> Iterator[Row]:
             for what, part in ((f"{name} as trained", "as trained"), (name, title)):
                 each = {seed: found[part][key] for seed, found in cells.items()}
                 note = f"{title}, {kind}, {task}: learning rate {best:g}."
-                yield _mean(what, title, each, note, unit=unit, **names)
+                yield mean_row(what, title, each, note, unit=unit, **names)
         sizes = [found[title]["bytes"] for found in cells.values() if "bytes" in found[title]]
         if sizes:
             share = 100 * statistics.mean(sizes) / base.stat().st_size
@@ -404,17 +404,6 @@ def _before(kind: str, task: str, args: argparse.Namespace, names: Any) -> Itera
     choosing = rows_of(task, "train")[:_NUM_CHOOSING]
     loss = teacher_forced(base.model, base.tokenizer, choosing)["loss"]
     yield Row(what="loss", method="base", value=loss, **names)
-
-
-def _mean(what: str, method: str, each: dict[str, float], note: str, **names: str) -> Row:
-    """Return the mean over seeds, with its interval."""
-    mean, ends = statistics.mean(each.values()), dict[str, float]()
-    if len(each) > 1:
-        spread = spread_of_mean([*each.values()])
-        ends = {"low": mean - spread, "high": mean + spread}
-    return Row(
-        what=what, method=method, value=mean, n=len(each), each=each, note=note, **ends, **names
-    )
 
 
 def _costs(args: argparse.Namespace) -> Iterator[Row]:
@@ -497,7 +486,7 @@ def _quantised_after(args: argparse.Namespace) -> Iterator[Row]:
         runs = [first[best], *(losses(method, best, seed) for seed in args.seeds[1:])]
         for what in first[best]:
             each = {str(seed): run[what] for seed, run in zip(args.seeds, runs, strict=True)}
-            yield _mean(what, method, each, f"{method}: learning rate {best:g}.", **names)
+            yield mean_row(what, method, each, f"{method}: learning rate {best:g}.", **names)
 
 
 def main(options: list[str] | None = None) -> None:

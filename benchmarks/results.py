@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import shlex
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from pacatune.cli.options import quiet_libraries
 from pacatune.measure.timing import alternate, ratio_row, time_row
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
-from pacatune.reports.rows import Finished, Row, table
+from pacatune.reports.rows import Finished, Row, spread_of_mean, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -167,3 +168,16 @@ def compare(
 def counted(what: str, method: str, value: float, unit: str = "", **names: str) -> Row:
     """Return a number that needs no clock."""
     return Row(what=what, method=method, value=value, unit=unit, origin="counted", **names)  # type: ignore[arg-type]
+
+
+def mean_row(
+    what: str, method: str, each: Mapping[str, float], note: str = "", **names: str
+) -> Row:
+    """Return the mean over seeds, with its 95 % interval."""
+    mean, ends = statistics.mean(each.values()), dict[str, float]()
+    if len(each) > 1:
+        spread = spread_of_mean([*each.values()])
+        ends = {"low": mean - spread, "high": mean + spread}
+    return Row(
+        what=what, method=method, value=mean, n=len(each), each=each, note=note, **ends, **names
+    )

