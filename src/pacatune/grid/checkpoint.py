@@ -85,6 +85,12 @@ class PackedCheckpoint(Checkpoint, ABC):
         return (starts[:, None] + bytes_).flatten()
 
 
+def heads_of(config: Any) -> tuple[int, ...]:
+    """Return the numbers of heads that a projection of a model may have."""
+    names = ("num_attention_heads", "num_key_value_heads")
+    return tuple(filter(None, (getattr(config, name, None) for name in names)))
+
+
 def row_order(values: Tensor, weight: Tensor, heads: tuple[int, ...], name: str) -> Tensor:
     """Return which row of a weight each row of the file is, (O,) int64.
 

@@ -21,7 +21,7 @@ from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.probe import probe_inputs, run_probe
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
-from pacatune.grid.checkpoint import PackedCheckpoint, row_order
+from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
 from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import fingerprint, open_checkpoint
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
@@ -119,12 +119,10 @@ def make_packed(
     """
     rounding, edits = Rounding(), dict[str, ColumnEdit]()
     config: Any = cast(Any, base).config.get_text_config()
-    names = ("num_attention_heads", "num_key_value_heads")
-    heads = tuple(filter(None, (getattr(config, name, None) for name in names)))
     for module, update in adapter.modules.items():
         name = checkpoint.name_of(f"{module}.weight", config.num_hidden_layers)
         weight = _weight(base, module)
-        order = _order(checkpoint, name, weight, heads)
+        order = _order(checkpoint, name, weight, heads_of(config))
         delta, indices, _ = update.whole()
         edit = _edit(
             checkpoint, name, indices, delta.float()[order], adapter.scaling(module), rounding

@@ -7,6 +7,7 @@
     receiver      the server's side
     transport     in process, files
     delta_folder  versions of a checkpoint, for SkyRL, modelexpress and others
+    steps         training on the codes of a file that is served
     elements      elements at flat places, for vLLM's own loader and verl's
 
 docs/rl.md says how to use them.
@@ -23,6 +24,7 @@ from pacatune.sync.transport import File, InProcess, Transport
 
 if TYPE_CHECKING:
     from pacatune.sync.source import ColumnSource
+    from pacatune.sync.steps import GridSteps
 
 __all__ = [
     "ColumnReceiver",
@@ -32,6 +34,7 @@ __all__ = [
     "DeltaFolder",
     "ElementPatch",
     "File",
+    "GridSteps",
     "InProcess",
     "Positions",
     "SkyrlDeltaFolder",
@@ -40,4 +43,4 @@ __all__ = [
 ]
 
 # It needs PEFT; a server does not wait for that.
-__getattr__, __dir__ = import_later(__name__, __all__, (".source",))
+__getattr__, __dir__ = import_later(__name__, __all__, (".source", ".steps"))

@@ -22,6 +22,7 @@ from pacatune.patch.edit import ColumnPlace
 from pacatune.precision import dtype_name, torch_dtype
 
 _DIGEST_DIGITS = 16
+_CODES = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +66,7 @@ class Positions:
             raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for one in self.sets:
             one.check(repr(one.name))
-            torch_dtype(dtype_name(one.dtype), option=f"dtype of {one.name}")  # no quantised ones
+            _served_dtype(dtype_name(one.dtype), f"dtype of {one.name}")
         digest = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
         for one in self.sets:
             digest.update(one.indices.numpy().data)
@@ -270,7 +271,7 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
                     parameter=str(entry["parameter"]),
                     dim=int(entry["dim"]),
                     shape=tuple(int(size) for size in entry["shape"]),
-                    dtype=torch_dtype(entry["dtype"]),
+                    dtype=_served_dtype(entry["dtype"], "dtype"),
                     indices=indices[start:end],
                 )
             )
@@ -283,6 +284,11 @@ def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
         raise ValueError(
             f"this is no message of a ColumnSource ({type(error).__name__}: {error})."
         ) from error
+
+
+def _served_dtype(name: str, option: str) -> torch.dtype:
+    """Return a dtype whose elements are bytes of their own."""
+    return _CODES if name == dtype_name(_CODES) else torch_dtype(name, option=option)
 
 
 def _describe(positions: Positions) -> dict[str, Any]:

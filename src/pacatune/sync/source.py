@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.format.tensors import plain_name
+from pacatune.grid.checkpoint import PackedCheckpoint
+from pacatune.grid.columns import CodedColumns
 from pacatune.ops.whole import is_shared_out, whole_shape
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
@@ -52,6 +54,9 @@ class ColumnSource:
         adapter: Name of the adapter; None: the one that is active when columns are asked for.
         complete_every: One in so many syncs does not follow the one before, so that a receiver may
             begin with it.
+        codes: The FP8 checkpoint whose codes are served, if the model was dequantised from one:
+            codes are sent then, those nearest to the columns. `GridSteps` lets the
+            trainer compute with just these.
 
     Raises:
         ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
@@ -65,6 +70,7 @@ class ColumnSource:
         *,
         adapter: str | None = None,
         complete_every: int = 64,
+        codes: PackedCheckpoint | None = None,
     ) -> None:
         if complete_every < 1:
             raise ValueError(
@@ -72,7 +78,7 @@ class ColumnSource:
                 "complete."
             )
         self.model, self.dtype, self.adapter = model, dtype, adapter
-        self.complete_every = complete_every
+        self.complete_every, self.codes = complete_every, codes
         self._num_partial = 0
         self.number = 0  # of the last sync
         self._run = secrets.token_hex(8)
@@ -137,7 +143,7 @@ class ColumnSource:
 
     def _refresh(self) -> Positions:
         """Find the adapted weights anew if adapter or columns are others now."""
-        found = list(_layers_of(self.model, self.adapter))
+        found = list(layers_of(self.model, self.adapter))
         is_known = len(found) == len(self._weights) and all(
             weight.is_of(layer, name)
             for (_, layer, name), weight in zip(found, self._weights, strict=True)
@@ -147,7 +153,8 @@ class ColumnSource:
         _refuse_more(self.model)
         base = base_of(self.model)
         self._weights = [
-            _Weight(base, parameter, layer, name, self.dtype) for parameter, layer, name in found
+            _Weight(base, parameter, layer, name, self.dtype, self.codes)
+            for parameter, layer, name in found
         ]
         self._positions = Positions(
             sets=tuple(weight.columns for weight in self._weights),
@@ -200,7 +207,7 @@ class ColumnSource:
         places = positions.layout(changed)
         if not places or _is_finite(buffer, {one.dtype for _, one, _ in places}):
             return
-        finite = [view_of(buffer, one, start).isfinite().all() for _, one, start in places]
+        finite = [view_of(buffer, one, start).float().isfinite().all() for _, one, start in places]
         is_finite = torch.stack(finite).tolist()
         wrong = [one.name for (_, one, _), ok in zip(places, is_finite, strict=True) if not ok]
         if wrong:
@@ -216,8 +223,9 @@ def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
     """Whether all columns are finite, by one look at the buffer; False if that cannot say."""
     if len(dtypes) > 1:
         return False
+    values = buffer.view(next(iter(dtypes)))
     # Both are NaN if one value is.
-    ends = torch.stack(torch.aminmax(buffer.view(next(iter(dtypes)))))
+    ends = torch.stack(torch.aminmax(values.float() if values.itemsize == 1 else values))
     return bool(ends.isfinite().all())
 
 
@@ -247,6 +255,7 @@ class _Weight:
         layer: PacaLayer,
         adapter: str,
         dtype: torch.dtype | None,
+        codes: PackedCheckpoint | None,
     ) -> None:
         self.layer, self.adapter = layer, adapter
         self.indices = layer.paca_indices[adapter]
@@ -268,14 +277,20 @@ class _Weight:
                     f"{parameter!r} is in 4 bits and does not say in what it computes; give the "
                     "sampler's dtype: `ColumnSource(model, dtype)`."
                 )
+        name = _checkpoint_name(base, parameter, shape)
+        is_coded = codes is not None and _has_codes(codes, name)
         self.columns = ColumnSet(
-            name=_checkpoint_name(base, parameter, shape),
+            name=name,
             parameter=parameter,
             dim=layout.weight_dim,
             shape=shape,
-            dtype=dtype or weight.dtype,
+            dtype=torch.float8_e4m3fn if is_coded else dtype or weight.dtype,
             indices=self.indices.detach().cpu().clone(),
         )
+        self.coded: CodedColumns | None = None
+        if codes is not None and is_coded:
+            config = cast(Any, base).config.get_text_config()
+            self.coded = CodedColumns(codes, name, self._originals(), self.indices, config)
 
     def _weight(self) -> Any:
         # Past the guard: to look would put the pretrained columns back, and nothing is looked at.
@@ -325,6 +340,8 @@ class _Weight:
         """Return the columns as they are sent, but for the last rounding."""
         layer: Any = self.layer
         with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
+            if self.coded is not None:
+                return self._codes(self.coded, is_base)
             originals = self._originals()
             if self.is_off(is_base):
                 return originals
@@ -332,6 +349,15 @@ class _Weight:
             delta = layer.expanded(self.adapter, delta)
             scaling, delta = layer.scaling[self.adapter], delta.to(originals.device)
             return cast(Tensor, layer.layout.adapted(originals, delta, scaling))
+
+    def _codes(self, coded: CodedColumns, is_base: bool) -> Tensor:
+        codes = coded.before
+        if not self.is_off(is_base):
+            layer: Any = self.layer
+            delta = whole(layer.delta_of(self.adapter), self.columns.name)
+            delta = layer.expanded(self.adapter, delta.detach())
+            codes = coded.nearest(layer.scaling[self.adapter] * delta)
+        return codes.view(self.columns.dtype)
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency
@@ -365,7 +391,7 @@ def base_of(model: Any) -> nn.Module:
     return cast(nn.Module, model.get_base_model())
 
 
-def _layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
+def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
     """Yield each layer that has the adapter, its parameter's name, and that of the adapter."""
     num_layers = num_found = 0
     for name, module in base_of(model).named_modules():
@@ -438,6 +464,16 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
         )
     if not weight.numel() and not hasattr(weight, "ds_shape"):
         refuse_empty(parameter)
+
+
+def _has_codes(codes: PackedCheckpoint, name: str) -> bool:
+    """Whether a checkpoint holds a weight as codes, each a byte of its own."""
+    if (grid := codes.grid(codes.name_of(name, 0))) is not None and grid.name != "F8_E4M3":
+        raise ValueError(
+            f"{codes.title} holds {name!r} as {grid.name}, whose codes share bytes; codes of FP8 "
+            "alone are synced. Serve a patch (`pacatune patch`), or 16 bits."
+        )
+    return grid is not None
 
 
 def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
