@@ -79,7 +79,7 @@ def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "key": job["key"],
             }
         )
-    arms = list(study["arms"])
+    arms = [*study["arms"], *(row["arm"] for row in rows)]  # first those of its last stage
     rows.sort(key=lambda one: (arms.index(one["arm"]), one["learning rate"], one["seed"]))
     return rows
 

@@ -17,6 +17,7 @@ from scipy.stats import ttest_1samp
 
 from benchmarks.collect import read_runs
 from benchmarks.results import RESULTS, read
+from pacatune.files.folder import format_bytes
 from pacatune.reports.rows import Table, spread_of_mean
 
 Run = Mapping[str, float]
@@ -26,6 +27,7 @@ Study = Mapping[str, Sequence[Run]]
 LORAS = ("lora", "rslora")
 _KEPT, _LOSS = "kept for backward, bytes", "test loss"
 _LEVEL, _SLOWER = 0.05, 1.03
+_FIRST = "paca8"
 
 
 def studies(results: Path = RESULTS) -> dict[str, dict[str, list[Run]]]:
@@ -132,6 +134,48 @@ def _frontier(runs: Sequence[Run], seed: int, what: str) -> list[tuple[float, fl
     return line
 
 
+def arms_table(study: Study, steps: Mapping[str, float]) -> Table:
+    """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
+    header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
+    kinds = [kind for kind in ("general", "unrelated") if f"{kind} loss after" in study[_FIRST][0]]
+    header += [f"rise of the {kind} loss" for kind in kinds]
+    cells = []
+    for arm, runs in stage_two(study).items():
+        run = next(iter(runs.values()))
+        score = next(name for name in run if name in ("test accuracy", "test exact_match"))
+        values = [
+            [one[_LOSS] for one in runs.values()],
+            [100 * one[score] for one in runs.values()],
+            *(
+                [one[f"{kind} loss after"] - one[f"{kind} loss before"] for one in runs.values()]
+                for kind in kinds
+            ),
+        ]
+        loss, score_text, *rises = (f"{fmean(v):.3f} ± {spread_of_mean(v):.3f}" for v in values)
+        rate, kept = f"{run['learning rate']:g}", format_bytes(run[_KEPT])
+        share = f"{steps[arm] / steps[_FIRST]:.2f}"
+        cells.append([arm, rate, loss, score_text, kept, share, *rises])
+    return Table(header=header, cells=cells)
+
+
+def block(what: str, results: Path = RESULTS) -> str:
+    """Return a table of docs/quality.md: `TASK`, or `TASK-arms`."""
+    task = what.removesuffix("-arms")
+    name = f"cost-{task}"
+    study, steps = studies(results)[name], steps_of(results).get(name, {})
+    made = table(task, study, steps) if what == task else arms_table(study, steps)
+    return "\n".join(made.markdown())
+
+
+def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:
+    """Return the time of each arm's step, by study; words to sort have the steps of the others."""
+    found: dict[str, dict[str, float]] = {}
+    for row in read("cost-steps", results).rows:
+        if row.what == "step" and row.unit != "ratio":
+            found.setdefault(row.model, {})[row.method] = row.value
+    return {**found, "cost-smollm2-sort": found.get("cost-smollm2-words", {})}
+
+
 def table(name: str, study: Study, steps: Mapping[str, float]) -> Table:
     """Return the pairs of a task."""
     header = [name, "than", "is", "difference of the test loss", "at no more cost"]
@@ -148,9 +192,9 @@ def _yes(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> str
 
 def main() -> None:
     """Print what the rules say."""
-    measured = {(row.model, row.method): row.value for row in read("cost-steps").rows}
     for name, study in studies().items():
-        steps = {arm: seconds for (model, arm), seconds in measured.items() if model == name}
+        steps = steps_of().get(name, {})
+        print("\n".join([*arms_table(study, steps).markdown(), ""]))
         print("\n".join([*table(name, study, steps).markdown(), ""]))
         loras = [arm for arm in stage_two(study) if arm.startswith(LORAS)]
         for ours in filter(is_paca, stage_two(study)):

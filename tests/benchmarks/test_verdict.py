@@ -1,6 +1,7 @@
 """The rules of the study at equal cost, on runs that are made up."""
 
 import csv
+import json
 
 import pytest
 
@@ -86,3 +87,26 @@ def test_runs_are_read(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     assert verdict.studies(tmp_path) == {"cost-minilm": {"paca8": runs_of([0.5])}}
+
+
+def test_tables_of_a_task(tmp_path):
+    more = {"test accuracy": 0.9}
+    study = {"paca8": runs_of(NEAR, **more), "lora8": runs_of(less(0.1), kept=200.0, **more)}
+    rows = [
+        {"study": "cost-minilm", "arm": arm, **run} for arm, runs in study.items() for run in runs
+    ]
+    with (tmp_path / "cost.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    steps = [
+        {"what": "step", "method": arm, "value": ms, "unit": "ms", "model": "cost-minilm"}
+        for arm, ms in (("paca8", 10.0), ("lora8", 15.0))
+    ]
+    (tmp_path / "cost-steps.json").write_text(json.dumps({"rows": steps}))
+    assert "| paca8 | lora8 | worse | +0.1000 ± " in verdict.block("minilm", tmp_path)
+    assert verdict.block("minilm", tmp_path).endswith(" | yes |")
+    lines = verdict.block("minilm-arms", tmp_path).splitlines()
+    assert lines[0].endswith("| step / paca8 | rise of the general loss |")
+    assert lines[3].startswith("| lora8 | 0.001 | 0.400 ± 0.0")
+    assert lines[3].endswith("| 90.000 ± 0.000 | 200 B | 1.50 | 1.000 ± 0.000 |")
