@@ -480,7 +480,7 @@ def measure(args: Any) -> list[Row]:
         from benchmarks.rl_vllm import Vllm as make
     rows = measure_syncs(args)
     kinds = ("base", "paca", "lora-adapter", "merged")
-    samplers = {kind: make(base_path(), kind, max(args.ranks)) for kind in kinds}
+    samplers = {kind: make(base_path(), kind, RANK) for kind in kinds}
     try:
         rows += measure_served(samplers, args)
         rows += measure_drawn(samplers, args)

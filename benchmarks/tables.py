@@ -119,14 +119,9 @@ VIEWS = {
         where=lambda row: row.what.startswith(("largest diff", "changed elements")),
         index=("method", "setting"),
         columns=("what",),
-    ),
-    "rl-drawn": View(
-        file="rl_sync",
-        where=_what(*_DRAWN),
-        index=("method",),
-        columns=("what",),
         is_first=False,
     ),
+    "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
     "rl-sync": View(
         file="rl_sync",
         where=_what("sent per sync", "complete sync", "sync", "token / base"),
