@@ -19,8 +19,8 @@ from pacatune.format.tensors import plain_name
 from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.precision import dtype_name, torch_dtype
 from pacatune.sync import ColumnReceiver, Columns, ColumnSource, Positions, element_patches
+from pacatune.sync.adapted import base_of
 from pacatune.sync.message import from_wire, to_wire
-from pacatune.sync.source import base_of
 from pacatune.tuner.layer import PacaLayer
 
 
@@ -80,7 +80,7 @@ class ColumnCheckpointEngine(CheckpointEngine):
         self._group = None
 
     async def send_weights(self, weights: Any, global_steps: int | None = None) -> dict[str, Any]:
-        """Send the columns that were changed; return how many bytes they have."""
+        """Send the columns that were changed; return how many bytes this rank has sent for them."""
         if not isinstance(weights, torch.nn.Module):
             raise ValueError(
                 "the actor is no PaCA model of verl's FSDP engine; give a PaCA adapter as "
@@ -96,13 +96,13 @@ class ColumnCheckpointEngine(CheckpointEngine):
                     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                     self._send({"name": known, "shape": whole.shape}, whole.to(self.dtype))
         columns = self._source.columns(everything=self._is_whole)
-        num_bytes = 0
-        for message in (positions, columns):
-            words, buffer = to_wire(message)
+        if self._group is None:  # another rank sends
+            return {"sync/num_bytes": 0}
+        messages = [to_wire(message) for message in (positions, columns)]
+        for words, buffer in messages:
             self._send({"message": words}, buffer)
-            num_bytes = buffer.nbytes
         self._send({"is_last": True}, torch.empty(0))
-        return {"sync/num_bytes": num_bytes}
+        return {"sync/num_bytes": messages[-1][1].nbytes}
 
     def _send(self, words: dict[str, Any], tensor: Tensor) -> None:
         if self._group is not None:
