@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.sync import ColumnSource, DeltaFolder
+from tests.sync.ranks import trained_state
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -38,17 +39,6 @@ def nudge(model, seed):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(1e-5 * torch.randn(parameter.shape, generator=generator))
-
-
-def merged(model):
-    model.merge_adapter()
-    state = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if "paca_" not in name
-    }
-    model.unmerge_adapter()
-    return state
 
 
 class Files:
@@ -92,7 +82,7 @@ def test_its_checkpoint_has_the_bits_of_a_merge(base, tmp_path):
 
     def sync(source, writer):
         columns = source.send(writer)
-        held, expected = receiver.take(folder, writer.version), merged(source.model)
+        held, expected = receiver.take(folder, writer.version), trained_state(source.model)
         assert held.keys() == expected.keys()
         for name, tensor in held.items():
             assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name

@@ -1,4 +1,4 @@
-"""What the tensor-parallel ranks of vLLM hold of a checkpoint, joined and split by its loaders."""
+"""What a trainer should be served as, and what vLLM's tensor-parallel ranks hold of it."""
 
 import torch
 from torch import nn
@@ -41,3 +41,15 @@ def experts_held_by(tensors, rank, size):
         elif name.endswith("experts.down_proj"):
             held[name.replace("down_proj", "w2_weight")] = tensor.chunk(size, 2)[rank].contiguous()
     return held
+
+
+def trained_state(model):
+    """A trainer's W' under the checkpoint's names; the model is merged for it."""
+    model.merge_adapter()
+    state = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "paca_" not in name
+    }
+    model.unmerge_adapter()
+    return state

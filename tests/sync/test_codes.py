@@ -1,5 +1,7 @@
 """Codes of FP8 from a trainer that computes with just these to what serves them."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,10 +13,11 @@ from pacatune.patch.packed import merge_packed, open_packed
 from pacatune.sync import ColumnReceiver, ColumnSource, GridSteps
 from pacatune.sync.message import from_wire, to_wire
 from tests.distributed import net
+from tests.grid.conftest import model_file
 from tests.grid.test_folder import KINDS, folder
 from tests.releases import needs
 
-__all__ = ["folder"]
+__all__ = ["folder", "model_file"]
 
 pytestmark = needs("compressed_tensors")
 fp8 = pytest.mark.parametrize("folder", [kind for kind in KINDS if "fp8" in kind], indirect=True)
@@ -119,11 +122,43 @@ def test_what_cannot_be_at_codes_exactly(folder):
     refuse("does not hold 'model.layers.0.self_attn.q_proj.weight' as the model", model)
     with torch.no_grad():
         net.layers_of(model := adapted(folder))[0].delta_of("default")[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="columns are not finite: training has diverged"):
+    with pytest.raises(
+        ValueError, match=r"columns of '.*q_proj.weight' are not finite: training has diverged"
+    ):
         ColumnSource(model, codes=checkpoint).columns()
+
+
+@pytest.mark.parametrize("folder", ["fp8-rows"], indirect=True)
+def test_a_weight_of_plain_numbers_is_trained_and_sent_as_ever(folder):
+    module, path = "model.layers.0.mlp.up_proj", folder / "model.safetensors"
+    config, server = json.loads((folder / "config.json").read_text()), load_file(path)
+    config["quantization_config"]["ignore"].append(module)
+    (folder / "config.json").write_text(json.dumps(config))
+    scale = server.pop(f"{module}.weight_scale")
+    server[f"{module}.weight"] = server[f"{module}.weight"].bfloat16() * scale
+    save_file(server, path, {"format": "pt"})
+    model, checkpoint = adapted(folder), open_packed(folder)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=3e-3)
+    steps = GridSteps(model, checkpoint, optimizer)
+    assert len(steps._trained) == 13
+    source, receiver = ColumnSource(model, codes=checkpoint), ColumnReceiver(server)
+    receiver.expect(source.positions())
+    train(model, optimizer, 0)
+    receiver.apply(source.columns())
+    dtypes = {server[f"{name}.weight"].dtype for name in (module, module.replace("up", "down"))}
+    assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
+    merged = model.merge_and_unload().state_dict()
+    assert torch.equal(server[f"{module}.weight"], merged[f"{module}.weight"])
+
+
+def test_a_gguf_file_is_refused(model_file):
+    with pytest.raises(ValueError, match=r"as Q4_0, and codes of F8_E4M3 alone are synced"):
+        ColumnSource(adapted(model_file), codes=open_packed(model_file))
 
 
 @pytest.mark.parametrize("folder", ["int4"], indirect=True)
 def test_codes_that_share_bytes_are_refused(folder):
-    with pytest.raises(ValueError, match=r"as INT4, whose codes share bytes; codes of FP8 alone"):
+    with pytest.raises(
+        ValueError, match=r"as INT4, and codes of F8_E4M3 alone are synced; serve a"
+    ):
         ColumnSource(adapted(folder), codes=open_packed(folder))

@@ -14,7 +14,7 @@ import urllib.request
 import pytest
 import torch
 
-from tests.sync.ranks import held_by
+from tests.sync.ranks import held_by, trained_state
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]  # `make test` has no vLLM
@@ -80,18 +80,6 @@ def served_digests(llm):
 def digest(tensor):
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
-
-
-def trained_state(model):
-    """A trainer's W' under the checkpoint's names; the model is merged for it."""
-    model.merge_adapter()
-    state = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if "paca_" not in name
-    }
-    model.unmerge_adapter()
-    return state
 
 
 def trained_digests(model, rank=0, size=1):

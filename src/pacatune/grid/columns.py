@@ -1,4 +1,4 @@
-"""Trained columns as codes of the file that their model was dequantised from."""
+"""Columns of a weight as codes of the file that its model was dequantised from."""
 
 from typing import Any
 
@@ -6,44 +6,58 @@ import torch
 from torch import Tensor
 
 from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
+from pacatune.grid.formats import Moved
 
 
 class CodedColumns:
-    """The trained columns of one weight, as codes of the file that it was dequantised from.
+    """Trained columns of one weight as codes.
 
     Args:
         checkpoint: The file or folder.
-        name: Of the weight there; one that is quantised.
-        columns: (O, R), the base's, in the model's dtype.
-        indices: (R,), which these are.
-        config: Of the model.
-
-    Raises:
-        ValueError: If the file does not hold these columns.
+        name: What the weight is called there.
+        indices: (R,), which columns.
+        order: (O,), which row of the weight each row of the file is.
     """
 
     def __init__(
-        self, checkpoint: PackedCheckpoint, name: str, columns: Tensor, indices: Tensor, config: Any
+        self, checkpoint: PackedCheckpoint, name: str, indices: Tensor, order: Tensor
     ) -> None:
-        grid, indices = checkpoint.grid(name), indices.cpu()
-        if grid is None:
-            raise ValueError(f"{checkpoint.title} holds {name!r} as plain numbers, not as codes.")
-        self.grid, self.columns = grid, columns.detach().cpu()
-        values = checkpoint.values(name, indices)
-        self.order = row_order(values, self.columns, heads_of(config), name)
+        grid = checkpoint.grid(name)
+        assert grid is not None, "plain numbers are columns by themselves"
+        self.name, self.grid, self.order = name, grid, order
         self.before = checkpoint.columns(name, 1, indices)
+        """(O, R) uint8, the base's, in the file's order of rows."""
         self._scale, self._minimum = checkpoint.scales(name, indices)
 
-    def nearest(self, change: Tensor) -> Tensor:
-        """Return (O, R) uint8, the codes nearest to changed columns, in rows as the file has."""
+    @classmethod
+    def of(
+        cls, checkpoint: PackedCheckpoint, name: str, columns: Tensor, indices: Tensor, config: Any
+    ) -> "CodedColumns":
+        """Return them, seen to be the (O, R) columns that a model of this configuration has.
+
+        Raises:
+            ValueError: If the file does not hold these columns.
+        """
+        indices, columns = indices.cpu(), columns.detach().cpu()
+        order = row_order(checkpoint.values(name, indices), columns, heads_of(config), name)
+        return cls(checkpoint, name, indices, order)
+
+    def moved(self, change: Tensor) -> Moved:
+        """Return the codes nearest to the columns after an (O, R) change, as `Grid.moved` does.
+
+        Raises:
+            ValueError: If a change is not finite.
+        """
         change = change.detach().float().cpu()[self.order]
         if not change.isfinite().all():
-            raise ValueError("columns are not finite: training has diverged; go back.")
-        return self.grid.moved(self.before, self._scale, change).after
+            raise ValueError(
+                f"the columns of {self.name!r} are not finite: training has diverged; go back to a "
+                "checkpoint."
+            )
+        return self.grid.moved(self.before, self._scale, change)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Return what codes are to the model, (O, R) in its dtype and order of rows."""
-        values = self.grid.values(codes, self._scale, self._minimum).to(self.columns.dtype)
-        found = torch.empty_like(values)
-        found[self.order] = values
+        """Return what codes are to the model, (O, R) float32 in its order of rows."""
+        found = torch.empty(codes.shape)
+        found[self.order] = self.grid.values(codes, self._scale, self._minimum)
         return found

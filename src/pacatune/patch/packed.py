@@ -22,6 +22,7 @@ from pacatune.adapters.probe import probe_inputs, run_probe
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
 from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
+from pacatune.grid.columns import CodedColumns
 from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import fingerprint, open_checkpoint
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
@@ -124,10 +125,8 @@ def make_packed(
         weight = _weight(base, module)
         order = _order(checkpoint, name, weight, heads_of(config))
         delta, indices, _ = update.whole()
-        edit = _edit(
-            checkpoint, name, indices, delta.float()[order], adapter.scaling(module), rounding
-        )
-        edits[name] = edit
+        change = adapter.scaling(module), delta.float()
+        edits[name] = _edit(checkpoint, name, indices, order, *change, rounding)
     short = Path(checkpoint.title).name
     return Patch(edits=edits, base=short, fingerprint=fingerprint(checkpoint, edits)), rounding
 
@@ -288,19 +287,21 @@ def _edit(
     checkpoint: PackedCheckpoint,
     name: str,
     indices: Tensor,
-    delta: Tensor,
+    order: Tensor,
     scaling: float,
+    delta: Tensor,
     rounding: Rounding,
 ) -> ColumnEdit:
     grid, shape = checkpoint.grid(name), checkpoint.entries[name].shape
-    before = checkpoint.columns(name, 1, indices)
     if grid is None:
-        after = adapted_columns(before, delta, scaling)
+        before = checkpoint.columns(name, 1, indices)
+        after = adapted_columns(before, delta[order], scaling)
         return ColumnEdit(
             name=name, dim=1, shape=shape, indices=indices, original=before, new=after
         )
-    scale, _ = checkpoint.scales(name, indices)
-    before, after, num_clipped = grid.moved(before, scale, scaling * delta)
+    before, after, num_clipped = CodedColumns(checkpoint, name, indices, order).moved(
+        scaling * delta
+    )
     rounding.num_codes += after.numel()
     rounding.num_moved += int((before != after).sum())
     rounding.num_clipped += num_clipped

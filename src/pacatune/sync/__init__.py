@@ -3,6 +3,7 @@
     message       where the columns are, and what is in them
     source        the trainer's side
     spread        the same where each of its processes has a part of the weights
+    adapted       what is trained, and what checkpoints call it
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
     transport     in process, files

@@ -11,19 +11,25 @@ are rounded to the dtype that is served once, after that.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.format.tensors import plain_name
 from pacatune.grid.checkpoint import PackedCheckpoint
 from pacatune.grid.columns import CodedColumns
 from pacatune.ops.whole import is_shared_out, whole_shape
 from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
+from pacatune.sync.adapted import (
+    base_of,
+    checkpoint_name,
+    layers_of,
+    refuse_more,
+    refuse_weight,
+    shapes_beside,
+)
 from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
 from pacatune.sync.spread import (
     columns_of,
@@ -33,9 +39,7 @@ from pacatune.sync.spread import (
     reshard,
     whole,
 )
-from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.model import is_foreign
 from pacatune.tuner.quantized import dequantized
 
 if TYPE_CHECKING:
@@ -55,8 +59,8 @@ class ColumnSource:
         complete_every: One in so many syncs does not follow the one before, so that a receiver may
             begin with it.
         codes: The FP8 checkpoint whose codes are served, if the model was dequantised from one:
-            codes are sent then, those nearest to the columns. `GridSteps` lets the
-            trainer compute with just these.
+            codes are sent then, those nearest to the columns. `GridSteps` lets the trainer compute
+            with just these.
 
     Raises:
         ValueError: If the model has no PaCA adapter, trains more than columns, or its weights have
@@ -150,7 +154,7 @@ class ColumnSource:
         )
         if is_known and self._positions is not None:
             return self._positions
-        _refuse_more(self.model)
+        refuse_more(self.model)
         base = base_of(self.model)
         self._weights = [
             _Weight(base, parameter, layer, name, self.dtype, self.codes)
@@ -158,7 +162,7 @@ class ColumnSource:
         ]
         self._positions = Positions(
             sets=tuple(weight.columns for weight in self._weights),
-            shapes=_shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
+            shapes=shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
             run=self._run,
         )
         return self._positions
@@ -207,7 +211,7 @@ class ColumnSource:
         places = positions.layout(changed)
         if not places or _is_finite(buffer, {one.dtype for _, one, _ in places}):
             return
-        finite = [view_of(buffer, one, start).float().isfinite().all() for _, one, start in places]
+        finite = [_plain(view_of(buffer, one, start)).isfinite().all() for _, one, start in places]
         is_finite = torch.stack(finite).tolist()
         wrong = [one.name for (_, one, _), ok in zip(places, is_finite, strict=True) if not ok]
         if wrong:
@@ -223,10 +227,14 @@ def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
     """Whether all columns are finite, by one look at the buffer; False if that cannot say."""
     if len(dtypes) > 1:
         return False
-    values = buffer.view(next(iter(dtypes)))
     # Both are NaN if one value is.
-    ends = torch.stack(torch.aminmax(values.float() if values.itemsize == 1 else values))
+    ends = torch.stack(torch.aminmax(_plain(buffer.view(next(iter(dtypes))))))
     return bool(ends.isfinite().all())
+
+
+def _plain(values: Tensor) -> Tensor:
+    """Return numbers that torch can compare; FP8's it cannot."""
+    return values.float() if values.itemsize == 1 else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +272,7 @@ class _Weight:
         self.last: Tensor | None = None  # columns of the last sync
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
-        _refuse_weight(layer, parameter, weight)
+        refuse_weight(layer, parameter, weight)
         self.device = weight.device
         layout = layer.layout
         self.wire_indices = self.indices.to(weight.device)
@@ -277,8 +285,9 @@ class _Weight:
                     f"{parameter!r} is in 4 bits and does not say in what it computes; give the "
                     "sampler's dtype: `ColumnSource(model, dtype)`."
                 )
-        name = _checkpoint_name(base, parameter, shape)
-        is_coded = codes is not None and _has_codes(codes, name)
+        name = checkpoint_name(base, parameter, shape)
+        config: Any = cast(Any, base).config.get_text_config() if codes is not None else None
+        is_coded = codes is not None and self._is_coded(codes, name, config.num_hidden_layers)
         self.columns = ColumnSet(
             name=name,
             parameter=parameter,
@@ -289,8 +298,22 @@ class _Weight:
         )
         self.coded: CodedColumns | None = None
         if codes is not None and is_coded:
-            config = cast(Any, base).config.get_text_config()
-            self.coded = CodedColumns(codes, name, self._originals(), self.indices, config)
+            self.coded = CodedColumns.of(codes, name, self._originals(), self.indices, config)
+
+    def _is_coded(self, codes: PackedCheckpoint, name: str, num_blocks: int) -> bool:
+        """Whether a checkpoint holds the weight as codes, which must be bytes of FP8."""
+        grid = codes.grid(codes.name_of(name, num_blocks))
+        if grid is not None and grid.name != "F8_E4M3":
+            raise ValueError(
+                f"{codes.title} holds {name!r} as {grid.name}, and codes of F8_E4M3 alone are "
+                "synced; serve a patch (`pacatune patch`), or 16 bits."
+            )
+        if grid is not None and (is_shared_out(self._weight()) or self.layer.quantization_backend):
+            raise ValueError(
+                f"{name!r} is spread over processes, or quantised otherwise; codes are synced of a "
+                "base that one process holds, dequantised: train it so, or serve 16 bits."
+            )
+        return grid is not None
 
     def _weight(self) -> Any:
         # Past the guard: to look would put the pretrained columns back, and nothing is looked at.
@@ -356,7 +379,7 @@ class _Weight:
             layer: Any = self.layer
             delta = whole(layer.delta_of(self.adapter), self.columns.name)
             delta = layer.expanded(self.adapter, delta.detach())
-            codes = coded.nearest(layer.scaling[self.adapter] * delta)
+            codes = coded.moved(layer.scaling[self.adapter] * delta).after
         return codes.view(self.columns.dtype)
 
     def _originals(self) -> Tensor:
@@ -376,129 +399,3 @@ class _Weight:
         if found is not None:
             return found
         return columns_of(weight, self.wire_indices, self.columns)
-
-
-# What is adapted, and how it is called.
-
-
-def base_of(model: Any) -> nn.Module:
-    """Return the base model inside wrappers (DDP, torch.compile, PEFT)."""
-    while not callable(getattr(model, "get_base_model", None)):
-        inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        if inner is None:
-            return cast(nn.Module, model)
-        model = inner
-    return cast(nn.Module, model.get_base_model())
-
-
-def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
-    """Yield each layer that has the adapter, its parameter's name, and that of the adapter."""
-    num_layers = num_found = 0
-    for name, module in base_of(model).named_modules():
-        if is_foreign(module):
-            raise ValueError(
-                f"{name!r} is a layer of PEFT's own PaCA; make the adapter with "
-                "`pacatune.PacaConfig`, which loads its adapters too."
-            )
-        if not isinstance(module, PacaLayer):
-            continue
-        num_layers += 1
-        names = [adapter] if adapter else list(module.active_adapters)
-        names = [one for one in names if one in module.paca_delta]
-        if len(names) > 1:
-            raise ValueError(
-                f"{len(names)} adapters are active ({', '.join(names)}), whose columns may "
-                "overlap; name one by `adapter`, or add them up by `model.add_weighted_adapter`."
-            )
-        if names:
-            num_found += 1
-            is_own = name.rpartition(".")[2] == module.parameter_name
-            full = name if is_own else f"{name}.{module.parameter_name}"
-            yield plain_name(full), module, names[0]
-    if not num_layers:
-        raise ValueError(
-            "the model has no PaCA layers; adapt it first: `get_peft_model(model, "
-            "PacaConfig(...))`. LoRA and full fine-tuning change every column."
-        )
-    if not num_found:
-        which = f"adapter {adapter!r}" if adapter else "active adapter"
-        raise ValueError(f"no layer has an {which} of PaCA; check its name, or `set_adapter` it.")
-
-
-def _refuse_more(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "paca_delta" not in name:
-            raise ValueError(
-                f"the model also trains {name!r}, which is no column, so a server would lack it; "
-                "train columns alone (no `bias`, no `modules_to_save`), or send whole tensors."
-            )
-
-
-def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
-    backend = layer.quantization_backend
-    if backend is not None and backend.backend_name != "bnb 4bit":
-        raise ValueError(
-            f"{parameter!r} is quantised ({backend.backend_name}), and trained by kernels of its "
-            "own, which no server in 16 bits repeats. Train on the base in 16 bits or in "
-            "bitsandbytes' 4, or serve the adapter (`pacatune export --to lora`)."
-        )
-    if (why := layer.layout.why_no_columns) is not None:
-        raise ValueError(
-            f"{parameter!r} is the kernel of {why}, whose trained channels are no columns of it; "
-            "leave it out of the targets."
-        )
-    if layer.shares_weight:
-        raise ValueError(
-            f"{parameter!r} is tied to another module (lm_head and embedding), and a server has "
-            "one tensor for both; leave it out of the targets."
-        )
-    if weight is None or weight.is_meta:
-        raise ValueError(
-            f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
-            "trained model on its devices."
-        )
-    if weight.numel() and len(whole_shape(weight)) != len(layer.layout.dense_shape):
-        raise ValueError(
-            f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
-            "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
-        )
-    if not weight.numel() and not hasattr(weight, "ds_shape"):
-        refuse_empty(parameter)
-
-
-def _has_codes(codes: PackedCheckpoint, name: str) -> bool:
-    """Whether a checkpoint holds a weight as codes, each a byte of its own."""
-    if (grid := codes.grid(codes.name_of(name, 0))) is not None and grid.name != "F8_E4M3":
-        raise ValueError(
-            f"{codes.title} holds {name!r} as {grid.name}, whose codes share bytes; codes of FP8 "
-            "alone are synced. Serve a patch (`pacatune patch`), or 16 bits."
-        )
-    return grid is not None
-
-
-def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
-    """Return what the checkpoint calls a parameter that it holds as it is, else its own name."""
-    if not hasattr(base, "config"):
-        return parameter
-    tensor = torch.empty(shape, device="meta")
-    try:
-        saved = as_saved(base, {parameter: tensor})
-    except Exception:  # of a conversion that wants the parameters beside this one
-        return parameter
-    ((name, other),) = saved.items() if len(saved) == 1 else ((parameter, tensor),)
-    return name if other.shape == tensor.shape else parameter
-
-
-def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of all matrices whose modules are beside adapted ones."""
-
-    def owner(name: str) -> str:
-        return name.rpartition(".")[0].rpartition(".")[0]
-
-    owners = {owner(name) for name in parameters}
-    found = {}
-    for name, parameter in base.named_parameters():
-        plain, shape = plain_name(name), whole_shape(parameter)
-        if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
-            found[plain] = shape
-    return found

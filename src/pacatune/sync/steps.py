@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pacatune.grid.checkpoint import PackedCheckpoint
 from pacatune.grid.columns import CodedColumns
 from pacatune.ops.columns import adapted_columns
-from pacatune.sync.source import base_of, layers_of
+from pacatune.sync.adapted import base_of, layers_of
 
 _TRIES = 3
 
@@ -22,6 +22,8 @@ _TRIES = 3
 class _Trained(NamedTuple):
     delta: nn.Parameter
     coded: CodedColumns
+    columns: Tensor
+    """(O, R), the base's, on the CPU."""
     scaling: float
     reached: Tensor
     """(O, R), what the optimiser works on."""
@@ -32,6 +34,7 @@ class GridSteps:
 
     The optimiser's steps go to a copy of each delta in its own dtype; gradients are those at the
     codes' values. Checkpoints hold these values and not the copy, so a resumed run begins at them.
+    Codes are searched on the CPU, for every trained element twice a step.
 
     Args:
         model: A PEFT model with a PaCA adapter, whose base was dequantised from the checkpoint into
@@ -73,15 +76,20 @@ class GridSteps:
 
 def _on_codes(one: _Trained) -> Tensor:
     """Return the (O, R) delta by which columns have just the values of their nearest codes."""
-    plain = one.coded.columns
-    delta = one.reached.cpu()
-    for _ in range(_TRIES):
-        values = one.coded.values(one.coded.nearest(one.scaling * delta))
-        delta = (values.float() - plain) / one.scaling
+
+    def nearest(delta: Tensor) -> Tensor:
+        codes = one.coded.moved(one.scaling * delta).after
+        return one.coded.values(codes).to(one.columns.dtype)
+
     # Values are rounded to 16 bits, codes are counted from the file's: far from there, near to
-    # zero, the nearest code may be another one each time. These elements stay at the base's.
-    again = one.coded.values(one.coded.nearest(one.scaling * delta))
-    is_exact = (again == values) & (adapted_columns(plain, delta, one.scaling) == values)
+    # zero, another code may be the nearest each time. Such an element ends at the base's.
+    values = nearest(one.reached)
+    for _ in range(_TRIES):
+        delta = (values.float() - one.columns) / one.scaling
+        previous, values = values, nearest(delta)
+        if torch.equal(previous, values):
+            break
+    is_exact = (previous == values) & (adapted_columns(one.columns, delta, one.scaling) == values)
     return torch.where(is_exact, delta, 0.0)
 
 
@@ -90,6 +98,9 @@ def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
     for parameter, layer, adapter in layers_of(model, None):
         delta, indices, scaling, places = layer.update_of(adapter)
         weight, where = cast(Any, layer).get_base_layer().weight, f"{parameter!r}"
+        name = checkpoint.name_of(parameter, config.num_hidden_layers)
+        if checkpoint.grid(name) is None:  # plain numbers, which any step reaches
+            continue
         if places is not None:
             raise ValueError(f"{where} has row groups; on codes train with `groups=1`.")
         if weight.itemsize != 2 or delta.dtype != torch.float32:
@@ -102,7 +113,6 @@ def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
                 f"{where} has alpha / r = {scaling:g}, by which values of codes would be rounded; "
                 "give a power of two."
             )
-        name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        columns = weight.detach().index_select(1, indices)
-        coded = CodedColumns(checkpoint, name, columns, indices, config)
-        yield _Trained(delta, coded, scaling, delta.detach().clone())
+        columns = weight.detach().index_select(1, indices).cpu()
+        coded = CodedColumns.of(checkpoint, name, columns, indices, config)
+        yield _Trained(delta, coded, columns, scaling, delta.detach().clone())
