@@ -3,8 +3,8 @@
     python -m benchmarks.collect FOLDER...          # -> results/STUDY.json and .csv
 
 FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality, selection,
-groups or cost. STUDY.json has what each folder's study found, STUDY.csv a line for each run. `make
-report` makes the pages and pictures again.
+groups, cost or head. STUDY.json has what each folder's study found, STUDY.csv a line for each run.
+`make report` makes the pages and pictures again.
 """
 
 import argparse
@@ -51,7 +51,12 @@ def _collect(folder: Path, kind: str, results: Path) -> list[Path]:
 
 def read_runs(kind: str, results: Path = RESULTS) -> Iterator[dict[str, str]]:
     """Yield the lines of the table of runs of one of `FILES`."""
-    with (results / f"{kind}.csv").open(newline="", encoding="utf-8") as file:
+    if not (path := results / f"{kind}.csv").is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: no study of this name has ended; `pacatune compare` runs them, "
+            "`python -m benchmarks.collect` takes them in."
+        )
+    with path.open(newline="", encoding="utf-8") as file:
         yield from csv.DictReader(file)
 
 

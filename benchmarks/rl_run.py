@@ -2,6 +2,8 @@
 
     sh tools/test_vllm.sh -m benchmarks.rl_run     writes benchmarks/results/rl_run.json
 
+Fewer steps, and a sampler of transformers where there is no vLLM, go to rl_run-part.json.
+
 The task is that of examples/grpo.py: three words to reverse, after a short SFT. Each step draws 8
 answers to each of 4 problems, takes one step of AdamW on them, and syncs. There is no correction
 for what the sampler's log-probabilities differ from the trainer's: that difference is measured.
@@ -20,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import rl_sync
+from benchmarks import rl_methods
 from benchmarks.results import mean_row, new_parser, record
-from benchmarks.rl_sync import SENT, Sync, Trainer, Transformers, agreement, load, logps_of
+from benchmarks.rl_methods import SENT, Sync, Trainer, Transformers, agreement, load, logps_of
 from pacatune.reports.rows import Row
 
 METHODS = {
@@ -98,7 +100,7 @@ def run(method: str, seed: int, path: str, sampler: Any, steps: int) -> dict[str
         for what, value in agreement(logps.detach()[mask], drawn[mask]).items():
             found[what].append(value)
     found[SENT] = [float(size) for size in sync.num_bytes[2:]]  # the first two have everything
-    rl_sync.reset(sampler, name, path)
+    rl_methods.reset(sampler, name, path)
     return found
 
 
@@ -119,11 +121,11 @@ def measure(make: Callable[..., Any], args: Any) -> Iterator[Row]:
     """Train with each method and seed."""
     with tempfile.TemporaryDirectory() as folder:
         path = args.start or start(Path(folder), args.seed)
-        samplers = {kind: make(path, kind, rl_sync.RANK) for kind in args.kinds}
+        samplers = {kind: make(path, kind, rl_methods.RANK) for kind in args.kinds}
         try:
             for method in args.methods:
                 runs = {}
-                sampler = rl_sync.sampler_of(method.partition(",")[0], samplers)
+                sampler = rl_methods.sampler_of(method.partition(",")[0], samplers)
                 for seed in range(args.seeds):
                     runs[f"seed {seed}"] = run(method, seed, path, sampler, args.steps)
                     print(method, seed, f"{statistics.mean(runs[f'seed {seed}']['reward']):.3f}")
@@ -159,7 +161,7 @@ def start(folder: Path, seed: int) -> str:
     from examples.grpo import TASK, WORDS, fine_tune
 
     solved = reasoning_gym.create_dataset(TASK, seed=5 * 10**8, size=200, **WORDS)
-    path = fine_tune(rl_sync.base_path(), list(solved), folder, seed)
+    path = fine_tune(rl_methods.base_path(), list(solved), folder, seed)
     model = load(path)
     model.save_pretrained(path)
     return path
@@ -180,11 +182,13 @@ def main(options: list[str] | None = None) -> None:
     if importlib.util.find_spec("vllm") is not None:
         from benchmarks.rl_vllm import Vllm as make
     how = (
-        f"SmolLM2-135M-Instruct after an SFT, bfloat16, r = {rl_sync.RANK}, {args.steps} steps "
+        f"SmolLM2-135M-Instruct after an SFT, bfloat16, r = {rl_methods.RANK}, {args.steps} steps "
         f"of {_ANSWERS} answers to each of {_PROBLEMS} problems, {args.seeds} seeds, rate {RATE:g} "
         "falling to 0; means over steps"
     )
-    record("rl_run", how, lambda: list(measure(make, args)), args, options, METHODS)
+    is_whole = make is not Transformers and args.steps >= 200
+    name = "rl_run" if is_whole else "rl_run-part"
+    record(name, how, lambda: list(measure(make, args)), args, options, METHODS)
 
 
 if __name__ == "__main__":

@@ -210,4 +210,7 @@ def _share(study: Study, ours: str, other: str, what: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except FileNotFoundError as error:
+        sys.exit(f"verdict: {error}")

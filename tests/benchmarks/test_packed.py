@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("gguf")
 
-from benchmarks import packed
-from benchmarks.packed import FORMS, RATES, Base, base_file, requantised
+from benchmarks import packed_files
+from benchmarks.packed import RATES
+from benchmarks.packed_files import FORMS, Base, base_file, requantised
 from pacatune.adapters.base import load_base
 from pacatune.patch.packed import merge_packed
 from tests.grid.conftest import ROWS, model_file, run_dir  # noqa: F401 (fixtures)
@@ -30,7 +31,7 @@ def test_a_file_of_another_format_is_read_and_holds_the_same(base, tmp_path, mon
     source = tmp_path / "smollm2-135m-instruct-gguf" / "model.gguf"
     source.parent.mkdir()
     source.write_bytes(base.file.read_bytes())
-    monkeypatch.setattr(packed, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(packed_files, "default_cache", lambda: tmp_path)
     other = Base(base_file("Q8_0", tmp_path))
     kinds = {entry.dtype for entry in other.checkpoint.entries.values()}
     assert kinds & {"Q8_0", "Q4_1"} == {"Q8_0"}

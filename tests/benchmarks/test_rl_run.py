@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from benchmarks import rl_run, rl_sync
+from benchmarks import rl_methods, rl_run
 from benchmarks.results import read
 
 pytest.importorskip("reasoning_gym")
 
 
 def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl_sync, "base_path", lambda: str(tiny_model_dir))
-    monkeypatch.setattr(rl_sync, "RANK", 2)
+    monkeypatch.setattr(rl_methods, "base_path", lambda: str(tiny_model_dir))
+    monkeypatch.setattr(rl_methods, "RANK", 2)
     # No random model reverses words; what it is rewarded for here, it can learn.
     monkeypatch.setattr(rl_run.Problems, "rewards", lambda _, p, ids, m: (ids % 2).float().mean(1))
     options = ["--steps", "4", "--seeds", "2", "--start", str(tiny_model_dir), "--threads", "1"]
     rl_run.main([*options, "--output", str(tmp_path)])
-    found = {(row.what, row.method): row for row in read("rl_run", tmp_path).rows}
+    found = {(row.what, row.method): row for row in read("rl_run-part", tmp_path).rows}
     for method in rl_run.METHODS:
         for part in range(1, 5):
             reward = found[f"reward, steps {part} to {part}", method]
             assert 0 < reward.value < 1
             assert set(reward.each) == {"seed 0", "seed 1"}
         assert found["k3_kl", method].value >= 0
-    sent = {method: found[rl_sync.SENT, method].value for method in rl_run.METHODS}
+    sent = {method: found[rl_methods.SENT, method].value for method in rl_run.METHODS}
     assert 0 < sent["paca, 1e-4"] < sent["paca"] < sent["lora-adapter"] < sent["lora"]
 
 

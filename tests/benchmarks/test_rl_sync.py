@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from benchmarks import rl_sync, tables
+from benchmarks import rl_methods, rl_sync, tables
 from benchmarks.results import read
 
 MODEL = rl_sync.MODEL
 
 
 def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl_sync, "base_path", lambda: str(tiny_model_dir))
-    monkeypatch.setattr(rl_sync, "RANK", 2)
+    monkeypatch.setattr(rl_methods, "base_path", lambda: str(tiny_model_dir))
+    monkeypatch.setattr(rl_methods, "RANK", 2)
     monkeypatch.setattr(rl_sync, "RANKS", (1, 3))
     rl_sync.main(["--quick", "--threads", "1", "--output", str(tmp_path)])
     # Nothing that was measured as a whole is overwritten.
@@ -22,12 +22,14 @@ def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
     found = {(row.what, row.method, row.model or row.setting): row.value for row in rows}
 
     # What is sent.
-    sent = {row.method: row.value for row in rows if (row.what, row.model) == (rl_sync.SENT, MODEL)}
-    assert sent.keys() == {*rl_sync.METHODS, "lora-adapter, r = 8"} - {"base"}
+    sent = {
+        row.method: row.value for row in rows if (row.what, row.model) == (rl_methods.SENT, MODEL)
+    }
+    assert sent.keys() == {*rl_methods.METHODS, "lora-adapter, r = 8"} - {"base"}
     assert sent["paca"] < found[rl_sync.COMPLETE, "paca", MODEL] < sent["lora-adapter"]
     assert sent["full"] == sent["lora"] == sent["swap"] > sent["lora-adapter"]
     assert found[rl_sync.COMPLETE, "paca", "llama3-8b"] == 2 * 2 * 43008 * 32
-    assert found[rl_sync.SENT, "full", "llama3.1-70b"] == 2 * 70_553_706_496
+    assert found[rl_methods.SENT, "full", "llama3.1-70b"] == 2 * 70_553_706_496
 
     # Columns are the trainer's bits, after any number of syncs, and leave the base.
     same = {row.method: row.value for row in rows if row.what.endswith("bit for bit")}
@@ -52,7 +54,7 @@ def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
 def test_how_far_a_sampler_is_from_its_trainer():
     """By the definitions of verl and TRL, written out."""
     drawn, trained = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.3, -2.0]])
-    found = rl_sync.agreement(trained, drawn)
+    found = rl_methods.agreement(trained, drawn)
     assert found == pytest.approx(
         {
             "rollout_probs_diff, mean": (math.exp(-1) - math.exp(-1.3)) / 2,
@@ -71,4 +73,4 @@ def test_shares_measured_here_are_simulated_elsewhere():
     rows = rl_sync.count(model, "llama3-8b", 16, {"paca": 0.2, "elements": 0.5})
     origins = {(row.what, row.method): row.origin for row in rows}
     simulated = {key for key, origin in origins.items() if origin == "simulated"}
-    assert simulated == {(rl_sync.SENT, "paca"), (rl_sync.SENT, "elements")}
+    assert simulated == {(rl_methods.SENT, "paca"), (rl_methods.SENT, "elements")}
