@@ -8,7 +8,7 @@ from typing import Any
 
 from pacatune.reports.rows import Row, spread_of_mean, table
 
-FILES = ("quality", "selection", "groups", "cost")
+FILES = ("quality", "selection", "groups", "cost", "head")
 """Studies of one name are kept in `results/NAME.json`; folders of their parts begin with it."""
 _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "")}
 

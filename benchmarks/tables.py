@@ -124,7 +124,10 @@ VIEWS = {
     "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
     "rl-sync": View(
         file="rl_sync",
-        where=_what("sent per sync", "complete sync", "sync", "token / base"),
+        where=lambda row: (
+            row.what in ("sent per sync", "complete sync", "sync", "token / base")
+            and row.method != "lora-bf16"
+        ),
         index=("method",),
         columns=("what", "model", "setting"),
         is_first=False,
@@ -292,7 +295,8 @@ def _rl(results: Path) -> str:
     lines["`k3_kl` of the same"] = of("k3_kl", "vLLM")
     half = of("sent per sync", "SmolLM2-135M", "lora-adapter, r = 8")[0]
     sent = of("sent per sync", "SmolLM2-135M")
-    sent[2] += f"; {half} at r = 8, as many parameters"
+    sent[0] = f"{of('complete sync', 'SmolLM2-135M')[0]}; compressed, at rate 2e-3: {sent[0]}"
+    sent[2] += f"; {half} at r = 8, as many parameters as the columns"
     lines["sent per sync"] = sent
     times = [of("token / base", where) for where in ("transformers", "vLLM")]
     lines[
