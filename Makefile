@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm test-gguf
 .PHONY: lint conformance test-docs
-.PHONY: compat soak soak-rl bench bench-check metamath docs dist report
+.PHONY: compat soak soak-rl bench bench-check metamath docs dist
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
 help:
@@ -31,7 +31,6 @@ help:
 	@echo "make metamath PEFT=DIR PaCA in PEFT's comparison on MetaMathQA, in a checkout of PEFT; needs a GPU"
 	@echo 'make docs              tables and picture of README and docs, and the site with commands and Python API'
 	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
-	@echo 'make report            pages and pictures of the committed results, in report/'
 
 demo: setup-demo
 	@$(RUN) examples/finetune_llm.py $(ARGS)
@@ -105,9 +104,6 @@ dist:
 	rm -rf dist
 	.cache/build/bin/python -m build --outdir dist .
 	.cache/build/bin/python -m twine check --strict dist/*
-
-report: setup-dev
-	$(RUN) -m benchmarks.pages $(ARGS)
 
 setup-demo setup-demo-vision setup-demo-rl setup-dev:
 	@PYTHON='$(PYTHON)' sh tools/setup_venv.sh $(@:setup-%=%)

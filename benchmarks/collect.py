@@ -1,10 +1,9 @@
-"""Take what studies found into benchmarks/results, without pages and pictures.
+"""Take the runs of studies into benchmarks/results.
 
-    python -m benchmarks.collect FOLDER...          # -> results/STUDY.json and .csv
+    python -m benchmarks.collect FOLDER...          # -> results/STUDY.csv, a line for each run
 
 FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality, selection,
-groups, cost or head. STUDY.json has what each folder's study found, STUDY.csv a line for each run.
-`make report` makes the pages and pictures again.
+groups, cost or head. `benchmarks.verdict` says what cost and selection found.
 """
 
 import argparse
@@ -15,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, write_json
-from benchmarks.studies import FILES
+from benchmarks.results import RESULTS
+
+FILES = ("quality", "selection", "groups", "cost", "head")
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:
@@ -28,25 +28,24 @@ def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Pa
                 f"`folder` ({folder}): its name must begin with {' or '.join(FILES)}, which says "
                 "whose study it is; rename it."
             )
-    written = [path for folder, kind in kinds.items() for path in _collect(folder, kind, results)]
+    written = [_collect(folder, kind, results) for folder, kind in kinds.items()]
     return list(dict.fromkeys(written))
 
 
-def _collect(folder: Path, kind: str, results: Path) -> list[Path]:
-    found, table = results / f"{kind}.json", results / f"{kind}.csv"
-    studies = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {}
+def _collect(folder: Path, kind: str, results: Path) -> Path:
+    table = results / f"{kind}.csv"
     rows: list[dict[str, Any]] = list(read_runs(kind, results)) if table.is_file() else []
     study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     if not study["finished"]:
         raise ValueError(f"{folder} holds no finished study; run `pacatune compare` again.")
     rows = [row for row in rows if row["study"] != folder.name] + _runs_of(folder, study)
-    write_json(studies | {folder.name: study}, found)
     columns = dict.fromkeys(name for row in rows for name in row)
+    results.mkdir(parents=True, exist_ok=True)
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*columns], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return [found, table]
+    return table
 
 
 def read_runs(kind: str, results: Path = RESULTS) -> Iterator[dict[str, str]]:
@@ -61,7 +60,7 @@ def read_runs(kind: str, results: Path = RESULTS) -> Iterator[dict[str, str]]:
 
 
 def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
+    rows: dict[Any, dict[str, Any]] = {}
     for path in sorted((folder / "jobs").glob("*.json")):
         job = json.loads(path.read_text(encoding="utf-8"))
         if "error" in job:
@@ -72,21 +71,22 @@ def _runs_of(folder: Path, study: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"{path} ran with other versions than the study ended with; run it again in a new "
                 "folder."
             )
-        rows.append(
-            {
-                "study": folder.name,
-                "arm": job["rows"][0]["method"],
-                "learning rate": training["learning_rate"],
-                # One that is transformers' own is not in the options.
-                "seed": training.get("seed", 42),
-                **{_title(row): row["value"] for row in job["rows"]},
-                "seconds": job["provenance"]["seconds"],
-                "key": job["key"],
-            }
-        )
-    arms = [*study["arms"], *(row["arm"] for row in rows)]  # first those of its last stage
-    rows.sort(key=lambda one: (arms.index(one["arm"]), one["learning rate"], one["seed"]))
-    return rows
+        row = {
+            "study": folder.name,
+            "arm": job["rows"][0]["method"],
+            "learning rate": training["learning_rate"],
+            # One that is transformers' own is not in the options.
+            "seed": training.get("seed", 42),
+            **{_title(row): row["value"] for row in job["rows"]},
+            "seconds": job["provenance"]["seconds"],
+            "key": job["key"],
+        }
+        place = row["arm"], row["learning rate"], row["seed"]
+        if len(row) > len(rows.get(place, ())):  # of equal runs that which measured more
+            rows[place] = row
+    # First the arms of its last stage.
+    arms = [*study["arms"], *(row["arm"] for row in rows.values())]
+    return [rows[place] for place in sorted(rows, key=lambda p: (arms.index(p[0]), *p[1:]))]
 
 
 def _title(row: Mapping[str, Any]) -> str:

@@ -1,20 +1,19 @@
 """Rows of the committed studies, and the tables of their documents."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pacatune.reports.rows import Row, spread_of_mean, table
 
-FILES = ("quality", "selection", "groups", "cost", "head")
-"""Studies of one name are kept in `results/NAME.json`; folders of their parts begin with it."""
+FILES = ("quality", "groups")
+"""Studies of one name are kept in `results/NAME.json`."""
 _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "")}
 
 
 def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
-    """Yield what a study found of each arm: its score, what it forgot, and that of each rate."""
+    """Yield what a study found of each arm: its score, what it forgot and keeps, its rate."""
     factor, unit = _UNITS[study["metric"]]
     for name, arm in study["arms"].items():
         if arm["mean"] is None:
@@ -33,24 +32,10 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
             kept = arm["saved_activation_bytes"]
             yield Row(what="kept for backward", value=kept, unit="bytes", **names)
         yield Row(what="best rate", value=arm["learning_rate"], **names)
-        for rate, value in arm["rates"].items():
-            if value is not None:
-                at = f"{float(rate):g}"
-                yield Row(what="validation", value=factor * value, unit=unit, setting=at, **names)
-
-
-def differences(rows: Iterable[Row], references: Mapping[str, str]) -> Iterator[Row]:
-    """Yield each arm's score minus that of its study's reference, seed by seed."""
-    scores = [row for row in rows if row.what.startswith("test ")]
-    known = {(row.model, row.method): row for row in scores}
-    for row in scores:
-        other = known[row.model, references[row.model]]
-        if row is not other:
-            yield replace(row.minus(other), method=row.method)
 
 
 def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, differences, costs, rates."""
+    """Return a table of one of `FILES`: scores, costs, rates."""
     known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
     named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
     curves = ("transfer", "rate")  # studies of rates alone
@@ -58,10 +43,8 @@ def block(kind: str, what: str, results: Path) -> str:
     rows = [row for name, study in chosen.items() for row in rows_of(name, study)]
     if kind == "groups":  # options that left with this study, see studies/groups.md
         rows = [row for row in rows if "normalized" not in row.method]
-    if what == "differences":
-        rows = list(differences(rows, {name: study["reference"] for name, study in chosen.items()}))
-    quantities = {"scores": "test", "differences": ""}
-    quantities |= {"costs": ("kept", "forgetting"), "rates": "best rate"}
+    quantities: dict[str, Any] = {"scores": "test", "costs": ("kept", "forgetting")}
+    quantities["rates"] = "best rate"
     if what not in quantities:
         raise ValueError(
             f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."

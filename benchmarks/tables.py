@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import studies
+from benchmarks import studies, verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -186,6 +186,8 @@ def block(name: str, results: Path = RESULTS) -> str:
         return doc_table(rest)
     if kind in studies.FILES:
         return studies.block(kind, rest, results)
+    if kind in ("cost", "selection"):
+        return verdict.block(name.removeprefix("cost-"), results)
     if name in (own := {"first": _first, "demo": _demo, "rl": _rl}):
         return own[name](results)
     if name == "compat":

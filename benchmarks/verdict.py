@@ -1,4 +1,4 @@
-"""Say what the study at equal cost found, by the rules of studies/cost.md.
+"""Say what studies found: that at equal cost by the rules of studies/cost.md, that of columns.
 
     python -m benchmarks.verdict            # reads results/cost.csv and cost-steps.json
 
@@ -7,6 +7,7 @@ Prints what is better, worse or not told apart, what it costs and what it forget
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +17,10 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from benchmarks.collect import read_runs
-from benchmarks.results import RESULTS, read
+from benchmarks.results import RESULTS, mean_row, read
 from pacatune.files.folder import format_bytes
-from pacatune.reports.rows import Table, spread_of_mean
+from pacatune.reports.rows import Row, Table, spread_of_mean
+from pacatune.reports.rows import table as pivot
 
 Run = Mapping[str, float]
 """What was measured -> value; the rate and the seed among it."""
@@ -30,31 +32,33 @@ _LEVEL, _SLOWER = 0.05, 1.03
 _FIRST = "paca8"
 
 
-def studies(results: Path = RESULTS) -> dict[str, dict[str, list[Run]]]:
+def studies(results: Path = RESULTS, kind: str = "cost") -> dict[str, dict[str, list[Run]]]:
     """Return the runs of each task's arms."""
     found: dict[str, dict[str, list[Run]]] = {}
-    for row in read_runs("cost", results):
+    for row in read_runs(kind, results):
         numbers = {k: float(v) for k, v in row.items() if v and k not in ("study", "arm", "key")}
         found.setdefault(row["study"], {}).setdefault(row["arm"], []).append(numbers)
     return found
 
 
-def chosen(runs: Sequence[Run]) -> dict[int, Run]:
-    """Return an arm's runs by seed, at the rate with the least mean validation loss.
+def chosen(runs: Sequence[Run], by: str = "loss") -> dict[int, Run]:
+    """Return an arm's runs by seed, at the rate with the best mean on validation data.
 
-    The mean is over the seeds that most rates have; a rate that lacks one of them has failed.
+    The mean is over the seeds that three rates have, or all; a rate that lacks one has failed.
     """
     rates: dict[float, dict[int, Run]] = {}
     for run in runs:
         rates.setdefault(run["learning rate"], {})[int(run["seed"])] = run
     every = {seed for one in rates.values() for seed in one}
-    common = {seed for seed in every if 2 * sum(seed in r for r in rates.values()) > len(rates)}
-    losses = {
-        rate: fmean(one[seed]["validation loss"] for seed in common)
+    enough = min(3, len(rates))
+    common = {seed for seed in every if sum(seed in r for r in rates.values()) >= enough}
+    means = {
+        rate: fmean(one[seed][f"validation {by}"] for seed in common)
         for rate, one in rates.items()
         if common <= one.keys()
     }
-    return rates[min(losses, key=lambda rate: losses[rate])]
+    best = min if by == "loss" else max
+    return rates[best(means, key=lambda rate: means[rate])]
 
 
 def paired(ours: Mapping[int, Run], theirs: Mapping[int, Run], what: str) -> list[float]:
@@ -158,8 +162,28 @@ def arms_table(study: Study, steps: Mapping[str, float]) -> Table:
     return Table(header=header, cells=cells)
 
 
+def differences(results: Path, kind: str, first: str) -> list[Row]:
+    """Return the score of each arm at its best rate minus that of the first, seed by seed."""
+    found = []
+    for name, study in studies(results, kind).items():
+        is_share = "test accuracy" in study[first][0]
+        metric, unit, factor = ("accuracy", "%", 100) if is_share else ("loss", "", 1)
+        rows = {}
+        for arm, runs in study.items():
+            at_best = sorted(chosen(runs, metric).items())
+            each = {str(seed): factor * run[f"test {metric}"] for seed, run in at_best}
+            names = {"model": name.removeprefix(f"{kind}-"), "unit": unit}
+            rows[arm] = mean_row(f"test {metric}", arm, each, **names)
+        others = [row for arm, row in rows.items() if arm != first]
+        found += [replace(row.minus(rows[first]), method=row.method) for row in others]
+    return found
+
+
 def block(what: str, results: Path = RESULTS) -> str:
-    """Return a table of docs/quality.md: `TASK`, or `TASK-arms`."""
+    """Return a table of docs/quality.md: of columns' `selection`, of a `TASK`, or `TASK-arms`."""
+    if what == "selection":
+        rows = differences(results, what, "random")
+        return "\n".join(pivot(rows, ("method",), ("model", "what")).markdown())
     task = what.removesuffix("-arms")
     name = f"cost-{task}"
     study, steps = studies(results)[name], steps_of(results).get(name, {})

@@ -23,31 +23,7 @@ def test_every_table_has_its_committed_numbers(name):
         assert f"\n| paca | {rows['forward', 'paca'] - floor} |" in text
 
 
-def arm(*values):
-    sizes = {"num_trainable_parameters": 100, "saved_activation_bytes": 2**20}
-    rates = {"learning_rate": 0.01, "at_edge": False, "rates": {"0.01": 0.5, "0.1": None}}
-    found = {"mean": sum(values) / 2, "values": {str(s): value for s, value in enumerate(values)}}
-    return {**found, **sizes, **rates, "forgetting": None}
-
-
-def test_studies_are_compared_seed_by_seed():
-    arms = {"paca": arm(0.6, 0.8), "groups": arm(0.7, 0.9)}
-    study = {"metric": "accuracy", "reference": "paca", "arms": arms}
-    rows = list(studies.rows_of("small", study))
-    (found,) = studies.differences(rows, {"small": "paca"})
-    assert (found.method, found.model) == ("groups", "small")
-    # The same for both seeds.
-    assert (found.value, found.low, found.high) == pytest.approx((10.0, 10.0, 10.0))
-    assert {row.what for row in rows} == {
-        "test accuracy",
-        "validation",
-        "kept for backward",
-        "best rate",
-    }
-
-
 def test_tables_of_studies_and_those_that_there_are_not(tmp_path):
-    assert "| groups16 |" in studies.block("quality", "differences", RESULTS)
     assert studies.block("quality", "scores", RESULTS).startswith("| method | ")
     with pytest.raises(ValueError, match="no table 'other' of the study quality"):
         studies.block("quality", "other", RESULTS)

@@ -25,6 +25,13 @@ def runs_of(losses, *, rate=1e-3, kept=100.0, rise=1.0, validation=1.0, **more):
     ]
 
 
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 NEAR = [0.50, 0.54, 0.46, 0.52, 0.48]
 
 
@@ -32,11 +39,12 @@ def less(by, noise=(0.0, 0.001, -0.001, 0.002, -0.002)):
     return [loss - by + more for loss, more in zip(NEAR, noise, strict=True)]
 
 
-def test_the_rate_is_chosen_by_validation_over_the_seeds_that_most_rates_have():
-    rates = [runs_of(NEAR[:2], rate=1e-3, validation=0.5), runs_of(NEAR, rate=2e-3, validation=0.4)]
-    rates += [runs_of(NEAR[:2], rate=4e-3, validation=0.6)]
-    failed = runs_of(NEAR[:1], rate=8e-3, validation=0.1)  # with its second seed
-    found = verdict.chosen([run for one in (*rates, failed) for run in one])
+def test_the_rate_is_chosen_by_validation_over_the_seeds_that_three_rates_have():
+    rates = [runs_of(NEAR[:3], rate=1e-3, validation=0.5), runs_of(NEAR, rate=2e-3, validation=0.4)]
+    rates += [runs_of(NEAR[:3], rate=4e-3, validation=0.6)]
+    # Its third seed failed; those beyond it left after the first stage.
+    others = [runs_of(NEAR[:2], rate=rate, validation=0.1) for rate in (8e-3, 16e-3, 32e-3, 64e-3)]
+    found = verdict.chosen([run for one in (*rates, *others) for run in one])
     assert sorted(found) == [0, 1, 2, 3, 4]
     assert {run["learning rate"] for run in found.values()} == {2e-3}
 
@@ -50,6 +58,24 @@ def test_better_worse_and_not_told_apart():
     _, mean, half = verdict.compared(study)["paca8", "lora8"]
     assert mean == pytest.approx(0.1)
     assert 0 < half < 0.01
+
+
+def test_scores_are_compared_with_the_first_seed_by_seed(tmp_path):
+    """Where there is an accuracy it is compared, and chose the rate, as in the study of columns."""
+    rates = {1e-3: (0.7, [0.6, 0.8]), 2e-3: (0.6, [0.9, 0.9])}
+    rows = [
+        {"study": "selection-a", "arm": arm, "learning rate": rate, "seed": seed}
+        | {"validation accuracy": chosen_by, "test accuracy": score + more}
+        for arm, more in (("random", 0.0), ("gradient", 0.1))
+        for rate, (chosen_by, scores) in rates.items()
+        for seed, score in enumerate(scores)
+    ]
+    write(tmp_path / "selection.csv", rows)
+    (found,) = verdict.differences(tmp_path, "selection", "random")
+    assert (found.method, found.model, found.what) == ("gradient", "a", "test accuracy")
+    # The same for both seeds.
+    assert (found.value, found.low, found.high) == pytest.approx((10.0, 10.0, 10.0))
+    assert "| gradient | 10.00 |" in verdict.block("selection", tmp_path)
 
 
 def test_two_of_paca_are_compared_once():
@@ -82,10 +108,7 @@ def test_forgetting_at_equal_loss_goes_along_the_frontier():
 def test_runs_are_read(tmp_path):
     rows = [{"study": "cost-minilm", "arm": "paca8", "key": "0f", "unknown": ""}]
     rows[0] |= {name: str(value) for name, value in runs_of([0.5])[0].items()}
-    with (tmp_path / "cost.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0]])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(tmp_path / "cost.csv", rows)
     assert verdict.studies(tmp_path) == {"cost-minilm": {"paca8": runs_of([0.5])}}
 
 
@@ -95,10 +118,7 @@ def test_tables_of_a_task(tmp_path):
     rows = [
         {"study": "cost-minilm", "arm": arm, **run} for arm, runs in study.items() for run in runs
     ]
-    with (tmp_path / "cost.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0]])
-        writer.writeheader()
-        writer.writerows(rows)
+    write(tmp_path / "cost.csv", rows)
     steps = [
         {"what": "step", "method": arm, "value": ms, "unit": "ms", "model": "cost-minilm"}
         for arm, ms in (("paca8", 10.0), ("lora8", 15.0))

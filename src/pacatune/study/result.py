@@ -1,7 +1,7 @@
 """What a study found: a result for each arm, from the rows of its runs, and the whole."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pacatune.reports.provenance import versions
@@ -70,19 +70,6 @@ class StudyResult:
     warnings: list[str]
     config: dict[str, Any]
     versions: dict[str, str]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "StudyResult":
-        """Return the result that study.json holds, where JSON made texts of its numbers."""
-        arms = {}
-        for name, arm in values["arms"].items():
-            numbers = {
-                "values": {int(seed): value for seed, value in arm["values"].items()},
-                "rates": {float(rate): value for rate, value in arm["rates"].items()},
-                "comparison": arm["comparison"] and Comparison(**arm["comparison"]),
-            }
-            arms[name] = ArmResult(**arm | numbers)
-        return cls(**{f.name: values[f.name] for f in fields(cls)} | {"arms": arms})
 
 
 def numbers_of(run: Finished) -> dict[str, float]:
