@@ -6,9 +6,9 @@ Prints what is better, worse or not told apart, what it costs and what it forget
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,14 @@ Run = Mapping[str, float]
 Study = Mapping[str, Sequence[Run]]
 """Arm -> its runs."""
 LORAS = ("lora", "rslora")
-_KEPT, _LOSS = "kept for backward, bytes", "test loss"
+TASKS = {
+    "minilm": "MiniLM-L6, types of questions",
+    "dinov2": "DINOv2-S, CIFAR-10",
+    "smollm2-words": "SmolLM2-135M, words reversed",
+    "smollm2-sort": "SmolLM2-135M, words sorted",
+}
+"""Name of a study, without `cost-` -> model and task."""
+KEPT, LOSS = "kept for backward, bytes", "test loss"
 _LEVEL, _SLOWER = 0.05, 1.03
 _FIRST = "paca8"
 
@@ -42,23 +49,27 @@ def studies(results: Path = RESULTS, kind: str = "cost") -> dict[str, dict[str, 
 
 
 def chosen(runs: Sequence[Run], by: str = "loss") -> dict[int, Run]:
-    """Return an arm's runs by seed, at the rate with the best mean on validation data.
+    """Return an arm's runs by seed, at the rate with the best mean on validation data."""
+    means = validated(runs, by)
+    best = (min if by == "loss" else max)(means, key=lambda rate: means[rate])
+    return {int(run["seed"]): run for run in runs if run["learning rate"] == best}
 
-    The mean is over the seeds that three rates have, or all; a rate that lacks one has failed.
+
+def validated(runs: Sequence[Run], by: str = "loss") -> dict[float, float]:
+    """Return the mean on validation data of an arm's rates, which chooses one.
+
+    It is over the seeds that three rates have, or all; a rate that lacks one has failed.
     """
-    rates: dict[float, dict[int, Run]] = {}
+    rates: dict[float, dict[float, float]] = {}
     for run in runs:
-        rates.setdefault(run["learning rate"], {})[int(run["seed"])] = run
-    every = {seed for one in rates.values() for seed in one}
-    enough = min(3, len(rates))
+        rates.setdefault(run["learning rate"], {})[run["seed"]] = run[f"validation {by}"]
+    every, enough = {seed for one in rates.values() for seed in one}, min(3, len(rates))
     common = {seed for seed in every if sum(seed in r for r in rates.values()) >= enough}
-    means = {
-        rate: fmean(one[seed][f"validation {by}"] for seed in common)
+    return {
+        rate: fmean(one[seed] for seed in common)
         for rate, one in rates.items()
         if common <= one.keys()
     }
-    best = min if by == "loss" else max
-    return rates[best(means, key=lambda rate: means[rate])]
 
 
 def paired(ours: Mapping[int, Run], theirs: Mapping[int, Run], what: str) -> list[float]:
@@ -90,7 +101,7 @@ def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
     """Return of each pair, PaCA first, what it is, and mean and half interval of the difference."""
     arms = stage_two(study)
     pairs = [sorted(pair, key=is_paca, reverse=True) for pair in combinations(arms, 2)]
-    differences = {(a, b): paired(arms[a], arms[b], _LOSS) for a, b in pairs if is_paca(a)}
+    differences = {(a, b): paired(arms[a], arms[b], LOSS) for a, b in pairs if is_paca(a)}
     corrected = holm({pair: ttest_1samp(d, 0.0).pvalue for pair, d in differences.items()})
     found = {}
     for pair, d in differences.items():
@@ -103,63 +114,113 @@ def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
 
 def costs_no_more(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> bool:
     """Whether an arm keeps no more bytes than another, and has no slower step."""
-    kept = {arm: {run["seed"]: run[_KEPT] for run in study[arm]}[0] for arm in (ours, other)}
+    kept = {arm: {run["seed"]: run[KEPT] for run in study[arm]}[0] for arm in (ours, other)}
     return kept[ours] <= kept[other] and steps[ours] <= _SLOWER * steps[other]
 
 
-def forgotten(study: Study, ours: str, other: str, what: str) -> list[float]:
-    """Return by seed how much an arm forgets as a share of another, at equal test loss.
+def forgotten(study: Study, ours: str, other: str, what: str) -> list[tuple[float, float, float]]:
+    """Return by seed a test loss, and the rise of another loss of two arms at it.
 
     `what` is `general` or `unrelated`. Every rate and share of the update of a seed is a point; the
-    loss is the least that both reach.
+    test loss is the least that both reach.
     """
-    shares = []
+    found = []
     for seed in sorted(stage_two(study)[ours]):
         lines = [_frontier(study[arm], seed, what) for arm in (ours, other)]
-        loss = max(line[0][0] for line in lines)
-        a, b = (float(np.interp(loss, *zip(*line, strict=True))) for line in lines)
-        shares.append(a / b)
-    return shares
+        loss = max(losses[0] for losses, _ in lines)
+        a, b = (float(np.interp(loss, losses, rises)) for losses, rises in lines)
+        found.append((loss, a, b))
+    return found
 
 
-def _frontier(runs: Sequence[Run], seed: int, what: str) -> list[tuple[float, float]]:
+def _frontier(runs: Sequence[Run], seed: int, what: str) -> tuple[list[float], list[float]]:
     """Return test losses, rising, and the rise of another loss, falling: what nothing beats."""
-    points = []
-    for run in (run for run in runs if run["seed"] == seed):
-        before = run[f"{what} loss before"]
-        for name, loss in run.items():
-            if name == _LOSS or name.startswith(f"{_LOSS} at "):
-                when = name.removeprefix(_LOSS).strip() or "after"
-                points.append((loss, run[f"{what} loss {when}"] - before))
     line: list[tuple[float, float]] = []
-    for loss, rise in sorted(points):
+    for loss, rise in sorted(p for run in runs if run["seed"] == seed for p in points(run, what)):
         if not line or rise < line[-1][1]:
             line.append((loss, rise))
-    return line
+    return [loss for loss, _ in line], [rise for _, rise in line]
+
+
+def points(run: Run, what: str) -> Iterator[tuple[float, float]]:
+    """Yield test loss and the rise of another loss with each share of the update."""
+    for name, loss in run.items():
+        if name == LOSS or name.startswith(f"{LOSS} at "):
+            when = name.removeprefix(LOSS).strip() or "after"
+            yield loss, run[f"{what} loss {when}"] - run[f"{what} loss before"]
 
 
 def arms_table(study: Study, steps: Mapping[str, float]) -> Table:
     """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
+    kinds = texts(study)
     header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
-    kinds = [kind for kind in ("general", "unrelated") if f"{kind} loss after" in study[_FIRST][0]]
     header += [f"rise of the {kind} loss" for kind in kinds]
     cells = []
     for arm, runs in stage_two(study).items():
         run = next(iter(runs.values()))
         score = next(name for name in run if name in ("test accuracy", "test exact_match"))
         values = [
-            [one[_LOSS] for one in runs.values()],
-            [100 * one[score] for one in runs.values()],
+            [one[LOSS] for one in runs.values()],
             *(
                 [one[f"{kind} loss after"] - one[f"{kind} loss before"] for one in runs.values()]
                 for kind in kinds
             ),
         ]
-        loss, score_text, *rises = (f"{fmean(v):.3f} ± {spread_of_mean(v):.3f}" for v in values)
-        rate, kept = f"{run['learning rate']:g}", format_bytes(run[_KEPT])
+        loss, *rises = (f"{fmean(v):.3f} ± {spread_of_mean(v):.3f}" for v in values)
+        scores = [100 * one[score] for one in runs.values()]
+        score_text = f"{fmean(scores):.1f} ± {spread_of_mean(scores):.1f}"
+        rate, kept = f"{run['learning rate']:g}", format_bytes(run[KEPT])
         share = f"{steps[arm] / steps[_FIRST]:.2f}"
         cells.append([arm, rate, loss, score_text, kept, share, *rises])
     return Table(header=header, cells=cells)
+
+
+def rates_table(found: Mapping[str, Study]) -> Table:
+    """Return the best rate of every arm and its mean validation loss, by task."""
+    shown: dict[str, dict[str, str]] = {}
+    for task, study in found.items():
+        for arm, runs in study.items():
+            loss, rate = min((loss, rate) for rate, loss in validated(runs).items())
+            shown.setdefault(arm, {})[task] = f"{rate:g}: {loss:.3f}"
+    cells = [[arm, *(one.get(task, "-") for task in found)] for arm, one in shown.items()]
+    return Table(header=["arm", *(TASKS[task] for task in found)], cells=cells)
+
+
+def forgetting_table(found: Mapping[str, Study]) -> Table:
+    """Return what arms of PaCA and each LoRA forget at equal test loss."""
+    cells = []
+    for task, study in found.items():
+        arms = stage_two(study)
+        loras = [arm for arm in arms if arm.startswith(LORAS)]
+        for kind, ours, lora in product(texts(study), filter(is_paca, arms), loras):
+            at, mine, theirs = zip(*forgotten(study, ours, lora, kind), strict=True)
+            less = [a - b for a, b in zip(mine, theirs, strict=True)]
+            numbers = [f"{fmean(values):.3f}" for values in (at, mine, theirs)]
+            share = f"{fmean(mine) / fmean(theirs):.2f}" if min(*mine, *theirs) > 0 else "-"
+            difference = f"{fmean(less):+.3f} ± {spread_of_mean(less):.3f}"
+            cells.append([TASKS[task], kind, ours, lora, *numbers, difference, share])
+    header = ["task", "text", "arm", "LoRA", "at a test loss of", "rise", "LoRA's rise"]
+    return Table(header=[*header, "difference", "share"], cells=cells)
+
+
+def said(found: Mapping[str, Study], steps: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a list of what is better, worse and not told apart, at equal cost and against less."""
+    lines = []
+    for is_equal, where in ((True, ""), (False, " an arm that costs less")):
+        for verdict in ("better", "worse", "not told apart"):
+            parts = []
+            for task, study in found.items():
+                pairs = [
+                    f"`{ours}` {_than(verdict)} `{other}` ({mean:+.3f} ± {half:.3f})"
+                    for (ours, other), (what, mean, half) in compared(study).items()
+                    if what == verdict
+                    and costs_no_more(ours, other, study, steps[task]) == is_equal
+                ]
+                parts += [f"{TASKS[task]}: {', '.join(pairs)}"] if pairs else []
+            if parts or is_equal:
+                title = f"{verdict} {_than(verdict)}{where}".capitalize()
+                lines.append(f"- **{title}:** {'; '.join(parts) or 'none'}.")
+    return "\n".join(lines)
 
 
 def differences(results: Path, kind: str, first: str) -> list[Row]:
@@ -179,58 +240,43 @@ def differences(results: Path, kind: str, first: str) -> list[Row]:
     return found
 
 
+def _than(verdict: str) -> str:
+    return "from" if verdict == "not told apart" else "than"
+
+
+def texts(study: Study) -> list[str]:
+    """Return the kinds of text of which a study has the loss before and after."""
+    return [kind for kind in ("general", "unrelated") if f"{kind} loss after" in study[_FIRST][0]]
+
+
 def block(what: str, results: Path = RESULTS) -> str:
-    """Return a table of docs/quality.md: of columns' `selection`, of a `TASK`, or `TASK-arms`."""
+    """Return a block of the docs: `selection`, `said`, `rates`, `forgetting`, or of a task."""
     if what == "selection":
         rows = differences(results, what, "random")
         return "\n".join(pivot(rows, ("method",), ("model", "what")).markdown())
-    task = what.removesuffix("-arms")
-    name = f"cost-{task}"
-    study, steps = studies(results)[name], steps_of(results).get(name, {})
-    made = table(task, study, steps) if what == task else arms_table(study, steps)
-    return "\n".join(made.markdown())
+    found = {name.removeprefix("cost-"): study for name, study in studies(results).items()}
+    if what in (tables := {"rates": rates_table, "forgetting": forgetting_table}):
+        return "\n".join(tables[what](found).markdown())
+    steps = steps_of(results)
+    if what == "said":
+        return said(found, steps)
+    return "\n".join(arms_table(found[what], steps[what]).markdown())
 
 
 def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:
-    """Return the time of each arm's step, by study; words to sort have the steps of the others."""
+    """Return the time of each arm's step, by task; words to sort have the steps of the others."""
     found: dict[str, dict[str, float]] = {}
     for row in read("cost-steps", results).rows:
         if row.what == "step" and row.unit != "ratio":
-            found.setdefault(row.model, {})[row.method] = row.value
-    return {**found, "cost-smollm2-sort": found.get("cost-smollm2-words", {})}
-
-
-def table(name: str, study: Study, steps: Mapping[str, float]) -> Table:
-    """Return the pairs of a task."""
-    header = [name, "than", "is", "difference of the test loss", "at no more cost"]
-    cells = [
-        [ours, other, said, f"{mean:+.4f} ± {half:.4f}", _yes(ours, other, study, steps)]
-        for (ours, other), (said, mean, half) in compared(study).items()
-    ]
-    return Table(header=header, cells=cells)
-
-
-def _yes(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> str:
-    return "yes" if costs_no_more(ours, other, study, steps) else "no"
+            found.setdefault(row.model.removeprefix("cost-"), {})[row.method] = row.value
+    return {**found, "smollm2-sort": found.get("smollm2-words", {})}
 
 
 def main() -> None:
     """Print what the rules say."""
-    for name, study in studies().items():
-        steps = steps_of().get(name, {})
-        print("\n".join([*arms_table(study, steps).markdown(), ""]))
-        print("\n".join([*table(name, study, steps).markdown(), ""]))
-        loras = [arm for arm in stage_two(study) if arm.startswith(LORAS)]
-        for ours in filter(is_paca, stage_two(study)):
-            for what in ("general", "unrelated"):
-                if f"{what} loss after" in study[ours][0]:
-                    told = (f"{other} {_share(study, ours, other, what)}" for other in loras)
-                    print(f"{name}: {ours} forgets ({what} text), as a share: {', '.join(told)}")
-
-
-def _share(study: Study, ours: str, other: str, what: str) -> str:
-    shares = forgotten(study, ours, other, what)
-    return f"{fmean(shares):.2f} ± {spread_of_mean(shares):.2f}"
+    names = [name.removeprefix("cost-") for name in studies()]
+    for what in ("said", *names, "forgetting", "rates"):
+        print(f"{block(what)}\n")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def test_forgetting_at_equal_loss_goes_along_the_frontier():
     theirs = runs_of([0.6], rise=3.0)
     study = {"paca8": ours, "lora8": theirs}
     # Halfway between (0.4, 1.0) and (0.8, 0.2), and 3.0 of LoRA at its own.
-    assert verdict.forgotten(study, "paca8", "lora8", "general") == pytest.approx([0.6 / 3])
+    (found,) = verdict.forgotten(study, "paca8", "lora8", "general")
+    assert found == pytest.approx((0.6, 0.6, 3.0))
 
 
 def test_runs_are_read(tmp_path):
@@ -112,21 +113,54 @@ def test_runs_are_read(tmp_path):
     assert verdict.studies(tmp_path) == {"cost-minilm": {"paca8": runs_of([0.5])}}
 
 
-def test_tables_of_a_task(tmp_path):
+@pytest.fixture
+def results(tmp_path):
+    """PaCA of r = 8 is worse than LoRA, which keeps more, and better than DoRA, which has 1.0."""
     more = {"test accuracy": 0.9}
     study = {"paca8": runs_of(NEAR, **more), "lora8": runs_of(less(0.1), kept=200.0, **more)}
+    study["lora8"] += runs_of(less(0.1), rate=2e-3, validation=2.0, rise=3.0, **more)
+    study["dora8"] = runs_of(less(-0.1), kept=50.0, validation=0.5, **more)
+    study["rslora8"] = runs_of(NEAR[:2], **more)  # left after the first stage
     rows = [
         {"study": "cost-minilm", "arm": arm, **run} for arm, runs in study.items() for run in runs
     ]
     write(tmp_path / "cost.csv", rows)
     steps = [
         {"what": "step", "method": arm, "value": ms, "unit": "ms", "model": "cost-minilm"}
-        for arm, ms in (("paca8", 10.0), ("lora8", 15.0))
+        for arm, ms in (("paca8", 10.0), ("lora8", 15.0), ("dora8", 15.0), ("rslora8", 15.0))
     ]
     (tmp_path / "cost-steps.json").write_text(json.dumps({"rows": steps}))
-    assert "| paca8 | lora8 | worse | +0.1000 ± " in verdict.block("minilm", tmp_path)
-    assert verdict.block("minilm", tmp_path).endswith(" | yes |")
-    lines = verdict.block("minilm-arms", tmp_path).splitlines()
+    return tmp_path
+
+
+def test_the_arms_of_a_task(results):
+    lines = verdict.block("minilm", results).splitlines()
     assert lines[0].endswith("| step / paca8 | rise of the general loss |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| paca8", "| lora8", "| dora8"]
     assert lines[3].startswith("| lora8 | 0.001 | 0.400 ± 0.0")
-    assert lines[3].endswith("| 90.000 ± 0.000 | 200 B | 1.50 | 1.000 ± 0.000 |")
+    assert lines[3].endswith("| 90.0 ± 0.0 | 200 B | 1.50 | 1.000 ± 0.000 |")
+
+
+def test_what_is_said_at_equal_cost_and_against_what_costs_less(results):
+    better, worse, same, than_less = verdict.block("said", results).splitlines()
+    assert better == "- **Better than:** none."
+    task = "MiniLM-L6, types of questions"
+    assert worse.startswith(f"- **Worse than:** {task}: `paca8` than `lora8` (+0.100 ± 0.00")
+    assert same == "- **Not told apart from:** none."
+    assert than_less.startswith(
+        f"- **Better than an arm that costs less:** {task}: `paca8` than `dora8` (-0.100 ± 0.00"
+    )
+
+
+def test_rates_and_forgetting(results):
+    lines = verdict.block("rates", results).splitlines()
+    assert lines[0] == "| arm | MiniLM-L6, types of questions |"
+    assert lines[2:] == [
+        "| paca8 | 0.001: 1.000 |",
+        "| lora8 | 0.001: 1.000 |",
+        "| dora8 | 0.001: 0.500 |",
+        "| rslora8 | 0.001: 1.000 |",
+    ]
+    (_, _, line) = verdict.block("forgetting", results).splitlines()
+    start = "| MiniLM-L6, types of questions | general | paca8 | lora8 | 0.500 | 1.000 | 1.000 | "
+    assert line == f"{start}+0.000 ± 0.000 | 1.00 |"
