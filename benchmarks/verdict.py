@@ -6,7 +6,7 @@ Prints what is better, worse or not told apart, what it costs and what it forget
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -100,9 +100,35 @@ def stage_two(study: Study) -> dict[str, dict[int, Run]]:
 def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
     """Return of each pair, PaCA first, what it is, and mean and half interval of the difference."""
     arms = stage_two(study)
-    pairs = [sorted(pair, key=is_paca, reverse=True) for pair in combinations(arms, 2)]
-    differences = {(a, b): paired(arms[a], arms[b], LOSS) for a, b in pairs if is_paca(a)}
-    corrected = holm({pair: ttest_1samp(d, 0.0).pvalue for pair, d in differences.items()})
+    ours = [_FIRST, *best_of((arm for arm in arms if is_paca(arm) and arm != _FIRST), study)]
+    others = [arm for arm in arms if not is_paca(arm)]
+    return _compared(arms, [*combinations(ours, 2), *product(ours, others)])
+
+
+def settings(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
+    """Return the same of the settings of PaCA, the cheaper one first."""
+    arms = stage_two(study)
+    ours = sorted(filter(is_paca, arms), key=lambda arm: kept_of(study, arm))
+    return _compared(arms, combinations(ours, 2))
+
+
+def best_of(arms: Iterable[str], study: Study) -> list[str]:
+    """Return that of arms with the least mean validation loss, if there is one."""
+    return sorted(arms, key=lambda arm: min(validated(study[arm]).values()))[:1]
+
+
+def kept_of(study: Study, arm: str) -> float:
+    """Return the bytes that an arm keeps for backward, of the batch that all arms see."""
+    return {run["seed"]: run[KEPT] for run in study[arm]}[0]
+
+
+def _compared(
+    arms: Mapping[str, Mapping[int, Run]], pairs: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], tuple[str, float, float]]:
+    differences = {(a, b): paired(arms[a], arms[b], LOSS) for a, b in pairs}
+    # Of arms that are equal in every run it is not a number.
+    values = {pair: ttest_1samp(d, 0.0).pvalue for pair, d in differences.items()}
+    corrected = holm({pair: 1.0 if np.isnan(p) else p for pair, p in values.items()})
     found = {}
     for pair, d in differences.items():
         said = "not told apart"
@@ -114,8 +140,8 @@ def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
 
 def costs_no_more(ours: str, other: str, study: Study, steps: Mapping[str, float]) -> bool:
     """Whether an arm keeps no more bytes than another, and has no slower step."""
-    kept = {arm: {run["seed"]: run[KEPT] for run in study[arm]}[0] for arm in (ours, other)}
-    return kept[ours] <= kept[other] and steps[ours] <= _SLOWER * steps[other]
+    is_smaller = kept_of(study, ours) <= kept_of(study, other)
+    return is_smaller and steps[ours] <= _SLOWER * steps[other]
 
 
 def forgotten(study: Study, ours: str, other: str, what: str) -> list[tuple[float, float, float]]:
@@ -204,7 +230,10 @@ def forgetting_table(found: Mapping[str, Study]) -> Table:
 
 
 def said(found: Mapping[str, Study], steps: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a list of what is better, worse and not told apart, at equal cost and against less."""
+    """Return a list of what is better, worse and not told apart, at equal cost and against less.
+
+    And of settings of PaCA that are worse than another one, of which none can be a default.
+    """
     lines = []
     for is_equal, where in ((True, ""), (False, " an arm that costs less")):
         for verdict in ("better", "worse", "not told apart"):
@@ -220,6 +249,15 @@ def said(found: Mapping[str, Study], steps: Mapping[str, Mapping[str, float]]) -
             if parts or is_equal:
                 title = f"{verdict} {_than(verdict)}{where}".capitalize()
                 lines.append(f"- **{title}:** {'; '.join(parts) or 'none'}.")
+    worse = [
+        f"`{ours}` than `{other}` on {TASKS[task]} ({mean:+.3f} ± {half:.3f})"
+        for task, study in found.items()
+        for (ours, other), (what, mean, half) in settings(study).items()
+        if what == "worse"
+    ]
+    lines.append(
+        f"- **Of settings of PaCA, worse than a dearer one:** {', '.join(worse) or 'none'}."
+    )
     return "\n".join(lines)
 
 

@@ -78,10 +78,18 @@ def test_scores_are_compared_with_the_first_seed_by_seed(tmp_path):
     assert "| gradient | 10.00 |" in verdict.block("selection", tmp_path)
 
 
-def test_two_of_paca_are_compared_once():
+def test_two_of_paca_are_compared_once_and_all_of_its_settings_by_themselves():
     study = {"paca8": runs_of(NEAR), "spread16": runs_of(less(0.1)), "lora8": runs_of(NEAR)}
+    study["paca16"] = runs_of(NEAR, validation=2.0, kept=150.0)
     pairs = [("paca8", "spread16"), ("paca8", "lora8"), ("spread16", "lora8")]
     assert list(verdict.compared(study)) == pairs
+    study["spread16"] = runs_of(less(0.1), kept=300.0)
+    found = {pair: said for pair, (said, *_) in verdict.settings(study).items()}
+    assert found == {
+        ("paca8", "paca16"): "not told apart",
+        ("paca8", "spread16"): "worse",
+        ("paca16", "spread16"): "worse",
+    }
 
 
 def test_holm_takes_the_least_times_the_most():
@@ -142,7 +150,8 @@ def test_the_arms_of_a_task(results):
 
 
 def test_what_is_said_at_equal_cost_and_against_what_costs_less(results):
-    better, worse, same, than_less = verdict.block("said", results).splitlines()
+    better, worse, same, than_less, settings = verdict.block("said", results).splitlines()
+    assert settings == "- **Of settings of PaCA, worse than a dearer one:** none."
     assert better == "- **Better than:** none."
     task = "MiniLM-L6, types of questions"
     assert worse.startswith(f"- **Worse than:** {task}: `paca8` than `lora8` (+0.100 ± 0.00")
