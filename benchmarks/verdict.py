@@ -176,10 +176,11 @@ def points(run: Run, what: str) -> Iterator[tuple[float, float]]:
             yield loss, run[f"{what} loss {when}"] - run[f"{what} loss before"]
 
 
-def arms_table(study: Study, steps: Mapping[str, float]) -> Table:
+def arms_table(study: Study, steps: Mapping[str, float], states: Mapping[str, float]) -> Table:
     """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
     kinds = texts(study)
     header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
+    header += ["adapter, gradient, state of LLaMA3-8B"]
     header += [f"rise of the {kind} loss" for kind in kinds]
     cells = []
     for arm, runs in stage_two(study).items():
@@ -197,7 +198,8 @@ def arms_table(study: Study, steps: Mapping[str, float]) -> Table:
         score_text = f"{fmean(scores):.1f} ± {spread_of_mean(scores):.1f}"
         rate, kept = f"{run['learning rate']:g}", format_bytes(run[KEPT])
         share = f"{steps[arm] / steps[_FIRST]:.2f}"
-        cells.append([arm, rate, loss, score_text, kept, share, *rises])
+        state = format_bytes(states[arm]) if arm in states else "-"
+        cells.append([arm, rate, loss, score_text, kept, share, state, *rises])
     return Table(header=header, cells=cells)
 
 
@@ -298,7 +300,7 @@ def block(what: str, results: Path = RESULTS) -> str:
     steps = steps_of(results)
     if what == "said":
         return said(found, steps)
-    return "\n".join(arms_table(found[what], steps[what]).markdown())
+    return "\n".join(arms_table(found[what], steps[what], states_of(results)).markdown())
 
 
 def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:
@@ -308,6 +310,12 @@ def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:
         if row.what == "step" and row.unit != "ratio":
             found.setdefault(row.model.removeprefix("cost-"), {})[row.method] = row.value
     return {**found, "smollm2-sort": found.get("smollm2-words", {})}
+
+
+def states_of(results: Path = RESULTS) -> dict[str, float]:
+    """Return what each arm has beside the weights of LLaMA3-8B, in bytes."""
+    rows = read("cost-steps", results).rows
+    return {row.method: row.value for row in rows if row.what == "state"}
 
 
 def main() -> None:

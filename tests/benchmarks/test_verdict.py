@@ -137,16 +137,18 @@ def results(tmp_path):
         {"what": "step", "method": arm, "value": ms, "unit": "ms", "model": "cost-minilm"}
         for arm, ms in (("paca8", 10.0), ("lora8", 15.0), ("dora8", 15.0), ("rslora8", 15.0))
     ]
+    steps.append({"what": "state", "method": "lora8", "value": 2048.0, "unit": "bytes"})
     (tmp_path / "cost-steps.json").write_text(json.dumps({"rows": steps}))
     return tmp_path
 
 
 def test_the_arms_of_a_task(results):
     lines = verdict.block("minilm", results).splitlines()
-    assert lines[0].endswith("| step / paca8 | rise of the general loss |")
+    assert lines[0].endswith("| adapter, gradient, state of LLaMA3-8B | rise of the general loss |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| paca8", "| lora8", "| dora8"]
     assert lines[3].startswith("| lora8 | 0.001 | 0.400 ± 0.0")
-    assert lines[3].endswith("| 90.0 ± 0.0 | 200 B | 1.50 | 1.000 ± 0.000 |")
+    assert lines[3].endswith("| 90.0 ± 0.0 | 200 B | 1.50 | 2.0 KiB | 1.000 ± 0.000 |")
+    assert lines[2].endswith("| 100 B | 1.00 | - | 1.000 ± 0.000 |")
 
 
 def test_what_is_said_at_equal_cost_and_against_what_costs_less(results):
