@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.swap import merge_swapped, swap_layers
 from pacatune.measure.methods import Contender, adapt
 from pacatune.sync import ColumnReceiver, ColumnSource, InProcess
-from pacatune.sync.message import Columns, to_wire
+from pacatune.sync.message import Columns, ColumnSet, Positions, to_wire
 
 RANK = 16
 RATES = {"paca": 2e-3, "swap": 2e-3, "full": 1e-6, "elements": 1e-6}
@@ -215,6 +215,43 @@ class Transformers:
         return ids, logps.gather(-1, ids[:, -num_tokens:, None])[..., 0]
 
 
+class Matrices:
+    """LoRA's matrices on the wire, as columns are there: compressed where a sync follows one."""
+
+    def __init__(self, model: Any) -> None:
+        self.own = {n: p.detach() for n, p in model.named_parameters() if "lora_" in n}
+        sets = tuple(
+            ColumnSet(
+                name=name,
+                parameter=name,
+                dim=1,
+                shape=tuple(matrix.shape),
+                dtype=torch.bfloat16,
+                indices=torch.arange(matrix.shape[1]),
+            )
+            for name, matrix in self.own.items()
+        )
+        self.positions = Positions(sets=sets, shapes={}, run="lora")
+        self.places = self.positions.layout(range(len(sets)))
+        self.last: dict[str, Tensor] = {}
+
+    def send(self) -> int:
+        """Return how many bytes a sync has."""
+        now = {name: matrix.bfloat16() for name, matrix in self.own.items()}
+        columns = Columns(
+            version=self.positions.version,
+            number=1,
+            since=0,
+            ordinals=tuple(range(len(now))),
+            buffer=torch.cat(
+                [now[one.name].view(torch.uint8).view(-1) for _, one, _ in self.places]
+            ),
+            follows=(self.places, self.last) if self.last else None,
+        )
+        self.last = now
+        return to_wire(columns)[1].nbytes
+
+
 class Sync:
     """Brings what a trainer holds to its sampler, and counts it."""
 
@@ -225,7 +262,9 @@ class Sync:
         self.source: ColumnSource | None = None
         self.snapshot: dict[str, Tensor] = {}
         method = trainer.method
-        if method.startswith("paca"):
+        if method in BESIDE:
+            self.matrices = Matrices(trainer.model)
+        elif method.startswith("paca"):
             self.source = ColumnSource(trainer.model, torch.bfloat16)
         elif method == "elements":
             self.snapshot = {name: tensor.clone() for name, tensor in trainer.tensors()}
@@ -239,13 +278,15 @@ class Sync:
         elif self.snapshot:
             num_bytes = self._send_elements()
         elif self.trainer.method in BESIDE:
-            num_bytes = self.sampler.write_adapter(self.trainer.model)
+            self.sampler.write_adapter(self.trainer.model)
         else:
             num_bytes = self.sampler.write(self.trainer.tensors())
         end = time.perf_counter()
         if self.source is not None:  # as HTTP and files carry it
             num_bytes = to_wire(columns)[1].nbytes
             self.packing.append(time.perf_counter() - end)
+        elif self.trainer.method in BESIDE:
+            num_bytes = self.matrices.send()
         self.num_bytes.append(num_bytes)
         return end - start
 
