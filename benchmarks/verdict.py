@@ -99,8 +99,7 @@ def stage_two(study: Study) -> dict[str, dict[int, Run]]:
 
 def compared(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
     """Return of each pair, PaCA first, what it is, and mean and half interval of the difference."""
-    arms = stage_two(study)
-    ours = [_FIRST, *best_of((arm for arm in arms if is_paca(arm) and arm != _FIRST), study)]
+    arms, ours = stage_two(study), two_of_paca(study)
     others = [arm for arm in arms if not is_paca(arm)]
     return _compared(arms, [*combinations(ours, 2), *product(ours, others)])
 
@@ -112,9 +111,10 @@ def settings(study: Study) -> dict[tuple[str, str], tuple[str, float, float]]:
     return _compared(arms, combinations(ours, 2))
 
 
-def best_of(arms: Iterable[str], study: Study) -> list[str]:
-    """Return that of arms with the least mean validation loss, if there is one."""
-    return sorted(arms, key=lambda arm: min(validated(study[arm]).values()))[:1]
+def two_of_paca(study: Study) -> list[str]:
+    """Return the first arm of PaCA, and the other one with the least mean validation loss."""
+    others = [arm for arm in stage_two(study) if is_paca(arm) and arm != _FIRST]
+    return [_FIRST, *sorted(others, key=lambda arm: min(validated(study[arm]).values()))[:1]]
 
 
 def kept_of(study: Study, arm: str) -> float:
@@ -204,11 +204,13 @@ def arms_table(study: Study, steps: Mapping[str, float], states: Mapping[str, fl
 
 
 def rates_table(found: Mapping[str, Study]) -> Table:
-    """Return the best rate of every arm and its mean validation loss, by task."""
+    """Return the best rate of every arm, and its mean validation loss of the first two seeds."""
     shown: dict[str, dict[str, str]] = {}
     for task, study in found.items():
         for arm, runs in study.items():
-            loss, rate = min((loss, rate) for rate, loss in validated(runs).items())
+            at_best = chosen(runs)
+            rate = next(iter(at_best.values()))["learning rate"]
+            loss = fmean(at_best[seed]["validation loss"] for seed in (0, 1))
             shown.setdefault(arm, {})[task] = f"{rate:g}: {loss:.3f}"
     cells = [[arm, *(one.get(task, "-") for task in found)] for arm, one in shown.items()]
     return Table(header=["arm", *(TASKS[task] for task in found)], cells=cells)
@@ -220,7 +222,7 @@ def forgetting_table(found: Mapping[str, Study]) -> Table:
     for task, study in found.items():
         arms = stage_two(study)
         loras = [arm for arm in arms if arm.startswith(LORAS)]
-        for kind, ours, lora in product(texts(study), filter(is_paca, arms), loras):
+        for kind, ours, lora in product(texts(study), two_of_paca(study), loras):
             at, mine, theirs = zip(*forgotten(study, ours, lora, kind), strict=True)
             less = [a - b for a, b in zip(mine, theirs, strict=True)]
             numbers = [f"{fmean(values):.3f}" for values in (at, mine, theirs)]
