@@ -7,7 +7,7 @@ from typing import Any
 
 from pacatune.reports.rows import Row, spread_of_mean, table
 
-FILES = ("quality", "groups")
+FILES = ("groups",)
 """Studies of one name are kept in `results/NAME.json`."""
 _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "")}
 

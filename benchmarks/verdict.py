@@ -286,6 +286,24 @@ def _than(verdict: str) -> str:
     return "from" if verdict == "not told apart" else "than"
 
 
+def first_rows(results: Path = RESULTS) -> list[list[str]]:
+    """Return losses of PaCA, LoRA and rsLoRA, for the README: title, then three, for each task."""
+    rows = []
+    for task, study in _found(results).items():
+        arms = stage_two(study)
+        cells = ["; ".join(_loss_text(arm, arms[arm]) for arm in two_of_paca(study))]
+        for lora in LORAS:
+            cells += [_loss_text(arm, arms[arm]) for arm in arms if arm.startswith(lora)]
+        seeds = len(arms[_FIRST])
+        rows.append([f"test loss at the best rate, {seeds} seeds: {TASKS[task]}", *cells])
+    return rows
+
+
+def _loss_text(arm: str, runs: Mapping[int, Run]) -> str:
+    losses = [run[LOSS] for run in runs.values()]
+    return f"`{arm}` {fmean(losses):.3f} ± {spread_of_mean(losses):.3f}"
+
+
 def texts(study: Study) -> list[str]:
     """Return the kinds of text of which a study has the loss before and after."""
     return [kind for kind in ("general", "unrelated") if f"{kind} loss after" in study[_FIRST][0]]
@@ -296,13 +314,17 @@ def block(what: str, results: Path = RESULTS) -> str:
     if what == "selection":
         rows = differences(results, what, "random")
         return "\n".join(pivot(rows, ("method",), ("model", "what")).markdown())
-    found = {name.removeprefix("cost-"): study for name, study in studies(results).items()}
+    found = _found(results)
     if what in (tables := {"rates": rates_table, "forgetting": forgetting_table}):
         return "\n".join(tables[what](found).markdown())
     steps = steps_of(results)
     if what == "said":
         return said(found, steps)
     return "\n".join(arms_table(found[what], steps[what], states_of(results)).markdown())
+
+
+def _found(results: Path) -> dict[str, dict[str, list[Run]]]:
+    return {name.removeprefix("cost-"): study for name, study in studies(results).items()}
 
 
 def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:

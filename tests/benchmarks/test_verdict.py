@@ -175,3 +175,17 @@ def test_rates_and_forgetting(results):
     (_, _, line) = verdict.block("forgetting", results).splitlines()
     start = "| MiniLM-L6, types of questions | general | paca8 | lora8 | 0.500 | 1.000 | 1.000 | "
     assert line == f"{start}+0.000 ± 0.000 | 1.00 |"
+
+
+def test_the_rows_of_the_readme(results):
+    path = results / "cost.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    own = {"arm": "rslora16", "learning rate": "0.004", "validation loss": "0.1"}
+    write(path, rows + [row | own for row in rows if row["arm"] == "paca8"])
+    (losses,) = verdict.first_rows(results)
+    assert losses[0] == "test loss at the best rate, 5 seeds: MiniLM-L6, types of questions"
+    assert [text.split(" ± ")[0] for text in losses[1:]] == [
+        "`paca8` 0.500",
+        "`lora8` 0.400",
+        "`rslora16` 0.500",
+    ]
