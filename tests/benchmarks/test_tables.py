@@ -24,7 +24,7 @@ def test_every_table_has_its_committed_numbers(name):
 
 
 def test_tables_of_studies_and_those_that_there_are_not(tmp_path):
-    with pytest.raises(ValueError, match="no table .other. of the study groups"):
+    with pytest.raises(ValueError, match="no table 'other' of the study groups"):
         studies.block("groups", "other", RESULTS)
     with pytest.raises(ValueError, match="no table 'steps'; there are step, "):
         tables.block("steps")
