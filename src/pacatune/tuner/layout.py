@@ -116,10 +116,6 @@ class Layout:
         """Return an update of a file as a layer holds it."""
         return delta
 
-    def to_file(self, delta: Tensor) -> Tensor:
-        """Return a layer's update as a file holds it."""
-        return delta
-
     def oriented(self, delta: Tensor) -> Tensor:
         """Turn an update from a layer's order of dimensions to the weight's, or back."""
         return delta
@@ -315,10 +311,6 @@ class ExpertsLayout(Layout):
     def from_file(self, delta: Tensor) -> Tensor:
         """Return (O, R, E) as (E, O, R)."""
         return delta.permute(2, 0, 1)
-
-    def to_file(self, delta: Tensor) -> Tensor:
-        """Return (E, O, R) as (O, R, E)."""
-        return delta.permute(1, 2, 0)
 
     def oriented(self, delta: Tensor) -> Tensor:
         """Transpose each expert's, where its weight is."""
