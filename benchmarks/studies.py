@@ -7,8 +7,8 @@ from typing import Any
 
 from pacatune.reports.rows import Row, spread_of_mean, table
 
-FILES = ("groups",)
-"""Studies of one name are kept in `results/NAME.json`."""
+KIND = "groups"
+"""Name of the studies that are kept in `results/NAME.json`."""
 _UNITS = {"accuracy": (100.0, "%"), "exact_match": (100.0, "%"), "loss": (1.0, "")}
 
 
@@ -34,20 +34,19 @@ def rows_of(model: str, study: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(what="best rate", value=arm["learning_rate"], **names)
 
 
-def block(kind: str, what: str, results: Path) -> str:
-    """Return a table of one of `FILES`: scores, costs, rates."""
-    known = json.loads((results / f"{kind}.json").read_text(encoding="utf-8"))
-    named = {name.removeprefix(f"{kind}-"): study for name, study in known.items()}
-    curves = ("transfer", "rate")  # studies of rates alone
-    chosen = {name: study for name, study in named.items() if not name.startswith(curves)}
+def block(what: str, results: Path) -> str:
+    """Return a table of them: scores, costs, rates."""
+    known = json.loads((results / f"{KIND}.json").read_text(encoding="utf-8"))
+    named = {name.removeprefix(f"{KIND}-"): study for name, study in known.items()}
+    chosen = {name: study for name, study in named.items() if not name.startswith("rate")}
     rows = [row for name, study in chosen.items() for row in rows_of(name, study)]
-    if kind == "groups":  # options that left with this study, see studies/groups.md
-        rows = [row for row in rows if "normalized" not in row.method]
+    # Options that left with this study, see studies/groups.md.
+    rows = [row for row in rows if "normalized" not in row.method]
     quantities: dict[str, Any] = {"scores": "test", "costs": ("kept", "forgetting")}
     quantities["rates"] = "best rate"
     if what not in quantities:
         raise ValueError(
-            f"no table {what!r} of the study {kind}; there are {', '.join(quantities)}."
+            f"no table {what!r} of the study {KIND}; there are {', '.join(quantities)}."
         )
     rows = [row for row in rows if row.what.startswith(quantities[what])]
     return "\n".join(table(rows, ("method",), ("model", "what")).markdown())

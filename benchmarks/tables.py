@@ -184,8 +184,8 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in studies.FILES:
-        return studies.block(kind, rest, results)
+    if kind == studies.KIND:
+        return studies.block(rest, results)
     if kind in ("cost", "selection"):
         return verdict.block(name.removeprefix("cost-"), results)
     if name in (own := {"first": _first, "demo": _demo, "rl": _rl}):
@@ -198,7 +198,6 @@ def block(name: str, results: Path = RESULTS) -> str:
 
 
 _FIRST_SCORES = {
-    "groups-minilm": "MiniLM-L6, types of questions, %",
     "groups-dinov2": "DINOv2-S, CIFAR-10, %",
     "groups-smollm2-words": "SmolLM2-135M, words reversed, %",
     "groups-smollm2": "SmolLM2-135M, problems, loss (less is better)",
@@ -243,14 +242,13 @@ def _first(results: Path) -> str:
         rows = {(r.what, r.method): r for r in studies.rows_of(name, studied[name])}
         what = next(what for what, _ in rows if what.startswith("test "))
         paca, lora, rslora = (rows[what, arm].text() for arm in forgotten)
-        if name != "groups-minilm":
-            title = f"score at equal parameters, five seeds: {title}"
-            cells.append([title, paca, lora, "-", rslora])
+        title = f"score at equal parameters, five seeds: {title}"
+        cells.append([title, paca, lora, "-", rslora])
         if ("forgetting", "paca") in rows:
             for arm, values in forgotten.items():
                 values.append(f"{rows['forgetting', arm].value:.2f}")
     paca, lora, rslora = map(", ".join, forgotten.values())
-    title = "rise of the loss on general text, by the three tasks on text"
+    title = "rise of the loss on general text, by SmolLM2's two tasks"
     cells.append([title, paca, lora, "-", rslora])
     title = (
         "tuned in a 4-bit GGUF and written into it (LoRA: quantised again), SmolLM2-135M, words "

@@ -176,31 +176,36 @@ def points(run: Run, what: str) -> Iterator[tuple[float, float]]:
             yield loss, run[f"{what} loss {when}"] - run[f"{what} loss before"]
 
 
-def arms_table(study: Study, steps: Mapping[str, float], states: Mapping[str, float]) -> Table:
+def arms_table(task: str, study: Study, results: Path) -> Table:
     """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
-    kinds = texts(study)
+    rows, kinds = read("cost-steps", results).rows, texts(study)
+    states = {row.method: format_bytes(row.value) for row in rows if row.what == "state"}
+    shares = {
+        row.method: row.text() for row in rows if (row.model, row.unit) == (f"cost-{task}", "ratio")
+    }
     header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
     header += ["adapter, gradient, state of LLaMA3-8B"]
     header += [f"rise of the {kind} loss" for kind in kinds]
     cells = []
-    for arm, runs in stage_two(study).items():
-        run = next(iter(runs.values()))
-        score = next(name for name in run if name in ("test accuracy", "test exact_match"))
-        values = [
-            [one[LOSS] for one in runs.values()],
-            *(
-                [one[f"{kind} loss after"] - one[f"{kind} loss before"] for one in runs.values()]
-                for kind in kinds
-            ),
+    for arm, by_seed in stage_two(study).items():
+        runs = [*by_seed.values()]
+        score = next(name for name in runs[0] if name in ("test accuracy", "test exact_match"))
+        reached = [
+            _mean_text([run[LOSS] for run in runs]),
+            _mean_text([100 * run[score] for run in runs], digits=1),
         ]
-        loss, *rises = (f"{fmean(v):.3f} ± {spread_of_mean(v):.3f}" for v in values)
-        scores = [100 * one[score] for one in runs.values()]
-        score_text = f"{fmean(scores):.1f} ± {spread_of_mean(scores):.1f}"
-        rate, kept = f"{run['learning rate']:g}", format_bytes(run[KEPT])
-        share = f"{steps[arm] / steps[_FIRST]:.2f}"
-        state = format_bytes(states[arm]) if arm in states else "-"
-        cells.append([arm, rate, loss, score_text, kept, share, state, *rises])
+        rises = [
+            _mean_text([run[f"{kind} loss after"] - run[f"{kind} loss before"] for run in runs])
+            for kind in kinds
+        ]
+        share, state = shares.get(f"{arm} / {_FIRST}", "1"), states.get(arm, "-")
+        costs = [format_bytes(kept_of(study, arm)), share, state]
+        cells.append([arm, f"{runs[0]['learning rate']:g}", *reached, *costs, *rises])
     return Table(header=header, cells=cells)
+
+
+def _mean_text(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    return f"{fmean(values):{sign}.{digits}f} ± {spread_of_mean(values):.{digits}f}"
 
 
 def rates_table(found: Mapping[str, Study]) -> Table:
@@ -227,8 +232,9 @@ def forgetting_table(found: Mapping[str, Study]) -> Table:
             less = [a - b for a, b in zip(mine, theirs, strict=True)]
             numbers = [f"{fmean(values):.3f}" for values in (at, mine, theirs)]
             share = f"{fmean(mine) / fmean(theirs):.2f}" if min(*mine, *theirs) > 0 else "-"
-            difference = f"{fmean(less):+.3f} ± {spread_of_mean(less):.3f}"
-            cells.append([TASKS[task], kind, ours, lora, *numbers, difference, share])
+            cells.append(
+                [TASKS[task], kind, ours, lora, *numbers, _mean_text(less, sign="+"), share]
+            )
     header = ["task", "text", "arm", "LoRA", "at a test loss of", "rise", "LoRA's rise"]
     return Table(header=[*header, "difference", "share"], cells=cells)
 
@@ -291,17 +297,17 @@ def first_rows(results: Path = RESULTS) -> list[list[str]]:
     rows = []
     for task, study in _found(results).items():
         arms = stage_two(study)
-        cells = ["; ".join(_loss_text(arm, arms[arm]) for arm in two_of_paca(study))]
+        losses = {
+            arm: mean_row(LOSS, arm, {str(seed): run[LOSS] for seed, run in runs.items()})
+            for arm, runs in arms.items()
+        }
+        named = {arm: f"`{arm}` {row.text()}" for arm, row in losses.items()}
+        cells = ["; ".join(named[arm] for arm in two_of_paca(study))]
         for lora in LORAS:
-            cells += [_loss_text(arm, arms[arm]) for arm in arms if arm.startswith(lora)]
+            cells += [text for arm, text in named.items() if arm.startswith(lora)]
         seeds = len(arms[_FIRST])
         rows.append([f"test loss at the best rate, {seeds} seeds: {TASKS[task]}", *cells])
     return rows
-
-
-def _loss_text(arm: str, runs: Mapping[int, Run]) -> str:
-    losses = [run[LOSS] for run in runs.values()]
-    return f"`{arm}` {fmean(losses):.3f} ± {spread_of_mean(losses):.3f}"
 
 
 def texts(study: Study) -> list[str]:
@@ -317,29 +323,28 @@ def block(what: str, results: Path = RESULTS) -> str:
     found = _found(results)
     if what in (tables := {"rates": rates_table, "forgetting": forgetting_table}):
         return "\n".join(tables[what](found).markdown())
-    steps = steps_of(results)
     if what == "said":
-        return said(found, steps)
-    return "\n".join(arms_table(found[what], steps[what], states_of(results)).markdown())
+        return said(found, {task: steps_of(task, results) for task in found})
+    if what not in found:
+        known = ", ".join(("selection", "said", *tables, *found))
+        raise ValueError(f"no table {what!r} of a study; there are {known}.")
+    return "\n".join(arms_table(what, found[what], results).markdown())
 
 
 def _found(results: Path) -> dict[str, dict[str, list[Run]]]:
     return {name.removeprefix("cost-"): study for name, study in studies(results).items()}
 
 
-def steps_of(results: Path = RESULTS) -> dict[str, dict[str, float]]:
-    """Return the time of each arm's step, by task; words to sort have the steps of the others."""
-    found: dict[str, dict[str, float]] = {}
-    for row in read("cost-steps", results).rows:
-        if row.what == "step" and row.unit != "ratio":
-            found.setdefault(row.model.removeprefix("cost-"), {})[row.method] = row.value
-    return {**found, "smollm2-sort": found.get("smollm2-words", {})}
-
-
-def states_of(results: Path = RESULTS) -> dict[str, float]:
-    """Return what each arm has beside the weights of LLaMA3-8B, in bytes."""
+def steps_of(task: str, results: Path = RESULTS) -> dict[str, float]:
+    """Return the time of each arm's step; words to sort have the steps of words to reverse."""
+    name = f"cost-{task}".replace("-sort", "-words")
     rows = read("cost-steps", results).rows
-    return {row.method: row.value for row in rows if row.what == "state"}
+    found = {row.method: row.value for row in rows if (row.model, row.unit) == (name, "ms")}
+    if not found:
+        raise FileNotFoundError(
+            f"cost-steps.json has no steps of {name}; `python -m benchmarks.cost` measures all."
+        )
+    return found
 
 
 def main() -> None:

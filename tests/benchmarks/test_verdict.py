@@ -126,7 +126,7 @@ def results(tmp_path):
     """PaCA of r = 8 is worse than LoRA, which keeps more, and better than DoRA, which has 1.0."""
     more = {"test accuracy": 0.9}
     study = {"paca8": runs_of(NEAR, **more), "lora8": runs_of(less(0.1), kept=200.0, **more)}
-    study["lora8"] += runs_of(less(0.1), rate=2e-3, validation=2.0, rise=3.0, **more)
+    study["lora8"] += runs_of(less(0.1), rate=2e-3, validation=2.0, rise=3.0, kept=200.0, **more)
     study["dora8"] = runs_of(less(-0.1), kept=50.0, validation=0.5, **more)
     study["rslora8"] = runs_of(NEAR[:2], **more)  # left after the first stage
     rows = [
@@ -137,6 +137,8 @@ def results(tmp_path):
         {"what": "step", "method": arm, "value": ms, "unit": "ms", "model": "cost-minilm"}
         for arm, ms in (("paca8", 10.0), ("lora8", 15.0), ("dora8", 15.0), ("rslora8", 15.0))
     ]
+    share = {"method": "lora8 / paca8", "value": 1.5, "unit": "ratio", "low": 1.4, "high": 1.6}
+    steps.append({"what": "step", "model": "cost-minilm", **share})
     steps.append({"what": "state", "method": "lora8", "value": 2048.0, "unit": "bytes"})
     (tmp_path / "cost-steps.json").write_text(json.dumps({"rows": steps}))
     return tmp_path
@@ -147,8 +149,10 @@ def test_the_arms_of_a_task(results):
     assert lines[0].endswith("| adapter, gradient, state of LLaMA3-8B | rise of the general loss |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| paca8", "| lora8", "| dora8"]
     assert lines[3].startswith("| lora8 | 0.001 | 0.400 ± 0.0")
-    assert lines[3].endswith("| 90.0 ± 0.0 | 200 B | 1.50 | 2.0 KiB | 1.000 ± 0.000 |")
-    assert lines[2].endswith("| 100 B | 1.00 | - | 1.000 ± 0.000 |")
+    assert lines[3].endswith(
+        "| 90.0 ± 0.0 | 200 B | 1.500 (1.400 to 1.600) | 2.0 KiB | 1.000 ± 0.000 |"
+    )
+    assert lines[2].endswith("| 100 B | 1 | - | 1.000 ± 0.000 |")
 
 
 def test_what_is_said_at_equal_cost_and_against_what_costs_less(results):
@@ -184,8 +188,17 @@ def test_the_rows_of_the_readme(results):
     write(path, rows + [row | own for row in rows if row["arm"] == "paca8"])
     (losses,) = verdict.first_rows(results)
     assert losses[0] == "test loss at the best rate, 5 seeds: MiniLM-L6, types of questions"
-    assert [text.split(" ± ")[0] for text in losses[1:]] == [
-        "`paca8` 0.500",
-        "`lora8` 0.400",
-        "`rslora16` 0.500",
+    assert [text.split(" (")[0] for text in losses[1:]] == [
+        "`paca8` 0.5",
+        "`lora8` 0.4",
+        "`rslora16` 0.5",
     ]
+
+
+def test_what_is_not_there_is_said(results):
+    with pytest.raises(ValueError, match="no table 'dinov2' of a study; there are selection, said"):
+        verdict.block("dinov2", results)
+    text = (results / "cost.csv").read_text().replace("cost-minilm", "cost-dinov2")
+    (results / "cost.csv").write_text(text)
+    with pytest.raises(FileNotFoundError, match=r"cost-steps\.json has no steps of cost-dinov2;"):
+        verdict.block("said", results)
