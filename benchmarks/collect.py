@@ -99,8 +99,11 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="+")
-    for path in collect_studies(parser.parse_args(argv).folders):
-        print(f"wrote {path}")
+    try:
+        for path in collect_studies(parser.parse_args(argv).folders):
+            print(f"wrote {path}")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"collect: {error}")
 
 
 if __name__ == "__main__":

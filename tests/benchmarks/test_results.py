@@ -43,6 +43,9 @@ def test_studies_are_collected_and_collected_again(tmp_path):
     ],
 )
 def test_what_is_not_collected(name, values, message, tmp_path):
+    folder = write_study(tmp_path / name, **values)
     with pytest.raises(ValueError, match=message):
-        collect.collect_studies([write_study(tmp_path / name, **values)], tmp_path)
+        collect.collect_studies([folder], tmp_path)
+    with pytest.raises(SystemExit, match=f"^collect: .*{message}"):
+        collect.main([str(folder)])
     assert not list(tmp_path.glob("*.csv"))
