@@ -29,26 +29,28 @@ PLACE = Path("method_comparison", "MetaMathQA")
 QV = ["q_proj", "v_proj"]
 
 
-def _paca(rank: int, targets: Any, groups: int = 1) -> Options:
-    kind = {"peft_type": "PACATUNE", "groups": groups} if groups > 1 else {"peft_type": "PACA"}
-    return {**kind, "r": rank, "paca_alpha": rank, "target_modules": targets}
+def _paca(rank: int, alpha: int, targets: Any, **groups: int) -> Options:
+    kind = "PACATUNE" if groups else "PACA"
+    sizes = {"peft_type": kind, "r": rank, "paca_alpha": alpha, **groups}
+    return {**sizes, "target_modules": targets}
 
 
-# As many parameters as PEFT's LoRA of rank 32 on q and v; then PEFT's own choice for PaCA, with
-# 2.7 times as many, without and with row groups.
-ARMS: dict[str, Options] = {
-    "lora-rank32": {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "target_modules": QV},
-    "shira-rank32": {"peft_type": "SHIRA", "r": 32, "target_modules": QV},
-    "paca-rank80": _paca(80, QV),
-    "paca-rank80-groups16": _paca(80, QV, 16),
-    "paca-rank80-groups64": _paca(80, QV, 64),
-    "paca-rank12-all-linear-groups16": _paca(12, "all-linear", 16),
-    "paca-rank12-all-linear-groups64": _paca(12, "all-linear", 64),
-    "paca-rank32-all-linear": _paca(32, "all-linear"),
-    "paca-rank32-all-linear-groups16": _paca(32, "all-linear", 16),
-    "paca-rank32-all-linear-groups64": _paca(32, "all-linear", 64),
+_LORA = {"peft_type": "LORA", "r": 32, "lora_alpha": 64, "target_modules": QV}
+_SHIRA = {"peft_type": "SHIRA", "r": 32, "target_modules": QV}
+_THEIRS = (3e-4, 1e-3)
+_OURS = (5e-4, 1.5e-3)
+ARMS: dict[str, tuple[Options, tuple[float, ...]]] = {
+    "lora-rank32": (_LORA, _THEIRS),
+    "shira-rank32": (_SHIRA, _THEIRS),
+    # PEFT's own two for PaCA.
+    "paca-rank80": (_paca(80, 80, QV), (3e-4,)),
+    "paca-rank32-all-linear": (_paca(32, 32, "all-linear"), (5e-4,)),
+    # Those of the study at equal cost.
+    "paca-rank16-all-linear": (_paca(16, 16, "all-linear"), _OURS),
+    "paca-rank64-all-linear": (_paca(64, 16, "all-linear"), _OURS),
+    "paca-rank16-pool64-all-linear": (_paca(16, 16, "all-linear", groups=64, pool=64), _OURS),
 }
-RATES = (3e-4, 1e-3)
+"""Adapter and learning rates of each arm."""
 # Llama-3.2-3B but for its vocabulary.
 _HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 64}
 FULL = LlamaConfig(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, **_HEADS)
@@ -61,9 +63,9 @@ TINY = LlamaConfig(
 def runs(seeds: list[int]) -> Iterator[tuple[str, str, Options, Options]]:
     """Yield arm, name of the folder, adapter and training options of each run."""
     for seed in seeds:
-        for arm, adapter in ARMS.items():
+        for arm, (adapter, rates) in ARMS.items():
             seeded = {} if adapter["peft_type"] == "LORA" else {"random_seed": seed}
-            for rate in RATES:
+            for rate in rates:
                 training = {"optimizer_kwargs": {"lr": rate, "weight_decay": 0.1}, "seed": seed}
                 name = f"llama-3.2-3B-{arm}-lr{rate:g}-seed{seed}"
                 yield arm, name, {"task_type": "CAUSAL_LM", **adapter, **seeded}, training

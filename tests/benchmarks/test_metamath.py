@@ -30,9 +30,8 @@ def place(tmp_path, monkeypatch):
     place = tmp_path / metamath.PLACE
     (place / "results").mkdir(parents=True)
     (place / "run.py").write_text(SCRIPT)
-    arm = "paca-rank80-groups16"
-    monkeypatch.setattr(metamath, "ARMS", {arm: metamath.ARMS[arm]})
-    monkeypatch.setattr(metamath, "RATES", (1e-3,))
+    arm = "paca-rank16-pool64-all-linear"
+    monkeypatch.setattr(metamath, "ARMS", {arm: (metamath.ARMS[arm][0], (1e-3,))})
     return place
 
 
@@ -43,7 +42,7 @@ def test_runs_what_has_no_result_and_changes_nothing_of_others(place, tmp_path, 
     words = [str(tmp_path), "--seeds", "0", "1"]
     assert metamath.main(words) == 0
     shown = capsys.readouterr().out
-    assert "| paca-rank80-groups16 | 0.001 | 7 | 2 | 50.1 ± 0.0 | 60 | 2.0 |" in shown
+    assert "| paca-rank16-pool64-all-linear | 0.001 | 7 | 2 | 50.1 ± 0.0 | 60 | 2.0 |" in shown
     log = (place / "log").read_text().splitlines()
     assert len(set(log)) == len(log) == 2
     assert metamath.main(words) == 0  # nothing is left to run
@@ -67,18 +66,20 @@ def test_what_is_no_checkout_of_peft(tmp_path, capsys):
 def test_dry_run(place, capsys):
     assert metamath.main(["--dry-run"]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[2] for line in lines] == ["9,175,040"]
+    assert [line[2] for line in lines] == ["12,386,304"]
     assert all(float(line[3].rstrip("| ")) > 0 for line in lines)
 
 
 @pytest.mark.parametrize("name", metamath.ARMS)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of PEFT's SHiRA
 def test_parameters_are_those_of_peft(name, tmp_path):
-    adapter = metamath.ARMS[name]
+    adapter, _ = metamath.ARMS[name]
     metamath.write(tmp_path, adapter, {})
     config = PeftConfig.from_pretrained(str(tmp_path))
     model = get_peft_model(LlamaForCausalLM(metamath.TINY), config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert metamath.count(adapter, metamath.TINY) == trained
     with torch.device("meta"):
-        assert metamath.count(adapter) in (9_175_040, 9_289_728, 24_772_608)
+        per_column = 774_144 if adapter["target_modules"] == "all-linear" else 114_688
+        per_column = per_column if "PACA" in adapter["peft_type"] else 286_720
+        assert metamath.count(adapter) == adapter["r"] * per_column
