@@ -1,6 +1,6 @@
 """Measure what the arms of the study at equal cost (studies/cost.md) cost.
 
-    python -m benchmarks.cost               writes benchmarks/results/cost-steps.json
+    python -m benchmarks.cost               writes benchmarks/results/cost-minilm.json and so on
 
 The step of each arm, on its study's model and data: all arms in one process, one step each per
 round, on the same batch. And what adapter, gradient and optimiser state of LLaMA3-8B take, by
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,18 @@ def steps_of(plan: Plan, folder: Path) -> dict[str, Step]:
     return found
 
 
-def _of_study(name: str, args: argparse.Namespace) -> list[Row]:
+def measure(name: str, args: argparse.Namespace) -> list[Row]:
+    """Return the steps of a study's arms, and their state at 8B."""
     plan = make_plan(read_study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"))
     with tempfile.TemporaryDirectory() as folder:
         found = take_turns(steps_of(plan, Path(folder)), args)
     first = str(plan.config.reference)
     pairs = [(arm, first) for arm in plan.arms if arm != first]
-    return compare(found, args.seed, pairs, model=name, setting="")
+    return [*compare(found, args.seed, pairs, model=name, setting=""), *_at_8b(plan)]
 
 
-def _at_8b(name: str) -> Iterator[Row]:
+def _at_8b(plan: Plan) -> Iterator[Row]:
     """Yield the state of the arms; groups change nothing of it, and SHiRA's is lora's."""
-    plan = make_plan(read_study(ROOT / "benchmarks" / "studies" / f"{name}.yaml"))
     for arm in plan.arms.values():
         if arm.rank is not None and arm.arm.method != "shira":  # looks at values to be made
             setting = Setting(model="llama3-8b", method=arm.arm.method, rank=arm.rank)
@@ -86,18 +87,14 @@ def main(options: list[str] | None = None) -> None:
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
     add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
-    add("--seconds", type=float, default=60.0, help="time for each study")
+    add("--seconds", type=float, default=60.0, help="time for each")
     add("--min-rounds", type=at_least_1, default=7)
     add("--warmup", type=int, default=1, help="rounds before, not counted")
     args = parser.parse_args(options)
     how = "medians of steps of the arms of the study at equal cost, in turns on one batch"
 
-    def measure() -> list[Row]:
-        return [row for name in args.studies for row in _of_study(name, args)] + [
-            *_at_8b(args.studies[-1])
-        ]
-
-    record("cost-steps", how, measure, args, options)
+    for name in args.studies:
+        record(name, how, partial(measure, name, args), args, options)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def read(name: str, folder: Path = RESULTS) -> Finished:
     """Return a result; an error if it was not written yet."""
     path = folder / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; `python -m benchmarks.{name}` writes it.")
+        module = name.partition("-")[0]
+        raise FileNotFoundError(f"{path} is missing; `python -m benchmarks.{module}` writes it.")
     values = json.loads(path.read_text(encoding="utf-8"))
     return Finished(rows=[Row(**row) for row in values.pop("rows")], provenance=values)
 

@@ -1,6 +1,6 @@
 """Say what studies found: that at equal cost by the rules of studies/cost.md, that of columns.
 
-    python -m benchmarks.verdict            # reads results/cost.csv and cost-steps.json
+    python -m benchmarks.verdict            # reads results/cost.csv and cost-TASK.json
 
 Prints what is better, worse or not told apart, what it costs and what it forgets, by task.
 """
@@ -178,11 +178,9 @@ def points(run: Run, what: str) -> Iterator[tuple[float, float]]:
 
 def arms_table(task: str, study: Study, results: Path) -> Table:
     """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
-    rows, kinds = read("cost-steps", results).rows, texts(study)
+    rows, kinds = _costs(task, results), texts(study)
     states = {row.method: format_bytes(row.value) for row in rows if row.what == "state"}
-    shares = {
-        row.method: row.text() for row in rows if (row.model, row.unit) == (f"cost-{task}", "ratio")
-    }
+    shares = {row.method: row.text() for row in rows if row.unit == "ratio"}
     header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
     header += ["adapter, gradient, state of LLaMA3-8B"]
     header += [f"rise of the {kind} loss" for kind in kinds]
@@ -336,15 +334,13 @@ def _found(results: Path) -> dict[str, dict[str, list[Run]]]:
 
 
 def steps_of(task: str, results: Path = RESULTS) -> dict[str, float]:
-    """Return the time of each arm's step; words to sort have the steps of words to reverse."""
-    name = f"cost-{task}".replace("-sort", "-words")
-    rows = read("cost-steps", results).rows
-    found = {row.method: row.value for row in rows if (row.model, row.unit) == (name, "ms")}
-    if not found:
-        raise FileNotFoundError(
-            f"cost-steps.json has no steps of {name}; `python -m benchmarks.cost` measures all."
-        )
-    return found
+    """Return the time of each arm's step."""
+    return {row.method: row.value for row in _costs(task, results) if row.unit == "ms"}
+
+
+def _costs(task: str, results: Path) -> list[Row]:
+    """Return what the arms of a task cost; words to sort have the steps of words to reverse."""
+    return read(f"cost-{task}".replace("-sort", "-words"), results).rows
 
 
 def main() -> None:

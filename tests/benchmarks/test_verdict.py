@@ -140,7 +140,7 @@ def results(tmp_path):
     share = {"method": "lora8 / paca8", "value": 1.5, "unit": "ratio", "low": 1.4, "high": 1.6}
     steps.append({"what": "step", "model": "cost-minilm", **share})
     steps.append({"what": "state", "method": "lora8", "value": 2048.0, "unit": "bytes"})
-    (tmp_path / "cost-steps.json").write_text(json.dumps({"rows": steps}))
+    (tmp_path / "cost-minilm.json").write_text(json.dumps({"rows": steps}))
     return tmp_path
 
 
@@ -200,5 +200,5 @@ def test_what_is_not_there_is_said(results):
         verdict.block("dinov2", results)
     text = (results / "cost.csv").read_text().replace("cost-minilm", "cost-dinov2")
     (results / "cost.csv").write_text(text)
-    with pytest.raises(FileNotFoundError, match=r"cost-steps\.json has no steps of cost-dinov2;"):
+    with pytest.raises(FileNotFoundError, match=r"cost-dinov2\.json is missing; .*\.cost` writes"):
         verdict.block("said", results)
