@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import studies, verdict
+from benchmarks import verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -184,8 +184,6 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind == studies.KIND:
-        return studies.block(rest, results)
     if kind in ("cost", "selection"):
         return verdict.block(name.removeprefix("cost-"), results)
     if name in (own := {"first": _first, "demo": _demo, "rl": _rl}):
@@ -195,13 +193,6 @@ def block(name: str, results: Path = RESULTS) -> str:
     if name not in VIEWS:
         raise ValueError(f"no table {name!r}; there are {', '.join(VIEWS)}.")
     return VIEWS[name].markdown(results)
-
-
-_FIRST_SCORES = {
-    "groups-dinov2": "DINOv2-S, CIFAR-10, %",
-    "groups-smollm2-words": "SmolLM2-135M, words reversed, %",
-    "groups-smollm2": "SmolLM2-135M, problems, loss (less is better)",
-}
 
 
 def _first(results: Path) -> str:
@@ -236,20 +227,6 @@ def _first(results: Path) -> str:
     ]
     for title, paca, lora, rslora in verdict.first_rows(results):
         cells.append([title, paca, lora, "-", rslora])
-    studied = json.loads((results / "groups.json").read_text(encoding="utf-8"))
-    forgotten: dict[str, list[str]] = {"paca": [], "lora": [], "rslora": []}
-    for name, title in _FIRST_SCORES.items():
-        rows = {(r.what, r.method): r for r in studies.rows_of(name, studied[name])}
-        what = next(what for what, _ in rows if what.startswith("test "))
-        paca, lora, rslora = (rows[what, arm].text() for arm in forgotten)
-        title = f"score at equal parameters, five seeds: {title}"
-        cells.append([title, paca, lora, "-", rslora])
-        if ("forgetting", "paca") in rows:
-            for arm, values in forgotten.items():
-                values.append(f"{rows['forgetting', arm].value:.2f}")
-    paca, lora, rslora = map(", ".join, forgotten.values())
-    title = "rise of the loss on general text, by SmolLM2's two tasks"
-    cells.append([title, paca, lora, "-", rslora])
     title = (
         "tuned in a 4-bit GGUF and written into it (LoRA: quantised again), SmolLM2-135M, words "
         "reversed; sorted: exact answers served, % (as trained)"

@@ -291,21 +291,26 @@ def _than(verdict: str) -> str:
 
 
 def first_rows(results: Path = RESULTS) -> list[list[str]]:
-    """Return losses of PaCA, LoRA and rsLoRA, for the README: title, then three, for each task."""
-    rows = []
+    """Return losses and forgetting of PaCA, LoRA and rsLoRA, for the README: title, then three."""
+    rows, rises = [], {lora: list[str]() for lora in LORAS}
     for task, study in _found(results).items():
-        arms = stage_two(study)
+        arms, ours = stage_two(study), two_of_paca(study)
         losses = {
             arm: mean_row(LOSS, arm, {str(seed): run[LOSS] for seed, run in runs.items()})
             for arm, runs in arms.items()
         }
         named = {arm: f"`{arm}` {row.text()}" for arm, row in losses.items()}
-        cells = ["; ".join(named[arm] for arm in two_of_paca(study))]
+        cells = ["; ".join(named[arm] for arm in ours)]
         for lora in LORAS:
-            cells += [text for arm, text in named.items() if arm.startswith(lora)]
+            (other,) = (arm for arm in arms if arm.startswith(lora))
+            cells.append(named[other])
+            if "general" in texts(study):
+                _, mine, theirs = zip(*forgotten(study, ours[-1], other, "general"), strict=True)
+                rises[lora].append(f"{fmean(mine):.2f} / {fmean(theirs):.2f}")
         seeds = len(arms[_FIRST])
         rows.append([f"test loss at the best rate, {seeds} seeds: {TASKS[task]}", *cells])
-    return rows
+    title = "rise of the loss on general text at equal test loss, PaCA's / theirs; tasks on text"
+    return [*rows, [title, "-", *("; ".join(one) for one in rises.values())]]
 
 
 def texts(study: Study) -> list[str]:

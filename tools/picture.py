@@ -5,11 +5,11 @@ python -m tools.picture
     method  a weight, its trained columns, and what of the input is kept for them
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
-    groups  what arms of the study of row groups keep for backward, and their scores
+    cost    what arms of the study at equal cost keep, the time of their steps, and their losses
+    forgetting  test loss, and the rise of the loss on other text, of all their runs
     packed  scores in a file of 4 bits against the bytes that were changed in it
 """
 
-import json
 import statistics
 import sys
 from itertools import cycle
@@ -19,16 +19,15 @@ from typing import Any
 import matplotlib
 from matplotlib.patches import Rectangle
 
-from benchmarks.results import RESULTS, ROOT, read
-from benchmarks.studies import rows_of
+from benchmarks import verdict
+from benchmarks.results import ROOT, read
 from pacatune.reports.figures import new_figure
-from pacatune.reports.rows import Row
+from pacatune.reports.rows import Row, spread_of_mean
 
 FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
 _LORAS = {"lora": "LoRA, as Trainer runs it", "lora_bf16": "LoRA, bfloat16 adapters"}
-_FAR = 0.08  # of a score from the median
-_KEPT = "kept for backward"
+_FAR = 2.0  # of a test loss, times the least
 _SYNCED = {
     "paca": "PaCA's columns",
     "lora": "LoRA, merged",
@@ -69,18 +68,38 @@ def synced() -> dict[str, dict[str, float]]:
     }
 
 
-def groups() -> dict[str, dict[str, tuple[float, float]]]:
-    """Return what each arm keeps, PaCA's = 1, and its score, of each study of row groups."""
-    found = {}
-    known = json.loads((RESULTS / "groups.json").read_text(encoding="utf-8"))
-    for name, study in known.items():
-        rows = {(row.what, row.method): row.value for row in rows_of(name, study)}
-        score = next(what for what, _ in rows if what.startswith("test "))
-        title = f"{name.removeprefix('groups-')}, {score}"
-        if not name.startswith("groups-rate"):
-            kept = rows[_KEPT, "paca"]
-            arms = [arm for arm in study["arms"] if "normalized" not in arm and "pool" not in arm]
-            found[title] = {arm: (rows[_KEPT, arm] / kept, rows[score, arm]) for arm in arms}
+def cost() -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+    """Return of each arm its cost, the first's = 1, test loss and half its interval, by task.
+
+    The cost is that of bytes, or of time: so many panels for each task.
+    """
+    found: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+    for name, study in verdict.studies().items():
+        task = name.removeprefix("cost-")
+        arms, steps = verdict.stage_two(study), verdict.steps_of(task)
+        kept = {arm: next(iter(runs.values()))[verdict.KEPT] for arm, runs in arms.items()}
+        for what, values in (("kept for backward", kept), ("time of a step", steps)):
+            panel = found.setdefault(f"{what}, paca8 = 1", {}).setdefault(task, {})
+            for arm, runs in arms.items():
+                losses = [run[verdict.LOSS] for run in runs.values()]
+                share = values[arm] / values["paca8"]
+                panel[arm] = share, statistics.mean(losses), spread_of_mean(losses)
+    return found
+
+
+def forgetting() -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return test loss and the rise of another loss of the arms' runs, by task and text.
+
+    Those whose test loss is far from the best one are left out.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for name, study in verdict.studies().items():
+        least = min(run[verdict.LOSS] for runs in study.values() for run in runs)
+        for text in verdict.texts(study):
+            for arm in verdict.stage_two(study):
+                points = [point for run in study[arm] for point in verdict.points(run, text)]
+                points = [point for point in points if point[0] < _FAR * least]
+                found.setdefault(f"{name.removeprefix('cost-')}, {text} text", {})[arm] = points
     return found
 
 
@@ -175,24 +194,37 @@ def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
         _bare(axes)
 
 
-def _draw_groups(figure: Any, text: str, ours: str, theirs: str) -> None:
-    panels = groups()
-    for number, (title, arms) in enumerate(panels.items()):
-        axes = figure.add_subplot(-(-len(panels) // 2), 2, number + 1)
-        middle = statistics.median(score for _, score in arms.values())
-        near = [score for _, score in arms.values() if abs(score / middle - 1) < _FAR]
-        for beside, (name, (kept, score)) in zip(cycle((4, -9)), arms.items(), strict=False):
-            place = min(max(score, min(near)), max(near))  # at the edge a method that has failed
-            colour = ours if name.startswith(("paca", "groups")) else theirs
-            axes.plot(kept, place, "o" if place == score else "v", color=colour)
-            label, side = (name, "left") if place == score else (f"{name} {score:.3g}  ", "right")
-            offset = {"xytext": (4, beside), "textcoords": "offset points"}
-            axes.annotate(label, (kept, place), **offset, fontsize=7, ha=side)
-        axes.margins(x=0.2, y=0.1)
-        if "loss" in title:
-            axes.invert_yaxis()
-        axes.set_title(title, fontsize=9)
-        axes.set_xlabel("kept for backward, PaCA = 1", color=text)
+def _draw_cost(figure: Any, text: str, ours: str, theirs: str) -> None:
+    rows = cost()
+    shape = len(rows), max(map(len, rows.values()))
+    for row, (what, panels) in enumerate(rows.items()):
+        for column, (title, arms) in enumerate(panels.items()):
+            axes = figure.add_subplot(*shape, row * shape[1] + column + 1)
+            by_loss = sorted(arms.items(), key=lambda arm: -arm[1][1])  # names of close ones part
+            for beside, (name, (share, loss, half)) in zip(cycle((4, -9)), by_loss, strict=False):
+                colour = ours if verdict.is_paca(name) else theirs
+                axes.plot([share] * 2, [loss - half, loss + half], color=colour, linewidth=1)
+                axes.plot(share, loss, "o", color=colour, markersize=4)
+                offset = {"xytext": (4, beside), "textcoords": "offset points"}
+                axes.annotate(name, (share, loss), **offset, fontsize=7)
+            axes.margins(x=0.25, y=0.1)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel(what, color=text, fontsize=8)
+
+
+def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
+    panels, markers = forgetting(), cycle("o^sDvPX*")
+    arms = dict.fromkeys(arm for panel in panels.values() for arm in panel)
+    shapes = dict(zip(arms, markers, strict=False))
+    for number, (title, drawn) in enumerate(panels.items()):
+        axes = figure.add_subplot(-(-len(panels) // 3), min(len(panels), 3), number + 1)
+        for name, points in drawn.items():
+            colour = ours if verdict.is_paca(name) else theirs
+            places = zip(*points, strict=True)
+            axes.plot(*places, shapes[name], color=colour, markersize=3, label=name)
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel("test loss", color=text, fontsize=8)
+        axes.legend(frameon=False, fontsize=6, labelcolor=text)
 
 
 def _draw_packed(figure: Any, text: str, ours: str, theirs: str) -> None:
@@ -224,7 +256,8 @@ _PICTURES = {
     "method": (_draw_method, 1.9),
     "step": (_draw_step, 3.4),
     "sync": (_draw_sync, 1.7),
-    "groups": (_draw_groups, 6.0),
+    "cost": (_draw_cost, 4.6),
+    "forgetting": (_draw_forgetting, 4.6),
     "packed": (_draw_packed, 2.6),
 }
 """Name -> what draws it, and its height in inches."""

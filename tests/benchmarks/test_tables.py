@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import studies, tables
-from benchmarks.results import RESULTS, read
+from benchmarks import tables
+from benchmarks.results import read
 from pacatune.reports.rows import Row
 
 
@@ -29,9 +29,7 @@ def test_a_word_in_a_name_is_no_name():
     assert "elements" not in words
 
 
-def test_tables_of_studies_and_those_that_there_are_not(tmp_path):
-    with pytest.raises(ValueError, match="no table 'other' of the study groups"):
-        studies.block("other", RESULTS)
+def test_tables_that_there_are_not(tmp_path):
     with pytest.raises(ValueError, match="no table 'steps'; there are step, "):
         tables.block("steps")
     with pytest.raises(FileNotFoundError, match=r"`python -m benchmarks\.step` writes it"):

@@ -186,13 +186,14 @@ def test_the_rows_of_the_readme(results):
     rows = list(csv.DictReader(path.read_text().splitlines()))
     own = {"arm": "rslora16", "learning rate": "0.004", "validation loss": "0.1"}
     write(path, rows + [row | own for row in rows if row["arm"] == "paca8"])
-    (losses,) = verdict.first_rows(results)
+    losses, rises = verdict.first_rows(results)
     assert losses[0] == "test loss at the best rate, 5 seeds: MiniLM-L6, types of questions"
     assert [text.split(" (")[0] for text in losses[1:]] == [
         "`paca8` 0.5",
         "`lora8` 0.4",
         "`rslora16` 0.5",
     ]
+    assert rises[1:] == ["-", "1.00 / 1.00", "1.00 / 1.00"]
 
 
 def test_what_is_not_there_is_said(results):

@@ -108,10 +108,15 @@ def test_the_pictures_show_the_committed_numbers():
         for path in paths:
             drawn = set(re.findall(r">\s*([\d.e-]+)</text>", path.read_text(encoding="utf-8")))
             assert {f"{value:.3g}" for value in values} <= drawn, "run `make docs`"
-    for path in picture.FOLDER.glob("groups-*.svg"):
-        drawn = set(re.findall(r">\s*([^<>]+)</text>", path.read_text(encoding="utf-8")))
-        for title, arms in picture.groups().items():
-            assert {title, *arms} <= drawn | {text.split()[0] for text in drawn}, "run `make docs`"
+    names = {
+        "cost": [n for panels in picture.cost().values() for task in panels.items() for n in task],
+        "forgetting": [name for panel in picture.forgetting().items() for name in panel],
+    }
+    for name, panels in names.items():
+        wanted = {text for one in panels for text in ([one] if isinstance(one, str) else one)}
+        for path in picture.FOLDER.glob(f"{name}-*.svg"):
+            drawn = re.findall(r">\s*([^<>]+)</text>", path.read_text(encoding="utf-8"))
+            assert wanted <= set(drawn), "run `make docs`"
 
 
 def test_tables_of_measurements_are_those_of_the_committed_results(tmp_path):
