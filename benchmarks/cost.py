@@ -87,7 +87,7 @@ def main(options: list[str] | None = None) -> None:
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
     add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
-    add("--seconds", type=float, default=60.0, help="time for each")
+    add("--seconds", type=float, default=60.0, help="time for each study")
     add("--min-rounds", type=at_least_1, default=7)
     add("--warmup", type=int, default=1, help="rounds before, not counted")
     args = parser.parse_args(options)

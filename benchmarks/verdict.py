@@ -159,6 +159,11 @@ def forgotten(study: Study, ours: str, other: str, what: str) -> list[tuple[floa
     return found
 
 
+def rise_beyond(study: Study, ours: str, other: str, what: str) -> list[float]:
+    """Return by seed the rise of another loss at equal test loss, ours minus theirs."""
+    return [mine - theirs for _, mine, theirs in forgotten(study, ours, other, what)]
+
+
 def _frontier(runs: Sequence[Run], seed: int, what: str) -> tuple[list[float], list[float]]:
     """Return test losses, rising, and the rise of another loss, falling: what nothing beats."""
     line: list[tuple[float, float]] = []
@@ -227,7 +232,7 @@ def forgetting_table(found: Mapping[str, Study]) -> Table:
         loras = [arm for arm in arms if arm.startswith(LORAS)]
         for kind, ours, lora in product(texts(study), two_of_paca(study), loras):
             at, mine, theirs = zip(*forgotten(study, ours, lora, kind), strict=True)
-            less = [a - b for a, b in zip(mine, theirs, strict=True)]
+            less = rise_beyond(study, ours, lora, kind)
             numbers = [f"{fmean(values):.3f}" for values in (at, mine, theirs)]
             share = f"{fmean(mine) / fmean(theirs):.2f}" if min(*mine, *theirs) > 0 else "-"
             cells.append(
@@ -292,7 +297,7 @@ def _than(verdict: str) -> str:
 
 def first_rows(results: Path = RESULTS) -> list[list[str]]:
     """Return losses and forgetting of PaCA, LoRA and rsLoRA, for the README: title, then three."""
-    rows, rises = [], {lora: list[str]() for lora in LORAS}
+    rows, rises = [], []
     for task, study in _found(results).items():
         arms, ours = stage_two(study), two_of_paca(study)
         losses = {
@@ -300,17 +305,16 @@ def first_rows(results: Path = RESULTS) -> list[list[str]]:
             for arm, runs in arms.items()
         }
         named = {arm: f"`{arm}` {row.text()}" for arm, row in losses.items()}
-        cells = ["; ".join(named[arm] for arm in ours)]
-        for lora in LORAS:
-            (other,) = (arm for arm in arms if arm.startswith(lora))
-            cells.append(named[other])
-            if "general" in texts(study):
-                _, mine, theirs = zip(*forgotten(study, ours[-1], other, "general"), strict=True)
-                rises[lora].append(f"{fmean(mine):.2f} / {fmean(theirs):.2f}")
+        loras = [arm for lora in LORAS for arm in arms if arm.startswith(lora)]
+        cells = ["; ".join(named[arm] for arm in ours), *(named[lora] for lora in loras)]
         seeds = len(arms[_FIRST])
         rows.append([f"test loss at the best rate, {seeds} seeds: {TASKS[task]}", *cells])
-    title = "rise of the loss on general text at equal test loss, PaCA's / theirs; tasks on text"
-    return [*rows, [title, "-", *("; ".join(one) for one in rises.values())]]
+        if "general" in texts(study):
+            less = [rise_beyond(study, ours[-1], lora, "general") for lora in loras]
+            title = "rise of the loss on general text at equal test loss, minus LoRA's"
+            differences = [_mean_text(values, sign="+") for values in less]
+            rises.append([f"{title}: {TASKS[task]}", f"`{ours[-1]}`", *differences])
+    return rows + rises
 
 
 def texts(study: Study) -> list[str]:

@@ -6,7 +6,7 @@ python -m tools.picture
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
     cost    what arms of the study at equal cost keep, the time of their steps, and their losses
-    forgetting  test loss, and the rise of the loss on other text, of all their runs
+    forgetting  test loss, and the rise of the loss on other text, of their runs
     packed  scores in a file of 4 bits against the bytes that were changed in it
 """
 
@@ -77,7 +77,7 @@ def cost() -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
     for name, study in verdict.studies().items():
         task = name.removeprefix("cost-")
         arms, steps = verdict.stage_two(study), verdict.steps_of(task)
-        kept = {arm: next(iter(runs.values()))[verdict.KEPT] for arm, runs in arms.items()}
+        kept = {arm: verdict.kept_of(study, arm) for arm in arms}
         for what, values in (("kept for backward", kept), ("time of a step", steps)):
             panel = found.setdefault(f"{what}, paca8 = 1", {}).setdefault(task, {})
             for arm, runs in arms.items():
