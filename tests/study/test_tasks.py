@@ -98,6 +98,7 @@ def test_measures_are_those_of_the_recipe(text_options, tmp_path):
 def test_what_is_forgotten_and_an_update_that_is_rewound(text_options, chats, tmp_path):
     unrelated, shares = str(chats / "both.jsonl"), [1e-9, 0.5, 1 - 1e-9]
     arms = {"paca": Arm(rank=4), "rslora": Arm(method="lora", rank=4, options=RSLORA)}
+    arms["gralora"] = Arm(method="gralora", rank=4)  # whose layers cannot be told to scale
     arms["miss"] = Arm(method="miss", rank=1)
     more = {"unrelated": unrelated, "rewind": shares, "forgetting_tokens": 256}
     plan = make_plan(study_of(text_options, arms, metric="exact_match", choose_by="loss", **more))

@@ -220,14 +220,16 @@ def _data(config: RunConfig, options: Values) -> Any:
 @contextmanager
 def rewound(model: Any, share: float) -> Iterator[None]:
     """Let an adapter's update count by a share: 1 is all of it."""
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    # Not every class of PEFT that multiplies by them has a method for it.
+    found = [layer.scaling for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    scales = [dict(each) for each in found]
     try:
-        for layer in layers:
-            layer.scale_layer(share)
+        for each in found:
+            each.update({name: share * scale for name, scale in each.items()})
         yield
     finally:
-        for layer in layers:
-            layer.unscale_layer()
+        for each, before in zip(found, scales, strict=True):
+            each.update(before)
 
 
 @torch.no_grad()
