@@ -220,16 +220,16 @@ def _data(config: RunConfig, options: Values) -> Any:
 @contextmanager
 def rewound(model: Any, share: float) -> Iterator[None]:
     """Let an adapter's update count by a share: 1 is all of it."""
-    # Not every class of PEFT that multiplies by them has a method for it.
+    # Set as numbers, since not every class of PEFT that multiplies by them has a method for it.
     found = [layer.scaling for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    scales = [dict(each) for each in found]
+    before = [dict(scales) for scales in found]
     try:
-        for each in found:
-            each.update({name: share * scale for name, scale in each.items()})
+        for scales in found:
+            scales.update({name: share * scale for name, scale in scales.items()})
         yield
     finally:
-        for each, before in zip(found, scales, strict=True):
-            each.update(before)
+        for scales, old in zip(found, before, strict=True):
+            scales.update(old)
 
 
 @torch.no_grad()
