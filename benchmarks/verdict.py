@@ -296,25 +296,42 @@ def _than(verdict: str) -> str:
 
 
 def first_rows(results: Path = RESULTS) -> list[list[str]]:
-    """Return losses and forgetting of PaCA, LoRA and rsLoRA, for the README: title, then three."""
-    rows, rises = [], []
-    for task, study in _found(results).items():
-        arms, ours = stage_two(study), two_of_paca(study)
-        losses = {
-            arm: mean_row(LOSS, arm, {str(seed): run[LOSS] for seed, run in runs.items()})
-            for arm, runs in arms.items()
-        }
-        named = {arm: f"`{arm}` {row.text()}" for arm, row in losses.items()}
-        loras = [arm for lora in LORAS for arm in arms if arm.startswith(lora)]
-        cells = ["; ".join(named[arm] for arm in ours), *(named[lora] for lora in loras)]
-        seeds = len(arms[_FIRST])
-        rows.append([f"test loss at the best rate, {seeds} seeds: {TASKS[task]}", *cells])
+    """Return what was found against LoRA and rsLoRA, for the README: title, PaCA, both."""
+    found, rises = _found(results), dict[str, list[str]]()
+    for task, study in found.items():
         if "general" in texts(study):
-            less = [rise_beyond(study, ours[-1], lora, "general") for lora in loras]
-            title = "rise of the loss on general text at equal test loss, minus LoRA's"
-            differences = [_mean_text(values, sign="+") for values in less]
-            rises.append([f"{title}: {TASKS[task]}", f"`{ours[-1]}`", *differences])
-    return rows + rises
+            ours = two_of_paca(study)[-1]
+            loras = [arm for lora in LORAS for arm in stage_two(study) if arm.startswith(lora)]
+            less = [rise_beyond(study, ours, lora, "general") for lora in loras]
+            cells = [f"`{ours}`", *(_mean_text(values, sign="+") for values in less)]
+            rises[TASKS[task]] = cells
+    others = dict.fromkeys(arm for study in found.values() for arm in two_of_paca(study)[1:])
+    named = ", ".join(f"`{arm}`" for arm in others)
+    ours = f"`{_FIRST}`; the other PaCA with the least validation loss ({named})"
+    title = f"test loss, {len(found)} tasks ([which](docs/quality.md))"
+    rows = [[title, ours, *(_against(lora, found) for lora in LORAS)]]
+    if rises:
+        title = "rise of the loss on general text at equal test loss, minus theirs"
+        cells = ["; ".join(values) for values in zip(*rises.values(), strict=True)]
+        rows.append([f"{title}: {'; '.join(rises)}", *cells])
+    return rows
+
+
+def _against(lora: str, found: Mapping[str, Study]) -> str:
+    """Return on which tasks PaCA is better or worse than a LoRA, and on how many neither."""
+    said: dict[str, dict[str, list[str]]] = {}
+    for task, study in found.items():
+        for (ours, other), (what, *_) in compared(study).items():
+            if other.startswith(lora):
+                which = f"`{_FIRST}`" if ours == _FIRST else "the other"
+                said.setdefault(which, {}).setdefault(what, []).append(TASKS[task])
+    parts = []
+    for which, tasks in said.items():
+        words = [f"{w} on {', '.join(tasks[w])}" for w in ("better", "worse") if w in tasks]
+        if "not told apart" in tasks:
+            words.append(f"not told apart on {len(tasks['not told apart'])}")
+        parts.append(f"{which}: {', '.join(words)}")
+    return "; ".join(parts)
 
 
 def texts(study: Study) -> list[str]:
