@@ -2,7 +2,9 @@
 
     sh tools/test_vllm.sh -m benchmarks.rl_run     writes benchmarks/results/rl_run.json
 
-Fewer steps, and a sampler of transformers where there is no vLLM, go to rl_run-part.json.
+Fewer steps or methods, and a sampler of transformers where there is no vLLM, go to
+rl_run-part.json. With `--runs FOLDER`, what was stopped goes on there, and another process can do
+other methods meanwhile.
 
 The task is that of examples/grpo.py: three words to reverse, after a short SFT. Each step draws 8
 answers to each of 4 problems, takes one step of AdamW on them, and syncs. There is no correction
@@ -11,6 +13,7 @@ for what the sampler's log-probabilities differ from the trainer's: that differe
 
 import functools
 import importlib.util
+import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import rl_methods
-from benchmarks.results import mean_row, new_parser, record
+from benchmarks.results import mean_row, new_parser, record, write_json
 from benchmarks.rl_methods import SENT, Sync, Trainer, Transformers, agreement, load, logps_of
 from pacatune.reports.rows import Row
 
@@ -119,15 +122,19 @@ def grpo_loss(logps: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 
 def measure(make: Callable[..., Any], args: Any) -> Iterator[Row]:
     """Train with each method and seed."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = args.start or start(Path(folder), args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.runs or Path(temporary)
+        path = args.start or start(folder, args.seed)
         samplers = {kind: make(path, kind, rl_methods.RANK) for kind in args.kinds}
         try:
             for method in args.methods:
                 runs = {}
                 sampler = rl_methods.sampler_of(method.partition(",")[0], samplers)
                 for seed in range(args.seeds):
-                    runs[f"seed {seed}"] = run(method, seed, path, sampler, args.steps)
+                    file = folder / f"{sampler.name}, {method}, {args.steps} steps, {seed}.json"
+                    if not file.exists():
+                        write_json(run(method, seed, path, sampler, args.steps), file)
+                    runs[f"seed {seed}"] = json.loads(file.read_text(encoding="utf-8"))
                     print(method, seed, f"{statistics.mean(runs[f'seed {seed}']['reward']):.3f}")
                 yield from rows_of(method, sampler.name, runs, args.steps)
         finally:
@@ -155,16 +162,22 @@ def rows_of(
 
 
 def start(folder: Path, seed: int) -> str:
-    """Return a model that knows what an answer looks like, in bfloat16."""
+    """Return a model in the folder that knows what an answer looks like, in bfloat16."""
+    path = folder / "start"
+    if path.exists():
+        return str(path)
+    folder.mkdir(parents=True, exist_ok=True)
     import reasoning_gym
 
     from examples.grpo import TASK, WORDS, fine_tune
 
     solved = reasoning_gym.create_dataset(TASK, seed=5 * 10**8, size=200, **WORDS)
-    path = fine_tune(rl_methods.base_path(), list(solved), folder, seed)
-    model = load(path)
-    model.save_pretrained(path)
-    return path
+    with tempfile.TemporaryDirectory(dir=folder) as making:
+        made = fine_tune(rl_methods.base_path(), list(solved), Path(making), seed)
+        model = load(made)
+        model.save_pretrained(made)
+        Path(made).rename(path)
+    return str(path)
 
 
 def main(options: list[str] | None = None) -> None:
@@ -175,6 +188,7 @@ def main(options: list[str] | None = None) -> None:
     add("--seeds", type=int, default=3)
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--start", metavar="MODEL", help="begin there, without an SFT")
+    add("--runs", metavar="FOLDER", type=Path, help="keeps the start and each run that has ended")
     args = parser.parse_args(options)
     kinds = {"paca": "paca", "lora": "merged", "lora-adapter": "lora-adapter"}
     args.kinds = list(dict.fromkeys(kinds[name.partition(",")[0]] for name in args.methods))
@@ -186,7 +200,7 @@ def main(options: list[str] | None = None) -> None:
         f"of {_ANSWERS} answers to each of {_PROBLEMS} problems, {args.seeds} seeds, rate {RATE:g} "
         "falling to 0; means over steps"
     )
-    is_whole = make is not Transformers and args.steps >= 200
+    is_whole = make is not Transformers and args.steps >= 200 and len(args.methods) == len(METHODS)
     name = "rl_run" if is_whole else "rl_run-part"
     record(name, how, lambda: list(measure(make, args)), args, options, METHODS)
 

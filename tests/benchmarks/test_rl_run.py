@@ -1,5 +1,7 @@
 """GRPO beside a sampler: a small run has every row, and the loss is GRPO's."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,13 +11,23 @@ from benchmarks.results import read
 pytest.importorskip("reasoning_gym")
 
 
+def no_lora(run, method, *options):
+    assert method != "lora"
+    return run(method, *options)
+
+
 def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(rl_methods, "base_path", lambda: str(tiny_model_dir))
     monkeypatch.setattr(rl_methods, "RANK", 2)
     # No random model reverses words; what it is rewarded for here, it can learn.
     monkeypatch.setattr(rl_run.Problems, "rewards", lambda _, p, ids, m: (ids % 2).float().mean(1))
     options = ["--steps", "4", "--seeds", "2", "--start", str(tiny_model_dir), "--threads", "1"]
-    rl_run.main([*options, "--output", str(tmp_path)])
+    options += ["--output", str(tmp_path), "--runs", str(tmp_path)]
+    rl_run.main([*options, "--methods", "lora"])
+    (kept,) = read("rl_run-part", tmp_path).rows[:1]
+    monkeypatch.setattr(rl_run, "run", partial(no_lora, rl_run.run))
+    rl_run.main(options)
+    assert kept in read("rl_run-part", tmp_path).rows  # which was not trained again
     found = {(row.what, row.method): row for row in read("rl_run-part", tmp_path).rows}
     for method in rl_run.METHODS:
         for part in range(1, 5):
