@@ -73,11 +73,6 @@ def test_each_strategy_takes_what_its_name_says():
     assert chosen.tolist() == [0, 1, 2]
 
 
-def test_an_unknown_strategy(weight):
-    with pytest.raises(ValueError, match=r"`selection` \('best'\) must be one of \['gradient'"):
-        select_columns("best", weight, 3, seed=0)
-
-
 def test_a_strategy_can_be_added_and_gets_what_it_needs(own_strategies):
     """Gradient times activation, and the layer's own random numbers."""
     seen = []

@@ -27,7 +27,7 @@ def test_written_tensors_are_read_back(path):
     assert torch.equal(result.pop("t"), tensors["a.b"].t())
     assert result.keys() == tensors.keys()
     assert all(torch.equal(result[name], tensors[name]) for name in tensors)
-    assert tensor_file.read_header(path)["c"]["shape"] == [2]
+    assert tensor_file.read_layout(path).tensors["c"]["shape"] == [2]
 
 
 def test_files_that_are_not_whole_or_something_else_are_refused(path):

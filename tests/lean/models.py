@@ -1,7 +1,6 @@
 """Tiny models of the families that lean modules are for, and twins of them."""
 
 import copy
-import warnings
 from contextlib import nullcontext
 
 import torch
@@ -99,16 +98,6 @@ def results(model, loss):
 def exact_gradients(model, batch):
     """The same in float64, where lean modules are out of use."""
     return gradients(copy.deepcopy(model).double(), cast(batch, torch.float64))[0]
-
-
-def checkpointed(model, use_reentrant):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing_enable", FutureWarning)
-        model.get_base_model().gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
-        )
-    model.enable_input_require_grads()
-    return model
 
 
 def classes(model):

@@ -18,13 +18,13 @@ from pacatune.lean.attention import find_registry
 from pacatune.lean.modules import RecomputedAttention, RecomputedGatedMLP
 from pacatune.measure.models import llama_values
 from pacatune.measure.tracker import StorageTracker
+from tests.distributed.net import checkpoint
 from tests.lean.models import (
     AS_KNOWN,
     adapt,
     adapted,
     assert_equal_results,
     build,
-    checkpointed,
     gradients,
     make_batch,
     results,
@@ -131,7 +131,8 @@ def test_memory_that_lives_is_what_is_counted():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointed_blocks(use_reentrant):
-    model, batch = checkpointed(adapted(), use_reentrant), batch_of("Llama")
+    model, batch = adapted(), batch_of("Llama")
+    checkpoint(model, use_reentrant=use_reentrant)
     plain, plain_bytes = gradients(model, batch)
     num_bytes = compare_levels(model, batch)
     assert_equal_results(gradients(model, batch)[0], plain)

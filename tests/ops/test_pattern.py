@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.ops.pattern import collect, divide, expand
+from pacatune.ops.pattern import collect, expand
 from tests.ops import twin
 from tests.ops.test_linear import gradients, make
 from tests.ops.twin import normal
@@ -50,10 +50,3 @@ def test_a_process_without_rows() -> None:
     places = torch.empty(0, RANK, dtype=torch.int64)
     assert expand(torch.empty(0, RANK), places, 9).shape == (0, 9)
     assert collect(torch.empty(0, 9), places).shape == (0, RANK)
-
-
-def test_columns_of_groups_are_divided() -> None:
-    columns = torch.tensor([[3, 8], [0, 8], [3, 5]])
-    indices, places = divide(columns)
-    assert indices.tolist() == [0, 3, 5, 8]
-    assert indices[places].equal(columns)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from pacatune import patch
 from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of, memory
+from tests.sync.conftest import assert_bits, clone
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
@@ -21,20 +22,9 @@ def model(bf16_dir):
 @pytest.fixture
 def unchanged(model):
     """The model, which the test leaves as it was."""
-    before = bits_of(model)
+    before = clone(model)
     yield model
     assert_bits(model, before)
-
-
-def bits_of(model):
-    return {name: bits(tensor.detach().clone()) for name, tensor in model.state_dict().items()}
-
-
-def assert_bits(model, expected):
-    found = bits_of(model)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 def test_applied_and_reverted_bit_for_bit(unchanged, bf16_patch):
@@ -43,7 +33,7 @@ def test_applied_and_reverted_bit_for_bit(unchanged, bf16_patch):
     patch.apply(tensors, bf16_patch)
     for _ in range(3):
         patch.apply(unchanged, bf16_patch)
-        assert_bits(unchanged, {name: bits(tensor) for name, tensor in tensors.items()})
+        assert_bits(unchanged, tensors)
         patch.revert(unchanged, bf16_patch)
     assert all(parameter is kept[name] for name, parameter in unchanged.named_parameters())
 
@@ -69,13 +59,13 @@ def test_what_is_there_is_compared_before_anything_is_written(unchanged, bf16_pa
     with torch.no_grad():
         before = weight[3, column].clone()
         weight[3, column] += 1
-        changed = bits_of(unchanged)
+        changed = clone(unchanged)
         with pytest.raises(ValueError, match=r"1 of 6 tensors, first .*nothing was written"):
             patch.apply(unchanged, bf16_patch)
         assert_bits(unchanged, changed)
         weight[3, column] = before
     patch.apply(unchanged, bf16_patch)
-    applied = bits_of(unchanged)
+    applied = clone(unchanged)
     with pytest.raises(ValueError, match="do not hold the base's columns"):
         patch.apply(unchanged, bf16_patch)
     assert_bits(unchanged, applied)

@@ -1,32 +1,16 @@
 """R7: in few bits, ours is as far from float64 as plain autograd is, terms cancelling or not."""
 
 import contextlib
-import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from tests.residency.twin import KINDS, Net, Twin, twin_of
-from tests.tuner import nets
+from tests.residency.twin import KINDS, twin_of
 
 NUM_SEEDS = 24
 # One more rounding of the output, where the product of the columns is added; 1.35 was seen.
 MOST = 1.5
 LAYERS = [name for name in KINDS if not name.startswith("quantised")]
-
-
-def in_float64(twin: Twin, x: Tensor, gy: Tensor) -> list[Tensor]:
-    plain = copy.deepcopy(twin.plain).double()
-    weight, deltas = twin.weight_of(plain), []
-    for name in twin.active:
-        delta, *where = twin.update(name)
-        deltas.append(delta.detach().double().requires_grad_())
-        weight = nets.adapted(plain, weight, deltas[-1], *where)
-    net: nn.Module = Net(plain, twin.kind.call)
-    x = x.double() if x.is_floating_point() else x
-    y = torch.func.functional_call(net, {f"layer.{twin.kind.parameter}": weight}, (x,))
-    return [y, *torch.autograd.grad(y, deltas, gy.double())]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
@@ -46,7 +30,7 @@ def test_error_is_that_of_plain_autograd(kind, autocast):
         theirs = [y, *torch.autograd.grad(y, deltas, gy)]
         sources = [twin.layer.delta_of(name) for name in twin.active]
         ours = [out, *torch.autograd.grad(out, sources, gy)]
-        for one, other, exact in zip(ours, theirs, in_float64(twin, x, gy), strict=True):
+        for one, other, exact in zip(ours, theirs, twin.exact(x, twin.active, gy), strict=True):
             scale = exact.norm().item() + 1e-30
             squares.append([(t.double() - exact).norm().item() / scale for t in (one, other)])
     for start in (0, 1):  # outputs, gradients

@@ -194,12 +194,14 @@ class Twin:
         gy = torch.randn_like(y)
         wanted = torch.autograd.grad(y, deltas, gy)
         found = torch.autograd.grad(out, [self.layer.delta_of(name) for name in names], gy)
-        exact = self.exact(x, names, gy) if self.kind.amplification > 1 else [None] * len(names)
+        exact = [None] * len(names)
+        if self.kind.amplification > 1:
+            _, *exact = self.exact(x, names, gy)
         for ours, theirs, truth in zip(found, wanted, exact, strict=True):
             self.close(ours, theirs, truth)
 
     def exact(self, x: Tensor, names: list[str], gy: Tensor) -> list[Tensor]:
-        """Gradients in float64: a softmax of large weights leaves few digits in float32."""
+        """Output and gradients in float64; in float32 a softmax of large weights has few digits."""
         plain, deltas = copy.deepcopy(self.plain).double(), []
         weight = self.weight_of(plain)
         for name in names:
@@ -207,8 +209,9 @@ class Twin:
             deltas.append(delta.detach().double().requires_grad_())
             weight = nets.adapted(plain, weight, deltas[-1], *where)
         changed = {f"layer.{self.kind.parameter}": weight}
-        y = torch.func.functional_call(Net(plain, self.kind.call), changed, (x.double(),))
-        return list(torch.autograd.grad(y, deltas, gy.double()))
+        x = x.double() if x.is_floating_point() else x
+        y = torch.func.functional_call(Net(plain, self.kind.call), changed, (x,))
+        return [y, *torch.autograd.grad(y, deltas, gy.double())]
 
     def close(self, ours: Tensor, theirs: Tensor, exact: Tensor | None = None) -> None:
         """Compare; ours may be as far as theirs is from what is exact."""

@@ -94,24 +94,6 @@ def test_given_columns_and_random_ones():
     assert columns_in(get_peft_model(build(), some)) == {"up": [3, 5], "down": random["down"]}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"selection": {}}, r"`columns` \(\{\}\) must be a dictionary of module names and columns"),
-        ({"selection": {"up": 3}}, r"`columns\['up'\]` \(3\) must be a list of column numbers"),
-        ({"selection": {"up": [-1]}}, r"`columns\['up'\]` \(\[-1\]\) must be a list of column num"),
-        ({"selection": {"up": [True]}}, r"\(\[True\]\) must be a list of column numbers from 0 on"),
-        ({"selection": {"up": []}}, r"`columns\['up'\]` \(\[\]\) must be a list"),
-        ({"selection": {"up": [1, 1]}}, r"`columns\['up'\]` \(\[1, 1\]\) repeats a column"),
-        ({"selection": {"up": [1]}, "columns": {"up": [1]}}, "`columns` is set too; give one"),
-        ({"selection": "fixed"}, r"`selection` \('fixed'\) needs columns; give them as"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        PacaConfig(**options)
-
-
 SHORT = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches=1)
 
 

@@ -56,6 +56,15 @@ def test_the_name_that_lora_has_for_it():
         (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
         (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),
         ({"r": 2, "selection": {"q": [[0], [1]]}}, "columns of 2 row groups; set `groups` to"),
+        # Columns
+        ({"selection": {}}, r"`columns` \(\{\}\) must be a dictionary of module names and columns"),
+        ({"selection": {"up": 3}}, r"`columns\['up'\]` \(3\) must be a list of column numbers"),
+        ({"selection": {"up": [-1]}}, r"`columns\['up'\]` \(\[-1\]\) must be a list of column num"),
+        ({"selection": {"up": [True]}}, r"\(\[True\]\) must be a list of column numbers from 0 on"),
+        ({"selection": {"up": []}}, r"`columns\['up'\]` \(\[\]\) must be a list"),
+        ({"selection": {"up": [1, 1]}}, r"`columns\['up'\]` \(\[1, 1\]\) repeats a column"),
+        ({"selection": {"up": [1]}, "columns": {"up": [1]}}, "`columns` is set too; give one"),
+        ({"selection": "fixed"}, r"`selection` \('fixed'\) needs columns; give them as"),
         # Rates
         ({"use_rslora": 1}, "`use_rslora` .1. must be true or false"),
     ],

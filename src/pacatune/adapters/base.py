@@ -22,7 +22,7 @@ from pacatune.adapters.folder import (
 )
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import check_files
-from pacatune.files.tensor_file import read_header
+from pacatune.files.tensor_file import read_layout
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, plain_name
 from pacatune.ops.columns import put_columns_, read_columns
@@ -173,7 +173,7 @@ def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
         return None
     base = empty_base(name, task_type=task_type)
     own, parameters = base.config.num_labels, dict(base.named_parameters())
-    for key, entry in read_header(find_tensors(adapter.folder)).items():
+    for key, entry in read_layout(find_tensors(adapter.folder)).tensors.items():
         parameter = parameters.get(key.removeprefix(PEFT_PREFIX))
         if parameter is None or parameter.shape[0] != own:
             continue

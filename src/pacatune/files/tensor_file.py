@@ -20,7 +20,7 @@ _LENGTH_BYTES = 8
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a file onto the CPU; refuse a damaged or too large one, and odd names."""
-    check_names(read_header(path), source=str(path))
+    check_names(read_layout(path).tensors, source=str(path))
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (KeyError, AttributeError) as error:  # a dtype that this torch does not know
@@ -37,11 +37,6 @@ class FileLayout(NamedTuple):
     """Words about the whole file."""
     data_start: int
     """Where the tensors begin, in bytes from the start of the file."""
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Read the description of each tensor, without `__metadata__` and without the data."""
-    return read_layout(path).tensors
 
 
 def read_layout(path: Path, max_bytes: int | None = MAX_FILE_BYTES) -> FileLayout:

@@ -22,16 +22,6 @@ from pacatune.lean.recompute import Cut, recompute
 from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_traced
 
-__all__ = [
-    "ATTENTION",
-    "attend",
-    "find_registry",
-    "install",
-    "repeat_heads",
-    "uninstall",
-]
-
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

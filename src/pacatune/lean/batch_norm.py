@@ -19,8 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pacatune.lean.modules import LeanModule
 from pacatune.ops.tracing import is_traced
 
-__all__ = ["LeanBatchNorm", "find_batch_norm", "frozen_batch_norm", "is_frozen"]
-
 _TIMMS = "timm.layers.norm_act", "BatchNormAct2d"
 
 

@@ -24,8 +24,6 @@ from pacatune.lean.modules import (
 )
 from pacatune.lean.recompute import why_not
 
-__all__ = ["LeanReport", "disable", "enable"]
-
 
 @dataclass(kw_only=True)
 class LeanReport:

@@ -14,9 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["fused"]
-
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

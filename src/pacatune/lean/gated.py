@@ -18,14 +18,6 @@ from torch.nn import functional as F
 from pacatune.lean.fused import fused
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
-__all__ = [
-    "ACTIVATIONS",
-    "Activation",
-    "apply_gated_product",
-    "gated_product",
-]
-
-
 # The activations of gated MLPs and the products they gate, with the module's own rounding.
 
 

@@ -18,12 +18,6 @@ from torch.nn import functional as F
 
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
-__all__ = [
-    "LazyLogits",
-    "linear_cross_entropy",
-]
-
-
 Transform = Callable[[Tensor], Tensor]
 
 # Logits per chunk: 128 MiB in float32, and a few times as much while its gradient is computed.

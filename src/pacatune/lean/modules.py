@@ -21,24 +21,6 @@ from pacatune.lean.norm import Norm, apply_norm
 from pacatune.lean.recompute import NO_CUT, Cut, recompute, state_of
 from pacatune.ops.tracing import is_traced
 
-__all__ = [
-    "GatedNames",
-    "LeanAttention",
-    "LeanGatedMLP",
-    "LeanHead",
-    "LeanModel",
-    "LeanModule",
-    "LeanNorm",
-    "RecomputedAttention",
-    "RecomputedGatedMLP",
-    "apply_gated",
-    "cut_of",
-    "kind_of",
-    "make_lean",
-    "make_plain",
-]
-
-
 # Puts a class of ours in place of a module's class, and takes it away again.
 #
 # A module becomes lean by its class alone: nothing is added to it, its name, its children, its

@@ -15,15 +15,6 @@ from torch import Tensor
 from pacatune.lean.fused import fused
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
-__all__ = [
-    "Norm",
-    "apply_norm",
-    "layer_norm",
-    "plain_norm",
-    "rms_norm",
-    "source_of",
-]
-
 
 @dataclass(frozen=True)
 class Norm:

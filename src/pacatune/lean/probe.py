@@ -20,8 +20,6 @@ from pacatune.lean.modules import GatedNames, apply_gated
 from pacatune.lean.norm import Norm, plain_norm
 from pacatune.lean.recompute import NO_CUT
 
-__all__ = ["find_gated", "find_norm", "looks_like_gated", "looks_like_norm"]
-
 _WIDTH, _INNER = 3, 5
 
 

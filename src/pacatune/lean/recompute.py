@@ -34,8 +34,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pacatune.lean.norm import plain_norm, source_of
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
-__all__ = ["NO_CUT", "Cut", "State", "recompute", "state_of", "why_not"]
-
 
 class Cut:
     """Where a module's first part ends; this one changes nothing."""

@@ -50,7 +50,8 @@ class StorageTracker(TorchDispatchMode):
         self.phase = "setup"
         self._records: dict[int, _Record] = {}
         self._now: Counter[Category] = Counter()
-        self._total = 0
+        self.num_bytes = 0
+        """Of all storages that live now."""
         self._owners: list[str] = []
         self._stack = ExitStack()
         self.reset_peak()
@@ -59,11 +60,6 @@ class StorageTracker(TorchDispatchMode):
         """Forget the peak so far."""
         self.peak_bytes, self.by_category, self.peak_phase = 0, self._now.copy(), self.phase
         self._note_peak()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all storages that live now."""
-        return self._total
 
     def hold(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Say what some tensors' storages are for; counts those that were not seen yet."""
@@ -132,11 +128,11 @@ class StorageTracker(TorchDispatchMode):
     def _add(self, category: Category, num_bytes: int) -> None:
         held = round(num_bytes * self.shares.get(category, 1.0))
         self._now[category] += held
-        self._total += held
+        self.num_bytes += held
 
     def _note_peak(self) -> None:
-        if self._total > self.peak_bytes:
-            self.peak_bytes, self.peak_phase = self._total, self.phase
+        if self.num_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak_phase = self.num_bytes, self.phase
             self.by_category = self._now.copy()
 
     def _pack(self, tensor: Tensor) -> Tensor:

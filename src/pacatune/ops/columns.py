@@ -11,23 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "CONVOLUTIONS",
-    "Size",
-    "adapted_columns",
-    "adapted_kernel",
-    "bits",
-    "columns_of_kernel",
-    "conv_of_columns",
-    "one_group_each",
-    "outputs_of",
-    "put_columns_",
-    "read_columns",
-    "select_channels",
-    "widened",
-    "with_columns",
-]
-
 Size = int | Sequence[int]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -29,8 +29,6 @@ from pacatune.ops.pattern import refuse_misfit
 from pacatune.ops.products import autocast, cast
 from pacatune.ops.tracing import refuse_second_derivative
 
-__all__ = ["paca_conv"]
-
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 

@@ -29,8 +29,6 @@ from pacatune.ops.pattern import collect, expand, refuse_misfit
 from pacatune.ops.products import autocast, grad_delta
 from pacatune.ops.tracing import refuse_second_derivative
 
-__all__ = ["experts_linear", "paca_experts_linear", "paca_experts_update"]
-
 
 def paca_experts_linear(
     x: Tensor,

@@ -25,8 +25,6 @@ from pacatune.ops.pattern import collect, expand, form_of, refuse_misfit
 from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
-__all__ = ["Elementwise", "Source", "column_update", "paca_linear", "paca_linear_additive"]
-
 Result = TypeVar("Result")
 
 

@@ -12,8 +12,6 @@ where a row does not train a column, and a gradient of it, of which the trained 
 import torch
 from torch import Tensor
 
-__all__ = ["collect", "columns_of", "divide", "expand", "form_of", "refuse_misfit"]
-
 
 def expand(delta: Tensor, places: Tensor | None, num_columns: int, dim: int = 1) -> Tensor:
     """Return an update of all U columns; without a pattern, `delta` itself.

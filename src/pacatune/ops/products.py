@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast", "cast", "grad_delta", "owned", "thin_product"]
-
 
 def autocast(x: Tensor) -> Tensor:
     """Cast an input as torch.autocast does for linear layers, if it is on."""

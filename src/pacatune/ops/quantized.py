@@ -22,8 +22,6 @@ from pacatune.ops.pattern import collect, expand
 from pacatune.ops.products import autocast, grad_delta, owned
 from pacatune.ops.tracing import refuse_second_derivative
 
-__all__ = ["paca_quantized_linear"]
-
 
 def paca_quantized_linear(
     x: Tensor,

@@ -10,15 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "adapted_experts",
-    "adapted_kernel",
-    "adapted_weight",
-    "paca_conv",
-    "paca_experts_linear",
-    "paca_linear",
-]
-
 
 def adapted_weight(
     weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None

@@ -7,8 +7,6 @@ them twice, or not at all, once they are gone.
 
 import torch
 
-__all__ = ["NOT_LEAN", "is_exported", "is_recorded", "is_traced", "refuse_second_derivative"]
-
 
 def is_traced() -> bool:
     """Whether torch.compile, a torch.func transform or a tracer is at work."""

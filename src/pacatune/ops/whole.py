@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__all__ = ["is_shared_out", "is_whole", "whole_shape"]
-
 
 def is_shared_out(weight: Any) -> bool:
     """Whether each process has a part: a DTensor (FSDP2, tensor parallelism), or of ZeRO-3."""

@@ -14,8 +14,6 @@ from pacatune.residency.together import Group
 from pacatune.residency.watching import LOCK, alias_of, is_tracked, num_tensors_on
 from pacatune.residency.weight import Residency
 
-__all__ = ["GatheredResidency"]
-
 _GATHERED = Group()
 """The weights that FSDP2 shows now: those of one block, as a rule."""
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from pacatune.residency.watching import WeightParameter, num_tensors_on, owns_its_memory
 
-__all__ = ["NUM_OWN_REFERENCES", "PLAIN", "flaw_of", "why_not_written"]
-
 PLAIN = (nn.Parameter, WeightParameter)
 NUM_OWN_REFERENCES = 3
 """To a weight: the guarded dictionary's, Residency.weight, and getrefcount's argument."""

@@ -24,8 +24,6 @@ from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
 from pacatune.residency.weight import Residency
 
-__all__ = ["Pass", "resident"]
-
 
 class Pass:
     """One forward pass of a layer that may train, and how its backward finds the weight again.

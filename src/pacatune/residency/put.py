@@ -15,8 +15,6 @@ from torch import Tensor
 from pacatune.ops.columns import adapted_columns, put_columns_
 from pacatune.ops.pattern import expand
 
-__all__ = ["Kept", "Parts", "Put", "Update", "can_exchange", "exchange", "keep", "put", "room_for"]
-
 Parts = tuple[Any, Tensor, float, Tensor | None]
 """A layer's delta, an (O, R) nn.Parameter; its indices, (U,) int64; its scaling; its pattern,
 (G, R) int64, or None where U = R."""

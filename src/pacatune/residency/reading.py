@@ -13,8 +13,6 @@ from pacatune.residency.put import Parts
 from pacatune.residency.watching import LOCK
 from pacatune.residency.weight import Residency
 
-__all__ = ["Result", "read", "read_pretrained"]
-
 Result = TypeVar("Result")
 
 

@@ -10,8 +10,6 @@ import torch
 
 from pacatune.residency.put import Put, Update, keep, put
 
-__all__ = ["Group", "put_all", "restore_all"]
-
 
 class Group:
     """Weights whose deltas one optimiser changes, or which FSDP2 has gathered by now."""

@@ -11,19 +11,6 @@ from torch import Tensor, nn
 from torch.fx.experimental import proxy_tensor
 from torch.optim import optimizer as torch_optimizer
 
-__all__ = [
-    "LOCK",
-    "DeltaParameter",
-    "GuardedParameters",
-    "WeightParameter",
-    "alias_of",
-    "guard",
-    "is_tracked",
-    "num_tensors_on",
-    "owns_its_memory",
-    "release",
-]
-
 LOCK = threading.RLock()
 """Held by whoever changes a weight's columns or hands a weight out, for microseconds.
 

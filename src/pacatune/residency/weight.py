@@ -24,8 +24,6 @@ from pacatune.residency.watching import (
     is_tracked,
 )
 
-__all__ = ["Residency"]
-
 
 class Residency:
     """The adapted columns of one module's weight: at most one adapter's, written on demand.

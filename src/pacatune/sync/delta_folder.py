@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
 from pacatune.files.folder import staged_folder
-from pacatune.files.tensor_file import read_header, write_tensors
+from pacatune.files.tensor_file import read_layout, write_tensors
 from pacatune.installation import require_extra
 from pacatune.names import nearest
 from pacatune.ops.columns import bits
@@ -67,7 +67,7 @@ class DeltaFolder:
         for path in self._find_versions():
             self.version += 1
             for shard in sorted(path.glob("*.safetensors")):
-                for name in read_header(shard):
+                for name in read_layout(shard).tensors:
                     self._entry(name)
                     self._earlier.setdefault(name, []).append(shard)
 

@@ -89,11 +89,29 @@ class ColumnSource:
         self._weights: list[_Weight] = []
         self._positions: Positions | None = None
         self._sent_version = ""
-        self._refresh()
+        self.positions()
 
     def positions(self) -> Positions:
         """Return where the columns are now; another version after another adapter or selection."""
-        return self._refresh()
+        found = list(layers_of(self.model, self.adapter))
+        is_known = len(found) == len(self._weights) and all(
+            weight.is_of(layer, name)
+            for (_, layer, name), weight in zip(found, self._weights, strict=True)
+        )
+        if is_known and self._positions is not None:
+            return self._positions
+        refuse_more(self.model)
+        base = base_of(self.model)
+        self._weights = [
+            _Weight(base, parameter, layer, name, self.dtype, self.codes)
+            for parameter, layer, name in found
+        ]
+        self._positions = Positions(
+            sets=tuple(weight.columns for weight in self._weights),
+            shapes=shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
+            run=self._run,
+        )
+        return self._positions
 
     def columns(self, *, everything: bool = False) -> Columns:
         """Return what was changed of the columns since the last sync, of which this is the next.
@@ -145,32 +163,10 @@ class ColumnSource:
         for weight in self._weights:
             weight.sent = weight.last = None
 
-    def _refresh(self) -> Positions:
-        """Find the adapted weights anew if adapter or columns are others now."""
-        found = list(layers_of(self.model, self.adapter))
-        is_known = len(found) == len(self._weights) and all(
-            weight.is_of(layer, name)
-            for (_, layer, name), weight in zip(found, self._weights, strict=True)
-        )
-        if is_known and self._positions is not None:
-            return self._positions
-        refuse_more(self.model)
-        base = base_of(self.model)
-        self._weights = [
-            _Weight(base, parameter, layer, name, self.dtype, self.codes)
-            for parameter, layer, name in found
-        ]
-        self._positions = Positions(
-            sets=tuple(weight.columns for weight in self._weights),
-            shapes=shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
-            run=self._run,
-        )
-        return self._positions
-
     @torch.no_grad()
     def _collect(self, *, everything: bool, is_base: bool) -> Columns:
         reshard(self.model)
-        positions = self._refresh()
+        positions = self.positions()
         states = [weight.state(is_base) for weight in self._weights]
         changed = [
             number
@@ -363,24 +359,17 @@ class _Weight:
         """Return the columns as they are sent, but for the last rounding."""
         layer: Any = self.layer
         with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
-            if self.coded is not None:
-                return self._codes(self.coded, is_base)
-            originals = self._originals()
-            if self.is_off(is_base):
-                return originals
-            delta = whole(layer.delta_of(self.adapter), self.columns.name)
-            delta = layer.expanded(self.adapter, delta)
-            scaling, delta = layer.scaling[self.adapter], delta.to(originals.device)
-            return cast(Tensor, layer.layout.adapted(originals, delta, scaling))
-
-    def _codes(self, coded: CodedColumns, is_base: bool) -> Tensor:
-        codes = coded.before
-        if not self.is_off(is_base):
-            layer: Any = self.layer
-            delta = whole(layer.delta_of(self.adapter), self.columns.name)
-            delta = layer.expanded(self.adapter, delta.detach())
-            codes = coded.moved(layer.scaling[self.adapter] * delta).after
-        return codes.view(self.columns.dtype)
+            delta, scaling = None, layer.scaling[self.adapter]
+            if not self.is_off(is_base):
+                own = whole(layer.delta_of(self.adapter), self.columns.name)
+                delta = layer.expanded(self.adapter, own)
+            if (coded := self.coded) is not None:
+                codes = coded.before if delta is None else coded.moved(scaling * delta).after
+                return codes.view(self.columns.dtype)
+            values = self._originals()
+            if delta is not None:
+                values = layer.layout.adapted(values, delta.to(values.device), scaling)
+            return values
 
     def _originals(self) -> Tensor:
         weight, residency = self._weight(), self.layer.residency

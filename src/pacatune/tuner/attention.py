@@ -29,15 +29,6 @@ from pacatune.tuner.parameter import (
     names_to_apply,
 )
 
-__all__ = [
-    "AttentionInput",
-    "MultiheadAttention",
-    "allow_fast_path",
-    "forbid_fast_path",
-    "without_fast_path",
-]
-
-
 # Keeps torch's fused inference of transformer encoders from passing by the adapter.
 #
 # nn.TransformerEncoderLayer evaluates by one kernel that reads the weights of its layers and never
@@ -52,11 +43,13 @@ _SWITCHES: dict[type[nn.Module], str] = {
 _KEPT = "_paca_fast_path"
 
 
-def forbid_fast_path(model: nn.Module) -> None:
-    """Let every encoder in which something is adapted call its layers."""
+def forbid_fast_path(model: nn.Module, *, everywhere: bool = False) -> None:
+    """Let every encoder in which something is adapted call its layers, or every one."""
     for module in model.modules():
         for kind, switch in _SWITCHES.items():
-            if isinstance(module, kind) and any(isinstance(m, PacaLayer) for m in module.modules()):
+            if not isinstance(module, kind):
+                continue
+            if everywhere or any(isinstance(m, PacaLayer) for m in module.modules()):
                 module.__dict__.setdefault(_KEPT, getattr(module, switch))
                 setattr(module, switch, False)
 
@@ -72,19 +65,11 @@ def allow_fast_path(model: nn.Module) -> None:
 @contextmanager
 def without_fast_path(model: nn.Module) -> Iterator[None]:
     """Let every encoder call its layers for a while, so that hooks on them see what passes."""
-    before = [
-        (module, switch, getattr(module, switch))
-        for module in model.modules()
-        for kind, switch in _SWITCHES.items()
-        if isinstance(module, kind)
-    ]
-    for module, switch, _ in before:
-        setattr(module, switch, False)
+    forbid_fast_path(model, everywhere=True)
     try:
         yield
     finally:
-        for module, switch, value in before:
-            setattr(module, switch, value)
+        allow_fast_path(model)
 
 
 # What torch's own TransformerEncoder, and whoever knows the module, asks it for.

@@ -40,14 +40,6 @@ from pacatune.tuner.targets import Target, check_targets, for_module
 if TYPE_CHECKING:
     from pacatune.selection.statistics import ColumnStatistics
 
-__all__ = [
-    "choose_columns",
-    "find_targets",
-    "keep_columns",
-    "note_columns",
-    "settle_scaling",
-]
-
 NOT_LOADED = (
     "the columns of this configuration are in the tensors of the folder that it is from: load the "
     "adapter with PeftModel.from_pretrained or `load_adapter`, or make a new one of the same "

@@ -19,22 +19,6 @@ from torch import Tensor
 
 from pacatune.tuner import old_peft
 
-__all__ = [
-    "NoMatchingPeftModuleError",
-    "Tuner",
-    "TunerLayer",
-    "as_saved",
-    "find_weight_renaming",
-    "get_quantization_kwargs",
-    "lora_variants",
-    "note_parameters",
-    "quantization_extra_repr",
-    "register_experts",
-    "resolve_quantization_backend",
-    "teach_saving",
-    "tied_weights",
-]
-
 
 def _module(name: str) -> Any:
     """Return a module, None where this release has none of the name."""

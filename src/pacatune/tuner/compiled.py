@@ -22,8 +22,6 @@ from pacatune.ops.products import grad_delta
 from pacatune.residency import Pass, Residency
 from pacatune.residency.reading import read_pretrained
 
-__all__ = ["compiled_linear", "handle_of"]
-
 _LAYERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
@@ -176,18 +174,8 @@ def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return gx, gdelta, None, None, None, gbias, None, None, None
 
 
-def _like_y(
-    x: Tensor,
-    delta: Any,
-    indices: Any,
-    scaling: float,
-    places: Any,
-    bias: Any,
-    handle: Any,
-    trains: bool,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:-1], out_features)
+def _like_y(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], others[-1])
     return y, torch.empty(2, dtype=torch.int64, device="cpu")
 
 

@@ -12,8 +12,6 @@ from peft.utils.other import get_pattern_key
 
 from pacatune.format.options import IN_TENSORS, NEEDS_US, PacaOptions, idle_layers, target_of
 
-__all__ = ["PacaConfig", "key_of_columns", "refuse_idle_layers", "seeded"]
-
 
 @dataclass
 class PacaConfig(PacaOptions, PeftConfig):

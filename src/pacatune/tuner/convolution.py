@@ -36,8 +36,6 @@ from pacatune.ops.tracing import is_recorded
 from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 
-__all__ = ["Conv", "runs_torchs_forward"]
-
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARDS = {(kind.forward, kind._conv_forward) for kind in _KINDS}
 # functional_call puts its tensors into the module for that time.
@@ -72,10 +70,6 @@ class Conv(AdditiveLayer):
         kind = type(self._base)
         self.pads_by_size = (kind.__module__, kind.__name__) == _PADS_BY_SIZE
         self.has_torchs_forward = self.pads_by_size or runs_torchs_forward(self._base)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT converts linear layers alone; `pacatune export` writes convolutions as LoRA, too."""
-        return False
 
     @property
     def _base(self) -> Any:

@@ -28,8 +28,6 @@ from pacatune.tuner.ignored import own_modules
 from pacatune.tuner.layout import Conv1DLayout, Layout, adaptable_kind
 from pacatune.tuner.targets import available_targets
 
-__all__ = ["default_targets", "log_targets", "survey"]
-
 
 def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
     """Return what to adapt, as `target_modules` says it: names, each as short as can be."""

@@ -16,8 +16,6 @@ from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer
 from pacatune.tuner.layer import Delta
 
-__all__ = ["Embedding"]
-
 _OPTIONS = ("padding_idx", "scale_grad_by_freq", "sparse")
 
 
@@ -51,13 +49,6 @@ class Embedding(AdditiveLayer):
                 "forward of its own. PaCA adapts torch.nn.Embedding and embeddings that multiply "
                 "by a number `embed_scale`."
             )
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion knows linear layers; `pacatune export` does it."""
-        return False
-
-    def _fast_forward(self, x: Tensor) -> Tensor | None:
-        return None  # looking up is all there is
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()

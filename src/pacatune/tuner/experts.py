@@ -26,8 +26,6 @@ from pacatune.tuner.parameter import (
     names_to_apply,
 )
 
-__all__ = ["ExpertParameter", "Experts"]
-
 
 class ExpertDelta(Delta):
     """Holds one adapter's (E, O, R) update of the weights of all experts."""
@@ -47,9 +45,6 @@ class ExpertParameter(ParameterLayer):
     """
 
     delta_class = ExpertDelta
-
-    def _attach(self) -> None:
-        pass  # the weights of all experts are never written
 
     def project(
         self, x: Tensor, weight: Tensor, offsets: Tensor, names: list[str], **options: Any

@@ -15,8 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.names import guess
 
-__all__ = ["get_strict_peft_model", "own_modules", "put_adapter", "refuse_unused_patterns"]
-
 # PEFT adds both to `modules_to_save` of classifiers, which have one of them.
 _HEADS = ("classifier", "score")
 

@@ -22,12 +22,6 @@ from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
 
-__all__ = [
-    "Delta",
-    "PacaLayer",
-]
-
-
 _ROUNDED_AGAIN = (
     "Merging into a quantised model rounds the weight of every adapted layer again, columns that "
     "were never trained included. Serve the adapter unmerged (`pacatune export` makes it a LoRA), "
@@ -125,6 +119,9 @@ class PacaLayer(nn.Module, TunerLayer):
             if self.shares_weight:
                 self.residency.note_sharing()
             self.residency.is_merged = bool(self.merged_adapters)
+
+    def __repr__(self) -> str:
+        return "paca." + super().__repr__()
 
     @staticmethod
     def check_base(base_layer: nn.Module, name: str) -> None:
@@ -393,10 +390,6 @@ class PacaLayer(nn.Module, TunerLayer):
         columns = self.layout.oriented(update)
         self.layout.put_columns_(dense, self.paca_indices[adapter], columns)
         return dense
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PaCA is an exact LoRA whose A selects columns, so yes."""
-        return True
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

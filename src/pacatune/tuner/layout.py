@@ -26,22 +26,6 @@ from pacatune.ops.columns import adapted_columns, columns_of_kernel, put_columns
 from pacatune.ops.whole import whole_shape
 from pacatune.tuner.compat import resolve_quantization_backend
 
-__all__ = [
-    "AttentionLayout",
-    "Conv1DLayout",
-    "ConvolutionLayout",
-    "EmbeddingLayout",
-    "ExpertsLayout",
-    "Layout",
-    "adaptable_kind",
-    "has_known_experts",
-    "has_layout",
-    "is_transposed",
-    "layout_of",
-    "supported_kinds",
-    "takes_all_tokens",
-]
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -209,7 +193,7 @@ class ConvolutionLayout(Layout):
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """(O, I/G, *k)."""
-        return self.out_features, self._per_group, *self.kernel_size
+        return self.out_features, self.in_features // self.groups, *self.kernel_size
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return (O/G, r, *k)."""
@@ -231,10 +215,6 @@ class ConvolutionLayout(Layout):
     def why_no_columns(self) -> str | None:
         """Those of a convolution with several groups lead to the outputs of their own alone."""
         return f"a convolution with groups={self.groups}" if self.groups > 1 else None
-
-    @property
-    def _per_group(self) -> int:
-        return self.in_features // self.groups
 
     def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return (N, I): one row for each position of each image."""

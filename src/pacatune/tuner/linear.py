@@ -36,8 +36,6 @@ from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
 from pacatune.tuner.compiled import compiled_linear, handle_of
 
-__all__ = ["Linear"]
-
 
 class Linear(AdditiveLayer):
     """An adapted nn.Linear, Conv1D (transformers) or quantised linear layer."""
@@ -45,6 +43,10 @@ class Linear(AdditiveLayer):
     def _attach(self) -> None:
         super()._attach()
         self.handle = handle_of(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PaCA is an exact LoRA whose A selects columns, so yes; PEFT converts no other layers."""
+        return True
 
     def why_additive(self) -> str | None:
         """Say why the columns are not in the base weight in training; None if they are."""

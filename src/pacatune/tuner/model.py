@@ -53,14 +53,6 @@ from pacatune.tuner.targets import (
 )
 from pacatune.tuner.tensor_parallel import TensorParallelLinear, split_of
 
-__all__ = [
-    "PacaModel",
-    "is_foreign",
-    "kinds_beyond_peft",
-    "mark_shared_weights",
-]
-
-
 # Finds weights that two modules share, such as an lm_head tied to the embedding.
 
 

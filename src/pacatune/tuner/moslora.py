@@ -29,8 +29,6 @@ from pacatune.installation import require
 from pacatune.tuner.compat import lora_variants
 from pacatune.tuner.registration import ensure_peft_type
 
-__all__ = ["MosLoraConfig", "MosLoraLayer", "MosLoraModel", "MosLoraVariant"]
-
 _NAME = "MOSLORA"
 _INITS: dict[str, Callable[[Tensor], Any]] = {
     "kaiming": lambda weight: nn.init.kaiming_uniform_(weight, a=math.sqrt(5)),

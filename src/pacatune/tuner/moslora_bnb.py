@@ -4,8 +4,6 @@ from peft.tuners.lora import bnb
 
 from pacatune.tuner.moslora import MosLoraLayer
 
-__all__ = ["Linear4bit", "Linear8bitLt"]
-
 
 class Linear4bit(MosLoraLayer, bnb.Linear4bit):
     """A linear layer of 4 bits with MosLoRA adapters."""

@@ -25,16 +25,6 @@ from torch import Tensor, nn
 
 from pacatune.installation import require
 
-__all__ = [
-    "OldTuner",
-    "OldTunerLayer",
-    "get_quantization_kwargs",
-    "quantization_extra_repr",
-    "resolve_quantization_backend",
-    "teach_saving",
-]
-
-
 # Quantised layers. Those of bitsandbytes are what users of old releases have; the others need a
 # newer PEFT.
 

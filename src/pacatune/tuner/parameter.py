@@ -17,14 +17,6 @@ from torch import Tensor, nn
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = [
-    "ParameterLayer",
-    "ParameterOwner",
-    "in_place_of_forward",
-    "names_to_apply",
-    "put_in_place",
-]
-
 
 class ParameterLayer(PacaLayer):
     """One adapted parameter of a module; it holds the deltas and is never called.
@@ -49,10 +41,6 @@ class ParameterLayer(PacaLayer):
         else:
             super().__setattr__(name, value)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion knows layers with one weight; `pacatune export` does it."""
-        return False
-
     def get_base_weight(self) -> Tensor:
         """Return the parameter's data."""
         parameter: Tensor = getattr(self.get_base_layer(), self.parameter_name)
@@ -65,9 +53,6 @@ class ParameterLayer(PacaLayer):
     def extra_repr(self) -> str:
         """Give the shape of the parameter."""
         return f"shape={tuple(self.get_base_weight().shape)}"
-
-    def __repr__(self) -> str:
-        return "paca." + super().__repr__()
 
 
 def names_to_apply(layer: nn.Module | None) -> list[str]:

@@ -28,17 +28,6 @@ from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import layout_of
 from pacatune.tuner.linear import Linear
 
-__all__ = [
-    "OriginalWeights",
-    "Quantization",
-    "QuantizedLinear",
-    "describe",
-    "find_originals",
-    "forbid_packing",
-    "settle_columns",
-]
-
-
 # Keeps bitsandbytes' 4-bit weights as they are on CPUs with AVX-512 BF16.
 #
 # There bitsandbytes reorders a weight in place the first time its layer is evaluated. That rounds
@@ -141,13 +130,7 @@ class OriginalWeights:
         from transformers.utils import cached_file
 
         try:
-            path: str | None = cached_file(
-                self.name,
-                file,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
+            path: str | None = cached_file(self.name, file)
         except (OSError, ValueError):  # not a name that a hub could have
             return None
         return path

@@ -20,8 +20,6 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from pacatune.format.options import FILE_TYPES
 from pacatune.tuner.compat import find_weight_renaming, teach_saving
 
-__all__ = ["ensure_peft_type", "register"]
-
 _NAME = "PACA"
 
 

@@ -7,8 +7,6 @@ from torch import nn
 
 from pacatune.tuner.layer import PacaLayer
 
-__all__ = ["ResidencyReport", "residency_report"]
-
 
 @dataclass(kw_only=True)
 class ResidencyReport:

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from pacatune.tuner.model import PacaModel
 
 
-__all__ = [
-    "adapter_names_passed",
-    "add_weighted_adapter",
-]
-
-
 # Adds adapters up to a new one, exactly: its columns are the union of theirs.
 
 

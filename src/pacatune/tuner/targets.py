@@ -1,7 +1,6 @@
 """Checks the target modules before any is replaced, so that an error leaves the model as it was."""
 
 import copy
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -41,18 +40,6 @@ from pacatune.tuner.layout import (
 from pacatune.tuner.linear import Linear
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 from pacatune.tuner.tensor_parallel import refuse_copies, split_of
-
-__all__ = [
-    "LAYERS",
-    "Target",
-    "available_targets",
-    "check_targets",
-    "find_parameters",
-    "for_module",
-    "parameters_count",
-    "ranks_of",
-]
-
 
 LAYERS: dict[type[Layout], type[PacaLayer]] = {
     Layout: Linear,
@@ -131,30 +118,23 @@ def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target
     parameter_name = name.rpartition(".")[2]
     module = _bare_parameters(model)[name]
     rank = for_module(config.rank_pattern, name, config.r)
-    return Target(module, parameter_name, rank, _experts_layout(module, parameter_name))
-
-
-def _experts_layout(module: nn.Module, parameter_name: str) -> Layout:
     layout = layout_of(module, parameter_name)
     assert layout is not None, "_check_parameter has seen it"
-    return layout
+    layout.check(rank, config.groups, name)
+    return Target(module, parameter_name, rank, layout)
 
 
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
     if not isinstance(config.target_modules, (list, set)):
         return
     names = _modules(model)
-    suffixes = {name[i:] for name in names for i in _suffix_starts(name)}
+    suffixes = {name[i:] for name in names for i, sign in enumerate(f".{name}") if sign == "."}
     missing = sorted(set(config.target_modules) - suffixes)
     if missing and len(missing) < len(config.target_modules):
         raise ValueError(
             f"`target_modules`: {missing} match no module of {type(model).__name__}; training "
             f"would silently leave them out. {available_targets(model)}"
         )
-
-
-def _suffix_starts(name: str) -> list[int]:
-    return [0] + [match.end() for match in re.finditer(r"\.", name)]
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -267,8 +247,6 @@ def _check_parameter(
             f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
             "which PEFT would train but not save."
         )
-    rank = for_module(config.rank_pattern, name, config.r)
-    _experts_layout(module, parameter_name).check(rank, config.groups, name)
 
 
 def _available_parameters(parameters: dict[str, nn.Module]) -> str:

@@ -17,7 +17,6 @@ Nothing is written into a weight but by merging.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
@@ -35,8 +34,6 @@ from pacatune.tuner.linear import Linear
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-__all__ = ["Split", "TensorParallelLinear", "refuse_copies", "split_of"]
 
 
 class _Style(NamedTuple):
@@ -120,9 +117,7 @@ class Split:
 
         Its gradient is summed over the processes that hold the same, each of which has a part.
         """
-        from torch.distributed.tensor import DTensor
-
-        local = delta.to_local() if isinstance(delta, DTensor) else delta
+        local = _local(delta)
         if self.style.dim == 1:
             local = _reduced(local, self.mesh, "sum")
         return local if self.data_mesh is None else _reduced(local, self.data_mesh, "avg")
@@ -289,7 +284,8 @@ def split_of(
         return None
     require("transformers", "5.17", "tensor parallelism")
     styles, mesh, inner_name = plan
-    for parent in _parents(inner_name):
+    parent = inner_name
+    while parent := parent.rpartition(".")[0]:
         if (of_parent := styles.get(_generic(parent), "replicate")) not in _TRANSPARENT:
             _refuse(name, f"it is inside {parent!r}, whose style is {of_parent!r}")
     word = styles.get(_generic(inner_name), "replicate")
@@ -355,11 +351,6 @@ def _plan_over(model: nn.Module, name: str) -> tuple[dict[str, str], "DeviceMesh
 def _generic(name: str) -> str:
     """Return the name by which a plan knows all layers of a kind."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
-
-
-def _parents(name: str) -> Iterator[str]:
-    while name := name.rpartition(".")[0]:
-        yield name
 
 
 def _dims_of(weight: Any) -> tuple[str, ...]:
