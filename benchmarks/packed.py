@@ -51,8 +51,7 @@ from examples.packaged import default_cache, prepare
 from pacatune.adapters.base import load_base
 from pacatune.adapters.merge import merge
 from pacatune.measure.timing import ratio_row
-from pacatune.patch import apply_in_place
-from pacatune.patch.packed import make_of_codes
+from pacatune.patch import apply_in_place, make
 from pacatune.reports.rows import Row
 from pacatune.training import RunConfig, train
 from pacatune.training.config_file import load_yaml
@@ -274,7 +273,7 @@ def _costs(args: argparse.Namespace) -> Iterator[Row]:
                 )  # fmt: skip
             rate_of_base = statistics.median(1 / seconds for seconds in times["base"])
             yield Row(what="speed", method="base", value=rate_of_base, unit="tokens/s", **names)
-            patch, _ = make_of_codes(base.file, folder / "paca")
+            patch, _ = make(base.file, folder / "paca")
             seconds = []
             for turn in range(6):
                 start = time.perf_counter()

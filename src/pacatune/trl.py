@@ -10,10 +10,9 @@ that TRL has no argument for.
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from pacatune.installation import require_extra
 from pacatune.integrations.options import (
@@ -61,22 +60,10 @@ def main(words: list[str] | None = None) -> None:
     name = choose(words[0] if words else "", SCRIPTS, option="script")
     require_extra("python -m pacatune.trl", "train", ("trl", "datasets", "yaml"))
     script = importlib.import_module(f"trl.scripts.{name}")
-    with _paca_in_trl():
+    # TRL's scripts make PaCA's configuration in this block.
+    with patch.multiple("trl", ModelConfig=_model_config(), get_peft_config=_peft_config):
         parser = script.make_parser(prog=f"python -m pacatune.trl {name}")
         script.main(*parser.parse_args_and_config(words[1:]))
-
-
-@contextmanager
-def _paca_in_trl() -> Iterator[None]:
-    """Have TRL's scripts make PaCA's configuration in this block."""
-    import trl
-
-    plain = {"ModelConfig": trl.ModelConfig, "get_peft_config": trl.get_peft_config}
-    vars(trl).update(ModelConfig=_model_config(), get_peft_config=_peft_config)
-    try:
-        yield
-    finally:
-        vars(trl).update(plain)
 
 
 def _model_config() -> type[Any]:

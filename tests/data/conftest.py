@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pacatune.data import DataConfig, prepare_data
+from pacatune.data.config import DataConfig
+from pacatune.data.prepare import prepare_data
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from pacatune.data import DataConfig, PromptDataConfig
-from pacatune.data.config import ImageDataConfig
+from pacatune.data.config import DataConfig, ImageDataConfig, PromptDataConfig
 from pacatune.data.read import read_rows
 
 GENERATED = {"path": "reasoning-gym:chain_sum", "eval_path": "d"}

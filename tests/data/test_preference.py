@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.data import PreferenceDataConfig
+from pacatune.data.config import PreferenceDataConfig
 from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs, to_judged, to_pairs
 from pacatune.data.read import Row

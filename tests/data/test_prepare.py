@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pacatune.data import show_preview
+from pacatune.data.prepare import show_preview
 from pacatune.data.read import Row
 from tests.data.conftest import chat, talk, write_lines
 

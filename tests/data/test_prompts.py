@@ -5,7 +5,7 @@ from datetime import date
 import pytest
 from datasets import Dataset
 
-from pacatune.data import PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.prompts import INDEX, prepare_prompts
 from tests.data.conftest import chat, write_lines
 

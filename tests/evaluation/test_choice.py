@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import answered_warnings
-from pacatune.data import DataConfig, prepare_data
+from pacatune.data.config import DataConfig
+from pacatune.data.prepare import prepare_data
 from pacatune.data.read import Row
 from pacatune.evaluation import ChoiceQuestion, evaluate_choice
 from pacatune.evaluation.choice import to_choice_question

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from experiments import mmlu
-from pacatune.data import DataConfig, prepare_data
+from pacatune.data.config import DataConfig
+from pacatune.data.prepare import prepare_data
 from tests.data.conftest import write_lines
 from tests.evaluation.mmlu import write_mmlu
 

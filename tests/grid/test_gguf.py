@@ -13,8 +13,8 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.grid.gguf import GgufCheckpoint
-from pacatune.patch import apply_in_place, apply_to_folder, load, recover
-from pacatune.patch.packed import make_of_codes, merge_packed
+from pacatune.patch import apply_in_place, apply_to_folder, load, make, recover
+from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
 from tests.conftest import build_model
 from tests.grid.conftest import ROWS, build, digest
@@ -129,7 +129,7 @@ def test_k_quants(tiny_tokenizer, tmp_path):
     """Formats that nothing here can write: their codes are trained all the same."""
     others = {"ffn_gate": "Q4_K", "ffn_up": "Q5_K", "ffn_down": "Q6_K"}
     path, folder = wide_file(tiny_tokenizer, tmp_path / "k.gguf", others)
-    patch, _ = make_of_codes(path, folder)
+    patch, _ = make(path, folder)
     apply_to_folder(path, patch, tmp_path / "tuned.gguf")
     plain, tuned = (
         load_base(str(one), task_type="CAUSAL_LM", dtype="float32")
@@ -228,7 +228,7 @@ def test_lora_is_refused(model_file, tmp_path, capsys):
 def test_an_interrupted_patch_is_rolled_back(model_file, run_dir, tmp_path, monkeypatch):
     from pacatune.patch import folder
 
-    patch, _ = make_of_codes(model_file, run_dir)
+    patch, _ = make(model_file, run_dir)
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_file.read_bytes())
     real = GgufCheckpoint.put_columns_

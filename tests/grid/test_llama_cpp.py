@@ -7,8 +7,8 @@ import torch
 
 from pacatune.adapters.base import load_base
 from pacatune.adapters.loading import load_language_model
-from pacatune.patch import apply_in_place
-from pacatune.patch.packed import make_of_codes, merge_packed
+from pacatune.patch import apply_in_place, make
+from pacatune.patch.packed import merge_packed
 from tests.grid.conftest import digest
 from tests.llama_cpp import TOKENS, folders, run
 from tests.releases import needs
@@ -60,7 +60,7 @@ def test_it_computes_what_was_trained(model_file, run_dir, tmp_path):
     assert gap < (after - before).abs().mean() / 2
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(model_file.read_bytes())
-    patch, _ = make_of_codes(model_file, run_dir)
+    patch, _ = make(model_file, run_dir)
     for revert, wanted in ((False, tuned), (True, model_file)):
         apply_in_place(copy, patch, revert=revert)
         assert digest(copy) == digest(wanted)

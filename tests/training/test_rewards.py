@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl.trainer.utils import is_async_callable
 
-from pacatune.data import PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
 from pacatune.training.rewards import RewardError, check_rewards, load_rewards, make_verifier
 

@@ -10,8 +10,8 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 
 from pacatune.cli import main
-from pacatune.data import PreparedData
 from pacatune.data.config import PreferenceDataConfig
+from pacatune.data.prepare import PreparedData
 from pacatune.training import TASKS, TaskSpec, preview, train
 from pacatune.training.language import LanguageTask
 from pacatune.training.task import TaskData, task_of

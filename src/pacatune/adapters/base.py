@@ -182,7 +182,7 @@ def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
     return None
 
 
-def labels_of(adapter: Adapter | LoraAdapter) -> dict[str, Any]:
+def labels_of(adapter: Adapter | LoraAdapter, num_labels: int) -> dict[str, Any]:
     """Return what training says of a classifier's configuration: `id2label`, `pad_token_id`, ..."""
     path = adapter.folder / SIDECAR_NAME
     head = read_sidecar(adapter.folder).get(HEAD_KEY)
@@ -197,6 +197,11 @@ def labels_of(adapter: Adapter | LoraAdapter) -> dict[str, Any]:
     if padding is not None and (type(padding) is not int or padding < 0):
         raise ValueError(
             f"{path}: `pad_token_id` ({str(padding)[:80]!r}) must be a token's number."
+        )
+    if len(names) != num_labels:
+        raise ValueError(
+            f"{path} names {len(names)} classes, and the adapter has a head of {num_labels}; they "
+            "are of different runs, or one was edited."
         )
     id2label = {number: names[str(number)] for number in range(len(names))}
     label2id = {name: number for number, name in id2label.items()}

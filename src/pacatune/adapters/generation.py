@@ -115,9 +115,7 @@ class TextGenerator:
     @property
     def context_length(self) -> int | None:
         """Most tokens of prompt and answer together; None where the model does not say."""
-        config: Any = self._model.config
-        length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-        return length
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, prompt: str, *, system: str | None = None, chat: bool = True) -> Tensor:
         """Return the tokens (1, T) of a prompt.
@@ -140,8 +138,7 @@ class TextGenerator:
                 f"`system` ({system[:40]!r}) needs a chat template, which this tokenizer lacks "
                 "or --no_chat turns off; put it into the prompt."
             )
-        tokens: Tensor = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
-        return tokens
+        return self._tokenizer(prompt, return_tensors="pt")["input_ids"]
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
         """Return the tokens (1, T) of a conversation, up to where the next answer begins.

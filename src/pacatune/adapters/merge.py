@@ -21,7 +21,7 @@ from pacatune.adapters.base import (
     num_labels_of,
     replace_quantised,
 )
-from pacatune.adapters.folder import SIDECAR_NAME, Adapter, LoraAdapter, open_adapter
+from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach
 from pacatune.adapters.probe import (
     OutputError,
@@ -241,17 +241,6 @@ class _Merged(NamedTuple):
     notes: list[str]
 
 
-def _fitting_labels(base: PreTrainedModel, adapter: Adapter | LoraAdapter) -> dict[str, Any]:
-    labels = labels_of(adapter)
-    number = len(labels.get("id2label", ()))
-    if labels and number != base.config.num_labels:
-        raise ValueError(
-            f"{adapter.folder / SIDECAR_NAME} names {number} classes, and the adapter has a head "
-            f"of {base.config.num_labels}; they are of different runs, or one was edited."
-        )
-    return labels
-
-
 def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name: str) -> MergeBase:
     config = load_config(name, option="model")
     if is_gguf(name) or is_dequantised(config):
@@ -294,7 +283,7 @@ def _load_bases(
     }
     load = partial(load_base, name, dtype=dtype, device=device, **kind)
     base = load(quantization=quantization)
-    base.config.update(_fitting_labels(base, adapter))
+    base.config.update(labels_of(adapter, base.config.num_labels))
     return base, load() if onto == "original" and quantization is not None else None
 
 

@@ -9,10 +9,9 @@ LLaMA-Factory's version 0, which its own command runs too unless `USE_V1` is set
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 from pacatune.integrations.options import NO_DROPOUT, NOT_FOR_PACA, join_options, refuse_options
 from pacatune.names import choose
@@ -69,6 +68,7 @@ def main() -> None:
     choose(command, ("train", "export"), option="command")
     try:
         from llamafactory.hparams import read_args
+        from llamafactory.model import adapter
         from llamafactory.train import tuner
     except ModuleNotFoundError as error:
         raise ImportError(
@@ -92,28 +92,18 @@ def main() -> None:
             "them by `torchrun --nproc-per-node N -m pacatune.integrations.llamafactory train "
             "CONFIG`."
         )
-    with _paca_for_lora(paca):
-        tuner.run_exp(arguments)
+    plain = tuner.get_train_args
 
-
-@contextmanager
-def _paca_for_lora(paca: dict[str, Any] | None) -> Iterator[None]:
-    """Have PaCA's configuration made in this block, and refuse what it would not keep."""
-    from llamafactory.model import adapter
-    from llamafactory.train import tuner
-
-    plain = adapter.LoraConfig, tuner.get_train_args
-
-    def parse_and_check(arguments: Any = None) -> Any:
-        parsed = plain[1](arguments)
+    def parse_and_check(given: Any = None) -> Any:
+        parsed = plain(given)
         _check(*parsed, paca=paca)
         return parsed
 
-    adapter.LoraConfig, tuner.get_train_args = partial(lora_config, paca=paca), parse_and_check
-    try:
-        yield
-    finally:
-        adapter.LoraConfig, tuner.get_train_args = plain
+    with (
+        patch.object(adapter, "LoraConfig", partial(lora_config, paca=paca)),
+        patch.object(tuner, "get_train_args", parse_and_check),
+    ):
+        tuner.run_exp(arguments)
 
 
 def _check(

@@ -1,5 +1,6 @@
 """From an adapter to a patch of its base, and back."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, put_bits_
 from pacatune.patch.memory import find_name, names_of
-from pacatune.patch.packed import make_of_codes
+from pacatune.patch.packed import make_packed, open_paca, open_packed, rounding_note
 from pacatune.tuner.compat import as_saved, tied_weights
 
 _BY_MERGE = (
@@ -62,15 +63,18 @@ def make(
     checked = read_adapter(adapter)
     _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
+    part = _adapter_part(checked) if with_adapter else None
     if is_packed(name):
-        part = _adapter_part(checked) if with_adapter else None
-        return make_of_codes(name, adapter, part, allow_other_base=allow_other_base)
+        checked = open_paca(adapter)
+        plain = load_base(name, task_type=checked.config.task_type)
+        notes = check_base(checked, plain, allow_other_base=allow_other_base)
+        patch, rounding = make_packed(plain, open_packed(name), checked)
+        return replace(patch, adapter=part), [*notes, rounding_note(rounding)]
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
     check_shapes(checked.modules, base, source=str(checked.folder))
     base, edits = _edits(name, base, checkpoint, checked)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
-    part = _adapter_part(checked) if with_adapter else None
     if not with_adapter:
         notes.append("the patch is without its adapter (--no_adapter), which it cannot give back.")
     # The path of somebody's folder is their own.

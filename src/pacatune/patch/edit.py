@@ -19,9 +19,9 @@ Overlap = Literal["first", "last", "sum"]
 """Whose column is taken where several patches have it; `sum` adds up their differences."""
 
 
-def column_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
-    """Return the bits of some columns; see `bits`."""
-    return read_columns(bits(tensor), indices, dim=dim)
+def read_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Return some columns, whose bits are kept."""
+    return read_columns(bits(tensor), indices, dim=dim).view(tensor.dtype)
 
 
 def put_bits_(tensor: Tensor, dim: int, indices: Tensor, columns: Tensor) -> None:
@@ -68,10 +68,6 @@ class ColumnPlace:
     def columns_shape(self) -> tuple[int, ...]:
         """`shape` with R in place of `shape[dim]`."""
         return (*self.shape[: self.dim], self.rank, *self.shape[self.dim + 1 :])
-
-    def bits_of(self, tensor: Tensor) -> Tensor:
-        """Return the bits of these columns of a tensor; see `bits`."""
-        return column_bits(tensor, self.dim, self.indices)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,11 +121,6 @@ class ColumnEdit(ColumnPlace):
         """Dtype of the tensor."""
         return self.original.dtype
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the new columns: what an apply moves."""
-        return self.new.nbytes
-
     def inverse(self) -> "ColumnEdit":
         """Return the edit that takes this one back."""
         return replace(self, original=self.new, new=self.original)
@@ -156,7 +147,7 @@ def edit_of(name: str, dim: int, weight: Tensor, indices: Tensor, new: Tensor) -
         dim=dim,
         shape=tuple(weight.shape),
         indices=indices,
-        original=column_bits(weight, dim, indices).view(weight.dtype).contiguous(),
+        original=read_bits(weight, dim, indices).contiguous(),
         new=new.contiguous(),
     )
 
@@ -215,7 +206,7 @@ class Patch:
     @property
     def num_bytes(self) -> int:
         """Bytes of the new columns: what an apply moves."""
-        return sum(edit.num_bytes for edit in self.edits.values())
+        return sum(edit.new.nbytes for edit in self.edits.values())
 
     def inverse(self) -> "Patch":
         """Return the patch that takes this one back; it has no adapter."""
@@ -251,7 +242,18 @@ def stack(patches: Sequence[Patch], *, overlap: Overlap | None = None) -> Patch:
         for name in names
     }
     base = next((patch.base for patch in patches if patch.base), "")
-    return Patch(edits=edits, base=base, fingerprint=_joint_fingerprint(patches, edits))
+    fingerprint: dict[str, dict[int, str]] = {}
+    for name, edit in edits.items():
+        changed = set(edit.indices.tolist())
+        known = fingerprint.setdefault(name, {})
+        for patch in patches:
+            for column, value in patch.fingerprint.get(name, {}).items():
+                if column not in changed and known.setdefault(column, value) != value:
+                    raise ValueError(
+                        f"the patches are of different bases: they disagree about column {column} "
+                        f"of {name!r}, which none of them changes."
+                    )
+    return Patch(edits=edits, base=base, fingerprint=fingerprint)
 
 
 def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit:
@@ -305,24 +307,6 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
                 f"{other.dim} by another; such patches cannot be joined: apply them one after the "
                 "other if no columns overlap, or `add_weighted_adapter` their adapters."
             )
-
-
-def _joint_fingerprint(
-    patches: Sequence[Patch], edits: Mapping[str, ColumnEdit]
-) -> dict[str, dict[int, str]]:
-    """Return all hashes of columns that no patch changes; refuse those that disagree."""
-    result: dict[str, dict[int, str]] = {}
-    for name, edit in edits.items():
-        changed = set(edit.indices.tolist())
-        known = result.setdefault(name, {})
-        for patch in patches:
-            for column, value in patch.fingerprint.get(name, {}).items():
-                if column not in changed and known.setdefault(column, value) != value:
-                    raise ValueError(
-                        f"the patches are of different bases: they disagree about column {column} "
-                        f"of {name!r}, which none of them changes."
-                    )
-    return result
 
 
 def shared_columns(a: Mapping[str, ColumnEdit], b: Mapping[str, ColumnEdit]) -> dict[str, int]:

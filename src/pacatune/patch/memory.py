@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pacatune.names import nearest
 from pacatune.ops.columns import bits
 from pacatune.ops.whole import is_shared_out
-from pacatune.patch.edit import Patch, column_bits, put_bits_
+from pacatune.patch.edit import Patch, put_bits_, read_bits
 
 _FIX = (
     "Load the model that the patch is for, in that dtype and not quantised; if it holds the "
@@ -67,10 +67,11 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
     pairs = []
     for edit in patch.edits.values():
         weight = find_tensor(tensors, names_of(edit.name, prefix), edit.shape, edit.form, _FIX)
-        pairs.append((weight, edit.to(weight.device)))
-    refuse_aliases(((edit.name, weight) for weight, edit in pairs), "the patch")
+        edit = edit.to(weight.device)
+        pairs.append((Place(weight, edit.dim, edit.indices), edit))
+    refuse_aliases(((edit.name, place.tensor) for place, edit in pairs), "the patch")
     # All are compared before any answer of a GPU is waited for.
-    answers = [(edit.bits_of(one.detach()) == bits(edit.original)).all() for one, edit in pairs]
+    answers = [(bits(place.read()) == bits(edit.original)).all() for place, edit in pairs]
     wrong = [edit.name for (_, edit), ok in zip(pairs, answers, strict=True) if not ok]
     if wrong:
         raise ValueError(
@@ -78,8 +79,7 @@ def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str)
             "model is of another base, or was changed; nothing was written."
         )
     with transaction() as put:
-        for weight, edit in pairs:
-            place = Place(weight, edit.dim, edit.indices)
+        for place, edit in pairs:
             put(place, edit.new, edit.original)
 
 
@@ -95,8 +95,7 @@ class Place(NamedTuple):
 
     def read(self) -> Tensor:
         """Return what is there."""
-        tensor = self.tensor.detach()
-        return column_bits(tensor, self.dim, self.indices).view(tensor.dtype)
+        return read_bits(self.tensor.detach(), self.dim, self.indices)
 
     def write(self, columns: Tensor) -> None:
         """Write columns, whose bits are kept."""

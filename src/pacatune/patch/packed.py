@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pacatune.adapters.base import find_tokenizer, load_base
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
-from pacatune.adapters.loading import attach, check_base
+from pacatune.adapters.loading import attach
 from pacatune.adapters.probe import probe_inputs, run_probe
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
@@ -25,7 +25,7 @@ from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
 from pacatune.grid.columns import CodedColumns
 from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import fingerprint, open_checkpoint
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
+from pacatune.patch.edit import ColumnEdit, Patch
 from pacatune.patch.folder import apply_to_folder, check_new
 
 _NUM_COMPARED = 64
@@ -119,14 +119,9 @@ def make_packed(
             codes cannot be trained.
     """
     rounding, edits = Rounding(), dict[str, ColumnEdit]()
-    config: Any = cast(Any, base).config.get_text_config()
-    for module, update in adapter.modules.items():
-        name = checkpoint.name_of(f"{module}.weight", config.num_hidden_layers)
-        weight = _weight(base, module)
-        order = _order(checkpoint, name, weight, heads_of(config))
-        delta, indices, _ = update.whole()
-        change = adapter.scaling(module), delta.float()
-        edits[name] = _edit(checkpoint, name, indices, order, *change, rounding)
+    for module in adapter.modules:
+        edit = _edit(base, checkpoint, adapter, module, rounding)
+        edits[edit.name] = edit
     short = Path(checkpoint.title).name
     return Patch(edits=edits, base=short, fingerprint=fingerprint(checkpoint, edits)), rounding
 
@@ -167,14 +162,15 @@ def merge_packed(
     base = load_base(str(model), task_type=checked.config.task_type, device=device)
     patch, rounding = make_packed(base, checkpoint, checked)
     inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
+    outputs, losses = list[list[Tensor]](), list[float]()
 
-    def seen(model: nn.Module) -> _Seen:
-        measured = [] if measure is None or not verify else [measure(model)]
-        return _Seen(run_probe(model, inputs), measured)
+    def see(model: nn.Module) -> None:
+        outputs.append(run_probe(model, inputs))
+        losses.extend([measure(model)] if measure is not None and verify else [])
 
-    plain = seen(base)
+    see(base)
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
-    expected = seen(adapted)
+    see(adapted)
     del base, adapted
     verified = None
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +179,8 @@ def merge_packed(
         result = apply_to_folder(model, patch, written)
         if verify:
             again = load_base(str(written), task_type=checked.config.task_type, device=device)
-            verified = _verify(plain, expected, seen(again), rounding)
+            see(again)
+            verified = _verify(outputs, losses, rounding)
         num_bytes = open_checkpoint(written).num_bytes
         if written.is_dir():
             written.rename(output)
@@ -200,17 +197,10 @@ def merge_packed(
     )
 
 
-class _Seen(NamedTuple):
-    """What a model gives."""
-
-    outputs: list[Tensor]
-    losses: list[float]
-
-
-def _verify(plain: _Seen, expected: _Seen, written: _Seen, rounding: Rounding) -> Verified:
+def _verify(outputs: list[list[Tensor]], losses: list[float], rounding: Rounding) -> Verified:
     """Compare what was written; refuse it if more than half of what was trained is lost."""
-    losses = [*plain.losses, *expected.losses, *written.losses]
-    error, effect = (_distance(expected.outputs[-1], one.outputs[-1]) for one in (written, plain))
+    plain, expected, written = (seen[-1] for seen in outputs)
+    error, effect = (float((expected - one).square().mean().sqrt()) for one in (written, plain))
     lost, gained, what = error, effect, "changed the outputs"
     # Outputs on any text say less than the loss on the data, if there is one that fell.
     if losses and losses[0] > losses[1]:
@@ -225,29 +215,6 @@ def _verify(plain: _Seen, expected: _Seen, written: _Seen, rounding: Rounding) -
     return Verified(error=error, effect=effect, losses=losses)
 
 
-def _distance(expected: Tensor, outputs: Tensor) -> float:
-    return float((expected - outputs).square().mean().sqrt())
-
-
-def make_of_codes(
-    model: str | Path,
-    adapter: str | Path,
-    part: "AdapterPart | None" = None,
-    *,
-    allow_other_base: bool = False,
-) -> tuple[Patch, list[str]]:
-    """Make the patch of a quantised checkpoint for an adapter; `part` is kept in it."""
-    checked = open_paca(adapter)
-    checkpoint = open_packed(model)
-    base = load_base(str(model), task_type=checked.config.task_type)
-    notes = check_base(checked, base, allow_other_base=allow_other_base)
-    patch, rounding = make_packed(base, checkpoint, checked)
-    notes.append(rounding_note(rounding))
-    return Patch(
-        edits=patch.edits, base=patch.base, fingerprint=patch.fingerprint, adapter=part
-    ), notes
-
-
 def rounding_note(rounding: Rounding) -> str:
     """Say what became of the codes."""
     moved, clipped = (
@@ -259,52 +226,39 @@ def rounding_note(rounding: Rounding) -> str:
     )
 
 
-def _weight(base: nn.Module, module: str) -> Tensor:
-    target = target_of_module(base, module)
-    weight = getattr(target.module, target.parameter_name)
-    if not isinstance(target.module, nn.Linear):
-        raise ValueError(
-            f"module {module!r} is a {type(target.module).__name__}, and codes are those of linear "
-            "layers alone; leave it out of the targets."
-        )
-    return cast(Tensor, weight).detach().cpu()
-
-
-def _order(
-    checkpoint: PackedCheckpoint, name: str, weight: Tensor, heads: tuple[int, ...]
-) -> Tensor:
-    if (shape := checkpoint.entries[name].shape) != tuple(weight.shape):
-        raise ValueError(
-            f"{checkpoint.title} holds {name!r} as {shape}, and the model as "
-            f"{tuple(weight.shape)}; it is another model's."
-        )
-    width = weight.shape[1]
-    compared = torch.arange(0, width, max(1, width // _NUM_COMPARED))
-    return row_order(checkpoint.values(name, compared), weight[:, compared], heads, name)
-
-
 def _edit(
-    checkpoint: PackedCheckpoint,
-    name: str,
-    indices: Tensor,
-    order: Tensor,
-    scaling: float,
-    delta: Tensor,
-    rounding: Rounding,
+    base: nn.Module, checkpoint: PackedCheckpoint, adapter: Adapter, module: str, rounding: Rounding
 ) -> ColumnEdit:
-    grid, shape = checkpoint.grid(name), checkpoint.entries[name].shape
+    """Return the edit of one module's tensor; the model is what the checkpoint dequantises to."""
+    config: Any = cast(Any, base).config.get_text_config()
+    name = checkpoint.name_of(f"{module}.weight", config.num_hidden_layers)
+    layer = target_of_module(base, module).module
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"module {module!r} is a {type(layer).__name__}, and codes are those of linear layers "
+            "alone; leave it out of the targets."
+        )
+    weight = layer.weight.detach().cpu()
+    compared = torch.arange(0, weight.shape[1], max(1, weight.shape[1] // _NUM_COMPARED))
+    values = checkpoint.values(name, compared)
+    order = row_order(values, weight[:, compared], heads_of(config), name)
+    delta, indices, _ = adapter.modules[module].whole()
+    delta, scaling, grid = delta.float(), adapter.scaling(module), checkpoint.grid(name)
     if grid is None:
         before = checkpoint.columns(name, 1, indices)
         after = adapted_columns(before, delta[order], scaling)
-        return ColumnEdit(
-            name=name, dim=1, shape=shape, indices=indices, original=before, new=after
-        )
-    before, after, num_clipped = CodedColumns(checkpoint, name, indices, order).moved(
-        scaling * delta
-    )
-    rounding.num_codes += after.numel()
-    rounding.num_moved += int((before != after).sum())
-    rounding.num_clipped += num_clipped
+    else:
+        coded = CodedColumns(checkpoint, name, indices, order)
+        before, after, num_clipped = coded.moved(scaling * delta)
+        rounding.num_codes += after.numel()
+        rounding.num_moved += int((before != after).sum())
+        rounding.num_clipped += num_clipped
     return ColumnEdit(
-        name=name, dim=1, shape=shape, indices=indices, original=before, new=after, grid=grid.name
+        name=name,
+        dim=1,
+        shape=checkpoint.entries[name].shape,
+        indices=indices,
+        original=before,
+        new=after,
+        grid="" if grid is None else grid.name,
     )

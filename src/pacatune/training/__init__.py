@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from pacatune.lazy import import_later
 
 if TYPE_CHECKING:
-    from pacatune.data import DataConfig, PreferenceDataConfig, PromptDataConfig
+    from pacatune.data.config import DataConfig, PreferenceDataConfig, PromptDataConfig
     from pacatune.training.config import RunConfig
     from pacatune.training.language import preview
     from pacatune.training.recipe import train
@@ -41,7 +41,7 @@ __getattr__, __dir__ = import_later(
     __name__,
     __all__,
     (
-        "..data",
+        "..data.config",
         ".tasks",
         ".config",
         ".sections",

@@ -9,11 +9,10 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
-from pacatune.data import PreparedData
 from pacatune.data.checks import overlap_warning
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
-from pacatune.data.prepare import find_examples, hold_out
+from pacatune.data.prepare import PreparedData, find_examples, hold_out
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, load_model_config
 from pacatune.training.task import TaskData

@@ -22,7 +22,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
-from pacatune.data import row_digests, show_preview
+from pacatune.data.checks import row_digests
+from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.files.journal import is_gguf

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pacatune.data import PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
 from pacatune.training.config import reward_name
 

@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
-from pacatune.data import PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config import RunConfig

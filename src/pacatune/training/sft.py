@@ -13,9 +13,10 @@ from trl.trainer.sft_trainer import (
     DataCollatorForVisionLanguageModeling,
 )
 
-from pacatune.data import DataConfig, prepare_data
+from pacatune.data.config import DataConfig
 from pacatune.data.encode import IGNORED
 from pacatune.data.formats import open_image
+from pacatune.data.prepare import prepare_data
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
 from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path

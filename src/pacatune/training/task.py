@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
-from pacatune.data import PreparedData
+from pacatune.data.prepare import PreparedData
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
