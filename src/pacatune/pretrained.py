@@ -241,14 +241,14 @@ def load_weights(
     **options: Any,
 ) -> Any:
     """Load a model with its weights, by any class of transformers; `auto` is their own type."""
-    from transformers import GgufConfig
+    import transformers
 
     from pacatune.tuner.quantized import forbid_packing
 
     # Packed weights could not be trained: the codes of trained columns are written later.
     config = options.get("config") or load_config(path, revision=revision)
-    if is_gguf(path):
-        options = {"quantization_config": GgufConfig(dequantize=True)} | options
+    if is_gguf(path) and hasattr(transformers, "GgufConfig"):  # older ones dequantise always
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True)} | options
     if is_short := is_dequantised(config):
         if config.quantization_config["quant_method"] != "fp8":
             require_extra(f"{path}", "compressed", ("compressed_tensors",))

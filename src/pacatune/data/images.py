@@ -281,12 +281,9 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> Image.Image:
         """Return an RGB image, number `index` of the data, changed."""
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(hash((self._seed, epoch, index)) % 2**63)
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(hash((self._seed, epoch, index)) % 2**63)
             return self._transform(image)  # type: ignore[no-any-return]
-        finally:
-            torch.set_rng_state(state)
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

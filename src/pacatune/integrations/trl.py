@@ -15,9 +15,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import partial, partialmethod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from trl.generation import vllm_client, vllm_generation
@@ -48,26 +49,12 @@ def column_sync() -> Iterator[None]:
     kinds = {
         vars(loaded[name])[cls]: init for (name, cls), init in _APART.items() if name in loaded
     }
-    inits = {kind: kind.__init__ for kind in kinds}
-    for module in users:
-        vars(module)["VLLMGeneration"] = ColumnGeneration
-    for kind, init in kinds.items():
-        kind.__init__ = _with_init(init, inits[kind])
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for module in users:
-            vars(module)["VLLMGeneration"] = plain
-        for kind, init in inits.items():
-            kind.__init__ = init
-
-
-def _with_init(init: Callable[..., None], plain: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(plain)
-    def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, plain, *args, **kwargs)
-
-    return make
+            stack.enter_context(patch.object(module, "VLLMGeneration", ColumnGeneration))
+        for kind, init in kinds.items():
+            stack.enter_context(patch.object(kind, "__init__", partialmethod(init, kind.__init__)))
+        yield
 
 
 def _has_our_engine(address: str, config: Any) -> None:
@@ -181,13 +168,9 @@ def _our_engine(module: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
     def client(*args: Any, **kwargs: Any) -> Any:
         return (ColumnClient if is_ours() else plain["VLLMClient"])(*args, **kwargs)
 
-    vars(module)["VLLMClient"] = client
-    if "LLM" in plain:  # else TRL says that vLLM is missing
-        vars(module)["LLM"] = llm
-    try:
+    ours: dict[str, Any] = {"LLM": llm, "VLLMClient": client}
+    with patch.multiple(module, **{name: ours[name] for name in plain}):  # LLM: if vLLM is there
         yield
-    finally:
-        vars(module).update(plain)
 
 
 def _init_online_dpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -212,18 +195,6 @@ class ColumnTransfer:
         _has_our_engine(client.server_url, client.get_server_info()["weight_transfer_config"])
         self.trainer._send.transport = VllmTransport(client.server_url)
 
-    def pause(self) -> None:
-        """Have running answers wait."""
-        self.trainer.vllm_client.pause()
-
-    def resume(self) -> None:
-        """Go on with them."""
-        self.trainer.vllm_client.resume()
-
-    def send_weights(self, iterator: Iterator[Any]) -> None:
-        """Refuse: whole tensors are not what is sent."""
-        raise RuntimeError("columns are sent in the place of tensors; see `column_sync`.")
-
     def destroy(self) -> None:
         """Leave the server as it is."""
 
@@ -245,7 +216,7 @@ def _sync_columns(trainer: Any, start: float) -> tuple[float, float, float]:
     """Do what TRL's method of this place does, without a merge; return when its phases ended."""
     is_main = trainer.accelerator.is_main_process
     if is_main:
-        trainer.weight_transfer.pause()
+        trainer.vllm_client.pause()
     paused = time.time()
     trainer.accelerator.wait_for_everyone()
     ready = time.time()
@@ -253,7 +224,7 @@ def _sync_columns(trainer: Any, start: float) -> tuple[float, float, float]:
     sent = time.time()
     trainer.accelerator.wait_for_everyone()
     if is_main:
-        trainer.weight_transfer.resume()
+        trainer.vllm_client.resume()
         trainer.model_version += 1
         if trainer.rollout_worker:
             trainer.rollout_worker.update_model_version(trainer.model_version)
