@@ -117,7 +117,10 @@ class Split:
 
         Its gradient is summed over the processes that hold the same, each of which has a part.
         """
-        local = _local(delta)
+        from torch.distributed.tensor import DTensor
+
+        # Not `_local`: a compiler sees this type, but not what it has.
+        local = delta.to_local() if isinstance(delta, DTensor) else delta
         if self.style.dim == 1:
             local = _reduced(local, self.mesh, "sum")
         return local if self.data_mesh is None else _reduced(local, self.data_mesh, "avg")
