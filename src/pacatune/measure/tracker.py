@@ -51,7 +51,7 @@ class StorageTracker(TorchDispatchMode):
         self._records: dict[int, _Record] = {}
         self._now: Counter[Category] = Counter()
         self.num_bytes = 0
-        """Of all storages that live now."""
+        """Bytes of all storages that live now."""
         self._owners: list[str] = []
         self._stack = ExitStack()
         self.reset_peak()
