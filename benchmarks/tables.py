@@ -122,6 +122,18 @@ VIEWS = {
         is_first=False,
     ),
     "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
+    "rl-run": View(
+        file="rl_run",
+        where=lambda row: row.what.startswith(("reward", "sent", _DRAWN[1], "k3")),
+        index=("method",),
+        columns=("what",),
+    ),
+    "rl-codes": View(
+        file="rl_codes",
+        where=lambda row: row.what.startswith(("loss", "largest", "sent", _DRAWN[1], "k3")),
+        index=("method",),
+        columns=("what",),
+    ),
     "rl-sync": View(
         file="rl_sync",
         where=lambda row: (
