@@ -12,7 +12,6 @@ python -m tools.picture
 
 import statistics
 import sys
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pacatune.reports.rows import Row, spread_of_mean
 FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
 _LORAS = {"lora": "LoRA, as Trainer runs it", "lora_bf16": "LoRA, bfloat16 adapters"}
-_FAR = 2.0  # of a test loss, times the least
+_FAR = 1.5  # of a test loss, times the median
 _SYNCED = {
     "paca": "PaCA's columns",
     "lora": "LoRA, merged",
@@ -94,11 +93,12 @@ def forgetting() -> dict[str, dict[str, list[tuple[float, float]]]]:
     """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for name, study in verdict.studies().items():
-        least = min(run[verdict.LOSS] for runs in study.values() for run in runs)
+        runs = [run for arm in verdict.stage_two(study) for run in study[arm]]
+        far = _FAR * statistics.median(run[verdict.LOSS] for run in runs)
         for text in verdict.texts(study):
             for arm in verdict.stage_two(study):
                 points = [point for run in study[arm] for point in verdict.points(run, text)]
-                points = [point for point in points if point[0] < _FAR * least]
+                points = [point for point in points if point[0] < far]
                 found.setdefault(f"{name.removeprefix('cost-')}, {text} text", {})[arm] = points
     return found
 
@@ -213,7 +213,7 @@ def _draw_cost(figure: Any, text: str, ours: str, theirs: str) -> None:
 
 
 def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
-    panels, markers = forgetting(), cycle("o^sDvPX*")
+    panels, markers = forgetting(), "o^sDvPX*<>"
     arms = dict.fromkeys(arm for panel in panels.values() for arm in panel)
     shapes = dict(zip(arms, markers, strict=False))
     for number, (title, drawn) in enumerate(panels.items()):
@@ -224,7 +224,9 @@ def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
             axes.plot(*places, shapes[name], color=colour, markersize=3, label=name)
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("test loss", color=text, fontsize=8)
-        axes.legend(frameon=False, fontsize=6, labelcolor=text)
+    known = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    place = {"loc": "outside lower right", "ncols": len(arms), "columnspacing": 1}
+    figure.legend(known.values(), known, frameon=False, fontsize=7, labelcolor=text, **place)
 
 
 def _draw_packed(figure: Any, text: str, ours: str, theirs: str) -> None:
