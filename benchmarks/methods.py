@@ -40,7 +40,7 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_r8": ("lora", {"rank": 8, "alpha": 8}),
     "lora_bf16": ("lora", {"adapter_dtype": torch.bfloat16}),
 }
-RANK, DROPOUT = 16, 0.1  # the rank is `train`'s default
+RANK, DROPOUT = 16, 0.1
 MAX_LENGTH = 512
 CPU = torch.device("cpu")
 VALUES = llama_values(512, 8, vocab_size=1024)

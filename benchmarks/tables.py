@@ -17,6 +17,7 @@ from benchmarks import verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
+from pacatune.methods import PACA_RANK
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
@@ -122,12 +123,6 @@ VIEWS = {
         is_first=False,
     ),
     "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
-    "rl-run": View(
-        file="rl_run",
-        where=lambda row: row.what.startswith(("reward", "sent", _DRAWN[1], "k3")),
-        index=("method",),
-        columns=("what",),
-    ),
     "rl-codes": View(
         file="rl_codes",
         where=lambda row: row.what.startswith(("loss", "largest", "sent", _DRAWN[1], "k3")),
@@ -222,17 +217,29 @@ def _first(results: Path) -> str:
         ways = ("forward", "backward")
         return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
 
+    def beside(lora: str) -> str:
+        times = [verdict.steps_of(task, results) for task in ("minilm", "dinov2", "smollm2-words")]
+        shares = [one[f"paca{PACA_RANK}"] / one[lora] for one in times]
+        return f"{min(shares):.2f} to {max(shares):.2f}"
+
     model, device = steps.rows[0].model.partition(", ")[2], steps.provenance["device"]
     loras = ("paca", "lora", "lora_bf16")
     cells = [
         [
-            f"PaCA's step time as a share of theirs: small Llama ({model}), 16 to 2,048 tokens, "
-            f"{device}",
+            f"PaCA's step time as a share of theirs, r = 16: small Llama ({model}), 16 to 2,048 "
+            f"tokens, {device}",
             *map(share, loras),
         ],
         [
-            "kept for backward, bytes per token, layer and channel of LLaMA3-8B; with lean "
-            "activations, level 1; counted",
+            f"the same of r = {PACA_RANK}, `train`'s default, beside r = 16: three small models",
+            "-",
+            beside("lora16"),
+            "-",
+            beside("rslora16"),
+        ],
+        [
+            "kept for backward, r = 16, bytes per token, layer and channel of LLaMA3-8B; with "
+            "lean activations, level 1; counted",
             *(f"{kept['plain', name]:.0f}; {kept['level 1', name]:.0f}" for name in loras),
         ],
         ["kernels beyond a frozen decoder layer, forward + backward; counted", *map(beyond, loras)],

@@ -12,6 +12,7 @@ python -m tools.picture
 
 import statistics
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 

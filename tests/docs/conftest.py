@@ -1,8 +1,8 @@
-import json
 import shutil
 
 import pytest
 
+from tests.conftest import build_model
 from tests.data.conftest import chat, write_lines
 from tests.docs import blocks
 from tests.forks import server
@@ -10,16 +10,15 @@ from tests.image_models import save_vit, write_images
 
 
 @pytest.fixture
-def workplace(tmp_path, tiny_model_dir):
+def workplace(tmp_path, tiny_tokenizer):
     """Folder of a reader: my-model, my-data.jsonl, my-image-model, my-images and launch files."""
     server()
     shutil.copytree(blocks.ROOT / "examples" / "launch", tmp_path, dirs_exist_ok=True)
-    shutil.copytree(tiny_model_dir, tmp_path / "my-model")
+    model = build_model(len(tiny_tokenizer), hidden_size=64, max_position_embeddings=2048)
+    for saved in (model, tiny_tokenizer):
+        saved.save_pretrained(tmp_path / "my-model")
     save_vit(tmp_path / "my-image-model")
     write_images(tmp_path / "my-images", 12)
-    config = tmp_path / "my-model" / "config.json"
-    longer = json.loads(config.read_text()) | {"max_position_embeddings": 2048}
-    config.write_text(json.dumps(longer))
     chats = (chat(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(20))
     write_lines(tmp_path / "my-data.jsonl", [{"messages": turns} for turns in chats])
     return tmp_path

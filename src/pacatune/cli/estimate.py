@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune.cli.options import give_one, print_notes, quiet_libraries
 from pacatune.measure.setting import Setting
-from pacatune.methods import TEXT_METHODS, method_of
-from pacatune.training.sections import LoraSection, PacaSection
+from pacatune.methods import PACA_RANK, TEXT_METHODS, method_of
+from pacatune.training.sections import LoraSection
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Quantity
@@ -37,7 +37,7 @@ class EstimateCommand(Setting):
 
     model: str = field(kw_only=False)
     rank: int | None = None  # type: ignore[assignment]
-    """Columns or rank of the adapter; where not given, `train`'s: 16 for paca, 8 for others."""
+    """Columns or rank of the adapter; where not given, `train`'s: 64 for paca, 8 for others."""
     batch_size: int = 8
     """Sequences per micro-batch, on each device; by default as many as in `train`."""
     seq_len: int = 1024
@@ -70,7 +70,7 @@ class EstimateCommand(Setting):
         values = {f.name: getattr(self, f.name) for f in fields(Setting)}
         is_paca = method_of(method, TEXT_METHODS).is_paca
         values |= {"method": method, "dropout": 0.0}
-        values["rank"] = self.rank or (PacaSection.r if is_paca else LoraSection.r)
+        values["rank"] = self.rank or (PACA_RANK if is_paca else LoraSection.r)
         if len(self.methods) > 1 and not is_paca:
             values["groups"] = 1
         setting = Setting(**values)

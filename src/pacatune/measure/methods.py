@@ -13,7 +13,7 @@ from torch import nn
 
 from pacatune import lean, methods
 from pacatune.measure.setting import METHODS
-from pacatune.methods import Method, adapter_config, size_options
+from pacatune.methods import PACA_RANK, Method, adapter_config, size_options
 
 _LEARNING_RATE = 1e-4
 
@@ -49,6 +49,7 @@ def add_adapter(
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
     trained in full; `groups` are PaCA's row groups.
     """
+    from pacatune.tuner.columns import fit_ranks
     from pacatune.tuner.defaults import default_targets
     from pacatune.tuner.ignored import put_adapter
 
@@ -64,6 +65,8 @@ def add_adapter(
     )
     if row.is_paca:
         config.groups = groups
+        if rank == PACA_RANK:
+            fit_ranks(model, config)
     return put_adapter(model, config)
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pacatune.format.options import PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
+from pacatune.methods import PACA_RANK
 from pacatune.names import check_choices, suggest
 from pacatune.precision import Dtype
 from pacatune.pretrained import refuse_no_path
@@ -78,13 +79,13 @@ class ImageModelConfig:
 class PacaSection(PacaChoices):
     """Options of the methods `paca` and `qpaca`: those of `pacatune.PacaConfig`, and of the run.
 
-    Here `r` and `paca_alpha` are 16, where `PacaConfig` has 8. As `selection`, the folder or
+    Here `r` is 64 and `paca_alpha` 16, where `PacaConfig` has 8. As `selection`, the folder or
     .safetensors file of a PaCA adapter, whose columns are taken, may be given too.
     """
 
-    r: int = 16
+    r: int | None = None  # type: ignore[assignment]
     """Number of trained input columns of each weight. Costs 16 bytes per column and output, and one
-    kept channel per column and token; 8 to 64."""
+    kept channel per column and token; 8 to 64. Null: 64, or all columns of a weight with fewer."""
 
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.
@@ -119,7 +120,8 @@ class PacaSection(PacaChoices):
         return isinstance(name, str) and name not in (FIXED, *strategies())
 
     def _choices(self) -> dict[str, Any]:
-        return {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
+        values = {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
+        return values | {"r": PACA_RANK if self.r is None else self.r}
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""

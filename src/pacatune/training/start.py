@@ -45,7 +45,7 @@ def _take_options(config: RunConfig) -> None:
             if option.name == "selection" and kept not in strategies():
                 kept = option.default  # "fixed", or a strategy that left; the columns are there
             given = typed.get(option.name)
-            if _in_order(given) not in (None, kept):
+            if _in_order(given) not in (None, {}, kept):
                 raise ValueError(
                     f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "
                     f"which has {kept!r} and is trained as it is; drop the option, or start "

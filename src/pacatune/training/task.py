@@ -174,6 +174,7 @@ def make_adapter_config(
 
     Targets that are not set become the model's default, the same for every method.
     """
+    from pacatune.tuner.columns import fit_ranks
     from pacatune.tuner.config import refuse_idle_layers
     from pacatune.tuner.defaults import default_targets
 
@@ -189,6 +190,8 @@ def make_adapter_config(
             adapter.target_modules = default_targets(model)
         if config.adapter is None:
             refuse_idle_layers(adapter)
+            if method.is_paca and config.paca.r is None:
+                fit_ranks(model, adapter)
     return adapter
 
 

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_TENSORS, target_of
+from pacatune.format.options import IN_PROJ, IN_TENSORS, target_of
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
 from pacatune.ops.pattern import columns_of
 from pacatune.strategies import (
@@ -141,6 +141,19 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
             if not config.target_parameters:
                 raise
     return check_targets(BaseTuner, config, model, **kwargs)
+
+
+def fit_ranks(model: nn.Module, config: PacaConfig) -> None:
+    """Let a weight that has fewer columns than `r` train all of them, by `rank_pattern`."""
+    probe = copy.copy(config)
+    probe.r = probe.groups = 1
+    narrow = {
+        name.removesuffix(f".{IN_PROJ}"): target.num_columns
+        for name, target in find_targets(model, probe).items()
+        if target.num_columns < config.r
+    }
+    if narrow:  # what the user wrote is found first
+        config.rank_pattern = {**(config.rank_pattern or {}), **narrow}
 
 
 def _matched(

@@ -128,9 +128,10 @@ def test_weights_are_those_of_the_folder(vit_dir, tmp_path):
 def test_what_is_trained_of_a_transformer(make_config):
     """The linear layers of its blocks and a new head, or one of them, or all."""
     head, linear = 32 * 3 + 3, 2 * (4 * 32 + 64 + 32)
+    every = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # of weights with fewer columns than 64
     both = 2 * (4 * (32 + 32) + (32 + 64) + (64 + 32))
     for method, number in {
-        "paca": 16 * linear + head,
+        "paca": every + head,
         "lora": 8 * both + head,
         "dora": 8 * both + linear + head,
         "moslora": 8 * both + 12 * 8 * 8 + head,
@@ -159,7 +160,7 @@ def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
     planned, _, notes = plan(make_cnn())
     assert any("conv_dw" in name for name in planned.targets)
     assert not any("conv_stem" in name or "classifier" in name for name in planned.targets)
-    assert notes == ["1 x conv_stem left as it is: fewer input channels than the rank 8."]
+    assert notes == ["1 x conv_stem left as it is: fewer than 8 input channels."]
     lora, _, notes = plan(make_cnn("lora"))
     assert lora.targets
     assert not any("conv_dw" in name for name in lora.targets)
@@ -173,7 +174,7 @@ def test_what_is_trained_of_a_cnn(make_cnn, timm_dir):
 
 NO_NORM = "train_batch_norm` is true, but ViTForImageClassification has no BatchNorm; leave it"
 NOWHERE = r"'timm/resnet18\.a1_in1k'\) is neither a file or folder here nor a model of the hub"
-FEW = r"every convolution of Timm.* has fewer input channels than the rank 5000.*lower `r`"
+FEW = r"every convolution of Timm.* has fewer than 5000 input channels.*lower `r`"
 DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
 
 

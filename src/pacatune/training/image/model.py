@@ -185,7 +185,7 @@ def choose_targets(model: nn.Module, method: Method, rank: int) -> tuple[set[str
     sizes = [sum(modules[n].weight.numel() for n in names) for names in (linear, convolutions)]
     if sizes[0] >= sizes[1]:
         return default_targets(model), []
-    why = f"fewer input channels than the rank {rank}"
+    why = f"fewer than {rank} input channels"
     left = {name for name in convolutions if modules[name].in_channels < rank}
     if not method.is_paca:
         why += ", or grouped (depthwise), which PaCA adapts and a merge of LoRA cannot have"

@@ -38,6 +38,9 @@ from pacatune.training.task import (
 )
 from pacatune.training.trainer import RunTrainer, accuracy
 
+_NARROWEST = 8
+"""Input channels that a convolution needs to be adapted where a run says no number of columns."""
+
 
 class ImageTask(Task):
     """A run on images."""
@@ -74,6 +77,7 @@ class ImageTask(Task):
         adapter, notes = None, list[str]()
         if method.has_adapter:
             section = config.paca if method.is_paca else config.lora
+            rank = _NARROWEST if section.r is None else section.r
             # PEFT keeps adapters off them.
             saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
             options: dict[str, Any] = {
@@ -81,7 +85,7 @@ class ImageTask(Task):
                 "revision": source.revision,
             }
             if section.target_modules is None:
-                options["target_modules"], notes = choose_targets(model, method, section.r)
+                options["target_modules"], notes = choose_targets(model, method, rank)
             adapter = make_adapter_config(config, model, **options)
         return make_plan(model, adapter, config), adapter, notes
 
