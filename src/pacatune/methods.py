@@ -83,7 +83,7 @@ class Method:
 
 
 PACA_RANK = 64
-"""Columns that a run of PaCA trains of each weight where it says no number: by the study's rule."""
+"""Columns of each weight that a run of PaCA trains, as its study's rule says; or all, of fewer."""
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
 # classifier is new, whatever the method, and learns at the same rate as the rest. Rates of adapters

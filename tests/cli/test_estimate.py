@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from pacatune.methods import PACA_RANK
 from pacatune.training.arguments import training_class
-from pacatune.training.sections import LoraSection
+from pacatune.training.sections import LoraSection, PacaSection
 from tests.measure.real_step import LLAMA, write_config
 
 
@@ -74,7 +73,7 @@ def test_it_is_about_what_train_does(config, shown, estimate):
     assert "a device needs the peak and 0.4 GiB" in " ".join(rest)
     found = estimate(config, "--methods paca,lora,qpaca")["methods"]
     ranks = {name: one["setting"]["rank"] for name, one in found.items()}
-    assert ranks == {"paca": PACA_RANK, "lora": LoraSection.r, "qpaca": PACA_RANK}
+    assert ranks == {"paca": PacaSection.r, "lora": LoraSection.r, "qpaca": PacaSection.r}
     assert shown("estimate", config, "--rank", "4").splitlines()[0].endswith("1,024 tokens")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import tables
 from pacatune.cli.entry import COMMANDS
-from pacatune.methods import METHODS, PACA_RANK
+from pacatune.methods import METHODS
 from pacatune.training import PacaSection
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
@@ -80,7 +80,7 @@ def test_the_first_screen_trains_by_the_defaults_of_train():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     ours = PacaSection()
     numbers = set(re.findall(r"PacaConfig\(r=(\d+), paca_alpha=(\d+)", text))
-    assert numbers == {(str(PACA_RANK), str(ours.paca_alpha))}
+    assert numbers == {(str(ours.r), str(ours.paca_alpha))}
     rates = re.findall(r"learning_rate=([\d.e-]+)", text)
     assert set(map(float, rates)) == {METHODS["paca"].text_rate}
 

@@ -107,7 +107,7 @@ def test_what_is_filled_in():
     assert training.bf16 is not None
     # What says no length, or is not read, may be anything.
     run_config(training={"num_train_epochs": 0, "max_steps": 3, "max_length": None})
-    run_config(method="moslora", lora={"r": 4}, paca={"r": None})
+    run_config(method="moslora", lora={"r": 4}, paca={"r": 64})
     run_config(training={"disable_dropout": False}, task="dpo", method="lora_dropout")
     run_config(training={"precompute_ref_log_probs": True}, task="dpo", method="full")
 
@@ -155,7 +155,7 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         ({"data": STREAM | TWO_SOURCES}, "one after the other; give each a `weight`"),
         ({"data": STREAM | {"mix_strategy": "all_exhausted"}}, "streams never run out; drop it"),
         # Options of other methods
-        ({"method": "lora", "paca": {"r": 64}}, r"`paca.r` \(64\) is an option of paca, qpaca, an"),
+        ({"method": "lora", "paca": {"r": 32}}, r"`paca.r` \(32\) is an option of paca, qpaca, an"),
         ({"method": "full", "lora": {"r": 4}}, r"`lora.r` \(4\) is an option of lora, lora_dropou"),
         ({"method": "shira", "lora": {"lora_alpha": 4.0}}, r"\(4.0\): what `method` \('shira'\) t"),
         ({"method": "full"} | NF4, r"\('nf4'\) with `method` \('full'\): quantised weights cannot"),

@@ -52,7 +52,7 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path):
     given = make_config(adapter=str(paca), paca=section, training=STANDSTILL)
     config = settle(given)
     assert {name: getattr(config.paca, name) for name in PACA} == PACA
-    assert (given.paca.r, section) == (None, PacaSection())  # which may be used again
+    assert (given.paca.r, section) == (64, PacaSection())  # which may be used again
     assert load_tokenizer(config).chat_template == TEMPLATE
     report = train(config, console=QUIET)
     out = tmp_path / "out"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune.cli.options import give_one, print_notes, quiet_libraries
 from pacatune.measure.setting import Setting
-from pacatune.methods import PACA_RANK, TEXT_METHODS, method_of
-from pacatune.training.sections import LoraSection
+from pacatune.methods import TEXT_METHODS, method_of
+from pacatune.training.sections import LoraSection, PacaSection
 
 if TYPE_CHECKING:
     from pacatune.measure.estimate import Quantity
@@ -70,7 +70,7 @@ class EstimateCommand(Setting):
         values = {f.name: getattr(self, f.name) for f in fields(Setting)}
         is_paca = method_of(method, TEXT_METHODS).is_paca
         values |= {"method": method, "dropout": 0.0}
-        values["rank"] = self.rank or (PACA_RANK if is_paca else LoraSection.r)
+        values["rank"] = self.rank or (PacaSection.r if is_paca else LoraSection.r)
         if len(self.methods) > 1 and not is_paca:
             values["groups"] = 1
         setting = Setting(**values)

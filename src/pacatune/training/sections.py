@@ -83,9 +83,9 @@ class PacaSection(PacaChoices):
     .safetensors file of a PaCA adapter, whose columns are taken, may be given too.
     """
 
-    r: int | None = None  # type: ignore[assignment]
+    r: int = PACA_RANK
     """Number of trained input columns of each weight. Costs 16 bytes per column and output, and one
-    kept channel per column and token; 8 to 64. Null: 64, or all columns of a weight with fewer."""
+    kept channel per column and token; 8 to 64. 64 are all columns of a weight that has fewer."""
 
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.
@@ -120,8 +120,7 @@ class PacaSection(PacaChoices):
         return isinstance(name, str) and name not in (FIXED, *strategies())
 
     def _choices(self) -> dict[str, Any]:
-        values = {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
-        return values | {"r": PACA_RANK if self.r is None else self.r}
+        return {option.name: getattr(self, option.name) for option in fields(PacaChoices)}
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options as PacaConfig takes them, with columns that a file gives."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
 from pacatune.data.prepare import PreparedData
-from pacatune.methods import METHODS, adapter_config
+from pacatune.methods import METHODS, PACA_RANK, adapter_config
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
 from pacatune.training.start import read_start, settle
@@ -190,7 +190,7 @@ def make_adapter_config(
             adapter.target_modules = default_targets(model)
         if config.adapter is None:
             refuse_idle_layers(adapter)
-            if method.is_paca and config.paca.r is None:
+            if method.is_paca and config.paca.r == PACA_RANK:
                 fit_ranks(model, adapter)
     return adapter
 

@@ -22,7 +22,7 @@ from pacatune.data.images import (
     prepare_images,
 )
 from pacatune.installation import repository_command
-from pacatune.methods import METHODS
+from pacatune.methods import METHODS, PACA_RANK
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
 from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms
@@ -39,7 +39,7 @@ from pacatune.training.task import (
 from pacatune.training.trainer import RunTrainer, accuracy
 
 _NARROWEST = 8
-"""Input channels that a convolution needs to be adapted where a run says no number of columns."""
+"""Input channels that a convolution needs to be adapted by the usual number of columns."""
 
 
 class ImageTask(Task):
@@ -77,7 +77,7 @@ class ImageTask(Task):
         adapter, notes = None, list[str]()
         if method.has_adapter:
             section = config.paca if method.is_paca else config.lora
-            rank = _NARROWEST if section.r is None else section.r
+            rank = _NARROWEST if method.is_paca and section.r == PACA_RANK else section.r
             # PEFT keeps adapters off them.
             saved = {*find_heads(model), *batch_norms, *(section.modules_to_save or [])}
             options: dict[str, Any] = {
