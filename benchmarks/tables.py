@@ -17,7 +17,7 @@ from benchmarks import verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
-from pacatune.methods import PACA_RANK
+from pacatune.format.options import PACA_RANK
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite

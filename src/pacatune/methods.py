@@ -82,9 +82,6 @@ class Method:
         return self.is_paca or "moslora" in self.sections
 
 
-PACA_RANK = 64
-"""Columns of each weight that a run of PaCA trains, as its study's rule says; or all, of fewer."""
-
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
 # classifier is new, whatever the method, and learns at the same rate as the rest. Rates of adapters
 # suit the default ranks; what is stable falls as the rank rises.

@@ -86,7 +86,10 @@ def test_run(
     monkeypatch.chdir(tiny_model_dir.parent)  # the card has the folder's name alone
     exec(code.replace("FOLDER", str(out)), names := {})
     assert names["model"].active_adapter == "default"
-    assert "training 18,432 of 37,792 parameters (paca): 2 x q_proj" in console.file.getvalue()
+    assert (
+        "training 18,432 of 37,792 parameters (paca): 2 x q_proj (32 -> 32, every column)"
+        in console.file.getvalue()
+    )
     # The configuration beside the adapter repeats the run.
     again = tmp_path / "again"
     words = ["train", "--config", str(out / "config.yaml"), "--training.output_dir", str(again)]

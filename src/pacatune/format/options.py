@@ -58,6 +58,10 @@ class TargetOptions:
     """Scale the update by alpha / sqrt(r) instead of alpha / r."""
 
 
+PACA_RANK = 64
+"""Columns of each weight that a run of PaCA trains, as its study's rule says; or all, of fewer."""
+
+
 @dataclass
 class PacaChoices(TargetOptions):
     """The options of a PaCA adapter that are chosen, and not filled in when it is made."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from pacatune import lean, methods
 from pacatune.measure.setting import METHODS
-from pacatune.methods import PACA_RANK, Method, adapter_config, size_options
+from pacatune.methods import Method, adapter_config, size_options
 
 _LEARNING_RATE = 1e-4
 
@@ -65,8 +65,7 @@ def add_adapter(
     )
     if row.is_paca:
         config.groups = groups
-        if rank == PACA_RANK:
-            fit_ranks(model, config)
+        fit_ranks(model, config)
     return put_adapter(model, config)
 
 

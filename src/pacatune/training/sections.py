@@ -5,9 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pacatune.format.options import PacaChoices, PacaOptions, TargetOptions
+from pacatune.format.options import PACA_RANK, PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
-from pacatune.methods import PACA_RANK
 from pacatune.names import check_choices, suggest
 from pacatune.precision import Dtype
 from pacatune.pretrained import refuse_no_path

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
 from pacatune.data.prepare import PreparedData
-from pacatune.methods import METHODS, PACA_RANK, adapter_config
+from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
 from pacatune.training.start import read_start, settle
 from pacatune.training.tasks import ModelKind, TaskSpec, load
 from pacatune.tuner.ignored import put_adapter
+from pacatune.tuner.layer import PacaLayer
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def make_adapter_config(
             adapter.target_modules = default_targets(model)
         if config.adapter is None:
             refuse_idle_layers(adapter)
-            if method.is_paca and config.paca.r == PACA_RANK:
+            if method.is_paca:
                 fit_ranks(model, adapter)
     return adapter
 
@@ -232,11 +233,16 @@ def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -
         lean.enable(model, config.lean, level=config.lean_level)
         lean.disable(model)
     targets = {
-        name: f"{module.in_features} -> {module.out_features}"
+        name: f"{module.in_features} -> {module.out_features}{_whole(module)}"
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
     return Plan(targets, count_trainable(model), num_parameters)
+
+
+def _whole(module: Any) -> str:
+    is_whole = isinstance(module, PacaLayer) and module.in_features in module.r.values()
+    return ", every column" if is_whole else ""
 
 
 def count_trainable(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_PROJ, IN_TENSORS, target_of
+from pacatune.format.options import IN_PROJ, IN_TENSORS, PACA_RANK, target_of
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
 from pacatune.ops.pattern import columns_of
 from pacatune.strategies import (
@@ -144,15 +144,17 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
 
 
 def fit_ranks(model: nn.Module, config: PacaConfig) -> None:
-    """Let a weight that has fewer columns than `r` train all of them, by `rank_pattern`."""
+    """Let a weight with fewer columns than the usual `r` train all, by `rank_pattern`."""
+    if config.r != PACA_RANK:
+        return
     probe = copy.copy(config)
     probe.r = probe.groups = 1
-    narrow = {
-        name.removesuffix(f".{IN_PROJ}"): target.num_columns
-        for name, target in find_targets(model, probe).items()
-        if target.num_columns < config.r
-    }
-    if narrow:  # what the user wrote is found first
+    narrow = {}
+    for name, target in find_targets(model, probe).items():
+        module = name.removesuffix(f".{IN_PROJ}")
+        if target.num_columns < for_module(config.rank_pattern, module, config.r):
+            narrow[module] = target.num_columns
+    if narrow:
         config.rank_pattern = {**(config.rank_pattern or {}), **narrow}
 
 

@@ -21,8 +21,9 @@ from pacatune.data.images import (
     class_names,
     prepare_images,
 )
+from pacatune.format.options import PACA_RANK
 from pacatune.installation import repository_command
-from pacatune.methods import METHODS, PACA_RANK
+from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
 from pacatune.training.image.model import ImageBase, choose_targets, find_batch_norms
