@@ -123,6 +123,12 @@ VIEWS = {
         is_first=False,
     ),
     "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
+    "rl-run": View(
+        file="rl_run",
+        where=lambda row: row.what.startswith(("reward", "sent", _DRAWN[1], "k3")),
+        index=("method",),
+        columns=("what",),
+    ),
     "rl-codes": View(
         file="rl_codes",
         where=lambda row: row.what.startswith(("loss", "largest", "sent", _DRAWN[1], "k3")),
@@ -295,9 +301,16 @@ def _rl(results: Path) -> str:
     lines["`k3_kl` of the same"] = of("k3_kl", "vLLM")
     half = of("sent per sync", "SmolLM2-135M", "lora-adapter, r = 8")[0]
     sent = of("sent per sync", "SmolLM2-135M")
-    sent[0] = f"{of('complete sync', 'SmolLM2-135M')[0]}; compressed, at rate 2e-3: {sent[0]}"
+    sent[0] = of("complete sync", "SmolLM2-135M")[0]
     sent[2] += f"; {half} at r = 8, as many parameters as the columns"
-    lines["sent per sync"] = sent
+    lines["a complete sync"] = sent
+    run = {(row.what, row.method): row.text() for row in read("rl_run", results).rows}
+    for what, title in (
+        ("sent per sync", "sent per sync in 200 steps of GRPO; columns and matrices compressed"),
+        ("k3_kl", "`k3_kl` in these steps"),
+        ("reward, steps 151 to 200", "mean reward of the last 50 of them"),
+    ):
+        lines[title] = [run[what, way] for way in ways]
     times = [of("token / base", where) for where in ("transformers", "vLLM")]
     lines[
         "time per token of answers, the base's = 1: transformers; vLLM on a CPU, which packs the "

@@ -55,16 +55,16 @@ def kept() -> dict[str, dict[str, float]]:
 
 def synced() -> dict[str, dict[str, float]]:
     """Return what each panel of the picture of syncs shows of each way, where it was measured."""
-    rows = {(r.what, r.method, r.model or r.setting): r.value for r in read("rl_sync").rows}
 
-    def of(what: str, where: str, scale: float = 1.0) -> dict[str, float]:
+    def of(what: str, where: str, scale: float = 1.0, file: str = "rl_sync") -> dict[str, float]:
+        rows = {(r.what, r.method, r.setting): r.value for r in read(file).rows}
         known = {title: rows.get((what, name, where)) for name, title in _SYNCED.items()}
         return {title: scale * value for title, value in known.items() if value is not None}
 
     return {
         "mean |log p| gap of what vLLM draws": of("sampling_logp_difference, mean", "vLLM"),
-        "MiB per sync, SmolLM2-135M": of("sent per sync", "SmolLM2-135M", 2**-20),
-        "time per output token, base = 1": of("token / base", "transformers"),
+        "MiB per sync, 200 steps of GRPO": of("sent per sync", "vLLM", 2**-20, "rl_run"),
+        "time per token in transformers, base = 1": of("token / base", "transformers"),
     }
 
 
