@@ -84,8 +84,9 @@ def train_both(make_config, data_path, tmp_path, environment):
     return run
 
 
-# Sums of gradients in another order: 1e-8 was seen, and a step moves a value by 5e-3.
-assert_close = partial(runs.assert_close, rtol=0, atol=1e-6)
+# Sums of gradients in another order: 2e-8 is usual, and 1e-6 was seen of single values whose first
+# gradients are near 0, by which Adam divides. A step moves a value by 5e-3.
+assert_close = partial(runs.assert_close, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
