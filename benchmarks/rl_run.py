@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import rl_methods
-from benchmarks.results import mean_row, new_parser, record, write_json
+from benchmarks.results import at_least_1, mean_row, new_parser, record, write_json
 from benchmarks.rl_methods import SENT, Sync, Trainer, Transformers, agreement, load, logps_of
 from pacatune.reports.rows import Row
 
@@ -147,8 +147,8 @@ def rows_of(
 ) -> Iterator[Row]:
     """Return means over steps, and over seeds with their intervals."""
     names = {"method": method, "setting": setting}
-    part = steps // _PARTS
-    for first in range(0, part * _PARTS, part):
+    part = max(steps // _PARTS, 1)
+    for first in range(0, min(part * _PARTS, steps), part):
         each = {s: statistics.mean(r["reward"][first : first + part]) for s, r in runs.items()}
         yield mean_row(f"reward, steps {first + 1} to {first + part}", each=each, **names)
     for what in next(iter(runs.values())):
@@ -184,8 +184,8 @@ def main(options: list[str] | None = None) -> None:
     """Train, write the result, print it."""
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
-    add("--steps", type=int, default=200, help="steps of each run")
-    add("--seeds", type=int, default=3)
+    add("--steps", type=at_least_1, default=200, help="steps of each run")
+    add("--seeds", type=at_least_1, default=3)
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--start", metavar="MODEL", help="begin there, without an SFT")
     add("--runs", metavar="FOLDER", type=Path, help="keeps the start and each run that has ended")

@@ -39,6 +39,14 @@ def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
     assert 0 < sent["paca, 1e-4"] < sent["paca"] < sent["lora-adapter"] < sent["lora"]
 
 
+def test_fewer_steps_than_parts():
+    rows = list(rl_run.rows_of("paca", "vLLM", {"seed 0": {"reward": [0.25, 0.75]}}, 2))
+    assert {row.what: row.value for row in rows} == {
+        "reward, steps 1 to 1": 0.25,
+        "reward, steps 2 to 2": 0.75,
+    }
+
+
 def test_the_loss_is_that_of_its_definition():
     generator = torch.Generator().manual_seed(0)
     logps = (-torch.rand(4, 3, generator=generator)).requires_grad_()
