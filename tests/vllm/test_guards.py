@@ -1,5 +1,7 @@
 """What the engine refuses, without a started vLLM."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +72,30 @@ def test_registered_once():
     plugins["pacatune"]()
     plugins["pacatune"]()
     assert "pacatune" in WeightTransferEngineFactory._registry
+
+
+MOVED = """
+import importlib
+import sys
+from types import ModuleType
+
+old, new = "vllm.distributed.weight_transfer", "vllm.backends.distributed.weight_transfer"
+for name in ("vllm.backends", "vllm.backends.distributed"):
+    sys.modules[name] = ModuleType(name)
+for part in ("", ".base", ".factory", ".sparse_nccl_engine"):
+    sys.modules[new + part] = importlib.import_module(old + part)
+for name in [name for name in sys.modules if name.startswith(old)]:
+    sys.modules[name] = None  # as if it were not there
+
+from pacatune.integrations.vllm import register
+
+register()
+factory = sys.modules[new].WeightTransferEngineFactory
+engine = factory._registry["pacatune"]()
+assert issubclass(engine, sys.modules[new + ".base"].WeightTransferEngine)
+"""
+
+
+def test_registered_where_vllm_has_moved_its_module():
+    """Its main branch has `weight_transfer` in `backends`."""
+    subprocess.run([sys.executable, "-c", MOVED], check=True)

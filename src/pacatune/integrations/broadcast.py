@@ -1,6 +1,7 @@
 """What a trainer and the engine in vLLM's workers have in common: a name, and a process group."""
 
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -8,6 +9,14 @@ from torch import Tensor
 
 BACKEND = "pacatune"
 """Name of the engine in vLLM's `weight_transfer_config`."""
+
+
+def weight_transfer(part: str = "") -> Any:
+    """Return a module of vLLM's `weight_transfer`, which its main branch has in `backends`."""
+    try:
+        return import_module(f"vllm.backends.distributed.weight_transfer{part}")
+    except ModuleNotFoundError:
+        return import_module(f"vllm.distributed.weight_transfer{part}")
 
 
 class Broadcast:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.integrations.broadcast import BACKEND, Broadcast
+from pacatune.integrations.broadcast import BACKEND, Broadcast, weight_transfer
 from pacatune.sync.elements import element_patches
 from pacatune.sync.message import Columns, Positions, to_wire
 from pacatune.sync.transport import File
@@ -30,13 +30,12 @@ from pacatune.sync.transport import File
 
 def register() -> None:
     """Make the engine known to vLLM; called by it in each of its processes."""
-    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
-    if BACKEND in WeightTransferEngineFactory._registry:  # plug-ins may be loaded twice
+    factory = weight_transfer().WeightTransferEngineFactory
+    if BACKEND in factory._registry:  # plug-ins may be loaded twice
         return
-    module = "pacatune.integrations.vllm_engine"
-    WeightTransferEngineFactory.register_engine(BACKEND, module, "ColumnEngine")
+    factory.register_engine(BACKEND, "pacatune.integrations.vllm_engine", "ColumnEngine")
     if current_platform.is_cpu():
         from pacatune.integrations.vllm_engine import keep_plain_weights
 
@@ -201,10 +200,9 @@ def sparse_patches(positions: Positions, columns: Columns) -> list[Any]:
         positions: Those that the columns are at.
         columns: See `pacatune.sync.element_patches`.
     """
-    from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseWeightPatch
-
+    make = weight_transfer(".sparse_nccl_engine").SparseWeightPatch
     patches = element_patches(positions, columns)
-    return [SparseWeightPatch(one.name, one.indices, one.values, one.shape) for one in patches]
+    return [make(one.name, one.indices, one.values, one.shape) for one in patches]
 
 
 def _in_background(function: Any, *args: Any) -> "Future[None]":

@@ -13,22 +13,19 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from vllm.platforms import current_platform
 
-from pacatune.integrations.broadcast import BACKEND, Broadcast
+from pacatune.integrations.broadcast import BACKEND, Broadcast, weight_transfer
 from pacatune.sync.message import Columns, Positions, from_wire
 from pacatune.sync.placement import FUSIONS
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File
 
+_base: Any = weight_transfer(".base")
+
 
 @dataclass(kw_only=True)
-class InitInfo(WeightTransferInitInfo):
+class InitInfo(_base.WeightTransferInitInfo):
     """How columns come: in the requests, in files of `folder`, or from a group at `host`."""
 
     folder: str | None = None
@@ -40,7 +37,7 @@ class InitInfo(WeightTransferInitInfo):
 
 
 @dataclass(kw_only=True)
-class UpdateInfo(WeightTransferUpdateInfo):
+class UpdateInfo(_base.WeightTransferUpdateInfo):
     """One message of a `VllmTransport`."""
 
     kind: str
@@ -52,7 +49,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     num_bytes: int = 0
 
 
-class ColumnEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class ColumnEngine(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
     """Receives a `ColumnSource`'s columns. All of a sync is written or nothing of it."""
 
     init_info_cls = InitInfo
