@@ -188,7 +188,7 @@ def main(options: list[str] | None = None) -> None:
     add("--seeds", type=at_least_1, default=3)
     add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add("--start", metavar="MODEL", help="begin there, without an SFT")
-    add("--runs", metavar="FOLDER", type=Path, help="keeps the start and each run that has ended")
+    add("--runs", metavar="FOLDER", type=Path, help="keeps one start, and its runs")
     args = parser.parse_args(options)
     kinds = {"paca": "paca", "lora": "merged", "lora-adapter": "lora-adapter"}
     args.kinds = list(dict.fromkeys(kinds[name.partition(",")[0]] for name in args.methods))

@@ -1,4 +1,4 @@
-"""What a trainer and the engine in vLLM's workers have in common: a name, and a process group."""
+"""What a trainer and the engine in vLLM's workers have in common: names, and a process group."""
 
 from datetime import timedelta
 from importlib import import_module
