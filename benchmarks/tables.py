@@ -17,7 +17,6 @@ from benchmarks import verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
-from pacatune.format.options import PACA_RANK
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Row, Table, table
 from tools.doc_block import rewrite
@@ -225,7 +224,7 @@ def _first(results: Path) -> str:
 
     def beside(lora: str) -> str:
         times = [verdict.steps_of(task, results) for task in ("minilm", "dinov2", "smollm2-words")]
-        shares = [one[f"paca{PACA_RANK}"] / one[lora] for one in times]
+        shares = [one["paca16"] / one[lora] for one in times]
         return f"{min(shares):.2f} to {max(shares):.2f}"
 
     model, device = steps.rows[0].model.partition(", ")[2], steps.provenance["device"]
@@ -237,7 +236,7 @@ def _first(results: Path) -> str:
             *map(share, loras),
         ],
         [
-            f"the same of r = {PACA_RANK}, `train`'s default, beside r = 16: three small models",
+            "the same on three small models",
             "-",
             beside("lora16"),
             "-",

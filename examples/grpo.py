@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 TASK, NUM_PROMPTS, NUM_SOLVED, MAX_NEW_TOKENS = "word_sequence_reversal", 2000, 200, 12
-WORDS, RANK = {"min_words": 3, "max_words": 3}, 16
+WORDS = {"min_words": 3, "max_words": 3}
 QUIET = {"eval_strategy": "no", "save_strategy": "no", "report_to": "none"}
 # The list alone: a chat's turns, and the words before it, would be most of the tokens.
 TEMPLATE = (
@@ -79,7 +79,6 @@ def fine_tune(base: str, solved: list[dict], output: Path, seed: int) -> str:
     run = RunConfig(
         model={"path": base},
         data={"path": file.name, "chat_template": TEMPLATE},
-        paca={"r": RANK},
         training={"output_dir": str(output / "sft"), **options, **QUIET},
     )
     train(run)
@@ -98,7 +97,6 @@ def learn(start: str, seed: int, output: Path, options: argparse.Namespace) -> N
         task="grpo",
         model={"path": start},
         data={"path": f"reasoning-gym:{TASK}", **made},
-        paca={"r": RANK},
         training={
             "output_dir": str(output / "grpo"),
             "max_steps": options.steps,

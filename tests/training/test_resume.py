@@ -168,7 +168,7 @@ def interrupted(make_config, tmp_path, stopped, monkeypatch):
 
 def test_what_cannot_be_resumed(interrupted, make_config):
     config = make_config()
-    changes = r"\(paca.r: 64 -> 8; training.learning_rate: 0.005 -> 0.001\); "
+    changes = r"\(paca.r: 16 -> 8; training.learning_rate: 0.005 -> 0.001\); "
     message = rf"other options.*{changes}resume with `--config .*config.yaml`"
     other = make_config(paca={"r": 8}, training={"learning_rate": 1e-3})
     refused(message, other, resume=True)

@@ -52,7 +52,7 @@ def test_columns_and_options_stay_and_values_go_on(make_config, paca, tmp_path):
     given = make_config(adapter=str(paca), paca=section, training=STANDSTILL)
     config = settle(given)
     assert {name: getattr(config.paca, name) for name in PACA} == PACA
-    assert (given.paca.r, section) == (64, PacaSection())  # which may be used again
+    assert (given.paca.r, section) == (16, PacaSection())  # which may be used again
     assert load_tokenizer(config).chat_template == TEMPLATE
     report = train(config, console=QUIET)
     out = tmp_path / "out"
@@ -110,9 +110,9 @@ def test_contradictions(
             settle(make_config(**{"adapter": str(paca), **options}))
     path = tmp_path / "run.yaml"
     save_config(settle(make_config(adapter=str(paca))), path)
-    path.write_text(path.read_text().replace("  r: 3\n", "  r: 64\n"))
+    path.write_text(path.read_text().replace("  r: 3\n", "  r: 16\n"))
     assert main(["train", "--config", str(path)]) == 2  # given, if only as the default
-    assert "`paca.r` (64) contradicts `adapter`" in capsys.readouterr().err
+    assert "`paca.r` (16) contradicts `adapter`" in capsys.readouterr().err
 
     config = make_task_config("reward", adapter=str(paca))
     refused("is for the task type CAUSAL_LM, and this run", config)

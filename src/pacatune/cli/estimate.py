@@ -37,7 +37,7 @@ class EstimateCommand(Setting):
 
     model: str = field(kw_only=False)
     rank: int | None = None  # type: ignore[assignment]
-    """Columns or rank of the adapter; where not given, `train`'s: 64 for paca, 8 for others."""
+    """Columns or rank of the adapter; where not given, `train`'s: 16 for paca, 8 for others."""
     batch_size: int = 8
     """Sequences per micro-batch, on each device; by default as many as in `train`."""
     seq_len: int = 1024

@@ -58,8 +58,8 @@ class TargetOptions:
     """Scale the update by alpha / sqrt(r) instead of alpha / r."""
 
 
-PACA_RANK = 64
-"""Columns of each weight that a run of PaCA trains, as its study's rule says; or all, of fewer."""
+PACA_RANK = 16
+"""Columns of each weight that a run of PaCA trains by default; all, of a weight that has fewer."""
 
 
 @dataclass

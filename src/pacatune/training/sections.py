@@ -78,13 +78,13 @@ class ImageModelConfig:
 class PacaSection(PacaChoices):
     """Options of the methods `paca` and `qpaca`: those of `pacatune.PacaConfig`, and of the run.
 
-    Here `r` is 64 and `paca_alpha` 16, where `PacaConfig` has 8. As `selection`, the folder or
+    Here `r` and `paca_alpha` are 16, where `PacaConfig` has 8. As `selection`, the folder or
     .safetensors file of a PaCA adapter, whose columns are taken, may be given too.
     """
 
     r: int = PACA_RANK
     """Number of trained input columns of each weight. Costs 16 bytes per column and output, and one
-    kept channel per column and token; 8 to 64. 64 are all columns of a weight that has fewer."""
+    kept channel per column and token; 8 to 64. 16 are all columns of a weight that has fewer."""
 
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.

@@ -45,7 +45,7 @@ def _take_options(config: RunConfig) -> None:
             if option.name == "selection" and kept not in strategies():
                 kept = option.default  # "fixed", or a strategy that left; the columns are there
             given = typed.get(option.name)
-            # A saved run names no patterns where 64 columns were fitted to narrow weights.
+            # A saved run names no patterns where the default was fitted to narrow weights.
             if _in_order(given) not in (None, {}, kept):
                 raise ValueError(
                     f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "
