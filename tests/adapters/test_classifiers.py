@@ -59,6 +59,10 @@ def test_a_merged_lora_reward_model(model_copy, tmp_path):
             {"id2label": {"0": "a", "1": "b", "2": "c"}, "pad_token_id": "x"},
             r"`pad_token_id` \('x'\) must",
         ),
+        (
+            {"id2label": {"0": "a", "1": "b", "2": "c"}, "problem_type": ["x"]},
+            r"`problem_type` \(\['x'\]\) must be one of regression, single_label",
+        ),
     ],
 )
 @pytest.mark.parametrize("num_labels", [3])

@@ -1,9 +1,17 @@
 """Texts of some classes: what is read, what is saved, and the rate of a new head."""
 
+import json
 import shutil
 
 import pytest
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    pipeline,
+)
 
 from pacatune.adapters.merge import merge
 from pacatune.data.config import TextClassConfig
@@ -25,6 +33,29 @@ def make_classifier(make_task_config, tmp_path):
     def make(method="paca", *, data=(), **options):
         data = {"path": str(path), **dict(data)}
         return make_task_config("classifier", method, data=data, **options)
+
+    return make
+
+
+@pytest.fixture
+def make_bert(tiny_tokenizer, tmp_path):
+    """Save a tiny BERT whose head knows some classes."""
+
+    def make(*names, **options):
+        config = BertConfig(
+            vocab_size=len(tiny_tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            **options,
+        )
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+        tiny_tokenizer.save_pretrained(tmp_path / "bert")
+        return tmp_path / "bert"
 
     return make
 
@@ -56,13 +87,9 @@ def test_of_the_head_alone(make_classifier):
         make_classifier(training={"head_learning_rate": 0})
 
 
-def test_a_head_of_its_own_learns_as_the_rest(make_classifier, tiny_model_dir, tmp_path):
-    folder = tmp_path / "with-head"
-    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=3)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_model_dir / name).read_bytes())
-    config = make_classifier(model={"path": str(folder)}, training={"learning_rate": 1e-4})
+def test_a_head_of_its_own_learns_as_the_rest(make_classifier, make_bert):
+    path = str(make_bert(*WORDS))
+    config = make_classifier(model={"path": path}, training={"learning_rate": 1e-4})
     assert {*rates(config).values()} == {1e-4}
 
 
@@ -161,3 +188,89 @@ def test_a_classifier_knows_its_classes(
 def test_labels_are_sorted_as_what_they_are():
     assert sort_labels(["10", "9", "-1", "2", "10"]) == ["-1", "2", "9", "10"]
     assert sort_labels(["b", "10", "9"]) == ["10", "9", "b"]
+
+
+def short_texts(path, *labels):
+    return str(
+        write_rows(path, [{"text": f"It is {i}.", "label": labels[i % 2]} for i in range(20)])
+    )
+
+
+def test_a_head_of_the_same_classes_keeps_their_order(
+    make_classifier, make_bert, tmp_path, console
+):
+    bert = make_bert("b", "a")
+    data = {"path": short_texts(tmp_path / "rows.jsonl", "a", "b")}
+    config = make_classifier(
+        "full", data=data, model={"path": str(bert)}, training={"max_steps": 1}
+    )
+    task = task_of(config)
+    assert not task.prepared.has_new_head
+    assert "new" not in task.prepared.about_data
+    own = AutoModelForSequenceClassification.from_pretrained(bert)
+    loaded = task.load_model()
+    assert loaded.config.id2label == {0: "b", 1: "a"}
+    assert torch.equal(loaded.classifier.weight, own.classifier.weight)
+    first, name = task.prepared.train[0], {"b": 0, "a": 1}
+    text = task.tokenizer.decode(first["input_ids"], skip_special_tokens=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [name[row["label"]] for row in rows if row["text"] == text] == [first["labels"]]
+    train(config, console=QUIET)
+    saved = read_json(tmp_path / "out" / "config.json")
+    assert saved["id2label"] == {"0": "b", "1": "a"}
+
+
+@pytest.mark.parametrize("method", ["paca", "full"])
+@pytest.mark.parametrize(
+    ("own", "labels", "reason"),
+    [
+        (("b", "a"), ("ham", "spam"), "the checkpoint's is for b; a"),
+        (("LABEL_0", "LABEL_1"), ("0", "1"), "the checkpoint's is for LABEL_0; LABEL_1"),
+        (("a", "b", "c"), ("a", "b"), "the checkpoint's is for a; b; c"),
+        (("score",), ("a", "b"), "the checkpoint's is for score"),
+        ((), ("a", "b"), "the checkpoint has none"),
+    ],
+)
+def test_a_head_of_other_classes_is_replaced(
+    make_classifier,
+    make_bert,
+    tiny_model_dir,
+    tmp_path,
+    console,
+    monkeypatch,
+    method,
+    own,
+    labels,
+    reason,
+):
+    """A regression or several labels per text would bring a loss of their own, too."""
+    kinds = {1: "regression", 3: "multi_label_classification"}
+    bert = tmp_path / "bert"
+    if own:
+        make_bert(*own, problem_type=kinds.get(len(own)))
+    else:
+        shutil.copytree(tiny_model_dir, bert)
+    config = make_classifier(
+        method,
+        data={"path": short_texts(tmp_path / "rows.jsonl", *labels)},
+        model={"path": str(bert)},
+        training={"max_steps": 2, "learning_rate": 1e-4},
+    )
+    task = task_of(config)
+    assert task.prepared.has_new_head
+    model = task.load_model()
+    if own:
+        weight = AutoModelForSequenceClassification.from_pretrained(bert).classifier.weight
+        assert not torch.isin(model.classifier.weight, weight).any()
+    report = train(config, console=console)
+    assert f"the head is new: {reason}" in console.file.getvalue()
+    assert report.eval_metrics_after["accuracy"] is not None
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("FOLDER", "out"), names := {})
+    assert names["model"].config.id2label == dict(enumerate(labels))
+    if method == "paca":
+        merge(None, tmp_path / "out", tmp_path / "merged")
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config
+        assert merged.id2label == dict(enumerate(labels))
+        assert merged.problem_type == "single_label_classification"

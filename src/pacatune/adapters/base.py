@@ -90,6 +90,7 @@ DTypeName = Dtype | Literal["float64"]
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS")
 """Tasks whose head has an output for each class."""
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -128,15 +129,16 @@ def load_base(
     target = choose_device(device)
     config, model_class = _config_and_class(name, task_type, num_labels)
     wanted = dtype if dtype == "auto" else torch_dtype(dtype)
-    options: dict[str, Any] = {}
+    # a head of another size is replaced by the adapter's
+    options: dict[str, Any] = {"ignore_mismatched_sizes": num_labels is not None}
     if quantization is not None and getattr(config, "quantization_config", None) is None:
         compute_dtype: Any = config.dtype or torch.float32 if dtype == "auto" else wanted
-        options = {
+        options |= {
             "quantization_config": quantization_config(quantization, compute_dtype),
             "device_map": {"": target},
         }
     model = pretrained.load_weights(model_class, name, dtype=wanted, config=config, **options)
-    if not options:
+    if "device_map" not in options:
         model = model.to(target)
     return cast(PreTrainedModel, model.eval())
 
@@ -190,6 +192,7 @@ def labels_of(adapter: Adapter | LoraAdapter, num_labels: int) -> dict[str, Any]
         return {}
     head = head if isinstance(head, dict) else {}
     names, padding = head.get("id2label"), head.get("pad_token_id")
+    problem = head.get("problem_type")
     names = names if isinstance(names, dict) else {}
     is_list = {*names} == {str(number) for number in range(len(names))}
     if not (names and is_list and all(isinstance(name, str) for name in names.values())):
@@ -197,6 +200,10 @@ def labels_of(adapter: Adapter | LoraAdapter, num_labels: int) -> dict[str, Any]
     if padding is not None and (type(padding) is not int or padding < 0):
         raise ValueError(
             f"{path}: `pad_token_id` ({str(padding)[:80]!r}) must be a token's number."
+        )
+    if problem not in (None, *_PROBLEMS):
+        raise ValueError(
+            f"{path}: `problem_type` ({problem!r:.80}) must be one of {', '.join(_PROBLEMS)}."
         )
     if len(names) != num_labels:
         raise ValueError(
@@ -206,6 +213,7 @@ def labels_of(adapter: Adapter | LoraAdapter, num_labels: int) -> dict[str, Any]
     id2label = {number: names[str(number)] for number in range(len(names))}
     label2id = {name: number for number, name in id2label.items()}
     found = {"id2label": id2label, "label2id": label2id, "pad_token_id": padding}
+    found["problem_type"] = problem  # the base's may be another
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of a model that tells texts of some classes apart; its head is new."""
+"""Fine-tuning of a model that tells texts of some classes apart."""
 
 import copy
 import re
@@ -9,7 +9,7 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
 
-from pacatune.data.checks import overlap_warning
+from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
@@ -26,7 +26,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token  # saved with the result
     train, held_out = split_texts(cast(TextClassConfig, config.data))
-    classes = sort_labels(train["label"][:])
+    classes, why_new = choose_classes(load_model_config(config), train["label"][:])
     encode = partial(_encode, config.data.max_length, tokenizer, classes)
     rows, collator = encode(train), DataCollatorWithPadding(tokenizer)
     return TaskData(
@@ -43,9 +43,11 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
             "num_labels": len(classes),
             "id2label": dict(enumerate(classes)),
             "label2id": {name: number for number, name in enumerate(classes)},
+            # a checkpoint's own may bring another loss
+            "problem_type": "single_label_classification",
         },
         trainer_options={"data_collator": collator, "compute_metrics": accuracy},
-        has_new_head=not _has_head(load_model_config(config), len(classes)),
+        new_head=why_new,
         length_option="`data.max_length`",
         less_memory="`data.max_length`",
     )
@@ -54,10 +56,18 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
 classifier = partial(LanguageTask, trainer=Trainer, prepare=prepare)
 
 
-def _has_head(model_config: Any, num_classes: int) -> bool:
-    """Whether the weights of a model have a head for as many classes, which is trained on."""
-    names = " ".join(model_config.architectures or ())
-    return "ForSequenceClassification" in names and model_config.num_labels == num_classes
+def choose_classes(model_config: Any, labels: Iterable[str]) -> tuple[list[str], str | None]:
+    """Return the classes in order, and why the model gets a new head for them; None: it has one.
+
+    A checkpoint's head is kept only if it is for these very classes, by their names.
+    """
+    classes = sort_labels(labels)
+    if "ForSequenceClassification" not in " ".join(model_config.architectures or ()):
+        return classes, "the checkpoint has none"
+    own = [model_config.id2label[number] for number in sorted(model_config.id2label)]
+    if sorted(own) == sorted(classes):
+        return own, None
+    return classes, f"the checkpoint's is for {some(own)}"
 
 
 def sort_labels(labels: Iterable[str]) -> list[str]:

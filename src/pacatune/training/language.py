@@ -43,6 +43,7 @@ from pacatune.training.task import (
     make_adapter_config,
     make_plan,
     make_trainable,
+    reset_heads,
     task_of,
 )
 from pacatune.training.tasks import READER
@@ -128,12 +129,13 @@ class LanguageTask(Task):
         rows = data.train if data.sample is None else data.sample
         how_many = f"{len(rows):,}" if data.sample is None else "streamed"
         parts = [rows, *([] if data.evaluation is None else [data.evaluation])]
+        head = "" if found.new_head is None else f"; the head is new: {found.new_head}"
         digests = b"".join(digest for part in parts for digest in row_digests(part, found.columns))
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
             fingerprint=hashlib.blake2b(digests, digest_size=16).hexdigest(),
-            about_data=f"{how_many} examples, {held_out:,} held out",
+            about_data=f"{how_many} examples, {held_out:,} held out{head}",
             adapter_config=adapter_config,
             plan=plan,
             model=model_path(config),
@@ -141,7 +143,7 @@ class LanguageTask(Task):
             dtype=dtype_name(weights_dtype(config)),
             less_memory=found.less_memory,
             loss=found.loss,
-            has_new_head=found.has_new_head,
+            has_new_head=found.new_head is not None,
             fixed_split=found.fixed_split,
             warnings=warnings,
         )
@@ -187,6 +189,8 @@ class LanguageTask(Task):
                 use_safetensors=True,
                 **options,
             )
+        if data.new_head is not None:  # of other classes, it may have the same size
+            reset_heads(model)
         return model
 
     def make_trainer(
@@ -251,7 +255,8 @@ class LanguageTask(Task):
             )
         options = dict(self.data.model_options)
         if task_type == "SEQ_CLS":
-            options["pad_token_id"] = pad_id(self.tokenizer)
+            # a head of another size in the base is replaced by the adapter's
+            options |= {"pad_token_id": pad_id(self.tokenizer), "ignore_mismatched_sizes": True}
         changes = "".join(f", {name}={value!r}" for name, value in options.items())
         source = repr(report.model)
         if is_gguf(report.model):
@@ -319,7 +324,7 @@ class LanguageTrainer(RunTrainer):
         model = self.accelerator.unwrap_model(self.model)
         adapter = getattr(model, "peft_config", {}).get("default")
         if self.args.should_save and getattr(adapter, "task_type", None) == "SEQ_CLS":
-            names = ("id2label", "label2id", "pad_token_id")
+            names = ("id2label", "label2id", "pad_token_id", "problem_type")
             head = {HEAD_KEY: {name: getattr(model.config, name) for name in names}}
             (Path(output_dir or self.args.output_dir) / SIDECAR_NAME).write_text(
                 to_json(head), encoding="utf-8"

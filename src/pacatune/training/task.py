@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -66,8 +67,8 @@ class TaskData:
     """Changes to the configuration of the model."""
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of the trainer."""
-    has_new_head: bool = False
-    """Whether the model gets a head for its classes."""
+    new_head: str | None = None
+    """Why the model gets a new head for its classes; None: it gets none."""
     fixed_split: str | None = None
     """Why a run must go on with the processes and batches that it began with; None: it need not."""
     length_option: str = "`training.max_length`"
@@ -215,6 +216,17 @@ def find_heads(model: Any) -> list[str]:
         found = [child for child in model.children() if child is not body]
     modules = model.named_modules()
     return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
+
+
+def reset_heads(model: nn.Module) -> None:
+    """Draw the weights of the heads anew, from torch's global generator."""
+    heads = [model.get_submodule(name) for name in find_heads(model)]
+    parameters = [parameter for head in heads for parameter in head.parameters()]
+    with gather_params_ctx(parameters, modifier_rank=0):  # ZeRO-3 shards them
+        layers: list[Any] = [layer for head in heads for layer in head.modules()]
+        for layer in layers:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
 
 
 def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -> Plan:

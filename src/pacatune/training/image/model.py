@@ -21,7 +21,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.methods import Method
 from pacatune.pretrained import empty_model, find_model, load_config, load_weights
-from pacatune.training.task import find_heads
+from pacatune.training.task import find_heads, reset_heads
 from pacatune.tuner.defaults import default_targets, survey
 from pacatune.tuner.layout import ConvolutionLayout
 
@@ -119,9 +119,8 @@ class ImageBase:
                 f"{self.path} lacks {len(lost)} weights of {type(model).__name__}, or has them in "
                 f"other shapes, first {lost[0]!r}: they would be random. Use a complete model."
             )
-        for module in (module for name in new for module in model.get_submodule(name).modules()):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        if not self.has_own_head:
+            reset_heads(model)
         if more := self._forward_options:
             model.register_forward_pre_hook(
                 lambda _, args, options: (args, {**options, **more}), with_kwargs=True
