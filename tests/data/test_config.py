@@ -35,6 +35,16 @@ def test_no_data():
         (DataConfig, one(weights=1), r"`data.datasets` \('weights'\) .* mean 'weight'"),
         (DataConfig, one() | {"path": "b"}, "`data.path` is for a single data set, and"),
         (DataConfig, one() | {"format": "text"}, "`data.format` is for a single"),
+        (
+            DataConfig,
+            {"chat_template_kwargs": 3},
+            "`data.chat_template_kwargs` is 3; it must be an",
+        ),
+        (
+            PromptDataConfig,
+            {"chat_template_kwargs": {"tools": 1}},
+            "`data.chat_tem.* sets 'tools',",
+        ),
         (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
         (PromptDataConfig, {"options": {"a": 1}}, r"`data.options` .* is ignored .*; drop it"),
         (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),

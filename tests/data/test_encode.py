@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import trl
 
-from pacatune.data.encode import Encoder
+from pacatune.data.encode import Encoder, with_defaults
 from pacatune.data.formats import Example, to_examples
 from pacatune.data.read import Row, read_rows
 from tests.conftest import CHAT_TEMPLATE
@@ -318,3 +318,66 @@ def test_what_a_template_may_drop(tokenizer):
     # Where nothing is learned from a turn, the template decides what a model sees of its past.
     past = [THOUGHT[0], {**THOUGHT[1], "weight": 0}]
     assert learned_text(tokenizer, encode_row(tokenizer, ROLES_APART, [*past, *PLAIN]))
+
+
+MODES = "{{ 'slow' if enable_thinking else 'fast' }}{{ more }}"
+MODES = CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + MODES)
+
+
+@pytest.mark.parametrize(
+    "values", [{"messages": PLAIN}, {"prompt": PLAIN[:1], "completion": PLAIN[1:]}]
+)
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_row_sets_variables_of_the_template(tokenizer, values, is_text):
+    """As TRL does it; tables may keep them as JSON."""
+    tokenizer.chat_template = MODES
+    encoder = Encoder(tokenizer=tokenizer, stop_ids={2})
+    for options in ({"enable_thinking": True, "more": "!"}, {"enable_thinking": False}, None):
+        column = json.dumps(options) if is_text else options
+        (example,) = to_examples([Row("f", {**values, "chat_template_kwargs": column})])
+        expected = tokenizer.apply_chat_template(PLAIN, **(options or {}), return_dict=True)
+        assert encoder(example)["input_ids"] == expected["input_ids"]
+        assert encoder(example)["notes"] == []
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_an_empty_thought_is_learned_where_the_prompt_does_not_give_it(tokenizer, thinks):
+    template = (TEMPLATES / "qwen3.jinja").read_text()
+    tokenizer.chat_template = template
+    values = {"prompt": PLAIN[:1], "completion": PLAIN[1:]}
+    for rows, default in (({"enable_thinking": thinks}, template), ({}, None)):
+        default = default or with_defaults(template, {"enable_thinking": thinks})
+        tokenizer.chat_template = default
+        (example,) = to_examples([Row("f", {**values, "chat_template_kwargs": rows})])
+        learned = learned_text(tokenizer, Encoder(tokenizer=tokenizer, stop_ids={2})(example))
+        assert learned.startswith("|<think>" if thinks else "|Yes.")
+
+
+def test_variables_that_the_run_sets_are_defaults(tokenizer):
+    tokenizer.chat_template = MODES
+    more = {"more": 'it\'s "é" {% %}\n', "enable_thinking": True, "n": None, "d": {"x": [1.5]}}
+    expected = tokenizer.apply_chat_template(PLAIN, tokenize=False, **more)
+    own = tokenizer.apply_chat_template(PLAIN, tokenize=False, more="", enable_thinking=False)
+    assert expected.startswith("<s>slowit's")
+    tokenizer.chat_template = with_defaults(MODES, more)
+    assert tokenizer.apply_chat_template(PLAIN, tokenize=False) == expected
+    tokenizer.chat_template = with_defaults(tokenizer.chat_template, {"enable_thinking": False})
+    said = tokenizer.apply_chat_template(PLAIN, tokenize=False)
+    assert said == expected.replace("slow", "fast")  # the newest wins
+    values = {"messages": PLAIN, "chat_template_kwargs": {"more": ""}}
+    (example,) = to_examples([Row("f", values)])
+    ids = Encoder(tokenizer=tokenizer, stop_ids={2})(example)["input_ids"]
+    assert tokenizer.decode(ids) == own
+
+
+def test_a_known_template_is_known_with_defaults(tokenizer):
+    """Without TRL's marks it would be refused, as it changes earlier turns."""
+    template = (TEMPLATES / "qwen3.jinja").read_text()
+    turns = chat("a", "<think>\nb\n</think>\n\nc", "d", "<think>\ne\n</think>\n\nf")
+    plain = encode_row(tokenizer, template, turns)
+    assert encode_row(tokenizer, with_defaults(template, {"enable_thinking": True}), turns) == plain
+
+
+def test_a_variable_that_no_template_reads_is_said(tokenizer):
+    (example,) = to_examples([Row("f", {"messages": PLAIN, "chat_template_kwargs": {"think": 1}})])
+    assert Encoder(tokenizer=tokenizer, stop_ids={2})(example)["notes"] == ["unread"]

@@ -114,6 +114,11 @@ def showing(*images, **columns):
     return {"messages": [{**USER, "content": parts}, ASSISTANT], **columns}
 
 
+def templated(values):
+    return {"messages": CHAT, "chat_template_kwargs": values}
+
+
+QA = {"messages": None, "prompt": "q", "completion": "a"}
 MARKED = {"messages": [{**USER, "content": "<image>q"}, ASSISTANT]}
 ROLE = {"role": "assistnt", "content": "a"}
 ACCEPTED = r"are not those; .* Accepted are messages \| conversations \| prompt, completion \| "
@@ -148,6 +153,11 @@ ROLES = "roles are system, developer, user, assistant, tool, function, ipython, 
         (sharing(**{"from": "humen", "value": "a"}), r"conversations\[1\]: .* did you mean 'user'"),
         (sharing(**{"from": "bot", "value": "a"}), rf"\[1\]: the role is 'bot'; {ROLES}"),
         (sharing(**{"from": "function_call", "value": "add(1)"}), r"'value' is 'add\(1\)'; it mu"),
+        (templated(3), "'chat_template_kwargs' is 3; it must be an object, as {\"enable_thin"),
+        (templated("x"), "'chat_template_kwargs' is 'x'; it must be JSON"),
+        (templated({"tools": []}), "'chat_template_kwargs' sets 'tools', which is no variable of"),
+        (templated({"a b": 1}), "'chat_template_kwargs' sets 'a b', which is no variable of a"),
+        (templated({"x": 1}) | QA, "'chat_template_kwargs' is not used by format 'prompt-comple"),
         (showing("no.png"), "the image is 'no.png', which is no file here"),
         (showing("http://a/b.png"), "nothing is fetched while data is read: give its path"),
         (showing(3), "the image is 3; give a path or a data URI"),

@@ -42,6 +42,21 @@ def test_system_prompt(prepare):
         assert row["prompt"] == [seen, *turns]
 
 
+def test_a_row_sets_variables_of_the_template(prepare, tokenizer):
+    tokenizer.chat_template += "{{ more }}"
+    asked = chat("a")
+    longer, shorter = (
+        prepare([{"prompt": asked, "chat_template_kwargs": {"more": more}}], system_prompt="b")
+        for more in ("abc" * 9, "")
+    )
+    number = len(tokenizer("abc" * 9, add_special_tokens=False)["input_ids"])
+    assert longer.longest == shorter.longest + number
+    assert longer.train[0]["chat_template_kwargs"] == {"more": "abc" * 9}
+    assert longer.warnings == []
+    (warning,) = prepare([{"prompt": asked, "chat_template_kwargs": {"less": 1}}]).warnings
+    assert "1 of 1 prompts set `chat_template_kwargs` that the chat template does not" in warning
+
+
 REFUSES_B = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
 
 
@@ -50,6 +65,12 @@ REFUSES_B = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
     [
         ([{"prompt": "a", "place": 1}], "", "column 'place' has the name of .*; rename it"),
         ([{"prompt": "a", "images": ["x"]}], "", "'images' has the name of an argument that"),
+        (
+            [{"prompt": chat("a"), "chat_template_kwargs": 1}],
+            "",
+            "row 1: 'chat_.*must be an object",
+        ),
+        ([{"prompt": "a", "chat_template_kwargs": {"x": 1}}], "", "row 1: .* not used by a text"),
         ([{"question": "a"}], "", r"row 1: field 'prompt' is missing \(columns \['question'\]\)"),
         ([{"prompt": chat("a", "b")}], "", "'prompt' ends with an assistant turn, which the model"),
         ([{"prompt": "a"}, {"prompt": chat("b")}], "", "row 1 has a text .* a chat; convert one"),

@@ -7,12 +7,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from pacatune.adapters.base import find_tokenizer
 from pacatune.adapters.folder import read_adapter
-from pacatune.training import train
+from pacatune.training import preview, train
 from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options
 from pacatune.training.task import task_of
 from tests.adapters.fixtures import edit_json, model_copy
-from tests.training.runs import QUIET, assert_close, read_json, refused
+from tests.data.conftest import talk
+from tests.training.runs import QUIET, assert_close, read_json, refused, write_rows
 
 __all__ = ["model_copy"]
 
@@ -97,6 +99,47 @@ def test_stop_ids_are_those_of_generation_and_of_the_run(make_config, model_copy
     tokenizer = load_tokenizer(config)
     assert tokenizer.eos_token == "<|user|>"
     assert find_stop_ids(config, tokenizer) == {2, tokenizer.eos_token_id}
+
+
+MODES = "{{ bos_token }}{{ mode }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.usefixtures("rewards_module")
+@pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward", "grpo", "rloo"])
+def test_variables_of_the_template(make_task_config, model_copy, tmp_path, console, task):
+    """The run's reach the data, previews and the saved tokenizer; a row's own win."""
+    (model_copy / "chat_template.jinja").write_text(MODES)
+    question, answer, other = (talk(text, text)["messages"] for text in ("q", "a", "b"))
+    row = {"prompt": question[:1], "chosen": answer[1:], "rejected": other[1:]}
+    row = {"sft": talk("q", "a"), "grpo": {"prompt": question[:1]}}.get(task, row)
+    row = {"prompt": question[:1]} if task == "rloo" else row
+    rows = [{**row, "chat_template_kwargs": {"mode": "slow"}}, row] * 5
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    data = {"path": path, "chat_template_kwargs": {"mode": "fast"}, "eval_fraction": 0}
+    config = make_task_config(
+        task, data=data, model={"path": str(model_copy)}, training={"eval_strategy": "no"}
+    )
+    preview(config, 20, console=console)
+    said = console.file.getvalue()
+    assert said.count("<s>slow") == said.count("<s>fast") > 0
+    trained = task_of(config)
+    batch = trained.collate(trained.prepared.train, [*range(len(trained.prepared.train))])
+    texts = trained.tokenizer.batch_decode(batch["input_ids"])
+    assert sum("slow" in text for text in texts) == sum("fast" in text for text in texts) > 0
+    if task == "sft":
+        train(config, console=QUIET)
+        saved = find_tokenizer(str(model_copy), tmp_path / "out")
+        assert saved.apply_chat_template(question, tokenize=False).startswith("<s>fast")
+
+
+def test_variables_that_the_template_does_not_read(make_config, model_copy):
+    data = {"chat_template_kwargs": {"enable_thinkin": False}}
+    with pytest.raises(ValueError, match=r"`data.chat_template_kwargs` \('enable_thinkin'\) is no"):
+        load_tokenizer(make_config(data=data))
+    (model_copy / "chat_template.jinja").unlink()
+    config = make_config(data=data, model={"path": str(model_copy)})
+    with pytest.raises(ValueError, match=r"`data.chat_template_kwargs` .* is for a chat template"):
+        load_tokenizer(config)
 
 
 def test_nothing_of_a_model_is_executed(make_config, model_copy, tmp_path):

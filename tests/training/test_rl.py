@@ -11,9 +11,18 @@ from pacatune.training.config import reward_name
 from pacatune.training.config_file import read_values
 from pacatune.training.output import last_checkpoint, read_state
 from pacatune.tuner.layer import PacaLayer
+from tests.adapters.fixtures import model_copy
 from tests.conftest import build_model
-from tests.training.runs import QUIET, assert_same, assert_same_run, make_trainer, refused
+from tests.training.runs import (
+    QUIET,
+    assert_same,
+    assert_same_run,
+    make_trainer,
+    refused,
+    write_rows,
+)
 
+__all__ = ["model_copy"]
 pytestmark = pytest.mark.usefixtures("rewards_module")
 GAP = "sampling/sampling_logp_difference/max"
 
@@ -32,6 +41,28 @@ def test_run(make_task_config, tmp_path, console, task, method):
     folder = tmp_path / "out"
     assert (folder / "reward.png").exists() > (folder / "loss.png").exists()
     assert not any("loss" in row for row, _ in report.table())  # it says nothing of rewards
+
+
+@pytest.mark.parametrize("task", ["grpo", "rloo"])
+def test_a_row_sets_variables_of_the_template(make_task_config, model_copy, tmp_path, task):
+    """TRL takes those of the run alone."""
+    template = "{{ mode }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (model_copy / "chat_template.jinja").write_text(template)
+    row = {"prompt": [{"role": "user", "content": "q"}]}
+    rows = [{**row, "chat_template_kwargs": {"mode": "slow"}}, row] * 5
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def see(chat_template_kwargs, completions, **kwargs):\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    data = {"path": path, "chat_template_kwargs": {"mode": "fast"}, "eval_fraction": 0}
+    options = {"model": {"path": str(model_copy)}, "training": {"eval_strategy": "no"}}
+    trainer = make_trainer(make_task_config(task, data=data, reward=["my_rewards:see"], **options))
+    rows = [trainer.train_dataset[place] for place in (0, 0, 1, 1)]
+    ids = trainer._generate_and_score_completions(rows)["prompt_ids"]
+    texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    assert texts == ["slowq" if row["chat_template_kwargs"] else "fastq" for row in rows]
+    assert {*texts} == {"fastq", "slowq"}
 
 
 def constant(completions, **kwargs):

@@ -16,6 +16,8 @@ _NOTES = {
     "moved": "have a prompt that is tokenized otherwise alone than in front of its completion, so "
     "the model is trained on a prompt that it will not see; end prompts on a token boundary, as "
     "before a space or line break",
+    "unread": "set `chat_template_kwargs` that the chat template does not read, so they change "
+    "nothing",
 }
 """What the notes of an encoded example say."""
 
@@ -37,10 +39,14 @@ def keep_learnable(
     if what == "evaluation" or len(places["open"]) < len(kept) - len(places["cut"]):
         places["open"] = []  # where some end, the others may be meant so
     for note, found in places.items():
-        said = _NOTES[note].format(max_length=max_length)
         if found:
-            warnings.append(f"{len(found)} of {len(data)} {what} examples {said}: {some(found)}.")
+            warnings.append(note_on(note, found, f"{len(data)} {what} examples", max_length))
     return data.select(kept).remove_columns("notes")
+
+
+def note_on(note: str, places: Sequence[str], of: str, max_length: int | None = None) -> str:
+    """Return a note about the examples at some places, out of so many."""
+    return f"{len(places)} of {of} {_NOTES[note].format(max_length=max_length)}: {some(places)}."
 
 
 def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:

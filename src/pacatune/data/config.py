@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pacatune.data.formats import VARIABLES, check_variables
 from pacatune.names import check_choices, choose
 
 REASONING_GYM = "reasoning-gym:"
@@ -130,6 +131,14 @@ class TextDataConfig(DataSection):
 
     chat_template: str | None = None
     """Chat template: a file or the Jinja text itself. The model's own where null."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as {enable_thinking: false}, unless a row sets others in
+    a column of this name. They are saved in the template, so that they hold for generation too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_variables(f"`data.{VARIABLES}`", self.chat_template_kwargs)
 
 
 @dataclass(kw_only=True)

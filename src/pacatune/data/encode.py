@@ -4,11 +4,10 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pacatune.data.formats import IMAGE, Example, Message, as_parts, stored_image
 from pacatune.data.read import named
@@ -23,6 +22,7 @@ IGNORED = -100
 _WRITTEN = ("reasoning_content", "reasoning", "thinking")
 _CALLS = {"tool_calls", "function_call"}
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+_DEFAULTS = re.compile(r"\A(?:\{% set (\w+) = \1 if \1 is defined else .+ %\}\n)*")
 # What templates add and take away: white space, and the quoting of JSON.
 _UNREAD = re.compile(r'[\s\\"]+')
 
@@ -48,7 +48,14 @@ class Encoder:
     """What makes images into tensors, where chats have some."""
 
     def __post_init__(self) -> None:
-        self._marked_template = _find_marked_template(self.processor or self.tokenizer)
+        writer = self.processor or self.tokenizer
+        self._marked_template = _find_marked_template(writer)
+        self._template = str(writer.chat_template or "")
+        self._cues: dict[str, list[int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is remembered: by the rest, datasets knows encoded data again."""
+        return vars(self) | {"_cues": {}}
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
@@ -73,6 +80,8 @@ class Encoder:
             fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
             raise ValueError(f"nothing to learn, no token is an answer's; {fix}.")
         notes = ["moved"] * moved
+        if not all(reads_variable(self._template, name) for name in example.variables):
+            notes.append("unread")
         if not any(learned[1:limit]):
             notes.append("lost")
         elif limit is not None and len(ids) > limit:
@@ -203,7 +212,7 @@ class Encoder:
         marked = self._render(example, messages, return_assistant_tokens_mask=True)
         ids = list(marked["input_ids"])
         learned = [bool(bit) for bit in marked["assistant_masks"]]
-        self._unlearn_frames(ids, learned)
+        self._unlearn_frames(ids, learned, self._cue(example.variables))
         if example.prompt:
             start = common_prefix(self._ids(example, messages[: len(example.prompt)]), ids)
             learned[:start] = [False] * start
@@ -213,7 +222,7 @@ class Encoder:
                 learned[start:end] = [False] * (end - start)
         return ids, learned, moved
 
-    def _unlearn_frames(self, ids: list[int], learned: list[bool]) -> None:
+    def _unlearn_frames(self, ids: list[int], learned: list[bool], cue: list[int]) -> None:
         """Take out what marks cover and the model does not write when it answers.
 
         That is the end of the generation prompt, a line break behind the token that ends an answer,
@@ -223,30 +232,31 @@ class Encoder:
         answers = [[*places] for is_learned, places in runs if is_learned]
         for number, places in enumerate(answers):
             start, end = places[0], places[-1] + 1
-            first = self._end_of_cue(ids, start)
+            first = self._end_of_cue(ids, start, cue)
             last = self._end_of_answer(ids, first, end)
             if number < len(answers) - 1:
                 first = max(first, self._end_of_thought(ids, start, last))
             learned[start:end] = [first <= place < last for place in places]
 
-    def _end_of_cue(self, ids: list[int], start: int) -> int:
+    def _end_of_cue(self, ids: list[int], start: int, cue: list[int]) -> int:
         """Return where the generation prompt ends that a learned turn begins in."""
-        cue = self._cue
         for begin in range(max(0, start - len(cue) + 1), start + 1):
             if cue and ids[begin : begin + len(cue)] == cue:
                 return begin + len(cue)
         return start
 
-    @cached_property
-    def _cue(self) -> list[int]:
-        """The tokens that a generation prompt adds to a chat."""
-        question = Example("", [], [{"role": "user", "content": "?"}])
-        with contextlib.suppress(ValueError):  # a template may ask for more
-            plain = self._ids(question, question.messages)
-            cued = self._ids(question, question.messages, add_generation_prompt=True)
-            if cued[: len(plain)] == plain:
-                return cued[len(plain) :]
-        return []
+    def _cue(self, variables: dict[str, Any]) -> list[int]:
+        """Return the tokens that a generation prompt adds to a chat."""
+        key = repr(variables)
+        if key not in self._cues:
+            self._cues[key] = []
+            question = Example("", [], [{"role": "user", "content": "?"}], variables=variables)
+            with contextlib.suppress(ValueError):  # a template may ask for more
+                plain = self._ids(question, question.messages)
+                cued = self._ids(question, question.messages, add_generation_prompt=True)
+                if cued[: len(plain)] == plain:
+                    self._cues[key] = cued[len(plain) :]
+        return self._cues[key]
 
     def _end_of_answer(self, ids: list[int], start: int, end: int) -> int:
         """Return where a generation ends: a line break behind its last token is never written."""
@@ -303,7 +313,7 @@ class Encoder:
     ) -> Any:
         """Return the text of a chat, or its tokens with as many for each image as it has."""
         options |= {"tools": example.tools, "chat_template": self._marked_template}
-        options |= {"tokenize": tokenize, "return_dict": tokenize}
+        options |= example.variables | {"tokenize": tokenize, "return_dict": tokenize}
         if self.processor is None:
             return apply_template(self.tokenizer, messages, **options)
         options["processor_kwargs"] = {"add_special_tokens": False}
@@ -343,6 +353,17 @@ def _with_marks(tool: Any, mark: str, what: str, marks: dict[str, str]) -> dict[
     return {**tool, "function": function} if "function" in tool else function
 
 
+def reads_variable(template: str, name: str) -> bool:
+    """Whether a chat template has this name somewhere."""
+    return re.search(rf"\b{name}\b", template) is not None
+
+
+def with_defaults(template: str, variables: Mapping[str, Any]) -> str:
+    """Return a chat template in which variables have these values, unless a caller sets them."""
+    sets = (f"{{% set {k} = {k} if {k} is defined else {v!r} %}}\n" for k, v in variables.items())
+    return "".join(sets) + template
+
+
 def _find_marked_template(writer: Any) -> str | None:
     """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -351,9 +372,13 @@ def _find_marked_template(writer: Any) -> str | None:
         return None
     if has_generation_markers(writer.chat_template):
         return str(writer.chat_template)
+    whole, writer = writer.chat_template, copy.copy(writer)
+    writer.chat_template = _DEFAULTS.sub("", whole)  # TRL knows templates by their text
+    defaults = whole.removesuffix(writer.chat_template)
     # TRL probes unknown templates with made-up chats, on which they may fail in any way.
     with contextlib.suppress(Exception):
-        return cast(str | None, get_training_chat_template(writer))
+        marked = get_training_chat_template(writer)
+        return None if marked is None else defaults + marked
     return None
 
 

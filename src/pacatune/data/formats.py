@@ -32,7 +32,14 @@ _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipyth
 _SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant"}
 _SPEAKERS["observation"] = "tool"
 # Columns that say something to the model, here or in other programs.
-_OF_OTHERS = ("tools", "images", "system", "history", "functions", "documents")
+VARIABLES = "chat_template_kwargs"
+"""Column of what a row sets of the chat template's variables; TRL's name."""
+_OF_OTHERS = ("tools", "images", "system", "history", "functions", "documents", VARIABLES)
+# Arguments of transformers beside a template's variables.
+_ARGUMENTS = {"conversation", "messages", "tools", "chat_template", "add_generation_prompt"}
+_ARGUMENTS |= {"continue_final_message", "tokenize", "padding", "truncation", "max_length"}
+_ARGUMENTS |= {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
+_ARGUMENTS |= {"tokenizer_kwargs", "processor_kwargs"}
 # OpenAI's name for whether a message is learned; Axolotl's, TRL's and ms-swift's.
 _WEIGHTS = ("weight", "train", "training", "loss")
 # What they say of parts of a message, or of degrees.
@@ -58,6 +65,8 @@ class Example:
     tools: list[Any] | None = None
     skipped: list[int] = field(default_factory=list)
     """Turns of weight 0: not learned, whoever speaks."""
+    variables: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template that the row sets."""
 
     @property
     def messages(self) -> list[Message]:
@@ -147,7 +156,7 @@ def to_answer(
     if prompt is not None and isinstance(prompt, list) != is_chat:
         both = f"'prompt' ({prompt!r:.40}) and {column!r} ({completion!r:.40})"
         raise ValueError(f"{both} must both be texts or both lists of messages.")
-    used = ["tools", *(["images"] if format in COLUMNS else [])] if is_chat else []
+    used = ["tools", VARIABLES, *(["images"] if format in COLUMNS else [])] if is_chat else []
     for name in _OF_OTHERS:
         if name not in used and values.get(name) and format != "text":
             raise ValueError(
@@ -172,17 +181,42 @@ def to_answer(
         tools = _parse_json(tools, "tools") if tools.strip() else None
     if not isinstance(tools, list | None):
         raise ValueError(f"'tools' is {tools!r:.80}; it must be a list of functions.")
-    example = Example(place, context, messages, tools, skipped)
+    example = Example(place, context, messages, tools, skipped, row_variables(values))
     if not example.learned_turns:
         rule = "has no assistant turn, or none of weight 1, so nothing to learn"
         raise ValueError(f"{column!r} {rule}; add the answer or remove the row.")
     return example
 
 
+def row_variables(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the variables of the chat template that a row sets."""
+    value = values.get(VARIABLES)
+    if isinstance(value, str):  # as tables keep them
+        value = _parse_json(value, VARIABLES) if value.strip() else None
+    return check_variables(f"{VARIABLES!r}", value)
+
+
+def check_variables(name: str, value: Any) -> dict[str, Any]:
+    """Return variables of a chat template; refuse what cannot be some."""
+    if not isinstance(value, dict | None):
+        raise ValueError(
+            f'{name} is {value!r:.80}; it must be an object, as {{"enable_thinking": false}}.'
+        )
+    for key in value or {}:
+        if not isinstance(key, str) or not key.isidentifier() or key in _ARGUMENTS:
+            raise ValueError(
+                f"{name} sets {key!r:.80}, which is no variable of a chat template; remove it."
+            )
+    return value or {}
+
+
 def to_prompt(values: dict[str, Any]) -> str | list[Message]:
     """Return the prompt of a row: a text, or a chat that somebody else than the model ends."""
     if not isinstance(values["prompt"], list):
+        if values.get(VARIABLES):
+            raise ValueError(f"column {VARIABLES!r} is not used by a text; remove it.")
         return _text(values, "prompt")
+    row_variables(values)
     messages = _messages(values, "prompt", None)
     if messages[-1]["role"] == "assistant" or references(messages):
         rule = "ends with an assistant turn, which the model is to write, or has an image"

@@ -93,7 +93,7 @@ def _encode_pair(pair: tuple[Example, Example], *, encoder: Encoder) -> dict[str
     chosen, rejected = map(encoder, pair)
     notes = {*chosen["notes"], *rejected["notes"]}
     if encoder.learn_all or "lost" in notes:
-        notes = {"lost"} if {"lost", "cut"} & notes else set()
+        notes = notes & {"unread"} | ({"lost"} if {"lost", "cut"} & notes else set())
     (start, end), (other_start, other_end) = _learned_span(chosen), _learned_span(rejected)
     ids, others = chosen["input_ids"], rejected["input_ids"]
     start = min(start, other_start, common_prefix(ids[:start], others[:other_start]))

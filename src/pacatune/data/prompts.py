@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import overlap_warning
+from pacatune.data.checks import note_on, overlap_warning
 from pacatune.data.config import REASONING_GYM, PromptDataConfig
-from pacatune.data.encode import apply_template
-from pacatune.data.formats import check_columns, to_prompt
+from pacatune.data.encode import apply_template, reads_variable
+from pacatune.data.formats import check_columns, row_variables, to_prompt
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
 from pacatune.data.read import Row, named
 from pacatune.installation import require_extra
@@ -41,23 +41,29 @@ def prepare_prompts(
         keys = [json.dumps(row[key]) for row in train]
         places = map(sorted, hold_out(keys, config.eval_fraction, config.seed))
         train, held_out = ([train[place] for place in part] for part in places)
-    longest = max(len(prompt_ids(row["prompt"], tokenizer, row["place"])) for row in train)
+    longest = max(len(prompt_ids(row, tokenizer)) for row in train)
     known, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
     where = [row["place"] for row in held_out]
     warnings = overlap_warning(known, held, "evaluation prompts", where)
+    template = str(tokenizer.chat_template)
+    unread = [
+        row["place"]
+        for row in train
+        if not all(reads_variable(template, name) for name in row_variables(row))
+    ]
+    warnings += [note_on("unread", unread, f"{len(train)} prompts")] if unread else []
     evaluation = _dataset(held_out) if held_out else None
     return PreparedData(_dataset(train), evaluation, longest + num_new_tokens, warnings)
 
 
-def prompt_ids(
-    prompt: str | list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", place: str = "prompt"
-) -> list[int]:
-    """Return the tokens of a prompt, as TRL gives them to the model."""
+def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens of the prompt of a row, as the model gets them."""
+    prompt = row["prompt"]
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    with named(place):
-        ids = apply_template(tokenizer, prompt, add_generation_prompt=True, return_dict=True)
-    return list(ids["input_ids"])
+    options = row_variables(row) | {"add_generation_prompt": True, "return_dict": True}
+    with named(row["place"]):
+        return list(apply_template(tokenizer, prompt, **options)["input_ids"])
 
 
 def reasoning_gym_data(config: PromptDataConfig) -> Any:

@@ -23,6 +23,8 @@ from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
 from pacatune.data.checks import row_digests
+from pacatune.data.encode import reads_variable, with_defaults
+from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
@@ -164,7 +166,7 @@ class LanguageTask(Task):
         if "input_ids" in row:
             return {key: row[key] for key in ("input_ids", "labels")}
         if "prompt" in row:
-            ids = prompt_ids(row["prompt"], self.tokenizer)
+            ids = prompt_ids(row, self.tokenizer)
             return {"input_ids": ids, "labels": ids}
         prompt = row["prompt_ids"]
         answer = row["chosen_ids" if "chosen_ids" in row else "completion_ids"]
@@ -233,12 +235,12 @@ class LanguageTask(Task):
             return
         for row in data.select(range(min(num_examples, len(data)))):
             console.rule()
-            console.print(Text(row.pop("place", "example")), soft_wrap=True)
+            console.print(Text(row.get("place", "example")), soft_wrap=True)
             for name, value in row.items():
-                if name in ("attention_mask", "KL_completion_ids"):
+                if name in ("place", "attention_mask", "KL_completion_ids"):
                     continue
                 if name == "prompt":
-                    name, value = "prompt_ids", prompt_ids(value, self.tokenizer)
+                    name, value = "prompt_ids", prompt_ids(row, self.tokenizer)
                 if name.endswith("_ids"):
                     name = f"{name.removesuffix('_ids')} ({len(value)} tokens)"
                     value = self.tokenizer.decode(value)
@@ -366,6 +368,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template["default"]
+    set_variables(tokenizer, config)
     stop = getattr(config.training, "eos_token", None)
     if stop is not None:
         if stop not in tokenizer.get_vocab():
@@ -375,6 +378,25 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             )
         tokenizer.eos_token = stop
     return tokenizer
+
+
+def set_variables(writer: Any, config: RunConfig) -> None:
+    """Give the chat template of a tokenizer or processor the variables of the run."""
+    variables = getattr(config.data, VARIABLES, None)
+    if not variables:
+        return
+    if not writer.chat_template:
+        raise ValueError(
+            f"`data.{VARIABLES}` ({variables!r:.80}) is for a chat template, and the tokenizer has "
+            "none; give `data.chat_template`, or drop it."
+        )
+    for name in variables:
+        if not reads_variable(writer.chat_template, name):
+            raise ValueError(
+                f"`data.{VARIABLES}` ({name!r}) is no variable that the chat template reads; mend "
+                "its name, or drop it."
+            )
+    writer.chat_template = with_defaults(writer.chat_template, variables)
 
 
 def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -19,6 +19,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from pacatune import resident
 from pacatune.data.config import PromptDataConfig
+from pacatune.data.formats import row_variables
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config import RunConfig
@@ -39,6 +40,7 @@ class SamplingTrainer(LanguageTrainer):
         self._sampled: list[Tensor] = []
         self._logps: Tensor | None = None
         self._waiting: set[str] = set()
+        self._variables: list[dict[str, Any]] = []
         with column_sync() if args.use_vllm else nullcontext():
             super().__init__(args=args, **kwargs)
 
@@ -102,7 +104,19 @@ class SamplingTrainer(LanguageTrainer):
         finally:
             del model.generate  # the instance's; the class has its own
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Tokenize prompts, each with the variables of the chat template that its row sets."""
+        if not any(self._variables):
+            return super()._tokenize_prompts(prompts)
+        ids: list[Any] = []
+        for prompt, variables in zip(prompts, self._variables, strict=True):
+            self.chat_template_kwargs = variables
+            ids += super()._tokenize_prompts([prompt])[0]
+        self.chat_template_kwargs = {}
+        return ids, None, {}
+
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self._variables = [*map(row_variables, inputs)]
         output = super()._generate_and_score_completions(inputs)
         if self.use_vllm:
             return output

@@ -19,7 +19,13 @@ from pacatune.data.formats import open_image
 from pacatune.data.prepare import prepare_data
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
-from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, model_path
+from pacatune.training.language import (
+    LanguageTask,
+    LanguageTrainer,
+    find_stop_ids,
+    model_path,
+    set_variables,
+)
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import WRITER, ModelKind
 
@@ -81,6 +87,8 @@ def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> An
     processor = load_processor(model_path(config), revision=config.model.revision)
     if config.data.chat_template is not None:
         processor.chat_template = tokenizer.chat_template
+    else:
+        set_variables(processor, config)
     return processor
 
 

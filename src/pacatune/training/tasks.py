@@ -112,6 +112,7 @@ def _on_rewards(name: str) -> TaskSpec:
         rate_share=0.1,
         refuse=_REFERENCE
         | {
+            "chat_template_kwargs": "set `data.chat_template_kwargs`",
             "use_transformers_continuous_batching": "TRL casts the trained weights for it",
             "use_transformers_paged": "TRL casts the trained weights for it",
             "log_completions_hub_repo": "set `training.log_completions` and upload them yourself",
