@@ -274,3 +274,37 @@ def test_a_head_of_other_classes_is_replaced(
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config
         assert merged.id2label == dict(enumerate(labels))
         assert merged.problem_type == "single_label_classification"
+
+
+def long_rows(tmp_path, num_words):
+    rows = [{"text": "word " * (num_words if i == 4 else 3), "label": i % 2} for i in range(20)]
+    return {"path": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval_fraction": 0}
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "expected"), [(40, None, 40), (None, None, 64), (40, 30, 30)]
+)
+def test_texts_are_cut_where_the_model_ends_and_that_is_said(
+    make_classifier, make_bert, tmp_path, limit, asked, expected
+):
+    """The tokenizer's limit, or the model's positions where it has none; 128 before."""
+    bert = make_bert("0", "1")
+    if limit is not None:
+        edit_json(bert / "tokenizer_config.json", model_max_length=limit)
+    data = {**long_rows(tmp_path, 300), "max_length": asked}
+    model, training = {"path": str(bert)}, {"eval_strategy": "no", "max_steps": 1}
+    config = make_classifier(data=data, model=model, training=training)
+    prepared = task_of(config).prepared
+    assert max(map(len, prepared.train["input_ids"])) == expected
+    (warning,) = prepared.warnings
+    assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
+    assert "rows.jsonl, row 5" in warning
+    train(config, console=QUIET)
+
+
+def test_a_text_that_fits_is_whole(make_classifier, tmp_path):
+    data = long_rows(tmp_path, 40)
+    config = make_classifier(data=data, training={"eval_strategy": "no"})
+    prepared = task_of(config).prepared
+    assert max(map(len, prepared.train["input_ids"])) > 128
+    assert prepared.warnings == []

@@ -267,8 +267,8 @@ class TextClassConfig(DataSection):
     num_train: int | None = None
     """Train on this many rows; all where null."""
 
-    max_length: int | None = 128
-    """Tokens at which texts are cut; the tokenizer's own limit where null."""
+    max_length: int | None = None
+    """Tokens at which texts are cut; the limit of tokenizer or model where null."""
 
 
 @dataclass(kw_only=True)

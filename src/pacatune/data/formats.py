@@ -123,7 +123,7 @@ def _find_format(values: dict[str, Any], format: str) -> str:
 
 
 def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
-    """Yield the `text` of each row and its `label`, a text too."""
+    """Yield the `text` of each row, its `label`, a text too, and its `place`."""
     for row in rows:
         with named(row.place):
             check_columns(row.values, "text", "label")
@@ -131,7 +131,7 @@ def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
             if not isinstance(text, str) or not text.strip() or label == "":
                 found = f"text {str(text)[:40]!r} and label {label!r:.40}"
                 raise ValueError(f"has {found}; a classifier needs both.")
-        yield {"text": text, "label": str(label)}
+        yield {"text": text, "label": str(label), "place": row.place}
 
 
 def check_columns(values: dict[str, Any], *needed: str) -> None:

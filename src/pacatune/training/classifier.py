@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import TextClassConfig
@@ -27,14 +28,19 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         tokenizer.pad_token = tokenizer.eos_token  # saved with the result
     train, held_out = split_texts(cast(TextClassConfig, config.data))
     classes, why_new = choose_classes(load_model_config(config), train["label"][:])
-    encode = partial(_encode, config.data.max_length, tokenizer, classes)
-    rows, collator = encode(train), DataCollatorWithPadding(tokenizer)
+    limit = _limit(config, tokenizer)
+    encode = partial(_encode, limit, tokenizer, classes)
+    (rows, cut), collator = encode(train), DataCollatorWithPadding(tokenizer)
+    warnings = overlap_warning(train["text"][:], held_out["text"][:], "validation texts")
+    if cut:
+        said = f"{len(cut)} of {len(train)} training texts are cut at {limit} tokens"
+        warnings.append(f"{said} (`data.max_length`): {some(cut)}.")
     return TaskData(
         examples=PreparedData(
             rows,
-            encode(held_out) if len(held_out) else None,
+            encode(held_out)[0] if len(held_out) else None,
             max(map(len, rows["input_ids"])),
-            overlap_warning(train["text"][:], held_out["text"][:], "validation texts"),
+            warnings,
         ),
         tokenizer=tokenizer,
         kind=READER,
@@ -78,16 +84,30 @@ def sort_labels(labels: Iterable[str]) -> list[str]:
     return sorted(classes)
 
 
+def _limit(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the number of tokens that texts are cut at: as asked, or where the model ends."""
+    if config.data.max_length is not None:
+        return int(config.data.max_length)
+    if tokenizer.model_max_length < LARGE_INTEGER:  # what a tokenizer without a limit says
+        return int(tokenizer.model_max_length)
+    text_config = load_model_config(config).get_text_config()
+    return getattr(text_config, "max_position_embeddings", None)
+
+
 def _encode(
     limit: int | None, tokenizer: PreTrainedTokenizerBase, classes: list[str], texts: Dataset
-) -> Dataset:
-    """Return texts as rows of `input_ids`, `attention_mask` and `labels`."""
+) -> tuple[Dataset, list[str]]:
+    """Return texts as rows of `input_ids`, `attention_mask` and `labels`, and which were cut."""
     labels = texts["label"][:]
     if unknown := sorted({*labels} - {*classes}):
         raise ValueError(f"the labels {unknown[:5]} are not among those of the training data.")
-    columns: Any = tokenizer(texts["text"][:], truncation=True, max_length=limit)
+    columns: Any = tokenizer(texts["text"][:], verbose=False)
+    pairs = zip(columns["input_ids"], texts["place"][:], strict=True)
+    cut = [place for ids, place in pairs if limit is not None and len(ids) > limit]
+    if cut:
+        columns = tokenizer(texts["text"][:], truncation=True, max_length=limit)
     columns = {key: columns[key] for key in ("input_ids", "attention_mask")}
-    return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))})
+    return Dataset.from_dict({**columns, "labels": list(map(classes.index, labels))}), cut
 
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
