@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -106,7 +107,7 @@ def test_split_of_a_classifier(tmp_path):
     assert (len(texts), len(held_out)) == (8, 2)
     assert {*texts["label"]} == {"a", "b"}
     again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
-    assert again["text"][:] == texts["text"][:6]
+    assert (again["text"][:], {*again["label"]}) == (texts["text"][:6], {"a", "b"})
     texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
     assert (len(texts), len(held_out)) == (10, 10)
 
@@ -186,8 +187,12 @@ def test_a_classifier_knows_its_classes(
 
 
 def test_labels_are_sorted_as_what_they_are():
-    assert sort_labels(["10", "9", "-1", "2", "10"]) == ["-1", "2", "9", "10"]
-    assert sort_labels(["b", "10", "9"]) == ["10", "9", "b"]
+    def ordered(*labels):
+        rows = {"label": list(labels), "number": [None] * len(labels)}
+        return sort_labels(Dataset.from_dict(rows))
+
+    assert ordered("10", "9", "-1", "2", "10") == ["-1", "2", "9", "10"]
+    assert ordered("b", "10", "9") == ["10", "9", "b"]
 
 
 def short_texts(path, *labels):
@@ -308,3 +313,54 @@ def test_a_text_that_fits_is_whole(make_classifier, tmp_path):
     prepared = task_of(config).prepared
     assert max(map(len, prepared.train["input_ids"])) > 128
     assert prepared.warnings == []
+
+
+def class_table(path, numbers):
+    """A table as the hub has them: numbers of classes, whose names are in its schema."""
+    kinds = Features(text=Value("string"), label=ClassLabel(names=["world", "sports", "arts"]))
+    rows = [{"text": f"It is {i}.", "label": number} for i, number in enumerate(numbers)]
+    Dataset.from_list(rows, features=kinds).to_parquet(path)
+    return str(path)
+
+
+def test_names_of_classes_in_a_table(make_classifier, tmp_path):
+    path = class_table(tmp_path / "rows.parquet", [0, 1, 2] * 8)
+    task = task_of(make_classifier(data={"path": path}))
+    assert task.data.model_options["id2label"] == {0: "world", 1: "sports", 2: "arts"}
+    texts = task.tokenizer.batch_decode(
+        task.prepared.train["input_ids"][:], skip_special_tokens=True
+    )
+    numbers = [int(text.removeprefix("It is ").removesuffix(".")) % 3 for text in texts]
+    assert numbers == task.prepared.train["labels"][:]
+    other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "sports"}])
+    task = task_of(make_classifier(data={"path": path, "eval_path": str(other)}))
+    assert task.prepared.evaluation["labels"][:] == [1]
+    path = class_table(tmp_path / "test.parquet", [0, 1, -1])
+    with pytest.raises(ValueError, match=r"test.parquet, row 3.*has no class \(label -1\); give"):
+        split_texts(TextClassConfig(path=path))
+
+
+def test_a_class_is_never_held_out_alone(tmp_path):
+    labels = ["a"] * 40 + ["b"] * 40 + ["c"]
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    drawn = set()
+    for seed in range(20):
+        for num_train in (None, 3):
+            config = TextClassConfig(path=path, seed=seed, num_train=num_train)
+            train_rows, held_out = split_texts(config)
+            assert {*train_rows["label"]} == {"a", "b", "c"}
+            assert sorted(held_out["label"]) == ["a"] * 4 + ["b"] * 4
+            assert not {*train_rows["text"]} & {*held_out["text"]}
+        drawn.add(frozenset(held_out["text"]))
+    assert len(drawn) == 20
+    with pytest.raises(ValueError, match=r"`data.num_train` \(2\) must be at least 3, the classes"):
+        split_texts(TextClassConfig(path=path, num_train=2))
+
+
+def test_classes_of_one_row_each(tmp_path):
+    rows = [{"text": label, "label": label} for label in "abc"]
+    path = str(write_rows(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=r"`data.eval_fraction` \(0.1\) .* only one of its class;"):
+        split_texts(TextClassConfig(path=path))
+    assert len(split_texts(TextClassConfig(path=path, eval_fraction=0))[0]) == 3

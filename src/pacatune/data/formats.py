@@ -122,16 +122,23 @@ def _find_format(values: dict[str, Any], format: str) -> str:
     )
 
 
-def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, str]]:
-    """Yield the `text` of each row, its `label`, a text too, and its `place`."""
+def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the `text` of each row, its `label`, a text too, and its `place`.
+
+    Where a table names its classes, the label is the name, and `number` the table's number of it.
+    """
     for row in rows:
         with named(row.place):
             check_columns(row.values, "text", "label")
-            text, label = row.values["text"], row.values["label"]
+            text, label, number = row.values["text"], row.values["label"], None
+            if (classes := row.classes.get("label")) is not None:
+                if not 0 <= label < len(classes):
+                    raise ValueError(f"has no class (label {label}); give it one, or remove it.")
+                label, number = classes[label], label
             if not isinstance(text, str) or not text.strip() or label == "":
                 found = f"text {str(text)[:40]!r} and label {label!r:.40}"
                 raise ValueError(f"has {found}; a classifier needs both.")
-        yield {"text": text, "label": str(label), "place": row.place}
+        yield {"text": text, "label": str(label), "number": number, "place": row.place}
 
 
 def check_columns(values: dict[str, Any], *needed: str) -> None:

@@ -3,9 +3,10 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
 
+_Open = Callable[[], tuple[Iterable[Any], Mapping[str, Sequence[str]]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One record of the data and where it stands, for messages about it."""
 
     place: str
     values: dict[str, Any]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Names of the classes whose numbers a column of a table has."""
 
 
 @contextmanager
@@ -48,15 +54,15 @@ def read_rows(
     `option` is where `path` is from, for messages. With `streaming`, rows of the hub come while
     they are asked for.
     """
-    sources: Iterable[tuple[str, Iterable[Any]]]
+    sources: Iterable[tuple[str, _Open]]
     if is_local(path, option, split, name):
-        sources = ((str(file), _read(file)) for file in files_of(path))
+        sources = ((str(file), partial(_open, file)) for file in files_of(path))
     else:
         table = load_hub(path, name, split, option, streaming=streaming)
-        sources = [(f"{path} ({split})", map(_without_nulls, table))]
+        sources = [(f"{path} ({split})", partial(_rows_of, table))]
     row = None
-    for source, rows in sources:
-        for row in _numbered(source, rows):
+    for source, open_rows in sources:
+        for row in _numbered(source, open_rows):
             yield row
     if row is None:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
@@ -115,12 +121,13 @@ def read_template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
+def _numbered(source: str, open_rows: _Open) -> Iterator[Row]:
     number = 1
     try:
+        rows, classes = open_rows()
         for values in rows:
             if isinstance(values, dict):
-                yield Row(f"{source}, row {number}", values)
+                yield Row(f"{source}, row {number}", values, classes)
             elif values is not ...:
                 kind = type(values).__name__
                 raise ValueError(f'a {kind} is no object with named fields, as {{"text": "..."}}')
@@ -132,8 +139,24 @@ def _numbered(source: str, rows: Iterable[Any]) -> Iterator[Row]:
         ) from error
 
 
+def _rows_of(table: Any) -> tuple[Iterable[Any], dict[str, list[str]]]:
+    """Return the rows of a table, and the names of the classes that its columns have."""
+    kinds = table.features or {}
+    classes = {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}
+    return map(_without_nulls, table), classes
+
+
+def _open(file: Path) -> tuple[Iterable[Any], dict[str, list[str]]]:
+    """Return the rows of a file, and the names of the classes that columns of a table have."""
+    if file.suffix.lower() != ".parquet":
+        return _read(file), {}
+    from datasets import load_dataset
+
+    return _rows_of(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+
+
 def _read(file: Path) -> Iterator[Any]:
-    """Yield the rows of a file, `...` for an empty line.
+    """Yield the rows of a file of text, `...` for an empty line.
 
     datasets would give the arguments of all tool calls in JSON the same fields, and count no lines.
     It reads CSV by pandas, which would make null of the text NA, and numbers.
@@ -141,12 +164,6 @@ def _read(file: Path) -> Iterator[Any]:
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"the suffix {file.suffix!r} is unknown: data files are {_ACCEPTED}")
-    if suffix == ".parquet":
-        from datasets import load_dataset
-
-        table = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-        yield from map(_without_nulls, table)
-        return
     with file.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as lines:
         if suffix == ".csv":
             csv.field_size_limit(2**31 - 1)  # a document may be longer than Python's 131,072

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections import defaultdict
 from functools import partial
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token  # saved with the result
     train, held_out = split_texts(cast(TextClassConfig, config.data))
-    classes, why_new = choose_classes(load_model_config(config), train["label"][:])
+    classes, why_new = choose_classes(load_model_config(config), sort_labels(train))
     limit = _limit(config, tokenizer)
     encode = partial(_encode, limit, tokenizer, classes)
     (rows, cut), collator = encode(train), DataCollatorWithPadding(tokenizer)
@@ -62,12 +62,11 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
 classifier = partial(LanguageTask, trainer=Trainer, prepare=prepare)
 
 
-def choose_classes(model_config: Any, labels: Iterable[str]) -> tuple[list[str], str | None]:
+def choose_classes(model_config: Any, classes: list[str]) -> tuple[list[str], str | None]:
     """Return the classes in order, and why the model gets a new head for them; None: it has one.
 
     A checkpoint's head is kept only if it is for these very classes, by their names.
     """
-    classes = sort_labels(labels)
     if "ForSequenceClassification" not in " ".join(model_config.architectures or ()):
         return classes, "the checkpoint has none"
     own = [model_config.id2label[number] for number in sorted(model_config.id2label)]
@@ -76,9 +75,11 @@ def choose_classes(model_config: Any, labels: Iterable[str]) -> tuple[list[str],
     return classes, f"the checkpoint's is for {some(own)}"
 
 
-def sort_labels(labels: Iterable[str]) -> list[str]:
-    """Return the classes in order, whole numbers by their size."""
-    classes = {*labels}
+def sort_labels(texts: Dataset) -> list[str]:
+    """Return the classes of texts in order: a table's own, or whole numbers by their size."""
+    classes = dict(zip(texts["label"][:], texts["number"][:], strict=True))
+    if None not in classes.values():
+        return sorted(classes, key=classes.__getitem__)
     if all(re.fullmatch("-?[0-9]+", name) for name in classes):
         return sorted(classes, key=lambda name: (int(name), name))
     return sorted(classes)
@@ -111,18 +112,46 @@ def _encode(
 
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
-    """Return what is trained on and what is held out."""
+    """Return what is trained on, with rows of every class, and what is held out."""
     (found,), elsewhere = find_examples(config, to_texts)
     whole, other = Dataset.from_list([*found]), elsewhere and Dataset.from_list([*elsewhere])
-    rest, held_out = hold_out(range(len(whole)), 0 if other else config.eval_fraction, config.seed)
-    train = whole.select(rest[: config.num_train])
-    if (config.num_train or 0) > len(train):
-        raise ValueError(
-            f"`data.num_train` ({config.num_train}) must be at most {len(train)}, the rows of "
-            f"{config.path} that are not held out."
-        )
-    if len(labels := set(train["label"][:])) < 2:
+    fraction = 0 if other else config.eval_fraction
+    rest, held_out = hold_out_of_classes(whole["label"][:], fraction, config.seed)
+    labels, number = {*whole["label"]}, len(rest) if config.num_train is None else config.num_train
+    if len(labels) < 2:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    return train, other or whole.select(held_out)
+    if not len(labels) <= number <= len(rest):
+        least = number < len(labels)
+        what = f"least {len(labels)}, the classes" if least else f"most {len(rest)}, the rows"
+        raise ValueError(
+            f"`data.num_train` ({number}) must be at {what} of {config.path} that are not held out."
+        )
+    return whole.select(rest[:number]), other or whole.select(held_out)
+
+
+def hold_out_of_classes(
+    labels: list[str], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Hold out about the same fraction of each class; return the places of both parts' rows.
+
+    The first that is drawn of each class is trained on, before all others.
+    """
+    places = defaultdict[str, list[int]](list)
+    for place in hold_out(range(len(labels)), 0, seed)[0]:
+        places[labels[place]].append(place)
+    firsts = [drawn.pop(0) for drawn in places.values()]
+    shares = {
+        place: (number + 0.5) / len(drawn)
+        for drawn in places.values()
+        for number, place in enumerate(drawn)
+    }
+    others, number = sorted(shares, key=shares.__getitem__), max(1, round(len(labels) * fraction))
+    if fraction and number > len(others):
+        raise ValueError(
+            f"`data.eval_fraction` ({fraction}) of {len(labels)} rows leaves none to train on, or "
+            "each is the only one of its class; give more data or `data.eval_path`, or set it to 0."
+        )
+    number = number if fraction else 0
+    return firsts + others[number:], others[:number]
