@@ -51,14 +51,51 @@ def test_models_in_which_packed_examples_see_each_other(kind):
     assert model.training
 
 
-def test_packing_that_is_not_tried(make_config, monkeypatch):
-    """With flash attention, plain rows, or weights that are sharded."""
+def flash_model(kind, **options):
+    """A model that would use flash attention, which no CPU has."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **options))
+    model.config._attn_implementation = "kernels-community/flash-attn3"
+    return model
+
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+JAMBA["use_mamba_kernels"] = False
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("gemma2", {"head_dim": 8})])
+def test_flash_attention_is_trusted_in_layers_of_attention(make_config, kind, options):
     for option in ("packing", "padding_free", "eval_packing"):
         training = make_config(training={option: True}).training
-        assert packs(training, None)
-        assert not packs(training, "kernels-community/flash-attn3")
-    assert not packs(make_config().training, None)
+        model = flash_model(kind, **options)
+        assert not packs(training, model)
+        model.config._attn_implementation = "sdpa"
+        assert packs(training, model)
+    assert not packs(make_config().training, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("jamba", JAMBA, "packed examples see each other in JambaForCausalLM"),
+        ("falcon_h1", FALCON, "FalconH1ForCausalLM cannot be tried|see each other in FalconH1"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ForCausalLM cannot be tried"),
+    ],
+)
+def test_flash_attention_is_not_trusted_beside_other_layers(make_config, kind, options, message):
+    """States and convolutions go on from one example to the next, whatever the attention."""
+    model, training = flash_model(kind, **options), make_config(training={"packing": True}).training
+    assert packs(training, model)
+    with pytest.raises(ValueError, match=message):
+        check_packing(model)
+    assert "flash" in model.config._attn_implementation
+    if kind == "lfm2":
+        model.config.layer_types = None  # other versions of transformers may say none
+        assert packs(training, model)
+
+
+def test_packing_that_cannot_be_tried(make_config, monkeypatch):
     monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
-    message = r"or its weights are sharded \(ZeRO-3\), so that it cannot"
+    message = r"its weights are sharded \(ZeRO-3\), so that it cannot"
     with pytest.raises(ValueError, match=message):
         check_packing(task_of(make_config()).load_model())

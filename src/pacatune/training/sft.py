@@ -29,6 +29,9 @@ from pacatune.training.language import (
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import WRITER, ModelKind
 
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers in which flash attention keeps packed examples apart."""
+
 
 def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     """Read, encode and check texts or chats; the model is another one where they have images."""
@@ -109,7 +112,7 @@ class TextTrainer(LanguageTrainer):
     """Put before SFTTrainer: it trains on data that is prepared, and packs where that is safe."""
 
     def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
-        if packs(args, model.config._attn_implementation):
+        if packs(args, model):
             check_packing(model)
         if "data_collator" in kwargs:
             args.remove_unused_columns = False
@@ -154,21 +157,36 @@ sft = partial(
 )
 
 
-def packs(training: Any, attention: str | None) -> bool:
-    """Whether several examples lie in one row, with attention that is not made for it."""
-    packed = training.packing or training.eval_packing or training.padding_free
-    return bool(packed) and "flash" not in (attention or "")
+def packs(training: Any, model: Any) -> bool:
+    """Whether several examples lie in one row, in layers that may not keep them apart.
+
+    Flash attention does; a convolution over tokens, or a state, goes on to the next example.
+    """
+    if not (training.packing or training.eval_packing or training.padding_free):
+        return False
+    config = model.config.get_text_config()
+    if "flash" not in (config._attn_implementation or ""):
+        return True
+    if kinds := getattr(config, "layer_types", None):
+        return not {*kinds} <= _ATTENTION
+    return any(isinstance(layer, nn.Conv1d) for layer in model.modules())
 
 
 def check_packing(model: Any) -> None:
     """Refuse a model in which packed examples see each other, or one that cannot be tried."""
-    if is_deepspeed_zero3_enabled() or _mixes_examples(model):
+    name, why = type(model).__name__, None
+    if is_deepspeed_zero3_enabled():
+        why = "its weights are sharded (ZeRO-3), so that it cannot be tried"
+    else:
+        try:
+            why = f"packed examples see each other in {name}" if _mixes_examples(model) else None
+        except (ValueError, RuntimeError) as error:  # as of a layer that misses its kernel
+            why = f"{name} cannot be tried ({error})"
+    if why is not None:
         raise ValueError(
             f"`training.packing` or `training.padding_free` with `model.attn_implementation` "
-            f"({model.config._attn_implementation!r}): packed examples see each other in "
-            f"{type(model).__name__}, or its weights are sharded (ZeRO-3), so that it cannot be "
-            "tried; set it to flash_attention_2, flash_attention_3 or a flash-attn kernel if all "
-            "of its layers use attention, or do not pack."
+            f"({model.config._attn_implementation!r}): {why}; set it to flash_attention_2, "
+            "flash_attention_3 or a flash-attn kernel if all layers are attention, or do not pack."
         )
 
 
@@ -177,7 +195,8 @@ def _mixes_examples(model: Any) -> bool:
 
     transformers masks the attention of packed examples by their positions, which not every model
     has and other layers than attention do not obey. So two examples are packed, as TRL does it: the
-    gradients of the second's outputs by the first's inputs must be exactly 0.
+    gradients of the second's outputs by the first's inputs must be exactly 0. Flash attention is
+    made for it, and gives way to one that every device and type has.
     """
     rows = [{"input_ids": list(range(1, 6))}, {"input_ids": list(range(6, 13))}]
     batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(rows)
@@ -189,13 +208,16 @@ def _mixes_examples(model: Any) -> bool:
         inputs.append(output if output.requires_grad else output.requires_grad_())
         return output
 
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
+        if "flash" in (attention or ""):
+            model.config._attn_implementation = "eager"
         with torch.enable_grad():
             logits = model.eval()(**batch, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[:, 5:].float().square().sum(), inputs[0])
     finally:
         hook.remove()
+        model.config._attn_implementation = attention
         model.train(was_training)
     return bool(gradient[:, :5].any())
