@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from datasets import Dataset, concatenate_datasets
 
+from pacatune.data.checks import fingerprint, row_digests
 from tests.data.conftest import talk, write_lines
 
 ROWS = [talk(f"What is {i}?", f"It is {i}.") for i in range(20)]
@@ -40,3 +42,46 @@ def test_examples_in_both_parts(prepare, tmp_path):
     (warning,) = data.warnings
     assert warning.startswith("4 of 5 evaluation examples are also in the training data (")
     assert "row 4 and 1 more" in warning
+
+
+def table(**columns):
+    return Dataset.from_dict({"prompt_ids": [[1, 2]] * 3, "label": [True] * 3, **columns})
+
+
+def of(*parts, names=("prompt_ids", "chosen_ids", "label")):
+    return fingerprint(parts, names)
+
+
+def test_a_fingerprint_is_of_every_row_and_its_borders():
+    first = of(table(chosen_ids=[[3], [4], [5]]))
+    whole = table(chosen_ids=[[9], [3], [4], [5]][1:], place=["a", "b", "c"])
+    assert of(whole) == of(concatenate_datasets([whole.select([0]), whole.select([1, 2])])) == first
+    assert of(whole.select([0, 1]), whole.select([2])) != first  # held out, and not trained on
+    others = [
+        table(chosen_ids=[[3], [4], [6]]),
+        table(chosen_ids=[[3], [5], [4]]),
+        table(chosen_ids=[[3], [4]], prompt_ids=[[1, 2]] * 2, label=[True] * 2),
+        table(chosen_ids=[[3], [4], [5]], label=[True, True, False]),
+        table(chosen_ids=[[2, 3], [4], [5]], prompt_ids=[[1], [1, 2], [1, 2]]),
+        table(chosen_ids=[[3], [4], [5]], prompt_ids=[[1, 2], [1, 2, 4], []]),
+    ]
+    assert len({first, *(of(other) for other in others)}) == len(others) + 1
+
+
+def test_a_fingerprint_of_texts():
+    texts = [["ab", "c"], ["a", "bc"], ["ab", "d"], ["ab", "c"]]
+    found = [fingerprint([Dataset.from_dict({"row": one})], ["row"]) for one in texts]
+    assert found[0] == found[3]
+    assert len({*found}) == 3
+
+
+def test_a_row_has_one_digest_wherever_it_lies():
+    """In a batch, in a selection and in another table; so an overlap is found."""
+    rows = [{"input_ids": [*range(n % 7)], "labels": [-n] * (n % 7)} for n in range(2500)]
+    whole = Dataset.from_list(rows)
+    digests = list(row_digests(whole))
+    assert len({*digests}) > 2000
+    places = [2499, 0, 1001, 1000, 999]
+    assert list(row_digests(whole.select(places))) == [digests[place] for place in places]
+    alone = Dataset.from_list([rows[place] for place in places])
+    assert list(row_digests(alone)) == [digests[place] for place in places]

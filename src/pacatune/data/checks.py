@@ -1,9 +1,11 @@
 """What is wrong with encoded data: warnings where training might be other than it is meant."""
 
 import hashlib
+import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,15 +76,41 @@ def overlap_warning(
     ]
 
 
+def fingerprint(parts: Iterable["Dataset"], columns: Sequence[str]) -> str:
+    """Return a digest of the rows of some data sets, by which a resumed run knows them again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(b"".join(row_digests(part, columns)))
+    return digest.hexdigest()
+
+
 def row_digests(
     data: "Dataset", columns: Sequence[str] = ("input_ids", "labels")
 ) -> Iterator[bytes]:
     """Yield a short digest of each example: of its token ids and labels, or of other columns."""
-    for row in data.with_format("numpy", columns=list(columns)):
-        digest = hashlib.blake2b(digest_size=16)
-        for column in columns:
-            digest.update(row[column].tobytes())
-        yield digest.digest()
+    for table in data.with_format("arrow", columns=list(columns)).iter(1000):
+        # A column is read as a whole: row by row takes twenty times as long.
+        values = [_pieces(table[column].combine_chunks()) for column in columns]
+        for pieces in zip(*values, strict=True):
+            borders = struct.pack(f"<{len(pieces)}q", *map(len, pieces))
+            yield hashlib.blake2b(borders + b"".join(pieces), digest_size=16).digest()
+
+
+def _pieces(array: Any) -> list[bytes]:
+    """Return the bytes of each value of an Arrow array: a text, a list of numbers, or a number."""
+    kind = str(array.type).removeprefix("large_")
+    if kind == "string":
+        return [text.encode(errors="surrogatepass") for text in array.to_pylist()]
+    if kind == "bool":
+        array = array.cast("int8")
+    ends, numbers = range(len(array) + 1), array
+    if kind.startswith("list"):
+        offsets, numbers = array.offsets.to_numpy(), array.flatten()
+        ends = (offsets - offsets[0]).tolist()
+    values = numbers.to_numpy(zero_copy_only=False)
+    whole, size = values.tobytes(), values.itemsize
+    return [whole[size * start : size * end] for start, end in pairwise(ends)]
 
 
 def some(places: Sequence[str]) -> str:

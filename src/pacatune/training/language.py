@@ -1,6 +1,5 @@
 """Language models for training: tokenizer, plan, weights; and what all tasks on them share."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
-from pacatune.data.checks import row_digests
+from pacatune.data.checks import fingerprint
 from pacatune.data.encode import reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
@@ -132,11 +131,10 @@ class LanguageTask(Task):
         how_many = f"{len(rows):,}" if data.sample is None else "streamed"
         parts = [rows, *([] if data.evaluation is None else [data.evaluation])]
         head = "" if found.new_head is None else f"; the head is new: {found.new_head}"
-        digests = b"".join(digest for part in parts for digest in row_digests(part, found.columns))
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
-            fingerprint=hashlib.blake2b(digests, digest_size=16).hexdigest(),
+            fingerprint=fingerprint(parts, found.columns),
             about_data=f"{how_many} examples, {held_out:,} held out{head}",
             adapter_config=adapter_config,
             plan=plan,
