@@ -26,8 +26,23 @@ def test_warnings(prepare, row, num_kept, message):
     assert data.longest == max(len(row["labels"]) for row in data.train) <= 30
 
 
+def test_texts_that_are_trained_without_the_chat_template(prepare, tokenizer):
+    rows = [{"prompt": "It", "completion": " is so."}] * 2
+    (warning,) = prepare(
+        [*rows, {"prompt": "Is", "completion": " it?"}], eval_fraction=0.3
+    ).warnings
+    assert re.match(
+        "[0-9] of [0-9] training examples are texts .* `generate` uses; .*--no_chat", warning
+    )
+    assert prepare([{"text": "It is so."}], eval_fraction=0).warnings == []
+    instruction = [{"instruction": "q", "output": "a"}]
+    assert prepare(instruction, eval_fraction=0).warnings == []
+    tokenizer.chat_template = None
+    assert prepare(rows, eval_fraction=0).warnings == []
+
+
 def test_other_warnings(prepare, tokenizer):
-    (warning,) = prepare([{"prompt": "It ", "completion": "is so."}], eval_fraction=0).warnings
+    (warning, _) = prepare([{"prompt": "It ", "completion": "is so."}], eval_fraction=0).warnings
     assert warning.startswith("1 of 1 training examples have a prompt that is tokenized otherwise")
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "")
     (warning,) = prepare(ROWS).warnings

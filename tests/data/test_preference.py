@@ -134,7 +134,7 @@ def test_pairs_that_do_not_fit_are_left_out(prepare):
     long = {**PAIR, "prompt": "What " * 30}
     data = prepare([PAIR, long, PAIR | {"chosen": " Two."}], max_length=40)
     assert len(data.train) == 2
-    (warning,) = data.warnings
+    _, warning = data.warnings
     assert warning.startswith("1 of 3 training examples do not fit into `training.max_length` (40)")
     assert warning.endswith("row 2.")
     with pytest.raises(ValueError, match=r"all 1 training examples are longer than `training.max"):
@@ -164,3 +164,11 @@ def test_a_row_sets_variables_of_the_template(prepare, tokenizer, function, lear
     rows = [{**CHAT, "chat_template_kwargs": {"mood": "good"}}]
     (warning,) = prepare(rows, function, **options).warnings
     assert "examples set `chat_template_kwargs` that the chat template does not read" in warning
+
+
+def test_texts_that_are_trained_without_the_chat_template(prepare):
+    for function in (prepare_pairs, prepare_judged):
+        (warning,) = prepare([PAIR], function).warnings
+        assert "examples are texts that are trained without the chat template" in warning
+        assert prepare([CHAT], function).warnings == []
+    assert prepare([PAIR], learn_all=True).warnings == []  # what scores is not generated from

@@ -34,6 +34,14 @@ def test_rows_come_back_as_they_are(prepare, tokenizer):
     assert data.longest == len(tokenizer("a b c")["input_ids"]) + 5
 
 
+def test_texts_that_are_answered_without_the_chat_template(prepare, tokenizer):
+    (warning,) = prepare([{"prompt": "a"}, {"prompt": "b"}]).warnings
+    assert warning.startswith("2 of 2 prompts are texts that are trained without the chat template")
+    assert prepare([{"prompt": chat("a")}]).warnings == []
+    tokenizer.chat_template = None
+    assert prepare([{"prompt": "a"}]).warnings == []
+
+
 def test_system_prompt(prepare):
     system, other = ({"role": "system", "content": text} for text in ("Be brief.", "No."))
     turns = chat("a")

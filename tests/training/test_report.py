@@ -62,7 +62,7 @@ def test_train_loss_is_the_mean_over_steps():
     ],
 )
 def test_card(make_config, tmp_path, method, library, contains):
-    task, report = task_of(make_config(method)), make_report(method=method)
+    task, report = task_of(make_config(method)), make_report(method=method, warnings=["Look out."])
     assert task.prepared.pipeline_tag == "text-generation"  # looks at the model
     task.config.model.path = report.model
     write_card(task, report, tmp_path)
@@ -70,5 +70,5 @@ def test_card(make_config, tmp_path, method, library, contains):
     front = yaml.safe_load(front)
     assert (front["base_model"], front["library_name"]) == ("owner/model", library)
     assert front["tags"] == sorted({method, "pacatune", "sft", "trl"})
-    assert all(text in body for text in contains)
+    assert all(text in body for text in [*contains, "Warnings:\n\n- Look out.\n"])
     assert ("import pacatune" in body) == (method in ("paca", "moslora"))

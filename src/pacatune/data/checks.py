@@ -18,6 +18,8 @@ _NOTES = {
     "moved": "have a prompt that is tokenized otherwise alone than in front of its completion, so "
     "the model is trained on a prompt that it will not see; end prompts on a token boundary, as "
     "before a space or line break",
+    "plain": "are texts that are trained without the chat template, which `generate` uses; make "
+    "them chats, or generate with --no_chat",
     "unread": "set `chat_template_kwargs` that the chat template does not read, so they change "
     "nothing",
 }
@@ -40,6 +42,8 @@ def keep_learnable(
         )
     if what == "evaluation" or len(places["open"]) < len(kept) - len(places["cut"]):
         places["open"] = []  # where some end, the others may be meant so
+    if what == "evaluation":
+        places["plain"] = []  # said of the training examples
     for note, found in places.items():
         if found:
             warnings.append(note_on(note, found, f"{len(data)} {what} examples", max_length))

@@ -80,6 +80,8 @@ class Encoder:
             fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
             raise ValueError(f"nothing to learn, no token is an answer's; {fix}.")
         notes = ["moved"] * moved
+        if example.prompt and isinstance(example.prompt, str) and self._template:
+            notes.append("plain")
         if not all(reads_variable(self._template, name) for name in example.variables):
             notes.append("unread")
         if not any(learned[1:limit]):

@@ -45,15 +45,18 @@ def prepare_prompts(
     known, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
     where = [row["place"] for row in held_out]
     warnings = overlap_warning(known, held, "evaluation prompts", where)
-    template = str(tokenizer.chat_template)
-    unread = [
-        row["place"]
-        for row in train
-        if not all(reads_variable(template, name) for name in row_variables(row))
-    ]
-    warnings += [note_on("unread", unread, f"{len(train)} prompts")] if unread else []
+    for note in ("plain", "unread"):
+        where = [row["place"] for row in train if note in _notes(row, tokenizer.chat_template)]
+        warnings += [note_on(note, where, f"{len(train)} prompts")] if where else []
     evaluation = _dataset(held_out) if held_out else None
     return PreparedData(_dataset(train), evaluation, longest + num_new_tokens, warnings)
+
+
+def _notes(row: dict[str, Any], template: Any) -> set[str]:
+    """Return what looks wrong with a prompt."""
+    is_plain = template and isinstance(row["prompt"], str)
+    is_read = all(reads_variable(str(template), name) for name in row_variables(row))
+    return ({"plain"} if is_plain else set()) | (set() if is_read else {"unread"})
 
 
 def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:

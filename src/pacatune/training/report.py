@@ -211,7 +211,7 @@ def write_card(task: "Task", report: Report, folder: Path) -> None:
         f"{report.num_eval_examples:,} held out). "
         f"Settings: {settings}. "
         f"Details: [report.md](report.md), [report.json](report.json).\n\n"
-        f"{_table(report)}\n\n![Curves]({report.figure})\n"
+        f"{_table(report)}\n\n{_warnings(report)}![Curves]({report.figure})\n"
     )
     (folder / "README.md").write_text(without_folders(text, config), encoding="utf-8")
 
@@ -269,17 +269,20 @@ def _table(report: Report) -> str:
     return "\n".join(Table(header=["", ""], cells=cells, num_index=2).markdown())
 
 
+def _warnings(report: Report) -> str:
+    warnings = "".join(f"- {warning}\n" for warning in report.warnings)
+    return f"Warnings:\n\n{warnings}\n" if warnings else ""
+
+
 def _markdown(report: Report) -> str:
     kinds = sorted({name.rpartition(".")[2] for name in report.targets})
     everything = "the head" if report.method == "head" else "every weight"
     targets = f"{len(report.targets)} modules ({', '.join(kinds)})" if kinds else everything
-    warnings = "".join(f"- {warning}\n" for warning in report.warnings)
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {report.method} on {report.model}\n\n{_table(report)}\n\n"
         f"Trained: {targets}.\n\n{report.details}![Curves]({report.figure})\n\n"
-        + (f"Warnings:\n\n{warnings}\n" if warnings else "")
-        + f"Versions: {packages}.\n"
+        f"{_warnings(report)}Versions: {packages}.\n"
     )
 
 
