@@ -123,11 +123,10 @@ def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
     if not len(labels) <= number <= len(rest):
-        least = number < len(labels)
-        what = f"least {len(labels)}, the classes" if least else f"most {len(rest)}, the rows"
-        raise ValueError(
-            f"`data.num_train` ({number}) must be at {what} of {config.path} that are not held out."
-        )
+        rule = f"most {len(rest)}, the rows of {config.path} that are not held out"
+        if number < len(labels):
+            rule = f"least {len(labels)}, the classes of {config.path}"
+        raise ValueError(f"`data.num_train` ({number}) must be at {rule}.")
     return whole.select(rest[:number]), other or whole.select(held_out)
 
 

@@ -208,16 +208,17 @@ def _mixes_examples(model: Any) -> bool:
         inputs.append(output if output.requires_grad else output.requires_grad_())
         return output
 
-    was_training, attention = model.training, model.config._attn_implementation
+    was_training, config = model.training, model.config.get_text_config()
+    attention = config._attn_implementation
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
         if "flash" in (attention or ""):
-            model.config._attn_implementation = "eager"
+            config._attn_implementation = "eager"
         with torch.enable_grad():
             logits = model.eval()(**batch, use_cache=False).logits
         (gradient,) = torch.autograd.grad(logits[:, 5:].float().square().sum(), inputs[0])
     finally:
         hook.remove()
-        model.config._attn_implementation = attention
+        config._attn_implementation = attention
         model.train(was_training)
     return bool(gradient[:, :5].any())
