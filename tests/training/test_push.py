@@ -1,17 +1,22 @@
 """Uploading a finished run, to a hub that keeps what huggingface_hub would send."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.cli import hf
+from huggingface_hub.utils import filter_repo_objects
 
 from pacatune.cli import main
 from pacatune.training import train
 from pacatune.training.report import card_front
 from pacatune.training.task import task_of
 from tests.training.launching import save_config
+from tests.training.runs import interrupt, stop_at
 
 URL = "https://huggingface.co/me/adapter"
 
@@ -21,7 +26,7 @@ def hub(monkeypatch):
     """What repositories are created and what files are sent, unless `refuses` names the call."""
     hub = SimpleNamespace(created=[], files={}, refuses=None)
 
-    def create_repo(self, repo_id, *, private, exist_ok):
+    def create_repo(self, repo_id, *, private, exist_ok, **options):
         if hub.refuses == "create_repo":
             raise PermissionError("403: you may not write here")
         hub.created.append((repo_id, self.token, private, exist_ok))
@@ -36,7 +41,17 @@ def hub(monkeypatch):
         return CommitInfo(f"{URL}/commit/1", "Upload", "", "1" * 40)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
+
+    def upload_folder(self, *, folder_path, allow_patterns, **options):
+        """What `hf upload` calls, which asks the hub how to send each file."""
+        folder = Path(folder_path)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            hub.files[name] = (folder / name).read_bytes()
+        return CommitInfo(f"{URL}/commit/1", "Upload", "", "1" * 40)
+
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     return hub
 
 
@@ -76,6 +91,31 @@ def test_the_configuration_is_uploaded_where_that_is_said(hub, make_config, tmp_
     assert hub.files["config.yaml"] == (tmp_path / "out" / "config.yaml").read_bytes()
 
 
+def test_only_what_the_run_wrote_is_uploaded(hub, make_config, tmp_path, console, monkeypatch):
+    """Files of the user's stay here: those that were there, and those that appear meanwhile."""
+    out = tmp_path / "out"
+    config = run_of(make_config, save_steps=1, max_steps=3)
+    interrupt(config, monkeypatch, 2)
+    (out / ".env").write_text("HF_TOKEN=hf_mine\n")
+    (out / "notes").mkdir()
+    (out / "notes" / "try.ipynb").write_text("{}")
+    stop_at(monkeypatch, 3, lambda: (out / "nohup.out").write_text("step 3\n"))
+    train(config, resume=True, push_to_hub="me/adapter", console=console)
+    assert (out / "nohup.out").is_file()
+    assert hub.files.keys() == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "loss.png",
+        "pacatune.json",
+        "report.json",
+        "report.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
 def test_a_card_that_the_hub_would_refuse(hub, make_config, tmp_path, console, monkeypatch):
     config = run_of(make_config)
     task = task_of(config)
@@ -103,6 +143,15 @@ def test_what_is_wrong_is_found_before_training(hub, make_config, tmp_path, cons
 
 def test_a_failed_upload_says_where_the_result_is(hub, make_config, tmp_path, console):
     hub.refuses = "create_commit"
-    with pytest.raises(ConnectionError, match=r"the result is in .*out, but uploading it failed"):
+    message = r"the result is in .*out, but uploading it failed .*`(hf upload .*)`"
+    with pytest.raises(ConnectionError, match=message) as failed:
         train(run_of(make_config), push_to_hub="me/adapter", console=console)
-    assert (tmp_path / "out" / "report.json").exists()
+    out = tmp_path / "out"
+    assert (out / "report.json").exists()
+    (out / ".env").write_text("HF_TOKEN=hf_mine\n")
+    hub.refuses = None
+    command = re.search(message, str(failed.value))[1]
+    hf.app(shlex.split(command)[1:], standalone_mode=False)
+    assert hub.files.keys() >= {"README.md", "adapter_model.safetensors", "loss.png"}
+    assert not hub.files.keys() & {".env", "config.yaml"}
+    assert not any(name.startswith(("checkpoint-", ".pacatune")) for name in hub.files)

@@ -27,7 +27,7 @@ _SWITCHES = {
     "push_config": "With --push_to_hub: upload config.yaml too, which names files of this machine.",
 }
 _PUSH = (
-    "Upload the finished result to this repository of the hub, which is created before training; "
+    "Upload what the run wrote to this repository of the hub, which is created before training; "
     "private with training.hub_private_repo."
 )
 _FLAGS = (*_SWITCHES, "push_to_hub")

@@ -8,11 +8,11 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from pacatune.adapters.folder import CONFIG_NAME as ADAPTER_CONFIG
-from pacatune.files.owned_folder import OURS
 from pacatune.training.config_file import CONFIG_NAME
+from pacatune.training.folder import run_folder
 
 # What a run keeps in its folder to go on, and its log.
-_KEPT_HERE = ["checkpoint-*", "runs/*", f"{OURS}/*"]
+_KEPT_HERE = ("checkpoint-*", "runs/*")
 
 
 def open_repository(repository: str, arguments: Any) -> str:
@@ -34,13 +34,13 @@ def open_repository(repository: str, arguments: Any) -> str:
 
 
 def push_result(folder: Path, repository: str, arguments: Any, *, with_config: bool = False) -> str:
-    """Upload what a finished run leaves, without checkpoints and logs; return its address.
+    """Upload what the run wrote, without checkpoints and logs; return its address.
 
     Nothing of it names a folder of this machine, but for config.yaml where that is asked for.
     """
     left_out = [*_KEPT_HERE, *([] if with_config else [CONFIG_NAME])]
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    names = [name for name in names if not any(fnmatchcase(name, one) for one in left_out)]
+    owned = run_folder(folder).owned()
+    names = [name for name in owned if not any(fnmatchcase(name, one) for one in left_out)]
     contents: dict[str, Any] = {name: str(folder / name) for name in names}
     if ADAPTER_CONFIG in contents:
         contents[ADAPTER_CONFIG] = _public_config(folder / ADAPTER_CONFIG)
@@ -52,10 +52,10 @@ def push_result(folder: Path, repository: str, arguments: Any, *, with_config: b
             revision=arguments.hub_revision,
         )
     except Exception as error:
-        excluded = " ".join(f"'{pattern}'" for pattern in left_out)
+        included = " ".join(f"--include '{name}'" for name in names)
         raise ConnectionError(
             f"the result is in {folder}, but uploading it failed ({type(error).__name__}: "
-            f"{error}); try again with `hf upload {repository} {folder} --exclude {excluded}`."
+            f"{error}); try again with `hf upload {repository} {folder} {included}`."
         ) from error
     return commit.repo_url.url
 
