@@ -1,12 +1,14 @@
 """A run stops at the first step that is not finite, and keeps what was good before it."""
 
+import json
 import math
 import re
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from pacatune.cli import main
 from pacatune.training import TrainingDiverged, train
@@ -15,6 +17,7 @@ from tests.training.launching import save_config
 from tests.training.runs import QUIET, make_trainer
 
 EVERY_STEP = {"save_steps": 1, "max_steps": 6, "eval_strategy": "no"}
+NO_EVALUATION = {"eval_fraction": 0.0}
 KEEP_ONE = {**EVERY_STEP, "save_total_limit": 1}
 
 
@@ -53,11 +56,46 @@ def checkpoints(folder):
     return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup", "constant"])
-def test_no_step_has_the_rate_0(make_config, kind):
-    """A warm-up rises from its first step on; what comes after it is transformers'."""
-    training = {"max_steps": 10, "warmup_steps": 3, "lr_scheduler_type": kind, "learning_rate": 1.0}
-    trainer = make_trainer(make_config(training=training))
+PLAIN = {"bf16": False, "gradient_checkpointing": None}
+TEN_STEPS = {"max_steps": 10, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup"),
+    [
+        ("cosine", 3),
+        ("cosine", 1),
+        ("linear", 0.2),
+        ("constant_with_warmup", 3),
+        ("constant", 0.03),
+    ],
+)
+def test_each_step_has_the_rate_of_trl(
+    make_config, tiny_model_dir, data_path, tmp_path, kind, warmup
+):
+    schedule = {"lr_scheduler_type": kind, "warmup_steps": warmup, "learning_rate": 1e-3}
+    config = make_config(training={**TEN_STEPS, "save_steps": 10, **schedule}, data=NO_EVALUATION)
+    train(config, console=QUIET)
+    state = json.loads((tmp_path / "out/checkpoint-10/trainer_state.json").read_text())
+    trainer = SFTTrainer(
+        str(tiny_model_dir),
+        args=SFTConfig(str(tmp_path / "trl"), **TEN_STEPS, **schedule, **PLAIN),
+        train_dataset=load_dataset("json", data_files=str(data_path), split="train"),
+    )
+    trainer.train()
+    ours, theirs = (
+        [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+        for log in (state["log_history"], trainer.state.log_history)
+    )
+    assert len(ours) == 10
+    assert ours == theirs
+
+
+def test_a_default_warm_up_of_one_step_trains_something(make_config, tmp_path):
+    """transformers gives it the rate 0; here it has half of the peak, and no other step differs."""
+    config = make_config(training={**TEN_STEPS, "save_steps": 10, "learning_rate": 1.0})
+    trainer = make_trainer(config)
+    assert trainer.args.warmup_steps == 0.03
     trainer.create_optimizer_and_scheduler(10)
     rates = []
     for _ in range(10):
@@ -65,13 +103,10 @@ def test_no_step_has_the_rate_0(make_config, kind):
         assert {*trainer.lr_scheduler.get_last_lr()} == {rates[-1]}
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-    plain = SFTTrainer.create_scheduler
     trainer.lr_scheduler = None
-    expected = [plain(trainer, 10).lr_lambdas[0](step) for step in range(10)]
-    if kind != "constant":
-        assert expected[0] == 0
-        expected[:3] = [0.25, 0.5, 0.75]
-    assert rates == pytest.approx(expected)
+    rate = SFTTrainer.create_scheduler(trainer, 10).lr_lambdas[0]
+    assert rate(0) == 0
+    assert rates == [0.5, *map(rate, range(1, 10))]
 
 
 def test_command_says_where_it_diverged(make_config, tmp_path, capsys):

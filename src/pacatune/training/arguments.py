@@ -46,7 +46,8 @@ class SharedDefaults:
     """Shape of the learning rate over the run: cosine, linear, constant, ..."""
 
     warmup_steps: float = 0.03
-    """Steps in which the learning rate rises; below 1, a share of all steps."""
+    """Steps in which the learning rate rises from 0; below 1, a share of all steps. Where the share
+    is a single step, its rate is half of the peak: with 0 it would train nothing."""
 
     bf16: bool | None = None
     """bfloat16 mixed precision; null: on if the device has fast bfloat16."""

@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -80,20 +79,18 @@ class RunTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule; no step of it has the rate 0, with which a warm-up would begin."""
+        """Return transformers' schedule, except for a warm-up that is one step of a short run.
+
+        Its rate would be 0. Where the warm-up is a share of all steps, it is half the peak.
+        """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        number = self.args.get_warmup_steps(num_training_steps)
-
-        def raised(rate: Callable[[int], float], step: int) -> float:
-            return (step + 1) / (number + 1) if step < number else rate(step)
-
+        is_one = self.args.warmup_steps < 1 == self.args.get_warmup_steps(num_training_steps)
         rates = getattr(scheduler, "lr_lambdas", [])
-        if rates and all(rate(0) == 0 for rate in rates):
-            scheduler.lr_lambdas = [partial(raised, rate) for rate in rates]
-            firsts = [peak / (number + 1) for peak in scheduler.base_lrs]
-            for group, first in zip(scheduler.optimizer.param_groups, firsts, strict=True):
-                group["lr"] = first
-            scheduler._last_lr = firsts
+        if is_one and rates and all(rate(0) == 0 for rate in rates):
+            scheduler._last_lr = [peak / 2 for peak in scheduler.base_lrs]
+            groups = scheduler.optimizer.param_groups
+            for group, rate in zip(groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
         return scheduler
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
