@@ -26,6 +26,29 @@ elastic_launch(config, run_rank)(*options.training_script_args)
 
 COMMAND = "import runpy; runpy.run_module('pacatune', run_name='__main__')"
 
+ON_TWO_GPUS = """
+import multiprocessing, sys, torch
+from torch.distributed import run
+from pacatune.cli import main
+from tests.training.launching import run_rank
+
+def forked(config, entrypoint):
+    def start(*words):
+        assert words[:3] == ("-u", "-m", "pacatune")
+        return elastic_launch(config, run_rank)(*words[3:])
+    config.start_method = "fork"
+    return start
+
+multiprocessing.current_process()._config["daemon"] = False  # it has children
+elastic_launch, run.elastic_launch = run.elastic_launch, forked
+torch.cuda.device_count = lambda: 2
+sys.exit(main())
+"""
+"""`pacatune` where there are two GPUs, in whose place its processes find the CPU.
+
+They are forks, as above.
+"""
+
 repeated = []
 """Commands that were run again after a crash; tests/conftest.py tells them."""
 

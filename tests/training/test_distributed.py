@@ -6,6 +6,8 @@ Sharded checkpoints of FSDP2: what they hold, and runs that go on from them.
 import io
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ from transformers import AutoModelForCausalLM
 from pacatune.training import train
 from pacatune.training.output import refuse_missing_weights
 from tests.examples.test_launch import LAUNCH, accelerate_options, environment_of
+from tests.forks import Program, check_several_processes, run_python
 from tests.training import runs
-from tests.training.launching import launch, save_config
+from tests.training.launching import ON_TWO_GPUS, launch, save_config
 from tests.training.runs import ADAPTER, QUIET, assert_same, read_json, refused
 
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
@@ -123,6 +126,33 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     assert_close(tmp_path / "one-goes-on", tmp_path / "two")
     launch(*words, cut(tmp_path / "one", 4, "two-go-on"))
     assert_close(tmp_path / "two-go-on", tmp_path / "one")
+
+
+def test_each_gpu_gets_a_process(make_config, data_path, tmp_path):
+    check_several_processes()
+    train(config_of(make_config, data_path, tmp_path, "one", 8), console=QUIET)
+    config = config_of(make_config, data_path, tmp_path, "two", 4)
+    config.training.use_cpu = False
+    save_config(config, tmp_path / "run.yaml")
+    words, env = ["train", "--config", tmp_path / "run.yaml"], {"GLOO_SOCKET_IFNAME": "lo"}
+    done = run_python(ON_TWO_GPUS, *words, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("2 GPUs, a process on each; CUDA_VISIBLE_DEVICES=0 takes one\n")
+    assert done.stdout.count("data: 40 examples, 13 held out") == 1
+    assert_close(tmp_path / "one", tmp_path / "two")
+
+    # A signal to the command reaches its processes once: they save a checkpoint and stop.
+    folder = tmp_path / "long"
+    words += ["--training.output_dir", folder, "--training.num_train_epochs", "200"]
+    program = Program(ON_TWO_GPUS, *words, env=env)
+    while not (folder / "checkpoint-2").exists():
+        assert program.is_alive(), program.wait().stderr
+        time.sleep(0.01)
+    program.send_signal(signal.SIGINT)
+    done = program.wait()
+    assert done.returncode == 130, done.stderr
+    step = re.search(r"stopped at step (\d+) of 1000; continue with", done.stderr)[1]
+    assert (folder / f"checkpoint-{step}").is_dir()
 
 
 def sharded_options():

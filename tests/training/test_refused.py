@@ -111,7 +111,7 @@ def test_what_the_machine_lacks(make_config, monkeypatch):
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         refused("FSDP2 needs accelerate 1.15 or newer, and this is 1", config)
     monkeypatch.setattr(type(config.training), "n_gpu", 2)
-    refused("2 GPUs are visible to one process; start one process", config)
+    refused("2 GPUs are visible .*`torchrun --nproc_per_node 2 YOUR_SCRIPT`", config)
 
 
 def test_fsdp_that_accelerate_ignores_is_said(make_config, monkeypatch, console):

@@ -99,7 +99,7 @@ def _main(words: list[str], owns_process: bool) -> int:
         return 0
     try:
         request = _read_apart(words[0], words[1:], debug) if owns_process else None
-        return request if isinstance(request, int) else _run_command(words[0], words[1:], request)
+        return request if isinstance(request, int) else _run_command(words, debug, request)
     except SystemExit as end:  # of --help and --print_config
         return int(end.code or 0)
     except KeyboardInterrupt as interrupt:
@@ -183,13 +183,15 @@ def _module_of(name: str) -> Any:
     return importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
 
 
-def _run_command(name: str, argv: list[str], request: dict[str, Any] | None = None) -> int:
+def _run_command(words: list[str], debug: bool, request: dict[str, Any] | None) -> int:
     """Import and run a command; `request` is what its words ask for, if they have been read."""
+    name, argv = words[0], words[1:]
     module = _module_of(name)
     if name in _RUNS:
         from pacatune.cli.run_options import Request
 
-        return (module.read(argv) if request is None else Request(**request)).carry_out()
+        asked = module.read(argv) if request is None else Request(**request)
+        return asked.carry_out([*["--debug"] * debug, *words])
     called, words = getattr(module, "command", None), [name]
     if hasattr(module, "SUBCOMMANDS"):
         if not argv or argv[0] in ("-h", "--help"):

@@ -1,5 +1,6 @@
 """Options of a run: one per field of its configuration and sections, from words and YAML files."""
 
+import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
@@ -177,8 +178,13 @@ class Request:
             check_reward(name)
         return config
 
-    def carry_out(self) -> int:
-        """Train as the words say: anew, or going on; or show the data."""
+    def carry_out(self, words: list[str]) -> int:
+        """Train as the words say: anew, or going on; or show the data.
+
+        The words are those after `pacatune`; on several GPUs, each runs them.
+        """
+        import torch
+
         from pacatune.training.language import preview
         from pacatune.training.recipe import start_or_resume, train
 
@@ -189,15 +195,32 @@ class Request:
         how.pop("preset", None)
         if "push_config" in how and "push_to_hub" not in how:
             raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
-        if how.pop("auto_resume", False):
-            if how.keys() & {"resume", "overwrite"}:
-                raise ValueError(
-                    "--auto_resume decides what --resume and --overwrite say; drop these."
-                )
-            start_or_resume(config, **how)
-        else:
-            train(config, **how)
+        auto_resume = how.pop("auto_resume", False)
+        if auto_resume and how.keys() & {"resume", "overwrite"}:
+            raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
+        num_gpus = 0 if config.training.use_cpu else torch.cuda.device_count()
+        if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
+            return _run_on_gpus(num_gpus, words)
+        (start_or_resume if auto_resume else train)(config, **how)
         return 0
+
+
+def _run_on_gpus(number: int, words: list[str]) -> int:
+    """Run the words in a process for each GPU, as torchrun does; return the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    print(f"{number} GPUs, a process on each; CUDA_VISIBLE_DEVICES=0 takes one", flush=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    how = ["--standalone", "--nproc_per_node", str(number), "-m", "pacatune"]
+    try:
+        run(parse_args([*how, *words]))
+    except ChildFailedError as error:  # the process has said why
+        return int(error.get_first_failure()[1].exitcode)
+    except SignalException as stop:
+        raise KeyboardInterrupt from stop
+    return 0
 
 
 def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:

@@ -220,7 +220,8 @@ def check_environment(config: RunConfig) -> None:
     if training.n_gpu > 1:
         raise ValueError(
             f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one of them."
+            f"`torchrun --nproc_per_node {training.n_gpu} YOUR_SCRIPT`, or set "
+            "CUDA_VISIBLE_DEVICES=0 to train on one."
         )
     used = {name for name, value in os.environ.items() if value == "true"}
     if "ACCELERATE_USE_FSDP" in used:
