@@ -23,7 +23,7 @@ from pacatune.training.output import refuse_missing_weights
 from tests.examples.test_launch import LAUNCH, accelerate_options, environment_of
 from tests.forks import Program, check_several_processes, run_python
 from tests.training import runs
-from tests.training.launching import ON_TWO_GPUS, launch, save_config
+from tests.training.launching import COMMAND, ON_TWO_GPUS, launch, save_config
 from tests.training.runs import ADAPTER, QUIET, assert_same, read_json, refused
 
 FSDP_ON_CPU = str(Path(__file__).with_name("fsdp_on_cpu.py"))
@@ -128,6 +128,26 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     assert_close(tmp_path / "two-go-on", tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--training.learning_rte", "1"], "unknown option --training.learning_rte; did you mean"),
+        (["--training.max_steps", "0"], "`training.max_steps` (0) must be above 0"),
+        (["--data.path", "no.jsonl"], "no.jsonl does not exist"),
+    ],
+)
+def test_wrong_words_are_said_once(tiny_model_dir, words, said):
+    """By the first process of a machine; the others end as it does."""
+    check_several_processes()
+    words = ["train", "--model.path", str(tiny_model_dir), "--data.path", "data.jsonl", *words]
+    env = [{"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    programs = [Program(COMMAND, *words, env=one) for one in env]
+    done = [program.wait() for program in programs]
+    assert [one.returncode for one in done] == [2, 2]
+    assert done[0].stderr.startswith(f"pacatune: error: {said}")
+    assert (done[0].stderr.count("\n"), done[1].stderr) == (1, "")
+
+
 def test_each_gpu_gets_a_process(make_config, data_path, tmp_path):
     check_several_processes()
     train(config_of(make_config, data_path, tmp_path, "one", 8), console=QUIET)
@@ -151,7 +171,7 @@ def test_each_gpu_gets_a_process(make_config, data_path, tmp_path):
     program.send_signal(signal.SIGINT)
     done = program.wait()
     assert done.returncode == 130, done.stderr
-    step = re.search(r"stopped at step (\d+) of 1000; continue with", done.stderr)[1]
+    (step,) = re.findall(r"stopped at step (\d+) of 1000; continue with", done.stderr)
     assert (folder / f"checkpoint-{step}").is_dir()
 
 

@@ -104,12 +104,18 @@ def _main(words: list[str], owns_process: bool) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt as interrupt:
         # Training says where it stopped and how to go on.
-        print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if _speaks():
+            print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise  # an OSError that is no error of the user's
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _tell(error, debug)
+
+
+def _speaks() -> bool:
+    """Whether this process says what all that a launcher started on this machine would say."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _tell(error: Exception, debug: bool) -> int:
@@ -134,7 +140,7 @@ def _read_apart(name: str, argv: list[str], debug: bool) -> dict[str, Any] | int
     """
     if name in _RUNS and _SHOWING & {*argv}:
         _hide_torch()
-    if name not in _RUNS or _SHOWING & {*argv} or not hasattr(os, "fork"):
+    if name not in _RUNS or _SHOWING & {*argv} or not hasattr(os, "fork") or not _speaks():
         return None
     reader, writer = Pipe(duplex=False)
     child = os.fork()
@@ -190,7 +196,12 @@ def _run_command(words: list[str], debug: bool, request: dict[str, Any] | None) 
     if name in _RUNS:
         from pacatune.cli.run_options import Request
 
-        asked = module.read(argv) if request is None else Request(**request)
+        try:
+            asked = module.read(argv) if request is None else Request(**request)
+        except (ValueError, OSError):
+            if not _speaks():
+                return EXIT_USER_ERROR
+            raise
         return asked.carry_out([*["--debug"] * debug, *words])
     called, words = getattr(module, "command", None), [name]
     if hasattr(module, "SUBCOMMANDS"):
