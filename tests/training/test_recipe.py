@@ -1,6 +1,7 @@
 """Whole runs on a tiny model."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -258,3 +259,17 @@ def test_experts_are_trained_beside_the_attention(make_config, tiny_tokenizer, t
         for name in ("gate_up_proj.paca_delta", "down_proj.paca_delta"):
             assert any(f"layers.{layer}." in one and one.endswith(name) for one in moved)
     assert "fused experts are not made lean" in " ".join(report.lean["left"])
+
+
+@pytest.mark.parametrize(("eval_fraction", "which"), [(0.2, "held-out"), (0.0, "training")])
+def test_a_run_that_ended_worse_says_so(make_config, tmp_path, console, eval_fraction, which):
+    training = {"learning_rate": 50, "max_steps": 4, "logging_steps": 1}
+    config = make_config("full", training=training, data={"eval_fraction": eval_fraction})
+    train(config, console=console)
+    line = console.file.getvalue().splitlines()[-1]
+    fix = r"lower `training.learning_rate` \(50\)."
+    assert re.fullmatch(rf"warning: the {which} loss rose from .* to .*: {fix}", line)
+    said = line.removeprefix("warning: ")
+    assert read_json(tmp_path / "out/report.json")["warnings"] == [said]
+    for name in ("report.md", "README.md"):
+        assert said in (tmp_path / "out" / name).read_text()

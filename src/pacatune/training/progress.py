@@ -148,3 +148,4 @@ def show_result(report: Report, folder: Path, console: Console) -> None:
     console.print(table)
     what = "adapter" if report.targets else "model"
     say(console, f"{what}, report and model card are in {folder}")
+    show_warnings(report.risen(), console)

@@ -383,7 +383,9 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    return Report(**without_folders(known | task.results(trainer, float(speed)), config))
+    report = Report(**without_folders(known | task.results(trainer, float(speed)), config))
+    report.warnings = [*report.warnings, *report.risen()]
+    return report
 
 
 def save_weights(trainer: Any, folder: Path) -> None:

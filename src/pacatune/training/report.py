@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -84,7 +85,7 @@ class Report:
     eval_losses: Curve = field(default_factory=list)
     """(step, loss)."""
     warnings: list[str] = field(default_factory=list)
-    """What was found in the data."""
+    """What was found in the data, and whether the loss rose."""
 
     tokens_per_second: float | None = None
     """Tokens that are not padding, of all processes, per second of steps; None of images."""
@@ -157,6 +158,25 @@ class Report:
             rows.append((f"{title} before", four_digits(curve[0][1] if curve else None)))
             rows.append((f"{title} after", four_digits(after.get(name))))
         return rows
+
+    def risen(self) -> list[str]:
+        """Return one line if the loss ended above its start, else none.
+
+        The held-out loss decides, where there is one. The training losses are of other examples in
+        each step: the mean of the last tenth must be half as high again as that of the first.
+        """
+        losses = [loss for _, loss in self.train_losses]
+        tenth = max(1, len(losses) // 10)
+        which, start, end, least = "held-out", self.eval_loss_before, self.eval_loss_after, 1.01
+        if start is None and losses:
+            which, least = "training", 1.5
+            start, end = fmean(losses[:tenth]), fmean(losses[-tenth:])
+        if self.spec.is_rewarded or start is None or end is None or end <= least * start:
+            return []
+        return [
+            f"the {which} loss rose from {start:.4f} to {end:.4f}: lower "
+            f"`training.learning_rate` ({self.learning_rate:g})."
+        ]
 
     def plotted(self) -> tuple[str, Curve, Curve]:
         """Return what the figure shows: its name, its curve in training and the held-out one."""
