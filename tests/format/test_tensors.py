@@ -75,7 +75,7 @@ def test_a_delta_of_another_dtype_or_shape_is_refused(delta, message):
         (torch.tensor([[0, 2, 5]]), r"shape \(1, 3\); it must be \(3,\)"),
         (torch.tensor(3), r"shape \(\); it must be \(3,\)"),
         (torch.tensor([-1, 2, 5]), "holds -1 at position 0; column numbers must be sorted"),
-        (torch.tensor([0, 5, 2]), "holds 2 at position 2; .* Sort them"),
+        (torch.tensor([0, 5, 2]), "holds 2 at position 2; .* sorted"),
         (torch.tensor([0, 2, 2]), "holds 2 at position 2; .* unique"),
     ],
 )
@@ -91,7 +91,7 @@ def test_indices_must_be_int64_sorted_and_unique(indices, message):
         ([[0, 1, 2]] * 4, "has 4 lines, one for each of `groups`, which do not divide the rows"),
         ([[0, 1], [1, 2]], r"`paca_places` has shape \(2, 2\); it must be \(3,\)"),
         ([[0, 2, 4], [1, 1, 3]], "`paca_places` holds 1 at position 1; column numbers must be"),
-        ([[0, 2, 4], [1, 2, 5]], "`paca_places` names number 5 of 5 `paca_indices`"),
+        ([[0, 2, 4], [1, 2, 5]], "`paca_places` holds 5 at position 2; .* from 0 to 4"),
         ([[0.0, 2.0, 4.0]] * 2, "`paca_places` has dtype torch.float32"),
     ],
 )

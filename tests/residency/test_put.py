@@ -7,8 +7,10 @@ import torch
 
 from pacatune.ops.columns import adapted_columns, read_columns, with_columns
 from pacatune.ops.pattern import divide, expand
+from pacatune.residency import put
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
+from tests.residency.net import adapt, assert_base, deltas, layers
 
 # O, I, R and row groups.
 SHAPES = [(37, 50, 4, 1), (64, 33, 8, 1), (700, 64, 3, 1), (60, 33, 8, 4), (700, 64, 3, 7)]
@@ -45,6 +47,24 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
     exchange([each._replace(update=None) for each in puts])
     for each, want in zip(puts, pretrained, strict=True):
         assert torch.equal(each.kept.memory, want)
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter (TRITON_INTERPRET=1)")
+@pytest.mark.parametrize("is_negative", [True, False])
+def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypatch) -> None:
+    """Whoever put them there: the kernel takes them as they are."""
+    monkeypatch.setattr(put, "exchange", exchange)
+    monkeypatch.setattr(put, "can_exchange", lambda memory, values: True)
+    base = base.float()
+    model, x = adapt(base), torch.randn(2, 10)
+    model(x).sum().backward()
+    torch.optim.SGD(deltas(model), 0.1).step()
+    for layer in layers(model):
+        place, column = (0, -1) if is_negative else (-1, layer.in_features)
+        layer.paca_indices["default"][place] = column
+    with pytest.raises(ValueError, match=r"`indices` holds (-1|10) at position [02]; .* to 9"):
+        model(x)
+    assert_base(base, model)
 
 
 def test_where_it_cannot_be_used() -> None:

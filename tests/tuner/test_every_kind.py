@@ -62,6 +62,21 @@ def test_trained(kind: str) -> None:
     twin.check_base()
 
 
+@every_kind
+def test_columns_that_it_does_not_have(kind: str) -> None:
+    """A GPU would write them beside the weight."""
+    twin = make(kind)
+    name = f"base_model.model.{twin.key}.paca_indices.default"
+    for place, column in ((0, -1), (-1, twin.layer.in_features)):
+        indices = twin.layer.paca_indices["default"].clone()
+        indices[place] = column
+        for assign in (False, True):
+            with pytest.raises(ValueError, match=f"`paca_indices` holds {column} at position"):
+                twin.model.load_state_dict({name: indices}, strict=False, assign=assign)
+        twin.check()
+    twin.check_base()
+
+
 @compiles_whole
 @pytest.mark.parametrize("kind", LAYERS)
 def test_compiled_in_one_graph(kind: str) -> None:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
+from pacatune.format.tensors import plain_name
 from tests.releases import LOADS_ADAPTERS, needs
 from tests.tuner import nets
-from tests.tuner.nets import evaluate, fill
+from tests.tuner.nets import BAD_COLUMNS, evaluate, fill
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 NAME = "model.layers.0.self_attn.q_proj"
@@ -54,6 +55,28 @@ def logits(model, ids, **kwargs):
 def edit_config(folder, **changes):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def load_own_state(base, folder):
+    model = adapt(base)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {name: f"{name}.default" for name in tensors if name.endswith("indices")}
+    model.load_state_dict({names[name]: tensors[name] for name in names}, strict=False)
+
+
+DOORS = {
+    "PEFT": PeftModel.from_pretrained,
+    "PEFT, on meta first": lambda base, folder: PeftModel.from_pretrained(
+        base, folder, low_cpu_mem_usage=True
+    ),
+    "load_adapter of PEFT": lambda base, folder: adapt(base).load_adapter(folder, "other"),
+    "load_adapter of transformers": lambda base, folder: base.load_adapter(str(folder)),
+    "from_pretrained of transformers": lambda base, folder: AutoModelForCausalLM.from_pretrained(
+        folder
+    ),
+    "load_state_dict": load_own_state,
+    "hotswap": lambda base, folder: hotswap_adapter(adapt(base), folder),
+}
 
 
 class TestFiles:
@@ -105,7 +128,11 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("kind", "value", "message"),
         [
-            ("indices", torch.tensor([0, 1, 2, 32]), r"names column 32.*in_features=32"),
+            (
+                "indices",
+                torch.tensor([0, 1, 2, 32]),
+                r"q_proj.paca_indices.* holds 32 at .* from 0 to 31",
+            ),
             ("indices", None, "has `paca_delta` but no `paca_indices`"),
             ("delta", torch.full((32, 4), float("nan")), "not finite"),
             ("query", None, r"query.paca_.*no such adapted module"),
@@ -122,6 +149,29 @@ class TestFiles:
         save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
         with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(base, tmp_path)
+
+    @loads_adapters
+    @pytest.mark.parametrize("door", DOORS)
+    @pytest.mark.parametrize("kind", BAD_COLUMNS)
+    def test_columns_that_no_weight_has(self, base, tmp_path, tiny_model_dir, door, kind):
+        """Refused by every door, before anything computes with them."""
+        adapt(base).save_pretrained(tmp_path)
+        edit_config(tmp_path, base_model_name_or_path=str(tiny_model_dir))
+        path, name = tmp_path / "adapter_model.safetensors", f"base_model.model.{NAME}.paca_indices"
+        tensors = load_file(path)
+        change, message = BAD_COLUMNS[kind]
+        good, tensors[name] = tensors[name], change(tensors[name])
+        save_file(tensors, path)
+        before = copy.deepcopy(base.state_dict())
+        if kind in ("int32", "float") and "transformers" in door:  # made int64 before we see them
+            model = DOORS[door](base, tmp_path)
+            layer = nets.layers(base if "load_adapter" in door else model)[NAME]
+            assert torch.equal(layer.paca_indices["default"], good)
+            return
+        with pytest.raises(ValueError, match=message):
+            DOORS[door](base, tmp_path)
+        after = {plain_name(name): tensor for name, tensor in base.state_dict().items()}
+        assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 CALLS = {

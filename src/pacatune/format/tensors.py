@@ -12,9 +12,9 @@ Earlier versions had no places, and indices (G, R): those of each row group.
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
+from pacatune.ops.columns import check_columns
 from pacatune.ops.pattern import columns_of, divide, expand, form_of
 from pacatune.precision import FLOATS, dtype_name
 
@@ -118,21 +118,9 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
         _check_layout(update, where)
         if not update.delta.is_meta:
             check_finite({f"{module}.{DELTA}": update.delta}, source=source)
-        if not update.indices.is_meta:
-            _check_order(update.indices, INDICES, where)
-        check_places(update.indices, update.places, where)
-
-
-def check_places(indices: Tensor, places: Tensor | None, where: str) -> None:
-    """Refuse a pattern of columns that there are not."""
-    if places is None or places.is_meta:
-        return
-    _check_order(places, PLACES, where)
-    if (last := int(places.max())) >= len(indices):
-        raise ValueError(
-            f"{where}: `{PLACES}` names number {last} of {len(indices)} `{INDICES}`, the first one "
-            "being 0; the file is damaged."
-        )
+        check_columns(update.indices, None, f"{where}: `{INDICES}`")
+        if update.places is not None:
+            check_columns(update.places, len(update.indices), f"{where}: `{PLACES}`")
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -161,12 +149,6 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
             f"{where}: `{DELTA}` has shape {tuple(delta.shape)}; it must be (out_features, rank), "
             "both at least 1, with the kernel's sizes after them or the number of experts before."
         )
-    for kind, tensor in ((INDICES, indices), (PLACES, places)):
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{where}: `{kind}` has dtype {tensor.dtype}; it must be torch.int64. "
-                "Convert it with `.long()` and save the adapter again."
-            )
     # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
     sizes = [delta.shape[:2]] + ([delta.shape[1:]] if delta.ndim == 3 else [])
     if places is not None and (places.ndim != 2 or len(places) < 2):
@@ -187,17 +169,4 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         raise ValueError(
             f"{where}: `{PLACES}` has {groups} lines, one for each of `groups`, which do not "
             f"divide the rows of `{DELTA}`, which has shape {tuple(delta.shape)}."
-        )
-
-
-def _check_order(numbers: Tensor, kind: str, where: str) -> None:
-    lines = numbers.reshape(-1, numbers.shape[-1])
-    before = torch.nn.functional.pad(lines, (1, 0), value=-1)[:, :-1]
-    wrong = (lines <= before).nonzero().tolist()
-    if wrong:
-        line, place = wrong[0]
-        raise ValueError(
-            f"{where}: `{kind}` holds {int(lines[line, place])} at position {place}; column "
-            "numbers must be sorted and unique, from 0 on. Sort them and reorder the columns of "
-            f"`{DELTA}` alike."
         )

@@ -19,6 +19,39 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def check_columns(indices: Tensor, num_columns: int | None, what: str) -> None:
+    """Refuse what cannot be columns of a weight, which a GPU would read and write beside it.
+
+    They are int64, sorted and unique. Values on the meta device are not looked at. A GPU waits for
+    this once.
+
+    Args:
+        indices: (R,), or several such lines.
+        num_columns: I; None where nobody knows.
+        what: Begins the message.
+
+    Raises:
+        ValueError: If they are anything else.
+    """
+    if indices.dtype != torch.int64:
+        raise ValueError(
+            f"{what} has dtype {indices.dtype}; it must be torch.int64. Convert it with `.long()` "
+            "and save it again."
+        )
+    if indices.is_meta:
+        return
+    wrong = F.pad(indices, (1, 0), value=-1)[..., :-1] >= indices
+    if num_columns is not None:
+        wrong |= indices >= num_columns
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        end = "on" if num_columns is None else f"to {num_columns - 1}"
+        raise ValueError(
+            f"{what} holds {int(indices[place])} at position {place[-1]}; column numbers must be "
+            f"sorted and unique, from 0 {end}. The file is damaged, or made for another base model."
+        )
+
+
 def read_columns(weight: Tensor, indices: Tensor, groups: int = 1, *, dim: int = 1) -> Tensor:
     """Return what a weight holds in some columns, a kernel for some input channels.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pacatune.grid.formats import GRIDS
-from pacatune.ops.columns import bits, put_columns_, read_columns
+from pacatune.ops.columns import bits, check_columns, put_columns_, read_columns
 
 Overlap = Literal["first", "last", "sum"]
 """Whose column is taken where several patches have it; `sum` adds up their differences."""
@@ -47,17 +47,11 @@ class ColumnPlace:
         dim, shape, indices = self.dim, self.shape, self.indices
         if not 0 <= dim < len(shape):
             raise ValueError(f"{where}: `dim` ({dim}) must be one of the dimensions of {shape}.")
-        if indices.dtype != torch.int64 or indices.dim() != 1:
-            raise ValueError(
-                f"{where}: `indices` must be (R,) int64, got {tuple(indices.shape)} of "
-                f"{indices.dtype}."
-            )
-        if indices.device.type != "cpu":
-            return  # they came from a CPU (`to`), and to look at them would wait for the GPU
-        number, size = indices.numel(), shape[dim]
-        is_within = number > 0 and int(indices.min()) >= 0 and int(indices.max()) < size
-        if not is_within or not bool((indices.diff() > 0).all()):
-            raise ValueError(f"{where}: `indices` must increase from 0 on and stay below {size}.")
+        if indices.dim() != 1 or not len(indices):
+            raise ValueError(f"{where}: `indices` must be (R,), got {tuple(indices.shape)}.")
+        # On a GPU they came from a CPU (`to`), and to look at them would wait for it.
+        if indices.device.type == "cpu":
+            check_columns(indices, shape[dim], f"{where}: `indices`")
 
     @property
     def rank(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.columns import read_columns, with_columns
+from pacatune.ops.columns import check_columns, read_columns, with_columns
 from pacatune.residency.obstacles import NUM_OWN_REFERENCES, PLAIN, flaw_of, why_not_written
 from pacatune.residency.put import Kept, Parts, Put, Update, room_for
 from pacatune.residency.together import Group, put_all, restore_all
@@ -36,6 +36,7 @@ class Residency:
     """What it becomes where each process has a part of the weight: `GatheredResidency`."""
     # Where the weight's memory is: `weight.data = other` changes nothing else.
     _address_of: Callable[[Tensor], int] = staticmethod(Tensor.data_ptr)
+    _check_columns: Callable[[Tensor, int, str], None] = staticmethod(check_columns)
 
     def __init__(self, module: nn.Module) -> None:
         # Why nothing is ever written from now on, whatever else happens.
@@ -180,6 +181,7 @@ class Residency:
     def _make_room(self, indices: Tensor) -> Kept:
         assert self.weight is not None
         if self.columns is None or not self._knows(indices):
+            self._check_columns(indices, self.weight.shape[1], "`indices`")
             self.columns = indices, indices._version, indices.clone()
         kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)

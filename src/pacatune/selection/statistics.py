@@ -11,7 +11,8 @@ from pacatune.files.folder import explained_failure
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
-from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME, check_places
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME
+from pacatune.ops.columns import check_columns
 from pacatune.ops.pattern import columns_of
 from pacatune.strategies import KINDS
 
@@ -116,7 +117,8 @@ def load_columns(path: str | Path) -> Columns:
         places = tensors.get(f"{module}.{PLACES}")
         if kind != INDICES:
             continue
-        check_places(indices, places, f"{path}: module {module!r}")
+        if places is not None:
+            check_columns(places, len(indices), f"{path}: module {module!r}: `{PLACES}`")
         columns[module.removeprefix(PEFT_PREFIX)] = columns_of(indices, places).tolist()
     if not columns:
         raise ValueError(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pacatune.format.options import IN_TENSORS
-from pacatune.ops.columns import adapted_columns, widened
+from pacatune.format.tensors import INDICES
+from pacatune.ops.columns import adapted_columns, check_columns, widened
 from pacatune.ops.pattern import columns_of, divide, expand
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
@@ -52,6 +53,32 @@ class Delta(nn.Module):
         if scaling is None:
             return apply(columns, self.weight)
         return apply(columns, (widened(self.weight) * scaling).to(columns.dtype))
+
+
+class ColumnsByAdapter(BufferDict):
+    """Adapter name -> (U,) int64 columns of one weight, checked where a file's come in.
+
+    PEFT calls load_state_dict; transformers sets attributes, past PEFT and all that it checks.
+    """
+
+    def __init__(self, module_name: str, num_columns: int) -> None:
+        self.module_name, self.num_columns = module_name, num_columns
+        super().__init__(persistent=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._check(name, value)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in self._buffers:
+            if (loaded := state_dict.get(f"{prefix}{name}")) is not None:
+                self._check(name, loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check(self, adapter_name: str, indices: Tensor) -> None:
+        where = f"Adapter {adapter_name!r}: module {self.module_name!r}"
+        check_columns(indices, self.num_columns, f"{where}: `{INDICES}`")
 
 
 class PacaLayer(nn.Module, TunerLayer):
@@ -94,8 +121,10 @@ class PacaLayer(nn.Module, TunerLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.layout = layout_of(base, self.parameter_name) or Layout.of(base, self.parameter_name)
         self.paca_delta = nn.ModuleDict({})
-        self.paca_indices = BufferDict({}, persistent=True)
+        self.paca_indices = ColumnsByAdapter(name, self.layout.in_features)
         self.paca_places = BufferDict({}, persistent=True)
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
@@ -104,8 +133,6 @@ class PacaLayer(nn.Module, TunerLayer):
         self.merged_adapters: list[str] = []
         self._kept: list[Any] = []  # what merging replaced, innermost first
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        base = self.get_base_layer()
-        self.layout = layout_of(base, self.parameter_name) or Layout.of(base, self.parameter_name)
         self.shares_weight = False  # another module sees the same weight; set by the model
         self.residency: Residency | None = None
         self._attach()

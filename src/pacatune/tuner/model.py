@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, IN_TENSORS, idle_layers
 from pacatune.format.tensors import DELTA, INDICES, PLACES, check_tensors, with_places
+from pacatune.ops.columns import check_columns
 from pacatune.residency import resident
 from pacatune.tuner import several
 from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
@@ -473,8 +474,5 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
                 f"Adapter {adapter_name!r} has {key!r}, but this model has no such adapted module: "
                 "it was made for another base model, or its configuration was changed."
             )
-        if "paca_indices" in key and len(tensor) and int(tensor.max()) >= in_features[key]:
-            raise ValueError(
-                f"Adapter {adapter_name!r}: {key!r} names column {int(tensor.max())}, but the base "
-                f"weight has in_features={in_features[key]}: it was made for another base model."
-            )
+        if INDICES in key:
+            check_columns(tensor, in_features[key], f"Adapter {adapter_name!r}: {key!r}")
