@@ -75,9 +75,14 @@ def test_evaluation_beside_another_thread(other, base, model, x, pool):
     net.assert_base(base, model)
 
 
-def test_the_thread_that_trains_generates_with_resident_columns(pool):
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_model_in_training_generates_with_resident_columns(is_checkpointed, pool):
+    """In whatever thread: autograd's own recomputes what is checkpointed on a GPU."""
     config = PacaConfig(r=4, target_modules="all-linear", init_weights=False)
-    model = get_peft_model(build_model(64), config).eval()
+    model = get_peft_model(build_model(64), config)
+    if is_checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def generate() -> Tensor:
         greedy = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -96,14 +101,19 @@ def test_the_thread_that_trains_generates_with_resident_columns(pool):
 
     assert share_of_written() == 0  # nobody has trained: perhaps many threads serve
     ids = torch.randint(0, 64, (1, 8))
-    model(input_ids=ids, labels=ids).loss.backward()
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    pool.submit(loss.backward).result()
+    model.eval()
     assert share_of_written() == 1
     assert not any(is_written(model))
-    assert share_of_written(lambda: pool.submit(generate).result()) == 0
+    assert share_of_written(lambda: pool.submit(generate).result()) == 1
+    model.requires_grad_(False)
+    assert share_of_written() == 0  # it is trained no more
+    assert not any(is_written(model))
 
 
-@pytest.mark.parametrize("look", ["state_dict", "parameters"])
-def test_training_beside_looks(look, base, model, x, pool):
+@pytest.mark.parametrize("look", ["state_dict", "parameters", "resident"])
+def test_training_beside_others(look, base, model, x, pool):
     """A thread that saves or logs sees the base, as long as it holds what it saw."""
     twin, pretrained = net.adapt(base), copy.deepcopy(base)
     stop, looks = threading.Event(), []
@@ -111,7 +121,11 @@ def test_training_beside_looks(look, base, model, x, pool):
     def look_again_and_again() -> None:
         while not stop.is_set():
             looks.append(1)
-            assert_sees_base(pretrained, LOOKS[look](model))
+            if look == "resident":
+                with resident(model):
+                    net.evaluate(model, x)
+            else:
+                assert_sees_base(pretrained, LOOKS[look](model))
 
     looking = pool.submit(look_again_and_again)
     losses: list[list[float]] = [[], []]

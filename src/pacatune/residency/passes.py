@@ -44,7 +44,6 @@ class Pass:
     def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
         """Compute with the weight, as `read` does."""
         residency = self.residency
-        residency.trainer = threading.get_ident()
         self.epoch = residency.epoch
         writes = self.writes and self.update[0].requires_grad
         result = read(residency, compute, self.update, writes=writes)
@@ -112,6 +111,14 @@ def resident(model: nn.Module) -> Iterator[None]:
     finally:
         for residency in owned:
             residency.owner = None
+        _restore(owned)
+
+
+def _restore(residencies: list[Residency]) -> None:
+    """Put pretrained columns back by one launch, or tell of what was changed meanwhile."""
+    with LOCK:
+        restore_all(residencies)
+        for residency in residencies:
             residency.restore()
 
 
@@ -146,10 +153,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: A
                 found.append(residency)
     found = list(dict.fromkeys(found))  # two adapters may be trained by turns
     with LOCK:
-        over = [residency for residency in found if residency.is_over()]
-        restore_all(over)
-        for residency in over:
-            residency.restore()  # or tell of what was changed meanwhile
+        _restore([residency for residency in found if residency.is_over()])
         for residency in found:
             residency.is_stale = residency.is_written
     group = Group(found)

@@ -57,9 +57,8 @@ class Residency:
         self.is_lost = False
         # Grows before the weight, or its columns, change.
         self.epoch = 0
-        # The thread that may write although it does not train, and the last one that trained.
+        # The thread that may write although it does not train.
         self.owner: int | None = None
-        self.trainer: int | None = None
         # Those that one optimiser changes together with this one.
         self.group: Group | None = None
         # Somebody has used the weight's `.data`, and may have changed it by that.
@@ -136,11 +135,15 @@ class Residency:
             self.restore()
             return read_columns(weight.detach(), indices)
 
+    def is_in_training(self) -> bool:
+        """Whether columns that are trained have been written here."""
+        return self.last is not None and bool(self.last.delta.requires_grad)
+
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
         return (
             self.last is not None
-            and self.last.delta.requires_grad
+            and self.is_in_training()
             and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
             and not self.holds(self.last.parts)
         )

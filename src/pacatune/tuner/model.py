@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -371,21 +370,19 @@ class PacaModel(Tuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Prepare one call: hand `adapter_names` of a mixed batch to every adapted layer.
 
-        `generate` in the thread that trains the model (TRL's GRPO, say) has the columns in the
-        weights: that thread has the model to itself.
+        `generate` of a model in training (TRL's GRPO, say) has the columns in the weights.
         """
         with ExitStack() as stack:
-            if _GENERATION_OPTIONS & kwargs.keys() and self._is_trained_here():
+            if _GENERATION_OPTIONS & kwargs.keys() and self._is_in_training():
                 stack.enter_context(resident(self.model))
             if (names := kwargs.get("adapter_names")) is not None:
                 num_beams = kwargs.get("num_beams") or 1
                 stack.enter_context(several.adapter_names_passed(self.model, names, num_beams))
             yield
 
-    def _is_trained_here(self) -> bool:
-        thread = threading.get_ident()
+    def _is_in_training(self) -> bool:
         residencies = (getattr(module, "residency", None) for module in self.model.modules())
-        return any(one is not None and one.trainer == thread for one in residencies)
+        return any(one is not None and one.is_in_training() for one in residencies)
 
 
 class _Unloaded:
