@@ -4,11 +4,16 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pacatune import pretrained
+from pacatune import PacaConfig, pretrained
+from pacatune.adapters.base import load_base
+from pacatune.adapters.export import export_lora
 from pacatune.adapters.folder import open_adapter, read_adapter
+from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.loading import attach, load_language_model
+from pacatune.adapters.merge import merge
 from pacatune.tuner.quantized import forbid_packing
 from tests.adapters.fixtures import edit_json, edit_tensors, logits_of, save_adapter
 from tests.releases import needs
@@ -101,3 +106,81 @@ def test_what_cannot_be_loaded(tiny_model_dir, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
+
+
+# Weights of the base in an adapter's file: PEFT puts them over the base, whatever they are.
+
+EMBEDDING = "model.embed_tokens.base_layer.weight"
+ADAPTED = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+saves_embeddings = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+
+
+@pytest.fixture
+def adapted(tiny_model_dir, tmp_path):
+    """The folder of an adapter whose embedding and head are adapted, and the model."""
+    return tmp_path / "adapter", save_adapter(tiny_model_dir, tmp_path / "adapter", **ADAPTED)
+
+
+def add(folder, name, value):
+    edit_tensors(folder, lambda tensors: tensors.update({f"base_model.model.{name}": value}))
+
+
+@saves_embeddings
+def test_the_frozen_weight_of_an_adapted_embedding_is_not_saved(adapted, tiny_model_dir):
+    folder, model = adapted
+    names = load_file(folder / "adapter_model.safetensors").keys()
+    assert {name.rpartition(".")[2] for name in names} == {"paca_delta", "paca_indices"}
+    base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base, folder)), logits_of(model))
+
+
+@saves_embeddings
+@pytest.mark.filterwarnings("ignore:The new embeddings will be initialized")
+def test_a_vocabulary_that_grew_is_saved(tiny_model_dir, tmp_path):
+    def grown():
+        base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+        base.resize_token_embeddings(base.config.vocab_size + 8)
+        return base
+
+    config = PacaConfig(r=4, task_type="CAUSAL_LM", init_weights=False, **ADAPTED)
+    model = get_peft_model(grown(), config)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"base_layer.weight' .* where the vocabulary grew"):
+        loaded = PeftModel.from_pretrained(grown(), tmp_path)
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+@saves_embeddings
+@pytest.mark.parametrize(
+    "name", [EMBEDDING, "model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_a_weight_of_the_base_that_nothing_trains(adapted, tiny_model_dir, tmp_path, name):
+    """An equal one does nothing; others are refused, or said where a vocabulary may have grown."""
+    folder, model = adapted
+    base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+    own = base.get_parameter(name.replace(".base_layer", "")).detach().clone()
+    add(folder, name, own)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base, folder)), logits_of(model))
+    load_language_model(str(tiny_model_dir), folder)
+    (note,) = (note for note in inspect_adapter(folder).notes if name in note)
+    assert "does not train" in note
+
+    add(folder, name, own + 1)
+    for use in (
+        lambda: merge(None, folder, tmp_path / "out"),
+        lambda: load_language_model(None, folder),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}' .* nothing in its configuration trains"):
+            use()
+    base = load_base(str(tiny_model_dir), task_type="CAUSAL_LM")
+    if name == EMBEDDING:
+        with pytest.warns(UserWarning, match=rf"{name}' .*of the base"):
+            PeftModel.from_pretrained(base, folder)
+    else:
+        with pytest.raises(ValueError, match=rf"{name}' .* nothing in its configuration trains"):
+            PeftModel.from_pretrained(base, folder)
+    result = export_lora(None, folder, tmp_path / "lora")
+    assert any(name in note for note in result.notes)
+    assert not any(
+        name in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    )

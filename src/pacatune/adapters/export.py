@@ -109,7 +109,11 @@ def export_lora(
     output = Path(output)
     check_output(output, num_bytes=0)
     opened = open_adapter(adapter)
-    found = opened if isinstance(opened, Adapter) else fold_mixers(opened)
+    found: Adapter | FoldedAdapter
+    if isinstance(opened, Adapter):
+        found, notes = _without_copies(opened)
+    else:
+        found, notes = fold_mixers(opened), []
     if found.extra and not keep_extra:
         method = "PaCA" if isinstance(found, Adapter) else "MosLoRA"
         raise ValueError(
@@ -119,9 +123,9 @@ def export_lora(
         )
     name, base = named_base(model, found)
     if isinstance(found, Adapter):
-        notes = check_base(found, base, allow_other_base=allow_other_base)
+        notes += check_base(found, base, allow_other_base=allow_other_base)
     else:
-        notes = found.check_base(base)
+        notes += found.check_base(base)
     tensors, rounding = _lora_tensors(found, base, torch_dtype(dtype))
     config = lora_config(found, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
@@ -161,14 +165,14 @@ def export_paca(
     """
     output = Path(output)
     check_output(output, num_bytes=0)
-    found = read_adapter(adapter)
+    found, notes = _without_copies(read_adapter(adapter))
     if needs := [one for one in found.config.needs_pacatune() if one not in _SAID_OTHERWISE]:
         raise ValueError(
             f"{found.folder} needs pacatune for {', '.join(needs)}, which PEFT's own PaCA does not "
             "have; export it as LoRA, or merge it."
         )
     name, base = named_base(model, found)
-    notes = check_base(found, base, allow_other_base=allow_other_base)
+    notes += check_base(found, base, allow_other_base=allow_other_base)
     rank = max(len(update.indices) for update in found.modules.values())
     largest = next(one for one, update in found.modules.items() if len(update.indices) == rank)
     alpha = found.scaling(largest) * rank
@@ -253,6 +257,14 @@ def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Te
             (staging / name).write_text(text + "\n", encoding="utf-8")
         write_tensors(tensors, staging / TENSORS_NAME)
     return num_bytes
+
+
+def _without_copies(adapter: Adapter) -> tuple[Adapter, list[str]]:
+    """Return an adapter without weights of the base that it does not train, and a note of them."""
+    copies = adapter.copies()
+    extra = {name: tensor for name, tensor in adapter.extra.items() if name not in copies}
+    notes = [f"left out {name!r}, a weight of the base that it does not train." for name in copies]
+    return replace(adapter, extra=extra), notes
 
 
 def lora_config(

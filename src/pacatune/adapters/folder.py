@@ -21,6 +21,7 @@ from pacatune.format.tensors import (
     check_finite,
     check_tensors,
     group_tensors,
+    plain_name,
     split_tensor_name,
     with_places,
 )
@@ -155,6 +156,13 @@ class Adapter:
     """All other tensors of the file by their name there: biases, `modules_to_save`, tokens."""
     sidecar: dict[str, Any]
     """What `pacatune.json` holds; empty without one."""
+
+    def copies(self) -> list[str]:
+        """Return the tensors of `extra` that nothing trains: weights of the base, as PEFT saves.
+
+        PEFT puts them over the base's, whatever they hold.
+        """
+        return [name for name in self.extra if not self.config.trains(plain_name(name))]
 
     def scaling(self, module: str) -> float:
         """Return alpha / rank of one adapted module."""

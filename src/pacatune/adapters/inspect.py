@@ -103,17 +103,19 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         adapter = read_adapter(folder)
         config, alpha = {**vars(adapter.config), "peft_type": "PACA"}, adapter.config.paca_alpha
         modules, extra, notes = _paca_modules(adapter), adapter.extra, _paca_notes(adapter)
+        copies = adapter.copies()
     elif isinstance(method, str):
         modules, extra = _lora_modules(find_tensors(folder), alpha)
         notes = _lora_notes(config)
+        # PEFT copies the frozen weight of an adapted embedding or head into the file.
+        copies = [name for name in extra if name.endswith(".base_layer.weight")]
     else:
         raise ValueError(
             f"{folder / CONFIG_NAME} gives `peft_type` = {method!r}; it must name a PEFT method."
         )
     targets = _typed(config, "target_modules", str, list, set) or []
     rank = _typed(config, "r", int)
-    # PEFT copies the frozen weight of an adapted embedding or head into the file.
-    num_extra = sum(t.numel() for n, t in extra.items() if not n.endswith(".base_layer.weight"))
+    num_extra = sum(tensor.numel() for name, tensor in extra.items() if name not in copies)
     return AdapterReport(
         folder=folder,
         method=str(config["peft_type"]),
@@ -210,7 +212,13 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         for name, update in adapter.modules.items()
     )
     notes.append(_readers(config, has_convolutions=has_convolutions))
-    if adapter.extra:
+    copies = adapter.copies()
+    notes += [
+        f"holds {name!r}, a weight of the base that it does not train: PEFT puts it over the "
+        "base's, `merge` and `generate` refuse it where it differs, `export` leaves it out."
+        for name in copies
+    ]
+    if len(adapter.extra) > len(copies):
         notes.append(
             "holds more than PaCA's tensors: `export` needs --keep_extra, `merge` does not."
         )

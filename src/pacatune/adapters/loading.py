@@ -34,7 +34,13 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import target_of_module
 from pacatune.format.options import PacaOptions
-from pacatune.format.tensors import PEFT_PREFIX, ColumnUpdate, plain_name, split_tensor_name
+from pacatune.format.tensors import (
+    PEFT_PREFIX,
+    ColumnUpdate,
+    plain_name,
+    refuse_replaced,
+    split_tensor_name,
+)
 from pacatune.names import choose
 from pacatune.ops.whole import whole_shape
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
@@ -104,6 +110,7 @@ def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -
 def _check_extra(adapter: Adapter, model: nn.Module) -> None:
     # PEFT passes over a tensor that it has no place for, and the model is silently not the trained.
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    copies = adapter.copies()
     for key, tensor in adapter.extra.items():
         name = plain_name(key)
         if name.endswith(".token_adapter.trainable_tokens_delta"):
@@ -120,6 +127,8 @@ def _check_extra(adapter: Adapter, model: nn.Module) -> None:
                 f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but {shape} "
                 "in the base; the adapter belongs to another base or the vocabulary was changed."
             )
+        if key in copies and not parameters[name].is_meta:
+            refuse_replaced(key, tensor, parameters[name], source=str(adapter.folder))
 
 
 def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:

@@ -4,6 +4,7 @@
 looking into an adapter does not wait for PEFT.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -172,6 +173,16 @@ class PacaOptions(PacaChoices):
         options += ["`groups`"] if self.groups != 1 else []
         options += ["`columns_from`"] if self.columns_from != "dequantized" else []
         return options + (self.needs_pacatune_for or [])
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor beside the columns is trained, by its name in the base model."""
+        module = name.rpartition(".")[0]
+        parents = [module[: end.start()] for end in re.finditer(r"\.|$", module)]
+        return (
+            any(part.endswith(saved) for part in parents for saved in self.modules_to_save or [])
+            or (self.bias != "none" and name.rpartition(".")[2] == "bias")
+            or (self.trainable_token_indices is not None and ".token_adapter." in name)
+        )
 
     def statistics(self) -> tuple[str, ...]:
         """Return the kinds of statistics from data by which columns are to be chosen."""

@@ -12,10 +12,12 @@ Earlier versions had no places, and indices (G, R): those of each row group.
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from pacatune.ops.columns import check_columns
 from pacatune.ops.pattern import columns_of, divide, expand, form_of
+from pacatune.ops.whole import is_whole
 from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
@@ -136,6 +138,17 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
                 f"{source}: tensor {name!r} holds values that are not finite. Training diverged or "
                 "the file is damaged: use an earlier checkpoint."
             )
+
+
+def refuse_replaced(name: str, tensor: Tensor, own: Tensor, *, source: str) -> None:
+    """Refuse another tensor in the place of a base model's own weight."""
+    is_known = is_whole(own, tensor.dim()) and own.shape == tensor.shape
+    if not is_known or not torch.equal(tensor.to(own), own.detach()):
+        raise ValueError(
+            f"{source}: {name!r} would replace a weight of the base, and nothing in its "
+            "configuration trains that. Remove the tensor from the file, or name its module in "
+            "`modules_to_save` if it was trained."
+        )
 
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -13,7 +13,15 @@ from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
 from pacatune.format.options import IN_PROJ, IN_TENSORS, idle_layers
-from pacatune.format.tensors import DELTA, INDICES, PLACES, check_tensors, with_places
+from pacatune.format.tensors import (
+    DELTA,
+    INDICES,
+    PLACES,
+    check_tensors,
+    plain_name,
+    refuse_replaced,
+    with_places,
+)
 from pacatune.ops.columns import check_columns
 from pacatune.residency import resident
 from pacatune.tuner import several
@@ -126,6 +134,7 @@ def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
 _GENERATION_OPTIONS = frozenset(
     ("generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams", "streamer")
 )
+_OURS = re.compile(rf"(^|\.)({DELTA}|{INDICES}|{PLACES})(\.|$)")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
@@ -327,9 +336,12 @@ class PacaModel(Tuner):
         Whoever saves an adapter asks for these first and saves the configuration then, so what that
         says of the adapted modules is filled in here.
         """
-        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model=_PlainNames(model), config=config, adapter_name=adapter_name, **kwargs
+        selected = _Selected(
+            super()._get_adapter_state_dict(
+                model=_PlainNames(model), config=config, adapter_name=adapter_name, **kwargs
+            )
         )
+        selected.frozen = _frozen_embeddings(model, config)
         if isinstance(config, PacaConfig):
             config.needs_pacatune_for = kinds_beyond_peft(_PlainNames(model), adapter_name)
         for name, tensor in selected.items():
@@ -359,6 +371,7 @@ class PacaModel(Tuner):
             state_dict=state_dict,
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
+        _check_beside(model, config, adapter_name, remapped)
         note_columns(config, _PlainNames(model), adapter_name, remapped)
         for module in model.modules():
             for hook in list(module._forward_pre_hooks.values()):
@@ -407,6 +420,41 @@ class _Unloaded:
             raise ValueError(f"adapter {self.adapter_name!r}: {NOT_LOADED}")
 
 
+class _Selected(dict[str, Tensor]):
+    """The tensors of an adapter, to which PEFT adds the base weights of adapted embeddings."""
+
+    frozen: Collection[str] = ()
+    """Those that are the base's own, which is there wherever the adapter is loaded."""
+
+    def update(self, others: Mapping[str, Tensor]) -> None:  # type: ignore[override]
+        super().update({name: t for name, t in others.items() if name not in self.frozen})
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    try:
+        return [model.get_input_embeddings(), model.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # not of transformers, or of images
+        return []
+
+
+def _frozen_embeddings(model: Any, config: PeftConfig) -> set[str]:
+    """Return the frozen weights under adapted embeddings, unless the vocabulary is another one."""
+    layers = [layer for layer in _embeddings(model) if isinstance(layer, PacaLayer)]
+    names = {
+        f"{name}.base_layer.{own}"
+        for name, module in _PlainNames(model).named_modules()
+        if any(module is layer for layer in layers)
+        for own, parameter in cast(PacaLayer, module).base_layer.named_parameters()
+        if not parameter.requires_grad
+    }
+    try:
+        before = type(model.config).from_pretrained(config.base_model_name_or_path)
+        is_same = before.get_text_config().vocab_size == model.config.get_text_config().vocab_size
+    except (AttributeError, OSError, TypeError, ValueError):  # not of transformers, or not here
+        is_same = False
+    return names if is_same else set()
+
+
 class _PlainNames:
     """A model under the names of its state_dict, in which wrappers leave no trace.
 
@@ -444,6 +492,31 @@ def _warn_of_idle_layers(config: PacaConfig) -> None:
         )
 
 
+def _check_beside(
+    model: Any, config: PacaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> None:
+    """Refuse weights of the base that the configuration does not train, if they are not the base's.
+
+    Those of embeddings are warned of: where the vocabulary grew, PEFT saves them.
+    """
+    base, embeddings = model.state_dict(), _embeddings(model)
+    modules = _PlainNames(model).named_modules()
+    places = tuple(f"{name}." for name, module in modules if module in embeddings)
+    for name, tensor in state_dict.items():
+        if name not in base or _OURS.search(name) or config.trains(plain_name(name)):
+            continue
+        try:
+            refuse_replaced(name, tensor, base[name], source=f"Adapter {adapter_name!r}")
+        except ValueError:
+            if not name.startswith(places):
+                raise
+            warnings.warn(
+                f"Adapter {adapter_name!r}: {name!r} takes the place of that weight of the base. "
+                "It should where the vocabulary grew in training; otherwise remove it.",
+                stacklevel=2,
+            )
+
+
 def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     in_features: dict[str, int] = {}
     for name, module in model.named_modules():
@@ -464,7 +537,7 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
                     "edited."
                 )
     for key, tensor in state_dict.items():
-        if not re.search(r"(^|\.)paca_(delta|indices|places)(\.|$)", key):
+        if not _OURS.search(key):
             continue
         if key not in in_features:
             raise ValueError(
