@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pacatune import PacaConfig
 from pacatune.adapters.base import load_base
+from pacatune.adapters.loading import hotswap_adapter
 from pacatune.patch.packed import merge_packed, open_packed
 from pacatune.sync import ColumnReceiver, ColumnSource, GridSteps
 from pacatune.sync.message import from_wire, to_wire
@@ -72,17 +73,63 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
     changed = [n for n, one in found.items() if not torch.equal(one, bits_of(plain)[n])]
     assert len(changed) == 14
     # Steps go on from what the optimiser has reached, not from the codes.
-    reached = [one.reached.clone() for one in steps._trained]
-    assert any((one.reached != one.delta).any() for one in steps._trained)
+    reached = [one.delta + one.rest for one in steps._trained]
+    assert any(one.rest.any() for one in steps._trained)
     with torch.enable_grad():
         train(model, optimizer, 3)
     for one, before in zip(steps._trained, reached, strict=True):
-        assert (one.reached - before).abs().max() < 4e-3
+        assert (one.delta + one.rest - before).abs().max() < 4e-3
     steps.remove()
     source.forget()
     receiver.apply(source.base_columns())
     receiver.revert()
     assert all(torch.equal(one, bits_of(plain)[name]) for name, one in bits_of(server).items())
+
+
+@fp8
+@pytest.mark.parametrize("load", [lambda m, f: m.load_adapter(f, "default"), hotswap_adapter])
+@pytest.mark.parametrize("random_seed", [42, 7])
+def test_steps_go_on_from_an_adapter_that_is_loaded_after(folder, tmp_path, random_seed, load):
+    """As a trainer resumes; the columns of another seed are loaded with it."""
+    checkpoint, options = open_packed(folder), {"random_seed": random_seed}
+    model = adapted(folder, **options)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=3e-3)
+    GridSteps(model, checkpoint, optimizer)
+    for seed in range(3):
+        train(model, optimizer, seed)
+    model.save_pretrained(tmp_path)
+
+    resumed = adapted(folder)
+    optimizer = torch.optim.AdamW(net.trained(resumed), lr=0.0)
+    steps = GridSteps(resumed, checkpoint, optimizer)
+    train(resumed, optimizer, 0)
+    load(resumed, tmp_path)
+    for seed in range(2):
+        train(resumed, optimizer, seed)
+        for one, layer in zip(steps._trained, net.layers_of(model), strict=True):
+            assert torch.equal(one.delta, layer.delta_of("default"))
+            assert torch.equal(one.indices, layer.paca_indices["default"])
+
+
+@fp8
+def test_a_step_that_raises_leaves_the_columns_at_codes(folder):
+    model = adapted(folder)
+    optimizer = torch.optim.AdamW(net.trained(model), lr=3e-3)
+    steps = GridSteps(model, open_packed(folder), optimizer)
+    train(model, optimizer, 0)
+    assert any(one.rest.any() for one in steps._trained)
+    before = [delta.detach().clone() for delta in net.trained(model)]
+
+    def assert_the_same():
+        assert all(map(torch.equal, net.trained(model), before))
+
+    def closure():  # computes gradients there, as Lightning's do
+        assert_the_same()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert_the_same()
 
 
 @fp8

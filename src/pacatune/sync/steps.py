@@ -20,21 +20,31 @@ _TRIES = 3
 
 
 class _Trained(NamedTuple):
+    layer: Any
+    adapter: str
     delta: nn.Parameter
     coded: CodedColumns
     columns: Tensor
     """(O, R), the base's, on the CPU."""
     scaling: float
-    reached: Tensor
-    """(O, R), what the optimiser works on."""
+    rest: Tensor
+    """(O, R), by which what the optimiser has reached is more than delta."""
+    indices: Tensor
+    indices_version: int
+
+    def is_loaded(self) -> bool:
+        """Whether another adapter is there by now: its columns come with it."""
+        indices = self.layer.paca_indices[self.adapter]
+        return indices is not self.indices or indices._version != self.indices_version
 
 
 class GridSteps:
     """Keeps a model's trained columns at values of codes, from one optimiser's step to the next.
 
-    The optimiser's steps go to a copy of each delta in its own dtype; gradients are those at the
-    codes' values. Checkpoints hold these values and not the copy, so a resumed run begins at them.
-    Codes are searched on the CPU, for every trained element twice a step.
+    What a step adds that codes cannot hold is kept for the next one; gradients are those at the
+    codes' values. Checkpoints hold these values and not the rest, so a resumed run begins at them.
+    An adapter may be loaded at any time: the next step is one from it. Codes are searched on the
+    CPU, for every trained element twice a step.
 
     Args:
         model: A PEFT model with a PaCA adapter, whose base was dequantised from the checkpoint into
@@ -50,31 +60,26 @@ class GridSteps:
     def __init__(
         self, model: Any, checkpoint: PackedCheckpoint, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._model, self._checkpoint = model, checkpoint
         self._trained = list(_trained(model, checkpoint))
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._end),
-        ]
-        self._end()
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._after_step()
 
     def remove(self) -> None:
         """Leave the deltas where they are, to be trained freely."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
 
     @torch.no_grad()
-    def _begin(self, *_: Any) -> None:
+    def _after_step(self, *_: Any) -> None:
+        if any(one.is_loaded() for one in self._trained):
+            self._trained = list(_trained(self._model, self._checkpoint))
         for one in self._trained:
-            one.delta.copy_(one.reached)
-
-    @torch.no_grad()
-    def _end(self, *_: Any) -> None:
-        for one in self._trained:
-            one.reached.copy_(one.delta)
-            one.delta.copy_(_on_codes(one))
+            reached = one.delta + one.rest
+            one.delta.copy_(_on_codes(one, reached))
+            torch.sub(reached, one.delta, out=one.rest)
 
 
-def _on_codes(one: _Trained) -> Tensor:
+def _on_codes(one: _Trained, reached: Tensor) -> Tensor:
     """Return the (O, R) delta by which columns have just the values of their nearest codes."""
 
     def nearest(delta: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def _on_codes(one: _Trained) -> Tensor:
 
     # Values are rounded to 16 bits, codes are counted from the file's: far from there, near to
     # zero, another code may be the nearest each time. Such an element ends at the base's.
-    values = nearest(one.reached)
+    values = nearest(reached)
     for _ in range(_TRIES):
         delta = (values.float() - one.columns) / one.scaling
         previous, values = values, nearest(delta)
@@ -115,4 +120,5 @@ def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
             )
         columns = weight.detach().index_select(1, indices).cpu()
         coded = CodedColumns.of(checkpoint, name, columns, indices, config)
-        yield _Trained(delta, coded, columns, scaling, delta.detach().clone())
+        rest, version = torch.zeros_like(delta, requires_grad=False), indices._version
+        yield _Trained(layer, adapter, delta, coded, columns, scaling, rest, indices, version)
