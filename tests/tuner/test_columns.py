@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -21,6 +23,7 @@ from pacatune.selection import (
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import fit_ranks
 from pacatune.tuner.quantized import weight_matrix
+from tests.releases import needs
 from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches, weights_of
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
@@ -75,6 +78,44 @@ def test_norms_of_a_quantised_weight(name):
     model[0] = quantise(model[0], name)
     adapted = get_peft_model(model, config_of("weight_norm", ["0"]))
     assert columns_in(adapted) == {"0": [5, 40]}
+
+
+@pytest.fixture
+def gptq_linear(monkeypatch):
+    """Stands in for a layer of gptqmodel, which needs a GPU: it has buffers and no parameter."""
+
+    class Quantised(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.register_buffer("qweight", linear.weight.detach())
+
+        def forward(self, x):
+            return x @ self.qweight.T
+
+    module = types.SimpleNamespace(BaseQuantLinear=Quantised)
+    for name in ("gptqmodel", "gptqmodel.nn_modules", "gptqmodel.nn_modules.qlinear"):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("other", "quantization_utils"):
+        monkeypatch.setattr(f"peft.utils.{name}.is_gptqmodel_available", lambda: True)
+    return Quantised
+
+
+@needs("peft", "0.21")
+def test_a_quantised_layer_without_parameters(gptq_linear):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), gptq_linear(nn.Linear(16, 4)))
+    config, batch = config_of("gradient", ["0", "1"]), torch.randn(5, 8)
+    batch[:, [1, 6]] *= 50
+    statistics = collect_statistics(
+        model, [batch], config, loss_fn=lambda model, x: model(x).square().sum()
+    )
+    adapted = get_peft_model(model, choose_columns(model, config, statistics))
+    assert columns_in(adapted)["0"] == [1, 6]
+    assert len(columns_in(adapted)["1"]) == 2
+    with pytest.raises(ValueError, match=r"those of a Quantised \(gptq\) cannot be dequantised"):
+        choose_columns(adapted.unload(), config_of("weight_norm", ["1"]))
 
 
 def test_given_columns_by_name_and_by_pattern():

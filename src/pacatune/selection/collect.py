@@ -138,7 +138,7 @@ class _Collector:
         """Watch dW as autograd computes it, or dy^T x where a quantised weight has none."""
         by_weight: dict[nn.Parameter, list[tuple[Target, Add]]] = {}
         for name, target in self.targets.items():
-            weight = getattr(target.module, target.parameter_name)
+            weight = getattr(target.module, target.parameter_name, None)  # GPTQ has buffers
             add = partial(self._add, name, "gradient")
             if type(weight) is nn.Parameter and weight.is_floating_point():
                 by_weight.setdefault(weight, []).append((target, add))

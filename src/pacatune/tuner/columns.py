@@ -114,7 +114,7 @@ def _known(
     statistics: "ColumnStatistics | None",
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Return a target's weight, of a shape alone if it is not needed, and what was collected."""
-    weight = next(iter(target.module.parameters())).new_empty(1, target.num_columns, device="meta")
+    weight = torch.empty(1, target.num_columns, device="meta")
     if "weight" in needs:
         kwargs = get_quantization_kwargs(model)
         weight = weight_matrix(target.module, target.parameter_name, **kwargs)
