@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 QUANTIZERS = Path("tests/tuner/quantizers.txt")
 DEEPSPEED = Path("tests/distributed/deepspeed.txt")
 TRITON = Path("tests/residency/triton.txt")
-SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "touch")
+SYSTEM_TOOLS = ("sh", "cat", "cksum", "cp", "dirname", "mkdir", "printf", "pwd", "sed", "touch")
 
 STAND_IN = """#!/bin/sh
 echo "$*" >>"$CALLS"
@@ -23,7 +23,7 @@ case "$*" in
     *ensurepip,*) exit {no_venv} ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/pyvenv.cfg ;;
     *"--target .cache/deepspeed"*) echo no compiler; exit {no_deepspeed} ;;
-    *"--target .cache/triton"*) mkdir -p .cache/triton; echo no wheel; exit {no_triton} ;;
+    *"--target .cache/triton/"*) echo no wheel; exit {no_triton} ;;
     *"pip install"*) exit {no_network} ;;
     --version) echo Python 3.11.9 ;;
 esac
@@ -80,28 +80,30 @@ def test_first_call_installs_and_the_second_does_nothing(checkout):
 @pytest.mark.parametrize(
     ("name", "message", "log"),
     [
-        ("deepspeed", "no DeepSpeed, so its tests are skipped", "no compiler\n"),
-        ("triton", "no Triton, so its kernel is not tested", "no wheel\n"),
+        ("deepspeed", "no DeepSpeed, so its tests are skipped", "deepspeed: no compiler"),
+        ("triton", "no Triton 3.2.0, so it does not test the kernel", "triton/3.2.0: no wheel"),
     ],
 )
 def test_a_machine_without_a_package_is_told_and_set_up(checkout, name, message, log):
     put_python(checkout, **{f"no_{name}": 1})
     first = setup(checkout, extra="dev")
     assert first.returncode == 0, first.stderr
-    assert f"{message}; .cache/{name}.log says why" in first.stdout
-    assert (checkout / ".cache" / f"{name}.log").read_text() == log
+    path, said = log.split(": ")
+    assert f"{message}; .cache/{path}.log says why" in first.stdout
+    assert (checkout / ".cache" / f"{path}.log").read_text() == f"{said}\n"
     assert setup(checkout, extra="dev").stdout == "", "it is not tried each time"
 
 
-def test_triton_is_not_fetched_again_for_another_pyproject(checkout):
-    """A gigabyte, and a file of its own says which."""
+def test_a_triton_is_not_fetched_again_for_another_pyproject(checkout):
+    """A gigabyte; another version is fetched, beside those that are there."""
     put_python(checkout)
     setup(checkout, extra="dev")
-    for path, number in ((Path("pyproject.toml"), 1), (TRITON, 2)):
+    for path, line, number in ((Path("pyproject.toml"), "#", 2), (TRITON, "9.9.9", 3)):
         with (checkout / path).open("a") as file:
-            file.write("# changed\n")
+            file.write(f"{line}\n")
         assert setup(checkout, extra="dev").returncode == 0
-        assert sum(".cache/triton" in call for call in calls(checkout)) == number
+        targets = [call.split()[-2] for call in calls(checkout) if ".cache/triton" in call]
+        assert len(targets) == len(set(targets)) == number
 
 
 def test_what_installs_again(checkout):

@@ -34,7 +34,7 @@ find_python() {
 apart=tests/tuner/quantizers.txt
 # accelerate imports it in every Trainer that finds it; it compiles code, which not every machine can.
 zero=tests/distributed/deepspeed.txt
-# torch compiles by it on a CPU, too, once it is found; a gigabyte, for one kernel.
+# Versions of Triton. torch compiles by it on a CPU, too, once it is found; a gigabyte, for one kernel.
 kernel=tests/residency/triton.txt
 
 # The folder counts too: a copied or moved checkout would otherwise import the code of the old place.
@@ -67,11 +67,15 @@ if [ "$extra" = dev ]; then
     DS_BUILD_OPS=0 "$python" -m pip install -q --disable-pip-version-check --no-build-isolation \
         --upgrade --no-deps --target .cache/deepspeed -r "$zero" >.cache/deepspeed.log 2>&1 ||
         echo "setup: no DeepSpeed, so its tests are skipped; .cache/deepspeed.log says why."
-    [ "$(cat "$kernel")" = "$(cat .cache/triton/installed.txt 2>/dev/null)" ] || {
-        "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
-            --target .cache/triton -r "$kernel" >.cache/triton.log 2>&1 &&
-            cp "$kernel" .cache/triton/installed.txt ||
-            echo "setup: no Triton, so its kernel is not tested; .cache/triton.log says why."
-    }
+    for version in $(sed '/^#/d' "$kernel"); do
+        folder=.cache/triton/$version
+        mkdir -p "$folder"
+        [ -f "$folder/installed" ] || {
+            "$python" -m pip install -q --disable-pip-version-check --upgrade --no-deps \
+                --target "$folder" "triton==$version" >"$folder.log" 2>&1 &&
+                touch "$folder/installed" ||
+                echo "setup: no Triton $version, so it does not test the kernel; $folder.log says why."
+        }
+    done
 fi
 printf '%s' "$wanted" >"$stamp"

@@ -7,7 +7,7 @@ import torch
 
 from pacatune.ops.columns import adapted_columns, read_columns, with_columns
 from pacatune.ops.pattern import divide, expand
-from pacatune.residency import put
+from pacatune.residency import put as put_module
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
 from tests.residency.net import adapt, assert_base, deltas, layers
@@ -53,8 +53,8 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
 @pytest.mark.parametrize("is_negative", [True, False])
 def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypatch) -> None:
     """Whoever put them there: the kernel takes them as they are."""
-    monkeypatch.setattr(put, "exchange", exchange)
-    monkeypatch.setattr(put, "can_exchange", lambda memory, values: True)
+    monkeypatch.setattr(put_module, "exchange", exchange)
+    monkeypatch.setattr(put_module, "can_exchange", lambda memory, values: True)
     base = base.float()
     model, x = adapt(base), torch.randn(2, 10)
     model(x).sum().backward()
@@ -70,3 +70,22 @@ def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypat
 def test_where_it_cannot_be_used() -> None:
     weight, delta = torch.zeros(4, 4), torch.zeros(4, 2)
     assert not can_exchange(weight, delta)
+
+
+def test_a_grid_ends_at_no_number_of_blocks_or_layers(monkeypatch) -> None:
+    """CUDA allows 65,535 blocks on its second axis; a head of 262,144 tokens has more."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(put_module, "_kernel", Kernel)
+    monkeypatch.setattr(put_module, "_triton_dtype", str)
+    columns = torch.arange(257)
+    head = Put(room_for(torch.empty(262_144, 300, device="meta"), columns), None)
+    layers = [Put(room_for(torch.empty(4, 300, device="meta"), columns), None)] * 70_000
+    exchange([head])
+    exchange(layers)
+    assert grids == [(262_144 * 257 // 1024,), (2 * 70_000,)]

@@ -141,12 +141,13 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
         ]
         rows = tuple(map(_row, group, values))
         addresses, scalings = _table(device, rows, delta_dtype is not None)
-        size = max(one.kept.originals.numel() for one in group)
-        grid = (len(group), -(-size // _BLOCK))
+        # One axis, since the others end at 65,535 blocks.
+        num_blocks = -(-max(one.kept.originals.numel() for one in group) // _BLOCK)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-            _kernel()[grid](
+            _kernel()[(len(group) * num_blocks,)](
                 addresses,
                 scalings,
+                num_blocks,
                 _triton_dtype(dtype),
                 _triton_dtype(delta_dtype or dtype),
                 adds=delta_dtype is not None,
@@ -182,41 +183,7 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
 def _kernel() -> Any:
     """Return the kernel; None without Triton."""
     try:
-        import triton
-        import triton.language as tl
+        from pacatune.residency.kernel import exchange_columns
     except ImportError:
         return None
-
-    # Triton reads annotations, and takes no names in them but its own.
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def put(  # type: ignore[no-untyped-def]
-        table,
-        scalings,
-        dtype: tl.constexpr,
-        delta_dtype: tl.constexpr,
-        adds: tl.constexpr,
-        takes: tl.constexpr,
-        block: tl.constexpr,
-    ):
-        weight = tl.program_id(0)
-        row = table + weight * 7
-        memory = tl.load(row).to(tl.pointer_type(dtype))
-        columns = tl.load(row + 1).to(tl.pointer_type(tl.int64))
-        originals = tl.load(row + 2).to(tl.pointer_type(dtype))
-        delta = tl.load(row + 3).to(tl.pointer_type(delta_dtype))
-        size, rank, width = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-        at = tl.program_id(1).to(tl.int64) * block + tl.arange(0, block)
-        there = at < size
-        place = memory + at // rank * width + tl.load(columns + at % rank, mask=there)
-        if takes:
-            tl.store(originals + at, tl.load(place, mask=there), mask=there)
-            return
-        values = tl.load(originals + at, mask=there)
-        if adds:
-            update = tl.load(delta + at, mask=there).to(tl.float32)
-            # One rounding in float32 and one to the weight's dtype, as torch.add and to have.
-            scaling = tl.load(scalings + weight)
-            values = tl.fma(update, scaling, values.to(tl.float32)).to(dtype)
-        tl.store(place, values, mask=there)
-
-    return put
+    return exchange_columns
