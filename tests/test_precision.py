@@ -13,6 +13,15 @@ def test_devices_are_checked_before_they_are_used():
         precision.choose_device("warp")
 
 
+def test_the_end_of_memory_is_told_from_other_errors():
+    words = ("MPS backend out of memory (MPS allocated: 1 GB)", "can't allocate memory: you tried")
+    short = [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)]
+    other = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
+    assert [precision.is_out_of_memory(error) for error in short + other] == [True] * 4 + [
+        False
+    ] * 2
+
+
 def test_name_of_no_number_format():
     assert precision.torch_dtype("float64") is torch.float64
     with pytest.raises(ValueError, match=r"`dtype` \('bfloat'\) must .*did you mean 'bfloat16'\?"):

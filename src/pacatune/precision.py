@@ -3,6 +3,7 @@
 This module imports torch only where a function needs it.
 """
 
+import re
 from typing import TYPE_CHECKING, Literal
 
 from pacatune.names import choose
@@ -17,6 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 """Formats of weights that are plain numbers; others are quantised."""
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
 
 
 def choose_device(name: str) -> "torch.device":
@@ -39,6 +42,15 @@ def choose_device(name: str) -> "torch.device":
     ):
         raise ValueError(f"`device` ({name!r}) is not on this machine; choose {there} or auto.")
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ended, in the words of any device."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def torch_dtype(name: str, *, option: str = "dtype") -> "torch.dtype":

@@ -13,7 +13,6 @@ from pacatune.measure.device import (
     PeakMemory,
     Stopwatch,
     gpu_bytes,
-    is_out_of_memory,
     limit_memory,
     parse_bytes,
 )
@@ -79,13 +78,6 @@ def test_what_an_accelerator_does_not_tell(accelerator, monkeypatch):
     monkeypatch.setattr(device.sys, "platform", "win32")
     with pytest.raises(ValueError, match="`memory_limit` on a CPU needs Linux"):
         limit_memory(2**30, CPU)
-
-
-def test_the_end_of_memory_is_told_from_other_errors():
-    words = ("MPS backend out of memory (MPS allocated: 1 GB)", "can't allocate memory: you tried")
-    short = [MemoryError(), torch.OutOfMemoryError("CUDA"), *map(RuntimeError, words)]
-    other = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")]
-    assert [is_out_of_memory(error) for error in short + other] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot forget a peak")

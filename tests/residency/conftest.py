@@ -15,8 +15,14 @@ ON_CPUS_ALONE = {
     "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
     "test_processes_that_share_the_memory",
     "test_what_a_large_pass_asks_for_ends_with_the_step",  # as a small one writes nothing
+    # of the kernel itself, for which `as_on_a_gpu` stands in
+    *("test_where_it_cannot_be_used", "test_a_kernel_that_fails_ends_no_run"),
+    *("test_a_kernel_that_writes_other_values_is_not_used", "test_it_works"),
+    *("test_a_lack_of_memory_is_no_fault_of_the_kernel", "test_bits_are_those_of_torch"),
+    "test_a_grid_ends_at_no_number_of_blocks_or_layers",
     # in processes of their own
     *("test_its_bits_by_the_interpreter", "test_it_is_compiled_for_gpus_that_are_not_here"),
+    "test_a_triton_that_launches_nothing_is_not_used",
 }
 
 

@@ -11,29 +11,33 @@ from pacatune.residency import put as put_module
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
 from tests.residency.net import adapt, assert_base, deltas, layers
+from tests.residency.test_together import build, loss_of
 
 # O, I, R and row groups.
 SHAPES = [(37, 50, 4, 1), (64, 33, 8, 1), (700, 64, 3, 1), (60, 33, 8, 4), (700, 64, 3, 7)]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(
     not (IS_INTERPRETED or torch.cuda.is_available()),
     reason="Triton has neither a GPU nor its interpreter (TRITON_INTERPRET=1) here",
 )
+
+
+@needs_triton
 @pytest.mark.parametrize("delta_dtype", [torch.float32, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
     pytest.importorskip("triton")
-    device = "cpu" if IS_INTERPRETED else "cuda"
     puts, expected, pretrained = [], [], []
     for out_features, in_features, rank, groups in SHAPES:
-        weight = torch.randn(out_features, in_features).to(device, dtype)
+        weight = torch.randn(out_features, in_features).to(DEVICE, dtype)
         own = random_columns(in_features, rank, groups, "", groups)
-        columns, places = (one if one is None else one.to(device) for one in divide(own))
+        columns, places = (one if one is None else one.to(DEVICE) for one in divide(own))
         kept = room_for(weight, columns)
         originals = read_columns(weight, columns)
-        delta = torch.randn(out_features, rank).to(device, delta_dtype or dtype)
+        delta = torch.randn(out_features, rank).to(DEVICE, delta_dtype or dtype)
         pretrained.append(weight.clone())
         adapted = adapted_columns(originals, expand(delta, places, len(columns)), 1.7)
         expected.append(with_columns(weight, columns, adapted))
@@ -67,9 +71,79 @@ def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypat
     assert_base(base, model)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # of bfloat16, see above
+def test_it_works(dtype: torch.dtype) -> None:
+    assert put_module._works(torch.device(DEVICE), dtype, torch.float32)
+
+
 def test_where_it_cannot_be_used() -> None:
     weight, delta = torch.zeros(4, 4), torch.zeros(4, 2)
     assert not can_exchange(weight, delta)
+
+
+@pytest.fixture(name="kernel")
+def _kernel(monkeypatch) -> list[Exception]:
+    """Let CPUs pass for GPUs; launches raise what is put in the list, the last one for ever."""
+    errors: list[Exception] = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            raise errors.pop(0) if len(errors) > 1 else errors[0]
+
+    monkeypatch.setattr(put_module, "_kernel", Kernel)
+    monkeypatch.setattr(put_module, "_triton_dtype", str)
+    monkeypatch.setattr(put_module, "_tried", {})
+    monkeypatch.setattr(put_module, "is_on_gpu", lambda memory: True)
+    put_module._warn_once.cache_clear()
+    return errors
+
+
+def train(model) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(deltas(model), lr=0.05), []
+    for step in range(4):
+        loss = loss_of(model, step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_kernel_that_fails_ends_no_run(kernel, monkeypatch, tmp_path) -> None:
+    """No C compiler, no Python.h, an old card: found by its first launch, in the second step."""
+    kernel.append(RuntimeError("Failed to find C compiler.\nA long trace."))
+    plain, model = build(), build()
+    losses = train(plain)  # float64 has no kernel
+    monkeypatch.setattr(put_module, "_DTYPES", (torch.float64,))
+    message = (
+        r"fails on cpu \(RuntimeError: Failed to find C compiler.\); they are written layer by"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        assert train(model) == losses
+    assert len(warned) == 1
+    model.save_pretrained(tmp_path)
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_kernel_that_writes_other_values_is_not_used(kernel, monkeypatch) -> None:
+    monkeypatch.setattr(put_module, "exchange", lambda puts, takes=False: None)
+    with pytest.warns(
+        UserWarning, match=r"cpu \(RuntimeError: it writes other values than torch\)"
+    ):
+        assert not can_exchange(torch.zeros(4, 4), torch.zeros(4, 2))
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernel(kernel) -> None:
+    launched = RuntimeError("Triton Error [CUDA]: out of memory")
+    kernel += [torch.OutOfMemoryError("CUDA out of memory"), launched, RuntimeError("old card")]
+    weight, delta = torch.zeros(4, 4), torch.zeros(4, 2)
+    assert not can_exchange(weight, delta)
+    assert not can_exchange(weight, delta)
+    with pytest.warns(UserWarning, match="old card"):
+        assert not can_exchange(weight, delta)
+    assert not can_exchange(weight, delta)  # and says no more
 
 
 def test_a_grid_ends_at_no_number_of_blocks_or_layers(monkeypatch) -> None:

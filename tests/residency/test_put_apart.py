@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 OLDEST, NEWEST = (
@@ -77,6 +78,18 @@ def test_its_bits_by_the_interpreter(tmp_path):
     said = run(["-m", "pytest", *options, test], tmp_path, TRITON_INTERPRET="1")
     assert "passed" in said
     assert "skipped" not in said
+
+
+@pytest.mark.parametrize("triton", [OLDEST, NEWEST], ids=["oldest", "newest"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton has a GPU")
+def test_a_triton_that_launches_nothing_is_not_used(tmp_path, triton):
+    code = """if True:
+        import torch
+        from pacatune.residency import put
+        put.warnings.warn = lambda message, stacklevel: print(message)
+        assert not put._works(torch.device("cpu"), torch.float32, torch.float32)
+    """
+    assert "fails on cpu (RuntimeError: 0 active drivers" in run(["-c", code], tmp_path, triton)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class TestCapture:
     @pytest.fixture(autouse=True)
     def _as_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_capturing = False
-        monkeypatch.setattr(pacatune.residency.weight, "_is_on_gpu", lambda weight: True)
+        monkeypatch.setattr(pacatune.residency.weight, "is_on_gpu", lambda weight: True)
         monkeypatch.setattr(pacatune.residency.weight, "_is_capturing", lambda: self.is_capturing)
 
     def test_the_pretrained_weight_is_captured(self, base, model, x, writes):

@@ -15,8 +15,6 @@ import torch
 from pacatune.names import guess
 from pacatune.reports.provenance import cpu_name
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.I)
-
 # `torch.cuda.get_device_properties().total_memory` in GiB, as PyTorch's out-of-memory messages in
 # public bug reports state it ("GPU 0 has a total capacity of 79.10 GiB"): the card's memory less
 # what the driver keeps. Drivers differ by some hundredths; a common smaller number is taken.
@@ -90,13 +88,6 @@ class Stopwatch:
 def has_events(device: torch.device) -> bool:
     """Whether a device itself notes the time of its work."""
     return device.type == "cuda"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ended, in the words of any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def limit_memory(num_bytes: int, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pacatune import lean
 from pacatune.measure.counters import SavedBytes, count_flops, kinds_of_modules
-from pacatune.measure.device import PeakMemory, Stopwatch, is_out_of_memory, limit_memory
+from pacatune.measure.device import PeakMemory, Stopwatch, limit_memory
 from pacatune.measure.methods import Contender, adapt
 from pacatune.measure.models import (
     checkpoint_blocks,
@@ -35,7 +35,7 @@ from pacatune.measure.models import (
 )
 from pacatune.measure.setting import METHODS, BenchConfig, MicroBatch
 from pacatune.measure.timing import alternate, ratio_row, time_row
-from pacatune.precision import torch_dtype
+from pacatune.precision import is_out_of_memory, torch_dtype
 from pacatune.reports.rows import Row
 
 # Hints about optional kernels that nobody here asked for.

@@ -2,10 +2,12 @@
 
 On a GPU all weights are one launch, by a kernel that reads their addresses: a launch takes longer
 than the columns of a layer, and each layer would need three (the sum, its rounding, the copy). That
-needs Triton; without it, and on CPUs, they are written one by one.
+needs Triton, a C compiler and a GPU that both know: it is tried first. Where it fails, and on CPUs,
+they are written one by one.
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from pacatune.ops.columns import adapted_columns, put_columns_
 from pacatune.ops.pattern import expand
+from pacatune.precision import is_out_of_memory
 
 Parts = tuple[Any, Tensor, float, Tensor | None]
 """A layer's delta, an (O, R) nn.Parameter; its indices, (U,) int64; its scaling; its pattern,
@@ -119,13 +122,61 @@ def _has_kernel(one: Put) -> bool:
 def can_exchange(memory: Tensor, values: Tensor) -> bool:
     """Whether the kernel can put values of such a dtype and form into such a weight."""
     return (
-        memory.is_cuda
+        is_on_gpu(memory)
         and memory.dtype in _DTYPES
         and values.dtype in _DTYPES
         and memory.is_contiguous()
         and values.is_contiguous()
-        and _kernel() is not None
+        and _works(memory.device, memory.dtype, values.dtype)
     )
+
+
+def is_on_gpu(memory: Tensor) -> bool:
+    """Whether a weight is where a launch takes longer than to write columns."""
+    return memory.is_cuda
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+
+
+def _works(*kind: Any) -> bool:
+    """Whether the kernel does on such a device, with such dtypes, what torch does; tried once."""
+    if kind not in _tried:
+        try:
+            _try(*kind)
+            _tried[kind] = True
+        except Exception as error:
+            if is_out_of_memory(error):  # there may be enough another time
+                return False
+            _tried[kind] = False
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            _warn_once(
+                "Triton's kernel, which writes the columns of all layers at once, fails on "
+                f"{kind[0]} ({reason}); they are written layer by layer, with the same results."
+            )
+    return _tried[kind]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> None:
+    """Take, put and restore the columns of a small weight, and compare with torch's way."""
+    weight = torch.linspace(1, 2, 24, device=device).view(4, 6).to(dtype)
+    delta = torch.linspace(-1, 1, 8, device=device).view(4, 2).to(delta_dtype)
+    columns = torch.tensor([1, 4], device=device)
+    update = Update(delta, 1.7, columns, 0, 0, 0)
+    ours, theirs = (Put(room_for(weight.clone(), columns), update) for _ in range(2))
+    exchange([ours], takes=True)
+    exchange([ours])
+    keep([theirs.kept])  # one alone goes torch's way
+    put([theirs])
+    is_right = torch.equal(ours.kept.memory, theirs.kept.memory)
+    exchange([ours._replace(update=None)])
+    if not (is_right and torch.equal(ours.kept.memory, weight)):
+        raise RuntimeError("it writes other values than torch")
 
 
 def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
@@ -179,11 +230,7 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-@functools.cache
 def _kernel() -> Any:
-    """Return the kernel; None without Triton."""
-    try:
-        from pacatune.residency.kernel import exchange_columns
-    except ImportError:
-        return None
+    from pacatune.residency.kernel import exchange_columns
+
     return exchange_columns

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pacatune.ops.columns import check_columns, read_columns, with_columns
 from pacatune.residency.obstacles import NUM_OWN_REFERENCES, PLAIN, flaw_of, why_not_written
-from pacatune.residency.put import Kept, Parts, Put, Update, room_for
+from pacatune.residency.put import Kept, Parts, Put, Update, is_on_gpu, room_for
 from pacatune.residency.together import Group, put_all, restore_all
 from pacatune.residency.watching import (
     LOCK,
@@ -189,7 +189,7 @@ class Residency:
         kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
-        self.is_on_gpu = _is_on_gpu(self.weight)
+        self.is_on_gpu = is_on_gpu(self.weight)
         return kept
 
     def _knows(self, indices: Tensor) -> bool:
@@ -269,7 +269,7 @@ class Residency:
         Raises:
             RuntimeError: If columns are in the weight: restoring them now would be recorded, too.
         """
-        if not (_is_on_gpu(weight) and _is_capturing()):
+        if not (is_on_gpu(weight) and _is_capturing()):
             return
         if self.is_written:
             raise RuntimeError(
@@ -379,10 +379,6 @@ class Residency:
 def _is_numpys(memory: Tensor) -> bool:
     """Whether numpy can change it, which no version counter notices."""
     return memory.is_cpu
-
-
-def _is_on_gpu(weight: Tensor) -> bool:
-    return weight.is_cuda
 
 
 def _is_capturing() -> bool:
