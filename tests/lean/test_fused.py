@@ -90,6 +90,23 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     assert double(torch.ones(2)).tolist() == [2.0, 2.0]  # and says no more
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_lack_of_memory_is_not_taken_for_a_lack_of_a_compiler(monkeypatch, error):
+    """A smaller batch may fit, and is run by the kernel."""
+
+    def kernel(x):
+        if len(x) > 2:
+            raise error
+        return 2 * x + 1
+
+    monkeypatch.setattr(fused, "_is_wanted", lambda x: True)
+    monkeypatch.setattr(fused, "_compiled", lambda function: kernel)
+    double = fused.fused(lambda x: 2 * x)
+    with pytest.raises(type(error)):
+        double(torch.ones(3))
+    assert double(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
 def test_shapes_of_all_kinds_share_one_graph_each_way(graphs):
     """Torch keeps 8 graphs of a function, and then runs it as it is, without a word."""
     indices = torch.tensor([1, 4, 9])

@@ -248,6 +248,22 @@ def test_no_gemm_that_widens_is_found_on_a_cpu() -> None:
     assert not products._can_widen(torch.device("cpu"), torch.bfloat16, torch.float32)
 
 
+def test_a_lack_of_memory_is_no_lack_of_a_product(monkeypatch):
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def multiply(a, b, scaling, dtype):
+        if errors:
+            raise errors.pop()
+        return a.to(dtype)
+
+    monkeypatch.setattr(products, "_wide_product", multiply)
+    tried = torch.device("cpu"), torch.float16, torch.float64
+    with pytest.raises(torch.OutOfMemoryError):
+        products._can_widen(*tried)
+    assert products._can_widen(*tried)
+    products._can_widen.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("scaling", [1.0, 2.0])

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from pacatune.precision import is_out_of_memory
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -37,6 +39,8 @@ def fused(function: _Function) -> _Function:
         try:
             return _of_matrices(_compiled(function), x, *args)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             result = function(x, *args)  # raises what is the arguments' fault
             _failed.add(function)
             warnings.warn(

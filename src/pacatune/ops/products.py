@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pacatune.precision import is_out_of_memory
+
 
 def autocast(x: Tensor) -> Tensor:
     """Cast an input as torch.autocast does for linear layers, if it is on."""
@@ -76,7 +78,9 @@ def _can_widen(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> b
     one = torch.ones(16, 16, device=device, dtype=dtype)
     try:
         return all(_wide_product(one, one, factor, wide).dtype == wide for factor in (1.0, 2.0))
-    except (TypeError, RuntimeError):  # no such option; no such kernel
+    except (TypeError, RuntimeError) as error:  # no such option; no such kernel
+        if is_out_of_memory(error):
+            raise
         return False
 
 
