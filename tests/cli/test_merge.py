@@ -20,6 +20,12 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     assert "verified  no (--no_verify)\n" in out
 
 
+def test_losses_are_compared_where_codes_are_written(adapter_dir, tmp_path, refused):
+    words = ["merge", "--adapter", adapter_dir, "--output", tmp_path / "out", "--held_out"]
+    assert "this merge writes plain numbers; drop it" in refused(*words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
     words = ["--model", str(tiny_model_dir), "--adapter", str(adapter_dir), "--to", "lora"]
     assert main(["export", *words, "--output", str(tmp_path / "lora")]) == 0

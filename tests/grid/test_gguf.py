@@ -1,6 +1,9 @@
 """Training in a GGUF file: read, trained, written back as codes, and taken out again."""
 
+import contextlib
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import apply_in_place, apply_to_folder, load, make, recover
 from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
+from pacatune.training.held_out import HeldOut
 from tests.conftest import build_model
-from tests.grid.conftest import ROWS, build, digest
+from tests.grid.conftest import ROWS, build, digest, train_in
 from tests.grid.files import write_gguf
 
 # PEFT looks for a config.json beside a base, which a GGUF has within.
@@ -72,15 +76,65 @@ def test_what_rounding_may_take(model_file, run_dir, tmp_path):
     """Half of what training gained: of the held-out loss, else of the change of the outputs."""
 
     def merge(name, *losses):
-        seen = iter(losses)
-        return merge_packed(model_file, run_dir, tmp_path / name, measure=lambda model: next(seen))
+        seen, output = iter(losses), tmp_path / name
 
-    assert merge("kept.gguf", 4.0, 3.0, 3.4).verified.losses == [4.0, 3.0, 3.4]
+        def warn(text):
+            assert not output.exists()
+            warned.append(text)
+
+        return merge_packed(model_file, run_dir, output, measure=lambda *_: next(seen), warn=warn)
+
+    warned = []
+    assert merge("kept.gguf", 4.0, 3.0, 3.09).verified.losses == [4.0, 3.0, 3.09]
+    assert not warned
+    assert merge("noted.gguf", 4.0, 3.0, 3.11).verified.losses == [4.0, 3.0, 3.11]
+    (text,) = warned
+    assert text.startswith("writing takes 11% of what training gained: the held-out loss is 4.")
+    assert "3.0000 as trained, 3.1100 as written. 9" in text
+    assert "trained codes moved" in text
+    assert "a lower `r` of the same alpha" in text
     for written in (3.6, float("nan")):
         with pytest.raises(ValueError, match="of the 1 by which training lowered the loss"):
             merge("lost.gguf", 4.0, 3.0, written)
     merge("worse.gguf", 3.0, 4.0, 9.0)  # a loss that rose says nothing
-    assert {path.name for path in tmp_path.iterdir()} == {"kept.gguf", "worse.gguf"}
+    assert len(warned) == 1
+    assert {path.stem for path in tmp_path.iterdir()} == {"kept", "noted", "worse"}
+
+
+FEW_MOVE = ["--paca.r", "16", "--paca.paca_alpha", "4", "--training.learning_rate"]
+
+
+def test_a_run_says_that_its_steps_move_few_codes(model_file, tmp_path):
+    said = train_in(model_file, tmp_path, "--data.eval_fraction", "0", *FEW_MOVE, "0.0005")
+    (line,) = (line for line in said.splitlines() if line.startswith("warning: after "))
+    assert re.match(r"warning: after 3 of 8 steps \d+\.\d% of the trained codes of /", line)
+    assert "updates of less than half a step of the file are lost" in line
+    assert "Lower `paca.r` beside the same `paca.paca_alpha`" in line
+
+
+def test_a_merge_says_what_writing_takes_of_the_held_out_gain(model_file, tmp_path, capsys):
+    held_out = ["--data.eval_path", tmp_path / "chats.jsonl"]
+    said = train_in(model_file, tmp_path, *held_out, *FEW_MOVE, "0.0022")
+    assert "warning: after" not in said
+    capsys.readouterr()
+    words = ["--adapter", tmp_path / "run", "--output", tmp_path / "tuned.gguf", "--held_out"]
+    assert main(["merge", *map(str, words)]) == 0
+    out, err = capsys.readouterr()
+    (line,) = (line for line in err.splitlines() if line.startswith("warning: "))
+    losses = re.findall(r"[0-9]\.[0-9]{4}", line)
+    assert losses == re.findall(r"[0-9]\.[0-9]{4}", out[out.index("held out  loss") :])
+    assert "trained codes moved" in line
+    assert "held-out loss, " not in err  # a bar is for terminals
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    model, terminal = load_base(str(model_file), task_type="CAUSAL_LM"), Terminal()
+    with contextlib.redirect_stderr(terminal):
+        loss = HeldOut(tmp_path / "run").loss(model, "the base")
+    assert f"{loss:.4f}" == losses[0]
+    assert "held-out loss, the base" in terminal.getvalue()
 
 
 def test_a_rate_that_moves_no_code(model_file, tmp_path):
@@ -154,6 +208,9 @@ def test_a_format_whose_codes_are_not_known(tiny_tokenizer, tmp_path, capsys):
     assert "holds 'blk.0.ffn_down.weight' as TQ1_0, whose codes cannot be trained" in said
     assert "formats are Q4_0" in said
     assert not (tmp_path / "new.gguf").exists()
+    said = train_in(path, tmp_path / "other", "--data.eval_fraction", "0", "--paca.r", "4")
+    assert "warning: what is trained here cannot become codes of the file: " in said
+    assert said.count("holds 'blk.0.ffn_down.weight' as TQ1_0") == 1
 
 
 def refused(capsys, *words):
@@ -188,6 +245,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     dtype = merge(model_file, run_dir, "new.gguf", "--dtype", "bf16")
     assert "`dtype` ('bfloat16'): a quantised model keeps its own formats" in dtype
     assert "holds out no data" in merge(model_file, run_dir, "new.gguf", "--held_out")
+    both = merge(model_file, run_dir, "new.gguf", "--held_out", "--no_verify")
+    assert "`no_verify` compares nothing; drop one of them" in both
     base = merge(model_file, run_dir, "new.gguf", "--base", "nf4")
     assert "is saved in few bits. `pacatune merge` writes PaCA's columns as codes" in base
     # Another model, of the same shapes.

@@ -1,5 +1,6 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,11 @@ class Merge(ModelOptions):
         model = self.model or base_of(self.adapter)
         if model is not None and self.base is None and is_packed(model):
             return self._run_packed(model)
+        if self.held_out:
+            raise ValueError(
+                "`held_out` is for columns that become codes of a base in few bits, and this merge "
+                "writes plain numbers; drop it."
+            )
         self.check_base(self.output)
         quiet_libraries()
 
@@ -76,6 +82,10 @@ class Merge(ModelOptions):
             raise ValueError(
                 f"`dtype` ({self.dtype!r}): a quantised model keeps its own formats; drop it."
             )
+        if self.held_out and self.no_verify:
+            raise ValueError(
+                "`held_out` compares losses, and `no_verify` compares nothing; drop one of them."
+            )
         self.check_base()
         quiet_libraries()
 
@@ -86,6 +96,7 @@ class Merge(ModelOptions):
             from pacatune.training.held_out import HeldOut
 
             how["measure"] = HeldOut(Path(self.adapter).expanduser()).loss
+        how["warn"] = lambda text: print(f"warning: {text}", file=sys.stderr)
         result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
         print(f"base      {result.base}")
         formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())

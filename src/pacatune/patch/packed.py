@@ -5,6 +5,7 @@ element whose update is less than half a step keeps its code, since steps are co
 that is there and not from a value that was rounded to 16 bits.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ from pacatune.patch.folder import apply_to_folder, check_new
 
 _NUM_COMPARED = 64
 """Columns by which the order of a weight's rows in the file is told."""
+_NOTABLE = 0.1
+"""Share of what training gained that may be lost in writing without a warning."""
+_ADVICE = (
+    "Where few moved, train with a higher learning rate or a lower `r` of the same alpha; where "
+    "many lie at the end, with a lower rate"
+)
 
 
 @dataclass(kw_only=True)
@@ -133,7 +140,8 @@ def merge_packed(
     *,
     device: str = "cpu",
     verify: bool = True,
-    measure: Callable[[nn.Module], float] | None = None,
+    measure: Callable[[nn.Module, str], float] | None = None,
+    warn: Callable[[str], object] = warnings.warn,
     allow_other_base: bool = False,
 ) -> PackedResult:
     """Write an adapter into a copy of the file or folder of codes that it was trained in.
@@ -144,7 +152,10 @@ def merge_packed(
         output: A new .gguf file, or a new folder.
         device: Where to compute.
         verify: Load what was written, and compare its outputs with the trained model's.
-        measure: The loss of a model on held-out data, which is compared then, too.
+        measure: The loss of a model on held-out data, which is compared then, too; it also gets a
+            word that says which model it is.
+        warn: Gets one line before anything is written under `output`, if rounding takes more than a
+            tenth of what training gained of that loss.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
     Returns:
@@ -164,13 +175,13 @@ def merge_packed(
     inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
     outputs, losses = list[list[Tensor]](), list[float]()
 
-    def see(model: nn.Module) -> None:
+    def see(model: nn.Module, which: str) -> None:
         outputs.append(run_probe(model, inputs))
-        losses.extend([measure(model)] if measure is not None and verify else [])
+        losses.extend([measure(model, which)] if measure is not None and verify else [])
 
-    see(base)
+    see(base, "the base")
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
-    see(adapted)
+    see(adapted, "as trained")
     del base, adapted
     verified = None
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +190,8 @@ def merge_packed(
         result = apply_to_folder(model, patch, written)
         if verify:
             again = load_base(str(written), task_type=checked.config.task_type, device=device)
-            see(again)
-            verified = _verify(outputs, losses, rounding)
+            see(again, "as written")
+            verified = _verify(outputs, losses, rounding, warn)
         num_bytes = open_checkpoint(written).num_bytes
         if written.is_dir():
             written.rename(output)
@@ -197,20 +208,30 @@ def merge_packed(
     )
 
 
-def _verify(outputs: list[list[Tensor]], losses: list[float], rounding: Rounding) -> Verified:
+def _verify(
+    outputs: list[list[Tensor]],
+    losses: list[float],
+    rounding: Rounding,
+    warn: Callable[[str], object],
+) -> Verified:
     """Compare what was written; refuse it if more than half of what was trained is lost."""
     plain, expected, written = (seen[-1] for seen in outputs)
     error, effect = (float((expected - one).square().mean().sqrt()) for one in (written, plain))
     lost, gained, what = error, effect, "changed the outputs"
     # Outputs on any text say less than the loss on the data, if there is one that fell.
-    if losses and losses[0] > losses[1]:
+    if has_gain := bool(losses) and losses[0] > losses[1]:
         lost, gained, what = losses[2] - losses[1], losses[0] - losses[1], "lowered the loss"
     if gained and not lost <= gained / 2:  # so that NaN fails
         raise ValueError(
             f"rounding to codes takes {lost:.2g} of the {gained:.2g} by which training {what}; "
-            f"nothing was written. {rounding_note(rounding)} Train with a higher learning rate "
-            "where few moved, with a lower one where many lie at the end, or write it all the same "
+            f"nothing was written. {rounding_note(rounding)} {_ADVICE}, or write it all the same "
             "with --no_verify."
+        )
+    if has_gain and lost > gained * _NOTABLE:
+        warn(
+            f"writing takes {lost / gained:.0%} of what training gained: the held-out loss is "
+            f"{losses[0]:.4f} of the base, {losses[1]:.4f} as trained, {losses[2]:.4f} as written. "
+            f"{rounding_note(rounding)} {_ADVICE}."
         )
     return Verified(error=error, effect=effect, losses=losses)
 

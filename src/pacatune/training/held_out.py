@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from pacatune.training.config import RunConfig
@@ -35,11 +37,17 @@ class HeldOut:
             raise ValueError(f"{path} holds out no data.")
 
     @torch.no_grad()
-    def loss(self, model: nn.Module) -> float:
-        """Return the mean loss per learned token, or label."""
+    def loss(self, model: nn.Module, which: str = "the model") -> float:
+        """Return the mean loss per learned token, or label; on a terminal a bar names the model."""
         device, total, num_tokens = next(model.parameters()).device, 0.0, 0
-        places = range(len(self._examples))
-        for start in places[::_BATCH_SIZE]:
+        places, terminal = range(len(self._examples)), Console(stderr=True)
+        for start in track(
+            places[::_BATCH_SIZE],
+            f"held-out loss, {which}",
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
+        ):
             chosen = [*places[start : start + _BATCH_SIZE]]
             batch = self._task.collate(self._examples, chosen)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}

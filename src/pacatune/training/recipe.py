@@ -18,10 +18,12 @@ from pacatune.adapters.fingerprint import write_fingerprint
 from pacatune.adapters.folder import open_adapter, read_adapter
 from pacatune.adapters.loading import check_base, load_values
 from pacatune.files.folder import explained_failure
+from pacatune.grid import is_packed
 from pacatune.installation import require
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import versions
+from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, without_folders
 from pacatune.training.folder import (
@@ -279,6 +281,8 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
     _add_callbacks(trainer, config, checkpoint)
+    if METHODS[config.method].is_paca and is_packed(prepared.model):
+        trainer.add_callback(CodeWatch(trainer.model, prepared.model, console))
     return trainer
 
 
