@@ -54,16 +54,6 @@ def add(name, tensor):
     return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
 
 
-def many_names(folder):
-    """A pattern that would be tried for ever on them."""
-    edit_json(folder / CONFIG, alpha_pattern={".*a.*a.*b": 8})
-    read_adapter(folder)
-    names = [f"{'a.' * 200}{number}" for number in range(200)]
-    tensors = {f"{name}.paca_delta": torch.ones(4, 4) for name in names}
-    tensors |= {f"{name}.paca_indices": torch.arange(4) for name in names}
-    edit_tensors(folder, lambda own: own.update(tensors))
-
-
 def link(name):
     def replace(folder):
         target = shutil.move(folder / name, folder.parent / name)
@@ -82,7 +72,6 @@ def pipe(folder):
     [
         (lambda folder: edit_json(folder / CONFIG, r=8), r"rank 4 in 1 row groups .* 8 in 1 \(`r`"),
         (lambda folder: edit_json(folder / CONFIG, groups=2), r"4 in 2 .* `groups` = 2\)"),
-        (many_names, r"adapter_config.json: `alpha_pattern` .* too many ways"),
         (lambda folder: edit_tensors(folder, dict.clear), "holds no `paca_delta`; it is empty or"),
         (add(f"{Q}.paca_delta", torch.full((32, 4), torch.nan)), rf"{TENSORS}: .*q_.* not finite"),
         (add(HEAD, torch.tensor([[1.0, torch.nan]])), rf"tensor '{HEAD}' holds .* not finite"),
@@ -176,7 +165,7 @@ def test_a_configuration_is_read(path):
         ({"task_type": "NONSENSE"}, "Invalid task type: 'NONSENSE'"),
         ({"target_modules": "(q_proj"}, NO_PATTERN.format("target_modules", r"\(q_proj")),
         ({"selection": {"[": [4]}}, NO_PATTERN.format("columns", r"\[")),
-        ({"selection": {HANGS: [4]}}, "`columns` .* too many ways"),
+        ({"selection": {HANGS: [4]}}, "`columns` .* in more ways"),
     ],
 )
 def test_a_wrong_configuration_is_refused(path, changes, message):
@@ -211,7 +200,7 @@ def test_a_method_that_this_peft_does_not_have(path, monkeypatch):
         ({"target_modules": "("}, NO_PATTERN.format("target_modules", r"\(")),
         ({"target_modules": [1]}, NO_PATTERN.format("target_modules", "1")),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
-        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* too many ways"),
+        ({"rank_pattern": {HANGS: 4}}, "`rank_pattern` .* in more ways"),
         ({"use_dora": True, "target_modules": 3}, NO_PATTERN.format("target_modules", "3")),
     ],
 )

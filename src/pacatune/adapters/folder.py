@@ -14,7 +14,7 @@ from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
-from pacatune.format.patterns import check_effort, check_patterns, matching_key
+from pacatune.format.patterns import check_patterns, matching_key
 from pacatune.format.tensors import (
     TENSORS_NAME,
     ColumnUpdate,
@@ -81,11 +81,9 @@ def read_config(path: Path) -> PacaOptions:
             f"{path}: Invalid task type: {task[:80]!r}; use one of {', '.join(AUTO_CLASSES)}."
         )
     try:
-        options = PacaOptions(**config)
-        check_effort(vars(options))  # `columns` may have come as `selection`
+        return PacaOptions(**config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return options
 
 
 def read_lora_config(path: Path) -> "PeftConfig":
@@ -115,7 +113,6 @@ def read_lora_config(path: Path) -> "PeftConfig":
         )
     try:
         check_patterns(config)
-        check_effort(config)
         found: PeftConfig = found_class(**{k: v for k, v in config.items() if k in known})
         return found
     except (ValueError, TypeError, AttributeError) as error:
@@ -196,7 +193,6 @@ def open_adapter(folder: str | Path) -> Adapter | LoraAdapter:
     config = read_lora_config(path)
     tensors_path = find_tensors(folder)
     tensors = read_tensors(tensors_path)
-    check_effort(_own_patterns(config), tensors, source=f"{path}: ")
     check_finite(tensors, source=str(tensors_path))
     return LoraAdapter(folder=folder, config=config)
 
@@ -223,7 +219,6 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{path} holds no `paca_delta`; it is empty or belongs to another method. "
             "Save the adapter again."
         )
-    check_effort(_own_patterns(config), modules, source=f"{folder / CONFIG_NAME}: ")
     modules = {name: _checked_update(u, config, name, str(path)) for name, u in modules.items()}
     extra = {name: tensor for name, tensor in tensors.items() if split_tensor_name(name) is None}
     sidecar = read_sidecar(folder)
@@ -234,12 +229,6 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     """Return what `pacatune.json` in an adapter's folder holds; empty without one."""
     exists = (folder / SIDECAR_NAME).exists()
     return read_json_object(find_file(folder, SIDECAR_NAME)) if exists else {}
-
-
-def _own_patterns(config: "PacaOptions | PeftConfig") -> dict[str, Any]:
-    """Return the patterns that are matched with the names in an adapter's file."""
-    names = ("rank_pattern", "alpha_pattern")
-    return {name: getattr(config, name, {}) for name in names}
 
 
 def locate_folder(folder: str | Path) -> Path:
