@@ -2,6 +2,8 @@
 
 import copy
 import json
+import logging
+import re
 import sys
 import types
 from functools import partial
@@ -22,6 +24,7 @@ from pacatune.selection import (
 )
 from pacatune.tuner import PacaLayer
 from pacatune.tuner.columns import fit_ranks
+from pacatune.tuner.defaults import log_once
 from pacatune.tuner.quantized import weight_matrix
 from tests.releases import needs
 from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches, weights_of
@@ -298,15 +301,31 @@ def test_files_without_columns(tmp_path):
         load_columns(tmp_path / "a.safetensors")
 
 
-def test_narrow_weights_train_all_of_their_columns():
-    config = PacaConfig(r=16, target_modules=list(TARGETS), rank_pattern={"up": 3})
+@pytest.mark.parametrize("pattern", [{"up": 3}, {"up": 3, "embed": 64, "conv": 9, "down": 16}])
+def test_narrow_weights_train_all_of_their_columns(pattern, caplog):
+    """Whether `r` asks for more or a pattern does."""
+    config = PacaConfig(r=16, target_modules=list(TARGETS), rank_pattern=pattern)
     model = build()
-    fit_ranks(model, config)
+    log_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        fit_ranks(model, config)
+    assert re.search(
+        r"3 weights have fewer columns than their rank .*first '\w+' \(\d+\)", caplog.text
+    )
     adapted = get_peft_model(model, config)
     kept = {name: len(columns) for name, columns in columns_in(adapted).items()}
     assert kept == {"embed": 8, "conv": 8, "up": 3, "down": 16, "attention.in_proj_weight": 12}
     assert adapted.get_submodule("base_model.model.conv").scaling == {"default": 1.0}  # 8 / 8
-    assert config.rank_pattern == {"up": 3, "embed": 8, "conv": 8, "attention": 12}
-    wide = PacaConfig(r=16, target_modules=["up"], rank_pattern={"up": 13})
-    with pytest.raises(ValueError, match=r"`r` \(13\) must be in \[1, in_features=12\] for 'up'"):
-        fit_ranks(build(), wide)  # what a pattern says is meant
+    used = {name: rank for name, rank in pattern.items() if name in ("up", "down")}
+    assert config.rank_pattern == {"^embed": 8, "^conv": 8, "^attention": 12, **used}
+
+
+def test_a_narrow_weight_says_nothing_of_one_whose_name_ends_alike():
+    model = nn.ModuleDict({"up": nn.Linear(4, 4), "block": nn.ModuleDict({"up": nn.Linear(32, 4)})})
+    config = PacaConfig(r=16, target_modules=["up"])
+    fit_ranks(model, config)
+    adapted = get_peft_model(model, config)
+    assert {name: len(own) for name, own in columns_in(adapted).items()} == {
+        "up": 4,
+        "block.up": 16,
+    }

@@ -127,7 +127,7 @@ def test_the_exported_lora_computes_the_same(family, base, trained, tmp_path):
 
 def test_what_was_chosen_is_logged_once(caplog):
     base = FAMILIES["Llama"].build()
-    defaults._log_once.cache_clear()
+    defaults.log_once.cache_clear()
     with caplog.at_level(logging.WARNING, "pacatune"):
         adapt(base)
         adapt(base)

@@ -60,7 +60,7 @@ class TargetOptions:
 
 
 PACA_RANK = 16
-"""Columns of each weight that a run of PaCA trains by default; all, of a weight that has fewer."""
+"""Columns of each weight that a run of PaCA trains by default."""
 
 
 @dataclass

@@ -84,7 +84,7 @@ class PacaSection(PacaChoices):
 
     r: int = PACA_RANK
     """Number of trained input columns of each weight. Costs 16 bytes per column and output, and one
-    kept channel per column and token; 8 to 64. 16 are all columns of a weight that has fewer."""
+    kept channel per column and token; 8 to 64. All, of a weight that has fewer."""
 
     paca_alpha: float = 16
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.

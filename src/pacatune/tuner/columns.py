@@ -7,6 +7,7 @@ copies parameters only.
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_PROJ, IN_TENSORS, PACA_RANK, target_of
+from pacatune.format.options import IN_TENSORS, target_of
+from pacatune.format.patterns import matching_key
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
 from pacatune.ops.pattern import columns_of
 from pacatune.strategies import (
@@ -32,7 +34,7 @@ from pacatune.tuner.config import (
     refuse_idle_layers,
     seeded,
 )
-from pacatune.tuner.defaults import default_targets
+from pacatune.tuner.defaults import default_targets, log_once
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target, check_targets, for_module
@@ -144,18 +146,25 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
 
 
 def fit_ranks(model: nn.Module, config: PacaConfig) -> None:
-    """Let a weight with fewer columns than the usual `r` train all, by `rank_pattern`."""
-    if config.r != PACA_RANK:
-        return
-    probe = copy.copy(config)
-    probe.r = probe.groups = 1
-    narrow = {}
-    for name, target in find_targets(model, probe).items():
-        module = name.removesuffix(f".{IN_PROJ}")
-        if target.num_columns < for_module(config.rank_pattern, module, config.r):
-            narrow[module] = target.num_columns
+    """Let a weight with fewer columns than its rank train all, by `rank_pattern`, and say so."""
+    probe, asked = copy.copy(config), config.rank_pattern or {}
+    probe.r, probe.groups, probe.rank_pattern = 1, 1, {}
+    sizes = {target_of(name): t.num_columns for name, t in find_targets(model, probe).items()}
+    narrow = {
+        name: size for name, size in sizes.items() if size < for_module(asked, name, config.r)
+    }
     if narrow:
-        config.rank_pattern = {**(config.rank_pattern or {}), **narrow}
+        name, size = next(iter(narrow.items()))
+        log_once(
+            f"{len(narrow)} weights have fewer columns than their rank and train all of them, "
+            f"first {name!r} ({size})."
+        )
+        # The first pattern that fits counts; without ^, a name fits the ends of longer ones.
+        fitted = {f"^{re.escape(name)}": size for name, size in narrow.items()}
+        deciding = {name: matching_key(asked, name) for name in sizes}
+        idle = {deciding[n] for n in narrow} - {deciding[n] for n in sizes if n not in narrow}
+        kept = {pattern: rank for pattern, rank in asked.items() if pattern not in idle}
+        config.rank_pattern = {**fitted, **kept}
 
 
 def _matched(

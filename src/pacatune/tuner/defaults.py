@@ -53,7 +53,7 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
     reasons = survey(model, **kwargs)
     counts = Counter(_last_word(name) for name, reason in reasons.items() if not reason)
     left_out = sorted({_last_word(name) for name, reason in reasons.items() if reason} - {""})
-    _log_once(
+    log_once(
         f"`target_modules` is not set: PaCA adapts the {counts.total()} linear layers in the "
         f"blocks of {type(model).__name__} "
         f"({', '.join(f'{count} x {name}' for name, count in sorted(counts.items()))}); "
@@ -119,6 +119,7 @@ def _last_word(name: str) -> str:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
+    """Say something about a model, once in a process."""
     # A warning, because what is trained should be seen without setting up logging.
     logging.getLogger(__name__).warning(message)
