@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.train import all_options, find_task, names_of_tasks, take_rewards
+from pacatune.cli.run_options import find_value
+from pacatune.cli.train import all_options, names_of_tasks, take_rewards
 from pacatune.training import RunConfig
 from tests.data.conftest import write_lines
 
@@ -104,6 +105,31 @@ def test_help_begins_with_what_most_runs_set(words, shown):
     assert int(number) > 100
 
 
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["--method", "lora"], "lora"),
+        (["--method", "dora"], "lora"),
+        (["--method=qpaca", "--task", "dpo"], "paca"),
+        (["--config", "lora.yaml"], "lora"),
+        (["--config", "lora.yaml", "--method", "full"], None),
+    ],
+)
+def test_help_of_a_method_has_its_options(words, section, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora.yaml").write_text("method: lora\n")
+    short, everything = shown("train", *words, "--help"), shown("train", "--help", "all")
+    few, many = (re.findall(r"^  --([\w.]+)[ ,]", text, re.M) for text in (short, everything))
+    adapters = ("paca.", "lora.", "moslora.")
+    expected = {name for name in many if section and name.startswith(f"{section}.")}
+    assert {name for name in few if name.startswith(adapters)} == expected
+    assert {"model.path", "training.learning_rate"} <= {*few}
+
+
+def test_help_of_a_method_that_is_none(refused):
+    assert "`--method` ('lorra')" in refused("train", "--method", "lorra", "--help")
+
+
 def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     out = shown(*words, "--preview", 2)
@@ -171,12 +197,13 @@ def test_a_config_file_runs_no_code(folder, shown, refused):
     assert not (folder / "ran").exists()
 
 
-def test_find_task(tmp_path):
+def test_find_value(tmp_path):
     (tmp_path / "c.yaml").write_text("method: lora\n")
     (tmp_path / "d.yaml").write_text("task: reward\n")
     one, two = (["--config", str(tmp_path / name)] for name in ("c.yaml", "d.yaml"))
-    found = [find_task(words) for words in (one, ["--task=rloo", *one], two)]
-    assert found == ["sft", "rloo", "reward"]
+    cases = (one, ["--task=rloo", *one], two)
+    found = [find_value(words, "task", names_of_tasks()) for words in cases]
+    assert found == [None, "rloo", "reward"]
 
 
 def test_take_rewards():
@@ -189,9 +216,10 @@ def test_take_rewards():
 @pytest.mark.parametrize("task", names_of_tasks())
 def test_template_is_a_config_file(task, tmp_path, shown):
     (tmp_path / "c.yaml").write_text(shown("train", "--task", task, "--print_config"))
-    options = all_options(find_task(["--config", str(tmp_path / "c.yaml")]))
+    words = ["--config", str(tmp_path / "c.yaml")]
+    options = all_options(find_value(words, "task", names_of_tasks()))
     assert options.task == task
-    words = ["--config", str(tmp_path / "c.yaml"), "--model.path", "m", "--data.path", "d"]
+    words += ["--model.path", "m", "--data.path", "d"]
     words += ["--training.use_cpu", "true"]
     if task in ("grpo", "rloo"):
         words = take_rewards([*words, "--reward", "a:f"])[0]

@@ -3,7 +3,7 @@
 import os
 import sys
 from argparse import SUPPRESS
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
+from pacatune.names import choose
 from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_no_weights
 from pacatune.training.config import RunConfig, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
@@ -33,11 +34,11 @@ _PUSH = (
 )
 _FLAGS = (*_SWITCHES, "push_to_hub")
 _PRINT = "--print_config"
-# What most runs set, of each task what it has.
+# What most runs set, of each task what it has; the options of a method are beside.
 _COMMON = (
     *("config", "preset", "task", "method", "adapter", "reward"),
     *("model.path", "model.quantization", "data.path", "data.eval_path", "data.format"),
-    *("data.image_size", "paca.r", "paca.target_modules", "training.output_dir"),
+    *("data.image_size", "training.output_dir"),
     *("training.num_train_epochs", "training.max_steps", "training.learning_rate"),
     *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
     *("training.max_length", "training.gradient_checkpointing"),
@@ -80,12 +81,15 @@ class RunOptions:
             parser.set_defaults({"training.optim": "adamw_torch_fused"})
         return parser
 
-    def help(self, *, of_all: bool) -> str:
-        """Return the help of all options, or of those that most runs set."""
-        parser = self.parser
-        if of_all:
+    def help(self, argv: list[str]) -> str:
+        """Return the help of all options, or of those that most runs set with this method."""
+        parser, shown = self.parser, [*_COMMON, "paca.r", "paca.target_modules"]
+        if "all" in argv:
             return parser.format_help()
-        others = [action for action in parser._actions if action.dest not in _COMMON]
+        if method := find_value(argv, "method", self.spec.methods):
+            starts = tuple(f"{section}." for section in METHODS[method].sections)
+            shown = [*_COMMON, *(a.dest for a in parser._actions if a.dest.startswith(starts))]
+        others = [action for action in parser._actions if action.dest not in shown]
         for action in others:
             action.help = SUPPRESS
         for group in parser._action_groups:
@@ -107,7 +111,7 @@ class RunOptions:
         """
         self._check_names(argv)
         if {"-h", "--help"} & {*argv}:
-            print(self.help(of_all="all" in argv))
+            print(self.help(argv))
             raise SystemExit(0)
         if _PRINT in argv:
             self.parser.set_defaults(dict(preset or {}))
@@ -233,6 +237,16 @@ def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
     check_first_rows(data, spec.rows)
+
+
+def find_value(argv: list[str], option: str, among: Collection[str]) -> str | None:
+    """Return the choice that the words make for an option, or else a config file that they name."""
+    if words := [*values_of(argv, option)]:
+        return choose(words[-1], among, option=f"--{option}")
+    for path in values_of(argv, "config"):
+        if (value := read_values(Path(path)).get(option)) is not None:
+            return choose(str(value), among, option=f"{option} of {path}")
+    return None
 
 
 def values_of(argv: list[str], flag: str) -> Iterator[str]:

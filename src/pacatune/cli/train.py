@@ -1,20 +1,20 @@
 """`pacatune train`: fine-tune a model on your data, by any of several tasks."""
 
 import json
-from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from pacatune.cli.run_options import Request, RunOptions, values_of
-from pacatune.names import choose
-from pacatune.training.config_file import load_yaml, read_values
+from pacatune.cli.run_options import Request, RunOptions, find_value
+from pacatune.training.config_file import load_yaml
 from pacatune.training.tasks import DEFAULT_TASK, TASKS
 
 
 def read(argv: list[str]) -> Request:
     """Return what the words ask for; refuse what can be seen to be wrong without torch."""
     words, rewards = take_rewards(argv)
-    request = all_options(find_task(argv)).parse(words)
+    # Which says what options there are.
+    task = find_value(argv, "task", names_of_tasks()) or DEFAULT_TASK
+    request = all_options(task).parse(words)
     for name in request.check().code():
         if name not in rewards:
             raise ValueError(
@@ -41,16 +41,6 @@ def all_options(task: str = DEFAULT_TASK) -> RunOptions:
         metavar="N",
         help="Show N examples with what is learned of them, and stop.",
     )
-
-
-def find_task(argv: list[str]) -> str:
-    """Return the task that the words or a config file name, which says what options there are."""
-    for value in reversed([*values_of(argv, "task")]):
-        return choose(value, names_of_tasks(), option="--task")
-    for path in values_of(argv, "config"):
-        if (found := read_values(Path(path)).get("task")) is not None:
-            return choose(str(found), names_of_tasks(), option=f"task of {path}")
-    return DEFAULT_TASK
 
 
 def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:
