@@ -273,3 +273,33 @@ def test_a_run_that_ended_worse_says_so(make_config, tmp_path, console, eval_fra
     assert read_json(tmp_path / "out/report.json")["warnings"] == [said]
     for name in ("report.md", "README.md"):
         assert said in (tmp_path / "out" / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("weights", "bf16", "shown"),
+    [
+        ("float32", False, "cpu, float32"),
+        ("float32", True, "cpu, float32, computed in bfloat16"),
+        ("bfloat16", False, "cpu, bfloat16"),
+        ("bfloat16", True, "cpu, bfloat16"),
+    ],
+)
+def test_the_report_says_what_the_run_computed_in(
+    make_config, tmp_path, monkeypatch, weights, bf16, shown
+):
+    computed, plain = set(), TextTrainer.compute_loss
+
+    def compute_loss(self, model, *args, **kwargs):
+        layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+        hook = layer.register_forward_hook(lambda layer, args, output: computed.add(output.dtype))
+        with hook:
+            return plain(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(TextTrainer, "compute_loss", compute_loss)
+    config = make_config(training={"bf16": bf16, "max_steps": 1}, model={"dtype": weights})
+    config.lean = "off"  # or the layer is not called
+    report = train(config, console=QUIET)
+    assert computed == {getattr(torch, report.compute_dtype)}
+    assert dict(report.table())["device, weights"] == shown
+    saved = read_json(tmp_path / "out/report.json")
+    assert (saved["dtype"], saved["compute_dtype"]) == (weights, report.compute_dtype)

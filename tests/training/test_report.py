@@ -23,6 +23,7 @@ def make_report(**changes):
         **{"peak_memory_bytes": 2**30, "peak_memory_kind": "process_peak_resident"},
         **{"tokens_per_second": 5000.0, "saved_activation_bytes": 2**20, "device": "cpu"},
         **{"targets": ["layers.0.q_proj", "layers.1.q_proj"], "dtype": "float32"},
+        "compute_dtype": "float32",
         **{"train_losses": [(1, 2.0), (3, 1.25)], "eval_losses": [(0, 2.5), (3, 1.25)]},
     }
     return Report(**{**values, **changes})

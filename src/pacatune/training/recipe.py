@@ -377,6 +377,9 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
         "targets": list(prepared.plan.targets),
         "columns": describe_columns(trainer.model),
         "dtype": prepared.dtype,
+        "compute_dtype": {"fp16": "float16", "bf16": "bfloat16"}.get(
+            trainer.accelerator.mixed_precision, prepared.dtype
+        ),
         "quantization": config.model.quantization,
         "device": str(trainer.args.device),
         "learning_rate": config.training.learning_rate or 0.0,

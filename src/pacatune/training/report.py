@@ -73,6 +73,9 @@ class Report:
     num_eval_examples: int
     device: str
     dtype: str
+    """Format of the weights that are not quantised."""
+    compute_dtype: str
+    """Format of the products: with mixed precision another than `dtype`."""
     columns: str | None = None
     """How the trained columns were chosen; None for other methods than PaCA."""
     quantization: str | None = None
@@ -128,6 +131,7 @@ class Report:
         share = self.num_trainable_parameters / max(self.num_parameters, 1)
         step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
         saved, speed = self.saved_activation_bytes, self.tokens_per_second
+        computed = f", computed in {self.compute_dtype}" * (self.compute_dtype != self.dtype)
         return [
             *self.rows,
             *self.outcome(),
@@ -141,7 +145,7 @@ class Report:
             *([("started from", self.adapter)] if self.adapter else []),
             ("steps", f"{self.num_steps:,}"),
             ("examples", f"{self.num_train_examples:,} + {self.num_eval_examples:,} held out"),
-            ("device, weights", f"{self.device}, {self.quantization or self.dtype}"),
+            ("device, weights", f"{self.device}, {self.quantization or self.dtype}{computed}"),
             ("learning rate, seed", f"{self.learning_rate:g}, {self.seed}"),
         ]
 
