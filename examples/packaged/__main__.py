@@ -1,4 +1,7 @@
-"""`python -m examples.packaged NAME...`: prepare models, data and tasks; print their paths."""
+"""`python -m examples.packaged NAME...`: prepare models, data and tasks; print their paths.
+
+Without a name, list what there is.
+"""
 
 import argparse
 import sys
@@ -19,6 +22,9 @@ def main() -> int:
     parser.add_argument("name", nargs="+", choices=NAMES, metavar="NAME", help="listed below")
     into = f"keeps what is prepared (default: {default_cache()})"
     parser.add_argument("--into", type=Path, metavar="DIR", help=into)
+    if len(sys.argv) == 1:
+        parser.print_help()
+        return 0
     options = parser.parse_args()
     try:
         for name in options.name:

@@ -16,16 +16,8 @@ _PACKAGES = {
 }
 
 
-def install_command(extra: str) -> str:
-    """Return the line that adds an extra of pyproject.toml to the pacatune that is running.
-
-    pip takes the pacatune that is installed, wherever it came from, and adds the packages alone.
-    """
-    return f"pip install 'pacatune[{extra}]'"
-
-
-def repository_command(extra: str | None = None) -> str:
-    """Return what installs pacatune where it is not: for cards, whose readers may not have it.
+def install_command(extra: str | None = None) -> str:
+    """Return what installs pacatune, or an extra of pyproject.toml beside it.
 
     No package index has it yet, so that it names the repository.
     """

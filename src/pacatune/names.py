@@ -8,6 +8,12 @@ from typing import Any, Literal, get_args, get_origin
 
 _MAX_LISTED = 20
 _NUMBER_FORMATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What other programs call options of a trainer.
+_SHORT = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
 # Less alike than this, a key is no guess at another one.
 _NEAR = 0.6
 # The name of an option, and of one in a section.
@@ -81,6 +87,7 @@ def suggest(key: str, known: Collection[str]) -> str:
     A key of a section that there is stays in it, unless another one has its last part.
     """
     section, _, last = key.rpartition(".")
+    last = _SHORT.get(last.lstrip("-"), last)
     inside = [name for name in known if section and name.startswith(f"{section}.")]
     named_so = [name for name in known if name.rpartition(".")[2] == last]
 

@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded(tiny_model_dir, monkeypatch):
     with pytest.raises(ValueError, match=r"`quantization` \('nf5'\) must be one of nf4, fp4, int8"):
         load_language_model(str(tiny_model_dir), quantization="nf5")
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'pacatune\[quant\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install -e '.\[quant\]'"):
         load_language_model(str(tiny_model_dir), quantization="nf4")
 
 

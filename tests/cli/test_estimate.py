@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from pacatune.cli import main
 from pacatune.training.arguments import training_class
 from pacatune.training.sections import LoraSection, PacaSection
 from tests.measure.real_step import LLAMA, write_config
@@ -39,11 +40,14 @@ def test_a_real_model_by_name(estimate):
     assert saved["LlamaAttention"] / unit == pytest.approx(5, rel=0.02)
 
 
-def test_methods_side_by_side_and_a_plot(estimate, config, tmp_path):
+def test_methods_side_by_side_and_a_plot(config, tmp_path, capsys):
     methods = "paca,lora,dora,moslora,full,qpaca"
     plot = tmp_path / "out.png"
     words = f"--methods {methods} --dropout 0.1 --gpu 4090 --plot {plot}"
-    result = estimate(config, words)["methods"]
+    assert main(["estimate", config, *words.split(), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"note: the memory is drawn in {plot}\n"
+    result = json.loads(out)["methods"]
     assert list(result) == methods.split(",")
     assert [result[name]["setting"]["dropout"] for name in ("lora", "paca")] == [0.1, 0.0]
     more = result["moslora"]["by_category"]["adapter"] - result["lora"]["by_category"]["adapter"]

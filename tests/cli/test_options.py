@@ -72,7 +72,7 @@ def test_a_function_and_other_values():
     [
         (Sizes, "p --with w --lengths 4,x", r"`lengths` \('4,x'\) must be whole numbers with com"),
         (Sizes, "p --with w --kind fin", r"`kind` \('fin'\) must be one of .* mean 'fine'\?"),
-        (Sizes, "p --with w --num_rows x", "Expected a .*int.*Got value: x; see `pacatune sizes"),
+        (Sizes, "p --with w --num_rows x", r"`num_rows` \('x'\) must be a whole number; see"),
         (Sizes, "p --with w --nmes x", "unknown option --nmes; did you mean '--names'?"),
         (Sizes, "", "arguments are required: path, with; see"),
         (add, "--number 0", "does not conform to restriction v>0"),

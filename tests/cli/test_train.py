@@ -151,7 +151,7 @@ def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert refused(*image_words) == (
         "`pacatune train-image` needs packages that are not installed (timm): "
-        "pip install 'pacatune[vision]'"
+        "pip install -e '.[vision]' in a checkout of pacatune's repository"
     )
     assert not list(tmp_path.iterdir())
 

@@ -1,8 +1,10 @@
 """What README and docs say of themselves: blocks, links, tables and the site."""
 
+import ast
 import importlib
 import re
 import sys
+import tomllib
 
 import pytest
 
@@ -45,6 +47,36 @@ def unlisted(api):
             if not re.search(path, listed, re.MULTILINE):
                 missing.add(f"{module.__name__}.{name}")
     return missing
+
+
+def literal(node):
+    """Return a string of the sources, of a value in it `{}`."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(literal, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "{}"
+
+
+def test_troubleshooting_quotes_messages_that_there_are():
+    """Quotes of more than a word, with `...` for values; those of others name their package."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    cells = [row.split("|")[1] for row in re.findall(r"^\| .*", page, re.MULTILINE)]
+    ours = [cell for cell in cells if not re.search("vLLM|PEFT|torch", cell)]
+    quotes = [quote for cell in ours for quote in re.findall(r"`([^`]* [^`]*)`", cell)]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "src").rglob("*.py")]
+    kinds = (ast.Constant, ast.JoinedStr)
+    messages = [literal(n) for tree in trees for n in ast.walk(tree) if isinstance(n, kinds)]
+    assert len(quotes) > 8
+    for quote in quotes:
+        pattern = ".*".join(map(re.escape, quote.split("...")))
+        assert any(re.search(pattern, message) for message in messages), quote
+
+
+def test_every_extra_is_listed():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    table = page.partition("| extra |")[2].partition("\n\n")[0]
+    listed = re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (.*?) \|", table, re.MULTILINE)))
+    assert sorted(listed) == sorted(extras["optional-dependencies"])
 
 
 def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path):

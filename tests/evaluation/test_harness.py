@@ -21,7 +21,9 @@ def test_names():
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setattr("pacatune.installation.find_spec", lambda name: None)
     for function, asked in ((evaluate_choice, []), (evaluate_tasks, ["arc_easy"])):
-        with pytest.raises(ValueError, match=r"not installed \(lm_eval\): .*'pacatune\[eval\]'"):
+        with pytest.raises(
+            ValueError, match=r"not installed \(lm_eval\): .*pip install -e '.\[eval\]'"
+        ):
             function(None, None, asked)
 
 

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from examples.packaged import models
+from examples.packaged import NAMES, __main__, models
 from pacatune.training.image.model import ImageBase
 from tests.conftest import build_model
 
 gguf = pytest.importorskip("gguf")
+
+
+def test_without_a_name_it_lists_what_there_is(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["packaged"])
+    assert __main__.main() == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and text in out for name, text in NAMES.items())
 
 
 @pytest.mark.parametrize("quantization", ["F32", "Q4_1"])

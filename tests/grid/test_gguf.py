@@ -65,6 +65,8 @@ def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, caps
         how = ["--model", str(copy), "--patch", str(patch), "--in_place"]
         assert main(["patch", word, *how]) == 0
         assert digest(copy) == expected
+    assert main(["patch", "revert", *how]) == 2
+    assert f"error: {copy} already holds the columns that would be" in capsys.readouterr().err
     assert main(["patch", "apply", "--model", str(copy), "--patch", str(patch), "--output",
                  str(tmp_path / "again.gguf")]) == 0  # fmt: skip
     assert digest(tmp_path / "again.gguf") == digest(output)

@@ -87,7 +87,7 @@ def test_what_cannot_be_measured_is_refused(make_config, options, message):
 
 def test_methods_that_need_something_say_so(make_config, monkeypatch):
     monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    needs = r"method 'qlora' needs bitsandbytes; pip install 'pacatune\[quant\]'"
+    needs = r"method 'qlora' needs bitsandbytes; pip install -e '.\[quant\]'"
     with pytest.raises(ValueError, match=needs):
         make_config(methods=("qlora",))
 

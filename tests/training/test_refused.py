@@ -99,7 +99,7 @@ def test_deepspeed(make_config, monkeypatch, options, message):
 
 def test_what_the_machine_lacks(make_config, monkeypatch):
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    refused(r"needs bitsandbytes; pip install 'pacatune\[quant\]'", make_config("qpaca"))
+    refused(r"needs bitsandbytes; pip install -e '.\[quant\]'", make_config("qpaca"))
 
     # Its checkpoints have parts of tensors.
     def version(name):

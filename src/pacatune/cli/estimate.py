@@ -183,6 +183,7 @@ def _save_plot(
     first = next(iter(estimates.values())).setting
     figure.suptitle(plain_text(f"{Path(first.model).name}: {first.about()}"), fontsize="small")
     save_figure(figure, path, dpi=150)
+    print_notes([f"the memory is drawn in {path}"])
 
 
 def _gib(num_bytes: int) -> str:

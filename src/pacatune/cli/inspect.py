@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pacatune.cli.options import print_notes
 from pacatune.files.folder import format_bytes
 from pacatune.reports.rows import Table
 
@@ -49,6 +50,7 @@ def _show_adapter(options: Inspect) -> tuple[str, dict[str, Any]]:
         from pacatune.reports.columns import plot_columns
 
         plot_columns(report, options.plot)
+        print_notes([f"the columns are drawn in {options.plot}"])
     return _report(report, options), asdict(report)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from inspect import signature
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -19,6 +20,12 @@ from pacatune.training.config_file import PARSER_MODE
 
 T = TypeVar("T")
 
+# What jsonargparse says of a value: the option, and at its end the value.
+_WRONG = re.compile(r'Parser key "([\w.]+)":.*(?:Got|Given) value: (.*)', re.DOTALL)
+_KINDS: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "true, false", type(None): "null"},
+    **{str: "a text", list: "a list", dict: "a mapping"},
+}
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\+?")
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -48,7 +55,19 @@ class SectionParser(ArgumentParser):
         try:
             return super().parse_args(args, namespace, **more)
         except ArgumentError as error:
-            raise ValueError(f"{error}; see `{self.prog} --help`.") from error
+            raise ValueError(f"{self._told(str(error))}; see `{self.prog} --help`.") from error
+
+    def _told(self, error: str) -> str:
+        """Return what is wrong with a value in our words, if that is what the error says."""
+        if (found := _WRONG.search(error)) is None:
+            return error
+        name, value = found.groups()
+        kinds = [getattr(a, "_typehint", None) for a in self._actions if a.dest == name]
+        if kinds in ([], [None]):
+            return error
+        *others, last = ", ".join(map(_allowed, kinds)).split(", ")
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        return f"`{name}` ({value!r}) must be {allowed}"
 
 
 class CommandParser(SectionParser):
@@ -77,6 +96,16 @@ class CommandParser(SectionParser):
             arguments = {key: arguments[key] for key in kept if key in arguments} | changes
         spelt = [name.rstrip("_") for name in names if not name.endswith("+")]
         return super().add_argument(*spelt, **arguments)
+
+
+def _allowed(kind: Any) -> str:
+    """Return the values of a type, with commas between."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return ", ".join(map(_allowed, get_args(kind)))
+    if origin is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    return _KINDS.get(origin or kind, str(getattr(kind, "__name__", kind)))
 
 
 def parser_of(command: str, called: Callable[..., Any], *skip: str) -> CommandParser:

@@ -95,6 +95,11 @@ class Checkpoint:
                 entries[key] = entry
         return cls(folder=folder, files=files, entries=entries)
 
+    @property
+    def title(self) -> str:
+        """The path, for messages."""
+        return str(self.folder)
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, read from the file as it is looked at."""
         file = self.entries[name].file

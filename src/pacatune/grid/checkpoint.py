@@ -32,11 +32,6 @@ class PackedCheckpoint(Checkpoint, ABC):
             )
         return GRIDS[kind]
 
-    @property
-    def title(self) -> str:
-        """The path, for messages."""
-        return str(self.folder)
-
     @abstractmethod
     def name_of(self, parameter: str, num_blocks: int) -> str:
         """Return the name here of a parameter of transformers; a ValueError if there is none."""

@@ -211,7 +211,7 @@ def _converted(
     for name, tensor in before.items():
         if not _is_stored(checkpoint, name, tensor):
             raise ValueError(
-                f"{checkpoint.folder} does not hold {edit.name!r} as transformers would save it, "
+                f"{checkpoint.title} does not hold {edit.name!r} as transformers would save it, "
                 f"as {name!r} in {tensor.dtype}. {_BY_MERGE}"
             )
         if (change := changed_columns(tensor, after[name])) is not None:

@@ -108,7 +108,7 @@ def check_base(
     if differing := holds(checkpoint, patch):
         if not holds(checkpoint, patch.inverse()):
             raise ValueError(
-                f"{checkpoint.folder} already holds the columns that would be written; there is "
+                f"{checkpoint.title} already holds the columns that would be written; there is "
                 "nothing to do."
             )
         raise ValueError(
@@ -134,4 +134,4 @@ def check_base(
 
 def _other_base(checkpoint: Checkpoint, patch: Patch) -> str:
     called = f" ({patch.base!r})" if patch.base else ""
-    return f"{checkpoint.folder} is not the base that the patch is for{called}"
+    return f"{checkpoint.title} is not the base that the patch is for{called}"

@@ -29,7 +29,7 @@ from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.files.journal import is_gguf
 from pacatune.files.owned_folder import to_json
-from pacatune.installation import repository_command
+from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
@@ -277,7 +277,7 @@ class LanguageTask(Task):
         if task_type == "CAUSAL_LM":
             commands.insert(0, f'pacatune generate {both} --prompt "..."')
         return (
-            f"Install pacatune ({repository_command()}), then:\n\n"
+            f"Install pacatune ({install_command()}), then:\n\n"
             f"```python\nimport pacatune  # makes {kind} known to PEFT\n{code}"
             "```bash\n" + "\n".join(commands) + "\n```\n\n"
         )

@@ -22,7 +22,7 @@ from pacatune.data.images import (
     prepare_images,
 )
 from pacatune.format.options import PACA_RANK
-from pacatune.installation import repository_command
+from pacatune.installation import install_command
 from pacatune.methods import METHODS
 from pacatune.precision import torch_dtype
 from pacatune.training.image import report as pictures
@@ -180,7 +180,7 @@ class ImageTask(Task):
         merging = "`classifier.model.merge_and_unload()` makes the PEFT model a plain one."
         return (
             f"Tells apart {len(classes)} classes: {names}.\n\n"
-            f"Install pacatune ({repository_command('vision')}), then:\n\n"
+            f"Install pacatune ({install_command('vision')}), then:\n\n"
             "```python\nfrom pacatune.training.image import load_result\n\n"
             'classifier = load_result("FOLDER")\n'
             'print(classifier.classify("IMAGE.png"))  # class -> probability\n```\n'
