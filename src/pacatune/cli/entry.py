@@ -114,7 +114,7 @@ def _main(words: list[str], owns_process: bool) -> int:
 
 
 def _speaks() -> bool:
-    """Whether this process says what all that a launcher started on this machine would say."""
+    """Whether this process speaks for all that a launcher started on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
