@@ -263,7 +263,12 @@ def _without_copies(adapter: Adapter) -> tuple[Adapter, list[str]]:
     """Return an adapter without weights of the base that it does not train, and a note of them."""
     copies = adapter.copies()
     extra = {name: tensor for name, tensor in adapter.extra.items() if name not in copies}
-    notes = [f"left out {name!r}, a weight of the base that it does not train." for name in copies]
+    notes = []
+    if copies:
+        notes.append(
+            f"left out {len(copies)} weights of the base that it does not train, first "
+            f"{copies[0]!r}."
+        )
     return replace(adapter, extra=extra), notes
 
 

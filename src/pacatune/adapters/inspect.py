@@ -212,12 +212,12 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         for name, update in adapter.modules.items()
     )
     notes.append(_readers(config, has_convolutions=has_convolutions))
-    copies = adapter.copies()
-    notes += [
-        f"holds {name!r}, a weight of the base that it does not train: PEFT puts it over the "
-        "base's, `merge` and `generate` refuse it where it differs, `export` leaves it out."
-        for name in copies
-    ]
+    if copies := adapter.copies():
+        notes.append(
+            f"holds {len(copies)} weights of the base that it does not train, first {copies[0]!r}: "
+            "PEFT puts them over the base's, `merge` and `generate` refuse others than the base's, "
+            "`export` leaves them out."
+        )
     if len(adapter.extra) > len(copies):
         notes.append(
             "holds more than PaCA's tensors: `export` needs --keep_extra, `merge` does not."

@@ -447,8 +447,11 @@ def _frozen_embeddings(model: Any, config: PeftConfig) -> set[str]:
         for own, parameter in cast(PacaLayer, module).base_layer.named_parameters()
         if not parameter.requires_grad
     }
+    if not names:
+        return names
     try:
-        before = type(model.config).from_pretrained(config.base_model_name_or_path)
+        name, revision = config.base_model_name_or_path, config.revision or "main"
+        before = type(model.config).from_pretrained(name, revision=revision)
         is_same = before.get_text_config().vocab_size == model.config.get_text_config().vocab_size
     except (AttributeError, OSError, TypeError, ValueError):  # not of transformers, or not here
         is_same = False
