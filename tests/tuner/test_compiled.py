@@ -9,6 +9,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from pacatune.residency import put as put_module
 from tests.releases import compiles_whole
@@ -92,6 +93,20 @@ def test_graph_holds_no_adapted_weight(pair):
     assert not any("mm" in name for name in forward)
     assert backward.count("pacatune.linear_grad.default") == 1  # x asks for no gradient
     assert sum("mm" in name for name in backward) == 2  # of delta
+
+
+@compiles_whole
+@pytest.mark.parametrize(
+    "name", ["linear", "linear_grad", "experts_products", "experts_grad_delta"]
+)
+def test_no_cuda_graph_records_what_runs_in_python(name):
+    """It would replay a write of columns, and a wait for the sizes of groups."""
+    operator = getattr(torch.ops.pacatune, name).default
+    assert torch.Tag.cudagraph_unsafe in operator.tags
+    graph = torch.fx.Graph()
+    graph.call_function(operator)
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    assert get_first_incompatible_cudagraph_node(module).target is operator
 
 
 def evaluate(model):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, read_columns
 from pacatune.ops.pattern import collect, expand, refuse_misfit
-from pacatune.ops.products import autocast, grad_delta
+from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, autocast, grad_delta
 from pacatune.ops.tracing import refuse_second_derivative
 
 
@@ -300,10 +300,10 @@ def _grad_delta_per_expert(
 
 # A traced graph must not read the sizes of the groups, so it sees each loop as one operation.
 _products_op = torch.library.custom_op(
-    "pacatune::experts_products", _products_per_expert, mutates_args=()
+    "pacatune::experts_products", _products_per_expert, mutates_args=(), **NOT_IN_CUDA_GRAPHS
 )
 _grad_delta_op = torch.library.custom_op(
-    "pacatune::experts_grad_delta", _grad_delta_per_expert, mutates_args=()
+    "pacatune::experts_grad_delta", _grad_delta_per_expert, mutates_args=(), **NOT_IN_CUDA_GRAPHS
 )
 
 

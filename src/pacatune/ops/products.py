@@ -8,6 +8,11 @@ from torch import Tensor
 
 from pacatune.precision import is_out_of_memory
 
+# For operators whose Python must run each time: torch cuts CUDA graphs there, since 2.8.
+NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
 
 def autocast(x: Tensor) -> Tensor:
     """Cast an input as torch.autocast does for linear layers, if it is on."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pacatune.ops.linear import add_columns_, column_update, grad_x
 from pacatune.ops.pattern import collect
-from pacatune.ops.products import grad_delta
+from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta
 from pacatune.residency import Pass, Residency
 from pacatune.residency.reading import read_pretrained
 
@@ -112,11 +112,11 @@ def _linear(
             "was compiled. Call `torch.compiler.reset()` and run it again."
         )
     if isinstance(opened, Residency):
-        return read_pretrained(opened, compute), torch.tensor(opened.base())
+        return read_pretrained(opened, compute), torch.tensor(opened.base(), device="cpu")
     y = opened.forward(compute)
     if y is None:
         y = compute(_view(opened.residency), False)
-    return y, torch.tensor(opened.base)
+    return y, torch.tensor(opened.base, device="cpu")
 
 
 def _linear_grad(
@@ -186,11 +186,13 @@ def _like_gx(gy: Tensor, *others: Any) -> Tensor:
 _library = torch.library.Library("pacatune", "FRAGMENT")
 _library.define(
     "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? places, Tensor? bias, "
-    "Tensor handle, bool trains, SymInt out_features) -> (Tensor, Tensor)"
+    "Tensor handle, bool trains, SymInt out_features) -> (Tensor, Tensor)",
+    **NOT_IN_CUDA_GRAPHS,
 )
 _library.define(
     "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, Tensor? places, "
-    "Tensor handle, Tensor base, SymInt in_features) -> Tensor"
+    "Tensor handle, Tensor base, SymInt in_features) -> Tensor",
+    **NOT_IN_CUDA_GRAPHS,
 )
 for _name, _run, _like in (("linear", _linear, _like_y), ("linear_grad", _linear_grad, _like_gx)):
     # torch 2.6 would compile what an operator runs.
