@@ -241,7 +241,7 @@ def _of_rank(
             f"{adapter.folder}: module {module!r} has {in_features} columns, and PEFT's own PaCA "
             f"one rank for all, {rank}; export the adapter as LoRA, or merge it."
         )
-    is_free = torch.ones(in_features, dtype=torch.bool)
+    is_free = torch.ones(in_features, dtype=torch.bool, device="cpu")
     is_free[indices] = False
     free = is_free.nonzero().flatten()[: rank - len(indices)]
     indices, order = torch.cat((indices, free)).sort()

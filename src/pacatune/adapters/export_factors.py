@@ -34,8 +34,8 @@ from pacatune.tuner.layout import (
 
 def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
     """Return the (rank, I) matrix A with A x = x[indices]; rows beyond the indices are zeros."""
-    selector = torch.zeros(rank or len(indices), in_features)
-    selector[torch.arange(len(indices)), indices] = 1
+    selector = torch.zeros(rank or len(indices), in_features, device="cpu")
+    selector[torch.arange(len(indices), device="cpu"), indices] = 1
     return selector
 
 
@@ -146,10 +146,11 @@ def convolution_factors(
     if most * num_taps >= out_per_group:
         factor_a = update.new_zeros(groups, out_per_group, in_channels, *kernel_size)
         factor_a[group_of, :, indices] = update.transpose(0, 1)
-        factor_b = torch.eye(out_per_group, dtype=update.dtype).repeat(groups, 1)
+        identity = torch.eye(out_per_group, dtype=update.dtype, device=update.device)
+        factor_b = identity.repeat(groups, 1)
         return factor_a.flatten(0, 1), factor_b.view(*factor_b.shape, *ones)
-    place = torch.arange(num_columns) - torch.searchsorted(group_of, group_of)
-    taps = torch.arange(num_taps)
+    place = torch.arange(num_columns, device=update.device) - torch.searchsorted(group_of, group_of)
+    taps = torch.arange(num_taps, device=update.device)
     factor_a = update.new_zeros(groups, most, num_taps, in_channels, num_taps)
     factor_a[group_of[:, None], place[:, None], taps, indices[:, None], taps] = 1
     factor_b = update.new_zeros(groups, out_per_group, most, num_taps)

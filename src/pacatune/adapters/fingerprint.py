@@ -62,7 +62,7 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
     for name, indices in adapter_modules.items():
         target = target_of_module(model, name)
         trained = indices.cpu()
-        is_free = torch.ones(target.layout.in_features, dtype=torch.bool)
+        is_free = torch.ones(target.layout.in_features, dtype=torch.bool, device="cpu")
         is_free[trained] = False
         result["modules"][name] = _hash_target(target, is_free.nonzero().flatten())
         if id(target.module) not in merged:
@@ -109,7 +109,7 @@ def _hash_target(target: BaseWeight, columns: Tensor) -> dict[str, str]:
     if not isinstance(weight, Tensor) or not _is_readable(weight) or len(columns) == 0:
         return {}
     weight, columns = target.layout.first_matrix(weight), _spread(columns, _MAX_COLUMNS)
-    rows = _spread(torch.arange(weight.shape[0]), _MAX_ROWS)
+    rows = _spread(torch.arange(weight.shape[0], device=weight.device), _MAX_ROWS)
     sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)].cpu()
     return {name: _hash(sample, torch_dtype(name)) for name in _ROUNDINGS[weight.dtype]}
 

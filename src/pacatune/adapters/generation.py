@@ -53,8 +53,8 @@ class _SeededChoice(LogitsProcessor):
             scaled = scores[row : row + 1] / sampling.temperature
             if sampling.top_p < 1:
                 scaled = cast(Tensor, TopPLogitsWarper(sampling.top_p)(input_ids, scaled))
-            noise = torch.empty(scaled.shape[1]).exponential_(generator=generator).log()
-            scores[row] = scaled[0] - noise.to(scaled.device)
+            noise = torch.empty(scaled.shape[1], device="cpu").exponential_(generator=generator)
+            scores[row] = scaled[0] - noise.log().to(scaled.device)
         return scores
 
 

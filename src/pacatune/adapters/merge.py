@@ -72,9 +72,11 @@ def rounding_limit(
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.is_floating_point():
-            part = torch.rand(parameter.shape, generator=generator).to(parameter.device) - 0.5
+            part = torch.rand(parameter.shape, generator=generator, device="cpu") - 0.5
             weight = parameter.double()
-            parameter.copy_(weight + weight.abs() * torch.finfo(parameter.dtype).eps * part)
+            parameter.copy_(
+                weight + weight.abs() * torch.finfo(parameter.dtype).eps * part.to(weight)
+            )
     change = output_error(outputs, run_probe(model, inputs)).max_absolute
     # Of few outputs (one score a probe) all may stay as they are by chance.
     unit = torch.finfo(next(model.parameters()).dtype).eps * output_size(outputs)

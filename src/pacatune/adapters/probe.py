@@ -35,7 +35,7 @@ def probe_inputs(
         batches = [{"pixel_values": _pixels(config, generator)}]
     elif main_input == "input_features" and hasattr(config, "num_mel_bins"):
         frames = (_NUM_SEQUENCES, config.num_mel_bins, 2 * config.max_source_positions)
-        features = torch.randn(frames, generator=generator)
+        features = torch.randn(frames, generator=generator, device="cpu")
         batches = [{"input_features": features, "decoder_input_ids": _tokens(config, generator)}]
     elif main_input == "input_ids":
         vocab_size = config.get_text_config().vocab_size
@@ -61,13 +61,14 @@ def probe_inputs(
 
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     shape, vocab_size = (_NUM_SEQUENCES, _NUM_TOKENS), config.get_text_config().vocab_size
-    return torch.randint(vocab_size, shape, generator=generator)
+    return torch.randint(vocab_size, shape, generator=generator, device="cpu")
 
 
 def _pixels(config: Any, generator: torch.Generator) -> Tensor:
     size = getattr(config, "image_size", 64)  # a purely convolutional network has no size
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn(_NUM_SEQUENCES, config.num_channels, height, width, generator=generator)
+    shape = (_NUM_SEQUENCES, config.num_channels, height, width)
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 @torch.no_grad()

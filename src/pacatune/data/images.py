@@ -297,7 +297,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.processor = processor
         self.augmentation = augmentation
         # Set at the start of each: images are augmented anew. Shared with workers that stay.
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.table)

@@ -270,8 +270,9 @@ def hold_out(keys: Iterable[Any], fraction: float, seed: int) -> tuple[list[int]
     if number >= len(rows):
         rule = f"`data.eval_fraction` ({fraction}) of {len(rows)} rows leaves none to train on"
         raise ValueError(f"{rule}; give more data or `data.eval_path`, or set it to 0.")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    drawn = [rows[place] for place in order]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator, device="cpu")
+    drawn = [rows[place] for place in order.tolist()]
     return list(chain(*drawn[number:])), list(chain(*drawn[:number]))
 
 

@@ -129,9 +129,10 @@ class Checkpoint:
         shape, itemsize = entry.shape, DTYPES[entry.dtype].itemsize
         # What is together in memory: a column's part of one row.
         length = math.prod(shape[dim + 1 :]) * itemsize
-        rows = torch.arange(math.prod(shape[:dim])) * shape[dim]
+        rows = torch.arange(math.prod(shape[:dim]), device="cpu") * shape[dim]
         starts = entry.start + ((rows[:, None] + indices.cpu()) * length).reshape(-1, 1)
-        return (starts + torch.tensor([*range(0, length, step), length - 1])).flatten()
+        steps = torch.tensor([*range(0, length, step), length - 1], device="cpu")
+        return (starts + steps).flatten()
 
     @property
     def num_bytes(self) -> int:

@@ -75,7 +75,8 @@ class PackedCheckpoint(Checkpoint, ABC):
         if (grid := self.grid(name)) is None:
             return super().touched(name, dim, indices, step)
         entry = self.entries[name]
-        starts = entry.start + torch.arange(entry.shape[0]) * grid.row_bytes(entry.shape[1])
+        rows = torch.arange(entry.shape[0], device="cpu")
+        starts = entry.start + rows * grid.row_bytes(entry.shape[1])
         bytes_ = torch.cat([byte for byte, _ in grid.byte_places(indices)])
         return (starts[:, None] + bytes_).flatten()
 
@@ -98,7 +99,7 @@ def row_order(values: Tensor, weight: Tensor, heads: tuple[int, ...], name: str)
         heads: Numbers of heads that a weight may have.
         name: What the weight is called, for messages.
     """
-    rows = torch.arange(len(weight))
+    rows = torch.arange(len(weight), device=weight.device)
     halves = [
         rows.view(number, 2, -1).transpose(1, 2).flatten()
         for number in heads

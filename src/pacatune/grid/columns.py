@@ -58,6 +58,6 @@ class CodedColumns:
 
     def values(self, codes: Tensor) -> Tensor:
         """Return what codes are to the model, (O, R) float32 in its order of rows."""
-        found = torch.empty(codes.shape)
+        found = torch.empty(codes.shape, device="cpu")
         found[self.order] = self.grid.values(codes, self._scale, self._minimum)
         return found

@@ -69,13 +69,13 @@ class Grid:
         starts, elements = indices // self.block * self.block_bytes, indices % self.block
         found = []
         for plane in self.planes:
-            byte, bit = torch.tensor(plane.places)[elements].unbind(1)
+            byte, bit = torch.tensor(plane.places, device=indices.device)[elements].unbind(1)
             found.append((starts + byte, bit))
         return found
 
     def codes(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Return the (O, R) uint8 codes of columns of (O, bytes) rows."""
-        codes, low = torch.zeros(len(rows), len(indices), dtype=torch.uint8), 0
+        codes, low = torch.zeros(len(rows), len(indices), dtype=torch.uint8, device=rows.device), 0
         for plane, (byte, bit) in zip(self.planes, self.byte_places(indices), strict=True):
             found = rows[:, byte] >> bit.to(torch.uint8) & (1 << plane.width) - 1
             codes |= found << low
@@ -107,7 +107,7 @@ class Grid:
     @property
     def _levels(self) -> Tensor:
         levels = self.levels or range(-self.zero, self.num_codes - self.zero)
-        return torch.tensor(levels, dtype=torch.float32)
+        return torch.tensor(levels, dtype=torch.float32, device="cpu")
 
     def moved(self, before: Tensor, scale: Tensor, change: Tensor) -> "Moved":
         """Return the codes nearest to the values of (O, R) codes plus an (O, R) change.
@@ -229,7 +229,8 @@ def _table(grids: Iterable[Grid]) -> dict[str, Grid]:
 
 def _float8() -> tuple[float, ...]:
     """Return the values of E4M3 without infinities, as torch has them."""
-    return tuple(torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().tolist())
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    return tuple(codes.view(torch.float8_e4m3fn).float().tolist())
 
 
 # Of 64 elements in 32 bytes, the first 32 have the low halves; of 128 in Q6_K, the first 64.

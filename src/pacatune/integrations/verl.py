@@ -101,20 +101,20 @@ class ColumnCheckpointEngine(CheckpointEngine):
         messages = [to_wire(message) for message in (positions, columns)]
         for words, buffer in messages:
             self._send({"message": words}, buffer)
-        self._send({"is_last": True}, torch.empty(0))
+        self._send({"is_last": True}, torch.empty(0, device="cpu"))
         return {"sync/num_bytes": messages[-1][1].nbytes}
 
     def _send(self, words: dict[str, Any], tensor: Tensor) -> None:
         if self._group is not None:
             encoded = torch.frombuffer(bytearray(json.dumps(words).encode()), dtype=torch.uint8)
             buffer = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-            self._group.broadcast(torch.tensor([len(encoded), len(buffer)]))
+            self._group.broadcast(torch.tensor([len(encoded), len(buffer)], device="cpu"))
             self._group.broadcast(torch.cat([encoded, buffer]))
 
     def _receive(self) -> tuple[dict[str, Any], Tensor]:
         assert self._group is not None, "verl calls init_process_group first"
-        sizes = self._group.broadcast(torch.empty(2, dtype=torch.int64)).tolist()
-        found = self._group.broadcast(torch.empty(sum(sizes), dtype=torch.uint8))
+        sizes = self._group.broadcast(torch.empty(2, dtype=torch.int64, device="cpu")).tolist()
+        found = self._group.broadcast(torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"))
         return json.loads(found[: sizes[0]].numpy().tobytes()), found[sizes[0] :].clone()
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[Any]:

@@ -184,7 +184,7 @@ def _unpacked(buffer: Any) -> Tensor:
         return buffer
     data = base64.b64decode(buffer, validate=True) if isinstance(buffer, str) else buffer
     if not data:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

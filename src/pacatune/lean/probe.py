@@ -67,7 +67,7 @@ def find_gated(module: nn.Module) -> GatedNames | None:
     if len(rest) > 1 or any(True for m in rest for _ in m.parameters()):
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, _WIDTH, generator=generator, dtype=torch.float64)
+    x = torch.randn(64, _WIDTH, generator=generator, dtype=torch.float64, device="cpu")
     x[::2] *= 12  # where clipped activations differ
     for gate, up, down, is_fused in _assignments(module):
         inner = 2 * _INNER if is_fused else _INNER
@@ -90,7 +90,7 @@ def find_gated(module: nn.Module) -> GatedNames | None:
 def _small(in_features: int, out_features: int, generator: torch.Generator) -> nn.Linear:
     layer = nn.Linear(in_features, out_features, dtype=torch.float64, device="cpu")
     for parameter in layer.requires_grad_(requires_grad=False).parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
     return layer
 
 
@@ -110,10 +110,10 @@ def find_norm(module: nn.Module) -> Norm | None:
     if size is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(6, size, generator=generator)
+    x = torch.randn(6, size, generator=generator, device="cpu")
     x[2:4] *= 1e-2  # where eps matters
     x[4:] *= 1e-4
-    row = torch.randn(2, size, generator=generator)
+    row = torch.randn(2, size, generator=generator, device="cpu")
     low, high = torch.bfloat16, torch.float32
     for norm in _norms(module):
         if all(_agrees(module, norm, x.to(dtype), row.to(dtype)) for dtype in (low, high)):

@@ -215,7 +215,7 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
 def make_batch(num_rows: int, num_tokens: int, vocab_size: int, seed: int) -> Tensor:
     """Return (B, T) random tokens below `vocab_size`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator)
+    return torch.randint(vocab_size, (num_rows, num_tokens), generator=generator, device="cpu")
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, cast
 
@@ -208,14 +209,14 @@ class FakeTraining:
         # By the CPU's attention, whose products are counted; those of GPUs only allocate here.
         with self._mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+            ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="cpu")
             return count_flops(lambda: self._loss(ids))
 
     def _run(self, tracker: StorageTracker, batch_size: int, seq_len: int) -> dict[str, int]:
         tracker.hold(self._weights, "weights")
         tracker.hold(self._adapter, "adapter")
         if self._gathered:
-            room = torch.empty(self._gathered, dtype=torch.uint8)
+            room = torch.empty(self._gathered, dtype=torch.uint8, device="cpu")
             tracker.hold([room], "gathered")
         optimizer = _warm_optimizer(self._trained, tracker)
         tracker.hold(_kept_aside(self.model), "adapter")
@@ -231,7 +232,7 @@ class FakeTraining:
     def _micro_batch(
         self, tracker: StorageTracker, batch_size: int, seq_len: int
     ) -> dict[str, int]:
-        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        ids = torch.zeros(batch_size, seq_len, dtype=torch.int64, device="cpu")
         tracker.phase = "forward"
         away: AbstractContextManager[Any] = nullcontext()
         if self.setting.activation_offloading:
@@ -442,12 +443,13 @@ def _quantized_weight(layer: Any, setting: Setting) -> tuple[Tensor, list[Tensor
 
     shape = torch.Size((layer.out_features, layer.in_features))
     num_scales = -(-shape.numel() // _BLOCK)
+    empty = partial(torch.empty, device="cpu")
     packed: Any = nn.Parameter(
-        torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
+        empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False
     )
-    scales = torch.empty(num_scales, dtype=torch.uint8)
-    outer = torch.empty(-(-num_scales // _NESTED_BLOCK))
-    code, codes_of_scales, offset = torch.empty(16), torch.empty(256), torch.empty(())
+    scales = empty(num_scales, dtype=torch.uint8)
+    outer = empty(-(-num_scales // _NESTED_BLOCK))
+    code, codes_of_scales, offset = empty(16), empty(256), empty(())
     packed.quant_type, packed.compress_statistics = setting.quantization, True
     packed.quant_state = QuantState(
         absmax=scales,

@@ -89,10 +89,11 @@ def ratio_row(times: Times, reference: Times, *, seed: int, **names: Any) -> Row
         seed: Of the draws.
         **names: `what`, `method` and other fields of the row.
     """
-    both = torch.tensor([times, reference], dtype=torch.float64)
+    both = torch.tensor([times, reference], dtype=torch.float64, device="cpu")
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(times), (_NUM_RESAMPLES, len(times)), generator=generator)
+    size = (_NUM_RESAMPLES, len(times))
+    draws = torch.randint(len(times), size, generator=generator, device="cpu")
     medians = both[:, draws].quantile(0.5, dim=-1)
-    low, high = (medians[0] / medians[1]).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    low, high = (medians[0] / medians[1]).quantile(both.new_tensor([0.025, 0.975])).tolist()
     ratio = statistics.median(times) / statistics.median(reference)
     return Row(value=ratio, low=low, high=high, unit="ratio", n=len(times), **names)

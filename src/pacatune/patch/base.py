@@ -48,7 +48,7 @@ def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[st
     """Hash some columns of each tensor, at equal distances, of those that its edit leaves alone."""
     result = {}
     for name, edit in edits.items():
-        is_free = torch.ones(edit.shape[edit.dim], dtype=torch.bool)
+        is_free = torch.ones(edit.shape[edit.dim], dtype=torch.bool, device="cpu")
         is_free[edit.indices] = False
         free = is_free.nonzero()[:, 0]
         chosen = free[:: max(1, -(-len(free) // _NUM_COLUMNS))]
@@ -58,7 +58,7 @@ def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[st
 
 
 def _hashes(checkpoint: Checkpoint, name: str, dim: int, columns: list[int]) -> dict[int, str]:
-    indices = torch.tensor(columns, dtype=torch.int64)
+    indices = torch.tensor(columns, dtype=torch.int64, device="cpu")
     values = bits(checkpoint.columns(name, dim, indices)).movedim(dim, 0).contiguous()
     return {
         column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]

@@ -331,7 +331,7 @@ def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
     num_pages = 0
     for name, edits in _by_file(checkpoint, patch).items():
         size = (checkpoint.folder / name).stat().st_size
-        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool)
+        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool, device="cpu")
         for edit in edits:
             places = checkpoint.touched(edit.name, edit.dim, edit.indices, _PAGE_BYTES)
             is_touched[places // _PAGE_BYTES] = True

@@ -260,7 +260,8 @@ def _edit(
             "alone; leave it out of the targets."
         )
     weight = layer.weight.detach().cpu()
-    compared = torch.arange(0, weight.shape[1], max(1, weight.shape[1] // _NUM_COMPARED))
+    step = max(1, weight.shape[1] // _NUM_COMPARED)
+    compared = torch.arange(0, weight.shape[1], step, device="cpu")
     values = checkpoint.values(name, compared)
     order = row_order(values, weight[:, compared], heads_of(config), name)
     delta, indices, _ = adapter.modules[module].whole()

@@ -217,8 +217,8 @@ def _row(put: Put, values: Tensor) -> tuple[int | float, ...]:
 @functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule
 def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
     """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
-    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64)
-    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32)
+    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64, device="cpu")
+    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32, device="cpu")
     if device.type != "cuda":  # Triton's interpreter
         return addresses, scalings
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (addresses, scalings))  # type: ignore[return-value]

@@ -152,9 +152,9 @@ class _Collector:
     def finish(self, num_batches: int, device: torch.device) -> ColumnStatistics:
         """Add up what all processes have, and refuse targets without anything."""
         keys = [(name, kind) for name in self.targets for kind in self.kinds]
-        zeros = {key: torch.zeros(self.targets[key[0]].num_columns) for key in keys}
+        zeros = {key: torch.zeros(self.targets[key[0]].num_columns, device=device) for key in keys}
         parts = [self.sums.get(key, zeros[key]) for key in keys]
-        parts.append(torch.tensor([float(num_batches)]))
+        parts.append(torch.tensor([float(num_batches)], device=device))
         flat = torch.cat([_precise(part.to(device)) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)

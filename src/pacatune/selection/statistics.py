@@ -74,8 +74,9 @@ class ColumnStatistics:
             for module, kinds in self.values.items()
             for kind, values in kinds.items()
         }
+        tensors[_COUNT] = torch.tensor(self.num_batches, device="cpu")
         with explained_failure(Path(path)):
-            write_tensors({**tensors, _COUNT: torch.tensor(self.num_batches)}, Path(path))
+            write_tensors(tensors, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnStatistics":
@@ -129,7 +130,8 @@ def load_columns(path: str | Path) -> Columns:
 
 def save_columns(columns: Columns, path: str | Path) -> None:
     """Write columns by module's name, in the format of an adapter's file without its deltas."""
-    tensors = {f"{module}.{INDICES}": torch.tensor(values) for module, values in columns.items()}
+    pairs = ((module, torch.tensor(values, device="cpu")) for module, values in columns.items())
+    tensors = {f"{module}.{INDICES}": indices for module, indices in pairs}
     with explained_failure(Path(path)):
         write_tensors(tensors, Path(path))
 

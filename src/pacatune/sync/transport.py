@@ -123,7 +123,7 @@ class File:
 
     def close(self) -> None:
         """Tell readers that nothing more will come."""
-        self._write({"kind": "end"}, torch.empty(0, dtype=torch.uint8))
+        self._write({"kind": "end"}, torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def receive(self, timeout: float | None = None) -> Message:
         """Return the next message, or the last complete one if that is later."""

@@ -100,7 +100,8 @@ def share_of_batches(
     All processes together see the batches that one process alone would see.
     """
     training = config.training
-    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(training.seed))
+    generator = torch.Generator().manual_seed(training.seed)
+    order = torch.randperm(num_examples, generator=generator, device="cpu")
     parts = order.split(training.per_device_train_batch_size)[: config.paca.selection_batches]
     for part in islice(parts, training.process_index, None, training.world_size):
         yield collate(part.tolist())

@@ -104,7 +104,7 @@ def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any
         number = len(row["labels"])
         same = ids[:number].tolist() == row["input_ids"]
         assert same, f"{row['place']} is tokenized otherwise in a batch"
-        labels[:number] = torch.tensor(row["labels"])
+        labels[:number] = torch.tensor(row["labels"], device=labels.device)
     return batch
 
 
@@ -119,7 +119,8 @@ class TextTrainer(LanguageTrainer):
         if not (args.packing or args.eval_packing or args.shuffle_dataset):
             args.dataset_kwargs = {"skip_prepare_dataset": True}
             args.max_length = None
-        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of losses, learned tokens
+        # The sum of losses, and the learned tokens.
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device="cpu")
         super().__init__(model=model, args=args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -148,7 +149,7 @@ class TextTrainer(LanguageTrainer):
         result = super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if learned := int((labels[:, 1:] != IGNORED).sum()) * (number > 0):
-            self._evaluated += torch.tensor([float(loss.detach()) * learned, learned])
+            self._evaluated += torch.tensor([float(loss.detach()) * learned, learned], device="cpu")
         return result
 
 

@@ -39,7 +39,8 @@ class Delta(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        # Watched from the start: a compiled graph would be made anew for another class.
+        # Where PEFT makes its adapters, which it moves to their base. Watched from the start: a
+        # compiled graph would be made anew for another class.
         self.weight = DeltaParameter(torch.zeros(shape))
 
     def forward(

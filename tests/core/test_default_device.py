@@ -1,0 +1,127 @@
+"""`torch.set_default_device`: what is made on the CPU, or beside a tensor, is there all the same.
+
+On `meta` a tensor that went to the default device has no values, so that using it fails.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pacatune import PacaConfig, lean
+from pacatune.adapters.export import export_lora
+from pacatune.adapters.fingerprint import fingerprint
+from pacatune.adapters.folder import read_adapter
+from pacatune.residency import put
+from tests.residency.net import Net, adapt, deltas, expected
+
+SRC = Path(__file__).parents[2] / "src" / "pacatune"
+MAKERS = {
+    *("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"),
+    *("tensor", "zeros", "asarray", "tril_indices"),
+}
+# Where PEFT makes its adapters, too; what follows goes where its values are wanted.
+ON_THE_DEFAULT_DEVICE = {"tuner/layer.py", "tuner/moslora.py", "training/rl.py"}
+# To be removed.
+OLD = ("study", "evaluation")
+
+
+def makers(path):
+    """Yield the calls of a file that make a tensor without saying where."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).removeprefix("torch.") in MAKERS
+            and ast.unparse(node.func).startswith("torch.")
+            and not {"device"} & {keyword.arg for keyword in node.keywords}
+        ):
+            yield f"{path.relative_to(SRC)}:{node.lineno}"
+
+
+def test_every_tensor_that_is_made_says_where():
+    files = [
+        path
+        for path in sorted(SRC.rglob("*.py"))
+        if path.relative_to(SRC).parts[0] not in OLD
+        and str(path.relative_to(SRC)) not in ON_THE_DEFAULT_DEVICE
+    ]
+    assert len(files) > 100
+    assert [call for path in files for call in makers(path)] == []
+
+
+def test_it_is_imported():
+    code = """if True:
+        import importlib, pkgutil, torch
+        torch.set_default_device("meta")
+        import pacatune
+        for room in ("adapters", "format", "grid", "lean", "ops", "patch", "residency", "selection",
+                     "sync", "tuner"):
+            package = importlib.import_module(f"pacatune.{room}")
+            for module in pkgutil.iter_modules(package.__path__):
+                if module.name not in ("kernel", "tensor_parallel"):
+                    importlib.import_module(f"pacatune.{room}.{module.name}")
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(name="model")
+def _model() -> PeftModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    return get_peft_model(base, PacaConfig(r=4, paca_alpha=4))
+
+
+def train(model: torch.nn.Module, batch: torch.Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_model_is_trained_saved_and_merged(model, tmp_path):
+    batch = torch.arange(16).view(1, 16)
+    with torch.device("meta"):
+        lean.enable(model, mode="require")
+        losses = train(model, batch)
+        assert losses[-1] < losses[0]
+        model.save_pretrained(tmp_path / "adapter")
+        base = model.get_base_model()
+        columns = {
+            name: u.indices for name, u in read_adapter(tmp_path / "adapter").modules.items()
+        }
+        assert len(fingerprint(model, columns)["modules"]) == len(columns)
+        export_lora(base, tmp_path / "adapter", tmp_path / "lora")
+        wanted = model(input_ids=batch).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=batch).logits, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which dynamo looks at
+def test_a_compiled_layer_is_trained():
+    base, x = Net(), torch.ones(5, 10)
+    model = adapt(base)
+    wanted = expected(base, model, x)
+    with torch.device("meta"):
+        model.compile(backend="eager")
+        model(x).square().sum().backward()
+    torch.compiler.reset()
+    for ours, theirs in zip(deltas(model), wanted[1][1:], strict=True):
+        torch.testing.assert_close(ours.grad, theirs)
+
+
+def test_the_table_of_a_kernel():
+    with torch.device("meta"):
+        table, scalings = put._table(torch.device("cpu"), ((1, 2, 3, 4, 5, 6, 7, 0.5),), False)
+    assert (table.tolist(), scalings.tolist()) == ([[1, 2, 3, 4, 5, 6, 7]], [0.5])
