@@ -19,7 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from pacatune.residency.put import Parts
-from pacatune.residency.reading import Result, read, read_pretrained
+from pacatune.residency.reading import Result, in_order, read, read_pretrained
 from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
 from pacatune.residency.weight import Residency
@@ -64,7 +64,7 @@ class Pass:
         # Columns that were there before the forward pass, and that nobody has touched since, are
         # those of its delta, in its weight: the usual case, and the shortest way.
         if residency.epoch == self.epoch and residency.holds(self.update):
-            result = compute(residency.weight, True)  # type: ignore[arg-type]
+            result = in_order(compute, residency.weight, True)  # type: ignore[arg-type]
             if residency.epoch == self.epoch:
                 return result
         if residency.is_merged:

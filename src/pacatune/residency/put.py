@@ -8,7 +8,8 @@ they are written one by one.
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -93,25 +94,51 @@ def room_for(memory: Tensor, columns: Tensor) -> Kept:
     return Kept(memory, columns, memory.new_empty(len(memory), len(columns)))
 
 
+def is_aside(memory: Tensor) -> bool:
+    """Whether work on a tensor's GPU goes to another stream than the default one now."""
+    return memory.is_cuda and torch._C._cuda_getCurrentRawStream(memory.get_device()) != 0
+
+
+@contextmanager
+def in_turn(*memories: Tensor) -> Iterator[None]:
+    """Run after what other streams have queued for weights, and before what they queue next.
+
+    Whoever is not on the default stream of a GPU waits for it, and lets it wait: that brings all
+    into one order. What is recorded for a CUDA graph waits for nobody.
+    """
+    devices = {memory.device for memory in memories if is_aside(memory)}
+    if devices and torch.cuda.is_current_stream_capturing():
+        devices.clear()
+    for device in devices:
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+    try:
+        yield
+    finally:  # what was queued before an error is there as well
+        for device in devices:
+            torch.cuda.default_stream(device).wait_stream(torch.cuda.current_stream(device))
+
+
 def keep(rooms: Sequence[Kept]) -> None:
     """Copy aside what writes will overwrite."""
-    if len(rooms) > 1 and all(can_exchange(kept.memory, kept.originals) for kept in rooms):
-        exchange([Put(kept, None) for kept in rooms], takes=True)
-        return
-    for kept in rooms:
-        torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
+    with in_turn(*(kept.memory for kept in rooms)):
+        if len(rooms) > 1 and all(can_exchange(kept.memory, kept.originals) for kept in rooms):
+            exchange([Put(kept, None) for kept in rooms], takes=True)
+            return
+        for kept in rooms:
+            torch.index_select(kept.memory, 1, kept.columns, out=kept.originals)
 
 
 def put(puts: Sequence[Put]) -> None:
     """Write the columns of all, which are known to allow it."""
-    if len(puts) > 1 and all(map(_has_kernel, puts)):
-        exchange(puts)
-        return
-    for kept, update in puts:
-        values = kept.originals
-        if update is not None:
-            values = adapted_columns(values, update.columns(), update.scaling)
-        put_columns_(kept.memory, kept.columns, values)
+    with in_turn(*(one.kept.memory for one in puts)):
+        if len(puts) > 1 and all(map(_has_kernel, puts)):
+            exchange(puts)
+            return
+        for kept, update in puts:
+            values = kept.originals
+            if update is not None:
+                values = adapted_columns(values, update.columns(), update.scaling)
+            put_columns_(kept.memory, kept.columns, values)
 
 
 def _has_kernel(one: Put) -> bool:

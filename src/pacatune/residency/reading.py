@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from pacatune.residency.put import Parts
+from pacatune.residency.put import Parts, in_turn, is_aside
 from pacatune.residency.watching import LOCK
 from pacatune.residency.weight import Residency
 
@@ -41,17 +41,27 @@ def read(
     while True:
         epoch = residency.epoch
         if residency.holds(update):
-            result = compute(residency.weight, True)  # type: ignore[arg-type]
+            result = in_order(compute, residency.weight, True)  # type: ignore[arg-type]
         else:
             state = _open(residency, update, writes)
             if state is None:
                 return None
             weight, is_resident, epoch = state
-            result = compute(weight, is_resident)
+            result = in_order(compute, weight, is_resident)
         if residency.epoch == epoch:
             return result
         # Another thread looks; he that looks again and again must not keep us from ending.
         writes = False
+
+
+def in_order(
+    compute: Callable[[Tensor, bool], Result], weight: Tensor, is_resident: bool
+) -> Result:
+    """Compute with a weight as it is for the host now, whatever streams others queue work on."""
+    if not is_aside(weight):
+        return compute(weight, is_resident)
+    with in_turn(weight):
+        return compute(weight, is_resident)
 
 
 def read_pretrained(residency: Residency, compute: Callable[[Tensor, bool], Result]) -> Result:
@@ -61,7 +71,7 @@ def read_pretrained(residency: Residency, compute: Callable[[Tensor, bool], Resu
             residency.restore()
             weight, epoch = residency.find_weight(), residency.epoch
         assert weight is not None
-        result = compute(weight, False)
+        result = in_order(compute, weight, False)
         if residency.epoch == epoch:
             return result
 
