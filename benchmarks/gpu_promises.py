@@ -7,7 +7,11 @@ says what stood in for what.
 
 import gc
 import json
+import os
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -25,9 +29,17 @@ from transformers import masking_utils
 from benchmarks import kernels
 from benchmarks.methods import OURS, make_contender
 from benchmarks.results import read
+from pacatune import lean
 from pacatune.measure.estimate import estimate_memory
 from pacatune.measure.methods import Contender
-from pacatune.measure.models import llama_values, load_values, loss_of, loss_of_graph, make_batch
+from pacatune.measure.models import (
+    checkpoint_blocks,
+    llama_values,
+    load_values,
+    loss_of,
+    loss_of_graph,
+    make_batch,
+)
 from pacatune.measure.setting import BenchConfig, MicroBatch, Setting
 from pacatune.measure.step import count as measure
 from pacatune.ops.columns import adapted_columns, read_columns
@@ -35,6 +47,7 @@ from pacatune.ops.pattern import expand
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=128)
 SEED, NUM_STEPS, NUM_TOKENS = 0, 4, 128
 GROUPS = (1, 16)
@@ -91,6 +104,104 @@ def _layers(model: nn.Module) -> list[Any]:
 
 def _frozen(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+
+
+_TRY = """
+import itertools, sys, torch
+from pacatune.residency import put
+for pair in itertools.product(put._DTYPES, put._DTYPES):
+    put._try(torch.device(sys.argv[1]), *pair)
+"""
+
+
+def check_kernel(device: torch.device) -> Found:
+    """Launch the kernel of the columns by the Triton that is installed, and by those in .cache."""
+    folders = [path.parent for path in sorted(ROOT.glob(".cache/triton/*/installed"))]
+    if device.type != "cuda":
+        return {"by": "nothing: Triton has no GPU; tests/residency/test_put_apart.py compiles it"}
+    for folder in (None, *folders):
+        flaw = flaw_of_kernel(device, folder)
+        hold(not flaw, f"the kernel of {folder or 'the installed Triton'} fails: {flaw}")
+    return {"by": "a launch", "versions": ["installed", *(folder.name for folder in folders)]}
+
+
+def flaw_of_kernel(device: torch.device, folder: Path | None) -> str:
+    """Return why Triton, that of a folder or the installed one, does not do what torch does."""
+    paths = map(str, filter(None, (folder, ROOT / "src", os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", _TRY, str(device)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    return "" if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+
+
+_BAD_COLUMNS = {
+    "out of range": (0, 1, 2, 10**6),
+    "negative": (-1, 1, 2, 3),
+    "doubled": (0, 1, 1, 2),
+    "unsorted": (3, 2, 1, 0),
+}
+
+
+def check_bad_columns(device: torch.device) -> Found:
+    """Train with columns that no weight has, put past every check of files: nothing is written."""
+    for name, start in _BAD_COLUMNS.items():
+        contender = _contender(device, torch.float32)
+        before, layer = _frozen(contender.model), _layers(contender.model)[0]
+        (indices,) = layer.paca_indices.values()
+        indices[: len(start)] = torch.tensor(start, device=device)
+        is_refused = False
+        try:
+            _step(contender, _batch(device))
+        except ValueError as error:
+            is_refused = "column numbers must be" in str(error)
+        hold(is_refused, f"columns that are {name} are not refused")
+        pairs = zip(_frozen(contender.model), before, strict=True)
+        hold(all(torch.equal(*pair) for pair in pairs), f"{name} columns have changed a weight")
+    return {"refused": list(_BAD_COLUMNS)}
+
+
+def check_default_device(device: torch.device) -> Found:
+    """Train with lean activations while another device is the default one."""
+    other = torch.device(_stand_in(device, "cuda", "meta"))
+    losses = []
+    for default in (torch.device("cpu"), other):
+        contender, batch = _contender(device, torch.float32), _batch(device)
+        with default:
+            lean.enable(contender.model, mode="require")
+            losses.append([_step(contender, batch).item() for _ in range(NUM_STEPS)])
+    hold(losses[0] == losses[1], f"with {other} as the default device, losses are others")
+    return {"by": str(other)}
+
+
+def check_generation(device: torch.device) -> Found:
+    """Generate between steps with gradient checkpointing: the columns are in the weights."""
+    contender, batch = _contender(device, torch.float32), _batch(device)
+    model: Any = contender.model
+    checkpoint_blocks(model)
+    _step_elsewhere(contender, batch)
+    seen: list[bool] = []
+    for layer in _layers(model):
+        layer.register_forward_hook(
+            lambda layer, *args: seen.append(layer.residency.holds(layer._single_update()))
+        )
+    model.eval()
+    model.generate(batch[:, :8], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    hold(bool(seen) and all(seen), "`generate` between steps adds the columns' product")
+    return {"num_passes": len(seen), "by": _stand_in(device, "autograd's thread", "a thread")}
+
+
+def _step_elsewhere(contender: Contender, batch: Tensor) -> None:
+    """Train a step; on a CPU its backward has a thread of its own, as on a GPU it always has."""
+    loss = loss_of(contender.model, batch)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert contender.optimizer is not None
+    contender.optimizer.step()
+    contender.optimizer.zero_grad()
 
 
 # Relative to the largest value; eager and reference round in another order.
@@ -361,6 +472,31 @@ def check_compiled(device: torch.device) -> Found:
     far = _distance(*losses)
     hold(far <= 1e-3, f"compiled losses are {far:.1e} from eager ones")
     return {"backend": backend_on(device), "num_graphs": 1, "error_of_losses": far}
+
+
+_PYTHON_OPERATORS = ("linear", "linear_grad", "experts_products", "experts_grad_delta")
+
+
+def check_reduce_overhead(device: torch.device) -> Found:
+    """Train a model that is compiled with CUDA graphs; they leave our operators out."""
+    operators = [getattr(torch.ops.pacatune, name).default for name in _PYTHON_OPERATORS]
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    hold(
+        tag is None or all(tag in operator.tags for operator in operators),
+        "CUDA graphs may record an operator that runs Python",
+    )
+    if device.type != "cuda":
+        return {"by": "the tags of operators"}
+    torch.compiler.reset()
+    values = SMALL | {"num_hidden_layers": 1}
+    eager, compiled = (_contender(device, torch.float32, values=values) for _ in range(2))
+    compiled.model.compile(dynamic=False, mode="reduce-overhead")
+    pairs, batch = ((compiled, loss_of_graph), (eager, loss_of)), _batch(device)
+    losses = [[_step(one, batch, loss).item() for _ in range(NUM_STEPS)] for one, loss in pairs]
+    torch.compiler.reset()
+    far = _distance(*losses)
+    hold(far <= 1e-3, f"losses with CUDA graphs are {far:.1e} from eager ones")
+    return {"by": "torch.compile", "error_of_losses": far}
 
 
 def check_fsdp2(device: torch.device) -> Found:

@@ -36,13 +36,18 @@ _PACKAGES = ("bitsandbytes", "triton", "accelerate", "trl")
 
 
 def make_sections(device: torch.device) -> dict[str, Section]:
-    """Return the sections in their order: what is promised comes before what takes long."""
+    """Return the sections in their order: what ends a run, other promises, what takes long."""
     is_gpu = device.type != "cpu"
     sizes = times.GPU if is_gpu else times.TINY
     real: dict[str, Any] = {"model": "llama3-8b", "seq_len": 2048} if is_gpu else {}
     counted = [name for name in kernels.COUNTED if is_gpu and name not in kernels.QUANTISED]
     on = {"device": device}
     return {
+        "kernel": partial(promises.check_kernel, **on),
+        "bad columns": partial(promises.check_bad_columns, **on),
+        "default device": partial(promises.check_default_device, **on),
+        "generation": partial(promises.check_generation, **on),
+        "reduce overhead": partial(promises.check_reduce_overhead, **on),
         "ceilings": partial(times.measure_ceilings, **on, sizes=sizes),
         "gradients": partial(promises.check_gradients, **on),
         "columns": partial(promises.check_columns, **on),

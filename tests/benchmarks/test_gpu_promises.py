@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import gpu_promises as promises
 from benchmarks import kernels
+from pacatune import PacaModel
 from pacatune.ops import linear
 from pacatune.residency import put
 from pacatune.residency import weight as residency
@@ -37,6 +38,34 @@ def test_kept_on_a_gpu(name):
 def refused(name, message):
     with pytest.raises(promises.BrokenPromise, match=message):
         CHECKS[name](torch.device("cpu"))
+
+
+def test_a_triton_that_is_not_there(tmp_path):
+    flaw = promises.flaw_of_kernel(torch.device("cpu"), tmp_path)
+    assert flaw == "ModuleNotFoundError: No module named 'triton'"
+
+
+def test_bad_columns_that_are_trained(monkeypatch):
+    monkeypatch.setattr(promises, "_BAD_COLUMNS", {"others": (0, 1, 2, 3)})
+    refused("bad_columns", "columns that are others are not refused")
+
+
+def test_a_tensor_on_the_default_device(monkeypatch):
+    step, calls = promises._step, itertools.count()
+    monkeypatch.setattr(promises, "_step", lambda *args: step(*args) + next(calls))
+    refused("default_device", "with meta as the default device, losses are others")
+
+
+def test_generation_that_is_additive(monkeypatch):
+    monkeypatch.setattr(PacaModel, "_enable_peft_forward_hooks", lambda *a, **k: nullcontext())
+    refused("generation", "`generate` between steps adds the columns' product")
+
+
+def test_an_operator_that_a_cuda_graph_records(monkeypatch):
+    monkeypatch.setattr(promises, "_PYTHON_OPERATORS", ["untagged"])
+    untagged = SimpleNamespace(default=SimpleNamespace(tags=[]))
+    monkeypatch.setattr(torch.ops.pacatune, "untagged", untagged, raising=False)
+    refused("reduce_overhead", "CUDA graphs may record an operator that runs Python")
 
 
 def test_wrong_gradients(monkeypatch):

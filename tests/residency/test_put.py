@@ -7,7 +7,7 @@ import torch
 
 from pacatune.ops.columns import adapted_columns, read_columns, with_columns
 from pacatune.ops.pattern import divide, expand
-from pacatune.residency import put as put_module
+from pacatune.residency import put
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
 from tests.residency.net import adapt, assert_base, deltas, layers
@@ -74,7 +74,7 @@ def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypat
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # of bfloat16, see above
 def test_it_works(dtype: torch.dtype) -> None:
-    assert put_module._works(torch.device(DEVICE), dtype, torch.float32)
+    assert put._works(torch.device(DEVICE), dtype, torch.float32)
 
 
 def test_where_it_cannot_be_used() -> None:
@@ -91,11 +91,11 @@ def _kernel(monkeypatch) -> list[Exception]:
         def __getitem__(self, grid):
             raise errors.pop(0) if len(errors) > 1 else errors[0]
 
-    monkeypatch.setattr(put_module, "_kernel", Kernel)
-    monkeypatch.setattr(put_module, "_triton_dtype", str)
-    monkeypatch.setattr(put_module, "_tried", {})
-    monkeypatch.setattr(put_module, "is_on_gpu", lambda memory: True)
-    put_module._warn_once.cache_clear()
+    monkeypatch.setattr(put, "_kernel", Kernel)
+    monkeypatch.setattr(put, "_triton_dtype", str)
+    monkeypatch.setattr(put, "_tried", {})
+    monkeypatch.setattr(put, "is_on_gpu", lambda memory: True)
+    put._warn_once.cache_clear()
     return errors
 
 
@@ -115,7 +115,7 @@ def test_a_kernel_that_fails_ends_no_run(kernel, monkeypatch, tmp_path) -> None:
     kernel.append(RuntimeError("Failed to find C compiler.\nA long trace."))
     plain, model = build(), build()
     losses = train(plain)  # float64 has no kernel
-    monkeypatch.setattr(put_module, "_DTYPES", (torch.float64,))
+    monkeypatch.setattr(put, "_DTYPES", (torch.float64,))
     message = (
         r"fails on cpu \(RuntimeError: Failed to find C compiler.\); they are written layer by"
     )
@@ -128,7 +128,7 @@ def test_a_kernel_that_fails_ends_no_run(kernel, monkeypatch, tmp_path) -> None:
 
 
 def test_a_kernel_that_writes_other_values_is_not_used(kernel, monkeypatch) -> None:
-    monkeypatch.setattr(put_module, "exchange", lambda puts, takes=False: None)
+    monkeypatch.setattr(put, "exchange", lambda puts, takes=False: None)
     with pytest.warns(
         UserWarning, match=r"cpu \(RuntimeError: it writes other values than torch\)"
     ):
@@ -155,8 +155,8 @@ def test_a_grid_ends_at_no_number_of_blocks_or_layers(monkeypatch) -> None:
             grids.append(grid)
             return lambda *args, **kwargs: None
 
-    monkeypatch.setattr(put_module, "_kernel", Kernel)
-    monkeypatch.setattr(put_module, "_triton_dtype", str)
+    monkeypatch.setattr(put, "_kernel", Kernel)
+    monkeypatch.setattr(put, "_triton_dtype", str)
     columns = torch.arange(257)
     head = Put(room_for(torch.empty(262_144, 300, device="meta"), columns), None)
     layers = [Put(room_for(torch.empty(4, 300, device="meta"), columns), None)] * 70_000
