@@ -5,6 +5,7 @@ That they are kept on a CPU, as far as that goes, is shown by tests/tools/test_g
 
 import itertools
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,7 @@ def refused(name, message):
         CHECKS[name](torch.device("cpu"))
 
 
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is there")
 def test_a_triton_that_is_not_there(tmp_path):
     flaw = promises.flaw_of_kernel(torch.device("cpu"), tmp_path)
     assert flaw == "ModuleNotFoundError: No module named 'triton'"
@@ -53,7 +55,7 @@ def test_bad_columns_that_are_trained(monkeypatch):
 def test_a_tensor_on_the_default_device(monkeypatch):
     step, calls = promises._step, itertools.count()
     monkeypatch.setattr(promises, "_step", lambda *args: step(*args) + next(calls))
-    refused("default_device", "with meta as the default device, losses are others")
+    refused("default_device", "with meta as the default device, losses are .* away")
 
 
 def test_generation_that_is_additive(monkeypatch):
