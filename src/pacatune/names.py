@@ -1,8 +1,8 @@
-"""Names that people write: which one is meant, and which is nearest to a wrong one."""
+"""Names that people and files have: which one is meant, and which is nearest to a wrong one."""
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,6 +34,20 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | 
     found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     found = found or difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def names_of(name: str, prefix: str) -> list[str]:
+    """Return the names under which a model may know a tensor of a checkpoint.
+
+    A checkpoint of the bare model lacks the prefix (`model.`) that a model with a head has, and the
+    other way round, as transformers loads both.
+    """
+    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
+
+
+def find_name(names: Iterable[str], known: Container[str]) -> str | None:
+    """Return the first of several names that is known, None if none is."""
+    return next((name for name in names if name in known), None)
 
 
 def guess(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,31 @@ def test_the_lora_adapter_computes_the_same(export, tiny_model_dir, tmp_path):
     assert (config["r"], config["lora_alpha"], config["bias"]) == (4, 8, "none")
     assert config["base_model_name_or_path"] == str(tiny_model_dir)
     assert not any("paca" in key for key in config)
+
+
+@pytest.mark.parametrize("export_to", [export_lora, export_paca])
+def test_another_base_of_the_same_shapes_is_refused(
+    export_to, adapter_dir, tiny_model_dir, tmp_path
+):
+    """By its files, of which only a few rows of the adapted weights are read."""
+    other, output = tmp_path / "other", tmp_path / "out"
+    build_model(300, seed=5).save_pretrained(other)
+    with pytest.raises(ValueError, match="weights of 6 of 6 adapted modules are not those it was"):
+        export_to(str(other), adapter_dir, output)
+    assert not output.exists()
+    notes = export_to(str(other), adapter_dir, output, allow_other_base=True).notes
+    assert notes[0].startswith("the weights of 6 of 6 adapted modules are not")
+    merge(str(tiny_model_dir), adapter_dir, tmp_path / "merged")
+    with pytest.raises(ValueError, match="it is merged into this base already"):
+        export_to(str(tmp_path / "merged"), adapter_dir, tmp_path / "again")
+
+
+def test_a_base_whose_weights_are_not_here_is_said(adapter_dir, tiny_model_dir, tmp_path):
+    bare = tmp_path / tiny_model_dir.name
+    bare.mkdir()
+    shutil.copy(tiny_model_dir / "config.json", bare)
+    (note,) = export_lora(str(bare), adapter_dir, tmp_path / "out").notes
+    assert note.startswith("6 of 6 adapted modules could not be compared by weight")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +178,8 @@ def test_an_adapter_of_a_base_quantised_on_loading_is_the_same_on_it(
     _, result, _, _ = export(tmp_path / "base", **options)
     folders = tmp_path / "base", tmp_path / "adapter", tmp_path / "lora"
     assert error_in_peft(*folders, quantization=nf4) <= 1e-5
-    (note,) = result.notes
+    compared, note = result.notes
+    assert "could not be compared by weight" in compared  # in 4 bits they are other numbers
     assert "quantised as 'bitsandbytes nf4, block_size 64, double'" in note
     assert ("and on no other" in note) == (columns_from == "original")
 

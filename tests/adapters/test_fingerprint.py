@@ -28,7 +28,8 @@ def test_the_base_of_training_passes_without_notes(adapter_dir, model, tiny_mode
     assert check_base(read_adapter(adapter_dir), model.to(torch.bfloat16)) == []
     empty = empty_base(str(tiny_model_dir), task_type="CAUSAL_LM")  # is compared by shape
     assert all(parameter.is_meta for parameter in empty.parameters())
-    assert check_base(adapter_dir, empty) == []
+    (note,) = check_base(adapter_dir, empty)
+    assert note.startswith("6 of 6 adapted modules could not be compared by weight (not here, ")
 
 
 def put(module):

@@ -151,20 +151,6 @@ def empty_base(
     return cast(PreTrainedModel, pretrained.empty_model(model_class, config))
 
 
-def named_base(
-    model: str | nn.Module | None, adapter: Adapter | LoraAdapter
-) -> tuple[str, nn.Module]:
-    """Return the name of an adapter's base, and its modules: those given, else without weights.
-
-    The name is empty where modules are given and the adapter names no base.
-    """
-    if isinstance(model, nn.Module):
-        return adapter.config.base_model_name_or_path or "", model
-    name = base_name(model, adapter.config)
-    num_labels = num_labels_of(name, adapter)
-    return name, empty_base(name, task_type=adapter.config.task_type, num_labels=num_labels)
-
-
 def num_labels_of(name: str, adapter: Adapter | LoraAdapter) -> int | None:
     """Return how many classes the head has that an adapter brings; None: as many as the base's.
 

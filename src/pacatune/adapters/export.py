@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.adapters.base import innermost, named_base
+from pacatune.adapters.base import innermost
 from pacatune.adapters.export_factors import (
     convolution_notes,
     convolution_patterns,
@@ -41,7 +41,7 @@ from pacatune.adapters.folder import (
     read_adapter,
 )
 from pacatune.adapters.loading import check_base
-from pacatune.adapters.target import target_of_module
+from pacatune.adapters.target import named_base, target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
 from pacatune.format.options import IN_TENSORS, PacaOptions, format_quantization, target_of
@@ -84,7 +84,8 @@ def export_lora(
 ) -> ExportResult:
     """Write a PaCA or MosLoRA adapter as a LoRA adapter of the same rank, its modules' largest.
 
-    Only the base's config.json is read, for the number of in_features.
+    The base's config.json is read for its sizes, and of the adapted weights, if they are here, the
+    few numbers that tell it from other bases.
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names. A base that

@@ -66,7 +66,7 @@ def check_base(
 
     Args:
         adapter: A PaCA adapter or its folder, or a LoRA adapter that is open.
-        model: The base, or a PEFT model around it; on the meta device weights are not compared.
+        model: The base, or a PEFT model around it; weights on the meta device are not compared.
         allow_other_base: Report a base of other weights or name as a note instead of an error.
 
     Returns:
@@ -160,11 +160,11 @@ def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
             f"was trained on, first {differing[0]!r}"
         ), []
     notes = []
-    is_loaded = not any(parameter.is_meta for parameter in model.parameters())
-    if compared < len(columns) and is_loaded:
+    if compared < len(columns):
         notes.append(
-            f"{len(columns) - compared} of {len(columns)} adapted modules could not be "
-            "compared by weight (quantised, sharded, or in another 16-bit dtype)."
+            f"{len(columns) - compared} of {len(columns)} adapted modules could not be compared by "
+            "weight (not here, saved in another form, quantised, sharded, or in another 16-bit "
+            "dtype)."
         )
     return "", notes
 

@@ -4,14 +4,19 @@ A layer's name stands for its weight. The fused weights of experts and the `in_p
 torch's attention have no layer of their own and are named themselves.
 """
 
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from pacatune.adapters.base import innermost
-from pacatune.adapters.folder import Adapter
-from pacatune.names import nearest
+from pacatune.adapters.base import base_name, empty_base, innermost, num_labels_of
+from pacatune.adapters.folder import Adapter, LoraAdapter
+from pacatune.files.checkpoint import DTYPES, Checkpoint
+from pacatune.files.journal import is_gguf
+from pacatune.names import find_name, names_of, nearest
 from pacatune.tuner.layout import Layout, layout_of
 
 
@@ -24,6 +29,17 @@ class BaseWeight(NamedTuple):
     """Its name there."""
     layout: Layout
     """Its sizes, and where its columns are."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself."""
+        weight: Tensor = getattr(self.module, self.parameter_name)
+        return weight.detach()
+
+    def full_name(self, name: str) -> str:
+        """Return the parameter's name in the model, given what the adapter calls it."""
+        is_own = name.rpartition(".")[2] == self.parameter_name  # a parameter without a layer
+        return name if is_own else f"{name}.{self.parameter_name}"
 
 
 def target_of_module(model: nn.Module, name: str) -> BaseWeight:
@@ -49,7 +65,7 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
 
 def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
     """Return some columns of a weight, as its layout has them."""
-    weight: Tensor = getattr(target.module, target.parameter_name).detach()
+    weight = target.weight
     return target.layout.read_columns(weight, indices.to(weight.device))
 
 
@@ -61,3 +77,54 @@ def adapted_target_columns(
     columns = read_target_columns(target, indices)
     update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
     return indices, target.layout.adapted(columns, update, adapter.scaling(name))
+
+
+def named_base(
+    model: str | nn.Module | None, adapter: Adapter | LoraAdapter
+) -> tuple[str, nn.Module]:
+    """Return the name of an adapter's base, and its modules.
+
+    The modules are those given. Else they have no weights but those that PaCA adapts, mapped from
+    their files where these are here. The name is empty where modules are given and the adapter
+    names no base.
+    """
+    if isinstance(model, nn.Module):
+        return adapter.config.base_model_name_or_path or "", model
+    name = base_name(model, adapter.config)
+    num_labels = num_labels_of(name, adapter)
+    base = empty_base(name, task_type=adapter.config.task_type, num_labels=num_labels)
+    if isinstance(adapter, Adapter) and not is_gguf(name):
+        cached = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+        with suppress(FileNotFoundError):
+            checkpoint = Checkpoint.open(folder)
+            map_weights_(base, checkpoint, stored_names(base, adapter.modules, checkpoint))
+    return name, base
+
+
+def stored_names(
+    model: nn.Module, modules: Iterable[str], checkpoint: Checkpoint
+) -> dict[str, str]:
+    """Return the checkpoint's name of each adapted weight that it has, by the adapter's name."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    names = {
+        module: names_of(target_of_module(model, module).full_name(module), prefix)
+        for module in modules
+    }
+    found = {module: find_name(own, checkpoint.entries) for module, own in names.items()}
+    return {module: name for module, name in found.items() if name is not None}
+
+
+def map_weights_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> int:
+    """Give a model those weights that a checkpoint holds in its form; return how many these are.
+
+    They are mapped, so that only what is looked at is read.
+    """
+    num_mapped = 0
+    for module, name in names.items():
+        target, entry = target_of_module(model, module), checkpoint.entries[name]
+        if entry.dtype in DTYPES and entry.shape == target.weight.shape:
+            weight = nn.Parameter(checkpoint.tensor(name), requires_grad=False)
+            setattr(target.module, target.parameter_name, weight)
+            num_mapped += 1
+    return num_mapped

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pacatune.adapters.base import base_name, empty_base, load_base
 from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_tensors, read_adapter
 from pacatune.adapters.loading import check_base, check_shapes
-from pacatune.adapters.target import BaseWeight, adapted_target_columns, target_of_module
+from pacatune.adapters.target import (
+    BaseWeight,
+    adapted_target_columns,
+    map_weights_,
+    stored_names,
+    target_of_module,
+)
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.plain import find_file
@@ -18,11 +24,11 @@ from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import TENSORS_NAME, plain_name
 from pacatune.grid import is_packed
+from pacatune.names import find_name, names_of
 from pacatune.ops.columns import bits
 from pacatune.patch.base import find_folder, fingerprint
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, put_bits_
-from pacatune.patch.memory import find_name, names_of
 from pacatune.patch.packed import make_packed, open_paca, open_packed, rounding_note
 from pacatune.tuner.compat import as_saved, tied_weights
 
@@ -88,32 +94,26 @@ def _edits(
 ) -> tuple[Any, dict[str, ColumnEdit]]:
     """Return the edits of a checkpoint, and the base with the weights that they are of."""
     targets = {module: target_of_module(base, module) for module in checked.modules}
-    parameters = {module: _parameter_name(module, found) for module, found in targets.items()}
+    parameters = {module: found.full_name(module) for module, found in targets.items()}
     _refuse_tied(base, set(parameters.values()))
-    prefix = base.base_model_prefix
-    _refuse_extra(checked, checkpoint, prefix)
-    entries = checkpoint.entries
-    names = {module: find_name(names_of(p, prefix), entries) for module, p in parameters.items()}
-    dtypes = {entries[one].dtype for one in names.values() if one is not None}
+    _refuse_extra(checked, checkpoint, base.base_model_prefix)
+    names = stored_names(base, targets, checkpoint)
+    dtypes = {checkpoint.entries[one].dtype for one in names.values()}
     if getattr(base.config, "quantization_config", None) or not dtypes <= DTYPES.keys():
         raise ValueError(
             f"base model {name!r} is saved quantised: its numbers are packed, and columns of them "
             "cannot be exchanged. Use the original base that is not quantised."
         )
     edits: dict[str, ColumnEdit] = {}
-    if all(one and entries[one].shape == _weight(targets[m]).shape for m, one in names.items()):
+    if map_weights_(base, checkpoint, names) == len(targets):
         for module, one in names.items():
-            assert one is not None
-            found = targets[module]
-            weight = nn.Parameter(checkpoint.tensor(one), requires_grad=False)
-            setattr(found.module, found.parameter_name, weight)
-            edits[one] = _edit(one, found, checked, module)
+            edits[one] = _edit(one, targets[module], checked, module)
     else:
         base = load_base(name, task_type=checked.config.task_type)
         for module, parameter in parameters.items():
             found = target_of_module(base, module)
             edit = _edit(parameter, found, checked, module)
-            edits |= _converted(base, checkpoint, _weight(found), edit)
+            edits |= _converted(base, checkpoint, found.weight, edit)
     return base, edits
 
 
@@ -173,19 +173,9 @@ def _refuse_tied(base: Any, parameters: set[str]) -> None:
             )
 
 
-def _parameter_name(module: str, found: BaseWeight) -> str:
-    is_own = module.rpartition(".")[2] == found.parameter_name  # a parameter without a layer
-    return module if is_own else f"{module}.{found.parameter_name}"
-
-
-def _weight(found: BaseWeight) -> Tensor:
-    weight: Tensor = getattr(found.module, found.parameter_name)
-    return weight.detach()
-
-
 def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
     """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
-    weight, layout = _weight(found), found.layout
+    weight, layout = found.weight, found.layout
     if layout.why_no_columns is not None:
         raise ValueError(
             f"{adapter.folder}: module {module!r} is {layout.why_no_columns}, whose trained "

@@ -1,13 +1,13 @@
 """Apply a patch to a model in memory, and take it back, bit for bit."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.names import nearest
+from pacatune.names import find_name, names_of, nearest
 from pacatune.ops.columns import bits
 from pacatune.ops.whole import is_shared_out
 from pacatune.patch.edit import Patch, put_bits_, read_bits
@@ -45,20 +45,6 @@ def revert(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
         ValueError: As for `apply`, and if the model does not hold the patch's columns.
     """
     _write(model, patch.inverse(), "the patch's columns; is it applied?")
-
-
-def names_of(name: str, prefix: str) -> list[str]:
-    """Return the names under which a model may know a tensor of a checkpoint.
-
-    A checkpoint of the bare model lacks the prefix (`model.`) that a model with a head has, and the
-    other way round, as transformers loads both.
-    """
-    return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
-
-
-def find_name(names: Iterable[str], known: Container[str]) -> str | None:
-    """Return the first of several names that is known, None if none is."""
-    return next((name for name in names if name in known), None)
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pacatune.names import names_of
 from pacatune.ops.columns import bits
 from pacatune.patch.memory import (
     Place,
     find_tensor,
-    names_of,
     refuse_aliases,
     refuse_missing,
     tensors_of,
