@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from pacatune import PacaConfig, patch
 from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
@@ -144,6 +146,32 @@ def test_it_is_trained_written_and_taken_out(folder, run_dir, tmp_path, capsys):
     whole = ["--output", str(tmp_path / "plain"), "--base", "dequantized"]
     assert main(["merge", *words[:4], *whole]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+def random_patch(folder, output):
+    """A patch of random updates of a few columns."""
+    base = load_base(str(folder), task_type="CAUSAL_LM")
+    config = PacaConfig(r=4, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(output)
+    return patch.make(folder, output)[0]
+
+
+def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
+    made, path = random_patch(folder, tmp_path / "adapter"), folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    name = name if name in tensors else f"{name}_inv"
+    save_file(tensors | {name: 2 * tensors[name]}, path, {"format": "pt"})
+    before = digest(path)
+    message = r"holds the codes of 'model\.layers\.1\.mlp\.up_proj.*' with other scales than the"
+    with pytest.raises(ValueError, match=message):
+        patch.apply_to_folder(folder, made, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        patch.apply_in_place(folder, made)
+    assert digest(path) == before
+    assert not (tmp_path / "out").exists()
+    (note,) = patch.apply_to_folder(folder, made, tmp_path / "out", allow_other_base=True).notes
+    assert "with other scales" in note
 
 
 def test_codes_with_zero_points_are_refused(folder, run_dir):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,18 @@ from pacatune import PacaConfig
 from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
+from pacatune.files.checkpoint import writable
 from pacatune.grid.gguf import GgufCheckpoint
-from pacatune.patch import apply_in_place, apply_to_folder, load, make, recover
+from pacatune.patch import (
+    Patch,
+    apply_in_place,
+    apply_to_folder,
+    load,
+    make,
+    recover,
+    save,
+    stack,
+)
 from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
 from pacatune.training.held_out import HeldOut
@@ -213,6 +224,34 @@ def test_a_format_whose_codes_are_not_known(tiny_tokenizer, tmp_path, capsys):
     said = train_in(path, tmp_path / "other", "--data.eval_fraction", "0", "--paca.r", "4")
     assert "warning: what is trained here cannot become codes of the file: " in said
     assert said.count("holds 'blk.0.ffn_down.weight' as TQ1_0") == 1
+
+
+def test_patches_of_the_same_codes_and_other_scales(model_file, run_dir, tmp_path):
+    """They are of two bases: neither fits the other's file, and they do not stack."""
+    made, _ = make(model_file, run_dir, with_adapter=False)
+    other, name = tmp_path / "other.gguf", "blk.0.attn_q.weight"
+    other.write_bytes(model_file.read_bytes())
+    entry = GgufCheckpoint.open(other).entries[name]
+    with writable(other) as memory:
+        flat = torch.frombuffer(
+            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
+        )
+        flat.view(-1, 18)[:, 1] ^= 4  # another exponent of each block's scale
+        del flat
+    with pytest.raises(ValueError, match=f"holds the codes of '{name}' with other scales than"):
+        apply_in_place(other, made)
+    edits = made.edits | {name: replace(made.edits[name], scales="of another file")}
+    with pytest.raises(ValueError, match=f"different bases: .* scales of the codes of '{name}'"):
+        stack([made, Patch(edits=edits)], overlap="first")
+
+
+def test_patches_of_earlier_checkouts_know_no_scales(model_file, run_dir, tmp_path):
+    made, _ = make(model_file, run_dir, with_adapter=False)
+    edits = {name: replace(edit, scales="") for name, edit in made.edits.items()}
+    save(Patch(edits=edits), tmp_path / "old.safetensors")
+    message = r"codes without a hash of their scales: an earlier .* can revert it\); make it again"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "old.safetensors")
 
 
 def refused(capsys, *words):

@@ -1,5 +1,6 @@
 """A checkpoint some of whose matrices are codes: their columns are read and written in place."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.grid.formats import GRIDS, Grid
+
+_NUM_HASHED, _HASH_DIGITS = 8, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,15 @@ class PackedCheckpoint(Checkpoint, ABC):
     @abstractmethod
     def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and minimum, (O, R) float32, of columns of a quantised matrix."""
+
+    def scales_print(self, name: str) -> str:
+        """Hash scales and minima of some columns, at equal distances, of a quantised matrix."""
+        num_columns = self.entries[name].shape[1]
+        indices = torch.arange(0, num_columns, max(1, num_columns // _NUM_HASHED))
+        digest = hashlib.sha256()
+        for part in self.scales(name, indices):
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:_HASH_DIGITS]
 
     def values(self, name: str, indices: Tensor) -> Tensor:
         """Return the (O, R) values of columns, whether they are codes or not."""

@@ -3,7 +3,8 @@
 The original columns are in the patch, so the columns that it changes are compared bit for bit. That
 says nothing of the others: a patch of one layer fits every fine-tune that froze this layer. So a
 patch has hashes of up to 8 columns of each of its tensors that it leaves alone. Another patch of
-the same base may have changed a few of those; another base has changed nearly all of them.
+the same base may have changed a few of those; another base has changed nearly all of them. Codes
+are numbers with their scales, which no patch changes: some of these are hashed, too.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
 from pacatune.grid import is_packed
+from pacatune.grid.checkpoint import PackedCheckpoint
 from pacatune.grid.folder import PackedFolder
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.ops.columns import bits
@@ -23,6 +25,7 @@ from pacatune.patch.memory import check_form, refuse_missing
 
 _NUM_COLUMNS = 8
 _HASH_DIGITS = 12
+_ALLOW = "Choose the right base, or pass `allow_other_base` (--allow_other_base)."
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -116,6 +119,9 @@ def check_base(
             f"{differing[0]!r}, hold other columns than the patch replaces. Choose the right base; "
             "if another patch that overlaps was applied later, revert that one first."
         )
+    notes = _other_scales(checkpoint, patch)
+    if notes and not allow_other_base:
+        raise ValueError(f"{notes[0]} {_ALLOW}")
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
         found = _hashes(checkpoint, name, patch.edits[name].dim, [*hashes])
@@ -124,11 +130,24 @@ def check_base(
     sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
     if 2 * num_equal < num_compared and not allow_other_base:
         raise ValueError(
-            f"{where}: {sampled} differ, although those it changes are the same. Choose the right "
-            "base, or pass `allow_other_base` (--allow_other_base)."
+            f"{where}: {sampled} differ, although those it changes are the same. {_ALLOW}"
         )
     if num_equal < num_compared:
-        return [f"{sampled} differ from its base: another patch is applied, or it is another base."]
+        notes.append(
+            f"{sampled} differ from its base: another patch is applied, or it is another base."
+        )
+    return notes
+
+
+def _other_scales(checkpoint: Checkpoint, patch: Patch) -> list[str]:
+    """Return a note if codes are other numbers here than in the patch's base."""
+    for name, edit in patch.edits.items():
+        packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
+        if edit.grid and (packed is None or packed.scales_print(name) != edit.scales):
+            return [
+                f"{_other_base(checkpoint, patch)}: it holds the codes of {name!r} with other "
+                "scales than the patch was made with, by which they are other numbers."
+            ]
     return []
 
 

@@ -76,6 +76,8 @@ class ColumnEdit(ColumnPlace):
     grid: str = ""
     """Format of a quantised tensor, such as `Q4_1`: the columns are its codes then, (O, R) uint8.
     Empty: numbers."""
+    scales: str = ""
+    """Hash of some scales of a quantised tensor, with which codes are numbers."""
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
@@ -294,6 +296,11 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
             raise ValueError(
                 f"the patches are of different bases: {first.name!r} is {first.shape} in "
                 f"{first.form} for one and {other.shape} in {other.form} for another."
+            )
+        if other.scales != first.scales:
+            raise ValueError(
+                "the patches are of different bases: they were made with other scales of the codes "
+                f"of {first.name!r}."
             )
         if other.dim != first.dim:
             raise ValueError(

@@ -112,7 +112,7 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "base": patch.base,
         "tensors": {
             name: {"dim": edit.dim, "shape": list(edit.shape)}
-            | ({"grid": edit.grid} if edit.grid else {})
+            | ({"grid": edit.grid, "scales": edit.scales} if edit.grid else {})
             for name, edit in patch.edits.items()
         },
         "fingerprint": {
@@ -130,9 +130,14 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
     edits = {}
     for name, entry in metadata["tensors"].items():
         indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        grid = str(entry.get("grid", ""))
+        grid, scales = (str(entry.get(part, "")) for part in ("grid", "scales"))
         if not grid and original.dtype not in DTYPES.values():
             raise TypeError(f"{name!r} is {original.dtype}")
+        if grid and not scales:
+            raise ValueError(
+                f"{name!r} has codes without a hash of their scales: an earlier pacatune made it, "
+                "and can revert it"
+            )
         edits[name] = ColumnEdit(
             name=name,
             dim=int(entry["dim"]),
@@ -141,6 +146,7 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             original=original,
             new=new,
             grid=grid,
+            scales=scales,
         )
     adapter = None
     if (entry := metadata.get("adapter")) is not None:

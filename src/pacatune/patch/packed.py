@@ -283,4 +283,5 @@ def _edit(
         original=before,
         new=after,
         grid="" if grid is None else grid.name,
+        scales="" if grid is None else checkpoint.scales_print(name),
     )
