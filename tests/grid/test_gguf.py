@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("gguf")
+import gguf
 from peft import get_peft_model
 
 from pacatune import PacaConfig
@@ -17,6 +18,7 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.files.checkpoint import writable
+from pacatune.files.journal import journal_of
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import (
     Patch,
@@ -224,6 +226,32 @@ def test_a_format_whose_codes_are_not_known(tiny_tokenizer, tmp_path, capsys):
     said = train_in(path, tmp_path / "other", "--data.eval_fraction", "0", "--paca.r", "4")
     assert "warning: what is trained here cannot become codes of the file: " in said
     assert said.count("holds 'blk.0.ffn_down.weight' as TQ1_0") == 1
+
+
+def test_tensors_that_share_bytes_are_refused(model_file, run_dir, tmp_path):
+    """A patch in place would change both, and could not be taken back."""
+    made, _ = make(model_file, run_dir, with_adapter=False)
+    fields = {one.name: one.field for one in gguf.GGUFReader(model_file).tensors}
+    field, other = fields["blk.0.attn_q.weight"], int(fields["blk.0.ffn_gate.weight"].parts[-1][0])
+    # The last number of a tensor's entry in the header says where it begins.
+    place = field.offset + sum(part.nbytes for part in field.parts[:-1])
+    copy = tmp_path / "copy.gguf"
+
+    def refuse(offset, message):
+        content = bytearray(model_file.read_bytes())
+        content[place : place + 8] = (offset % 2**64).to_bytes(8, "little")
+        copy.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            apply_in_place(copy, made)
+        save(Patch(edits=made.edits), journal_of(copy))
+        with pytest.raises(ValueError, match=message):
+            recover(copy)
+        journal_of(copy).unlink()
+        assert copy.read_bytes() == content
+
+    for offset in (other, other + 32, other - 32):
+        refuse(offset, r"'blk\.0\..*' and 'blk\.0\..*' share bytes of")
+    refuse(-4096, "damaged|can be read")  # in the header
 
 
 def test_patches_of_the_same_codes_and_other_scales(model_file, run_dir, tmp_path):

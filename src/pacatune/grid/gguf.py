@@ -5,6 +5,7 @@ names that llama.cpp gives them.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ class GgufCheckpoint(PackedCheckpoint):
             )
             for tensor in reader.tensors
         }
-        size = path.stat().st_size
-        for name, entry in entries.items():
-            if entry.start + entry.num_bytes > size:
-                raise ValueError(f"{file} ends within {name!r}; it is damaged. Copy it again.")
+        _check_places(entries, path.stat().st_size, file)
         architecture = str(fields.get("general.architecture", ""))
         return cls(
             folder=file.parent, files=(file.name,), entries=entries, architecture=architecture
@@ -144,6 +142,20 @@ def _read(path: Path) -> Any:
     if reader.byte_order != "I":
         raise ValueError(f"{path} has the bytes of its numbers in the other order; convert it.")
     return reader
+
+
+def _check_places(entries: dict[str, Entry], size: int, file: Path) -> None:
+    """Refuse tensors beyond the end of the file, and such as share bytes: one edit changes both."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].num_bytes))
+    for name, entry in ordered:
+        if entry.start + entry.num_bytes > size:
+            raise ValueError(f"{file} ends within {name!r}; it is damaged. Copy it again.")
+    for (name, entry), (other, following) in pairwise(ordered):
+        if following.start < entry.start + entry.num_bytes:
+            raise ValueError(
+                f"{name!r} and {other!r} share bytes of {file}, so a change of one would change "
+                "both; it is damaged. Copy it again, or convert it anew."
+            )
 
 
 def _is_short(field: Any) -> bool:
