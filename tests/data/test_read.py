@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from datasets import Dataset
 
 from pacatune.data.read import read_rows
 from tests.data.conftest import write_lines
@@ -97,3 +98,10 @@ def test_folder_that_would_train_on_its_test_data(tmp_path, name):
     rule = f"mixes training data with {re.escape(name)}, .*`data.eval_path`"
     with pytest.raises(ValueError, match=rule):
         rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["d[1]", "d?", "d*", "[d"])
+def test_a_file_is_named_and_not_a_pattern(tmp_path, name):
+    for other in (name, "d1"):
+        Dataset.from_list([{"text": other}]).to_parquet(str(tmp_path / f"{other}.parquet"))
+    assert rows_of(tmp_path / f"{name}.parquet") == [("row 1", {"text": name})]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
-from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX
+from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, journal_of
 from pacatune.files.owned_folder import alone_in
 from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
@@ -282,6 +282,18 @@ def test_after_a_kill_asking_for_what_was_there_is_no_error(killed, bf16_patch, 
     (note,) = patch.apply_in_place(folder, bf16_patch, revert=action == "apply").notes
     assert note.endswith("it is rolled back.")
     assert contents(folder) == before
+
+
+def test_an_unfinished_journal_of_a_file_beside_it_stays(tmp_path):
+    """In a pattern `m[1]` is `m1`."""
+    names = ("m1", "m[1]")
+    mine, other = (
+        tmp_path / f".{journal_of(tmp_path / f'{name}.gguf').name}.0a1b2c3d" for name in names
+    )
+    for path in (mine, other):
+        path.write_text("x")
+    assert patch.recover(tmp_path / "m[1].gguf") == []
+    assert (mine.exists(), other.exists()) == (True, False)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Rows of local files and hub data sets, each with the place it comes from."""
 
 import csv
+import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -152,7 +153,8 @@ def _open(file: Path) -> tuple[Iterable[Any], dict[str, list[str]]]:
         return _read(file), {}
     from datasets import load_dataset
 
-    return _rows_of(load_dataset("parquet", data_files=str(file), split="train", streaming=True))
+    name = glob.escape(str(file))  # or it would be a pattern, and find other files
+    return _rows_of(load_dataset("parquet", data_files=name, split="train", streaming=True))
 
 
 def _read(file: Path) -> Iterator[Any]:

@@ -11,6 +11,7 @@ Whoever finds a journal puts the columns back that were there before and ends wi
 again does no harm, so it does not matter where the process was killed, nor how often.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable
@@ -248,7 +249,8 @@ def _roll_after(error: BaseException, model: Path) -> None:
 def _roll(model: Path, *, finish: bool) -> list[str]:
     """End what a journal says was begun."""
     folder, journal = folder_of(model), journal_of(model)
-    for unfinished in folder.glob(f".{journal.name}.*"):  # a journal that was not written whole
+    # A journal that was not written whole.
+    for unfinished in folder.glob(f".{glob.escape(journal.name)}.*"):
         unfinished.unlink()
     if not journal.exists():
         return []
