@@ -94,7 +94,6 @@ EARLY = {
 # What is found before a model is loaded.
 LATER = {
     "merge --adapter paca --output out --model nowhere": "`model` ('nowhere') is neither a file or",
-    "estimate llama3-8b --rank 5000": "`r` (5000) must be in [1, in_features=4096]",
     "estimate llama3.2-1b --method shira": "`method` ('shira') looks at values when its",
     "evaluate lm-eval --tasks no --tasks-dir images --model tiny --output out": "'images' has no t",
     "evaluate choice --data no.jsonl --model tiny --output out": "'no.jsonl' is not a file; give",

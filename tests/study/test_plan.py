@@ -109,7 +109,6 @@ LARGE = {"lora": Arm(method="lora", rank=60), "paca": Arm()}
         ({}, {"a": Arm(rank=2, alpha=0)}, r"arm 'a': .*alpha"),
         ({}, {"a": Arm(rank=2, dropout=0.1)}, r"arm 'a': `lora.lora_dropout` \(0.1\) is an option"),
         ({}, SELECTING, r"arm 'a': `paca.selection` \('gradient'\) is an option of paca"),
-        ({}, {"a": Arm(rank=99)}, r"arm 'a': .*`r` \(99\)"),
         ({}, {"a": Arm(rank=2, options={"paca": {"rang": 1}})}, "arm 'a': .*unknown key 'paca.ran"),
         ({}, {"a": Arm(rank=2, options={"training": {"max_steps": "x"}})}, "arm 'a': .*max_steps"),
         ({}, {"a": Arm(rank=2, selection="best")}, r"arm 'a': .* \('best'\) is no strategy"),

@@ -88,7 +88,7 @@ def test_run(
     exec(code.replace("FOLDER", str(out)), names := {})
     assert names["model"].active_adapter == "default"
     assert (
-        "training 18,432 of 37,792 parameters (paca): 2 x q_proj (32 -> 32, every column)"
+        "training 8,192 of 37,792 parameters (paca): 2 x q_proj (32 -> 32)"
         in console.file.getvalue()
     )
     # The configuration beside the adapter repeats the run.

@@ -45,7 +45,6 @@ def _no_weights(monkeypatch, tmp_path):
         (REQUIRED | {"model": EAGER}, "this model cannot be all lean, which 'require' ask"),
         (REQUIRED | {"method": "lora_dropout", "lean_level": 2}, r"level 1: dropout \(0.05\) "),
         # What is trained
-        ({"paca": {"r": 33}}, r"33.*32"),
         ({"paca": {"rank_pattern": {"q_prj": 2}}}, r"`rank_pattern`: 'q_prj' matches nothing .* '"),
         ({"paca": Q | {"selection": {"q_proj": [0, 99]}}}, "column 99 for 'model.layers.0.self_at"),
         ({"paca": {"selection": "./none"}}, r"none'\) is no strategy, and no file or folder of th"),

@@ -194,10 +194,10 @@ def _matching_rank(task: StudyTask, arm: Arm, number: int) -> int:
         except ValueError:
             if rank == 1:
                 raise
-            return sys.maxsize  # more columns than a weight has
+            return sys.maxsize  # more than a weight takes
 
     high = 1
-    while count(high) < number:
+    while count(high) < min(number, count(2 * high)):  # it grows until all columns are trained
         high *= 2
     above = bisect_left(range(high + 1), number, lo=max(high // 2, 1), key=count)
     best = min(max(above - 1, 1), above, key=lambda rank: abs(count(rank) - number))
