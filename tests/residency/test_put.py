@@ -57,8 +57,8 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
 @pytest.mark.parametrize("is_negative", [True, False])
 def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypatch) -> None:
     """Whoever put them there: the kernel takes them as they are."""
-    monkeypatch.setattr(put_module, "exchange", exchange)
-    monkeypatch.setattr(put_module, "can_exchange", lambda memory, values: True)
+    monkeypatch.setattr(put, "exchange", exchange)
+    monkeypatch.setattr(put, "can_exchange", lambda memory, values: True)
     base = base.float()
     model, x = adapt(base), torch.randn(2, 10)
     model(x).sum().backward()

@@ -37,8 +37,8 @@ from pacatune.format.options import PacaOptions
 from pacatune.format.tensors import (
     PEFT_PREFIX,
     ColumnUpdate,
+    is_equal,
     plain_name,
-    refuse_replaced,
     split_tensor_name,
 )
 from pacatune.names import choose
@@ -127,8 +127,13 @@ def _check_extra(adapter: Adapter, model: nn.Module) -> None:
                 f"{adapter.folder}: {name!r} is {tuple(tensor.shape)} in the adapter but {shape} "
                 "in the base; the adapter belongs to another base or the vocabulary was changed."
             )
-        if key in copies and not parameters[name].is_meta:
-            refuse_replaced(key, tensor, parameters[name], source=str(adapter.folder))
+        is_known = key in copies and not parameters[name].is_meta
+        if is_known and not is_equal(tensor, parameters[name]):
+            raise ValueError(
+                f"{adapter.folder}: {key!r} would replace a weight of the base, and nothing in its "
+                "configuration trains that. Remove the tensor from the file, or name its module in "
+                "`modules_to_save` if it was trained."
+            )
 
 
 def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:

@@ -140,15 +140,10 @@ def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
             )
 
 
-def refuse_replaced(name: str, tensor: Tensor, own: Tensor, *, source: str) -> None:
-    """Refuse another tensor in the place of a base model's own weight."""
+def is_equal(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file has the values of a base model's own weight."""
     is_known = is_whole(own, tensor.dim()) and own.shape == tensor.shape
-    if not is_known or not torch.equal(tensor.to(own), own.detach()):
-        raise ValueError(
-            f"{source}: {name!r} would replace a weight of the base, and nothing in its "
-            "configuration trains that. Remove the tensor from the file, or name its module in "
-            "`modules_to_save` if it was trained."
-        )
+    return is_known and torch.equal(tensor.to(own), own.detach())
 
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:

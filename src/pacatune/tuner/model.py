@@ -18,8 +18,8 @@ from pacatune.format.tensors import (
     INDICES,
     PLACES,
     check_tensors,
+    is_equal,
     plain_name,
-    refuse_replaced,
     with_places,
 )
 from pacatune.ops.columns import check_columns
@@ -371,7 +371,7 @@ class PacaModel(Tuner):
             state_dict=state_dict,
         )
         _check_fits(_PlainNames(model), adapter_name, remapped)
-        _check_beside(model, config, adapter_name, remapped)
+        _warn_of_replaced(model, config, adapter_name, remapped)
         note_columns(config, _PlainNames(model), adapter_name, remapped)
         for module in model.modules():
             for hook in list(module._forward_pre_hooks.values()):
@@ -495,24 +495,18 @@ def _warn_of_idle_layers(config: PacaConfig) -> None:
         )
 
 
-def _check_beside(
-    model: Any, config: PacaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+def _warn_of_replaced(
+    model: nn.Module, config: PacaConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> None:
-    """Refuse weights of the base that the configuration does not train, if they are not the base's.
+    """Name weights of the base that the configuration does not train and that change on loading.
 
-    Those of embeddings are warned of: where the vocabulary grew, PEFT saves them.
+    PEFT saves an embedding whose vocabulary grew, and loads biases for a configuration without.
     """
-    base, embeddings = model.state_dict(), _embeddings(model)
-    modules = _PlainNames(model).named_modules()
-    places = tuple(f"{name}." for name, module in modules if module in embeddings)
+    base = model.state_dict()
     for name, tensor in state_dict.items():
         if name not in base or _OURS.search(name) or config.trains(plain_name(name)):
             continue
-        try:
-            refuse_replaced(name, tensor, base[name], source=f"Adapter {adapter_name!r}")
-        except ValueError:
-            if not name.startswith(places):
-                raise
+        if not is_equal(tensor, base[name]):
             warnings.warn(
                 f"Adapter {adapter_name!r}: {name!r} takes the place of that weight of the base. "
                 "It should where the vocabulary grew in training; otherwise remove it.",
