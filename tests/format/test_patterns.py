@@ -53,6 +53,8 @@ def test_what_people_write_is_taken(pattern):
         r".*[a-z].*[a-z].*[a-z].*[a-z].*x",
         r"(?=(.*.*.*.*.*x))a",
         r"((?:a|a))+x",
+        "a?" * 30 + "a" * 30,
+        "(?:a|b)?" * 30 + "x",
         r"(a+)(?#b)+x",
         r"(?x)(a+) +x",
         r"([a\](]+)+x",

@@ -24,7 +24,7 @@ _COMMENTS, _VERBOSE = re.compile(r"\(\?#[^)]*\)"), re.compile(r"\(\?\w*x")
 _INNERMOST_GROUP = re.compile(r"\((?:\?(?:P<\w+>|<?[:=!>]|\w*:)|\?)?([^()]*)\)(?=([*+{]?))")
 _REPEAT = re.compile(r"(?:[*+]|\{[^}]*\})[?+]?")
 # Of a name of 60 signs, four repeats share the parts in 600,000 ways: 10 ms for each module.
-_MAX_REPEATS, _MAX_ALTERNATIVES = 4, 10
+_MAX_REPEATS, _MAX_CHOICES = 4, 10
 
 
 def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
@@ -68,16 +68,21 @@ def _has_many_ways(pattern: str) -> bool:
     text = _COMMENTS.sub("", _ESCAPES_AND_CLASSES.sub("a", pattern))
     if _VERBOSE.search(text):  # there a repeat may stand anywhere behind its group
         return True
-    num_alternatives = 0
+    num_choices = 0
     while group := _INNERMOST_GROUP.search(text):
         inside, is_repeated = group[1], group[2] != ""
-        has_ways = re.search(r"[*+{?|]", inside)
+        has_ways = re.search(r"[*+{?|~]", inside)
         if is_repeated and has_ways:
             return True
-        num_alternatives += "|" in inside
-        stands_for_it = "*" * _most_repeats(inside) + ("a?" if has_ways else "a")
+        num_choices += _num_choices(inside)
+        stands_for_it = "*" * _most_repeats(inside) + ("~" if has_ways else "a")
         text = text[: group.start()] + stands_for_it + text[group.end() :]
-    return _most_repeats(text) > _MAX_REPEATS or num_alternatives > _MAX_ALTERNATIVES
+    return _most_repeats(text) > _MAX_REPEATS or num_choices + _num_choices(text) > _MAX_CHOICES
+
+
+def _num_choices(text: str) -> int:
+    """Count alternatives and `?`, each of which may be tried both ways; groups are resolved."""
+    return ("|" in text) + _REPEAT.sub("", text).count("?")
 
 
 def _most_repeats(text: str) -> int:
