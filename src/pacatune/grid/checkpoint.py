@@ -50,7 +50,8 @@ class PackedCheckpoint(Checkpoint, ABC):
     def scales_print(self, name: str) -> str:
         """Hash scales and minima of some columns, at equal distances, of a quantised matrix."""
         num_columns = self.entries[name].shape[1]
-        indices = torch.arange(0, num_columns, max(1, num_columns // _NUM_HASHED))
+        step = max(1, num_columns // _NUM_HASHED)
+        indices = torch.arange(0, num_columns, step, device="cpu")
         digest = hashlib.sha256()
         for part in self.scales(name, indices):
             digest.update(part.contiguous().numpy().tobytes())

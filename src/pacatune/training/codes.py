@@ -86,7 +86,7 @@ def _samples(model: nn.Module, path: str) -> Iterator[_Sample]:
         if checkpoint.grid(name) is None or layer.places_of(adapter) is not None:
             continue
         indices = layer.columns_of(adapter)
-        places = torch.arange(0, len(indices), max(1, len(indices) // _NUM_COLUMNS))
+        places = torch.arange(0, len(indices), max(1, len(indices) // _NUM_COLUMNS), device="cpu")
         chosen = indices[places.to(indices.device)]
         columns = base.weight.index_select(1, chosen)
         coded = CodedColumns.of(checkpoint, name, columns, chosen, config)
