@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,40 @@ def test_a_full_disk_is_known_before_or_at_the_journal(unchanged, bf16_patch, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**16))
     with pytest.raises(ValueError, match=r"64.0 KiB free but 1\d\.\d MiB are needed; make room"):
         patch.apply_in_place(unchanged, bf16_patch)
+
+
+# Killed by the system in the midst of writing a file of more than 1,000 bytes.
+_TOO_LARGE = """
+import resource, signal, sys
+from pacatune import patch
+made = patch.load(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+patch.apply_in_place(sys.argv[1], made)
+"""
+
+
+def test_a_kill_while_the_journal_is_written_leaves_nothing(single, bf16_patch, tmp_path):
+    before = contents(single)
+    patch.save(bf16_patch, tmp_path / "p.safetensors")
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
+    words = [sys.executable, "-c", _TOO_LARGE, str(single), str(tmp_path / "p.safetensors")]
+    assert subprocess.run(words, env=env, check=False).returncode == -signal.SIGXFSZ
+    assert len(contents(single)) == len(before) + 1  # what safetensors calls .tmp and letters
+    assert patch.recover(single) == []
+    assert contents(single) == before
+    assert {path.name for path in single.iterdir()} == {*before, ".pacatune-lock"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_is_no_journal(unchanged, bf16_patch, tmp_path, exists):
+    patch.save(bf16_patch, tmp_path / "elsewhere") if exists else None
+    journal = unchanged / JOURNAL_NAME
+    journal.symlink_to(tmp_path / "elsewhere")
+    for action in (patch.recover, lambda folder: patch.apply_in_place(folder, bf16_patch)):
+        with pytest.raises(ValueError, match=r"journal is a link, which pacatune never .* remove"):
+            action(unchanged)
+    journal.unlink()
 
 
 @pytest.mark.parametrize(

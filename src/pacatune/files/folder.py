@@ -1,6 +1,7 @@
 """Write a folder all at once or not at all."""
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -84,20 +85,32 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
-    """Give a name beside `path` to write a file under, which takes its own when all of it is there.
+    """Give a name to write a file under, which takes its own when all of it is there.
 
     Whatever happens in the block, the file is either as before or complete. If it must be new,
-    FileExistsError says that another process was faster (where a disk has hard links).
+    FileExistsError says that another process was faster (where a disk has hard links). The name is
+    in a hidden folder, where writers leave what they make beside it: see `remove_unfinished`.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    hidden.mkdir()
+    hidden.chmod(path.absolute().parent.stat().st_mode & 0o7777)  # files are as readable as that
     try:
-        yield partial
+        yield (partial := hidden / path.name)
         if is_new:
             publish(partial, path)
         else:
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what a killed process left that was writing a file by `whole_file`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def publish(written: Path, path: Path) -> None:

@@ -11,13 +11,11 @@ Whoever finds a journal puts the columns back that were there before and ends wi
 again does no harm, so it does not matter where the process was killed, nor how often.
 """
 
-import glob
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -26,9 +24,10 @@ from pacatune.files.folder import (
     check_output,
     check_room,
     explained_failure,
-    publish,
+    remove_unfinished,
     staged_folder,
     sync,
+    whole_file,
 )
 from pacatune.files.journal import (
     JOURNAL_NAME,
@@ -126,12 +125,10 @@ def _write_file(checkpoint: Checkpoint, wanted: Patch, output: Path) -> None:
     source = file_path(checkpoint.folder, name)
     check_room(output.parent, source.stat().st_size)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with explained_failure(output), TemporaryDirectory(dir=output.absolute().parent) as hidden:
-        copy = Path(hidden) / output.name
+    with explained_failure(output), whole_file(output, is_new=True) as copy:
         shutil.copyfile(source, copy)
         _write(copy, open_checkpoint(copy), wanted.edits.values())
         _check_written(copy, wanted)
-        publish(copy, output)
 
 
 def _check_written(model: Path, wanted: Patch) -> None:
@@ -249,9 +246,12 @@ def _roll_after(error: BaseException, model: Path) -> None:
 def _roll(model: Path, *, finish: bool) -> list[str]:
     """End what a journal says was begun."""
     folder, journal = folder_of(model), journal_of(model)
-    # A journal that was not written whole.
-    for unfinished in folder.glob(f".{glob.escape(journal.name)}.*"):
-        unfinished.unlink()
+    remove_unfinished(journal)
+    if journal.is_symlink():
+        raise ValueError(
+            f"{journal} is a link, which pacatune never leaves there as its journal; see where it "
+            "leads, and remove it."
+        )
     if not journal.exists():
         return []
     patch = load(journal) if finish else load(journal).inverse()
