@@ -286,6 +286,13 @@ def readable_weights(owner: str) -> Iterator[None]:
         raise ValueError(
             f"the weights of {owner} cannot be read ({error}); copy them again."
         ) from error
+    except RuntimeError as error:  # of transformers, after a table of what it means
+        if "mismatched" not in str(error) and "conversion of the weights" not in str(error):
+            raise
+        raise ValueError(
+            f"the weights of {owner} have other shapes than its configuration says; copy the "
+            "model again."
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from pacatune import PacaConfig
 from pacatune.adapters.base import base_name, empty_base, find_tokenizer, load_base, load_tokenizer
 from pacatune.adapters.folder import read_adapter
-from tests.adapters.fixtures import edit_json
+from tests.adapters.fixtures import edit_json, edit_tensors
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -63,6 +63,17 @@ def test_damaged_weights_are_named(model_copy):
         damage()
         with pytest.raises(ValueError, match=r"weights of .* cannot be read"):
             load_base(str(model_copy), task_type=None)
+
+
+@pytest.mark.parametrize("change", [lambda w: w[0, 0], lambda w: w[None], lambda w: w[:4]])
+def test_weights_of_other_shapes(model_copy, change):
+    def reshape(tensors):
+        name = "model.layers.0.mlp.down_proj.weight"
+        tensors[name] = change(tensors[name]).clone()
+
+    edit_tensors(model_copy / "model.safetensors", reshape)
+    with pytest.raises(ValueError, match="have other shapes than its configuration says; copy the"):
+        load_base(str(model_copy), task_type="CAUSAL_LM")
 
 
 def test_a_tokenizer_is_found_missing_or_damaged(model_copy, tmp_path):

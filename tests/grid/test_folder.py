@@ -196,6 +196,38 @@ def test_scales_that_do_not_divide_a_weight(folder):
         checkpoint.scales(codes, torch.tensor([0]))
 
 
+def test_scales_without_a_number(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if "down_proj.weight_scale" in n)
+    save_file(tensors | {name: torch.ones(0, 4)}, path, {"format": "pt"})
+    codes = PackedFolder.open(folder).name_of(f"{name.rpartition('.')[0]}.weight", 2)
+    with pytest.raises(ValueError, match=r"of \(0, 4\), which does not divide the weight"):
+        PackedFolder.open(folder).scales(codes, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("folder", ["int4"], indirect=True)
+def test_packed_weights_that_are_no_matrices(folder):
+    """They keep the format that the file names, whose codes cannot be trained."""
+    path, name = folder / "model.safetensors", "model.layers.0.mlp.down_proj.weight_packed"
+    tensors, shape = load_file(path), name.replace("packed", "shape")
+    whole = PackedFolder.open(folder).entries[name]
+    assert (whole.dtype, whole.shape) == ("INT4", (64, 96))
+    for changed in (
+        {name: tensors[name][0, 0].clone()},
+        {name: tensors[name][None].clone()},
+        {shape: torch.tensor(64)},
+        {shape: torch.tensor([[[64, 96]]])},
+        {shape: torch.tensor([1, 64, 96])},
+    ):
+        save_file(tensors | changed, path, {"format": "pt"})
+        assert PackedFolder.open(folder).entries[name].dtype == "I32"
+    save_file(tensors | {shape: torch.tensor([64.0, 96.0])}, path, {"format": "pt"})
+    checkpoint = PackedFolder.open(folder)
+    assert checkpoint.columns(name, 1, torch.tensor([5])).shape == (64, 1)
+    assert len(checkpoint.touched(name, 1, torch.tensor([5]), 4096))
+
+
 def test_it_needs_a_tensor_of_the_name(folder):
     with pytest.raises(ValueError, match=r"has no tensor 'model\.other\.weight'"):
         PackedFolder.open(folder).name_of("model.other.weight", 2)

@@ -96,3 +96,12 @@ def test_a_block_whose_scale_is_zero_keeps_its_codes():
     scale, _ = grid.scales(rows, columns)
     moved = grid.moved(grid.codes(rows, columns), scale, torch.ones(OUT, 1))
     assert torch.equal(moved.after, moved.before)
+
+
+def test_what_is_no_number_keeps_its_code():
+    """Of FP8 a code may be NaN, and any format's scale."""
+    grid, codes = GRIDS["F8_E4M3"], torch.tensor([[0x7F, 0xFF, 0x10, 0x10]], dtype=torch.uint8)
+    scale = torch.tensor([[1.0, 1.0, float("nan"), 1.0]])
+    moved = grid.moved(codes, scale, torch.full((1, 4), 5.0))
+    assert (moved.before == moved.after).tolist() == [[True, True, True, False]]
+    assert moved.num_clipped == 0

@@ -29,11 +29,12 @@ class PackedFolder(PackedCheckpoint):
         entries = dict(checkpoint.entries)
         for name, entry in entries.items():
             shape = name.removesuffix(_PACKED) + "_shape"
-            if not name.endswith(_PACKED) or entry.dtype != "I32" or shape not in entries:
+            is_packed = name.endswith(_PACKED) and entry.dtype == "I32" and len(entry.shape) == 2
+            if not is_packed or shape not in entries or entries[shape].shape != (2,):
                 continue
             # Of eight codes in each integer; with other numbers of bits it keeps its own dtype.
-            sizes = tuple(checkpoint.tensor(shape).tolist())
-            if sizes == (entry.shape[0], 8 * entry.shape[-1]):
+            sizes = entry.shape[0], 8 * entry.shape[1]
+            if checkpoint.tensor(shape).tolist() == [*sizes]:
                 entries[name] = replace(entry, dtype="INT4", shape=sizes)
         return cls(folder=checkpoint.folder, files=checkpoint.files, entries=entries)
 
@@ -65,7 +66,7 @@ class PackedFolder(PackedCheckpoint):
         scale = self.tensor(own[0]).float()
         scale = scale.reshape(-1, scale.shape[-1] if scale.ndim > 1 else 1)
         shape = self.entries[name].shape
-        if shape[0] % scale.shape[0] or shape[1] % scale.shape[1]:
+        if not scale.numel() or shape[0] % scale.shape[0] or shape[1] % scale.shape[1]:
             raise ValueError(
                 f"{self.folder} has a scale {own[0]!r} of {tuple(scale.shape)}, which does not "
                 f"divide the weight, {shape}, evenly; leave it out of the targets."

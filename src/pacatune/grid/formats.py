@@ -112,8 +112,8 @@ class Grid:
     def moved(self, before: Tensor, scale: Tensor, change: Tensor) -> "Moved":
         """Return the codes nearest to the values of (O, R) codes plus an (O, R) change.
 
-        An element whose change is less than half a step keeps its code. Where the nearest code
-        would lie beyond the block's range it is clipped.
+        An element whose change is less than half a step keeps its code, and so does one that is no
+        number (NaN). Where the nearest code would lie beyond the block's range it is clipped.
         """
         steps = torch.where(scale == 0, 0.0, change.float() / torch.where(scale == 0, 1.0, scale))
         levels, places = self._levels.sort(stable=True)  # NaN at the end
@@ -126,6 +126,7 @@ class Grid:
         # Of two codes as near, and of the two zeros of floating point, the old one stays.
         distance = (wanted - levels[nearest]).abs()
         stays = (wanted - self._levels[before.long()]).abs() <= distance
+        stays |= wanted.isnan()
         low, high = levels[0] * 1.5 - levels[1] / 2, levels[-1] * 1.5 - levels[-2] / 2
         num_clipped = int(((wanted < low) | (wanted > high)).sum())
         return Moved(before, torch.where(stays, before, after), num_clipped)
