@@ -157,7 +157,7 @@ def random_patch(folder, output):
 
 
 def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
-    made, path = random_patch(folder, tmp_path / "adapter"), folder / "model.safetensors"
+    changes, path = random_patch(folder, tmp_path / "adapter"), folder / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight_scale"
     name = name if name in tensors else f"{name}_inv"
@@ -165,12 +165,12 @@ def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
     before = digest(path)
     message = r"holds the codes of 'model\.layers\.1\.mlp\.up_proj.*' with other scales than the"
     with pytest.raises(ValueError, match=message):
-        patch.apply_to_folder(folder, made, tmp_path / "out")
+        patch.apply_to_folder(folder, changes, tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        patch.apply_in_place(folder, made)
+        patch.apply_in_place(folder, changes)
     assert digest(path) == before
     assert not (tmp_path / "out").exists()
-    (note,) = patch.apply_to_folder(folder, made, tmp_path / "out", allow_other_base=True).notes
+    (note,) = patch.apply_to_folder(folder, changes, tmp_path / "out", allow_other_base=True).notes
     assert "with other scales" in note
 
 

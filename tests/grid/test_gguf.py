@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("gguf")
 import gguf
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 from pacatune import PacaConfig
 from pacatune.adapters.base import load_base
@@ -19,6 +20,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.files.checkpoint import writable
 from pacatune.files.journal import journal_of
+from pacatune.files.tensor_file import read_layout, write_tensors
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import (
     Patch,
@@ -30,6 +32,7 @@ from pacatune.patch import (
     save,
     stack,
 )
+from pacatune.patch.file import _digest
 from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
 from pacatune.training.held_out import HeldOut
@@ -230,8 +233,8 @@ def test_a_format_whose_codes_are_not_known(tiny_tokenizer, tmp_path, capsys):
 
 def test_tensors_that_share_bytes_are_refused(model_file, run_dir, tmp_path):
     """A patch in place would change both, and could not be taken back."""
-    made, _ = make(model_file, run_dir, with_adapter=False)
-    fields = {one.name: one.field for one in gguf.GGUFReader(model_file).tensors}
+    changes, _ = make(model_file, run_dir, with_adapter=False)
+    fields = {tensor.name: tensor.field for tensor in gguf.GGUFReader(model_file).tensors}
     field, other = fields["blk.0.attn_q.weight"], int(fields["blk.0.ffn_gate.weight"].parts[-1][0])
     # The last number of a tensor's entry in the header says where it begins.
     place = field.offset + sum(part.nbytes for part in field.parts[:-1])
@@ -242,8 +245,8 @@ def test_tensors_that_share_bytes_are_refused(model_file, run_dir, tmp_path):
         content[place : place + 8] = (offset % 2**64).to_bytes(8, "little")
         copy.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            apply_in_place(copy, made)
-        save(Patch(edits=made.edits), journal_of(copy))
+            apply_in_place(copy, changes)
+        save(Patch(edits=changes.edits), journal_of(copy))
         with pytest.raises(ValueError, match=message):
             recover(copy)
         journal_of(copy).unlink()
@@ -256,7 +259,7 @@ def test_tensors_that_share_bytes_are_refused(model_file, run_dir, tmp_path):
 
 def test_patches_of_the_same_codes_and_other_scales(model_file, run_dir, tmp_path):
     """They are of two bases: neither fits the other's file, and they do not stack."""
-    made, _ = make(model_file, run_dir, with_adapter=False)
+    changes, _ = make(model_file, run_dir, with_adapter=False)
     other, name = tmp_path / "other.gguf", "blk.0.attn_q.weight"
     other.write_bytes(model_file.read_bytes())
     entry = GgufCheckpoint.open(other).entries[name]
@@ -267,19 +270,24 @@ def test_patches_of_the_same_codes_and_other_scales(model_file, run_dir, tmp_pat
         flat.view(-1, 18)[:, 1] ^= 4  # another exponent of each block's scale
         del flat
     with pytest.raises(ValueError, match=f"holds the codes of '{name}' with other scales than"):
-        apply_in_place(other, made)
-    edits = made.edits | {name: replace(made.edits[name], scales="of another file")}
+        apply_in_place(other, changes)
+    edits = changes.edits | {name: replace(changes.edits[name], scales="of another file")}
     with pytest.raises(ValueError, match=f"different bases: .* scales of the codes of '{name}'"):
-        stack([made, Patch(edits=edits)], overlap="first")
+        stack([changes, Patch(edits=edits)], overlap="first")
 
 
 def test_patches_of_earlier_checkouts_know_no_scales(model_file, run_dir, tmp_path):
-    made, _ = make(model_file, run_dir, with_adapter=False)
-    edits = {name: replace(edit, scales="") for name, edit in made.edits.items()}
-    save(Patch(edits=edits), tmp_path / "old.safetensors")
-    message = r"codes without a hash of their scales: an earlier .* can revert it\); make it again"
+    path = tmp_path / "old.safetensors"
+    save(make(model_file, run_dir, with_adapter=False)[0], path)
+    words, tensors = json.loads(read_layout(path).metadata["pacatune_patch"]), load_file(path)
+    for edit in words["tensors"].values():
+        edit.pop("scales", None)
+    del words["digest"]
+    words["digest"] = _digest(tensors, words)
+    write_tensors(tensors, path, metadata={"pacatune_patch": json.dumps(words)})
+    message = r"need `scales`, .* revert such a patch with the one that made it\); make it again"
     with pytest.raises(ValueError, match=message):
-        load(tmp_path / "old.safetensors")
+        load(path)
 
 
 def refused(capsys, *words):

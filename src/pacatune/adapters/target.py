@@ -106,13 +106,12 @@ def stored_names(
     model: nn.Module, modules: Iterable[str], checkpoint: Checkpoint
 ) -> dict[str, str]:
     """Return the checkpoint's name of each adapted weight that it has, by the adapter's name."""
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    names = {
-        module: names_of(target_of_module(model, module).full_name(module), prefix)
-        for module in modules
-    }
-    found = {module: find_name(own, checkpoint.entries) for module, own in names.items()}
-    return {module: name for module, name in found.items() if name is not None}
+    prefix, names = str(getattr(model, "base_model_prefix", "")), {}
+    for module in modules:
+        own = target_of_module(model, module).full_name(module)
+        if (name := find_name(names_of(own, prefix), checkpoint.entries)) is not None:
+            names[module] = name
+    return names
 
 
 def map_weights_(model: nn.Module, checkpoint: Checkpoint, names: Mapping[str, str]) -> int:

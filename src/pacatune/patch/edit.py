@@ -106,6 +106,11 @@ class ColumnEdit(ColumnPlace):
             )
         if max(int(part.max()) for part in (self.original, self.new)) >= grid.num_codes:
             raise ValueError(f"{where}: {self.grid} has codes below {grid.num_codes} alone.")
+        if not self.scales:
+            raise ValueError(
+                f"{where}: codes need `scales`, a hash of theirs, which earlier checkouts did not "
+                "write; revert such a patch with the one that made it"
+            )
 
     @property
     def form(self) -> "str | torch.dtype":

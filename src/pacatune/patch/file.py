@@ -133,11 +133,6 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
         grid, scales = (str(entry.get(part, "")) for part in ("grid", "scales"))
         if not grid and original.dtype not in DTYPES.values():
             raise TypeError(f"{name!r} is {original.dtype}")
-        if grid and not scales:
-            raise ValueError(
-                f"{name!r} has codes without a hash of their scales: an earlier pacatune made it, "
-                "and can revert it"
-            )
         edits[name] = ColumnEdit(
             name=name,
             dim=int(entry["dim"]),
