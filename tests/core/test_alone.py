@@ -92,7 +92,7 @@ def printed(tiny_model_dir, tmp_path_factory):
         ("merge", "verified  outputs are those of the adapter"),
         ("export", "14 modules as LoRA, float32, exact"),
         ("help", "fine-tune a model on your data"),
-        ("plot", "a plot needs packages that are not installed (matplotlib): pip install 'pacatu"),
+        ("plot", "a plot needs packages that are not installed (matplotlib): pip install -e '."),
     ],
 )
 def test_what_is_said(printed, name, said):
