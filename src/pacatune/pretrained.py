@@ -240,7 +240,11 @@ def load_weights(
     revision: str | None = None,
     **options: Any,
 ) -> Any:
-    """Load a model with its weights, by any class of transformers; `auto` is their own type."""
+    """Load a model with its weights, by any class of transformers; `auto` is their own type.
+
+    `ignore_mismatched_sizes` is for heads: a body of other shapes, which would be random, is
+    refused.
+    """
     import transformers
 
     from pacatune.tuner.quantized import forbid_packing
@@ -254,10 +258,18 @@ def load_weights(
             require_extra(f"{path}", "compressed", ("compressed_tensors",))
         options["config"] = copy.deepcopy(config)
         options["config"].quantization_config["dequantize"] = True
+    looks = bool(options.get("ignore_mismatched_sizes")) and "output_loading_info" not in options
+    if looks:
+        options = {**options, "output_loading_info": True}
     with no_remote_code(path), readable_weights(path), readable_gguf(path):
         loaded = model_class.from_pretrained(
             **_source(path), revision=revision, dtype=dtype, trust_remote_code=False, **options
         )
+        if looks:
+            loaded, found = loaded
+            names = [name for name, *_ in found["mismatched_keys"]]
+            if any(name.startswith(f"{loaded.base_model_prefix}.") for name in names):
+                raise ValueError(_OTHER_SHAPES.format(path))
     if is_short or is_gguf(path):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = path
@@ -275,6 +287,11 @@ def is_dequantised(config: Any) -> bool:
     return isinstance(section, dict) and section.get("quant_method") in DEQUANTISED
 
 
+_OTHER_SHAPES = (
+    "the weights of {} have other shapes than its configuration says; copy the model again."
+)
+
+
 @contextmanager
 def readable_weights(owner: str) -> Iterator[None]:
     """Raise a ValueError that names the owner of weights that cannot be read in this block."""
@@ -289,10 +306,7 @@ def readable_weights(owner: str) -> Iterator[None]:
     except RuntimeError as error:  # of transformers, after a table of what it means
         if "mismatched" not in str(error) and "conversion of the weights" not in str(error):
             raise
-        raise ValueError(
-            f"the weights of {owner} have other shapes than its configuration says; copy the "
-            "model again."
-        ) from error
+        raise ValueError(_OTHER_SHAPES.format(owner)) from error
 
 
 @contextmanager

@@ -281,6 +281,14 @@ def test_a_head_of_other_classes_is_replaced(
         assert merged.problem_type == "single_label_classification"
 
 
+def test_a_body_of_other_shapes_is_refused(make_classifier, make_bert):
+    """A head of another size is replaced; the body would be random."""
+    folder = make_bert(*WORDS)
+    edit_json(folder / "config.json", intermediate_size=48)
+    with pytest.raises(ValueError, match=r"bert have other shapes than its configuration says"):
+        train(make_classifier(model={"path": str(folder)}), console=QUIET)
+
+
 def long_rows(tmp_path, num_words):
     rows = [{"text": "word " * (num_words if i == 4 else 3), "label": i % 2} for i in range(20)]
     return {"path": str(write_rows(tmp_path / "rows.jsonl", rows)), "eval_fraction": 0}
