@@ -8,8 +8,6 @@ from transformers import (
     GPT2LMHeadModel,
     ResNetConfig,
     ResNetForImageClassification,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from tests.adapters.fixtures import save_adapter
@@ -33,17 +31,13 @@ OPTIONS = {
     "gpt_oss": {**EXPERTS, **PATTERNS},
     "llama4": {**EXPERTS, **PATTERNS},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    # The pooling head asks a torch.nn.MultiheadAttention with one learnt query.
-    "attention": {"target_modules": ["attention", "fc1"]},
-    "projection": {"target_modules": ["attention.out_proj"]},
 }
 CONVOLUTIONS = ["convnext", "resnet"]
 EXPERT_KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
-ATTENTION = ["attention", "projection"]
 # One of each layout; depthwise convolutions have groups of their own.
 CASES = [
     *((kind, 1) for kind in OPTIONS),
-    *((kind, 2) for kind in ("conv1d", "resnet", "mixtral", "gpt_oss", "llama4", "attention")),
+    *((kind, 2) for kind in ("conv1d", "resnet", "mixtral", "gpt_oss", "llama4")),
     ("embedding", 2),
 ]
 
@@ -60,10 +54,6 @@ def build(kind):
         sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "reduction": 2}
         config = ResNetConfig(**sizes, layer_type="bottleneck", num_labels=4)
         return ResNetForImageClassification(config)
-    if kind in ATTENTION:
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-        config = SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8)
-        return SiglipVisionModel(config)
     if kind == "embedding":
         return build_model(64)
     return moe.build(kind, dtype=torch.float32)
@@ -71,6 +61,6 @@ def build(kind):
 
 def save(kind, base, folder, **options):
     """Save an adapter of a saved base; return the adapted model."""
-    is_language = kind not in (*CONVOLUTIONS, *ATTENTION)
+    is_language = kind not in CONVOLUTIONS
     task = {"task_type": "CAUSAL_LM" if is_language else None}
     return save_adapter(base, folder, **{**task, **OPTIONS[kind], **options})

@@ -5,10 +5,8 @@ import re
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel
 
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
@@ -60,28 +58,18 @@ def pooled(model):
 @pytest.mark.parametrize(("kind", "groups"), kinds.CASES)
 def test_merges_and_verifies(kind, groups, bases, tmp_path):
     base, adapter = bases(kind), tmp_path / "adapter"
-    model = make(kind, base, adapter, groups=groups)
+    make(kind, base, adapter, groups=groups)
     result = merge(str(base), adapter, tmp_path / "merged")
     assert result.error.max_relative < 1e-5 * result.effect + 1e-5
-    if kind in kinds.ATTENTION:
-        merged = AutoModel.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(pooled(merged), pooled(model))
-        assert not torch.allclose(pooled(merged), pooled(kinds.build(kind)), atol=1e-3)
-    else:
-        assert result.effect > 1e-3
+    assert result.effect > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "groups"), kinds.CASES)
 def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_path):
     base, adapter, lora = bases(kind), tmp_path / "adapter", tmp_path / "lora"
-    model = make(kind, base, adapter, groups=groups)
-    message = None
-    if kind == "projection":
-        message = r"is the out_proj of .* adds twice; merge the adapter"
-    elif not has("peft", LEAST_PEFT.get(kind, "0.18")):
-        message = r"LoRA for the experts of .* needs PEFT 0\.(19|20)"
-    if message is not None:
-        with pytest.raises(ValueError, match=message):
+    make(kind, base, adapter, groups=groups)
+    if not has("peft", LEAST_PEFT.get(kind, "0.18")):
+        with pytest.raises(ValueError, match=r"LoRA for the experts of .* needs PEFT 0\.(19|20)"):
             export_lora(str(base), adapter, lora)
         return
     result = export_lora(str(base), adapter, lora)
@@ -94,9 +82,6 @@ def test_exports_to_lora_that_plain_peft_runs_alike(kind, groups, bases, tmp_pat
     assert ("convolutions have ranks of their own" in notes) == is_convolution
     assert ("with groups but cannot merge" in notes) == has_groups
     assert ("columns: as LoRA the rank is" in notes) == (groups > 1)
-    if kind in kinds.ATTENTION:
-        exported = PeftModel.from_pretrained(kinds.build(kind), lora)
-        torch.testing.assert_close(pooled(exported.eval()), pooled(model))
 
 
 def assert_ranks_of_convolutions(adapter, lora):

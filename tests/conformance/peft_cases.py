@@ -35,8 +35,6 @@ CUSTOM = [
     ("Conv2d Groups2", "Conv2dGroups2", {"target_modules": ["conv2d"]}),
     ("Conv3d 1", "Conv3d", {"target_modules": ["conv3d"]}),
     ("Conv3d 2", "Conv3d", {"target_modules": ["conv3d", "lin0"]}),
-    ("MHA 1", "MHA", {"target_modules": ["mha"]}),
-    ("MHA 2", "MHA", {"target_modules": ["mha", "lin0"]}),
 ]
 
 

@@ -148,10 +148,6 @@ def probed_layer(twin: Twin, adds: bool) -> Tensor:
     layer, kind = twin.layer, twin.kind
     base = layer.get_base_layer()
     with torch.set_grad_enabled(not adds):
-        if kind.parameter == "in_proj_weight":
-            x = torch.eye(layer.in_features, dtype=twin.dtype).unsqueeze(0)
-            owner = twin.model.base_model.model.layer
-            return torch.cat(owner._in_projection(x, x, x), -1)[0]
         if "proj" in kind.parameter:
             weight = getattr(base, kind.parameter)
             x = torch.eye(layer.in_features, dtype=twin.dtype).repeat(len(weight), 1)

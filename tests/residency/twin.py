@@ -28,10 +28,6 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def _attend(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x, x, x)[0]
-
-
 def _route(layer: nn.Module, x: Tensor) -> Tensor:
     """Send token i to experts i and i + 1."""
     experts = torch.arange(len(x)).unsqueeze(1) + torch.arange(2)
@@ -65,7 +61,6 @@ def _experts(experts: type, config: type) -> Callable[[], nn.Module]:
     return lambda: experts(config(**sizes, experts_implementation="eager"))
 
 
-_OF_ATTENTION = {"call": _attend, "parameter": "in_proj_weight", "amplification": 4}
 _OF_EXPERTS = {"call": _route, "parameter": "gate_up_proj", "target": "layer.gate_up_proj"}
 # GptOss clips what gate_up_proj gives: its gradient has steps.
 _OF_GPT_OSS = {"call": _route, "parameter": "down_proj", "target": "layer.down_proj"}
@@ -88,7 +83,6 @@ KINDS = {
     "Conv2d, depthwise": Kind(lambda: nn.Conv2d(IN, IN, 3, groups=IN), _images(2), groups=(1,)),
     "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), _images(3)),
     "Embedding": Kind(lambda: nn.Embedding(OUT, IN), lambda num: torch.randint(OUT, (num,))),
-    "MultiheadAttention": Kind(lambda: nn.MultiheadAttention(IN, 2), **_OF_ATTENTION),
     "quantised, nf4": _quantised("bitsandbytes-nf4"),
     "quantised, int8": _quantised("bitsandbytes-int8"),
 }

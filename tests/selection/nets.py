@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.head(self.drop(x.mean(1)))
 
 
-TARGETS = ["embed", "conv", "up", "down", "attention"]
+TARGETS = ["embed", "conv", "up", "down"]
 
 
 def build(seed=0, **options):
@@ -66,8 +66,7 @@ def columns_of(name, gradient):
 
 
 def weights_of(model):
-    weights = {name: model.get_submodule(name).weight for name in TARGETS[:-1]}
-    return weights | {"attention.in_proj_weight": model.attention.in_proj_weight}
+    return {name: model.get_submodule(name).weight for name in TARGETS}
 
 
 def gradient_sums(model, batches, loss_fn=loss_of):

@@ -56,7 +56,7 @@ def test_gradients_are_those_of_plain_autograd(sparse):
 @pytest.mark.parametrize("selection", [INPUTS, BOTH])
 def test_activations_are_the_inputs(selection):
     model, batches = build(), make_batches()
-    targets = ["conv", "up", "down", "attention"]
+    targets = ["conv", "up", "down"]
     expected = {}
 
     def see(name):
@@ -75,7 +75,6 @@ def test_activations_are_the_inputs(selection):
     statistics = collect(model, batches, selection, targets)
     gradients = gradient_sums(model, batches)
     for name, sums in expected.items():
-        name = f"{name}.in_proj_weight" if name == "attention" else name
         if selection == BOTH:
             values = statistics.of(name)["gradient"]
             torch.testing.assert_close(values, gradients[name].detach(), rtol=1e-9, atol=0)
@@ -267,7 +266,7 @@ def test_models_that_cannot_be_observed():
     wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
     nn.Module.__init__(wrapped)
     for one, message in (
-        (adapted, r"`model` is adapted \('.*attention.*'\); collect from"),
+        (adapted, r"`model` is adapted \('.*down.*'\); collect from"),
         (copy.deepcopy(model).to("meta"), r"`model` is on the meta device or sharded \('.*'\);"),
         (wrapped, "wrapped by DistributedDataParallel; collect from"),
     ):

@@ -29,7 +29,7 @@ pytestmark = [
 ]
 FLOATING = [kind for kind in KINDS if not kind.startswith("quantised")]
 LAYERS = [kind for kind in FLOATING if "experts" not in kind]
-ONE_INPUT = [kind for kind in KINDS if "experts" not in kind and kind != "MultiheadAttention"]
+ONE_INPUT = [kind for kind in KINDS if "experts" not in kind]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 floating = pytest.mark.parametrize("kind", FLOATING)
 

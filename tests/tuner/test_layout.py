@@ -32,7 +32,6 @@ KINDS = {
     "grouped": (nn.Conv2d(4, 8, (3, 5), groups=2), "weight", (4, 4, 3, 5), (4, 2, 3, 5)),
     "depthwise": (nn.Conv2d(4, 8, 3, groups=4), "weight", (2, 4, 3, 3), (2, 2, 3, 3)),
     "embedding": (nn.Embedding(9, 4), "weight", (9, 4), (9, 2)),
-    "attention": (nn.MultiheadAttention(4, 2), "in_proj_weight", (12, 4), (12, 2)),
     "experts": (Experts(False), "down_proj", (6, 4, 3), (3, 6, 2)),
     "experts_transposed": (Experts(True), "down_proj", (6, 4, 3), (3, 6, 2)),
     "experts_of_llama4": (Llama4TextExperts(), "down_proj", (6, 4, 3), (3, 6, 2)),
@@ -89,7 +88,8 @@ def test_the_dense_shape_turned_is_that_of_the_weight(kind):
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (nn.LayerNorm(3), ["weight", "in_proj_weight"]),
+        (nn.LayerNorm(3), ["weight"]),
+        (nn.MultiheadAttention(4, 2), ["weight", "in_proj_weight"]),
         (nn.ConvTranspose2d(4, 8, 3), ["weight"]),
         (nn.Linear(3, 5), ["bias", "down_proj"]),
         (Experts(False), ["router"]),

@@ -73,7 +73,7 @@ BASES = {
     ),
     "transposed convolution": lambda: one(nn.ConvTranspose2d(3, 4, 3)),
     "weight_norm": lambda: one(nn.utils.weight_norm(nn.Conv2d(3, 4, 3))),
-    "attention": lambda: one(nn.MultiheadAttention(12, 4, kdim=8)),
+    "attention": lambda: one(nn.MultiheadAttention(12, 4)),
     "max_norm": lambda: one(nn.Embedding(11, 8, max_norm=1.0)),
     "normed embedding": lambda: one(NormedEmbedding(11, 8)),
     "experts": mixtral,
@@ -96,7 +96,6 @@ VALUES = [
     ("llama", Q | GROUPS | {"selection": {"q_proj": [[0, 1], [2, 3]]}}, "whose rank is 1"),
     ("one of two convolutions", targets("two", "one") | GROUPS, r"`groups` \(2\) .* by 'one', a c"),
     ("weight_norm", {}, r"'one' has a parametrised weight"),
-    ("attention", {}, r"'one' has kdim=8 and vdim=12; both must be embed_dim=12"),
     ("max_norm", {}, r"'one' has `max_norm` \(1.0\): it changes its weight"),
     (
         "experts",
@@ -112,6 +111,8 @@ VALUES = [
     ("experts with biases", EXPERTS | {"bias": "all"}, r"`bias` \('all'\) must be 'none' with"),
 ]
 TYPES = [
+    ("attention", {}, r"'one' is not supported: torch.nn.MultiheadAttention reads its weights"),
+    ("attention", targets("out_proj"), r"'one.out_proj' is not supported: torch.nn.MultiheadAtt"),
     ("llama", targets("norm"), r"norm.*LlamaRMSNorm.* PaCA adapts torch.nn.Linear, .*Embedding"),
     ("transposed convolution", {}, r"ConvTranspose2d\) is not supported.*torch.nn.Conv1d"),
     ("normed embedding", {}, r"'one' \(NormedEmbedding\) is not supported: it has a forward of"),

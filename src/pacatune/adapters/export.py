@@ -44,7 +44,7 @@ from pacatune.adapters.loading import check_base
 from pacatune.adapters.target import named_base, target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
-from pacatune.format.options import IN_TENSORS, PacaOptions, format_quantization, target_of
+from pacatune.format.options import IN_TENSORS, PacaOptions, format_quantization
 from pacatune.format.tensors import DELTA, INDICES, PEFT_PREFIX, TENSORS_NAME
 from pacatune.precision import torch_dtype
 from pacatune.strategies import FIXED
@@ -279,7 +279,7 @@ def lora_config(
     """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows."""
     config: Any = adapter.config
     parameters = sorted(name for name in adapter.modules if is_parameter(config, name))
-    targets = {target_of(name) for name in adapter.modules.keys() - set(parameters)}
+    targets = adapter.modules.keys() - set(parameters)
     rank, alpha = rank_and_alpha(adapter)
     result = {
         "peft_type": "LORA",

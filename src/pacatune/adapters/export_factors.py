@@ -3,7 +3,6 @@
     linear       A (R, I) selects the columns, B (O, R) = delta
     embedding    A (R, V) = delta^T, B (D, R) selects the dimensions
     experts      A and B hold the factors of all E experts: A the selector E times, B the deltas
-    attention    for the in_proj_weight of torch's; PEFT adds the update of its out_proj twice
     convolution  see below
 
 A layer of lower rank than another is filled up with zeros.
@@ -18,12 +17,10 @@ from torch import Tensor, nn
 
 from pacatune.adapters.folder import Adapter
 from pacatune.adapters.target import target_of_module
-from pacatune.format.options import target_of
 from pacatune.format.tensors import PEFT_PREFIX
 from pacatune.installation import require
 from pacatune.tuner.convolution import runs_torchs_forward
 from pacatune.tuner.layout import (
-    AttentionLayout,
     ConvolutionLayout,
     EmbeddingLayout,
     ExpertsLayout,
@@ -72,19 +69,7 @@ def lora_factors(
         return _experts_factors(adapter, found.module, name, selector, filled)
     if isinstance(layout, EmbeddingLayout):
         return {f"{name}.lora_embedding_A": filled.t(), f"{name}.lora_embedding_B": selector.t()}
-    if isinstance(layout, AttentionLayout):
-        return _attention_factors(target_of(name), selector, filled)
-    _refuse_output_of_attention(base, name, f"{adapter.folder}: module {name!r}")
     return _named(name, selector, filled)
-
-
-def _refuse_output_of_attention(base: nn.Module, name: str, where: str) -> None:
-    owner, _, last = name.rpartition(".")
-    if last == "out_proj" and isinstance(base.get_submodule(owner), nn.MultiheadAttention):
-        raise ValueError(
-            f"{where} is the out_proj of a torch.nn.MultiheadAttention, whose LoRA update PEFT "
-            "(0.21) adds twice; merge the adapter instead (`pacatune merge`)."
-        )
 
 
 def _named(name: str, factor_a: Tensor, factor_b: Tensor) -> dict[str, Tensor]:
@@ -108,14 +93,6 @@ def _experts_factors(
         factor_b = selector.t().unsqueeze(2).expand(-1, -1, num_experts)
         return _named(where, update.permute(2, 1, 0).flatten(0, 1), factor_b.flatten(1))
     return _named(where, selector.repeat(num_experts, 1), update.flatten(1))
-
-
-def _attention_factors(target: str, selector: Tensor, update: Tensor) -> dict[str, Tensor]:
-    """Return the factors of in_proj_weight, and zeros for the out_proj that PEFT adapts as well."""
-    factors = _named(target, selector, update)
-    zeros_a = torch.zeros_like(selector)
-    zeros_b = update.new_zeros(selector.shape[1], len(selector))
-    return factors | _named(f"{target}.base_layer.out_proj", zeros_a, zeros_b)
 
 
 # Factors of the LoRA that says what a PaCA adapter of a convolution says, where PEFT's LoRA can.

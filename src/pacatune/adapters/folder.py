@@ -13,7 +13,7 @@ from torch import Tensor
 from pacatune.files.json_file import read_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors
-from pacatune.format.options import FILE_TYPES, PacaOptions, target_of
+from pacatune.format.options import FILE_TYPES, PacaOptions
 from pacatune.format.patterns import check_patterns, matching_key
 from pacatune.format.tensors import (
     TENSORS_NAME,
@@ -270,7 +270,7 @@ def module_alpha(config: PacaOptions, module: str) -> float:
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that fits a module's name, else the default."""
-    key = matching_key(patterns, target_of(module))
+    key = matching_key(patterns, module)
     return default if key is None else patterns[key]
 
 

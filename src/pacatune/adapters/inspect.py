@@ -224,8 +224,6 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         )
     else:
         limits = ["dilated or oddly padded convolutions"] * has_convolutions
-        if "MultiheadAttention" in (config.needs_pacatune_for or []):
-            limits.append("the out_proj of torch's attention")
         limit = f", {' and '.join(limits)} excepted" if limits else ""
         notes.append(
             f"can be exported as an exact LoRA adapter{limit}: `pacatune export --to lora`."

@@ -18,7 +18,6 @@ FILE_TYPES = ("PACA", NEEDS_US)
 """`peft_type` in adapter_config.json: of adapters that PEFT's own PaCA reads too, and of those that
 only ours does. There PEFT without pacatune stops, where it would give wrong outputs otherwise."""
 
-IN_PROJ = "in_proj_weight"
 # Options that PEFT's own PaCA does not have, and that change what an adapter computes.
 _OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
 RANDOM = "random"
@@ -264,11 +263,6 @@ def check_sizes(options: Any) -> None:
         _check_rank(f"rank_pattern[{name!r}]", rank)
     for name, alpha in (options.alpha_pattern or {}).items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
-
-
-def target_of(name: str) -> str:
-    """Return how options name an adapted weight: for in_proj_weight, by the attention."""
-    return name.removesuffix(f".{IN_PROJ}")
 
 
 def format_quantization(quantization: Mapping[str, Any]) -> str:

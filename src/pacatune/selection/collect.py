@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pacatune.ops.whole import is_shared_out
 from pacatune.selection.statistics import ColumnStatistics
-from pacatune.tuner.attention import without_fast_path
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.fast_path import without_fast_path
 from pacatune.tuner.layout import EmbeddingLayout
 from pacatune.tuner.targets import Target
 

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_TENSORS, target_of
+from pacatune.format.options import IN_TENSORS
 from pacatune.format.patterns import matching_key
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
 from pacatune.ops.pattern import columns_of
@@ -34,7 +34,7 @@ from pacatune.tuner.config import (
     refuse_idle_layers,
     seeded,
 )
-from pacatune.tuner.defaults import default_targets, log_once
+from pacatune.tuner.defaults import default_targets, leave_out_attention, log_once
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target, check_targets, for_module
@@ -134,8 +134,9 @@ def _known(
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
     """Return what a configuration adapts, by the names that files know."""
     kwargs = get_quantization_kwargs(model)
+    config = copy.copy(config)
+    leave_out_attention(config, model)
     if config.target_modules is None:
-        config = copy.copy(config)
         try:
             config.target_modules = default_targets(model, **kwargs)  # type: ignore[assignment]
             refuse_idle_layers(config)
@@ -149,7 +150,7 @@ def fit_ranks(model: nn.Module, config: PacaConfig) -> None:
     """Let a weight with fewer columns than its rank train all, by `rank_pattern`, and say so."""
     probe, asked = copy.copy(config), config.rank_pattern or {}
     probe.r, probe.groups, probe.rank_pattern = 1, 1, {}
-    sizes = {target_of(name): t.num_columns for name, t in find_targets(model, probe).items()}
+    sizes = {name: target.num_columns for name, target in find_targets(model, probe).items()}
     narrow = {
         name: size for name, size in sizes.items() if size < for_module(asked, name, config.r)
     }
@@ -205,9 +206,8 @@ def settle_scaling(model: nn.Module, config: PacaConfig) -> PacaConfig:
     config = copy.copy(config)
     alphas = {}
     for name, target in find_targets(model, config).items():
-        module = target_of(name)
-        alpha = for_module(config.alpha_pattern, module, config.paca_alpha)
-        alphas[module] = alpha * math.sqrt(target.rank)
+        alpha = for_module(config.alpha_pattern, name, config.paca_alpha)
+        alphas[name] = alpha * math.sqrt(target.rank)
     config.paca_alpha = config.paca_alpha * math.sqrt(config.r)
     config.alpha_pattern = {n: one for n, one in alphas.items() if one != config.paca_alpha}
     config.use_rslora = False

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from pacatune.format.options import IN_TENSORS, NEEDS_US, PacaOptions, idle_layers, target_of
+from pacatune.format.options import IN_TENSORS, NEEDS_US, PacaOptions, idle_layers
 
 
 @dataclass
@@ -83,9 +83,7 @@ def refuse_idle_layers(config: PeftConfig) -> None:
 
 def key_of_columns(columns: Mapping[str, list[Any]], name: str) -> str | None:
     """Return the name or pattern by which a configuration gives a module's columns, or None."""
-    # Full names first: patterns of many modules would be compiled for each of them.
-    for one in (name, target_of(name)):
-        if one in columns:
-            return one
-    keys = [str(get_pattern_key(columns.keys(), one)) for one in (name, target_of(name))]
-    return next((key for key in keys if key in columns), None)
+    if name in columns:  # first: patterns of many modules would be compiled for each of them
+        return name
+    key = str(get_pattern_key(columns.keys(), name))
+    return key if key in columns else None

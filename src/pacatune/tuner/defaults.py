@@ -9,7 +9,7 @@ trains a part of the model only, or nothing. What is left out, and why:
                                  LoRA adapters do not adapt either
     router                       linear layers beside `experts`: a small change reroutes tokens
     state-space mixer            its kernels read the weights and never call the layers
-    torch's MultiheadAttention   four projections in two modules; both can be named
+    torch's MultiheadAttention   it reads the weights of its projections and never calls them
     bare parameters              fused experts are no layers; see `target_parameters`
 """
 
@@ -20,13 +20,14 @@ import re
 from collections import Counter
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_modules
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pacatune.tuner.ignored import own_modules
 from pacatune.tuner.layout import Conv1DLayout, Layout, adaptable_kind
-from pacatune.tuner.targets import available_targets
+from pacatune.tuner.targets import NEVER_CALLED, TORCHS_ATTENTION, available_targets
 
 
 def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
@@ -61,6 +62,20 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
     )
 
 
+def leave_out_attention(config: PeftConfig, model: nn.Module) -> None:
+    """Exclude from "all-linear" the layers that torch's attention never calls, and say so."""
+    if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    names = {n for n, m in model.named_modules() if isinstance(m, TORCHS_ATTENTION)}
+    if not names:
+        return
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, sorted(names))])
+    else:
+        config.exclude_modules = names.union(config.exclude_modules or ())
+    log_once(f"`target_modules` (all-linear): {sorted(names)} left out: {NEVER_CALLED}.")
+
+
 def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
     """Return every module with a weight matrix, and why the default leaves it out."""
     modules = own_modules(model)
@@ -72,14 +87,16 @@ def survey(model: nn.Module, **kwargs: Any) -> dict[str, str]:
         kind = adaptable_kind(base, **kwargs)
         if kind is None and not _has_matrix(base):
             continue
-        if kind not in (Layout, Conv1DLayout):
+        if isinstance(base, TORCHS_ATTENTION):
+            reasons[name] = "torch's MultiheadAttention"
+        elif kind not in (Layout, Conv1DLayout):
             reasons[name] = "bare parameters" if kind is None else kind.word
         elif not name.startswith(blocks):
             reasons[name] = "outside the blocks"
         elif not name.startswith(root):
             reasons[name] = "beside the language model"
         else:
-            reasons[name] = _reason_in_block(base, modules[name.rpartition(".")[0]])
+            reasons[name] = _reason_in_block(modules[name.rpartition(".")[0]])
     return reasons
 
 
@@ -104,13 +121,11 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(p is not None and p.squeeze().dim() > 1 for p in module._parameters.values())
 
 
-def _reason_in_block(layer: nn.Module, parent: nn.Module) -> str:
+def _reason_in_block(parent: nn.Module) -> str:
     if hasattr(parent, "experts"):
         return "router"
     if hasattr(parent, "A_log") and hasattr(parent, "D"):
         return "state-space mixer"
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return "torch's MultiheadAttention"
     return ""
 
 

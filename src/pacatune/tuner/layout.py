@@ -9,7 +9,6 @@ the layers' matter (`tuner.linear`, ...). The symbols are those of docs/method.m
     Conv1D              (I, O)             (O, R)               (O, R)
     convolution         (O, I/G, *k)       (O/G, R, *k)         (O/G, R, *k)
     embedding           (V, D)             (V, R)               (V, R)
-    attention's input   (3E, E)            (3E, R)              (3E, R)
     experts             (E, O, I) or       (E, O, R)            (O, R, E)
                         (E, I, O)
 """
@@ -21,7 +20,6 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pacatune.format.options import IN_PROJ
 from pacatune.ops.columns import adapted_columns, columns_of_kernel, put_columns_, read_columns
 from pacatune.ops.whole import whole_shape
 from pacatune.tuner.compat import resolve_quantization_backend
@@ -236,25 +234,6 @@ class EmbeddingLayout(Layout):
 
 
 @dataclass(frozen=True)
-class AttentionLayout(Layout):
-    """The one weight of query, key and value projection of torch's attention, (3E, E)."""
-
-    title: ClassVar[str] = "torch.nn.MultiheadAttention"
-    word: ClassVar[str] = "torch's MultiheadAttention"
-
-    @classmethod
-    def of(cls, module: Any, parameter_name: str) -> "AttentionLayout":
-        """Read sizes only."""
-        return cls(3 * module.embed_dim, module.embed_dim)
-
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return query, key and value, each tensor once."""
-        names = ("query", "key", "value")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        return list({id(given[name]): given[name] for name in names}.values())
-
-
-@dataclass(frozen=True)
 class ExpertsLayout(Layout):
     """One weight of all experts, (E, O, I), or (E, I, O): all train the same columns."""
 
@@ -311,7 +290,6 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], type[Layout]], ...] = (
     ((Conv1D,), Conv1DLayout),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvolutionLayout),
     ((nn.Embedding,), EmbeddingLayout),
-    ((nn.MultiheadAttention,), AttentionLayout),
 )
 _EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
@@ -326,8 +304,6 @@ def layout_of(module: Any, parameter_name: str = "weight") -> Layout | None:
     Only sizes are read: quantised linear layers are known by in_features and out_features.
     """
     kind = _kind_of(module)
-    if kind is AttentionLayout or parameter_name == IN_PROJ:
-        return AttentionLayout.of(module, parameter_name) if kind is AttentionLayout else None
     if parameter_name != "weight":
         is_known = parameter_name in _EXPERT_PARAMETERS and has_known_experts(module)
         return ExpertsLayout.of(module, parameter_name) if is_known else None

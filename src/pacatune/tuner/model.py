@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
-from pacatune.format.options import IN_PROJ, IN_TENSORS, idle_layers
+from pacatune.format.options import IN_TENSORS, idle_layers
 from pacatune.format.tensors import (
     DELTA,
     INDICES,
@@ -25,7 +25,6 @@ from pacatune.format.tensors import (
 from pacatune.ops.columns import check_columns
 from pacatune.residency import resident
 from pacatune.tuner import several
-from pacatune.tuner.attention import MultiheadAttention, allow_fast_path, forbid_fast_path
 from pacatune.tuner.columns import (
     NOT_LOADED,
     choose_columns,
@@ -40,8 +39,9 @@ from pacatune.tuner.compat import (
     resolve_quantization_backend,
 )
 from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
-from pacatune.tuner.defaults import default_targets, log_targets
+from pacatune.tuner.defaults import default_targets, leave_out_attention, log_targets
 from pacatune.tuner.experts import Experts
+from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import adaptable_kind
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
@@ -118,8 +118,6 @@ def is_foreign(module: nn.Module) -> bool:
 
 def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
     base = layer.get_base_layer()
-    if isinstance(parent, MultiheadAttention):
-        return "MultiheadAttention"
     if isinstance(layer, ParameterLayer):
         return type(base).__name__
     if isinstance(parent, nn.TransformerEncoderLayer):
@@ -178,6 +176,7 @@ class PacaModel(Tuner):
             hook.handle = model.register_forward_pre_hook(hook)
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
+        leave_out_attention(peft_config, self.model)
         if peft_config.target_modules is None:
             kwargs = get_quantization_kwargs(self)
             try:
@@ -208,13 +207,6 @@ class PacaModel(Tuner):
         ranks = ranks_of(peft_config, current_key)
         if isinstance(target, ParameterLayer):
             return  # no module of the base: `target_modules` does not mean it
-        if isinstance(target, nn.MultiheadAttention | MultiheadAttention):
-            name = f"{current_key}.{IN_PROJ}"
-            ranks = ranks_of(peft_config, name)
-            self._adapt_parameter(MultiheadAttention, name, adapter_name, peft_config, ranks)
-            return
-        if isinstance(parent, nn.MultiheadAttention):  # it would never call its out_proj
-            parent = put_in_place(MultiheadAttention, self.model, current_key.rpartition(".")[0])
         if isinstance(target, PacaLayer):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
             return

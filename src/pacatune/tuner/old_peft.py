@@ -124,8 +124,6 @@ class OldTunerLayer(tuners_utils.BaseTunerLayer):
     ) -> None:
         """Move an adapter beside its base layer; columns stay int64."""
         base_layer = self.get_base_layer()
-        if isinstance(base_layer, nn.MultiheadAttention):
-            base_layer = base_layer.out_proj
         found, dtype = self._get_base_layer_device_and_dtype(base_layer)
         device = found if device is None else device
         if device is None:

@@ -10,7 +10,6 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pacatune.format.options import target_of
 from pacatune.strategies import FIXED
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
@@ -36,7 +35,7 @@ def add_weighted_adapter(
     for name, layer in tuner.model.named_modules():
         if isinstance(layer, PacaLayer) and any(one in layer.paca_delta for one in adapters):
             sums[name] = _sum_of(layer, adapters, weights)
-    ranks = {target_of(name): len(indices) for name, (_, indices) in sums.items()}
+    ranks = {name: len(indices) for name, (_, indices) in sums.items()}
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank}
     parameters = [
@@ -144,8 +143,7 @@ def _check(layers: list[Any], adapter_names: list[str]) -> None:
     if any(isinstance(layer, ParameterLayer) for layer in layers):
         raise ValueError(
             "Cannot pass `adapter_names` to a model with adapted experts, which see single tokens "
-            "and not the rows of the batch, or an adapted torch.nn.MultiheadAttention. Run the "
-            "rows of each adapter by themselves."
+            "and not the rows of the batch. Run the rows of each adapter by themselves."
         )
     known = {"__base__"}
     known |= {name for layer in layers if isinstance(layer, PacaLayer) for name in layer.paca_delta}

@@ -15,18 +15,16 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pacatune.format.options import IN_PROJ, target_of
 from pacatune.format.tensors import plain_name
 from pacatune.ops.whole import whole_shape
-from pacatune.tuner.attention import AttentionInput
 from pacatune.tuner.config import PacaConfig, key_of_columns
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import (
-    AttentionLayout,
     Conv1DLayout,
     ConvolutionLayout,
     EmbeddingLayout,
@@ -46,9 +44,13 @@ LAYERS: dict[type[Layout], type[PacaLayer]] = {
     Conv1DLayout: Linear,
     ConvolutionLayout: Conv,
     EmbeddingLayout: Embedding,
-    AttentionLayout: AttentionInput,
 }
 """Kind of a target -> the layer that adapts it where it is not quantised."""
+
+
+TORCHS_ATTENTION = (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
+"""Torch's attention, and the output projection in it: its forward never calls a layer."""
+NEVER_CALLED = "torch.nn.MultiheadAttention reads its weights and never calls a layer"
 
 
 class Target(NamedTuple):
@@ -89,19 +91,15 @@ def check_targets(
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             base = base.base_layer if isinstance(base, ParameterOwner) else base
             kind = _kind_of(base, name, **kwargs)
-            is_attention = kind is AttentionLayout
-            key, parameter_name = (
-                (f"{name}.{IN_PROJ}", IN_PROJ) if is_attention else (name, "weight")
-            )
             rank = for_module(config.rank_pattern, name, config.r)
-            layout = kind.of(base, parameter_name)
+            layout = kind.of(base, "weight")
             layout.check(rank, config.groups, name)
-            targets[key] = Target(base, parameter_name, rank, layout)
+            targets[name] = Target(base, "weight", rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
     refuse_copies(model, config.modules_to_save)
     for name, target in targets.items():
-        split_of(model, name.removesuffix(f".{IN_PROJ}"), target.module, target.parameter_name)
+        split_of(model, name, target.module, target.parameter_name)
     return targets
 
 
@@ -148,7 +146,7 @@ def available_targets(model: nn.Module) -> str:
     for name, module in _modules(model).items():
         base = module.base_layer if isinstance(module, ParameterOwner) else module
         is_target = has_layout(base) or isinstance(module, BaseTunerLayer)
-        if is_target and ".base_layer" not in name:
+        if is_target and not isinstance(base, TORCHS_ATTENTION) and ".base_layer" not in name:
             parts = [part for part in name.split(".") if not part.isdigit()]
             counts[parts[-1] if parts else name] += 1
     listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
@@ -166,6 +164,11 @@ def _kind_of(base: nn.Module, name: str, **kwargs: Any) -> type[Layout]:
             f"Target module {name!r} has a parametrised {' and '.join(names)}; its columns cannot "
             "be trained in place. Remove the parametrisation first (remove_parametrizations, "
             "remove_weight_norm, prune.remove), or drop it from `target_modules`."
+        )
+    if isinstance(base, TORCHS_ATTENTION):
+        raise TypeError(
+            f"Target module {name!r} is not supported: {NEVER_CALLED}. Adapt other layers; "
+            "the attention of transformers has linear layers of its own."
         )
     kind = adaptable_kind(base, **kwargs)
     if kind is None:
@@ -271,7 +274,7 @@ def parameters_count(config: PacaConfig) -> Iterator[None]:
 
 def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
     """Return rank, alpha and given columns of a target, patterns resolved."""
-    rank = for_module(config.rank_pattern, target_of(name), config.r)
+    rank = for_module(config.rank_pattern, name, config.r)
     columns: Any = None
     if isinstance(config.columns, str):  # none, until the file is loaded
         columns = config.columns
@@ -279,7 +282,7 @@ def ranks_of(config: PacaConfig, name: str) -> dict[str, Any]:
         columns = config.columns[key]
     return {
         "r": rank,
-        "paca_alpha": for_module(config.alpha_pattern, target_of(name), config.paca_alpha),
+        "paca_alpha": for_module(config.alpha_pattern, name, config.paca_alpha),
         "columns": columns,
     }
 
