@@ -21,7 +21,7 @@ help:
 	@echo 'make test-docs         every block of code of the docs; make test runs those of README and quick start'
 	@echo 'make conformance       the test-suite of the installed PEFT release, on our method'
 	@echo 'make compat            the core beside old and pinned releases of PEFT, transformers and torch'
-	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, tensor parallelism, DeepSpeed'
+	@echo 'make test-distributed  several processes on the CPU: DDP, FSDP2, DeepSpeed'
 	@echo 'make test-vllm         columns into a real vLLM on the CPU, in .venv-vllm'
 	@echo 'make test-integrations PaCA in Axolotl, ms-swift, LLaMA-Factory, verl and modelexpress, each in an environment of its own'
 	@echo 'make soak              2,000 folders with foreign files, then half an hour of random walks over layers'

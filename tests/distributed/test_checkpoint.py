@@ -4,31 +4,28 @@ import pytest
 import torch
 
 from tests.distributed import net
-from tests.distributed.tensor_parallel import adapt, load, marks, whole
 from tests.distributed.ways import shard
 from tests.docs.blocks import read_blocks
 
-pytestmark = marks
+pytestmark = pytest.mark.slow
 
 
 RECIPE: dict = {}
 exec(next(b.code for b in read_blocks("docs/distributed.md") if "def load(model" in b.code), RECIPE)
 
 
-def build(base, kind):
-    """A model in one process, in shards, or in shards of parts."""
-    if kind == "parts":
-        model = adapt(load(base, tp_size=2, fsdp_size=2))
-    else:
-        model = adapt(load(base, parts=False))
-        model = shard(model) if kind == "shards" else model
+def build(kind):
+    """A model in one process, or in shards."""
+    model = shard(net.adapt()) if kind == "shards" else net.adapt()
     return model, torch.optim.AdamW(net.trained(model), lr=1e-2)
 
 
 def part_of(kind, ids):
-    if kind == "parts":
-        return ids.chunk(2)[torch.distributed.get_rank() // 2]
     return net.half(ids) if kind == "shards" else ids
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def step(model, optimizer, kind, batches):
@@ -50,9 +47,9 @@ def tensors_of(model, optimizer):
     return {name: whole(tensor) for name, tensor in found.items()}
 
 
-def save(base, kind, folder):
+def save(kind, folder):
     """Save after three steps; return the state then and two steps later."""
-    model, optimizer = build(base, kind)
+    model, optimizer = build(kind)
     step(model, optimizer, kind, net.batches()[:3])
     RECIPE["save"](model, optimizer, folder)
     saved = tensors_of(model, optimizer)
@@ -60,8 +57,8 @@ def save(base, kind, folder):
     return saved, tensors_of(model, optimizer)
 
 
-def go_on(base, kind, folder):
-    model, optimizer = build(base, kind)
+def go_on(kind, folder):
+    model, optimizer = build(kind)
     RECIPE["load"](model, optimizer, folder)
     loaded = tensors_of(model, optimizer)
     step(model, optimizer, kind, net.batches()[3:])
@@ -69,17 +66,15 @@ def go_on(base, kind, folder):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("kind", ["shards", "parts"])
-def test_any_number_of_processes_goes_on(pair, four, save_base, tmp_path, kind):
-    group = pair if kind == "shards" else four
-    base, folder = save_base(), str(tmp_path / "checkpoint")
-    saved, ended = group.run(save, base, kind, folder)[0]
+def test_any_number_of_processes_goes_on(pair, four, tmp_path):
+    folder = str(tmp_path / "checkpoint")
+    saved, ended = pair.run(save, "shards", folder)[0]
     assert any("paca_delta" in name and "exp_avg_sq" in name for name in saved)
     assert not any("base_layer" in name for name in saved)
-    for loaded, again in group.run(go_on, base, kind, folder):
+    for loaded, again in pair.run(go_on, "shards", folder):
         torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
         torch.testing.assert_close(again, ended, rtol=0, atol=0)
-    others = [go_on(base, "one", folder), *four.run(go_on, base, "shards", folder)]
+    others = [go_on("one", folder), *four.run(go_on, "shards", folder)]
     for loaded, again in others:
         torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
         torch.testing.assert_close(again, ended, rtol=0, atol=1e-10)

@@ -40,7 +40,7 @@ def encoder():
 
 # Blocks over an embedding, and what is adapted.
 BLOCKS = {
-    "encoder": (encoder, ["embed", "self_attn", "out_proj"]),
+    "encoder": (encoder, ["embed", "linear1", "linear2"]),
     "convolutions": (Convolutions, ["stem", "depthwise", "grouped", "wave"]),
 }
 KINDS = [*EXPERTS, *BLOCKS]

@@ -227,29 +227,3 @@ def shard_conv1d():
 @pytest.mark.slow
 def test_fsdp2_whose_shards_cut_the_columns(pair):
     assert pair.run(shard_conv1d) == [True, True]
-
-
-def split_by_plan(folder):
-    from tests.distributed import tensor_parallel
-
-    model = tensor_parallel.adapt(tensor_parallel.load(folder, "float32"))
-    server = tensor_parallel.load(folder, "float32", parts=False)
-    base, source, receiver = clone(server), ColumnSource(model), ColumnReceiver(server)
-    receiver.expect(source.positions())
-    tensor_parallel.step(model)
-    receiver.apply(source.columns())
-    one = tensor_parallel.adapt(tensor_parallel.load(folder, "float32", parts=False))
-    with torch.no_grad():
-        for other, layer in zip(net.layers_of(one), net.layers_of(model), strict=True):
-            other.delta_of("default").copy_(layer.whole_delta("default"))
-    assert_bits(server, merged(one))
-    receiver.apply(source.base_columns())
-    assert_bits(server, base)
-    return True
-
-
-@pytest.mark.slow
-@needs("transformers", "5.17")
-def test_tensor_parallel_trainer(pair, tmp_path):
-    net.build_base("float32").save_pretrained(tmp_path)
-    assert pair.run(split_by_plan, str(tmp_path)) == [True, True]

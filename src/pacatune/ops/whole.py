@@ -4,7 +4,7 @@ from typing import Any
 
 
 def is_shared_out(weight: Any) -> bool:
-    """Whether each process has a part: a DTensor (FSDP2, tensor parallelism), or of ZeRO-3."""
+    """Whether each process has a part: a DTensor (FSDP2), or of ZeRO-3."""
     return hasattr(weight, "placements") or hasattr(weight, "ds_id")
 
 

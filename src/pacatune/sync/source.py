@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 class ColumnSource:
     """Gives the columns of an adapted model to those who serve it.
 
-    With FSDP2, tensor parallelism or ZeRO-3 all processes of the trainer make a source, and call
+    With FSDP2 or ZeRO-3 all processes of the trainer make a source, and call
     its methods together; each gets the same columns, and one of them sends.
 
     Args:

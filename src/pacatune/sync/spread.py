@@ -1,4 +1,4 @@
-"""Values that are spread over a trainer's processes: FSDP2's and tensor parallelism's, ZeRO-3's."""
+"""Values that are spread over a trainer's processes: FSDP2's and ZeRO-3's."""
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext

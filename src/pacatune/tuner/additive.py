@@ -56,17 +56,13 @@ class AdditiveLayer(PacaLayer):
         modules: dict[str, Any] = self.__dict__["_modules"]  # nn.Module's own look-up is slow
         holder = modules["paca_delta"]._modules.get(name)
         # FSDP may wrap or shard holders alone.
-        if type(holder) is not Delta or not self._is_bare(modules["base_layer"].__dict__):
+        if type(holder) is not Delta or has_hooks(modules["base_layer"].__dict__):
             return None
         delta = holder._parameters.get("weight")
         if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
             return None
         indices = modules["paca_indices"]._buffers[name]
         return delta, indices, self.scaling[name], modules["paca_places"]._buffers.get(name)
-
-    def _is_bare(self, base: dict[str, Any]) -> bool:
-        """Whether calling the base layer is its forward and no more."""
-        return not has_hooks(base)
 
     def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

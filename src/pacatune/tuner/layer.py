@@ -230,10 +230,6 @@ class PacaLayer(nn.Module, TunerLayer):
         indices, scaling = self.paca_indices[adapter_name], self.scaling[adapter_name]
         return self.delta_of(adapter_name), indices, scaling, self.places_of(adapter_name)
 
-    def whole_delta(self, adapter_name: str) -> Tensor:
-        """Return the values of one adapter's (O, R) update, wherever they are."""
-        return self.delta_of(adapter_name).detach()
-
     @torch.no_grad()
     def replace_update(
         self,
@@ -345,9 +341,9 @@ class PacaLayer(nn.Module, TunerLayer):
                 f"Cannot merge into a weight of shape {tuple(weight.shape)} of which each process "
                 "has a part. Save the adapter and merge it in one process (`pacatune merge`)."
             )
-        indices, update = (one.to(weight.device) for one in self._columns_to_merge(name))
+        indices = self.paca_indices[name].to(weight.device)
         originals = self.layout.read_columns(weight, indices)
-        update = self.layout.oriented(update)
+        update = self.layout.oriented(self.expanded(name, self.delta_of(name)).to(weight.device))
         merged = adapted_columns(originals, update, self.scaling[name])
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
@@ -384,10 +380,6 @@ class PacaLayer(nn.Module, TunerLayer):
         if self.residency is not None and isinstance(weight, nn.Parameter):  # not a copy of it
             self.residency.num_own_versions += 1
 
-    def _columns_to_merge(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the columns of that weight which an adapter changes, and its update of them."""
-        return self.paca_indices[name], self.expanded(name, self.delta_of(name))
-
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again, bit for bit."""
         self.unmerge_to(0)
@@ -413,7 +405,7 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
-        update = self.expanded(adapter, self.whole_delta(adapter)) * self.scaling[adapter]
+        update = self.expanded(adapter, self.delta_of(adapter).detach()) * self.scaling[adapter]
         dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
         columns = self.layout.oriented(update)
         self.layout.put_columns_(dense, self.paca_indices[adapter], columns)

@@ -59,7 +59,6 @@ from pacatune.tuner.targets import (
     parameters_count,
     ranks_of,
 )
-from pacatune.tuner.tensor_parallel import TensorParallelLinear, split_of
 
 # Finds weights that two modules share, such as an lm_head tied to the embedding.
 
@@ -214,10 +213,7 @@ class PacaModel(Tuner):
         kind = adaptable_kind(target, **kwargs)
         assert kind is not None, "check_targets refuses what no layer adapts"
         is_quantized = resolve_quantization_backend(target, **kwargs) is not None
-        split = split_of(self.model, current_key, target)
         new = QuantizedLinear if is_quantized else LAYERS[kind]
-        if split is not None:
-            new, kwargs = TensorParallelLinear, {**kwargs, "split": split}
         layer = new(target, adapter_name, current_key, peft_config, **ranks, **kwargs)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

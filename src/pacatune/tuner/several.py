@@ -95,7 +95,7 @@ def _check_combination(
 @torch.no_grad()
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
-    updates = [layer.expanded(name, layer.whole_delta(name)) for name, _ in present]
+    updates = [layer.expanded(name, layer.delta_of(name).detach()) for name, _ in present]
     indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
     delta = updates[0].new_zeros(layer.layout.delta_shape(len(indices)))
     for (name, weight), update in zip(present, updates, strict=True):

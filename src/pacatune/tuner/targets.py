@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pacatune.format.tensors import plain_name
@@ -37,7 +38,6 @@ from pacatune.tuner.layout import (
 )
 from pacatune.tuner.linear import Linear
 from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
-from pacatune.tuner.tensor_parallel import refuse_copies, split_of
 
 LAYERS: dict[type[Layout], type[PacaLayer]] = {
     Layout: Linear,
@@ -97,10 +97,24 @@ def check_targets(
             targets[name] = Target(base, "weight", rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
-    refuse_copies(model, config.modules_to_save)
-    for name, target in targets.items():
-        split_of(model, name, target.module, target.parameter_name)
+    _refuse_split(model, targets)
     return targets
+
+
+def _refuse_split(model: nn.Module, targets: dict[str, Target]) -> None:
+    """Refuse a model that tensor parallelism has split, whoever did it."""
+    modules = list(model.modules())
+    # Not by getattr: PEFT's wrappers answer for the model inside them.
+    has_plan = any((vars(m).get("_tp_size") or 1) > 1 or "_hf_tp_plan" in vars(m) for m in modules)
+    most = any(isinstance(module, FSDPModule) for module in modules)  # dimensions that FSDP2 shards
+    for name, target in targets.items():
+        weight: Any = getattr(target.module, target.parameter_name, None)
+        num_shards = sum(not one.is_replicate() for one in getattr(weight, "placements", ()))
+        if has_plan or num_shards > most:
+            raise ValueError(
+                f"{name!r} is split over several processes by tensor parallelism, which PaCA does "
+                "not support; load the model without a `tp_plan`, and shard it by FSDP2 or ZeRO."
+            )
 
 
 def _refuse_other_method(module: nn.Module, name: str) -> None:
@@ -199,7 +213,6 @@ def find_parameters(
         owner = name.rpartition(".")[0]
         is_excluded = isinstance(tuner._check_target_module_exists(config, owner), _ExcludedModule)
         if tuner._check_target_module_exists(config, name) and not is_excluded:
-            split_of(model, name, module, name.rpartition(".")[2])
             _check_parameter(name, module, config, parameters)
             found.append(name)
     if targets and not found:
