@@ -10,8 +10,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pacatune import PacaConfig
-from pacatune.ops import paca_linear, reference
+from pacatune.ops import paca_linear
 from tests.conftest import build_model
+from tests.ops import reference
 
 STEPS = 20
 

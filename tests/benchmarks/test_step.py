@@ -10,8 +10,8 @@ from benchmarks.results import read
 from benchmarks.swap import SwapLinear
 from pacatune import PacaConfig
 from pacatune.measure.models import llama_values
-from pacatune.ops.reference import paca_linear
 from pacatune.tuner.linear import Linear
+from tests.ops.reference import paca_linear
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 32, 48, 2
 VALUES = llama_values(HIDDEN, NUM_LAYERS, num_heads=4, intermediate_size=48, vocab_size=64)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacatune.ops import paca_conv, reference
+from pacatune.ops import paca_conv
 from pacatune.ops.columns import adapted_kernel, select_channels
-from tests.ops import twin
+from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
 # Per case: I, O, kernel size in each dimension, rank, and what F.conv2d calls by these names.

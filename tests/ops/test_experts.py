@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune.ops import experts_linear, paca_experts_linear, paca_experts_update, reference
-from tests.ops import twin
+from pacatune.ops import experts_linear, paca_experts_linear, paca_experts_update
+from tests.ops import reference, twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
 NUM_EXPERTS, OUT_FEATURES, IN_FEATURES, RANK = 4, 8, 12, 4

@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from pacatune.lean import ACTIVATIONS
-from pacatune.ops import reference
 from pacatune.ops.linear import apply_paca_linear
-from tests.ops import twin
+from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
 WIDTH, OUT, RANK = 11, 6, 3

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.ops import paca_linear, paca_linear_additive, products, reference
-from tests.ops import twin
+from pacatune.ops import paca_linear, paca_linear_additive, products
+from tests.ops import reference, twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]

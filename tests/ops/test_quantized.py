@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.ops import paca_quantized_linear, reference
-from tests.ops import twin
+from pacatune.ops import paca_quantized_linear
+from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
 OUT, IN, RANK = 6, 10, 3

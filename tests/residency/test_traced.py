@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency.weight
-from pacatune.ops.reference import adapted_weight
+from tests.ops.reference import adapted_weight
 from tests.residency.net import (
     adapt,
     assert_base,

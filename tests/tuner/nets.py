@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from pacatune.ops.reference import adapted_experts, adapted_kernel, adapted_weight
+from tests.ops.reference import adapted_experts, adapted_kernel, adapted_weight
 
 
 def adapt(base: nn.Module, *, random: bool = True, **options) -> nn.Module:

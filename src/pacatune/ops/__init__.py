@@ -1,4 +1,4 @@
-"""The hand-written gradients of PaCA; torch only. `ops.reference` has the same in autograd."""
+"""The hand-written gradients of PaCA; torch only."""
 
 from pacatune.ops.convolution import paca_conv
 from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update

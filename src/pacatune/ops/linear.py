@@ -9,7 +9,7 @@ they keep:
 
 and all three run the same two large GEMMs (y = x W^T, dx = dy W). PaCA adds one gather in the
 forward pass and one thin GEMM in the backward pass; nothing runs in sequence with the large GEMMs.
-`ops/reference.py` states the same equations in plain autograd; the tests hold the two together.
+The tests hold them to the same equations in plain autograd (tests/ops/reference.py).
 """
 
 from collections.abc import Callable
