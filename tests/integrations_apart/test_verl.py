@@ -9,11 +9,8 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from verl.checkpoint_engine.base import CheckpointEngineRegistry
-from verl.workers.rollout.sglang_rollout.delta_loader import apply_delta
 
 from pacatune import PacaConfig
-from pacatune.integrations.verl import delta_flushes
-from pacatune.sync import ColumnSource
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -164,49 +161,3 @@ def test_other_models_are_left_to_verl_and_refused_here():
     assert fsdp.FSDPEngine.get_per_tensor_param.__wrapped__
     with pytest.raises(ValueError, match="the actor is no PaCA model of verl's FSDP engine"):
         asyncio.run(engine.send_weights(iter([("a", torch.ones(1))])))
-
-
-class Server(torch.nn.Module):
-    """What SGLang's models do with tensors that they load, for verl's own loader of deltas."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def load_weights(self, weights):
-        for name, tensor in weights:
-            self.model.get_parameter(name).data.copy_(tensor)
-
-
-def test_its_loader_of_deltas_has_the_bits_of_a_merge():
-    model, server = build(), Server(LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16())
-    source = ColumnSource(model)
-    server.model.load_state_dict(build().unload().state_dict())
-    base = {name: tensor.clone() for name, tensor in server.model.state_dict().items()}
-    for number in range(4):
-        columns = source.columns()
-        assert bool(columns.follows) == (number > 0)
-        for flush in delta_flushes(source.positions(), columns):
-            apply_delta(server, flush)
-        expected = {**base, **merged(model)}
-        for name, tensor in server.model.state_dict().items():
-            assert torch.equal(tensor.view(torch.int16), expected[name].view(torch.int16)), name
-        generator = torch.Generator().manual_seed(number)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.add_(1e-5 * torch.randn(parameter.shape, generator=generator))
-    assert any(not torch.equal(expected[name], tensor) for name, tensor in base.items())
-    ((words, places, values),) = delta_flushes(source.positions(), source.columns())
-    values[1][0] += 1
-    with pytest.raises(RuntimeError, match="delta checksum mismatch"):
-        apply_delta(server, [words, places, values])
-    assert delta_flushes(source.positions(), source.columns()) == []
-
-
-def test_a_delta_has_one_dtype():
-    """The wire has the dtype in each entry, and one tensor of values."""
-    model = build()
-    model.base_model.model.model.layers[0].mlp.down_proj.float()
-    source = ColumnSource(model)
-    flushes = delta_flushes(source.positions(), source.columns())
-    assert [dict(one)["__values__"].dtype for one in flushes] == [torch.float32, torch.bfloat16]

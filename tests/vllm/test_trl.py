@@ -45,11 +45,10 @@ def sampling_gaps(trainer):
 @pytest.fixture
 def eager(monkeypatch):
     """TRL would compile the model, which takes minutes on a CPU."""
-    from trl.experimental.online_dpo import online_dpo_trainer
     from trl.generation import vllm_generation
 
-    for module in (vllm_generation, online_dpo_trainer):
-        monkeypatch.setattr(module, "LLM", partial(module.LLM, enforce_eager=True))
+    llm = partial(vllm_generation.LLM, enforce_eager=True)
+    monkeypatch.setattr(vllm_generation, "LLM", llm)
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
@@ -92,24 +91,6 @@ def check_and_end(llm, model, base, monkeypatch):
     llm.llm_engine.engine_core.shutdown()
 
 
-def test_online_dpo_colocate(model_path, tmp_path, monkeypatch, eager):
-    from transformers import AutoTokenizer
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-
-    args = OnlineDPOConfig(
-        **options(tmp_path, max_new_tokens=12, max_length=48, use_vllm=True),
-        vllm_mode="colocate",
-        model_init_kwargs={"dtype": "bfloat16"},
-    )
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    trainer = make(partial(OnlineDPOTrainer, processing_class=tokenizer), model_path, args)
-    base = served_digests(trainer.llm)
-    monkeypatch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
-    trainer.train()
-    trainer._move_model_to_vllm()
-    check_and_end(trainer.llm, trainer.model, base, monkeypatch)
-
-
 @pytest.fixture
 def server(model_path, tmp_path, free_port):
     with serve(model_path, free_port, tmp_path / "server.log"):
@@ -132,34 +113,3 @@ def test_server(model_path, tmp_path, server):
     other = online(GRPOTrainer, GRPOConfig, model_path, tmp_path / "other", **more)
     other.vllm_generation.sync_weights()
     assert weights_of(server) == trained_digests(other.model) == before
-
-
-def test_async_grpo(model_path, tmp_path, server, monkeypatch):
-    """Its training pass needs FlashAttention 3, which no CPU has: the updates are random here."""
-    from transformers import AutoTokenizer
-    from trl.chat_template_utils import qwen2_5_chat_template
-    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
-
-    # For a column of its log it asks for the GPU's name.
-    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: None)
-    args = AsyncGRPOConfig(
-        **options(tmp_path / "run", dtype="bfloat16"), vllm_server_base_url=server
-    )
-    # It reads answers by the template of a chat, and knows that of some models.
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    tokenizer.chat_template = qwen2_5_chat_template
-    trainer = make(partial(AsyncGRPOTrainer, processing_class=tokenizer), model_path, args)
-    before = weights_of(server)
-    trainer.weight_transfer.init_weight_transfer()  # as when training begins
-    for number in range(3):
-        with monkeypatch.context() as patch:
-            patch.setattr(trainer.model, "merge_adapter", lambda: pytest.fail("nothing is merged"))
-            trainer._sync_weight()
-        served = weights_of(server)
-        assert served == trained_digests(trainer.model)
-        assert (served == before) == (number == 0)
-        assert trainer.model_version == number + 1
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data.normal_(std=0.01)
-    trainer.weight_transfer.destroy()

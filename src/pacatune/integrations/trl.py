@@ -9,14 +9,11 @@ the columns of W' are sent, to vLLM in this process (`vllm_mode="colocate"`) or 
 models are synced as TRL does it.
 """
 
-import functools
-import inspect
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +23,6 @@ from trl.generation import vllm_client, vllm_generation
 from pacatune.integrations.broadcast import BACKEND
 from pacatune.integrations.vllm import VllmTransport
 from pacatune.sync.source import ColumnSource
-from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layer import PacaLayer
 
 logger = logging.getLogger(__name__)
@@ -36,24 +32,18 @@ logger = logging.getLogger(__name__)
 def column_sync() -> Iterator[None]:
     """Have the trainers of TRL that are made in this block send columns to vLLM.
 
-    GRPO, RLOO and whatever else samples by TRL's `VLLMGeneration`; OnlineDPO and AsyncGRPO if their
-    classes were imported before the block.
+    GRPO, RLOO and whatever else samples by TRL's `VLLMGeneration`.
     """
     from trl.trainer import grpo_trainer, rloo_trainer
 
     plain = vllm_generation.VLLMGeneration
-    loaded = {name: one for name, one in list(sys.modules.items()) if name.startswith("trl.")}
-    users = [one for one in loaded.values() if vars(one).get("VLLMGeneration") is plain]
+    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("trl.")]
+    users = [module for module in loaded if vars(module).get("VLLMGeneration") is plain]
     assert grpo_trainer in users, "TRL makes it by this name"
     assert rloo_trainer in users, "TRL makes it by this name"
-    kinds = {
-        vars(loaded[name])[cls]: init for (name, cls), init in _APART.items() if name in loaded
-    }
     with ExitStack() as stack:
         for module in users:
             stack.enter_context(patch.object(module, "VLLMGeneration", ColumnGeneration))
-        for kind, init in kinds.items():
-            stack.enter_context(patch.object(kind, "__init__", partialmethod(init, kind.__init__)))
         yield
 
 
@@ -86,7 +76,7 @@ class ColumnGeneration(vllm_generation.VLLMGeneration):
         if not _sends_columns(self.model, sleeps):
             super()._init_vllm()
             return
-        with _our_engine(vllm_generation, lambda: True):
+        with _our_engine():
             super()._init_vllm()
         self._send = _Sender(self, self.mode)
 
@@ -156,85 +146,10 @@ def _sends_columns(model: Any, sleeps: bool) -> bool:
 
 
 @contextmanager
-def _our_engine(module: Any, is_ours: Callable[[], bool]) -> Iterator[None]:
-    """Have a module of TRL start vLLM with our engine, or talk to a server with it."""
-    plain = {name: vars(module)[name] for name in ("LLM", "VLLMClient") if name in vars(module)}
-
-    def llm(*args: Any, **kwargs: Any) -> Any:
-        if is_ours():
-            kwargs["weight_transfer_config"] = {"backend": BACKEND}
-        return plain["LLM"](*args, **kwargs)
-
-    def client(*args: Any, **kwargs: Any) -> Any:
-        return (ColumnClient if is_ours() else plain["VLLMClient"])(*args, **kwargs)
-
-    ours: dict[str, Any] = {"LLM": llm, "VLLMClient": client}
-    with patch.multiple(module, **{name: ours[name] for name in plain}):  # LLM: if vLLM is there
+def _our_engine() -> Iterator[None]:
+    """Have TRL start vLLM with our engine, or talk to a server with it."""
+    ours: dict[str, Any] = {"VLLMClient": ColumnClient}
+    if (llm := vars(vllm_generation).get("LLM")) is not None:  # if vLLM is there
+        ours["LLM"] = partial(llm, weight_transfer_config={"backend": BACKEND})
+    with patch.multiple(vllm_generation, **ours):
         yield
-
-
-def _init_online_dpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Make a trainer that starts vLLM and moves weights by itself."""
-    module = sys.modules[_ONLINE_DPO]
-    is_ours = functools.cache(lambda: _sends_columns(self.model, self.args.vllm_enable_sleep_mode))
-    with _our_engine(module, is_ours):
-        init(self, *args, **kwargs)
-    if self.use_vllm and is_ours():
-        self._move_model_to_vllm = _Sender(self, self.vllm_mode)
-
-
-class ColumnTransfer:
-    """What TRL's AsyncGRPO asks of a way to send weights, for columns in requests to its server."""
-
-    trainer: Any = None
-
-    def init_weight_transfer(self) -> None:
-        """Prepare the server's engine."""
-        client = self.trainer.vllm_client
-        client.wait_for_server_ready()
-        _has_our_engine(client.server_url, client.get_server_info()["weight_transfer_config"])
-        self.trainer._send.transport = VllmTransport(client.server_url)
-
-    def destroy(self) -> None:
-        """Leave the server as it is."""
-
-
-def _init_async_grpo(self: Any, init: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Make a trainer whose server answers while it trains."""
-    given = inspect.signature(init).bind(self, *args, **kwargs).arguments
-    if not isinstance(given.get("peft_config"), PacaConfig) or given.get("weight_transfer"):
-        init(self, *args, **kwargs)
-        return
-    transfer = ColumnTransfer()
-    init(self, *args, **kwargs, weight_transfer=transfer)
-    ColumnSource(self.accelerator.unwrap_model(self.model))  # says what cannot be sent
-    transfer.trainer, self._send = self, _Sender(self, "server")
-    self._sync_weight_merged = partial(_sync_columns, self)
-
-
-def _sync_columns(trainer: Any, start: float) -> tuple[float, float, float]:
-    """Do what TRL's method of this place does, without a merge; return when its phases ended."""
-    is_main = trainer.accelerator.is_main_process
-    if is_main:
-        trainer.vllm_client.pause()
-    paused = time.time()
-    trainer.accelerator.wait_for_everyone()
-    ready = time.time()
-    trainer._send()
-    sent = time.time()
-    trainer.accelerator.wait_for_everyone()
-    if is_main:
-        trainer.vllm_client.resume()
-        trainer.model_version += 1
-        if trainer.rollout_worker:
-            trainer.rollout_worker.update_model_version(trainer.model_version)
-    return paused, ready, sent
-
-
-_ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer"
-_ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer"
-_APART = {
-    (_ONLINE_DPO, "OnlineDPOTrainer"): _init_online_dpo,
-    (_ASYNC_GRPO, "AsyncGRPOTrainer"): _init_async_grpo,
-}
-"""Trainers with a way of their own to vLLM -> what makes one."""

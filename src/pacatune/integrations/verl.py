@@ -17,8 +17,8 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 
 from pacatune.format.tensors import plain_name
 from pacatune.integrations.broadcast import BACKEND, Broadcast
-from pacatune.precision import dtype_name, torch_dtype
-from pacatune.sync import ColumnReceiver, Columns, ColumnSource, Positions, element_patches
+from pacatune.precision import torch_dtype
+from pacatune.sync import ColumnReceiver, ColumnSource, Positions
 from pacatune.sync.adapted import base_of
 from pacatune.sync.message import from_wire, to_wire
 from pacatune.tuner.layer import PacaLayer
@@ -135,46 +135,6 @@ class ColumnCheckpointEngine(CheckpointEngine):
         self._receiver = receiver
         for name, tensor in self._served.items():
             yield name, tensor
-
-
-def delta_flushes(positions: Positions, columns: Columns) -> list[list[tuple[str, Tensor]]]:
-    """Return a sync as verl's delta flushes, one for each dtype; none where nothing was changed.
-
-    A checkpoint engine whose `wire_format` is `delta_flush` yields them, each with whether it is
-    the last one. They change weights that a rollout has: it must have loaded the base.
-
-    Args:
-        positions: Those that the columns are at.
-        columns: See `pacatune.sync.element_patches`.
-    """
-    from verl.checkpoint_engine.delta_sync import DeltaParam, checksum
-
-    patches = element_patches(positions, columns)
-    flushes = []
-    for dtype in dict.fromkeys(one.dtype for one in patches):
-        same, params, start = [one for one in patches if one.dtype == dtype], [], 0
-        for one in same:
-            end = start + len(one.values)
-            param = DeltaParam(
-                name=one.name,
-                dtype=dtype_name(dtype),
-                shape=list(one.shape),
-                pos_start=4 * start,  # in bytes of int32, unlike the values
-                pos_end=4 * end,
-                pos_width=4,
-                val_start=start,
-                val_end=end,
-            )
-            params.append(vars(param))
-            start = end
-        places = torch.cat([one.indices for one in same]).view(torch.uint8)
-        values = torch.cat([one.values for one in same])
-        spec = {"encoding": "indices", "params": params, "checksum": checksum(places, values)}
-        words = torch.frombuffer(bytearray(json.dumps(spec).encode()), dtype=torch.uint8)
-        flushes.append(
-            [("__delta_spec__", words), ("__positions__", places), ("__values__", values)]
-        )
-    return flushes
 
 
 def _hand_over_the_model() -> None:
