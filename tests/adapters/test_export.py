@@ -1,6 +1,5 @@
 """R7: an exported adapter computes the same as LoRA, in any server of LoRA."""
 
-import copy
 import json
 import re
 import shutil
@@ -13,9 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pacatune.adapters.export import export_lora, export_paca, lora_config
+from pacatune.adapters.export import export_lora, lora_config
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.loading import check_base
 from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import edit_json, error_in_peft, logits_of, save_adapter, scale
 from tests.conftest import build_model
@@ -69,21 +67,18 @@ def test_the_lora_adapter_computes_the_same(export, tiny_model_dir, tmp_path):
     assert not any("paca" in key for key in config)
 
 
-@pytest.mark.parametrize("export_to", [export_lora, export_paca])
-def test_another_base_of_the_same_shapes_is_refused(
-    export_to, adapter_dir, tiny_model_dir, tmp_path
-):
+def test_another_base_of_the_same_shapes_is_refused(adapter_dir, tiny_model_dir, tmp_path):
     """By its files, of which only a few rows of the adapted weights are read."""
     other, output = tmp_path / "other", tmp_path / "out"
     build_model(300, seed=5).save_pretrained(other)
     with pytest.raises(ValueError, match="weights of 6 of 6 adapted modules are not those it was"):
-        export_to(str(other), adapter_dir, output)
+        export_lora(str(other), adapter_dir, output)
     assert not output.exists()
-    notes = export_to(str(other), adapter_dir, output, allow_other_base=True).notes
+    notes = export_lora(str(other), adapter_dir, output, allow_other_base=True).notes
     assert notes[0].startswith("the weights of 6 of 6 adapted modules are not")
     merge(str(tiny_model_dir), adapter_dir, tmp_path / "merged")
     with pytest.raises(ValueError, match="it is merged into this base already"):
-        export_to(str(tmp_path / "merged"), adapter_dir, tmp_path / "again")
+        export_lora(str(tmp_path / "merged"), adapter_dir, tmp_path / "again")
 
 
 def test_a_base_whose_weights_are_not_here_is_said(adapter_dir, tiny_model_dir, tmp_path):
@@ -224,50 +219,3 @@ def test_what_cannot_be_exported(adapter_copy, model_copy, lora_dir, tmp_path):
     assert not (tmp_path / "lora").exists()
     with pytest.raises(FileExistsError, match="is not empty"):
         export_lora(None, adapter_copy, adapter_copy)
-
-
-# As PaCA without a pattern, and of one rank.
-
-
-@pytest.mark.parametrize(
-    ("options", "rank", "alpha", "note"),
-    [
-        ({}, 4, 8, None),
-        ({"groups": 4}, 16, 32, "4 row groups of 4 columns: without them the rank is 16, and"),
-        ({"groups": 4, "pool": 6, "rank_pattern": {"v_proj": 2}}, 6, 12, "4 row groups"),
-        ({"rank_pattern": {"v_proj": 6}, "alpha_pattern": {"q_proj": 3}}, 6, 8, None),
-    ],
-)
-def test_as_paca_that_peft_reads(tiny_model_dir, tmp_path, model, options, rank, alpha, note):
-    """W[:, indices] + alpha / r * delta, by hand."""
-    adapted = save_adapter(tiny_model_dir, tmp_path / "adapter", **options)
-    result = export_paca(None, tmp_path / "adapter", tmp_path / "paca")
-    config, tensors = files_of(tmp_path / "paca")
-    assert (result.num_modules, result.rounding < 1e-7) == (6, True)
-    assert (note or "") in " ".join(result.notes)
-    assert (config["peft_type"], config["r"], config["paca_alpha"]) == ("PACA", rank, alpha)
-    assert not {"groups", "pool"} & config.keys()
-    assert not config["rank_pattern"] or config["alpha_pattern"]
-    assert len(tensors) == 2 * 6
-    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "paca")
-    assert torch.allclose(logits_of(again), logits_of(adapted), atol=1e-6)
-    check_base(tmp_path / "paca", model)  # its fingerprint is of these columns
-    for name in read_adapter(tmp_path / "paca").modules:
-        delta, indices = (
-            tensors[f"base_model.model.{name}.paca_{k}"] for k in ("delta", "indices")
-        )
-        model.get_submodule(name).weight.data[:, indices] += alpha / rank * delta
-        assert indices.shape == (rank,)
-    assert torch.allclose(logits_of(model), logits_of(adapted), atol=1e-5)
-
-
-def test_what_cannot_be_paca_of_one_rank(tiny_model_dir, tmp_path):
-    build_model(300, attention_bias=True).save_pretrained(tmp_path / "base")
-    save_adapter(tmp_path / "base", tmp_path / "biased", bias="all")
-    with pytest.raises(ValueError, match=r"needs pacatune for `bias`, which PEFT's own PaCA does"):
-        export_paca(None, tmp_path / "biased", tmp_path / "paca")
-    options = {"rank_pattern": {"down_proj": 40}, "target_modules": ["q_proj", "down_proj"]}
-    save_adapter(tiny_model_dir, tmp_path / "wide", **options)
-    with pytest.raises(ValueError, match=r"q_proj' has 32 columns, and PEFT's .* one rank .* 40"):
-        export_paca(None, tmp_path / "wide", tmp_path / "paca")
-    assert not (tmp_path / "paca").exists()

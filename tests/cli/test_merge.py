@@ -35,12 +35,10 @@ def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_pa
 
 
 def test_options_reach_the_export(adapter_dir, tmp_path, shown, refused):
-    words = ["export", "--adapter", adapter_dir, "--to"]
-    out = shown(*words, "lora", "--output", tmp_path / "lora", "--dtype", "bfloat16")
+    words = ["export", "--adapter", adapter_dir, "--output", tmp_path / "lora"]
+    out = shown(*words, "--to", "lora", "--dtype", "bfloat16")
     assert "6 modules as LoRA, bfloat16, rounded by at most" in out
-    words += ["paca", "--output", tmp_path / "paca"]
-    assert "are for --to lora" in refused(*words, "--dtype", "bfloat16")
-    assert "exported  6 modules as PaCA, float32, exact\n" in shown(*words)
+    assert "`to` ('paca')" in refused(*words, "--to", "paca")
 
 
 def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refused):

@@ -9,7 +9,6 @@ filled up with zeros, and where alpha / rank differs, B takes the difference. Co
 those servers do not adapt, keep their own rank (export_factors.py).
 """
 
-import copy
 import json
 import re
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pacatune.adapters.base import innermost
@@ -32,25 +30,18 @@ from pacatune.adapters.export_factors import (
 from pacatune.adapters.export_moslora import FoldedAdapter, fold_mixers
 from pacatune.adapters.folder import (
     CONFIG_NAME,
-    FINGERPRINT_KEY,
-    SIDECAR_NAME,
     Adapter,
     is_parameter,
     module_rank,
     open_adapter,
-    read_adapter,
 )
 from pacatune.adapters.loading import check_base
-from pacatune.adapters.target import named_base, target_of_module
+from pacatune.adapters.target import named_base
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.tensor_file import write_tensors
-from pacatune.format.options import IN_TENSORS, PacaOptions, format_quantization
-from pacatune.format.tensors import DELTA, INDICES, PEFT_PREFIX, TENSORS_NAME
+from pacatune.format.options import format_quantization
+from pacatune.format.tensors import PEFT_PREFIX, TENSORS_NAME
 from pacatune.precision import torch_dtype
-from pacatune.strategies import FIXED
-
-# What PEFT's own PaCA lacks, and an adapter of one rank without a pattern says as well.
-_SAID_OTHERWISE = ("`groups`", "`rank_pattern`", "`alpha_pattern`")
 
 ExportDType = Literal["float32", "bfloat16", "float16"]
 
@@ -140,113 +131,6 @@ def export_lora(
         rounding=rounding,
         notes=notes,
     )
-
-
-def export_paca(
-    model: str | nn.Module | None,
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    allow_other_base: bool = False,
-) -> ExportResult:
-    """Write a PaCA adapter as one that PEFT's own PaCA reads: of one rank, without a pattern.
-
-    Modules of fewer columns than another get more of them, whose update is zero.
-
-    Args:
-        model: As for `export_lora`.
-        adapter: Folder or hub id of the adapter.
-        output: Folder to write, missing or empty.
-        allow_other_base: As for `check_base`.
-
-    Raises:
-        FileNotFoundError: If base or adapter are missing.
-        FileExistsError: If `output` is in use.
-        ValueError: If the adapter is damaged, belongs to another base, or needs more of pacatune.
-    """
-    output = Path(output)
-    check_output(output, num_bytes=0)
-    found, notes = _without_copies(read_adapter(adapter))
-    if needs := [one for one in found.config.needs_pacatune() if one not in _SAID_OTHERWISE]:
-        raise ValueError(
-            f"{found.folder} needs pacatune for {', '.join(needs)}, which PEFT's own PaCA does not "
-            "have; export it as LoRA, or merge it."
-        )
-    name, base = named_base(model, found)
-    notes += check_base(found, base, allow_other_base=allow_other_base)
-    rank = max(len(update.indices) for update in found.modules.values())
-    largest = next(one for one, update in found.modules.items() if len(update.indices) == rank)
-    alpha = found.scaling(largest) * rank
-    tensors, sidecar, rounding = dict(found.extra), copy.deepcopy(found.sidecar), 0.0
-    for module, update in found.modules.items():
-        times = found.scaling(module) * rank / alpha if alpha else 1.0
-        delta, indices = _of_rank(found, base, module, times, rank)
-        delta, error = rounded_factor(delta, torch.float32, f"{found.folder}: module {module!r}")
-        rounding = max(rounding, error)
-        tensors[f"{PEFT_PREFIX}{module}.{DELTA}"] = delta
-        tensors[f"{PEFT_PREFIX}{module}.{INDICES}"] = indices
-        for hashes in sidecar.get(FINGERPRINT_KEY, {}).values():
-            if isinstance(hashes, dict) and len(indices) > len(update.indices):
-                hashes.pop(module, None)  # of other columns
-    targets = _exact_targets(sorted(found.modules), base)
-    config = _paca_config(found.config, targets, rank, alpha)
-    files = {CONFIG_NAME: config} | ({SIDECAR_NAME: sidecar} if sidecar else {})
-    own = max(update.rank for update in found.modules.values())
-    if found.config.groups > 1:
-        notes.append(
-            f"{found.config.groups} row groups of {own} columns: without them the rank is {rank}, "
-            f"and delta holds {rank / own:.1f} times the numbers, the others zeros."
-        )
-    return ExportResult(
-        output=output,
-        base=name,
-        num_modules=len(found.modules),
-        num_bytes=_write(output, files, tensors),
-        rounding=rounding,
-        notes=[*notes, *_quantization_notes(found)],
-    )
-
-
-def _paca_config(
-    config: PacaOptions, targets: list[str] | str, rank: int, alpha: float
-) -> dict[str, Any]:
-    """Return an adapter_config.json that any PaCA reads, of the columns in the tensors."""
-    plain = replace(
-        config,
-        peft_type="PACA",
-        r=rank,
-        paca_alpha=alpha,
-        rank_pattern={},
-        alpha_pattern={},
-        groups=1,
-        pool=None,
-        random_seed=None,
-        selection=FIXED,
-        columns=IN_TENSORS,
-        target_modules=targets,
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-    return {key: value for key, value in vars(plain).items() if key not in ("groups", "pool")}
-
-
-def _of_rank(
-    adapter: Adapter, base: nn.Module, module: str, times: float, rank: int
-) -> tuple[Tensor, Tensor]:
-    """Return a module's delta without a pattern, in float64, and indices, both of a rank."""
-    delta, indices, _ = adapter.modules[module].whole()
-    in_features = target_of_module(base, module).layout.in_features
-    if in_features < rank:
-        raise ValueError(
-            f"{adapter.folder}: module {module!r} has {in_features} columns, and PEFT's own PaCA "
-            f"one rank for all, {rank}; export the adapter as LoRA, or merge it."
-        )
-    is_free = torch.ones(in_features, dtype=torch.bool, device="cpu")
-    is_free[indices] = False
-    free = is_free.nonzero().flatten()[: rank - len(indices)]
-    indices, order = torch.cat((indices, free)).sort()
-    return F.pad(delta.double() * times, (0, len(free))).index_select(1, order), indices
 
 
 def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> int:

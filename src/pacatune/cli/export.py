@@ -12,11 +12,11 @@ class Export(BaseOptions):
     """Write an adapter in a form that others read.
 
     LoRA of the same rank is exact: A selects the trained columns, B holds what was trained; of
-    MosLoRA, B takes the mixer. PaCA of one rank, without row groups, is what PEFT's own PaCA reads.
+    MosLoRA, B takes the mixer.
     """
 
     adapter: str = field()
-    to: Literal["lora", "paca"]
+    to: Literal["lora"]
     """Form to write."""
     output: str
     """Folder to write."""
@@ -31,23 +31,14 @@ class Export(BaseOptions):
         self.check_base(self.output)
         quiet_libraries()
 
-        from pacatune.adapters.export import export_lora, export_paca
+        from pacatune.adapters.export import export_lora
 
-        where = self.model, self.adapter, self.output
-        if self.to == "lora":
-            result = export_lora(*where, **self.values("dtype", "keep_extra", "allow_other_base"))
-        else:
-            if (self.dtype, self.keep_extra) != ("float32", False):
-                raise ValueError(
-                    "--dtype and --keep_extra are for --to lora; PaCA's tensors are float32, and "
-                    "modules_to_save come along. Drop them."
-                )
-            result = export_paca(*where, allow_other_base=self.allow_other_base)
+        chosen = self.values("dtype", "keep_extra", "allow_other_base")
+        result = export_lora(self.model, self.adapter, self.output, **chosen)
         rounding = f"rounded by at most {result.rounding:.1e} of their size"
         exactly = rounding if result.rounding else "exact"
-        kind = "LoRA" if self.to == "lora" else "PaCA"
         print(f"base      {result.base}")
-        print(f"exported  {result.num_modules} modules as {kind}, {self.dtype}, {exactly}")
+        print(f"exported  {result.num_modules} modules as LoRA, {self.dtype}, {exactly}")
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
         print_notes(result.notes)
         return 0
