@@ -96,7 +96,7 @@ def test_both_orders_of_thin_products(form, num_tokens, dtype) -> None:
 @every_form
 @pytest.mark.parametrize("leading", SHAPES)
 def test_without_columns(form, leading) -> None:
-    """A process of a tensor parallel model may hold none of them."""
+    """No column is trained: only the product with the weight is left."""
     tensors = make(leading)
     tensors |= {"delta": tensors["delta"][:, :0], "indices": tensors["indices"][:0]}
     found = (gradients(one, tensors, 0.7, {"x", "delta"}) for one in (form, "reference"))

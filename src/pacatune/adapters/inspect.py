@@ -223,8 +223,7 @@ def _paca_notes(adapter: Adapter) -> list[str]:
             "holds more than PaCA's tensors: `export` needs --keep_extra, `merge` does not."
         )
     else:
-        limits = ["dilated or oddly padded convolutions"] * has_convolutions
-        limit = f", {' and '.join(limits)} excepted" if limits else ""
+        limit = ", dilated or oddly padded convolutions excepted" if has_convolutions else ""
         notes.append(
             f"can be exported as an exact LoRA adapter{limit}: `pacatune export --to lora`."
         )

@@ -1,7 +1,7 @@
 """What the names in an adapter's file mean in a base model: layers, and bare parameters.
 
-A layer's name stands for its weight. The fused weights of experts and the `in_proj_weight` of
-torch's attention have no layer of their own and are named themselves.
+A layer's name stands for its weight. The fused weights of experts have no layer of their own and
+are named themselves.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Adapted parameters that several share one module: weights of experts, of torch's attention.
+"""Adapted parameters that several share one module: the weights of experts.
 
     ParameterOwner        in place of the module, which is its `base_layer`
       gate_up_proj        a ParameterLayer, one for each adapted parameter
