@@ -2,8 +2,8 @@
 
     python -m benchmarks.collect FOLDER...          # -> results/STUDY.csv, a line for each run
 
-FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: quality, selection,
-groups, cost or head. `benchmarks.verdict` says what cost and selection found.
+FOLDER is what `pacatune compare` wrote. STUDY is what its name begins with: selection, cost or
+head. `benchmarks.verdict` says what cost and selection found.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.results import RESULTS
 
-FILES = ("quality", "selection", "groups", "cost", "head")
+FILES = ("selection", "cost", "head")
 
 
 def collect_studies(folders: Sequence[Path], results: Path = RESULTS) -> list[Path]:

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -43,15 +42,12 @@ from pacatune.measure.models import (
 from pacatune.measure.setting import BenchConfig, MicroBatch, Setting
 from pacatune.measure.step import count as measure
 from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.pattern import expand
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=128)
 SEED, NUM_STEPS, NUM_TOKENS = 0, 4, 128
-GROUPS = (1, 16)
-"""Row groups that promises are held to."""
 
 Found = dict[str, Any]
 
@@ -78,9 +74,8 @@ def _contender(
     dtype: torch.dtype,
     method: str = OURS,
     values: dict[str, Any] = SMALL,
-    groups: int = 1,
 ) -> Contender:
-    return make_contender(method, values, dtype, SEED, device, groups=groups)
+    return make_contender(method, values, dtype, SEED, device)
 
 
 def _batch(device: torch.device, seed: int = SEED) -> Tensor:
@@ -212,9 +207,9 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 def check_gradients(device: torch.device) -> Found:
     """Compare PaCA with plain autograd: losses of some steps, gradients of the last."""
     found: Found = {}
-    for (dtype, tolerance), groups in product(_TOLERANCE.items(), GROUPS):
+    for dtype, tolerance in _TOLERANCE.items():
         methods = (OURS, "additive")
-        ours, plain = (_contender(device, dtype, method, groups=groups) for method in methods)
+        ours, plain = (_contender(device, dtype, method) for method in methods)
         batches = [_batch(device, seed) for seed in range(NUM_STEPS)]
         losses = [[_step(each, batch).item() for batch in batches] for each in (ours, plain)]
         for each in (ours, plain):
@@ -225,7 +220,7 @@ def check_gradients(device: torch.device) -> Found:
         ]
         error = max(_error(*pair) for pair in zip(*gradients, strict=True))
         far = _distance(*losses)
-        name = f"{str(dtype).removeprefix('torch.')}, groups {groups}"
+        name = str(dtype).removeprefix("torch.")
         found[name] = {"error_of_gradients": error, "error_of_losses": far}
         hold(
             max(error, far) <= tolerance,
@@ -247,8 +242,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def check_columns(device: torch.device) -> Found:
     """Compare the columns that stand in the weights, and the base after a look, bit by bit."""
     num_columns = 0
-    for dtype, groups in product((torch.float32, torch.bfloat16), GROUPS):
-        contender = _contender(device, dtype, groups=groups)
+    for dtype in (torch.float32, torch.bfloat16):
+        contender = _contender(device, dtype)
         before, batch = _frozen(contender.model), _batch(device)
         for _ in range(NUM_STEPS):
             _step(contender, batch)
@@ -256,9 +251,8 @@ def check_columns(device: torch.device) -> Found:
         for layer in _layers(contender.model):
             kept = layer.residency.present
             hold(kept is not None, f"{dtype}: a layer's columns are not in its weight")
-            delta, indices, scaling, places = layer._single_update()
-            whole = expand(delta.detach(), places, len(indices))
-            expected = adapted_columns(kept.originals, whole, scaling)
+            delta, indices, scaling = layer._single_update()
+            expected = adapted_columns(kept.originals, delta.detach(), scaling)
             if device.type == "cuda":
                 hold(can_exchange(kept.memory, delta), f"{dtype}: the columns are no one launch")
             there = read_columns(kept.memory, indices)
@@ -297,17 +291,16 @@ def check_synchronisation(device: torch.device) -> Found:
     transformers looks at the positions of the tokens in each forward pass, which is left out.
     """
     reads, batch = Reads(), _batch(device)
-    for groups in GROUPS:
-        contender = _contender(device, torch.bfloat16, groups=groups)
+    contender = _contender(device, torch.bfloat16)
+    for _ in range(2):
+        _step(contender, batch)
+    with _rows_of_one_sequence(), reads, ExitStack() as stack:
+        if device.type == "cuda":
+            stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+            torch.cuda.set_sync_debug_mode("error")
         for _ in range(2):
             _step(contender, batch)
-        with _rows_of_one_sequence(), reads, ExitStack() as stack:
-            if device.type == "cuda":
-                stack.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
-                torch.cuda.set_sync_debug_mode("error")
-            for _ in range(2):
-                _step(contender, batch)
-                cast(Any, contender.model).zero_grad()  # a look at the base
+            cast(Any, contender.model).zero_grad()  # a look at the base
     hold(not reads.names, f"a training step waits for the device in {', '.join(reads.names)}")
     return {"num_reads": 0, "by": _stand_in(device, "set_sync_debug_mode", "a dispatch mode")}
 

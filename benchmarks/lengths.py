@@ -38,7 +38,6 @@ def found() -> list[Row]:
     cases: list[dict[str, Any]] = [
         *_EXTRAS,
         {"lean_level": 2, "activation_offloading": True},
-        *({"groups": 64, **extra} for extra in _EXTRAS),
         *({"method": "lora", **extra} for extra in _EXTRAS),
         *({"method": "lora", "adapter_dtype": "bfloat16", **extra} for extra in _EXTRAS[:3]),
     ]
@@ -59,9 +58,8 @@ def longest(setting: Setting, gpu: str, model: str = MODEL) -> list[Row]:
         *["checkpointing"] * setting.gradient_checkpointing,
         *["offloading"] * setting.activation_offloading,
     ]
-    groups = f", {setting.groups} groups" if setting.groups > 1 else ""
     names: dict[str, Any] = {
-        "method": f"{setting.method}{groups}, {setting.adapter_dtype} adapters",
+        "method": f"{setting.method}, {setting.adapter_dtype} adapters",
         "setting": ", ".join(how),
         "model": model,
         "origin": "simulated",

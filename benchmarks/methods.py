@@ -27,7 +27,6 @@ METHODS = {name: method.summary for name, method in MEASURED.items()} | {
     "lora": "PEFT's LoRA, its adapters in float32 (under autocast where weights are in bfloat16)",
     "lora_bf16": "PEFT's LoRA with its adapters in bfloat16, under autocast",
     "lora_r8": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
-    **{f"paca_g{groups}": f"ours, with {groups} row groups" for groups in (8, 16, 64)},
     "additive": "ours in plain autograd, weight untouched: the fallback's form",
 }
 USUAL = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_r8", "lora_dropout", "dora", "full")
@@ -36,7 +35,6 @@ USUAL = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_r8", "lora_dropout", "
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     SWAP: (OURS, {}),
     "additive": (OURS, {}),
-    **{f"paca_g{groups}": (OURS, {"groups": groups}) for groups in (8, 16, 64)},
     "lora_r8": ("lora", {"rank": 8, "alpha": 8}),
     "lora_bf16": ("lora", {"adapter_dtype": torch.bfloat16}),
 }

@@ -2,7 +2,6 @@
 
     python -m benchmarks.step                  writes benchmarks/results/step.json
     python -m benchmarks.step --compiled       writes benchmarks/results/step-compiled.json
-    python -m benchmarks.step --name groups --methods paca paca_g16 paca_g64   step-groups.json
 
 A step is forward, backward and optimizer: with `--accumulation 4`, four micro-batches and one
 optimizer step. All methods alternate in one process, one step each per round, and ratios are those

@@ -84,7 +84,7 @@ _DRAWN = (
     "ratios beyond 0.8 to 1.25",
 )
 VIEWS = {
-    **{name: View(file=name, where=_is_share) for name in ("step", "step-groups", "step-compiled")},
+    **{name: View(file=name, where=_is_share) for name in ("step", "step-compiled")},
     "kernels": View(
         file="kernels",
         where=_what("forward", "backward", "with accumulation"),

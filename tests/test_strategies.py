@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pacatune.selection import register_strategy, seed_for, select_columns, strategies
-from pacatune.strategies import num_kept, random_columns
 
 
 @pytest.fixture
@@ -24,24 +23,6 @@ def test_random_follows_the_rule_of_peft_0_22(weight):
     chosen = select_columns("random", weight, 6, seed=seed)
     assert torch.equal(chosen, torch.randperm(40, generator=generator)[:6].sort().values)
     assert chosen.untyped_storage().nbytes() == 6 * 8  # not the whole permutation
-
-
-@pytest.mark.parametrize(
-    ("groups", "pool", "kept"),
-    [(5, None, 24), (2, None, 12), (5, 6, 6), (9, 10, 10), (16, 50, 40), (7, 33, 33)],
-)
-def test_row_groups_draw_from_a_pool_of_columns(weight, groups, pool, kept):
-    """That is what a layer of so many columns would have; each of them is as often in a group."""
-    found = random_columns(40, 6, 7, "a.b", groups, pool)
-    assert found.shape == (groups, 6)
-    assert bool((found.diff() > 0).all())
-    columns, times = found.unique(return_counts=True)
-    assert columns.equal(random_columns(40, kept, 7, "a.b"))
-    assert int(times.max() - times.min()) <= 1
-    assert num_kept(40, 6, groups, pool) == kept
-    with torch.device("meta"):
-        assert found.equal(random_columns(40, 6, 7, "a.b", groups, pool))
-    assert not found.equal(random_columns(40, 6, 8, "a.b", groups, pool))
 
 
 @pytest.mark.parametrize("columns", [[0, 0, 1], [0, 1], [0, 1, 40], [-1, 0, 1]])

@@ -82,11 +82,11 @@ GRPO = [
 @pytest.mark.parametrize(("script", "row", "more"), [("dpo", PAIR, []), ("grpo", {}, GRPO)])
 def test_other_scripts(folder, words, tmp_path, script, row, more):
     config = tmp_path / "config.yaml"
-    config.write_text("paca: {groups: 2}\n")
+    config.write_text("paca: {random_seed: 7}\n")
     data = folder(lambda word: {"prompt": [{"role": "user", "content": word}], **row})
     main([script, "--config", str(config), *words, "--dataset_name", data, *more])
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert (saved["r"], saved["paca_alpha"], saved["groups"]) == (4, 8, 2)
+    assert (saved["r"], saved["paca_alpha"], saved["random_seed"]) == (4, 8, 7)
     assert tensors(tmp_path / "run")
 
 

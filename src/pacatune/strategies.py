@@ -24,9 +24,7 @@ __all__ = [
     "KINDS",
     "Strategy",
     "check_known",
-    "deal",
     "needs_of",
-    "num_kept",
     "random_columns",
     "register_strategy",
     "seed_for",
@@ -111,70 +109,22 @@ def seed_for(random_seed: int | None, name: str) -> int:
     return (random_seed + zlib.crc32(name.encode())) % 2**63
 
 
-def num_kept(num_columns: int, rank: int, groups: int = 1, pool: int | None = None) -> int:
-    """Return U, how many columns a weight keeps for row groups to draw from; R without any.
-
-    Args:
-        num_columns: I.
-        rank: R, the number of columns of each row.
-        groups: G.
-        pool: The number that is wanted; None: 4 R.
-    """
-    return rank if groups == 1 else min(pool or 4 * rank, groups * rank, num_columns)
-
-
-def deal(columns: Tensor, rank: int, groups: int, seed: int) -> Tensor:
-    """Give each row group some of the columns at random, each of them as often as another.
-
-    Args:
-        columns: (U,) int64, sorted.
-        rank: R, number of columns of a group.
-        groups: G.
-        seed: The layer's seed.
-
-    Returns:
-        (G, R), sorted in each group; `columns` themselves without groups.
-    """
-    import torch
-
-    if groups == 1:
-        return columns
-    generator = torch.Generator().manual_seed((seed + 1) % 2**63)
-    times, chosen = torch.zeros(len(columns), device="cpu"), []
-    for _ in range(groups):
-        order = times + torch.rand(len(columns), generator=generator, device="cpu")
-        taken = order.argsort()[:rank]
-        times[taken] += 1
-        chosen.append(columns[taken])
-    return torch.stack(chosen).sort(1).values
-
-
-def random_columns(
-    num_columns: int,
-    rank: int,
-    random_seed: int | None,
-    name: str,
-    groups: int = 1,
-    pool: int | None = None,
-) -> Tensor:
+def random_columns(num_columns: int, rank: int, random_seed: int | None, name: str) -> Tensor:
     """Choose a layer's columns at random.
 
     Args:
         num_columns: I, to choose from.
-        rank: Number of columns of each row.
+        rank: Number of columns.
         random_seed: `PacaConfig.random_seed`, drawn where it was None.
         name: The module's name, as for `seed_for`.
-        groups: Number of row groups.
-        pool: As for `num_kept`.
 
     Returns:
-        (rank,) int64 on the CPU, or (groups, rank); sorted, distinct in each group.
+        (rank,) int64 on the CPU, sorted, distinct.
     """
     import torch
 
-    weight, seed = torch.empty(1, num_columns, device="meta"), seed_for(random_seed, name)
-    kept = select_columns("random", weight, num_kept(num_columns, rank, groups, pool), seed=seed)
-    return deal(kept, rank, groups, seed)
+    weight = torch.empty(1, num_columns, device="meta")
+    return select_columns("random", weight, rank, seed=seed_for(random_seed, name))
 
 
 def select_columns(

@@ -3,8 +3,8 @@
     python -m pacatune.trl sft --model_name_or_path my-model --dataset_name my-data --lora_r 16
     accelerate launch -m pacatune.trl dpo --config dpo.yaml
 
-`--paca '{"groups": 2}'`, or `paca: {groups: 2}` in the YAML file, has the options of `PacaConfig`
-that TRL has no argument for.
+`--paca '{"random_seed": 1}'`, or `paca: {random_seed: 1}` in the YAML file, has the options of
+`PacaConfig` that TRL has no argument for.
 """
 
 import importlib

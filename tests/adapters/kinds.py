@@ -34,12 +34,6 @@ OPTIONS = {
 }
 CONVOLUTIONS = ["convnext", "resnet"]
 EXPERT_KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
-# One of each layout; depthwise convolutions have groups of their own.
-CASES = [
-    *((kind, 1) for kind in OPTIONS),
-    *((kind, 2) for kind in ("conv1d", "resnet", "mixtral", "gpt_oss", "llama4")),
-    ("embedding", 2),
-]
 
 
 def build(kind):

@@ -24,7 +24,7 @@ def test_a_paca_adapter_is_described_in_full(adapter_dir, tiny_model_dir):
     assert not report.extra
     norms = [module.update_norm for module in report.modules]
     assert norms == sorted(norms, reverse=True)
-    delta, indices, _ = read_adapter(adapter_dir).modules[report.modules[0].name]
+    delta, indices = read_adapter(adapter_dir).modules[report.modules[0].name]
     assert norms[0] == pytest.approx(2 * float(delta.norm()))
     assert report.modules[0].columns == indices.tolist()
 
@@ -44,21 +44,6 @@ def test_what_only_we_can_read_is_said(tmp_path, tiny_model_dir):
     assert "fingerprint" not in notes
     assert report.extra == ["base_model.model.lm_head.weight"]
     assert report.num_trainable_parameters == 300 * 32 + 2 * (2 * 32 + 4 * 16 + 4 * 32)
-
-
-def test_row_groups_are_described(tiny_model_dir, tmp_path):
-    save_adapter(tiny_model_dir, tmp_path, groups=4)
-    report, modules = inspect_adapter(tmp_path), read_adapter(tmp_path).modules
-    assert report.num_trainable_parameters == 2 * 4 * (32 + 16 + 32)
-    for module in report.modules:
-        update = modules[module.name]
-        assert module.rank == 4
-        assert module.columns == update.indices.tolist()
-        assert module.columns_of_groups == update.columns().tolist()
-    notes = " ".join(report.notes)
-    largest = max(len(module.columns) for module in report.modules)
-    assert f"4 row groups: each update has rank up to {largest}" in notes
-    assert "does not know `groups`" in notes
 
 
 def test_an_untrained_adapter_is_said(adapter_copy):

@@ -18,7 +18,6 @@ IDS = torch.arange(10)[None]
 CHOICES = [
     {"r": 4, "paca_alpha": 8},
     {"r": 4, "paca_alpha": 2, "random_seed": 7},
-    {"r": 3, "paca_alpha": 4, "groups": 4},
     {"r": 2, "rank_pattern": {"down_proj": 5}, "alpha_pattern": {"layers.1.*q_proj": 3}},
     {"r": 4, "selection": "weight_norm"},
     {"r": 2, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},

@@ -15,7 +15,7 @@ from tests.ops.reference import paca_linear
 
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 32, 48, 2
 VALUES = llama_values(HIDDEN, NUM_LAYERS, num_heads=4, intermediate_size=48, vocab_size=64)
-METHODS = (*USUAL, "paca_g8", "additive", "qlora")
+METHODS = (*USUAL, "additive", "qlora")
 # The out_features of a block's linear layers.
 WIDTHS = [HIDDEN] * 5 + [INTERMEDIATE] * 2
 

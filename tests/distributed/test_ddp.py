@@ -19,7 +19,7 @@ UNSYNCHRONISED = {"broadcast_buffers": False}
         {"ddp": {"gradient_as_bucket_view": True}},
         {"ddp": {"static_graph": True}},
         {"ddp": {"find_unused_parameters": True}},
-        {"accumulation": 2, "groups": 4},
+        {"accumulation": 2},
         {"accumulation": 4, "ddp": UNSYNCHRONISED},
         {"accumulation": 2, "reentrant": True},
         {"accumulation": 2, "reentrant": False},
@@ -28,7 +28,7 @@ UNSYNCHRONISED = {"broadcast_buffers": False}
     ids=str,
 )
 def test_losses_adapter_and_base(pair, options):
-    one = net.one_process(options.get("dtype", "float64"), groups=options.get("groups", 1))
+    one = net.one_process(options.get("dtype", "float64"))
     atol = 1e-5 if "dtype" in options else 1e-10
     net.assert_equal_to_one(pair.run(train_copies, **options), one, atol)
 

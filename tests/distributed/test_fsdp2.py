@@ -17,7 +17,7 @@ def logits_of(model):
         return model(input_ids=net.batches()[0]).logits
 
 
-ONE = ("dtype", "sizes", "groups")  # what one process is told as well
+ONE = ("dtype", "sizes")  # what one process is told as well
 UNEVEN = {"sizes": tuple(net.UNEVEN.items())}
 
 
@@ -26,15 +26,13 @@ UNEVEN = {"sizes": tuple(net.UNEVEN.items())}
     [
         {},
         {"reshard": False},
-        {"groups": 4},
-        {"groups": 4, "reshard": False},
         {"accumulation": 4},
         {"accumulation": 4, "reshard": False},
         UNEVEN,
         {"dtype": "float32"},
         *({"reentrant": one, "reshard": other} for one in (True, False) for other in (True, False)),
         pytest.param({"num_compiled": 2}, marks=compiles_whole),
-        pytest.param({"num_compiled": 1, "groups": 4}, marks=compiles_whole),
+        pytest.param({"num_compiled": 1}, marks=compiles_whole),
     ],
     ids=str,
 )

@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from pacatune.format.tensors import check_tensors, group_tensors, split_tensor_name, with_places
-
-PLACES = "base_model.model.layers.0.q_proj.paca_places"
+from pacatune.format.tensors import check_tensors, group_tensors, split_tensor_name
 
 PREFIX = "base_model.model.layers.0.q_proj"
 
@@ -84,30 +82,7 @@ def test_indices_must_be_int64_sorted_and_unique(indices, message):
         check_tensors(tensors(indices=indices), source="here")
 
 
-@pytest.mark.parametrize(
-    ("places", "message"),
-    [
-        ([[0, 1, 2]], r"`paca_places` has shape \(1, 3\); it must have a line for each"),
-        ([[0, 1, 2]] * 4, "has 4 lines, one for each of `groups`, which do not divide the rows"),
-        ([[0, 1], [1, 2]], r"`paca_places` has shape \(2, 2\); it must be \(3,\)"),
-        ([[0, 2, 4], [1, 1, 3]], "`paca_places` holds 1 at position 1; column numbers must be"),
-        ([[0, 2, 4], [1, 2, 5]], "`paca_places` holds 5 at position 2; .* from 0 to 4"),
-        ([[0.0, 2.0, 4.0]] * 2, "`paca_places` has dtype torch.float32"),
-    ],
-)
-def test_a_pattern_has_a_line_for_each_row_group(places, message):
-    """(O, R) of a layer, or (E, O, R) of experts."""
-    for delta in (torch.zeros(6, 3), torch.zeros(5, 6, 3)):
-        given = tensors(delta, torch.tensor([0, 2, 5, 6, 9]))
-        check_tensors({**given, PLACES: torch.tensor([[0, 2, 4], [1, 2, 3]])}, source="here")
-        with pytest.raises(ValueError, match=rf"here: module 'layers.0.q_proj': .*{message}"):
-            check_tensors({**given, PLACES: torch.tensor(places)}, source="here")
-
-
-def test_columns_of_row_groups_as_earlier_versions_wrote_them():
-    given = tensors(torch.zeros(6, 3), torch.tensor([[0, 2, 5], [2, 6, 9]]))
-    today = with_places(given)
-    check_tensors(today, source="here")
-    assert today[PLACES.replace("places", "indices")].tolist() == [0, 2, 5, 6, 9]
-    assert today[PLACES].tolist() == [[0, 1, 2], [1, 3, 4]]
-    assert with_places(today) == today
+def test_row_groups_are_refused():
+    given = tensors() | {f"{PREFIX}.paca_places": torch.tensor([[0, 1, 2], [1, 2, 3]])}
+    with pytest.raises(ValueError, match=r"here: .*paca_places' is of .* row groups.* commit d5e"):
+        check_tensors(given, source="here")

@@ -14,7 +14,7 @@ def join(theirs, ours):
 
 def test_both_sides_are_joined():
     theirs = {"lora_r": 4, "lora_alpha": None, "lora_modules_to_save": [], "other": 1}
-    assert join(theirs, {"groups": 2, "bias": None}) == {"r": 4, "groups": 2}
+    assert join(theirs, {"random_seed": 2, "bias": None}) == {"r": 4, "random_seed": 2}
 
 
 def test_values_that_agree_are_no_conflict():

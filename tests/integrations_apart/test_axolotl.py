@@ -106,7 +106,7 @@ def test_preferences(write_config, tmp_path):
         ({"expert_parallel_size": 2}, "`expert_parallel_size`"),
         ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),
         ({"lora_target_linear": True, "lora_target_modules": ["q_proj"]}, "both say what is"),
-        ({"adapter": "lora", "paca": {"groups": 2}}, "would be ignored by `adapter: lora`"),
+        ({"adapter": "lora", "paca": {"random_seed": 2}}, "would be ignored by `adapter: lora`"),
     ],
 )
 def test_refusals(write_config, options, message):
@@ -120,7 +120,7 @@ def test_the_page(write_config, tiny_model_dir, chats, tmp_path):
     shown["datasets"][0]["path"] = str(chats)
     cfg = load_cfg(write_config(**shown))
     model, config = ModelLoader(cfg, load_tokenizer(cfg)).load()
-    assert (config.r, config.paca_alpha, config.groups) == (16, 16, 2)
+    assert (config.r, config.paca_alpha, config.random_seed) == (16, 16, 7)
     assert sum(isinstance(module, PacaLayer) for module in model.modules()) == 2 * 7
 
 

@@ -157,7 +157,7 @@ def test_the_page(run, options, monkeypatch):
     with pytest.raises(InterruptedError):
         run("train", shown, **here, bf16=False)
     (config,) = made
-    assert (config.r, config.paca_alpha, config.groups) == (16, 16, 2)
+    assert (config.r, config.paca_alpha, config.random_seed) == (16, 16, 7)
     assert len(config.target_modules) == 7
 
 

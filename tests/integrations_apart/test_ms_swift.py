@@ -123,7 +123,7 @@ def test_refusals(arguments, options, message):
 
 def test_the_page():
     exec(direct.documented("# paca_plugin.py"), {})
-    assert PacaTuner.options == {"groups": 2, "random_seed": 1}
+    assert PacaTuner.options == {"random_seed": 1}
     register()
 
 

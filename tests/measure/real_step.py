@@ -58,7 +58,7 @@ def real_model(setting):
 def with_adapter(model, setting):
     options = {"r": setting.rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if setting.method == "paca":
-        model = get_peft_model(model, PacaConfig(**options, groups=setting.groups))
+        model = get_peft_model(model, PacaConfig(**options))
     elif setting.method != "full":
         options |= {"lora_dropout": setting.dropout, "use_dora": setting.method == "dora"}
         model = get_peft_model(model, LoraConfig(**options))

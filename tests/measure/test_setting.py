@@ -30,7 +30,7 @@ def test_names_dtypes_and_losses():
 UNKNOWN = {"method": ("qlorra", "qlora"), "dtype": ("bfloat", "bfloat16"), "lean": ("of", "off")}
 UNKNOWN |= {"adapter_dtype": ("float", "float32"), "quantization": ("nf5", "nf4")}
 UNKNOWN |= {"loss": ("chunk", "chunked"), "sharding": ("fsdp", "fsdp2")}
-SIZES = ("rank", "groups", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
+SIZES = ("rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
 
 
 def test_choices_are_known_and_sizes_whole_and_positive():
@@ -52,7 +52,6 @@ def test_choices_are_known_and_sizes_whole_and_positive():
         ({"seq_len": 1}, r"`seq_len` \(1\) must be at least 2"),
         ({"method": "lora", "dropout": 1.0}, r"`dropout` \(1.0\) must be in \[0, 1\)"),
         ({"method": "paca", "dropout": 0.1}, r"`dropout` \(0.1\) with `method` \('paca'\)"),
-        ({"method": "lora", "groups": 8}, r"`groups` \(8\) with `method` \('lora'\): only paca"),
         ({"method": "full", "quantization": "nf4"}, r"`quantization` .* `method` \('full'\)"),
         ({"num_gpus": 2}, r"`sharding` \('none'\) and `num_gpus` \(2\) say"),
     ],

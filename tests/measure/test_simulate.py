@@ -76,16 +76,6 @@ def test_saved_bytes_and_the_peak_and_its_moment_are_those_of_a_real_step(option
     assert measured.saved_by_module == pytest.approx(kept, rel=0.01)
 
 
-def test_row_groups_keep_all_that_they_draw_from(tmp_path):
-    setting = tiny(tmp_path, groups=8, rank=4)
-    measured = simulate(setting)
-    real, kept = peak_with_allocations_of_gpu(real_model(setting), setting)
-    assert measured.peak_bytes == pytest.approx(real.peak_bytes, rel=0.002)
-    assert measured.saved_by_module == pytest.approx(kept, rel=0.01)
-    alone = simulate(setting.but(groups=1, rank=16)).saved_by_module["linear layers"]
-    assert measured.saved_by_module["linear layers"] == pytest.approx(alone, rel=0.01)
-
-
 @pytest.mark.parametrize("method", ["paca", "lora"])
 def test_quantised_base(method, tmp_path):
     pytest.importorskip("bitsandbytes")

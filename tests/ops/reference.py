@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def adapted_weight(
-    weight: Tensor, delta: Tensor, indices: Tensor, scaling: float, places: Tensor | None = None
-) -> Tensor:
+def adapted_weight(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
     """Return W' = W with W'[:, indices] = W[:, indices] + scaling * delta (Eq. 7).
 
     Args:
@@ -21,15 +19,11 @@ def adapted_weight(
         delta: (O, R) update of the columns; differentiable.
         indices: (R,) int64 columns.
         scaling: alpha / R.
-        places: (G, R) int64: each of G equal parts of the rows trains indices[places[g]].
 
     Returns:
         (O, I) in the dtype of `weight`. The sum is formed in the wider of the two dtypes and
         rounded once.
     """
-    if places is not None:
-        parts = zip(weight.chunk(len(places)), delta.chunk(len(places)), places, strict=True)
-        return torch.cat([adapted_weight(w, d, indices[own], scaling) for w, d, own in parts])
     columns = weight[:, indices] + scaling * delta
     return weight.index_copy(1, indices, columns.to(weight.dtype))
 
@@ -41,7 +35,6 @@ def paca_linear(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
-    places: Tensor | None = None,
 ) -> Tensor:
     """Apply the adapted linear map, starting from the *pretrained* weight (Eqs. 7-9 by autograd).
 
@@ -52,12 +45,11 @@ def paca_linear(
         indices: (R,) int64 columns.
         scaling: alpha / R.
         bias: (O,) bias.
-        places: (G, R) int64 pattern.
 
     Returns:
         (..., O) activations.
     """
-    weight = adapted_weight(weight, delta, indices, scaling, places)
+    weight = adapted_weight(weight, delta, indices, scaling)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 8:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -70,7 +62,6 @@ def adapted_kernel(
     indices: Tensor,
     scaling: float,
     groups: int = 1,
-    places: Tensor | None = None,
 ) -> Tensor:
     """Return W', a convolution's kernel with scaling * delta added to some input channels.
 
@@ -80,14 +71,10 @@ def adapted_kernel(
         indices: (R,) int64 of the I input channels.
         scaling: alpha / R.
         groups: G; input channel i leads to the outputs of its own group only.
-        places: (G', R) int64 pattern, where G = 1.
 
     Returns:
         (O, I/G, *k) in the dtype of `weight`.
     """
-    if places is not None:
-        parts = zip(weight.chunk(len(places)), delta.chunk(len(places)), places, strict=True)
-        return torch.cat([adapted_kernel(w, d, indices[own], scaling) for w, d, own in parts])
     in_per_group, out_per_group = weight.shape[1], len(weight) // groups
     adapted = weight.clone()
     for j, i in enumerate(indices.tolist()):
@@ -136,7 +123,6 @@ def adapted_experts(
     delta: Tensor,
     indices: Tensor,
     scaling: float,
-    places: Tensor | None = None,
     *,
     is_transposed: bool = False,
 ) -> Tensor:
@@ -147,7 +133,6 @@ def adapted_experts(
         delta: (E, O, R) update of the columns; differentiable.
         indices: (R,) int64 columns.
         scaling: alpha / R.
-        places: (G, R) int64 pattern.
         is_transposed: The weights are (E, I, O).
 
     Returns:
@@ -155,9 +140,9 @@ def adapted_experts(
     """
     if is_transposed:
         weight = weight.transpose(1, 2)
-        return adapted_experts(weight, delta, indices, scaling, places).transpose(1, 2)
+        return adapted_experts(weight, delta, indices, scaling).transpose(1, 2)
     pairs = zip(weight, delta, strict=True)
-    return torch.stack([adapted_weight(w, d, indices, scaling, places) for w, d in pairs])
+    return torch.stack([adapted_weight(w, d, indices, scaling) for w, d in pairs])
 
 
 def paca_experts_linear(
@@ -167,7 +152,6 @@ def paca_experts_linear(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
-    places: Tensor | None = None,
     *,
     is_transposed: bool = False,
 ) -> Tensor:
@@ -180,14 +164,12 @@ def paca_experts_linear(
         indices: (R,) int64 columns.
         scaling: alpha / R.
         offsets: (E,) where each expert's tokens end; the last one is S.
-        places: (G, R) int64 pattern.
         is_transposed: The weights are (E, I, O).
 
     Returns:
         (S, O) activations.
     """
-    update = delta, indices, scaling, places
-    adapted = adapted_experts(weight, *update, is_transposed=is_transposed)
+    adapted = adapted_experts(weight, delta, indices, scaling, is_transposed=is_transposed)
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     maps = adapted.transpose(1, 2) if is_transposed else adapted
     return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), maps, strict=True)])

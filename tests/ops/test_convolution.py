@@ -46,7 +46,7 @@ def make(
         "x": normal(*batch, in_channels, *POSITIONS[len(kernel_size)], dtype=dtype),
         "weight": normal(out_channels, in_channels // groups, *kernel_size, dtype=dtype, seed=1),
         "delta": normal(out_channels // groups, rank, *kernel_size, dtype=dtype, seed=2),
-        "indices": choose(in_channels, rank)["indices"],
+        "indices": choose(in_channels, rank),
         "bias": normal(out_channels, dtype=dtype, seed=3) if bias else None,
     }
     return tensors, dict(options)

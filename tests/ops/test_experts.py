@@ -26,14 +26,13 @@ def make(
     rank: int = RANK,
     out_features: int = OUT_FEATURES,
     in_features: int = IN_FEATURES,
-    groups: int = 1,
 ) -> dict[str, Tensor]:
     features = (in_features, out_features) if is_transposed else (out_features, in_features)
     return {
         "x": normal(ends[-1], in_features, dtype=dtype),
         "weight": normal(NUM_EXPERTS, *features, dtype=dtype, seed=1),
         "delta": normal(NUM_EXPERTS, out_features, rank, dtype=dtype, seed=2),
-        **choose(in_features, rank, groups),
+        "indices": choose(in_features, rank),
         "offsets": torch.tensor(ends, dtype=torch.int32),
     }
 
@@ -63,15 +62,12 @@ def test_gradcheck(is_transposed: bool, ends: tuple[int, ...]) -> None:
 @LAYOUTS
 @WAYS
 @pytest.mark.parametrize(
-    ("ends", "dtype", "groups"),
-    [
-        *((ends, torch.float64, groups) for ends in ROUTINGS for groups in (1, 2)),
-        (ROUTINGS[0], torch.float32, 1),
-    ],
+    ("ends", "dtype"),
+    [*((ends, torch.float64) for ends in ROUTINGS), (ROUTINGS[0], torch.float32)],
 )
-def test_equal_to_reference(is_transposed, is_grouped, ends, dtype, groups) -> None:
+def test_equal_to_reference(is_transposed, is_grouped, ends, dtype) -> None:
     layout = {"is_transposed": is_transposed}
-    tensors = make(ends, dtype, is_transposed, groups=groups)
+    tensors = make(ends, dtype, is_transposed)
     for trained in twin.subsets(("x", "delta")):
         ours = gradients(paca_experts_linear, tensors, trained, **layout, is_grouped=is_grouped)
         theirs = gradients(reference.paca_experts_linear, tensors, trained, **layout)
@@ -151,13 +147,11 @@ def test_grouped_products_where_torch_takes_them(dtype, rank: int, number: int) 
 @LAYOUTS
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("delta_dtype", "groups"), [(torch.float32, 1), (torch.float32, 6), (None, 1)]
-)
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None])
 def test_low_precision_error_is_within_plain_autograds(
-    is_transposed, is_grouped, dtype, delta_dtype, groups
+    is_transposed, is_grouped, dtype, delta_dtype
 ) -> None:
-    tensors = make((30, 30, 61, 64), dtype, is_transposed, 8, 48, 96, groups)
+    tensors = make((30, 30, 61, 64), dtype, is_transposed, 8, 48, 96)
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
     options = {"scaling": 0.75, "is_transposed": is_transposed}
     ours = partial(paca_experts_linear, **options, is_grouped=is_grouped)

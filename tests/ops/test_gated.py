@@ -24,24 +24,23 @@ def make(leading, dtype=torch.float64, bias=True):
     }
 
 
-def fixed(dtype, groups=1):
-    return normal(OUT, WIDTH, dtype=dtype, seed=1), *choose(WIDTH, RANK, groups).values()
+def fixed(dtype):
+    return normal(OUT, WIDTH, dtype=dtype, seed=1), choose(WIDTH, RANK)
 
 
-def apart(gate, up, delta, bias, activation="silu", groups=1, weight=None):
-    own, indices, places = fixed(gate.dtype, groups)
+def apart(gate, up, delta, bias, activation="silu", weight=None):
+    own, indices = fixed(gate.dtype)
     h = ACTIVATIONS[activation].value(gate) * up
     weight = own if weight is None else weight
-    return reference.paca_linear(h, weight, delta, indices, SCALING, bias, places)
+    return reference.paca_linear(h, weight, delta, indices, SCALING, bias)
 
 
-def together(gate, up, delta, bias, activation="silu", groups=1, is_resident=True):
-    weight, indices, places = fixed(gate.dtype, groups)
+def together(gate, up, delta, bias, activation="silu", is_resident=True):
+    weight, indices = fixed(gate.dtype)
     if is_resident:
-        weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING, places)
-    update = delta, indices, SCALING, places
+        weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
     how = is_resident, None, ACTIVATIONS[activation], gate
-    return apply_paca_linear(up, weight, *update, bias, *how)
+    return apply_paca_linear(up, weight, delta, indices, SCALING, bias, *how)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])
@@ -67,17 +66,17 @@ def test_equals_apart(is_resident, activation, leading, dtype):
 
 @pytest.mark.parametrize("trained", [{"delta"}, {"gate"}, {"up", "bias"}, {"gate", "up"}])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("groups", "is_resident"), [(1, True), (3, True), (3, False)])
-def test_frozen_inputs(trained, bias, groups, is_resident):
+@pytest.mark.parametrize("is_resident", [True, False])
+def test_frozen_inputs(trained, bias, is_resident):
     tensors = make((2, 3), bias=bias)
     trained = {name for name in trained if tensors[name] is not None}
-    both = partial(together, groups=groups, is_resident=is_resident), partial(apart, groups=groups)
+    both = partial(together, is_resident=is_resident), apart
     twin.assert_equal(*(twin.gradients(one, tensors, trained) for one in both))
 
 
 def test_bytes_kept():
     tensors = make((40,), torch.bfloat16, bias=False)
-    weight, indices, _ = fixed(torch.bfloat16)
+    weight, indices = fixed(torch.bfloat16)
     leaves = twin.leaves_of(tensors, {"gate", "up", "delta"})
     kept = twin.bytes_kept(lambda: together(**leaves, is_resident=False), [])
     parameters = weight.nbytes + indices.nbytes + tensors["delta"].nbytes
@@ -97,13 +96,13 @@ class Elsewhere:
 def test_asks_again_before_it_reads_the_weight():
     """Columns that left the weight in between are added in the backward pass."""
     tensors = make((4,))
-    weight, indices, _ = fixed(torch.float64)
+    weight, indices = fixed(torch.float64)
     memory = weight.clone()
     leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
     adapted = reference.adapted_weight(weight, tensors["delta"], indices, SCALING)
     memory.data.copy_(adapted)
     y = apply_paca_linear(
-        leaves["up"], memory, leaves["delta"], indices, SCALING, None, leaves["bias"],
+        leaves["up"], memory, leaves["delta"], indices, SCALING, leaves["bias"],
         True, Elsewhere(memory), ACTIVATIONS["silu"], leaves["gate"],
     )  # fmt: skip
     memory.data.copy_(weight)

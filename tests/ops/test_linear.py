@@ -1,4 +1,4 @@
-"""The hand-written gradients against plain autograd, also where a pattern says who trains what."""
+"""The hand-written gradients against plain autograd."""
 
 from functools import partial
 
@@ -15,24 +15,18 @@ from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fix
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]
 FORMS = {"resident": paca_linear, "additive": paca_linear_additive}
 ALL = {"x", "delta", "bias"}
-# O, I, R and row groups.
-SIZES = {
-    "one": (12, 11, 4, 1),
-    "groups": (12, 20, 4, 4),
-    "large": (48, 96, 8, 1),
-    "large groups": (48, 96, 8, 6),
-}
+OUT, IN, RANK = SIZES = 12, 11, 4
+LARGE = 48, 96, 8
 every_form = pytest.mark.parametrize("form", FORMS)
-size = pytest.mark.parametrize("size", ["one", "groups"])
 
 
-def make(leading, size="one", dtype=torch.float64, bias=True) -> dict[str, Tensor | None]:
-    out_features, in_features, rank, groups = SIZES[size]
+def make(leading, sizes=SIZES, dtype=torch.float64, bias=True) -> dict[str, Tensor | None]:
+    out_features, in_features, rank = sizes
     return {
         "x": normal(*leading, in_features, dtype=dtype, seed=4),
         "weight": normal(out_features, in_features, dtype=dtype, seed=1),
         "delta": normal(out_features, rank, dtype=dtype, seed=2),
-        **choose(in_features, rank, groups),
+        "indices": choose(in_features, rank),
         "bias": normal(out_features, dtype=dtype, seed=3) if bias else None,
     }
 
@@ -41,7 +35,7 @@ def run(form: str, scaling: float, **tensors: Tensor | None) -> Tensor:
     if form == "reference":
         return reference.paca_linear(**tensors, scaling=scaling)
     if form == "resident":  # its columns are in the weight
-        update = tensors["delta"].detach(), tensors["indices"], scaling, tensors["places"]
+        update = tensors["delta"].detach(), tensors["indices"], scaling
         tensors["weight"] = reference.adapted_weight(tensors["weight"], *update)
     return FORMS[form](**tensors, scaling=scaling)
 
@@ -51,10 +45,9 @@ def gradients(form: str, tensors: twin.Tensors, scaling: float, trained: set[str
 
 
 @every_form
-@size
 @pytest.mark.parametrize("leading", SHAPES)
-def test_gradcheck(form, leading, size) -> None:
-    tensors = make(leading, size)
+def test_gradcheck(form, leading) -> None:
+    tensors = make(leading)
     leaves = [tensors[name].requires_grad_() for name in ("x", "delta", "bias")]
 
     def function(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
@@ -72,9 +65,8 @@ def test_gradcheck(form, leading, size) -> None:
         ((2, 5), True, torch.float32),
     ],
 )
-@size
-def test_equal_to_reference(form, leading, bias, dtype, size) -> None:
-    tensors = make(leading, size, dtype, bias)
+def test_equal_to_reference(form, leading, bias, dtype) -> None:
+    tensors = make(leading, dtype=dtype, bias=bias)
     for trained in twin.subsets(ALL if bias else ALL - {"bias"}):
         found = (gradients(one, tensors, 0.75, trained) for one in (form, "reference"))
         twin.assert_equal(*found, 1e-12 if dtype == torch.float64 else 1e-5)
@@ -104,11 +96,10 @@ def test_without_columns(form, leading) -> None:
 
 
 @every_form
-@pytest.mark.parametrize("large", ["large", "large groups"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
-def test_low_precision_error_is_within_plain_autograds(form, large, dtype, delta_dtype) -> None:
-    tensors = make((64,), large, dtype)
+def test_low_precision_error_is_within_plain_autograds(form, dtype, delta_dtype) -> None:
+    tensors = make((64,), LARGE, dtype)
     tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype or dtype)
     both = (partial(run, one, 2.0) for one in (form, "reference"))
     # Additive, what the columns add is rounded after the product of the weight has been.
@@ -116,24 +107,19 @@ def test_low_precision_error_is_within_plain_autograds(form, large, dtype, delta
 
 
 @every_form
-@pytest.mark.parametrize("name", ["one", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_saved_bytes_are_tokens_times_distinct_columns(form, name, dtype) -> None:
-    """A column of several groups is kept once."""
-    leaves = twin.leaves_of(make((2, 5), name, dtype), {"x", "delta"})
+def test_saved_bytes_are_tokens_times_columns(form, dtype) -> None:
+    leaves = twin.leaves_of(make((2, 5), dtype=dtype), {"x", "delta"})
     kept = twin.bytes_kept(lambda: FORMS[form](**leaves, scaling=2.0), leaves.values())
-    num_columns = len(leaves["indices"])
-    assert (num_columns > 4) == (name == "groups")
-    assert kept == 2 * 5 * num_columns * dtype.itemsize
+    assert kept == 2 * 5 * RANK * dtype.itemsize
 
 
 # Dynamo itself instantiates autograd Functions while it traces them.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @every_form
-@pytest.mark.parametrize("name", ["one", "groups"])
-def test_compiles_whole_and_once(form, name) -> None:
+def test_compiles_whole_and_once(form) -> None:
     torch._dynamo.reset()
-    tensors, function = make((4, 5), name, torch.float32), FORMS[form]
+    tensors, function = make((4, 5), dtype=torch.float32), FORMS[form]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for step in range(4):
@@ -168,8 +154,6 @@ def test_the_output_may_be_changed_in_place(form, leading, bias) -> None:
         ("x", torch.tensor(1.0), r"`x` must be \(\.\.\., I=11\)"),
         ("delta", torch.zeros(12, 5), r"`delta` must be \(O=12, R=4\).* got shape \(12, 5\)"),
         ("indices", torch.zeros(4), r"`indices` must be \(R,\) int64, got .* torch.float32"),
-        ("places", torch.zeros(5, 4).long(), "has 5 row groups, which must divide O=12"),
-        ("places", torch.zeros(3, 4), r"`places` must be \(G, R=4\) int64"),
         ("bias", torch.zeros(6), r"`bias` must be \(O=12,\), got shape \(6,\)"),
     ],
 )
@@ -203,16 +187,15 @@ def gpu_branch(request, monkeypatch):
         (torch.float32, torch.bfloat16, (2, 200), 0.75),
     ],
 )
-@size
 def test_gradient_of_delta_by_the_branch_of_gpus(
-    gpu_branch, size, scaling, leading, delta_dtype, dtype
+    gpu_branch, scaling, leading, delta_dtype, dtype
 ) -> None:
-    tensors = make(leading, size, dtype)
+    tensors = make(leading, dtype=dtype)
     tensors["delta"] = tensors["delta"].to(delta_dtype)
     ours = gradients("resident", tensors, scaling, ALL)
     assert ours["delta"].dtype == delta_dtype
     assert ours["delta"].is_contiguous()
-    numbers = {k: v.double() for k, v in tensors.items() if k not in ("indices", "places")}
+    numbers = {k: v.double() for k, v in tensors.items() if k != "indices"}
     exact = {**tensors, **numbers}
     truth = gradients("reference", exact, scaling, ALL)["delta"]
     # Rounded to 16 bits once, or not; the sums in float32.

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacatune.ops.pattern import divide
-
 Tensors = dict[str, Tensor | None]
 
 
@@ -19,12 +17,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def choose(columns: int, rank: int, groups: int = 1) -> Tensors:
-    """Return `indices`, and `places` of row groups, some columns being of several groups."""
+def choose(columns: int, rank: int) -> Tensor:
+    """Return some columns, sorted."""
     generator = torch.Generator().manual_seed(0)
-    chosen = [torch.randperm(columns, generator=generator)[:rank] for _ in range(groups)]
-    own = torch.stack(chosen).sort(1).values
-    return dict(zip(("indices", "places"), divide(own if groups > 1 else own[0]), strict=True))
+    return torch.randperm(columns, generator=generator)[:rank].sort().values
 
 
 def leaves_of(tensors: Tensors, trained: set[str]) -> Tensors:

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from pacatune.ops.columns import adapted_columns, read_columns, with_columns
-from pacatune.ops.pattern import divide, expand
 from pacatune.residency import put
 from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
 from tests.residency.net import adapt, assert_base, deltas, layers
 from tests.residency.test_together import build, loss_of
 
-# O, I, R and row groups.
-SHAPES = [(37, 50, 4, 1), (64, 33, 8, 1), (700, 64, 3, 1), (60, 33, 8, 4), (700, 64, 3, 7)]
+# O, I and R.
+SHAPES = [(37, 50, 4), (64, 33, 8), (700, 64, 3), (60, 33, 20)]
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -31,17 +30,16 @@ needs_triton = pytest.mark.skipif(
 def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
     pytest.importorskip("triton")
     puts, expected, pretrained = [], [], []
-    for out_features, in_features, rank, groups in SHAPES:
+    for out_features, in_features, rank in SHAPES:
         weight = torch.randn(out_features, in_features).to(DEVICE, dtype)
-        own = random_columns(in_features, rank, groups, "", groups)
-        columns, places = (one if one is None else one.to(DEVICE) for one in divide(own))
+        columns = random_columns(in_features, rank, rank, "").to(DEVICE)
         kept = room_for(weight, columns)
         originals = read_columns(weight, columns)
         delta = torch.randn(out_features, rank).to(DEVICE, delta_dtype or dtype)
         pretrained.append(weight.clone())
-        adapted = adapted_columns(originals, expand(delta, places, len(columns)), 1.7)
+        adapted = adapted_columns(originals, delta, 1.7)
         expected.append(with_columns(weight, columns, adapted))
-        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0, places)))
+        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0)))
     exchange(puts, takes=True)
     exchange(puts)
     # The interpreter truncates where it makes bfloat16.

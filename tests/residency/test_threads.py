@@ -221,7 +221,7 @@ class TestMeanwhile:
     def _of_one_layer(self, base, model):
         self.model, self.layer = model, net.layers(model)[0]
         self.update = self.layer.update_of("default")
-        delta, indices, scaling, _ = self.update
+        delta, indices, scaling = self.update
         self.pretrained = base.first.weight.detach().clone()
         self.adapted = self.pretrained.clone()
         self.adapted[:, indices] += scaling * delta.detach()
@@ -265,7 +265,7 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
     """Before whichever line announces the change: nobody takes one state for the other."""
     layer, delta = net.layers(model)[0], net.deltas(model)[0].detach().clone()
     residency, indices = layer.residency, layer.paca_indices["default"]
-    mine, others = ((net.deltas(model)[0], indices, scaling, None) for scaling in (2.0, 3.0))
+    mine, others = ((net.deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
     pretrained = base.first.weight.detach()[:, indices]
 
     def change_while_reading(number: int) -> int:

@@ -45,8 +45,6 @@ class Kind:
     """Name of the layer's parameter that is adapted."""
     amplification: float = 1
     """Units of rounding that the layer adds beside its product."""
-    groups: tuple[int, ...] = (1, 2, 4)
-    """Numbers of row groups that its adapters may have."""
     target: str = "layer"
     """What `target_modules` says, or `target_parameters` if it has a dot."""
 
@@ -79,8 +77,8 @@ KINDS = {
     "Conv1D": Kind(lambda: Conv1D(OUT, IN)),
     "Conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, 2), _images(1)),
     "Conv2d": Kind(lambda: nn.Conv2d(IN, OUT, 3), _images(2)),
-    "Conv2d, groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), _images(2), groups=(1,)),
-    "Conv2d, depthwise": Kind(lambda: nn.Conv2d(IN, IN, 3, groups=IN), _images(2), groups=(1,)),
+    "Conv2d, groups": Kind(lambda: nn.Conv2d(IN, OUT, 3, groups=2), _images(2)),
+    "Conv2d, depthwise": Kind(lambda: nn.Conv2d(IN, IN, 3, groups=IN), _images(2)),
     "Conv3d": Kind(lambda: nn.Conv3d(IN, OUT, 2), _images(3)),
     "Embedding": Kind(lambda: nn.Embedding(OUT, IN), lambda num: torch.randint(OUT, (num,))),
     "quantised, nf4": _quantised("bitsandbytes-nf4"),
@@ -149,7 +147,7 @@ class Twin:
     def merged(self) -> list[str]:
         return list(self.layer.merged_adapters)
 
-    def update(self, name: str) -> tuple[Tensor, Tensor, float, Tensor | None]:
+    def update(self, name: str) -> tuple[Tensor, Tensor, float]:
         return self.layer.update_of(name)
 
     def inputs(self) -> Tensor:
@@ -222,21 +220,19 @@ class Twin:
         assert torch.equal(weight, self.weight_of(self.plain))
 
 
-def twin_of(
-    kind: str, dtype: torch.dtype = torch.float32, groups: int = 1, seed: int = 0, std: float = 0.3
-) -> Twin:
+def twin_of(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.3) -> Twin:
     """Return an adapted layer of a kind, with random weights."""
     torch.manual_seed(seed)
     plain = KINDS[kind].build().to(dtype).requires_grad_(False)
     for parameter in plain.parameters():
         if parameter.is_floating_point():
             parameter.normal_(std=std)
-    model = adapted(plain, KINDS[kind], groups=groups)
+    model = adapted(plain, KINDS[kind])
     return Twin(model, plain, KINDS[kind], random.Random(seed))
 
 
-def adapted(plain: nn.Module, kind: Kind, rank: int = 3, groups: int = 1) -> Any:
-    options: Any = {"r": rank, "paca_alpha": 4, "groups": groups, "init_weights": False}
+def adapted(plain: nn.Module, kind: Kind, rank: int = 3) -> Any:
+    options: Any = {"r": rank, "paca_alpha": 4, "init_weights": False}
     options |= targets_of(kind)
     return get_peft_model(Net(copy.deepcopy(plain), kind.call), PacaConfig(**options))
 

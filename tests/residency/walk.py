@@ -9,7 +9,6 @@ import contextlib
 import copy
 import math
 import pickle
-import random
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -82,8 +81,7 @@ class Walk(RuleBasedStateMachine):
         warnings.filterwarnings("ignore", message="Merging into a quantised model")
         if kind.startswith("quantised") and dtype == "float64":
             dtype = "float32"
-        groups = random.Random(seed).choice(KINDS[kind].groups)
-        self.twin = twin_of(kind, getattr(torch, dtype), groups, seed)
+        self.twin = twin_of(kind, getattr(torch, dtype), seed)
         self.rng = self.twin.rng
 
     def example(self) -> tuple[Tensor, Tensor]:
@@ -262,7 +260,6 @@ class Walk(RuleBasedStateMachine):
             r=rng.randint(1, 5),
             paca_alpha=rng.choice([1, 4, 6.5]),
             random_seed=rng.randrange(100),
-            groups=rng.choice(twin.kind.groups),
             init_weights=False,
             **targets_of(twin.kind),
         )
@@ -347,8 +344,7 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def hotswap(self) -> None:
         twin = self.twin
-        name, groups = self.rng.choice(twin.adapters), self.rng.choice(twin.kind.groups)
-        saved = _saved(twin, self.rng.choice([2, 3]), groups)
+        name, saved = self.rng.choice(twin.adapters), _saved(twin, self.rng.choice([2, 3]))
         held = twin.layer.delta_of(name)
         if name in twin.merged:
             with contextlib.suppress(ValueError):
@@ -356,13 +352,11 @@ class Walk(RuleBasedStateMachine):
                 raise AssertionError("a merged adapter was swapped")
             return
         hotswap_adapter(twin.model, saved, name)
-        delta, indices, _, places = twin.update(name)
+        delta, indices, _ = twin.update(name)
         assert (delta is held) == (delta.shape == held.shape)  # optimisers keep what they step
         tensors = load_file(saved / "adapter_model.safetensors")
         assert torch.equal(delta, tensors[f"base_model.model.{twin.key}.paca_delta"].to(delta))
         assert torch.equal(indices, tensors[f"base_model.model.{twin.key}.paca_indices"])
-        if places is not None:
-            assert torch.equal(places, tensors[f"base_model.model.{twin.key}.paca_places"])
         self.changed()
 
     @precondition(lambda self: len(self.twin.adapters) < MAX_ADAPTERS)
@@ -461,11 +455,11 @@ class CompiledWalk(Walk):
         self.twin.check(torch.compile(self.twin.model, backend="aot_eager"))
 
 
-def _saved(twin: Twin, rank: int, groups: int) -> Path:
+def _saved(twin: Twin, rank: int) -> Path:
     """Return an adapter's folder; that of a kind of layer is made once."""
-    folder = Path(_FOLDER.name, f"{list(KINDS.values()).index(twin.kind)}-{rank}-{groups}")
+    folder = Path(_FOLDER.name, f"{list(KINDS.values()).index(twin.kind)}-{rank}")
     if not folder.exists():
-        adapted(twin.plain, twin.kind, rank, groups).save_pretrained(folder)
+        adapted(twin.plain, twin.kind, rank).save_pretrained(folder)
     return folder
 
 

@@ -132,6 +132,6 @@ def test_options_of_other_methods(text_options):
     options = {**text_options, "paca": {"bias": "all"}, **WITH_LORA}
     assert run_of(options, "paca").lora.use_rslora is False
     assert run_of(options, "lora").lora.use_rslora is True
-    arms = {"a": Arm(method="paca", rank=4, options={"paca": {"groups": 2}})}
+    arms = {"a": Arm(method="paca", rank=4, options={"paca": {"random_seed": 2}})}
     run = run_of(text_options, "a", {**arms, "paca": Arm(rank=4)})
-    assert run.paca.groups == run.adapter_options()["groups"] == 2
+    assert run.paca.random_seed == run.adapter_options()["random_seed"] == 2

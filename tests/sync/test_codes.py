@@ -135,7 +135,7 @@ def test_a_step_that_raises_leaves_the_columns_at_codes(folder):
 @fp8
 @torch.no_grad()
 def test_without_its_steps_the_nearest_codes_are_sent(folder):
-    model, checkpoint = adapted(folder, groups=2), open_packed(folder)
+    model, checkpoint = adapted(folder), open_packed(folder)
     server = load_file(folder / "model.safetensors")
     source, receiver = ColumnSource(model, codes=checkpoint), ColumnReceiver(server)
     receiver.expect(source.positions())
@@ -160,7 +160,6 @@ def test_what_cannot_be_at_codes_exactly(folder):
         with pytest.raises(ValueError, match=match):
             GridSteps(model, checkpoint, torch.optim.AdamW(net.trained(model)))
 
-    refuse(r"has row groups; on codes train with `groups=1`", adapted(folder, groups=2))
     refuse(r"has alpha / r = 3, by which values of codes would", adapted(folder, paca_alpha=12))
     refuse(r"is in torch.float32 and its delta in", adapted(folder, dtype="float32"))
     model = adapted(folder)

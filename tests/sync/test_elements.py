@@ -28,7 +28,7 @@ def take(server, source, columns):
 
 
 def test_elements_are_those_that_were_changed():
-    model, server = adapt(torch.bfloat16, groups=2), served(torch.bfloat16)
+    model, server = adapt(torch.bfloat16), served(torch.bfloat16)
     source = ColumnSource(model, complete_every=4)
     total = sum(math.prod(one.columns_shape) for one in source.positions().sets)
     assert take(server, source, source.columns()) == total

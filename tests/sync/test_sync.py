@@ -34,11 +34,11 @@ from tests.tuner import nets
 
 
 @pytest.mark.parametrize(
-    ("trained", "dtype", "groups"),
-    [(torch.float32, None, 1), (torch.float32, torch.bfloat16, 4), (torch.bfloat16, None, 1)],
+    ("trained", "dtype"),
+    [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)],
 )
-def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype, groups):
-    model = adapt(trained, groups=groups)
+def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype):
+    model = adapt(trained)
     server = served(dtype or trained)
     before, held = clone(server), dict(server.named_parameters())
     source, receiver = ColumnSource(model, dtype), ColumnReceiver(server)
@@ -308,10 +308,9 @@ def test_models_without_columns_to_send(build, message):
         ColumnSource(build())
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_a_trainer_in_4_bits_beside_a_sampler_in_16(groups):
+def test_a_trainer_in_4_bits_beside_a_sampler_in_16():
     """Whose base is what training dequantises; then it computes what the training pass does."""
-    trainer = in_few_bits("bitsandbytes-nf4", groups=groups)
+    trainer = in_few_bits("bitsandbytes-nf4")
     for number in range(2):
         change(trainer, number, by=0.01 * (1 + number))
     sampler = two_layers()
@@ -417,16 +416,14 @@ def test_a_server_in_inference_mode(model, source):
     assert_bits(server, merged(model))
 
 
-@pytest.mark.parametrize(
-    ("kind", "groups"), [("cnn", 1), *(case for case in kinds.CASES if case[0] != "convnext")]
-)
-def test_every_kind_of_layer(kind, groups):
+@pytest.mark.parametrize("kind", ["cnn", *(kind for kind in kinds.OPTIONS if kind != "convnext")])
+def test_every_kind_of_layer(kind):
     """A `cnn` is of nobody's library, so it has no config."""
     base = nets.Cnn() if kind == "cnn" else kinds.build(kind)
     server = copy.deepcopy(base)
     plain = [name for name in nets.CNN_TARGETS if name not in ("depthwise", "grouped")]
     options = kinds.OPTIONS.get(kind, {"target_modules": plain, "r": 2})
-    model = adapt(base=base, groups=groups, init_weights=False, **options)
+    model = adapt(base=base, init_weights=False, **options)
     before = clone(server)
     source, receiver = ColumnSource(model), ColumnReceiver(server)
     bring(source, receiver)

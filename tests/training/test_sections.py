@@ -8,7 +8,6 @@ from pacatune.training.config_file import to_values
     ("options", "message"),
     [
         ({"target_modules": "(q"}, r"section `paca`: .*_modules` \('\(q'\) is no regular exp"),
-        ({"groups": 0}, r"`groups` \(0\) must be an integer of at least 1"),
         ({"selection_batches": 0}, r"`paca.selection_batches` \(0\) must be at least 1"),
         ({"paca_alpha": 0}, r"`paca.paca_alpha` \(0\) .* must not be 0: nothing would"),
         ({"alpha_pattern": {"up": 0}}, r"\(\{'up': 0\}\) must not be 0"),

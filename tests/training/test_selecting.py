@@ -10,7 +10,7 @@ from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics, load_columns
 from pacatune.training import train
 from pacatune.training.selecting import share_of_batches
-from pacatune.training.task import make_adapter_config, task_of
+from pacatune.training.task import task_of
 from tests.training.runs import CHECKPOINTING, QUIET, read_json
 
 GRADIENT = {"selection": "gradient", "selection_batches": 2}
@@ -83,22 +83,3 @@ def test_columns_for_other_tasks(make_task_config, rewards_module, task):
     training = {"max_steps": 1, "eval_strategy": "no"}
     report = train(make_task_config(task, paca=GRADIENT, training=training), console=QUIET)
     assert report.columns == "gradient, num_batches 2"
-
-
-def test_row_groups_in_a_run(make_config, tmp_path):
-    """Trained, saved, and taken over by another run."""
-    section = {"r": 4, "paca_alpha": 4, "groups": 8}
-    config = make_config(paca=section, training={"max_steps": 2}, data={"eval_fraction": 0.1})
-    report, folder = train(config, console=QUIET), tmp_path / "out"
-    equal = task_of(make_config(paca={"r": 4})).plan().num_trainable_parameters
-    assert report.num_trainable_parameters == equal
-    assert report.columns == "random, 8 row groups"
-    saved = read_json(folder / "adapter_config.json")
-    assert (saved["groups"], saved["peft_type"]) == (8, "PACATUNE")
-    columns = load_columns(folder)
-    assert all(len(groups) == 8 and len(groups[0]) == 4 for groups in columns.values())
-    again = {"r": 4, "selection": str(folder)}
-    adapter = make_adapter_config(make_config(paca={**again, "groups": 8}))
-    assert (adapter.columns, adapter.groups) == (columns, 8)
-    with pytest.raises(ValueError, match=r"has columns of 8 row groups; set `groups` to that"):
-        make_adapter_config(make_config(paca=again))

@@ -110,9 +110,9 @@ class Reference(nn.Module):
 
 
 def adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:
-    """Return the weight of a module with an update: delta, its columns, scaling, pattern."""
+    """Return the weight of a module with an update: delta, its columns, scaling."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return adapted_kernel(weight, *update[:3], module.groups, *update[3:])
+        return adapted_kernel(weight, *update, module.groups)
     if weight.dim() == 3:
         is_transposed = type(module).__name__.startswith(("GptOss", "Llama4"))
         return adapted_experts(weight, *update, is_transposed=is_transposed)

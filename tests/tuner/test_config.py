@@ -8,7 +8,6 @@ from tests.releases import needs
 NESTED = {}
 for _ in range(800):
     NESTED = {"": NESTED}
-GROUPS = {"groups": 2, "r": 2}
 
 
 def test_the_name_that_lora_has_for_it():
@@ -46,16 +45,6 @@ def test_the_name_that_lora_has_for_it():
         # Regular expressions; adapters/test_folder.py has those of other fields
         ({"layers_to_transform": [0], "layers_pattern": ["("]}, r"`layers_pattern` \('\('\) is no"),
         ({"modules_to_save": ["+"]}, r"`modules_to_save` \('.*'\) is no regular .*: .*; mend"),
-        # Row groups
-        ({"groups": 0}, r"`groups` \(0\) must be an integer of at least 1"),
-        ({"groups": 2, "pool": 7}, r"`pool` \(7\) is the number of columns from .* draw 8 each"),
-        ({"groups": 2, "pool": 9, "rank_pattern": {"q": 10}}, r"`pool` \(9\) .* draw 10 each"),
-        ({"pool": 64}, r"`pool` \(64\) .* set `groups` above 1"),
-        ({"groups": 2, "pool": "all"}, r"`pool` \('all'\) must be an integer"),
-        (GROUPS | {"selection": {"q": [0, 1]}}, "must be 2 lists of column numbers of the same"),
-        (GROUPS | {"selection": {"q": [[0, 1], [1]]}}, "must be 2 lists of column numbers"),
-        (GROUPS | {"selection": {"q": [[0, 1], [1, 1]]}}, "repeats a column"),
-        ({"r": 2, "selection": {"q": [[0], [1]]}}, "columns of 2 row groups; set `groups` to"),
         # Columns
         ({"selection": {}}, r"`columns` \(\{\}\) must be a dictionary of module names and columns"),
         ({"selection": {"up": 3}}, r"`columns\['up'\]` \(3\) must be a list of column numbers"),

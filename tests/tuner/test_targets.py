@@ -14,7 +14,6 @@ from tests.releases import needs
 from tests.tuner import moe
 
 EXPERTS = {"target_parameters": moe.BOTH, "target_modules": []}
-GROUPS = {"groups": 2, "r": 1}
 
 
 def targets(*names: str) -> dict[str, list[str]]:
@@ -87,14 +86,6 @@ VALUES = [
     ("llama", targets("query"), r"not found in the base model.*q_proj \(2\)"),
     ("llama", Q | {"r": 33}, r"`r` \(33\) must be in \[1, in_features=32\] for 'model.layers.0"),
     ("parametrised", Q, r"layers.1.self_attn.q_proj.*parametrised weight"),
-    (
-        "llama",
-        Q | {"groups": 5},
-        r"`groups` \(5\) must divide out_features=32 of .* or put .* into `exclude_modules`",
-    ),
-    ("llama", Q | GROUPS | {"selection": {"q_proj": [[0], [32]]}}, "gives column 32 for"),
-    ("llama", Q | GROUPS | {"selection": {"q_proj": [[0, 1], [2, 3]]}}, "whose rank is 1"),
-    ("one of two convolutions", targets("two", "one") | GROUPS, r"`groups` \(2\) .* by 'one', a c"),
     ("weight_norm", {}, r"'one' has a parametrised weight"),
     ("max_norm", {}, r"'one' has `max_norm` \(1.0\): it changes its weight"),
     (

@@ -201,9 +201,8 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter | FoldedAdapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    A module's rank is its number of columns, with a pattern all that row groups draw from. Alpha
-    gives the scaling of the module with the largest rank; if that is no whole number above 0, which
-    some servers need, it is the rank.
+    A module's rank is its number of columns. Alpha gives the scaling of the module with the largest
+    rank; if that is no whole number above 0, which some servers need, it is the rank.
     """
     config = adapter.config
     ranks = _linear_ranks(adapter) or {name: module_rank(config, name) for name in adapter.modules}
@@ -258,13 +257,6 @@ def _linear_ranks(adapter: Adapter | FoldedAdapter) -> dict[str, int]:
 def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
     rank, alpha = rank_and_alpha(adapter)
     notes = []
-    if isinstance(adapter, Adapter) and (groups := adapter.config.groups) > 1:
-        own = max(update.rank for update in adapter.modules.values())
-        notes.append(
-            f"{groups} row groups of {own} columns: as LoRA the rank is {rank}, the columns that "
-            f"they draw from (`pool`), and B holds {rank / own:.1f} times the numbers, the others "
-            "zeros. A server must allow that rank, vLLM up to 512."
-        )
     if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
         notes.append(f"{num_padded} modules of lower rank are filled up with zeros to {rank}.")
     if num_scaled := sum(adapter.scaling(name) != alpha / rank for name in adapter.modules):

@@ -56,7 +56,7 @@ def lora_factors(
     """
     found = target_of_module(base, name)
     layout = found.layout
-    delta, indices, _ = adapter.modules[name].whole()
+    delta, indices = adapter.modules[name]
     update = delta.double() * times
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")

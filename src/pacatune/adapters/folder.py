@@ -23,7 +23,6 @@ from pacatune.format.tensors import (
     group_tensors,
     plain_name,
     split_tensor_name,
-    with_places,
 )
 from pacatune.methods import METHODS, config_class
 from pacatune.names import nearest
@@ -210,7 +209,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = locate_folder(folder)
     config = read_config(find_file(folder, CONFIG_NAME))
     path = find_tensors(folder)
-    tensors = with_places(read_tensors(path))
+    tensors = read_tensors(path)
     check_tensors(tensors, source=str(path))
     check_finite(tensors, source=str(path))
     modules = group_tensors(tensors, source=str(path))
@@ -283,21 +282,19 @@ def _checked_update(
     update: ColumnUpdate, config: PacaOptions, name: str, source: str
 ) -> ColumnUpdate:
     """Return an update with its columns second; refuse one that the configuration does not mean."""
-    delta, held = update.delta, (update.rank, update.num_groups)
-    expected = module_rank(config, name), config.groups
-    if held != expected:
+    delta, rank = update.delta, module_rank(config, name)
+    if update.rank != rank:
         raise ValueError(
-            f"{source}: module {name!r} has rank {held[0]} in {held[1]} row groups but the "
-            f"configuration says {expected[0]} in {expected[1]} (`r` = {config.r}, `rank_pattern` "
-            f"= {config.rank_pattern}, `groups` = {config.groups}); configuration and tensors are "
-            "of different runs, or one was edited."
+            f"{source}: module {name!r} has rank {update.rank} but the configuration says {rank} "
+            f"(`r` = {config.r}, `rank_pattern` = {config.rank_pattern}); configuration and "
+            "tensors are of different runs, or one was edited."
         )
     if delta.ndim == 3 and is_parameter(config, name):
         delta = delta.permute(1, 2, 0)
-    if delta.shape[1] != held[0]:
+    if delta.shape[1] != rank:
         raise ValueError(
             f"{source}: module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which "
-            f"fits its {held[0]} columns only as one of `target_parameters` "
+            f"fits its {rank} columns only as one of `target_parameters` "
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
     return update._replace(delta=delta)

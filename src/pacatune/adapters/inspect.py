@@ -31,7 +31,7 @@ class ModuleReport:
     name: str
     """In the base model, such as `model.layers.0.self_attn.q_proj`."""
     rank: int
-    """Trained columns of each row, or the rank of a LoRA update."""
+    """Trained columns, or the rank of a LoRA update."""
     scaling: float
     """Factor of the update, alpha / rank."""
     out_features: int
@@ -41,9 +41,7 @@ class ModuleReport:
     update_norm: float
     """Frobenius norm of W' - W."""
     columns: list[int] | None
-    """The trained columns, of all row groups; None for other methods than PaCA."""
-    columns_of_groups: list[list[int]] | None = None
-    """Those of each row group; None without groups."""
+    """The trained columns; None for other methods than PaCA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +145,6 @@ def _paca_modules(adapter: Adapter) -> list[ModuleReport]:
             num_parameters=update.delta.numel(),
             update_norm=float(update.delta.double().norm()) * adapter.scaling(name),
             columns=update.indices.tolist(),
-            columns_of_groups=None if update.places is None else update.columns().tolist(),
         )
         for name, update in adapter.modules.items()
     ]
@@ -201,12 +198,6 @@ def _paca_notes(adapter: Adapter) -> list[str]:
         notes.append(f"trained on a base quantised as {how}; columns started from {start} weights.")
     if idle := idle_layers(config):
         notes.append(f"{idle} has no effect: `target_modules` is a regular expression.")
-    if config.groups > 1:
-        most = max(len(one.indices) for one in adapter.modules.values())
-        notes.append(
-            f"{config.groups} row groups: each update has rank up to {most}, the number of columns "
-            "that they draw from, with the parameters of the rank above."
-        )
     has_convolutions = any(
         update.delta.ndim > 2 and not is_parameter(config, name)
         for name, update in adapter.modules.items()

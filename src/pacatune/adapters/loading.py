@@ -104,7 +104,7 @@ def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -
             f"{last}, but the base needs {needed} and has {in_features} columns; the adapter is "
             "damaged or belongs to another base."
         )
-    layout.check(update.rank, update.num_groups, name)
+    layout.check(update.rank, name)
 
 
 def _check_extra(adapter: Adapter, model: nn.Module) -> None:
@@ -290,9 +290,9 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
         )
     for name, update in adapter.modules.items():
         loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
-        columns = layers[name].columns_of(_ADAPTER_NAME).cpu()
+        columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
         delta = layers[name].layout.from_file(update.delta).to(loaded.dtype)
-        if not (torch.equal(columns, update.columns()) and torch.equal(loaded, delta)):
+        if not (torch.equal(columns, update.indices) and torch.equal(loaded, delta)):
             raise ValueError(
                 f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "
                 "another package has replaced PaCA in PEFT. Import pacatune before it."
@@ -426,7 +426,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
         alpha = adapter.scaling(name) * update.rank
-        layer.replace_update(adapter_name, delta, update.indices, alpha, update.places)
+        layer.replace_update(adapter_name, delta, update.indices, alpha)
     if adapter.extra:
         set_peft_model_state_dict(model, dict(adapter.extra), adapter_name)
     for option in fields(PacaOptions):
@@ -434,7 +434,7 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
             value = getattr(settled, option.name)
             is_set = option.name in ("target_modules", "exclude_modules")
             setattr(config, option.name, {*value} if is_set and type(value) is list else value)
-    keep_columns(config, {name: adapter.modules[name].columns() for name in layers})
+    keep_columns(config, {name: adapter.modules[name].indices for name in layers})
 
 
 def _check_swapped_extra(

@@ -73,7 +73,7 @@ def adapted_target_columns(
     target: BaseWeight, adapter: Adapter, name: str
 ) -> tuple[Tensor, Tensor]:
     """Return which columns of a weight an adapter changes, and their bits in a merge."""
-    delta, indices, _ = adapter.modules[name].whole()
+    delta, indices = adapter.modules[name]
     columns = read_target_columns(target, indices)
     update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
     return indices, target.layout.adapted(columns, update, adapter.scaling(name))

@@ -71,8 +71,6 @@ class EstimateCommand(Setting):
         is_paca = method_of(method, TEXT_METHODS).is_paca
         values |= {"method": method, "dropout": 0.0}
         values["rank"] = self.rank or (PacaSection.r if is_paca else LoraSection.r)
-        if len(self.methods) > 1 and not is_paca:
-            values["groups"] = 1
         setting = Setting(**values)
         if len(self.methods) > 1 and not setting.row.has_dropout:
             return setting

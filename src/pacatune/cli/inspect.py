@@ -115,7 +115,7 @@ def _report(report: Any, options: Inspect) -> str:
             "scaling": f"{module.scaling:g}",
             "out": module.out_features,
             "norm": f"{module.update_norm:.4g}",
-            "columns": module.columns_of_groups or module.columns,
+            "columns": module.columns,
         }
         for module in report.modules
     ]
@@ -154,8 +154,7 @@ def _page(
 def _cell(value: Any) -> str:
     if not isinstance(value, list):
         return "-" if value is None else str(value)
-    is_grouped = bool(value) and isinstance(value[0], list)
-    return (" | " if is_grouped else " ").join(map(_cell, value))
+    return " ".join(map(_cell, value))
 
 
 def _some(names: list[str]) -> str:

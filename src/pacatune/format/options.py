@@ -7,7 +7,6 @@ looking into an adapter does not wait for PEFT.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any, Literal
 
 from pacatune.format.patterns import check_patterns
@@ -24,8 +23,8 @@ RANDOM = "random"
 IN_TENSORS: Literal["paca_indices"] = "paca_indices"
 """`columns` of a configuration whose adapter has not been loaded yet: its file of tensors has them,
 by this name."""
-Columns = dict[str, list[int]] | dict[str, list[list[int]]]
-"""Module name -> its columns, or those of each of its row groups."""
+Columns = dict[str, list[int]]
+"""Module name -> its columns."""
 _MAX_DEPTH = 8
 # The largest float32, in which updates are scaled; beyond it torch raises an error of its own.
 _MOST = (2 - 2**-23) * 2.0**127
@@ -72,12 +71,6 @@ class PacaChoices(TargetOptions):
     paca_alpha: float = 8
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.
     With 16 the best rates of r from 8 to 64 lay within a factor of two in our study."""
-    groups: int = 1
-    """Number of equal parts of each weight's rows (outputs) that train `r` columns of their own,
-    out of `pool` columns: the same number of parameters, an update of rank up to `pool`."""
-    pool: int | None = None
-    """Number of columns that row groups draw from, which are kept as if all were trained; four
-    times `r` where null. At most all that a weight has: then whole inputs are kept."""
     selection: str | Columns = RANDOM
     """Strategy that chooses the columns: random, weight_norm, weight_norm_smallest, gradient, or a
     registered one. Or the columns themselves, by the module's name or pattern. No strategy was
@@ -126,8 +119,8 @@ class PacaOptions(PacaChoices):
     base_quantization: dict[str, Any] | None = None
     """How the base was quantised; filled in when the adapter is made."""
     columns: Columns | Literal["paca_indices"] | None = None
-    """Module name or regular expression -> its columns, with `groups` a list for each group; filled
-    in when they are not random. In a file "paca_indices", the tensors that hold them."""
+    """Module name or regular expression -> its columns; filled in when they are not
+    random. In a file "paca_indices", the tensors that hold them."""
     selection_options: dict[str, Any] | None = None
     """What the columns were chosen from, such as the number of batches; filled in."""
     needs_pacatune_for: list[str] | None = None
@@ -169,7 +162,6 @@ class PacaOptions(PacaChoices):
         """
         options = [f"`{key}`" for key in _OWN_OPTIONS if getattr(self, key)]
         options += ["`bias`"] if self.bias != "none" else []
-        options += ["`groups`"] if self.groups != 1 else []
         options += ["`columns_from`"] if self.columns_from != "dequantized" else []
         return options + (self.needs_pacatune_for or [])
 
@@ -235,7 +227,7 @@ class PacaOptions(PacaChoices):
         if self.columns == IN_TENSORS:
             pass  # known once the adapter is loaded
         elif self.columns is not None:
-            self.columns = _sorted_columns(self.columns, self.groups)
+            self.columns = _sorted_columns(self.columns)
         elif self.selection == FIXED:
             raise ValueError(
                 f"`selection` ({FIXED!r}) needs columns; give them as `selection` themselves, a "
@@ -246,19 +238,9 @@ class PacaOptions(PacaChoices):
 
 
 def check_sizes(options: Any) -> None:
-    """Refuse ranks, row groups and alphas, those of single modules too, that nothing can have."""
+    """Refuse ranks and alphas, those of single modules too, that nothing can have."""
     _check_rank("r", options.r)
     _check_alpha("paca_alpha", options.paca_alpha)
-    _check_rank("groups", options.groups)
-    if (pool := options.pool) is not None:
-        _check_rank("pool", pool)
-        most = max([options.r, *(options.rank_pattern or {}).values()])
-        if options.groups == 1 or pool < most:
-            raise ValueError(
-                f"`pool` ({pool}) is the number of columns from which `groups` ({options.groups}) "
-                f"of rows draw {most} each; set `groups` above 1 and `pool` to at least that, or "
-                "drop `pool`."
-            )
     for name, rank in (options.rank_pattern or {}).items():
         _check_rank(f"rank_pattern[{name!r}]", rank)
     for name, alpha in (options.alpha_pattern or {}).items():
@@ -308,8 +290,8 @@ def _check_depth(name: str, value: Any) -> None:
         )
 
 
-def _sorted_columns(columns: Any, groups: int) -> Any:
-    """Return columns by module, in increasing order, those of each row group by themselves.
+def _sorted_columns(columns: Any) -> Columns:
+    """Return columns by module, in increasing order.
 
     Raises:
         ValueError: If they are anything but distinct column numbers.
@@ -318,32 +300,15 @@ def _sorted_columns(columns: Any, groups: int) -> Any:
         raise ValueError(
             f"`columns` ({str(columns)[:80]}) must be a dictionary of module names and columns."
         )
-    result: dict[str, Any] = {}
-    for name, given in columns.items():
-        values = given.tolist() if hasattr(given, "tolist") else given
-        sort = _sorted_list if groups == 1 else partial(_sorted_groups, groups=groups)
-        result[str(name)] = sort(str(name), values)
+    result: Columns = {}
+    for name, values in columns.items():
+        values = values.tolist() if hasattr(values, "tolist") else values
+        result[str(name)] = _sorted_list(str(name), values)
     return result
-
-
-def _sorted_groups(name: str, values: Any, groups: int) -> list[list[int]]:
-    is_list = isinstance(values, list | tuple) and len(values) == groups
-    is_list = is_list and all(isinstance(own, list | tuple) for own in values)
-    lists = [_sorted_list(name, own) for own in values] if is_list else []
-    if len({len(own) for own in lists}) != 1:
-        raise ValueError(
-            f"`columns[{name!r}]` ({str(values)[:80]}) must be {groups} lists of column numbers of "
-            f"the same length, one for each of `groups` ({groups})."
-        )
-    return lists
 
 
 def _sorted_list(name: str, values: Any) -> list[int]:
     is_list = isinstance(values, list | tuple) and len(values) > 0
-    if is_list and isinstance(values[0], list | tuple):
-        raise ValueError(
-            f"`columns[{name!r}]` has columns of {len(values)} row groups; set `groups` to that."
-        )
     if not is_list or any(type(value) is not int or value < 0 for value in values):
         raise ValueError(
             f"`columns[{name!r}]` ({str(values)[:80]}) must be a list of column numbers from 0 on."

@@ -1,30 +1,26 @@
 """What every PaCA tensor must fulfil, wherever it comes from; torch only.
 
 An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
-`<module>.paca_indices` (R,), sorted and unique. With a pattern (docs/method.md) these are (U,), and
-`<module>.paca_places` (G, R) says which of them each of G row groups trains. The deltas of
-convolutions have the kernel's dimensions after these, those of expert parameters the number of
-experts before.
-
-Earlier versions had no places, and indices (G, R): those of each row group.
+`<module>.paca_indices` (R,), sorted and unique. The deltas of convolutions have the kernel's
+dimensions after these, those of expert parameters the number of experts before.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacatune.ops.columns import check_columns
-from pacatune.ops.pattern import columns_of, divide, expand, form_of
 from pacatune.ops.whole import is_whole
 from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
 INDICES = "paca_indices"
-PLACES = "paca_places"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
+
+_ROW_GROUPS, _READS_ROW_GROUPS = ".paca_places", "d5ebc774"
 
 
 class ColumnUpdate(NamedTuple):
@@ -33,40 +29,12 @@ class ColumnUpdate(NamedTuple):
     delta: Tensor
     """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling."""
     indices: Tensor
-    """(U,) int64, the columns of which anything is trained, in increasing order."""
-    places: Tensor | None = None
-    """(G, R) int64, which of these each row group trains; None: all do, U = R."""
-
-    @property
-    def num_groups(self) -> int:
-        """G."""
-        return form_of(self.indices, self.places)[0]
+    """(R,) int64, the trained columns, in increasing order."""
 
     @property
     def rank(self) -> int:
         """R."""
-        return form_of(self.indices, self.places)[1]
-
-    def columns(self) -> Tensor:
-        """Return the columns of each row, (R,), or (G, R) of row groups."""
-        return columns_of(self.indices, self.places)
-
-    def whole(self) -> "ColumnUpdate":
-        """Return the same without a pattern: zeros where a row does not train a column.
-
-        Of a delta with the columns in its second dimension.
-        """
-        return ColumnUpdate(expand(self.delta, self.places, len(self.indices)), self.indices)
-
-
-def with_places(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors in today's form."""
-    result = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == INDICES and tensor.ndim == 2 and not tensor.is_meta:
-            result[name], places = divide(tensor)
-            result[name.removesuffix(INDICES) + PLACES] = cast(Tensor, places)
-    return result
+        return len(self.indices)
 
 
 # Modules around a base model's own: of PEFT and torch, and those of ours.
@@ -82,7 +50,7 @@ def plain_name(name: str) -> str:
 def split_tensor_name(name: str) -> tuple[str, str] | None:
     """Split a name, such as (`layers.0.q_proj`, `paca_delta`); None if it is not PaCA's."""
     module, _, kind = name.rpartition(".")
-    if kind not in (DELTA, INDICES, PLACES):
+    if kind not in (DELTA, INDICES):
         return None
     return module.removeprefix(PEFT_PREFIX), kind
 
@@ -91,6 +59,11 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
     """Pair each module's delta with its indices; tensors of other kinds are passed over."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        if name.endswith(_ROW_GROUPS):
+            raise ValueError(
+                f"{source}: {name!r} is of an adapter of row groups, which were taken out. Check "
+                f"out commit {_READS_ROW_GROUPS} of pacatune, and merge or export it there."
+            )
         if (split := split_tensor_name(name)) is not None:
             module, kind = split
             parts.setdefault(module, {})[kind] = tensor
@@ -101,10 +74,7 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
                     f"{source}: module {module!r} has `{other}` but no `{kind}`; each adapted "
                     "module needs both. The file is incomplete: save the adapter again."
                 )
-    return {
-        module: ColumnUpdate(found[DELTA], found[INDICES], found.get(PLACES))
-        for module, found in parts.items()
-    }
+    return {module: ColumnUpdate(found[DELTA], found[INDICES]) for module, found in parts.items()}
 
 
 def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -121,8 +91,6 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
         if not update.delta.is_meta:
             check_finite({f"{module}.{DELTA}": update.delta}, source=source)
         check_columns(update.indices, None, f"{where}: `{INDICES}`")
-        if update.places is not None:
-            check_columns(update.places, len(update.indices), f"{where}: `{PLACES}`")
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -147,7 +115,7 @@ def is_equal(tensor: Tensor, own: Tensor) -> bool:
 
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:
-    delta, indices, places = update
+    delta, indices = update
     if dtype_name(delta.dtype) not in FLOATS:
         raise ValueError(
             f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {', '.join(FLOATS)}."
@@ -159,22 +127,9 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
         )
     # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
     sizes = [delta.shape[:2]] + ([delta.shape[1:]] if delta.ndim == 3 else [])
-    if places is not None and (places.ndim != 2 or len(places) < 2):
-        raise ValueError(
-            f"{where}: `{PLACES}` has shape {tuple(places.shape)}; it must have a line for each of "
-            "`groups`, at least 2."
-        )
-    groups, rank = form_of(indices, places)
-    if indices.ndim != 1 or all(columns != rank for _, columns in sizes):
-        kind, shape = (INDICES, indices.shape) if places is None else (PLACES, places.shape)
+    if indices.ndim != 1 or all(columns != len(indices) for _, columns in sizes):
         listed = " or ".join(f"({columns},)" for columns in sorted({size[1] for size in sizes}))
         raise ValueError(
-            f"{where}: `{kind}` has shape {tuple(shape)}; it must be {listed}, one entry for each "
-            f"column of `{DELTA}`, which has shape {tuple(delta.shape)}, or such a line for each "
-            "of `groups`."
-        )
-    if all(rows % groups for rows, columns in sizes if columns == rank):
-        raise ValueError(
-            f"{where}: `{PLACES}` has {groups} lines, one for each of `groups`, which do not "
-            f"divide the rows of `{DELTA}`, which has shape {tuple(delta.shape)}."
+            f"{where}: `{INDICES}` has shape {tuple(indices.shape)}; it must be {listed}, one "
+            f"entry for each column of `{DELTA}`, which has shape {tuple(delta.shape)}."
         )

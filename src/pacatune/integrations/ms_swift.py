@@ -2,7 +2,7 @@
 
     from pacatune.integrations.ms_swift import register
 
-    register(groups=2)
+    register(random_seed=1)
 
 docs/integrations.md says what of ms-swift's options is kept.
 """

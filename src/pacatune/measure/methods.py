@@ -42,12 +42,11 @@ def add_adapter(
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
     seed: int | None = None,
-    groups: int = 1,
 ) -> nn.Module:
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full; `groups` are PaCA's row groups.
+    trained in full.
     """
     from pacatune.tuner.columns import fit_ranks
     from pacatune.tuner.defaults import default_targets
@@ -64,7 +63,6 @@ def add_adapter(
         row, **options, target_modules=targets, modules_to_save=list(heads) or None
     )
     if row.is_paca:
-        config.groups = groups
         fit_ranks(model, config)
     return put_adapter(model, config)
 
@@ -80,7 +78,6 @@ def adapt(
     adapter_dtype: torch.dtype | None = None,
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
-    groups: int = 1,
 ) -> Contender:
     """Make a model on its device a contender, in place and in training mode.
 
@@ -99,7 +96,6 @@ def adapt(
         targets: Names of modules to adapt, or `all-linear`; by default the linear layers of the
             blocks.
         heads: Modules that every method but `frozen` trains in full.
-        groups: PaCA's row groups.
     """
     model.requires_grad_(method == "full")
     row = (methods.METHODS | METHODS)[method]
@@ -113,7 +109,6 @@ def adapt(
             targets=targets,
             heads=heads,
             seed=seed,
-            groups=groups,
         )
         for parameter in model.parameters() if adapter_dtype is not None else ():
             if parameter.requires_grad:

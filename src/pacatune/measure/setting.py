@@ -216,9 +216,6 @@ class Setting:
     dropout."""
     rank: int = 8
     """Columns or rank of the adapter."""
-    groups: int = 1
-    """Row groups of paca, which draw from four times as many columns; all of these are kept for
-    backward."""
     dropout: float = 0.0
     """Dropout on the input of lora, dora and moslora."""
     batch_size: int = 1
@@ -260,7 +257,7 @@ class Setting:
         object.__setattr__(self, "method", given.variant_of or given.name)
         object.__setattr__(self, "quantization", self.quantization or given.quantization)
         object.__setattr__(self, "dropout", self.dropout or given.dropout or 0.0)
-        sizes = ("rank", "groups", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
+        sizes = ("rank", "batch_size", "seq_len", "gradient_accumulation", "num_gpus")
         _check_fields(self, *sizes)
         if self.seq_len < 2:
             raise ValueError(
@@ -276,8 +273,6 @@ class Setting:
                 f"`dropout` ({self.dropout}) {said}: it has none; drop the option, or choose one "
                 f"of {', '.join(_WITH_DROPOUT)}."
             )
-        if self.groups > 1 and not self.row.is_paca:
-            raise ValueError(f"`groups` ({self.groups}) {said}: only paca has them; drop it.")
         if self.quantization is not None and self.method in ("full", "dora"):
             raise ValueError(
                 f"`quantization` ({self.quantization!r}) {said}: such weights cannot be trained, "
@@ -295,7 +290,6 @@ class Setting:
             f"batch {self.batch_size} x {self.seq_len:,} tokens": True,
             f"weights in {self.quantization or self.dtype}": True,
             f"rank {self.rank} in {self.adapter_dtype}": self.row.has_adapter,
-            f"{self.groups} row groups": self.groups > 1,
             f"dropout {self.dropout}": self.dropout,
             "AdamW": True,
             f"lean level {self.lean_level}": self.lean != "off",

@@ -146,7 +146,6 @@ class FakeTraining:
                     rank=setting.rank,
                     dropout=setting.dropout,
                     targets=setting.target_modules,
-                    groups=setting.groups,
                 )
             except NotImplementedError as error:  # torch's, of a tensor without values
                 raise ValueError(

@@ -26,7 +26,7 @@ def check_columns(indices: Tensor, num_columns: int | None, what: str) -> None:
     this once.
 
     Args:
-        indices: (R,), or several such lines.
+        indices: (R,).
         num_columns: I; None where nobody knows.
         what: Begins the message.
 
@@ -49,6 +49,14 @@ def check_columns(indices: Tensor, num_columns: int | None, what: str) -> None:
         raise ValueError(
             f"{what} holds {int(indices[place])} at position {place[-1]}; column numbers must be "
             f"sorted and unique, from 0 {end}. The file is damaged, or made for another base model."
+        )
+
+
+def check_form(indices: Tensor) -> None:
+    """Refuse what has not the form of columns; their values are not looked at."""
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise ValueError(
+            f"`indices` must be (R,) int64, got shape {tuple(indices.shape)} of {indices.dtype}."
         )
 
 

@@ -21,11 +21,11 @@ from pacatune.ops.columns import (
     CONVOLUTIONS,
     Size,
     adapted_kernel,
+    check_form,
     one_group_each,
     outputs_of,
     select_channels,
 )
-from pacatune.ops.pattern import refuse_misfit
 from pacatune.ops.products import autocast, cast
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -233,7 +233,7 @@ def _check_shapes(
             f"`x` must be (B, I={in_channels}, *positions) or without B, to fit `weight` "
             f"{tuple(weight.shape)} with groups={groups}, got shape {tuple(x.shape)}."
         )
-    refuse_misfit(indices, None, len(indices))
+    check_form(indices)
     expected = (out_channels // groups, len(indices), *weight.shape[2:])
     if delta.shape != expected:
         raise ValueError(

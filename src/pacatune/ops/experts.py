@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.pattern import collect, expand, refuse_misfit
+from pacatune.ops.columns import adapted_columns, check_form, read_columns
 from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, autocast, grad_delta
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -37,7 +36,6 @@ def paca_experts_linear(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
-    places: Tensor | None = None,
     *,
     is_transposed: bool = False,
     is_grouped: bool = False,
@@ -50,10 +48,9 @@ def paca_experts_linear(
         x: (S, I) activations of the routed tokens, sorted by expert.
         weight: (E, O, I) frozen pretrained weights.
         delta: (E, O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns; with a pattern (U,).
+        indices: (R,) int64, the trained columns.
         scaling: alpha / R.
         offsets: (E,) int32, where each expert's tokens end.
-        places: (G, R) int64 pattern, see `pattern`.
         is_transposed: The weights are (E, I, O).
         is_grouped: Use torch's grouped GEMM where it can be used.
 
@@ -66,7 +63,7 @@ def paca_experts_linear(
     Source: PaCA, Eqs. 7-9, for each expert.
     """
     _check_weight(x, weight, offsets, is_transposed)
-    _check_delta(delta, indices, offsets, places)
+    _check_delta(delta, indices, offsets)
     num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
     if delta.shape[:2] != (num_experts, out_features):
         raise ValueError(
@@ -75,7 +72,7 @@ def paca_experts_linear(
         )
     x = x.to(weight.dtype) if is_grouped else autocast(x)
     how = offsets, is_transposed, is_grouped
-    return _ExpertsLinear.apply(x, weight, delta, indices, scaling, places, *how)
+    return _ExpertsLinear.apply(x, weight, delta, indices, scaling, *how)
 
 
 def experts_linear(
@@ -104,7 +101,7 @@ def experts_linear(
     _check_weight(x, weight, offsets, is_transposed)
     x = x.to(weight.dtype) if is_grouped else autocast(x)
     how = offsets, is_transposed, is_grouped
-    return _ExpertsLinear.apply(x, weight, None, None, 0.0, None, *how)
+    return _ExpertsLinear.apply(x, weight, None, None, 0.0, *how)
 
 
 def paca_experts_update(
@@ -113,7 +110,6 @@ def paca_experts_update(
     indices: Tensor,
     scaling: float,
     offsets: Tensor,
-    places: Tensor | None = None,
     *,
     is_grouped: bool = False,
 ) -> Tensor:
@@ -127,9 +123,9 @@ def paca_experts_update(
     Raises:
         ValueError: If the shapes do not fit.
     """
-    _check_delta(delta, indices, offsets, places)
+    _check_delta(delta, indices, offsets)
     how = offsets, False, is_grouped
-    return _ExpertsLinear.apply(autocast(x), None, delta, indices, scaling, places, *how)
+    return _ExpertsLinear.apply(autocast(x), None, delta, indices, scaling, *how)
 
 
 def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool) -> None:
@@ -149,13 +145,17 @@ def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: boo
         )
 
 
-def _check_delta(delta: Tensor, indices: Tensor, offsets: Tensor, places: Tensor | None) -> None:
+def _check_delta(delta: Tensor, indices: Tensor, offsets: Tensor) -> None:
     if delta.dim() != 3 or len(delta) != len(offsets):
         raise ValueError(
             f"`delta` must be (E={len(offsets)}, O, R) to fit `offsets`, got shape "
             f"{tuple(delta.shape)}."
         )
-    refuse_misfit(indices, places, delta.shape[2], delta.shape[1])
+    check_form(indices)
+    if delta.shape[2] != len(indices):
+        raise ValueError(
+            f"`delta` is of {delta.shape[2]} columns, and `indices` has {len(indices)}."
+        )
 
 
 class _ExpertsLinear(torch.autograd.Function):
@@ -169,7 +169,6 @@ class _ExpertsLinear(torch.autograd.Function):
         delta: Tensor | None,
         indices: Tensor | None,
         scaling: float,
-        places: Tensor | None,
         offsets: Tensor,
         is_transposed: bool,
         is_grouped: bool,
@@ -180,13 +179,12 @@ class _ExpertsLinear(torch.autograd.Function):
         # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
         # after the forward pass and put it back before the backward pass.
         kept = x_R if needs_delta else None, weight if needs_x else None
-        ctx.save_for_backward(*kept, delta, indices, places, offsets)
+        ctx.save_for_backward(*kept, delta, indices, offsets)
         y = None
         if weight is not None:
             weight = weight.transpose(1, 2) if is_transposed else weight
             y = _products(x, weight, offsets, is_grouped)
         if x_R is not None and delta is not None and indices is not None:
-            delta = expand(delta, places, len(indices), dim=2)
             if weight is not None and y is not None and y.itemsize <= 2:
                 columns = read_columns(weight, indices, dim=2)
                 adapted = adapted_columns(columns, delta, scaling)
@@ -201,13 +199,12 @@ class _ExpertsLinear(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_experts_linear")
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        x_R, weight, delta, indices, places, offsets = ctx.saved_tensors
+        x_R, weight, delta, indices, offsets = ctx.saved_tensors
         x_shape, scaling, is_transposed, is_grouped = ctx.call
         gx, gdelta, how = None, None, (offsets, is_grouped)
         gy = gy.contiguous()
         if needs_delta:
             gdelta = _grad_delta(gy, x_R, offsets, scaling, delta.dtype, is_grouped)
-            gdelta = collect(gdelta, places, dim=2)
         if needs_x:
             weight = weight.transpose(1, 2) if is_transposed and weight is not None else weight
             if weight is None:
@@ -215,14 +212,13 @@ class _ExpertsLinear(torch.autograd.Function):
             else:
                 gx = _products(gy, weight.transpose(1, 2), *how)
             if delta is not None:
-                update = expand(delta, places, len(indices), dim=2)
                 if weight is not None and gy.itemsize <= 2:  # the columns of W' as they are
-                    update = adapted_columns(read_columns(weight, indices, dim=2), update, scaling)
+                    update = adapted_columns(read_columns(weight, indices, dim=2), delta, scaling)
                     gx.index_copy_(1, indices, _products(gy, update.transpose(1, 2), *how))
                 else:
-                    gx_SR = _products(gy, update.transpose(1, 2), *how)
+                    gx_SR = _products(gy, delta.transpose(1, 2), *how)
                     gx.index_add_(1, indices, gx_SR, alpha=scaling)
-        return gx, None, gdelta, None, None, None, None, None, None
+        return gx, None, gdelta, None, None, None, None, None
 
 
 def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, read_columns
-from pacatune.ops.pattern import collect, expand, form_of, refuse_misfit
+from pacatune.ops.columns import adapted_columns, check_form, read_columns
 from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -61,7 +60,6 @@ def paca_linear(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
-    places: Tensor | None = None,
 ) -> Tensor:
     """Apply a linear map that trains only the input columns `indices` (Eqs. 7-9).
 
@@ -76,10 +74,9 @@ def paca_linear(
         x: (..., I) activations, any number of leading dimensions, zero tokens included.
         weight: (O, I) frozen weight with the adapted columns written in.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns; with a pattern (U,).
+        indices: (R,) int64, the trained columns.
         scaling: alpha / R, the factor between `delta` and the columns.
         bias: (O,) bias, frozen or trained.
-        places: (G, R) int64 pattern, see `pattern`.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
@@ -89,8 +86,8 @@ def paca_linear(
 
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias, places)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, places, bias, True)
+    _check_shapes(x, weight, delta, indices, bias)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)
 
 
 def paca_linear_additive(
@@ -100,7 +97,6 @@ def paca_linear_additive(
     indices: Tensor,
     scaling: float,
     bias: Tensor | None = None,
-    places: Tensor | None = None,
 ) -> Tensor:
     """Apply the same map as `paca_linear`, from the *pretrained* weight, which is not written.
 
@@ -113,10 +109,9 @@ def paca_linear_additive(
         x: (..., I) activations.
         weight: (O, I) frozen pretrained weight.
         delta: (O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns; with a pattern (U,).
+        indices: (R,) int64, the trained columns.
         scaling: alpha / R.
         bias: (O,) bias, frozen or trained.
-        places: (G, R) int64 pattern.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
@@ -126,8 +121,8 @@ def paca_linear_additive(
 
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias, places)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, places, bias, False)
+    _check_shapes(x, weight, delta, indices, bias)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)
 
 
 def _check_shapes(
@@ -136,7 +131,6 @@ def _check_shapes(
     delta: Tensor,
     indices: Tensor,
     bias: Tensor | None,
-    places: Tensor | None,
 ) -> None:
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be (O, I), got shape {tuple(weight.shape)}.")
@@ -146,12 +140,11 @@ def _check_shapes(
             f"`x` must be (..., I={in_features}) to fit `weight` {tuple(weight.shape)}, "
             f"got shape {tuple(x.shape)}."
         )
-    _, rank = form_of(indices, places)
-    refuse_misfit(indices, places, rank, out_features)
-    if delta.shape != (out_features, rank):
+    check_form(indices)
+    if delta.shape != (out_features, len(indices)):
         raise ValueError(
-            f"`delta` must be (O={out_features}, R={rank}) to fit `weight` and `indices`, got "
-            f"shape {tuple(delta.shape)}."
+            f"`delta` must be (O={out_features}, R={len(indices)}) to fit `weight` and `indices`, "
+            f"got shape {tuple(delta.shape)}."
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
@@ -162,7 +155,6 @@ def column_update(
     delta: Tensor,
     indices: Tensor,
     scaling: float,
-    places: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return what the columns of W' multiply x with beyond those of W, for `add_columns_`.
@@ -174,15 +166,13 @@ def column_update(
     Args:
         weight: (O, I) pretrained weight.
         delta: (O, R) trained update.
-        indices: (U,) int64, the trained columns.
+        indices: (R,) int64, the trained columns.
         scaling: alpha / R.
-        places: (G, R) int64 pattern; U = R without one.
         dtype: What the product is computed in.
 
     Returns:
-        In 16 bits (O, 2U), otherwise (O, U) scaling * delta; in `dtype`.
+        In 16 bits (O, 2R), otherwise (O, R) scaling * delta; in `dtype`.
     """
-    delta = expand(delta, places, len(indices))
     if dtype.itemsize > 2:
         wide = cast(delta, dtype)
         return wide if scaling == 1.0 else wide * scaling
@@ -210,7 +200,6 @@ class _PacaLinear(torch.autograd.Function):
         delta: Tensor,
         indices: Tensor,
         scaling: float,
-        places: Tensor | None,
         bias: Tensor | None,
         is_resident: bool,
         source: Source | None = None,
@@ -231,19 +220,18 @@ class _PacaLinear(torch.autograd.Function):
             weight if (needs_x or needs_gate) and source is None else None,
             delta,
             indices,
-            places,
             gate,
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, places, y.dtype))
+            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_linear")
-        needs_x, _, needs_delta, _, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
-        kept, weight_OI, delta_OR, indices_R, places, gate = ctx.saved_tensors
+        needs_x, _, needs_delta, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
+        kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
         x_shape, scaling, is_resident, source, activation = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = ggate = None
@@ -253,9 +241,9 @@ class _PacaLinear(torch.autograd.Function):
                 x_NR = activation.product_columns(gate, kept, indices_R)
             if len(x_shape) != 2:
                 x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
-            gdelta = collect(grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype), places)
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x or needs_gate:
-            update = delta_OR, indices_R, scaling, places
+            update = delta_OR, indices_R, scaling
             if source is None:
                 gx_NI = grad_x(gy_NO, *update, weight_OI, is_resident)
             else:
@@ -265,7 +253,7 @@ class _PacaLinear(torch.autograd.Function):
                 ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, None, gdelta, None, None, None, gbias, None, None, None, ggate
+        return gx, None, gdelta, None, None, gbias, None, None, None, ggate
 
 
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
@@ -295,7 +283,6 @@ def grad_x(
     delta_OR: Tensor,
     indices_R: Tensor,
     scaling: float,
-    places: Tensor | None,
     weight_OI: Tensor,
     is_resident: bool,
 ) -> Tensor:
@@ -303,7 +290,7 @@ def grad_x(
     is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
     gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
-        update = column_update(weight_OI, delta_OR, indices_R, scaling, places, gy_NO.dtype)
+        update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
         rank = indices_R.shape[0]
         if update.shape[1] == rank:
             gx_NI.index_add_(1, indices_R, thin_product(gy_NO, update))

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
-from pacatune.ops.pattern import collect, expand
 from pacatune.ops.products import autocast, grad_delta, owned
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -31,14 +30,13 @@ def paca_quantized_linear(
     dequantize: Callable[[torch.dtype], Tensor],
     bias: Tensor | None = None,
     multiply: Callable[[Tensor], Tensor] | None = None,
-    places: Tensor | None = None,
 ) -> Tensor:
     """Apply a quantised linear map of which the input columns `indices` are trained.
 
     Args:
         x: (..., I) activations, in the dtype to compute in where autocast is off.
         delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns; with a pattern (U,).
+        indices: (R,) int64, the trained columns.
         scaling: alpha / R, the factor between `delta` and the columns.
         dequantize: Returns the frozen (O, I) weight in a dtype, as a tensor that is ours to change.
             Called once in the forward and once in the backward pass.
@@ -46,7 +44,6 @@ def paca_quantized_linear(
         multiply: Computes x W^T + b by a kernel of its own for the quantised weight, such as one
             that quantises x as well. The columns are then added to its result; the backward pass
             dequantises.
-        places: (G, R) int64 pattern, see `pattern`.
 
     Returns:
         (..., O) activations in the dtype of `x`, of autocast where that is on, or of `multiply`.
@@ -54,7 +51,7 @@ def paca_quantized_linear(
     Source: PaCA, Sec. 4.3 and Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     result: Tensor = _PacaQuantizedLinear.apply(
-        autocast(x), delta, indices, scaling, places, dequantize, bias, multiply
+        autocast(x), delta, indices, scaling, dequantize, bias, multiply
     )
     return result
 
@@ -67,39 +64,36 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         delta: Tensor,
         indices: Tensor,
         scaling: float,
-        places: Tensor | None,
         dequantize: Callable[[torch.dtype], Tensor],
         bias: Tensor | None,
         multiply: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         _, needs_delta, *_ = ctx.needs_input_grad
         x_R = x.index_select(-1, indices) if needs_delta or multiply is not None else None
-        ctx.save_for_backward(x_R if needs_delta else None, delta, indices, places)
+        ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
         ctx.call = x.shape, scaling, dequantize
-        update = expand(delta, places, len(indices))
         if multiply is None:
-            return owned(F.linear(x, _adapted(dequantize(x.dtype), update, indices, scaling), bias))
+            return owned(F.linear(x, _adapted(dequantize(x.dtype), delta, indices, scaling), bias))
         assert x_R is not None
         y = owned(multiply(x))
-        return y.add_(F.linear(x_R.to(y.dtype), update.to(y.dtype)), alpha=scaling)
+        return y.add_(F.linear(x_R.to(y.dtype), delta.to(y.dtype)), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_quantized_linear")
-        needs_x, needs_delta, _, _, _, _, needs_bias, _ = ctx.needs_input_grad
-        x_R, delta, indices, places = ctx.saved_tensors
+        needs_x, needs_delta, _, _, _, needs_bias, _ = ctx.needs_input_grad
+        x_R, delta, indices = ctx.saved_tensors
         x_shape, scaling, dequantize = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = None
         if needs_delta:
             x_NR = x_R.reshape(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
-            gdelta = collect(grad_delta(gy_NO, x_NR, scaling, delta.dtype), places)
+            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
         if needs_x:
-            update = expand(delta, places, len(indices))
-            gx = gy_NO.mm(_adapted(dequantize(gy.dtype), update, indices, scaling)).view(x_shape)
+            gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, gdelta, None, None, None, None, gbias, None
+        return gx, gdelta, None, None, None, gbias, None
 
 
 def _adapted(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:

@@ -264,7 +264,7 @@ def _edit(
     compared = torch.arange(0, weight.shape[1], step, device="cpu")
     values = checkpoint.values(name, compared)
     order = row_order(values, weight[:, compared], heads_of(config), name)
-    delta, indices, _ = adapter.modules[module].whole()
+    delta, indices = adapter.modules[module]
     delta, scaling, grid = delta.float(), adapter.scaling(module), checkpoint.grid(name)
     if grid is None:
         before = checkpoint.columns(name, 1, indices)

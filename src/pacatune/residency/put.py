@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from pacatune.ops.columns import adapted_columns, put_columns_
-from pacatune.ops.pattern import expand
 from pacatune.precision import is_out_of_memory
 
-Parts = tuple[Any, Tensor, float, Tensor | None]
-"""A layer's delta, an (O, R) nn.Parameter; its indices, (U,) int64; its scaling; its pattern,
-(G, R) int64, or None where U = R."""
+Parts = tuple[Any, Tensor, float]
+"""A layer's delta, an (O, R) nn.Parameter; its indices, (R,) int64; its scaling."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -33,9 +31,9 @@ class Kept(NamedTuple):
     memory: Tensor
     """(O, I) alias of the weight: writes through it pass autograd's version check."""
     columns: Tensor
-    """(U,) int64; a copy, since the adapter's own may be reloaded."""
+    """(R,) int64; a copy, since the adapter's own may be reloaded."""
     originals: Tensor
-    """(O, U) in the weight's dtype."""
+    """(O, R) in the weight's dtype."""
 
 
 class Update(NamedTuple):
@@ -48,29 +46,22 @@ class Update(NamedTuple):
     version: int
     num_unversioned: int
     indices_version: int
-    places: Tensor | None = None
-    """Its pattern, which changes with the indices alone."""
 
     @classmethod
     def now(cls, parts: Parts) -> "Update":
         """Return what the columns are of at this moment."""
-        delta, indices, scaling, places = parts
+        delta, indices, scaling = parts
         versions = delta._version, delta.num_unversioned, indices._version
-        return cls(delta, scaling, indices, *versions, places)
+        return cls(delta, scaling, indices, *versions)
 
     @property
     def parts(self) -> Parts:
-        """The layer's delta, indices, scaling and pattern."""
-        return self.delta, self.indices, self.scaling, self.places
-
-    def columns(self) -> Tensor:
-        """Return delta for all columns, (O, U)."""
-        delta: Tensor = self.delta.detach()
-        return expand(delta, self.places, len(self.indices))
+        """The layer's delta, indices and scaling."""
+        return self.delta, self.indices, self.scaling
 
     def is_of(self, parts: Parts) -> bool:
         """Whether nothing has changed since."""
-        delta, indices, scaling, _ = parts
+        delta, indices, scaling = parts
         return (
             delta is self.delta
             and delta._version == self.version
@@ -137,7 +128,7 @@ def put(puts: Sequence[Put]) -> None:
         for kept, update in puts:
             values = kept.originals
             if update is not None:
-                values = adapted_columns(values, update.columns(), update.scaling)
+                values = adapted_columns(values, update.delta.detach(), update.scaling)
             put_columns_(kept.memory, kept.columns, values)
 
 
@@ -215,7 +206,7 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
         kinds.setdefault((memory.device, *dtypes), []).append(one)
     for (device, dtype, delta_dtype), group in kinds.items():
         values = [
-            one.kept.originals if one.update is None else one.update.columns() for one in group
+            one.kept.originals if one.update is None else one.update.delta.detach() for one in group
         ]
         rows = tuple(map(_row, group, values))
         addresses, scalings = _table(device, rows, delta_dtype is not None)

@@ -11,9 +11,7 @@ from pacatune.files.folder import explained_failure
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
-from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES, TENSORS_NAME
-from pacatune.ops.columns import check_columns
-from pacatune.ops.pattern import columns_of
+from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
 from pacatune.strategies import KINDS
 
 __all__ = ["ColumnStatistics", "load_columns", "save_columns"]
@@ -115,12 +113,8 @@ def load_columns(path: str | Path) -> Columns:
     tensors, columns = read_tensors(path), {}
     for name, indices in tensors.items():
         module, _, kind = name.rpartition(".")
-        places = tensors.get(f"{module}.{PLACES}")
-        if kind != INDICES:
-            continue
-        if places is not None:
-            check_columns(places, len(indices), f"{path}: module {module!r}: `{PLACES}`")
-        columns[module.removeprefix(PEFT_PREFIX)] = columns_of(indices, places).tolist()
+        if kind == INDICES:
+            columns[module.removeprefix(PEFT_PREFIX)] = indices.tolist()
     if not columns:
         raise ValueError(
             f"{path} holds no `{INDICES}`; give a PaCA adapter, or a file of save_columns."

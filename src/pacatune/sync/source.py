@@ -361,8 +361,7 @@ class _Weight:
         with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
             delta, scaling = None, layer.scaling[self.adapter]
             if not self.is_off(is_base):
-                own = whole(layer.delta_of(self.adapter), self.columns.name)
-                delta = layer.expanded(self.adapter, own)
+                delta = whole(layer.delta_of(self.adapter), self.columns.name)
             if (coded := self.coded) is not None:
                 codes = coded.before if delta is None else coded.moved(scaling * delta).after
                 return codes.view(self.columns.dtype)

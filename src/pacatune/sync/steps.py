@@ -53,8 +53,8 @@ class GridSteps:
         optimizer: What trains the adapter.
 
     Raises:
-        ValueError: If values of codes could not be reached exactly: row groups, float32 weights, a
-            factor alpha / r that is no power of two; or the base is another one.
+        ValueError: If values of codes could not be reached exactly: float32 weights, a factor
+            alpha / r that is no power of two; or the base is another one.
     """
 
     def __init__(
@@ -101,13 +101,11 @@ def _on_codes(one: _Trained, reached: Tensor) -> Tensor:
 def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
     config = cast(Any, base_of(model)).config.get_text_config()
     for parameter, layer, adapter in layers_of(model, None):
-        delta, indices, scaling, places = layer.update_of(adapter)
+        delta, indices, scaling = layer.update_of(adapter)
         weight, where = cast(Any, layer).get_base_layer().weight, f"{parameter!r}"
         name = checkpoint.name_of(parameter, config.num_hidden_layers)
         if checkpoint.grid(name) is None:  # plain numbers, which any step reaches
             continue
-        if places is not None:
-            raise ValueError(f"{where} has row groups; on codes train with `groups=1`.")
         if weight.itemsize != 2 or delta.dtype != torch.float32:
             raise ValueError(
                 f"{where} is in {weight.dtype} and its delta in {delta.dtype}; on codes, load the "

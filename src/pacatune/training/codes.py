@@ -83,9 +83,9 @@ def _samples(model: nn.Module, path: str) -> Iterator[_Sample]:
         if not (isinstance(base, nn.Linear) and is_whole(base.weight, 2)):
             continue
         name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        if checkpoint.grid(name) is None or layer.places_of(adapter) is not None:
+        if checkpoint.grid(name) is None:
             continue
-        indices = layer.columns_of(adapter)
+        indices = layer.paca_indices[adapter]
         places = torch.arange(0, len(indices), max(1, len(indices) // _NUM_COLUMNS), device="cpu")
         chosen = indices[places.to(indices.device)]
         columns = base.weight.index_select(1, chosen)
@@ -97,7 +97,7 @@ def _share_moved(samples: list[_Sample], times: float) -> float:
     """Return the share of codes that move if updates are so many times as large as now."""
     num_codes = num_moved = 0
     for layer, adapter, places, coded in samples:
-        delta, _, scaling, _ = layer.update_of(adapter)
+        delta, _, scaling = layer.update_of(adapter)
         if is_whole(delta, 2):
             update = delta.detach()[:, places.to(delta.device)]
             moved = coded.moved(times * scaling * update)

@@ -204,12 +204,10 @@ def prepare(task: Task, console: Console) -> Prepared:
     check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
-    groups = getattr(prepared.adapter_config, "groups", 1)
-    how = config.method + (f", {groups} row groups" if groups > 1 else "")
     for line in (
         f"data: {prepared.about_data}",
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
-        f"({how}): {', '.join(plan.summary()) or everything}",
+        f"({config.method}): {', '.join(plan.summary()) or everything}",
     ):
         say(console, line)
     show_warnings(prepared.warnings, console)

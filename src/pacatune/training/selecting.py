@@ -113,8 +113,7 @@ def describe_columns(model: Any) -> str | None:
     if getattr(config, "peft_type", None) != "PACA":
         return None
     said = [f"{key} {value}" for key, value in (config.selection_options or {}).items()]
-    groups = [f"{config.groups} row groups"] if config.groups > 1 else []
-    return ", ".join([config.selection, *said, *groups])
+    return ", ".join([config.selection, *said])
 
 
 def _kinds(adapter: Any) -> tuple[str, ...]:

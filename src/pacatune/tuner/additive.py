@@ -46,7 +46,7 @@ class AdditiveLayer(PacaLayer):
         """Return what one adapter adds to the output, in `dtype`."""
         raise NotImplementedError
 
-    def _single_update(self) -> tuple[Any, Tensor, float, Tensor | None] | None:
+    def _single_update(self) -> tuple[Any, Tensor, float] | None:
         """Return what `update_of` does, if one adapter is active and no hook needs the base."""
         name: Any = self._active_adapter
         if type(name) is list:
@@ -61,8 +61,7 @@ class AdditiveLayer(PacaLayer):
         delta = holder._parameters.get("weight")
         if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
             return None
-        indices = modules["paca_indices"]._buffers[name]
-        return delta, indices, self.scaling[name], modules["paca_places"]._buffers.get(name)
+        return delta, modules["paca_indices"]._buffers[name], self.scaling[name]
 
     def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

@@ -17,16 +17,8 @@ from torch import Tensor, nn
 
 from pacatune.format.options import IN_TENSORS
 from pacatune.format.patterns import matching_key
-from pacatune.format.tensors import INDICES, PEFT_PREFIX, PLACES
-from pacatune.ops.pattern import columns_of
-from pacatune.strategies import (
-    FIXED,
-    deal,
-    needs_of,
-    num_kept,
-    seed_for,
-    select_columns,
-)
+from pacatune.format.tensors import INDICES, PEFT_PREFIX
+from pacatune.strategies import FIXED, needs_of, seed_for, select_columns
 from pacatune.tuner.compat import get_quantization_kwargs
 from pacatune.tuner.config import (
     PacaConfig,
@@ -103,9 +95,8 @@ def _choose(
 ) -> Any:
     selection, seed = str(config.selection), seed_for(config.random_seed, name)
     weight, values = _known(model, needs_of(selection), name, target, statistics)
-    number = num_kept(target.num_columns, target.rank, config.groups, config.pool)
-    kept = select_columns(selection, weight, number, seed=seed, statistics=values)
-    return deal(kept, target.rank, config.groups, seed).tolist()
+    kept = select_columns(selection, weight, target.rank, seed=seed, statistics=values)
+    return kept.tolist()
 
 
 def _known(
@@ -149,7 +140,7 @@ def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
 def fit_ranks(model: nn.Module, config: PacaConfig) -> None:
     """Let a weight with fewer columns than its rank train all, by `rank_pattern`, and say so."""
     probe, asked = copy.copy(config), config.rank_pattern or {}
-    probe.r, probe.groups, probe.rank_pattern = 1, 1, {}
+    probe.r, probe.rank_pattern = 1, {}
     sizes = {name: target.num_columns for name, target in find_targets(model, probe).items()}
     narrow = {
         name: size for name, size in sizes.items() if size < for_module(asked, name, config.r)
@@ -181,17 +172,16 @@ def _matched(
     given = {name: columns[key] for name, key in keys.items() if key is not None}
     for name, indices in given.items():
         rank, num_columns = targets[name].rank, targets[name].num_columns
-        for own in indices if config.groups > 1 else [indices]:
-            if len(own) != rank:
-                raise ValueError(
-                    f"`columns` gives {len(own)} columns for {name!r}, whose rank is {rank}; set "
-                    "`r` or `rank_pattern` to the number of columns."
-                )
-            if own[-1] >= num_columns:
-                raise ValueError(
-                    f"`columns` gives column {own[-1]} for {name!r}, which has {num_columns}; "
-                    "the first one is 0."
-                )
+        if len(indices) != rank:
+            raise ValueError(
+                f"`columns` gives {len(indices)} columns for {name!r}, whose rank is {rank}; set "
+                "`r` or `rank_pattern` to the number of columns."
+            )
+        if indices[-1] >= num_columns:
+            raise ValueError(
+                f"`columns` gives column {indices[-1]} for {name!r}, which has {num_columns}; "
+                "the first one is 0."
+            )
     return given
 
 
@@ -242,18 +232,12 @@ def note_columns(
     found, differ = {}, False
     for name, module in model.named_modules():
         if isinstance(module, PacaLayer) and adapter_name in module.r:
-            indices, places = (
-                state_dict.get(f"{name}.{kind}.{adapter_name}") for kind in (INDICES, PLACES)
-            )
-            if indices is None:
+            indices = state_dict.get(f"{name}.{INDICES}.{adapter_name}")
+            current = module.paca_indices[adapter_name]
+            if indices is None or indices.is_meta or current.is_meta:
                 continue
-            current = module.columns_of(adapter_name)
-            if len(indices) != len(module.paca_indices[adapter_name]):  # of another pool
-                module.paca_indices[adapter_name] = current.new_empty(len(indices))
-            if indices.is_meta or current.is_meta:
-                continue
-            found[name.removeprefix(PEFT_PREFIX)] = columns = columns_of(indices, places)
-            differ |= not torch.equal(columns.cpu(), current.cpu())
+            found[name.removeprefix(PEFT_PREFIX)] = indices
+            differ |= not torch.equal(indices.cpu(), current.cpu())
     if config.columns == IN_TENSORS:
         config.columns = {name: columns.tolist() for name, columns in found.items()}
     elif differ:

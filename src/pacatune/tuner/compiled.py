@@ -17,7 +17,6 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.linear import add_columns_, column_update, grad_x
-from pacatune.ops.pattern import collect
 from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta
 from pacatune.residency import Pass, Residency
 from pacatune.residency.reading import read_pretrained
@@ -38,7 +37,7 @@ def handle_of(layer: Any) -> Tensor:
 
 def compiled_linear(
     x: Tensor,
-    update: tuple[Tensor, Tensor, float, Tensor | None] | None,
+    update: tuple[Tensor, Tensor, float] | None,
     bias: Tensor | None,
     handle: Tensor,
     out_features: int,
@@ -46,7 +45,7 @@ def compiled_linear(
     """Apply a layer to (..., I) in a graph, with its update or without; returns (..., O)."""
     trains = torch.is_grad_enabled() and update is not None and update[0].requires_grad
     how = bias, handle, trains, out_features
-    y, _ = torch.ops.pacatune.linear(x, *(update or (None, None, 0.0, None)), *how)
+    y, _ = torch.ops.pacatune.linear(x, *(update or (None, None, 0.0)), *how)
     return y
 
 
@@ -61,8 +60,8 @@ def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residenc
     found = layer._prepare()
     if found is None or not _is_same(found[0][0], delta):
         return None
-    (own, indices, scaling, places), residency = found
-    return Pass(residency, (own, indices, scaling, places), trains)
+    update, residency = found
+    return Pass(residency, update, trains)
 
 
 def _is_same(own: Tensor, delta: Tensor) -> bool:
@@ -90,7 +89,6 @@ def _linear(
     delta: Tensor | None,
     indices: Tensor | None,
     scaling: float,
-    places: Tensor | None,
     bias: Tensor | None,
     handle: Tensor,
     trains: bool,
@@ -101,7 +99,7 @@ def _linear(
     def compute(weight: Tensor, is_resident: bool) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if delta is not None and indices is not None and not is_resident:
-            update = column_update(weight, delta, indices, scaling, places, y.dtype)
+            update = column_update(weight, delta, indices, scaling, y.dtype)
             add_columns_(y, x.index_select(-1, indices), update)
         return y
 
@@ -124,7 +122,6 @@ def _linear_grad(
     delta: Tensor | None,
     indices: Tensor | None,
     scaling: float,
-    places: Tensor | None,
     handle: Tensor,
     base: Tensor,
     in_features: int,
@@ -133,7 +130,7 @@ def _linear_grad(
         gy_NO = gy.reshape(-1, gy.shape[-1])
         if delta is None or indices is None:
             return gy_NO.mm(weight.to(gy.dtype))
-        return grad_x(gy_NO, delta, indices, scaling, places, weight, is_resident)
+        return grad_x(gy_NO, delta, indices, scaling, weight, is_resident)
 
     opened = _open(handle, delta, True)
     if isinstance(opened, Residency):
@@ -142,7 +139,7 @@ def _linear_grad(
         if opened is None:  # hooks on saved tensors have kept what delta was
             assert delta is not None
             assert indices is not None
-            opened = Pass(_LAYERS[int(handle)].residency, (delta, indices, scaling, places))
+            opened = Pass(_LAYERS[int(handle)].residency, (delta, indices, scaling))
             opened.version = -1
         opened.base = tuple(base.tolist())
         is_view = opened.residency.find_weight() is None and opened.base[1] == 0
@@ -151,27 +148,27 @@ def _linear_grad(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, delta, indices, scaling, places, _, handle, *_ = inputs
+    x, delta, indices, scaling, _, handle, *_ = inputs
     x_R = None if delta is None else x.index_select(-1, indices)
     ctx.call = scaling, x.shape[-1]
-    ctx.save_for_backward(x_R, delta, indices, places, handle, output[1])
+    ctx.save_for_backward(x_R, delta, indices, handle, output[1])
 
 
 def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x_R, delta, indices, places, handle, base = ctx.saved_tensors
+    x_R, delta, indices, handle, base = ctx.saved_tensors
     scaling, in_features = ctx.call
-    needs_x, needs_delta, _, _, _, needs_bias, *_ = ctx.needs_input_grad
+    needs_x, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
     gx = gdelta = gbias = None
     gy_NO = gy.reshape(-1, gy.shape[-1])
     if needs_x:
-        update, where = (delta, indices, scaling, places), (handle, base, in_features)
+        update, where = (delta, indices, scaling), (handle, base, in_features)
         gx = torch.ops.pacatune.linear_grad(gy, *update, *where)
     if needs_delta:
         x_NR = x_R.reshape(gy_NO.shape[0], x_R.shape[-1])
-        gdelta = collect(grad_delta(gy_NO, x_NR, scaling, delta.dtype), places)
+        gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
     if needs_bias:
         gbias = gy_NO.sum(0)
-    return gx, gdelta, None, None, None, gbias, None, None, None
+    return gx, gdelta, None, None, gbias, None, None, None
 
 
 def _like_y(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -185,12 +182,12 @@ def _like_gx(gy: Tensor, *others: Any) -> Tensor:
 
 _library = torch.library.Library("pacatune", "FRAGMENT")
 _library.define(
-    "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? places, Tensor? bias, "
+    "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? bias, "
     "Tensor handle, bool trains, SymInt out_features) -> (Tensor, Tensor)",
     **NOT_IN_CUDA_GRAPHS,
 )
 _library.define(
-    "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, Tensor? places, "
+    "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, "
     "Tensor handle, Tensor base, SymInt in_features) -> Tensor",
     **NOT_IN_CUDA_GRAPHS,
 )

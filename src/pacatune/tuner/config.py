@@ -50,9 +50,6 @@ class PacaConfig(PacaOptions, PeftConfig):
         values: dict[str, Any] = super().to_dict()
         if self.needs_pacatune():
             values["peft_type"] = NEEDS_US
-        if self.groups == 1:  # so that older readers know every key
-            values.pop("groups", None)
-            values.pop("pool", None)
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -31,7 +31,6 @@ from pacatune.ops.columns import (
     conv_of_columns,
     select_channels,
 )
-from pacatune.ops.pattern import expand
 from pacatune.ops.tracing import is_recorded
 from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
@@ -84,7 +83,7 @@ class Conv(AdditiveLayer):
         update, base = self._single_update(), cast(Any, self.base_layer)
         if update is None or not self.has_torchs_forward:
             return None
-        delta, indices, scaling, places = update
+        delta, indices, scaling = update
         weight = base._parameters.get("weight")
         # Dictionaries and weights of other types are DeepSpeed's or FSDP2's, and may be a part.
         if type(base._parameters) is not dict or type(weight) not in (nn.Parameter, Tensor):
@@ -93,15 +92,13 @@ class Conv(AdditiveLayer):
             return None
         x, padding = self._padded(x)
         sizes = self.stride, padding, self.dilation, self.groups
-        delta = expand(delta, places, len(indices))
         return paca_conv(x, weight, delta, indices, scaling, base.bias, *sizes)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         indices, sizes = self.paca_indices[name], (self.in_channels, self.groups)
 
         def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            kernel = self.expanded(name, delta)
-            return conv_of_columns(columns, kernel, indices, *sizes, self._convolve)
+            return conv_of_columns(columns, delta, indices, *sizes, self._convolve)
 
         columns = select_channels(x, indices, len(self.kernel_size)).to(dtype)
         return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
@@ -159,8 +156,7 @@ class Conv(AdditiveLayer):
             )
         for name in names:
             if name in self.paca_delta:
-                update, indices = self.expanded(name, self.delta_of(name)), self.paca_indices[name]
-                weight = adapted_kernel(weight, update, indices, self.scaling[name], self.groups)
+                weight = adapted_kernel(weight, *self.update_of(name), self.groups)
         return weight
 
     @property

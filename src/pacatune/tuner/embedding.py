@@ -53,8 +53,6 @@ class Embedding(AdditiveLayer):
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()
         indices, scaling = self.paca_indices[name], self.scaling[name]
-        if (places := self.places_of(name)) is not None:  # those of each token's group
-            indices = indices[places[x // (self.out_features // len(places))]]
         own = indices.expand(*x.shape, -1)
         # Not the layer itself, which accelerate would move where it has taken the weight away.
         options = {option: getattr(base, option) for option in _OPTIONS}

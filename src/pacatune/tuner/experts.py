@@ -57,7 +57,6 @@ class ExpertParameter(ParameterLayer):
                 self.paca_indices[name],
                 self.scaling[name],
                 offsets,
-                self.places_of(name),
                 **options,
             )
             for name in names

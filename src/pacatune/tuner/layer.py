@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from pacatune.format.options import IN_TENSORS
 from pacatune.format.tensors import INDICES
 from pacatune.ops.columns import adapted_columns, check_columns, widened
-from pacatune.ops.pattern import columns_of, divide, expand
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
@@ -57,7 +56,7 @@ class Delta(nn.Module):
 
 
 class ColumnsByAdapter(BufferDict):
-    """Adapter name -> (U,) int64 columns of one weight, checked where a file's come in.
+    """Adapter name -> (R,) int64 columns of one weight, checked where a file's come in.
 
     PEFT calls load_state_dict; transformers sets attributes, past PEFT and all that it checks.
     """
@@ -89,15 +88,12 @@ class PacaLayer(nn.Module, TunerLayer):
 
     Attributes:
         paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R).
-        paca_indices: Adapter name -> (U,) int64 sorted columns, U = R without a pattern.
-        paca_places: Adapter name -> (G, R) int64, its pattern (`ops.pattern`), if it has one.
+        paca_indices: Adapter name -> (R,) int64 sorted columns.
         r, paca_alpha, scaling: Adapter name -> its number; scaling = paca_alpha / r.
     """
 
     adapter_layer_names: tuple[str, ...] = ("paca_delta",)
-    other_param_names: tuple[str, ...] = (
-        *("paca_indices", "paca_places", "r", "paca_alpha", "scaling"),
-    )
+    other_param_names: tuple[str, ...] = ("paca_indices", "r", "paca_alpha", "scaling")
     delta_class: type[Delta] = Delta
     parameter_name = "weight"  # of the base layer: what is adapted
 
@@ -126,7 +122,6 @@ class PacaLayer(nn.Module, TunerLayer):
         self.layout = layout_of(base, self.parameter_name) or Layout.of(base, self.parameter_name)
         self.paca_delta = nn.ModuleDict({})
         self.paca_indices = ColumnsByAdapter(name, self.layout.in_features)
-        self.paca_places = BufferDict({}, persistent=True)
         self.r: dict[str, int] = {}
         self.paca_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -178,10 +173,10 @@ class PacaLayer(nn.Module, TunerLayer):
         """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
 
         The module's name in the base model is part of the seed of its columns. They are given as
-        (r,) numbers, or (G, r) of row groups; IN_TENSORS: they will be loaded.
+        (r,) numbers; IN_TENSORS: they will be loaded.
         """
         num_columns = self.layout.in_features
-        self.layout.check(r, config.groups, name)
+        self.layout.check(r, name)
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
         delta = self.delta_class(*self.layout.delta_shape(r))
@@ -190,58 +185,29 @@ class PacaLayer(nn.Module, TunerLayer):
         self.paca_delta[adapter_name] = delta
         if columns is None or columns == IN_TENSORS:
             seed = config.random_seed if columns is None else 0  # then only their number counts
-            chosen = random_columns(num_columns, r, seed, name, config.groups, config.pool)
+            indices = random_columns(num_columns, r, seed, name)
         else:
-            chosen = torch.tensor(columns, device="cpu")
-        indices, places = divide(chosen)
-        self.set_columns(
-            adapter_name, indices.fill_(-1) if columns == IN_TENSORS else indices, places
-        )
+            indices = torch.tensor(columns, device="cpu")
+        self.paca_indices[adapter_name] = indices.fill_(-1) if columns == IN_TENSORS else indices
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def set_columns(self, adapter_name: str, indices: Tensor, places: Tensor | None) -> None:
-        """Give an adapter its columns, (U,), and its pattern."""
-        self.paca_indices[adapter_name] = indices
-        if places is not None:
-            self.paca_places[adapter_name] = places.to(indices.device)
-        elif adapter_name in self.paca_places:
-            del self.paca_places[adapter_name]
-
-    def places_of(self, adapter_name: str) -> Tensor | None:
-        """Return one adapter's pattern, (G, R), if it has one."""
-        return self.paca_places._buffers.get(adapter_name)
-
-    def columns_of(self, adapter_name: str) -> Tensor:
-        """Return the columns that each row of an adapter trains: (R,), or (G, R) of row groups."""
-        return columns_of(self.paca_indices[adapter_name], self.places_of(adapter_name))
-
-    def expanded(self, adapter_name: str, delta: Tensor) -> Tensor:
-        """Return an update for all U columns that an adapter has in this layer."""
-        num_columns, dim = len(self.paca_indices[adapter_name]), self.layout.delta_dim
-        return expand(delta, self.places_of(adapter_name), num_columns, dim)
 
     def delta_of(self, adapter_name: str) -> nn.Parameter:
         """Return one adapter's (O, R) update, before scaling."""
         return cast(Delta, self.paca_delta[adapter_name]).weight
 
-    def update_of(self, adapter_name: str) -> tuple[nn.Parameter, Tensor, float, Tensor | None]:
-        """Return one adapter's update, its columns, scaling and pattern."""
+    def update_of(self, adapter_name: str) -> tuple[nn.Parameter, Tensor, float]:
+        """Return one adapter's update, its columns and scaling."""
         indices, scaling = self.paca_indices[adapter_name], self.scaling[adapter_name]
-        return self.delta_of(adapter_name), indices, scaling, self.places_of(adapter_name)
+        return self.delta_of(adapter_name), indices, scaling
 
     @torch.no_grad()
     def replace_update(
-        self,
-        adapter_name: str,
-        delta: Tensor,
-        indices: Tensor,
-        paca_alpha: float,
-        places: Tensor | None = None,
+        self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
     ) -> None:
         """Give an adapter other values; its parameter object stays where the shape does.
 
-        They are an (O, R) delta, (U,) sorted indices, the factor paca_alpha / R, and a pattern.
+        They are an (O, R) delta, (R,) sorted indices and the factor paca_alpha / R.
         """
         holder = cast(Delta, self.paca_delta[adapter_name])
         rank = delta.shape[self.layout.delta_dim]
@@ -250,7 +216,7 @@ class PacaLayer(nn.Module, TunerLayer):
             old.copy_(delta)
         else:
             holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
-        self.set_columns(adapter_name, indices.to(old.device), places)
+        self.paca_indices[adapter_name] = indices.to(old.device)
         self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
         self.scaling[adapter_name] = paca_alpha / rank
 
@@ -343,7 +309,7 @@ class PacaLayer(nn.Module, TunerLayer):
             )
         indices = self.paca_indices[name].to(weight.device)
         originals = self.layout.read_columns(weight, indices)
-        update = self.layout.oriented(self.expanded(name, self.delta_of(name)).to(weight.device))
+        update = self.layout.oriented(self.delta_of(name).to(weight.device))
         merged = adapted_columns(originals, update, self.scaling[name])
         if safe_merge and not merged.isfinite().all():
             raise ValueError(
@@ -405,7 +371,7 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' - W of one adapter as a dense weight: (O, I), or (I, O) for Conv1D."""
-        update = self.expanded(adapter, self.delta_of(adapter).detach()) * self.scaling[adapter]
+        update = self.delta_of(adapter).detach() * self.scaling[adapter]
         dense = self.layout.oriented(update.new_zeros(self.layout.dense_shape))
         columns = self.layout.oriented(update)
         self.layout.put_columns_(dense, self.paca_indices[adapter], columns)

@@ -69,29 +69,12 @@ class Layout:
         """Return the shape of a layer's update of `r` columns."""
         return self.out_features, r
 
-    def check(self, r: int, groups: int, name: str) -> None:
-        """Refuse a rank that the weight has not got the columns for, and groups that do not divide.
-
-        Args:
-            r: Columns of each row.
-            groups: Number of row groups.
-            name: The module's, for messages.
-        """
+    def check(self, r: int, name: str) -> None:
+        """Refuse a rank that the weight, of the module of that name, has not the columns for."""
         if r > self.in_features:
             raise ValueError(
                 f"`r` ({r}) must be in [1, in_features={self.in_features}] for {name!r}; lower it, "
                 f"set `rank_pattern`, or drop {name!r} from `target_modules`."
-            )
-        if groups > 1 and self.why_no_columns is not None:
-            raise ValueError(
-                f"`groups` ({groups}) cannot be had by {name!r}, {self.why_no_columns} of its own, "
-                f"whose channels lead to few outputs already; put {name!r} into "
-                "`exclude_modules`, or set `groups` to 1."
-            )
-        if self.out_features % groups:
-            raise ValueError(
-                f"`groups` ({groups}) must divide out_features={self.out_features} of {name!r}; "
-                f"choose another number, or put {name!r} into `exclude_modules`."
             )
 
     def from_file(self, delta: Tensor) -> Tensor:
@@ -120,7 +103,7 @@ class Layout:
 
         Args:
             weight: In the module's own layout.
-            indices: (U,) columns, on the weight's device.
+            indices: (R,) columns, on the weight's device.
         """
         return read_columns(weight, indices, dim=self.weight_dim)
 

@@ -133,20 +133,17 @@ class Linear(AdditiveLayer):
         return _train(residency, up, update, bias, activation, gate)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            return F.linear(columns, self.expanded(name, delta))
-
         columns = x.index_select(-1, self.paca_indices[name]).to(dtype)
-        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name], apply))
+        return cast(Tensor, self.paca_delta[name](columns, self.scaling[name]))
 
     def _with_update(self, result: Tensor, x: Tensor, name: str) -> Tensor:
         weight = self._weight_in_16_bits(result.dtype)
         if weight is None:
             return super()._with_update(result, x, name)
-        _, indices, scaling, places = self.update_of(name)
+        _, indices, scaling = self.update_of(name)
 
         def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            update = column_update(weight, delta, indices, scaling, places, result.dtype)
+            update = column_update(weight, delta, indices, scaling, result.dtype)
             return add_columns(result, columns, update)
 
         return cast(Tensor, self.paca_delta[name](x.index_select(-1, indices), None, apply))

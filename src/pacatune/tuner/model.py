@@ -16,11 +16,9 @@ from pacatune.format.options import IN_TENSORS, idle_layers
 from pacatune.format.tensors import (
     DELTA,
     INDICES,
-    PLACES,
     check_tensors,
     is_equal,
     plain_name,
-    with_places,
 )
 from pacatune.ops.columns import check_columns
 from pacatune.residency import resident
@@ -131,7 +129,7 @@ def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
 _GENERATION_OPTIONS = frozenset(
     ("generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams", "streamer")
 )
-_OURS = re.compile(rf"(^|\.)({DELTA}|{INDICES}|{PLACES})(\.|$)")
+_OURS = re.compile(rf"(^|\.)({DELTA}|{INDICES})(\.|$)")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
@@ -350,7 +348,6 @@ class PacaModel(Tuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Map a file's keys to the model's, and refuse tensors that do not belong to this model."""
-        state_dict = with_places(state_dict)
         check_tensors(state_dict, source=f"adapter {adapter_name!r}")
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=_PlainNames(model),
@@ -400,7 +397,7 @@ class _Unloaded:
     def __call__(self, model: nn.Module, args: Any) -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, PacaLayer)}
         layers = {n: layer for n, layer in layers.items() if self.adapter_name in layer.r}
-        columns = {name: layer.columns_of(self.adapter_name) for name, layer in layers.items()}
+        columns = {name: layer.paca_indices[self.adapter_name] for name, layer in layers.items()}
         if all((own >= 0).all() for own in columns.values()):
             self.config.columns = {name: own.tolist() for name, own in columns.items()}
             self.handle.remove()
@@ -509,18 +506,9 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
         if layer is None or adapter_name not in layer.r:
             continue
         prefix = f"{name}." if name else ""
-        delta, indices, places = (f"{prefix}{k}.{adapter_name}" for k in (DELTA, INDICES, PLACES))
+        delta, indices = (f"{prefix}{kind}.{adapter_name}" for kind in (DELTA, INDICES))
         in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
-        in_features[indices] = in_features[places] = layer.in_features
-        if indices in state_dict and not is_foreign(layer):
-            own = layer.places_of(adapter_name)
-            here, there = (1 if one is None else len(one) for one in (own, state_dict.get(places)))
-            if here != there:
-                raise ValueError(
-                    f"Adapter {adapter_name!r}: {indices!r} has {there} row groups, and `groups` "
-                    f"of its configuration is {here}: they are of different runs, or one was "
-                    "edited."
-                )
+        in_features[indices] = layer.in_features
     for key, tensor in state_dict.items():
         if not _OURS.search(key):
             continue

@@ -216,8 +216,6 @@ def _names_of_tensors(model: Any, adapter_name: str | None = None) -> set[str]:
         if isinstance(module, tuners_utils.BaseTunerLayer) and hasattr(module, "paca_delta"):
             for adapter in module.paca_delta if adapter_name is None else (adapter_name,):
                 tensors = [f"paca_delta.{adapter}.weight", f"paca_indices.{adapter}"]
-                if adapter in module.paca_places:
-                    tensors.append(f"paca_places.{adapter}")
                 names |= {f"{prefix}.{tensor}".removeprefix(".") for tensor in tensors}
     return names
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
 from pacatune.ops.columns import read_columns
-from pacatune.ops.pattern import collect
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.ops.whole import is_shared_out
 from pacatune.tuner.compat import resolve_quantization_backend
@@ -155,9 +154,7 @@ class QuantizedLinear(Linear):
         if bias is not None and multiply is None:
             bias = bias.to(dtype)
         dequantize = partial(dequantized, backend, base_layer)
-        delta, indices, scaling, places = update
-        how = dequantize, bias, multiply, places
-        result = paca_quantized_linear(x.to(dtype), delta, indices, scaling, *how)
+        result = paca_quantized_linear(x.to(dtype), *update, dequantize, bias, multiply)
         return result.to(x.dtype)
 
 
@@ -322,8 +319,7 @@ def _start_from(
     originals: OriginalWeights, layers: dict[str, QuantizedLinear], adapter_name: str
 ) -> None:
     for name, layer in layers.items():
-        delta, indices, scaling, places = layer.update_of(adapter_name)
+        delta, indices, scaling = layer.update_of(adapter_name)
         rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
         columns = originals.columns(name, indices, like=rounded)
-        lost: Tensor = columns - read_columns(rounded, indices)
-        delta.copy_(collect(lost, places) / scaling)
+        delta.copy_((columns - read_columns(rounded, indices)) / scaling)

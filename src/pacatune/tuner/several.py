@@ -28,7 +28,7 @@ def add_weighted_adapter(
     """Add the adapter whose update is the weighted sum of other adapters' updates.
 
     The sum of column updates is again a column update, over the union of the columns, so nothing
-    is approximated; each layer's rank is the size of its union. The sum has no pattern.
+    is approximated; each layer's rank is the size of its union.
     """
     _check_combination(tuner, adapters, weights, adapter_name)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -54,8 +54,6 @@ def add_weighted_adapter(
         layers_pattern=None,
         selection=FIXED,
         selection_options=None,
-        groups=1,
-        pool=None,
         columns={name: indices.tolist() for name, (_, indices) in sums.items()},
     )
     tuner.inject_adapter(tuner.model, adapter_name)
@@ -95,7 +93,7 @@ def _check_combination(
 @torch.no_grad()
 def _sum_of(layer: PacaLayer, adapters: list[str], weights: list[float]) -> tuple[Tensor, Tensor]:
     present = [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r]
-    updates = [layer.expanded(name, layer.delta_of(name).detach()) for name, _ in present]
+    updates = [layer.delta_of(name).detach() for name, _ in present]
     indices = torch.cat([layer.paca_indices[name] for name, _ in present]).unique(sorted=True)
     delta = updates[0].new_zeros(layer.layout.delta_shape(len(indices)))
     for (name, weight), update in zip(present, updates, strict=True):

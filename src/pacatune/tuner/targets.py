@@ -93,7 +93,7 @@ def check_targets(
             kind = _kind_of(base, name, **kwargs)
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, "weight")
-            layout.check(rank, config.groups, name)
+            layout.check(rank, name)
             targets[name] = Target(base, "weight", rank, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
@@ -132,7 +132,7 @@ def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target
     rank = for_module(config.rank_pattern, name, config.r)
     layout = layout_of(module, parameter_name)
     assert layout is not None, "_check_parameter has seen it"
-    layout.check(rank, config.groups, name)
+    layout.check(rank, name)
     return Target(module, parameter_name, rank, layout)
 
 
