@@ -50,7 +50,7 @@ _NARROWEST = 32  # the outputs of k_proj and v_proj
 _NUM_LAYERS = 3
 
 QUANTISED = ("qpaca", "qlora")
-COUNTED = ("frozen", OURS, "paca_g8", SWAP, "lora", "lora_bf16", "lora_dropout", "dora", *QUANTISED)
+COUNTED = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_dropout", "dora", *QUANTISED)
 HELD = ("frozen", OURS)
 """Those that promises are about: ours, beyond the floor."""
 

@@ -4,26 +4,23 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pacatune.strategies import FIXED
+from pacatune.tuner.compat import Tuner
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.parameter import ParameterLayer
-
-if TYPE_CHECKING:
-    from pacatune.tuner.model import PacaModel
-
 
 # Adds adapters up to a new one, exactly: its columns are the union of theirs.
 
 
 def add_weighted_adapter(
-    tuner: "PacaModel", adapters: list[str], weights: list[float], adapter_name: str
+    tuner: Tuner, adapters: list[str], weights: list[float], adapter_name: str
 ) -> None:
     """Add the adapter whose update is the weighted sum of other adapters' updates.
 
@@ -66,7 +63,7 @@ def add_weighted_adapter(
 
 
 def _check_combination(
-    tuner: "PacaModel", adapters: list[str], weights: list[float], name: str
+    tuner: Tuner, adapters: list[str], weights: list[float], name: str
 ) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
