@@ -45,7 +45,7 @@ def test_variants_are_other_methods_with_an_option_set():
 
 def test_sections_have_their_readers():
     assert readers_of("paca") == ("paca", "qpaca")
-    others = {"dora", "moslora", "shira", "gralora", "miss", "oft", "qlora"}
+    others = {"dora", "shira", "gralora", "miss", "oft", "qlora"}
     assert set(readers_of("lora")) == {"lora", "lora_dropout", *others}
 
 

@@ -15,9 +15,9 @@ from tests.forks import run_cases
 OTHERS = "import transformers.modeling_utils, datasets, psutil, torch._inductor.compile_fx"
 PRINT = """
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as methods
-print(methods["PACA"].__module__, methods["MOSLORA"].__module__)
+print(methods["PACA"].__module__)
 """
-KNOWN = "pacatune.tuner.model pacatune.tuner.moslora"
+KNOWN = "pacatune.tuner.model"
 
 LOAD = """
 import torch

@@ -19,7 +19,7 @@ line override it, and `--print_config` prints every option with its explanation 
 or have other defaults here.
 """
 # Sections of the options of train and train-image, and tasks whose `data` has options of its own.
-_SECTIONS = ("model", "data", "paca", "lora", "moslora", "training")
+_SECTIONS = ("model", "data", "paca", "lora", "training")
 _OTHER_DATA = {"dpo": "of dpo, kto and reward", "grpo": "of grpo and rloo"}
 _IN_SECTIONS = ("train", "train-image")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.moslora import add_method
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import Experiment, comparison, write_page, write_results
 from pacatune.cli.options import quiet_libraries
@@ -35,6 +36,7 @@ _CODE = partial(commit, Path(__file__).parents[2], "src", "experiments", "exampl
 
 def main(argv: list[str] | None = None) -> int:
     """Read the command line, compute what is missing, write the pages."""
+    add_method()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
         description=__doc__,

@@ -1,7 +1,7 @@
 """Fine-tune a few columns of each pretrained weight in place: PaCA as a first-class PEFT method.
 
-`import pacatune` costs nothing but makes PaCA and MosLoRA known to PEFT, whether PEFT was imported
-before or will be after.
+`import pacatune` costs nothing but makes PaCA known to PEFT, whether PEFT was imported before or
+will be after.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ from pacatune.lazy import import_later
 __version__ = "0.1.0"
 
 __all__ = [
-    "MosLoraConfig",
     "PacaConfig",
     "PacaModel",
     "__version__",
@@ -23,7 +22,7 @@ __all__ = [
 register_with_peft()
 
 _find, __dir__ = import_later(
-    __name__, __all__, (".residency", ".tuner", ".tuner.residency_report", ".tuner.moslora")
+    __name__, __all__, (".residency", ".tuner", ".tuner.residency_report")
 )
 
 

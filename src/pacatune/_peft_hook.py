@@ -1,4 +1,4 @@
-"""Registers our methods as soon as PEFT is there, without importing PEFT: that takes seconds."""
+"""Registers PaCA as soon as PEFT is there, without importing PEFT: that takes seconds."""
 
 import importlib
 import sys
@@ -8,11 +8,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_REGISTERING = ("pacatune.tuner", "pacatune.tuner.moslora")
-
 
 def register_with_peft() -> None:
-    """Import the methods now if PEFT is imported, else right after its first import."""
+    """Import the method now if PEFT is imported, else right after its first import."""
     if not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
     # Another thread may be importing PEFT, past the point where the finder would be asked: wait.
@@ -22,8 +20,7 @@ def register_with_peft() -> None:
 
 
 def _register() -> None:
-    for name in _REGISTERING:
-        importlib.import_module(name)
+    importlib.import_module("pacatune.tuner")
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
 
 

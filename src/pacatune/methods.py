@@ -1,10 +1,10 @@
 """The methods of fine-tuning, in one table that every command reads.
 
 A method is a row of `METHODS`, and that is enough to train, compare and measure it: a row names the
-class of its configuration, PEFT's or ours. This module imports nothing heavy.
+class of its configuration, PEFT's or ours; rows may be added. This module imports nothing heavy.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,8 +43,8 @@ class Method:
     """The method that it is, with quantisation or dropout beside."""
     sections: tuple[str, ...] = ()
     """Sections of a run's options that configure its adapter; none without one."""
-    config: str = "LoraConfig"
-    """Class of its adapter's configuration, in `pacatune` or `peft`."""
+    config: Any = "LoraConfig"
+    """Class of its adapter's configuration: its name in `pacatune` or `peft`, or itself."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of that class which make it this method."""
     quantization: str | None = None
@@ -69,7 +69,9 @@ class Method:
     @property
     def has_dropout(self) -> bool:
         """Whether the adapter's input may have dropout."""
-        return self.has_adapter and self.config in ("LoraConfig", "MosLoraConfig")
+        return self.has_adapter and (
+            self.config == "LoraConfig" or hasattr(self.config, "lora_dropout")
+        )
 
     @property
     def has_scale(self) -> bool:
@@ -79,7 +81,7 @@ class Method:
     @property
     def needs_pacatune(self) -> bool:
         """Whether PEFT knows the adapter only where pacatune is imported."""
-        return self.is_paca or "moslora" in self.sections
+        return self.is_paca
 
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
@@ -131,15 +133,6 @@ METHODS: dict[str, Method] = {
             summary="PEFT's DoRA: LoRA on the directions of the weight, and a magnitude",
             sections=("lora",),
             options={"use_dora": True},
-            text_rate=2e-4,
-            head_rate=1e-3,
-        ),
-        Method(
-            name="moslora",
-            title="MosLoRA",
-            summary="LoRA with a trained mixer between its factors",
-            sections=("lora", "moslora"),
-            config="MosLoraConfig",
             text_rate=2e-4,
             head_rate=1e-3,
         ),
@@ -205,10 +198,27 @@ METHODS: dict[str, Method] = {
 }
 """Name -> method."""
 
-TEXT_METHODS = tuple(name for name, method in METHODS.items() if method.text_rate is not None)
+
+class _Offered(Collection[str]):
+    """The names of the methods in `METHODS` that have a learning rate of a kind."""
+
+    def __init__(self, rate: str) -> None:
+        self._rate = rate
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, row in METHODS.items() if getattr(row, self._rate) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == offered for offered in self)
+
+
+TEXT_METHODS = _Offered("text_rate")
 """Methods for language models."""
 
-CLASSIFIER_METHODS = tuple(name for name, method in METHODS.items() if method.head_rate is not None)
+CLASSIFIER_METHODS = _Offered("head_rate")
 """Methods for classifiers of images or texts."""
 
 
@@ -247,6 +257,8 @@ def config_class(method: Method) -> Any:
 
     import pacatune
 
+    if not isinstance(method.config, str):
+        return method.config
     found = getattr(pacatune, method.config, None) or getattr(peft, method.config, None)
     if found is None:
         raise ValueError(

@@ -120,7 +120,7 @@ def test_help_of_a_method_has_its_options(words, section, shown, tmp_path, monke
     (tmp_path / "lora.yaml").write_text("method: lora\n")
     short, everything = shown("train", *words, "--help"), shown("train", "--help", "all")
     few, many = (re.findall(r"^  --([\w.]+)[ ,]", text, re.M) for text in (short, everything))
-    adapters = ("paca.", "lora.", "moslora.")
+    adapters = ("paca.", "lora.")
     expected = {name for name in many if section and name.startswith(f"{section}.")}
     assert {name for name in few if name.startswith(adapters)} == expected
     assert {"model.path", "training.learning_rate"} <= {*few}

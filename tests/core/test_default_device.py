@@ -26,7 +26,7 @@ MAKERS = {
     *("tensor", "zeros", "asarray", "tril_indices"),
 }
 # Where PEFT makes its adapters, too; what follows goes where its values are wanted.
-ON_THE_DEFAULT_DEVICE = {"tuner/layer.py", "tuner/moslora.py", "training/rl.py"}
+ON_THE_DEFAULT_DEVICE = {"tuner/layer.py", "training/rl.py"}
 # To be removed.
 OLD = ("study", "evaluation")
 

@@ -59,13 +59,13 @@ def test_runs_have_what_the_arm_says(text_options, tmp_path):
 
 def test_equal_parameters(text_options):
     """The reference's own number is met as nearly as one more column allows."""
-    arms = {"lora": Arm(method="lora", rank=4), "paca": Arm(), "moslora": Arm(method="moslora")}
+    arms = {"lora": Arm(method="lora", rank=4), "paca": Arm(), "dora": Arm(method="dora")}
     plan = plan_of(text_options, arms, match="parameters")
     wanted, paca = plan.arms["lora"].num_trainable_parameters, plan.arms["paca"]
     assert paca.rank > 4
     num, per_column = paca.num_trainable_parameters, paca.num_trainable_parameters / paca.rank
     assert abs(num - wanted) <= per_column / 2
-    assert plan.arms["moslora"].rank == 4  # or it would train a fifth fewer
+    assert plan.arms["dora"].rank == 4  # or it would train a fifth fewer
     same_rank = plan_of(text_options, arms)
     assert {arm.rank for arm in same_rank.arms.values()} == {4}
 

@@ -33,7 +33,7 @@ def at_rate(rate, **methods):
 def test_texts(text_options, tmp_path):
     """Columns, columns chosen by gradient, factors, every weight."""
     gradient = {"selection": "gradient", "options": {"paca": {"selection_batches": 2}}}
-    methods = {"paca": {"rank": 4}, "gradient": gradient, "moslora": {"method": "moslora"}}
+    methods = {"paca": {"rank": 4}, "gradient": gradient, "dora": {"method": "dora"}}
     arms = at_rate(1e-2, **methods) | at_rate(1e-3, full={"method": "full"})
     result, _ = run(study_of(text_options, arms, forgetting_tokens=512), tmp_path / "out")
     assert result.metric == "loss"
@@ -163,7 +163,7 @@ def test_classes(class_options, tmp_path):
     """Words tell the classes apart, which three methods are given the steps to learn."""
     longer = {"options": {"training": {"max_steps": 60}}}
     learning = {"paca": {"rank": 32}, "lora": {"method": "lora"}, "full": {"method": "full"}}
-    names = ("dora", "moslora", "shira", "gralora", "miss", "oft", "head")
+    names = ("dora", "shira", "gralora", "miss", "oft", "head")
     others = {name: {"method": name} for name in names}
     others["shira"]["rank"] = 8  # has as many parameters as LoRA, no more than a weight
     arms = at_rate(1e-2, **{name: one | longer for name, one in learning.items()}, **others)

@@ -107,7 +107,7 @@ def test_what_is_filled_in():
     assert training.bf16 is not None
     # What says no length, or is not read, may be anything.
     run_config(training={"num_train_epochs": 0, "max_steps": 3, "max_length": None})
-    run_config(method="moslora", lora={"r": 4}, paca={"r": 16})
+    run_config(method="dora", lora={"r": 4}, paca={"r": 16})
     run_config(training={"disable_dropout": False}, task="dpo", method="lora_dropout")
     run_config(training={"precompute_ref_log_probs": True}, task="dpo", method="full")
 

@@ -28,7 +28,7 @@ def load(folder, **options):
 
 @pytest.mark.parametrize(
     ("method", "quantization"),
-    [("paca", "nf4"), ("paca", "int8"), ("qlora", None), ("dora", "fp4"), ("moslora", "nf4")],
+    [("paca", "nf4"), ("paca", "int8"), ("qlora", None), ("dora", "fp4")],
 )
 def test_runs(make_config, tiny_model_dir, tmp_path, method, quantization):
     config = make_config(method, model={"quantization": quantization}, data={"eval_fraction": 0.1})

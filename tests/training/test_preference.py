@@ -68,7 +68,7 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
 
 @pytest.mark.parametrize(
     ("task", "method"),
-    [("kto", "paca"), *(("dpo", name) for name in ("paca", "lora", "dora", "moslora", "qpaca"))],
+    [("kto", "paca"), *(("dpo", name) for name in ("paca", "lora", "dora", "qpaca"))],
 )
 def test_the_reference_is_the_base_without_a_second_model(make_task_config, task, method):
     if method == "qpaca":

@@ -76,10 +76,9 @@ def test_loss_begins_where_it_ended_and_resumed_runs_are_the_same(
     assert before == pytest.approx(first.eval_loss_after, rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dora", "moslora"])
-def test_other_methods(make_config, make_first, tmp_path, method):
-    folder = make_first(method, lora={"r": 4, "target_modules": ["q_proj"]})
-    config = settle(make_config(method, adapter=str(folder), training=STANDSTILL))
+def test_another_method(make_config, make_first, tmp_path):
+    folder = make_first("dora", lora={"r": 4, "target_modules": ["q_proj"]})
+    config = settle(make_config("dora", adapter=str(folder), training=STANDSTILL))
     assert (config.lora.r, config.lora.target_modules) == (4, ["q_proj"])
     train(config, console=QUIET)
     assert_close(folder, tmp_path / "out", atol=1e-7, rtol=0)

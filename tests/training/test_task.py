@@ -6,7 +6,7 @@ from pacatune.training.language import weights_dtype
 from pacatune.training.task import count_trainable, make_adapter_config, task_of
 
 
-@pytest.mark.parametrize("method", ["paca", "dora", "moslora", "full"])
+@pytest.mark.parametrize("method", ["paca", "dora", "full"])
 def test_plan_is_what_is_trained(make_config, method):
     config = make_config(method)
     planned, adapter_config, max_positions = task_of(config).plan_training()
@@ -24,8 +24,6 @@ def test_options_reach_peft_and_transformers(make_config):
     assert {name: getattr(paca, name) for name in section} == section
     dora = make_adapter_config(make_config("dora", lora={"r": 4, "lora_dropout": 0.5}))
     assert (dora.use_dora, dora.r, dora.lora_dropout) == (True, 4, 0.5)
-    moslora = make_adapter_config(make_config("moslora", moslora={"mixer_init": "orthogonal"}))
-    assert moslora.mixer_init == "orthogonal"
     assert make_adapter_config(make_config("full")) is None
     config = make_config(model={"dtype": "bfloat16"})
     assert weights_dtype(config) == task_of(config).load_model().dtype == torch.bfloat16

@@ -2,8 +2,7 @@
 
 import pytest
 
-from pacatune import MosLoraConfig, PacaConfig, installation
-from tests.releases import needs
+from pacatune import PacaConfig
 
 NESTED = {}
 for _ in range(800):
@@ -63,24 +62,6 @@ def test_wrong_values(options, message):
         PacaConfig(**options)
 
 
-@needs("peft", "0.19")
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mixer_init": "zeros"}, r"`mixer_init` \('zeros'\) must be one of \['kaiming'"),
-        (
-            {"init_lora_weights": "pissa"},
-            r"`init_lora_weights` \('pissa'\) must be True, 'gaussian",
-        ),
-        ({"use_dora": True}, r"`use_dora` \(True\) cannot be used with MosLoRA; drop it"),
-        ({"target_parameters": ["w"]}, r"`target_parameters` \(\['w'\]\) cannot be used with"),
-    ],
-)
-def test_wrong_values_of_moslora(options, message):
-    with pytest.raises(ValueError, match=message):
-        MosLoraConfig(**options)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -93,20 +74,3 @@ def test_wrong_values_of_moslora(options, message):
 def test_values_that_pefts_own_takes(options):
     config = PacaConfig(target_modules=".*q", **options)
     assert {name: getattr(config, name) for name in options} == options
-
-
-# What an old PEFT lacks; `make compat` runs all other tests there.
-
-
-def test_an_old_release_is_named(monkeypatch):
-    monkeypatch.setattr(installation, "version", lambda name: "0.18.1")
-    with pytest.raises(
-        ValueError,
-        match=r"^MosLoRA needs PEFT 0.19 or newer, and this is 0.18.1; pip install -U peft.$",
-    ):
-        MosLoraConfig()
-
-
-def test_a_release_candidate_counts_as_its_release(monkeypatch):
-    monkeypatch.setattr(installation, "version", lambda name: "0.19.0.dev0")
-    installation.require("PEFT", "0.19", "MosLoRA")

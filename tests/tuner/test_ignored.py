@@ -3,10 +3,9 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from pacatune import MosLoraConfig, PacaConfig
+from pacatune import PacaConfig
 from pacatune.tuner.ignored import get_strict_peft_model
 from tests.conftest import build_model
-from tests.releases import needs
 
 
 @pytest.fixture
@@ -32,9 +31,7 @@ def model():
         ),
     ],
 )
-@pytest.mark.parametrize(
-    "kind", [PacaConfig, LoraConfig, pytest.param(MosLoraConfig, marks=needs("peft", "0.19"))]
-)
+@pytest.mark.parametrize("kind", [PacaConfig, LoraConfig])
 def test_patterns(model, kind, options, message):
     config = kind(r=4, target_modules=["q_proj", "v_proj"], **options)
     before = [name for name, _ in model.named_modules()]

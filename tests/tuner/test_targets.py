@@ -8,9 +8,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional as F
 
-from pacatune import MosLoraConfig, PacaConfig
+from pacatune import PacaConfig
 from tests.conftest import build_model
-from tests.releases import needs
 from tests.tuner import moe
 
 EXPERTS = {"target_parameters": moe.BOTH, "target_modules": []}
@@ -136,12 +135,3 @@ def test_other_methods() -> None:
     model = inject_adapter_in_model(LoraConfig(target_modules=["one"]), one(nn.Linear(3, 3)))
     with pytest.raises(TypeError, match=r"'one' is adapted already, by peft.tuners.lora"):
         inject_adapter_in_model(PacaConfig(r=2, target_modules=["one"]), model)
-
-
-@needs("peft", "0.19")
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 3)])
-def test_layers_that_are_not_linear_for_moslora(layer: nn.Module) -> None:
-    base, kind = nn.ModuleDict({"first": nn.Linear(3, 3), "second": layer}), type(layer).__name__
-    with pytest.raises(TypeError, match=rf"Target module 'second' \({kind}\) is not supported"):
-        get_peft_model(base, MosLoraConfig(r=2, target_modules=["first", "second"]))
-    assert type(base["first"]) is nn.Linear

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pacatune import MosLoraConfig, PacaConfig
+from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics
 from tests.releases import needs
 
@@ -71,7 +71,7 @@ def train(tokenizer, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient", "moslora"])
+@pytest.mark.parametrize("selection", ["random", "weight_norm", "gradient"])
 def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(
     base, tokenizer, train, tmp_path, selection
 ):
@@ -81,10 +81,7 @@ def test_dpo_from_a_loaded_adapter_takes_it_as_the_reference(
     """
     from trl import DPOConfig, DPOTrainer
 
-    if selection == "moslora":
-        options = MosLoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    else:
-        options = config(selection)
+    options = config(selection)
     if selection == "gradient":
         batch = dict(tokenizer(["What is the capital?"], return_tensors="pt"))
         batches = [{**batch, "labels": batch["input_ids"]}]

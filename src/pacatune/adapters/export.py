@@ -1,7 +1,7 @@
 """Turn a PaCA adapter into a LoRA adapter that says exactly the same, for any LoRA server.
 
 LoRA adds scaling * B A to a weight. With A (R, I) the 0/1 matrix that selects the trained columns
-and B (O, R) = delta, that is PaCA's update and nothing else. MosLoRA's is A and B M.
+and B (O, R) = delta, that is PaCA's update and nothing else.
 
 Servers stack the factors of fused layers (q, k and v; gate and up), read one rank and one alpha for
 all modules, and pass over the patterns that PEFT knows. So a module of lower rank than another is
@@ -27,7 +27,6 @@ from pacatune.adapters.export_factors import (
     lora_factors,
     rounded_factor,
 )
-from pacatune.adapters.export_moslora import FoldedAdapter, fold_mixers
 from pacatune.adapters.folder import (
     CONFIG_NAME,
     Adapter,
@@ -73,7 +72,7 @@ def export_lora(
     keep_extra: bool = False,
     allow_other_base: bool = False,
 ) -> ExportResult:
-    """Write a PaCA or MosLoRA adapter as a LoRA adapter of the same rank, its modules' largest.
+    """Write a PaCA adapter as a LoRA adapter of the same rank, its modules' largest.
 
     The base's config.json is read for its sizes, and of the adapted weights, if they are here, the
     few numbers that tell it from other bases.
@@ -101,23 +100,20 @@ def export_lora(
     output = Path(output)
     check_output(output, num_bytes=0)
     opened = open_adapter(adapter)
-    found: Adapter | FoldedAdapter
-    if isinstance(opened, Adapter):
-        found, notes = _without_copies(opened)
-    else:
-        found, notes = fold_mixers(opened), []
-    if found.extra and not keep_extra:
-        method = "PaCA" if isinstance(found, Adapter) else "MosLoRA"
+    if not isinstance(opened, Adapter):
         raise ValueError(
-            f"{found.folder} also holds {len(found.extra)} tensors that are not {method}'s, first "
+            f"{opened.folder} is no PaCA adapter; only these become LoRA, and what is LoRA already "
+            "needs no export."
+        )
+    found, notes = _without_copies(opened)
+    if found.extra and not keep_extra:
+        raise ValueError(
+            f"{found.folder} also holds {len(found.extra)} tensors that are not PaCA's, first "
             f"{next(iter(found.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
             "`keep_extra` (--keep_extra) to carry them over for PEFT, or merge the adapter instead."
         )
     name, base = named_base(model, found)
-    if isinstance(found, Adapter):
-        notes += check_base(found, base, allow_other_base=allow_other_base)
-    else:
-        notes += found.check_base(base)
+    notes += check_base(found, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(found, base, torch_dtype(dtype))
     config = lora_config(found, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
@@ -158,7 +154,7 @@ def _without_copies(adapter: Adapter) -> tuple[Adapter, list[str]]:
 
 
 def lora_config(
-    adapter: Adapter | FoldedAdapter, base: nn.Module, name: str, *, keep_extra: bool = False
+    adapter: Adapter, base: nn.Module, name: str, *, keep_extra: bool = False
 ) -> dict[str, Any]:
     """Return the adapter_config.json of the LoRA adapter, with keys that any PEFT knows."""
     config: Any = adapter.config
@@ -198,7 +194,7 @@ def lora_config(
     return result
 
 
-def rank_and_alpha(adapter: Adapter | FoldedAdapter) -> tuple[int, int]:
+def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
     A module's rank is its number of columns. Alpha gives the scaling of the module with the largest
@@ -213,7 +209,7 @@ def rank_and_alpha(adapter: Adapter | FoldedAdapter) -> tuple[int, int]:
 
 
 def _lora_tensors(
-    adapter: Adapter | FoldedAdapter, base: nn.Module, dtype: torch.dtype
+    adapter: Adapter, base: nn.Module, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], float]:
     """Return the tensors of the LoRA adapter, and the largest relative rounding of a factor."""
     tensors, rounding = dict(adapter.extra), 0.0
@@ -221,11 +217,7 @@ def _lora_tensors(
     for name in adapter.modules:
         scaling = adapter.scaling(name)
         times = 1 if scaling == alpha / rank else scaling * rank / alpha
-        if isinstance(adapter, Adapter):
-            factors = lora_factors(adapter, base, name, times, rank)
-        else:
-            factors = adapter.factors(name, times, rank)
-        for key, factor in factors.items():
+        for key, factor in lora_factors(adapter, base, name, times, rank).items():
             where = f"{adapter.folder}: module {name!r}"
             tensors[PEFT_PREFIX + key], error = rounded_factor(factor, dtype, where)
             rounding = max(rounding, error)
@@ -243,10 +235,8 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
     return sorted(_find_minimal_target_modules(names, others))
 
 
-def _linear_ranks(adapter: Adapter | FoldedAdapter) -> dict[str, int]:
+def _linear_ranks(adapter: Adapter) -> dict[str, int]:
     """Return the ranks of all modules but convolutions."""
-    if isinstance(adapter, FoldedAdapter):
-        return {name: module_rank(adapter.config, name) for name in adapter.modules}
     return {
         name: len(update.indices)
         for name, update in adapter.modules.items()
@@ -254,7 +244,7 @@ def _linear_ranks(adapter: Adapter | FoldedAdapter) -> dict[str, int]:
     }
 
 
-def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
+def _pattern_notes(adapter: Adapter) -> list[str]:
     rank, alpha = rank_and_alpha(adapter)
     notes = []
     if num_padded := sum(other < rank for other in _linear_ranks(adapter).values()):
@@ -267,8 +257,8 @@ def _pattern_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
     return notes
 
 
-def _quantization_notes(adapter: Adapter | FoldedAdapter) -> list[str]:
-    if not isinstance(adapter, Adapter) or adapter.config.base_quantization is None:
+def _quantization_notes(adapter: Adapter) -> list[str]:
+    if adapter.config.base_quantization is None:
         return []
     base = f"a base quantised as {format_quantization(adapter.config.base_quantization)!r}"
     if adapter.config.columns_from == "original":

@@ -161,10 +161,6 @@ def _lora_modules(path: Path, alpha: float | None) -> tuple[list[ModuleReport], 
         if name == key or factor_a is None or not _is_product(factor_b, factor_a):
             continue
         parts = [extra.pop(key), extra.pop(f"{name}.lora_A.weight")]
-        mixer = extra.get(f"{name}.lora_mixer.weight")
-        if mixer is not None and mixer.shape == (factor_b.shape[1],) * 2:
-            factor_b = factor_b @ mixer.to(factor_b)
-            parts.append(extra.pop(f"{name}.lora_mixer.weight"))
         module_rank = factor_a.shape[0]
         scaling = alpha / module_rank if alpha is not None and module_rank else 1.0
         modules.append(
@@ -183,8 +179,6 @@ def _lora_modules(path: Path, alpha: float | None) -> tuple[list[ModuleReport], 
 
 def _lora_notes(config: dict[str, Any]) -> list[str]:
     notes = [f"a {config['peft_type']} adapter: PEFT reads it without pacatune."]
-    if config["peft_type"] == "MOSLORA":
-        notes = ["needs pacatune; can be exported as an exact LoRA adapter: `pacatune export`."]
     if config.get("alpha_pattern") or config.get("use_rslora") or config.get("use_dora"):
         notes.append("its scaling follows options that are not read here; norms are approximate.")
     return notes

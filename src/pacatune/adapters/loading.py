@@ -325,7 +325,7 @@ def load_language_model(
 
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
-        adapter: Folder or hub id of a PaCA, LoRA or MosLoRA adapter; None goes without.
+        adapter: Folder or hub id of a PaCA or LoRA adapter; None goes without.
         dtype: Type of the base's weights; `auto` is the one it was saved in.
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         quantization: Hold the base in fewer bits: `nf4`, `fp4` or `int8`, as training does. A PaCA

@@ -11,8 +11,7 @@ from pacatune.files.folder import format_bytes
 class Export(BaseOptions):
     """Write an adapter in a form that others read.
 
-    LoRA of the same rank is exact: A selects the trained columns, B holds what was trained; of
-    MosLoRA, B takes the mixer.
+    LoRA of the same rank is exact: A selects the trained columns, B holds what was trained.
     """
 
     adapter: str = field()

@@ -38,7 +38,7 @@ METHODS = {
 """Name -> method: those for language models, and what only a measurement has."""
 
 _PLAIN = [name for name in TEXT_METHODS if not methods.METHODS[name].quantization]
-_USUAL_METHODS = ("frozen", *(name for name in _PLAIN if name != "moslora"))
+_USUAL_METHODS = ("frozen", *_PLAIN)
 _WITH_DROPOUT = [name for name in TEXT_METHODS if methods.METHODS[name].has_dropout]
 _EAGER_ONLY = ("paca-transient",)
 
@@ -217,7 +217,7 @@ class Setting:
     rank: int = 8
     """Columns or rank of the adapter."""
     dropout: float = 0.0
-    """Dropout on the input of lora, dora and moslora."""
+    """Dropout on the input of lora and dora."""
     batch_size: int = 1
     """Sequences per micro-batch, on each device."""
     seq_len: int = 512
@@ -276,7 +276,7 @@ class Setting:
         if self.quantization is not None and self.method in ("full", "dora"):
             raise ValueError(
                 f"`quantization` ({self.quantization!r}) {said}: such weights cannot be trained, "
-                "and dora reads their values; choose paca, lora or moslora, or drop the option."
+                "and dora reads their values; choose paca or lora, or drop the option."
             )
         if (self.sharding == "none") != (self.num_gpus == 1):
             raise ValueError(

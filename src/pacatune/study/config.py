@@ -17,7 +17,7 @@ class Arm:
     """One of the methods that are compared."""
 
     method: str = "paca"
-    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, moslora, shira, gralora,
+    """paca, qpaca (on a base in 4 bits), lora, lora_dropout, dora, shira, gralora,
     miss, oft, qlora, full (every weight) or head (of a classifier)."""
 
     rank: int | None = None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pacatune.training.recipe import train
     from pacatune.training.report import Report
     from pacatune.training.rewards import RewardError
-    from pacatune.training.sections import LoraSection, ModelConfig, MosLoraSection, PacaSection
+    from pacatune.training.sections import LoraSection, ModelConfig, PacaSection
     from pacatune.training.tasks import TASKS, TaskSpec
     from pacatune.training.trainer import TrainingDiverged, TrainingInterrupted
 
@@ -22,7 +22,6 @@ __all__ = [
     "DataConfig",
     "LoraSection",
     "ModelConfig",
-    "MosLoraSection",
     "PacaSection",
     "PreferenceDataConfig",
     "PromptDataConfig",

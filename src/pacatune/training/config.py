@@ -16,7 +16,6 @@ from pacatune.training.sections import (
     ImageModelConfig,
     LoraSection,
     ModelConfig,
-    MosLoraSection,
     PacaSection,
 )
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec
@@ -57,7 +56,6 @@ def sections_of(task: str) -> dict[str, type[Any]]:
         "data": spec.data,
         "paca": PacaSection,
         "lora": LoraSection,
-        "moslora": MosLoraSection,
         "training": training_class(task),
     }
 
@@ -83,7 +81,7 @@ class RunConfig:
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
-    says otherwise), `lora`, `lora_dropout`, `dora`, `moslora` (LoRA with a trained mixer), `shira`
+    says otherwise), `lora`, `lora_dropout`, `dora`, `shira`
     (single weights at random places), `gralora` (LoRA of blocks), `miss` (one update for all blocks
     of inputs), `oft` (a rotation of each block of r inputs), `qlora` (LoRA on a quantised base), or
     `full` (every weight); for classifiers also `head` (the new head alone)."""
@@ -98,11 +96,8 @@ class RunConfig:
     """Options of the methods paca and qpaca: a `PacaSection`."""
 
     lora: LoraSection = field(default_factory=_EMPTY)
-    """Options of the methods lora, lora_dropout, dora, moslora, shira, gralora, miss, oft and
+    """Options of the methods lora, lora_dropout, dora, shira, gralora, miss, oft and
     qlora: a `LoraSection`."""
-
-    moslora: MosLoraSection = field(default_factory=_EMPTY)
-    """Options of the method moslora: a `MosLoraSection`."""
 
     training: TrainingOptions = field(default_factory=_EMPTY)
     """Every option of the trainer's class of arguments; of SFTConfig: a `TrainingConfig`."""

@@ -12,7 +12,7 @@ from pacatune.precision import Dtype
 from pacatune.pretrained import refuse_no_path
 
 # Sections that only some methods read.
-ADAPTER_SECTIONS = ("paca", "lora", "moslora")
+ADAPTER_SECTIONS = ("paca", "lora")
 
 
 @dataclass(kw_only=True)
@@ -160,11 +160,3 @@ class LoraSection(TargetOptions):
 
     def __post_init__(self) -> None:
         check_patterns(vars(self), "lora.")
-
-
-@dataclass(kw_only=True)
-class MosLoraSection:
-    """Options of the method `moslora` beside those of `lora`; `pacatune.MosLoraConfig` checks."""
-
-    mixer_init: Literal["kaiming", "orthogonal"] = "kaiming"
-    """How the r x r mixer between A and B starts."""

@@ -3,7 +3,7 @@
 A new task of TRL is a row and, where its data is of a new kind, one function that prepares it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class TaskSpec:
     rows: Callable[..., Any] | None = None
     """Makes examples of rows, or says what is wrong with the first of them."""
     kind: ModelKind = WRITER
-    methods: tuple[str, ...] = TEXT_METHODS
+    methods: Collection[str] = TEXT_METHODS
     rate_share: float = 1.0
     """Learning rates where a run says none, as a share of those of `METHODS`."""
     refuse: Mapping[str, str] = field(default_factory=dict)

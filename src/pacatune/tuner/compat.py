@@ -11,7 +11,6 @@ has it.
 
 import importlib
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, cast
 
 from peft.tuners import tuners_utils
@@ -37,20 +36,6 @@ _errors = _module("peft.utils.error")
 NoMatchingPeftModuleError: type[ValueError] = getattr(
     _errors, "NoMatchingPeftModuleError", ValueError
 )
-
-
-def lora_variants(config: Any) -> list[str]:
-    """Return the options of a LoraConfig that make it another variant of LoRA."""
-    marked = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
-    # PEFT < 0.21 does not mark them.
-    return marked or [
-        "use_dora",
-        "velora_config",
-        "alora_invocation_tokens",
-        "monteclora_config",
-        "use_bdlora",
-        "arrow_config",
-    ]
 
 
 resolve_quantization_backend, get_quantization_kwargs, quantization_extra_repr = (

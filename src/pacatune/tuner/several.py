@@ -62,9 +62,7 @@ def add_weighted_adapter(
         combined.replace_update(adapter_name, delta, indices, len(indices))
 
 
-def _check_combination(
-    tuner: Tuner, adapters: list[str], weights: list[float], name: str
-) -> None:
+def _check_combination(tuner: Tuner, adapters: list[str], weights: list[float], name: str) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"`adapters` ({len(adapters)}) and `weights` ({len(weights)}) must have the same "

@@ -133,7 +133,6 @@ def test_what_is_trained_of_a_transformer(make_config):
         "paca": 16 * linear + head,
         "lora": 8 * both + head,
         "dora": 8 * both + linear + head,
-        "moslora": 8 * both + 12 * 8 * 8 + head,
         "head": head,
     }.items():
         planned, adapter_config, notes = plan(make_config(method))
@@ -184,7 +183,6 @@ DEPTHWISE = {"r": 4, "target_modules": ["conv_dw"]}
         ("vit", "paca", {"training": {"train_batch_norm": True}}, NO_NORM),
         ("vit", "paca", {"model": {"path": "resnet18"}}, NOWHERE),
         ("cnn", "lora", {"lora": {"r": 5000}}, FEW),
-        ("cnn", "moslora", {}, r"\(Conv2d\) is not supported. MosLoRA adapts torch.nn.Linear"),
         ("cnn", "lora", {"lora": DEPTHWISE}, r"Conv2d with groups=\d+ and rank 4"),
     ],
 )
