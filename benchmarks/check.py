@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, lengths, step
+from benchmarks import kernels, step
 from benchmarks.results import prepare, read
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
@@ -45,11 +45,8 @@ QUICK: dict[str, Callable[[], list[Row]]] = {
     "kernels": partial(kernels.count, "eager", "lean", "sharded"),
     "step": partial(run_steps, "--tokens", "16", "--dtypes", "float32", "bfloat16"),
 }
-SLOW: dict[str, Callable[[], list[Row]]] = {
-    "kernels": partial(kernels.count, "compiled"),
-    "lengths": lengths.found,
-}
-NAMES = tuple(dict.fromkeys([*QUICK, "estimate", *SLOW]))
+SLOW: dict[str, Callable[[], list[Row]]] = {"kernels": partial(kernels.count, "compiled")}
+NAMES = (*QUICK, "estimate")
 
 
 def parts(name: str, everything: bool) -> Iterator[tuple[Callable[[], list[Row]], Finished]]:
