@@ -1,5 +1,5 @@
 #!/bin/sh
-# Collect what tools/gpu_check.py and the tests marked `gpu` need beside torch and transformers:
+# Collect what tools/gpu_check.py, which runs the tests marked `gpu`, needs beside torch and transformers:
 #
 #   sh tools/gpu_wheels.sh FOLDER                     default: .cache/gpu-wheels
 #
@@ -7,7 +7,6 @@
 #
 #   python -m pip install --no-index --no-deps FOLDER/*.whl
 #   python tools/gpu_check.py --output OUT.json
-#   python -m pytest -m gpu
 #
 # Wheels are for Linux on x86-64. PYTHON_VERSION (3.12) and CUDA (130: CUDA 13.0) are those of the GPU
 # machine; of bitsandbytes, whose wheel holds a library for each CUDA, only this one is kept. PYTHON

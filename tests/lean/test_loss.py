@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.gpu_promises import Reads
 from pacatune.lean import linear_cross_entropy
 from pacatune.lean.loss import LazyLogits, _rows_per_chunk
 from tests.lean.functions import CASES, WIDTH, N, V, loss, plain_loss, run
 from tests.ops.twin import assert_equal, cast, leaves_of
+from tests.reads import Reads
 
 LOSS = CASES["loss"]
 

@@ -1,73 +1,55 @@
-"""Every section of tools/gpu_check.py, in small sizes on the CPU."""
+"""tools/gpu_check.py rehearses on a CPU: the tests of a GPU run, and one JSON has what they say."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu_times
 from tools import gpu_check
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-SECTIONS = gpu_check.make_sections(torch.device("cpu"))
+SCRIPT = Path(gpu_check.__file__)
 
 
-def test_what_the_result_says(tmp_path):
+def test_a_rehearsal(tmp_path):
     output = tmp_path / "out.json"
-    assert gpu_check.main(["--device", "cpu", "--output", str(output)]) == 0
+    command = [sys.executable, SCRIPT, "--device", "cpu", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
     result = json.loads(output.read_text())
-    assert {n: result["sections"][n]["status"] for n in SECTIONS} == dict.fromkeys(
-        SECTIONS, "passed"
-    )
-    assert result["finished"]
-    assert result["times_by"] == "the clock of the host"
     assert {"torch", "transformers", "peft"} <= result["versions"].keys()
-    sections = result["sections"]
-    ratios = [row for row in sections["steps"]["rows"] if row.get("unit") == "ratio"]
-    assert {row["setting"].rpartition(", ")[2] for row in ratios} == {
-        *("bfloat16 adapters", "float32 adapters"),
-    }
-    assert {f"{ours} / {other}" for ours, other in gpu_times.PAIRS} == {r["method"] for r in ratios}
-    assert {row["method"] for row in sections["memory"]["rows"]} == {"paca", "lora"}
-    rows = sections["lean"]["rows"]
-    saved = {row["method"]: row["value"] for row in rows if row["what"] == "kept for backward"}
-    assert saved["paca lean"] < saved["paca"]
-    assert saved["lora lean"] < saved["lora"]
+    tests = result["tests"]
+    assert {test["outcome"] for test in tests.values()} == {"passed", "skipped"}
+    for name in ("test_steps_of_all_methods[torch.float32]", "test_steps_of_compiled_models"):
+        assert {"paca / frozen", "paca / lora"} <= {row["method"] for row in tests[name]["rows"]}
 
 
-def test_a_section_that_fails_stops_no_other(monkeypatch, tmp_path, capsys):
-    def fail():
-        raise RuntimeError("no such kernel")
-
-    sections = {"first": lambda: {"a": 1}, "second": fail, "third": lambda: {"b": 2}}
-    monkeypatch.setattr(gpu_check, "make_sections", lambda device: sections)
-    written = []
-    monkeypatch.setattr(gpu_check, "write_json", lambda found, path: written.append(str(found)))
-    output = tmp_path / "out.json"
-    assert gpu_check.main(["--device", "cpu", "--output", str(output)]) == 1
-    assert len(written) == 4  # after each, and at the end
-    assert "'message': 'RuntimeError: no such kernel', 'at': 'test_gpu_check.py:" in written[-1]
-    assert "'third': {'status': 'passed', 'b': 2" in written[-1]
-    assert "failed: second" in capsys.readouterr().out
+def test_a_test_that_fails_is_noted_at_once(tmp_path):
+    recorder = gpu_check.Recorder(torch.device("cpu"), tmp_path / "out.json")
+    names = {"nodeid": "tests/gpu/test_x.py::test_a", "duration": 0.0, "user_properties": []}
+    crash = SimpleNamespace(reprcrash="test_x.py:2: assert 1 == 2")
+    report = SimpleNamespace(when="call", passed=False, outcome="failed", longrepr=crash, **names)
+    recorder.pytest_runtest_logreport(report)
+    failed = json.loads((tmp_path / "out.json").read_text())["tests"]["test_a"]
+    assert failed == {"outcome": "failed", "seconds": 0.0, "message": crash.reprcrash}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "tpu"], "`--device` ('tpu') must be 'cuda' or 'cpu'."),
-        (["--device", "cpu", "--sections", "stesp"], "did you mean 'steps'?"),
-        (["--device", "cpu", "--output", "."], "`--output` (.) is a folder; name a file."),
-        (["--device", "cpu", "--output", "no/folder/out.json"], "does not exist"),
-        pytest.param([], "there is no CUDA device; give `--device cpu`.", marks=WITHOUT_GPU),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--device", "cpu", "--output", "no/folder/out.json"], "does not exist; make it"),
+        pytest.param(
+            [],
+            "there is no CUDA device; --device cpu rehearses",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_wrong_options(tmp_path, capsys, options, message):
-    assert gpu_check.main(["--output", str(tmp_path / "out.json"), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert error.startswith("gpu_check: ")
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--output", str(tmp_path / "out.json"), *options])
+    assert message in capsys.readouterr().err

@@ -25,12 +25,6 @@ def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
     assert (training.use_cpu, training.resolved().use_cpu) == (False, True)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CPUs have no fp16")
-def test_mixed_precision_is_not_forced_onto_fp16():
-    assert TrainingConfig(fp16=True).resolved().bf16 is False
-
-
 @pytest.mark.parametrize(
     ("task", "options"),
     [
