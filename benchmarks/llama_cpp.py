@@ -9,9 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from examples.packaged import Archive, default_cache, download
 
@@ -27,32 +26,21 @@ SERVER = (
     "",
 )
 
-# For each request, in the order of servers: the answer's text, and its tokens per second.
+# Prints the answer to each prompt, greedily.
 _ANSWER = """
 import json, sys
-package, servers, threads, requests = json.load(sys.stdin)
+package, model, threads, length, prompts = json.load(sys.stdin)
 sys.path.insert(0, package)
 import xllamacpp as llama
 
-def start(model, adapter):
-    params = llama.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = model, 512, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    if adapter is not None:
-        info = llama.CommonAdapterLoraInfo()
-        info.path, info.scale = adapter, 1.0
-        params.lora_adapters = [info]
-    return llama.Server(params)
-
-started = [start(*server) for server in servers]
-for turn, (prompt, length, options) in enumerate(requests):
+params = llama.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.verbosity = model, 512, 1, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+server = llama.Server(params)
+for prompt in prompts:
     request = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False}
-    answers = [None] * len(started)
-    for place in range(len(started)):
-        place = (place + turn) % len(started)  # or one would run twice in a row, caches warm
-        answers[place] = started[place].handle_completions(request | options)
-    told = [(a["choices"][0]["text"], a["timings"]["predicted_per_second"]) for a in answers]
-    print("answers", json.dumps(told))
+    answer = server.handle_completions(request)["choices"][0]["text"]
+    print("answer", json.dumps(answer))
 """
 
 
@@ -70,24 +58,14 @@ def fetch(requirement: str, sha256: str, suffix: str) -> Path:
     return folder
 
 
-def answers(
-    servers: Sequence[tuple[Path, Path | None]],
-    requests: Sequence[tuple[str, int, dict[str, Any]]],
-    threads: int,
-) -> Iterator[list[tuple[str, float]]]:
-    """Return what servers say, greedily: for each request the text and tokens per second of each.
-
-    Args:
-        servers: Files of models, each with a LoRA adapter in a GGUF or None. They take turns.
-        requests: Prompt, most tokens of the answer, and other options of llama.cpp's server.
-        threads: Of each server.
-    """
-    names = [(str(model), adapter and str(adapter)) for model, adapter in servers]
-    told = json.dumps([str(fetch(*SERVER)), names, threads, list(requests)])
+def answers(model: Path, prompts: Sequence[str], length: int, threads: int) -> list[str]:
+    """Return what a server of a file says to each prompt, greedily, in at most so many tokens."""
+    told = json.dumps([str(fetch(*SERVER)), str(model), threads, length, list(prompts)])
     command = [sys.executable, "-c", _ANSWER]
     result = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"llama.cpp ended with {result.returncode}: {result.stderr[-2000:]}")
-    for line in result.stdout.splitlines():
-        if line.startswith("answers "):
-            yield [tuple(one) for one in json.loads(line.removeprefix("answers "))]
+    lines = result.stdout.splitlines()
+    return [
+        json.loads(line.removeprefix("answer ")) for line in lines if line.startswith("answer ")
+    ]
