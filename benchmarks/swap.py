@@ -97,17 +97,3 @@ def swap_layers(model: nn.Module) -> None:
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, PacaLayer)]
     for name, layer in layers:
         model.set_submodule(name, SwapLinear(layer))
-
-
-@torch.no_grad()
-def merge_swapped(model: nn.Module, sign: int) -> None:
-    """Add the columns of `SwapLinear` layers to the weights, or with -1 subtract them again.
-
-    As PEFT 0.22 merges and unmerges: each time a sum that is rounded to the weight's dtype.
-    """
-    for layer in model.modules():
-        if isinstance(layer, SwapLinear):
-            (name,) = layer.active_adapters
-            memory, indices = layer.base_layer.weight.data, layer.paca_indices[name]
-            changed = memory[:, indices] + sign * layer.scaling[name] * layer.paca_delta[name]
-            memory.index_copy_(1, indices, changed.to(memory.dtype))

@@ -11,7 +11,7 @@ from tests.grid.conftest import build
 from tests.grid.files import write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in .*gguf")
-ROWS = [{"prompt": f"{word} is", "completion": " " + word[::-1]} for word in ["abc", "abd", "acd"]]
+ROWS = [{"prompt": f"{word} is", "completion": " " + word[::-1]} for word in ["abc", "abe", "acd"]]
 
 
 @pytest.fixture(scope="module")
