@@ -29,19 +29,8 @@ CACHE = ROOT / ".cache" / "compat"
 SHOWN = ("torch", "transformers", "peft", "accelerate", "safetensors")
 # What needs the core alone; a test in there that needs more skips itself.
 CORE_TESTS = (
-    *(
-        "ops",
-        "residency",
-        "lean",
-        "tuner",
-        "selection",
-        "adapters",
-        "patch",
-        "sync",
-        "files",
-        "format",
-        "core",
-    ),
+    *("ops", "residency", "lean", "tuner", "selection", "adapters"),
+    *("patch", "sync", "files", "format", "core"),
 )
 TEST_PACKAGES = (
     *("pytest>=8.3,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.120,<7"),
