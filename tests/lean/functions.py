@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.lean import (
-    ACTIVATIONS,
-    attend,
-    gated_product,
-    layer_norm,
-    linear_cross_entropy,
-    rms_norm,
-)
-from pacatune.lean.attention import repeat_heads
-from pacatune.lean.batch_norm import frozen_batch_norm
+from pacatune.lean.attention import attend, repeat_heads
+from pacatune.lean.batch_norm import _FrozenBatchNorm
+from pacatune.lean.gated import ACTIVATIONS, apply_gated_product
+from pacatune.lean.loss import linear_cross_entropy
+from pacatune.lean.norm import Norm, apply_norm
 from pacatune.measure.counters import SavedBytes
 from tests.ops import twin
 
@@ -105,7 +100,7 @@ def gated(activation, shape=(5, 6)):
     tensors = _normal(gate=shape, up=shape)
     tensors["gate"] *= 3
     return Case(
-        partial(gated_product, activation=activation),
+        partial(apply_gated_product, activation=ACTIVATIONS[activation]),
         lambda gate, up: ACTIVATIONS[activation].value(gate) * up,
         tensors,
     )
@@ -134,7 +129,8 @@ def rms(form, shape=(2, 3, 8), has_weight=True):
     tensors = _normal(x=shape, weight=shape[-1:])
     if not has_weight:
         tensors["weight"] = None
-    return Case(partial(rms_norm, **FORMS[form]), partial(plain_rms, form=form), tensors)
+    norm = Norm(1e-6, **FORMS[form])
+    return Case(partial(apply_norm, bias=None, norm=norm), partial(plain_rms, form=form), tensors)
 
 
 def plain_layer(x, weight, bias):
@@ -143,10 +139,16 @@ def plain_layer(x, weight, bias):
 
 
 def layer(shape=(5, 8)):
-    return Case(layer_norm, plain_layer, _normal(x=shape, weight=shape[-1:], bias=shape[-1:]))
+    norm = Norm(1e-5, centred=True, rounds_first=False)
+    tensors = _normal(x=shape, weight=shape[-1:], bias=shape[-1:])
+    return Case(partial(apply_norm, norm=norm), plain_layer, tensors)
 
 
 STATISTICS = "running_mean", "running_var", "weight", "bias"
+
+
+def frozen_batch_norm(x, running_mean, running_var, weight, bias):
+    return _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, 1e-5)
 
 
 def batch_norm(shape, has_affine=True):

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from pacatune import lean
-from pacatune.lean import attend
-from pacatune.lean.attention import find_registry
+from pacatune.lean.attention import attend, find_registry
 from tests.lean.functions import CASES, H, plain_attention, sdpa
 from tests.lean.models import adapted, build, gradients
 from tests.ops.twin import cast, leaves_of

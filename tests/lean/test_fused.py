@@ -7,10 +7,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pacatune.lean import ACTIVATIONS, fused, gated_product, rms_norm
-from tests.lean.functions import run
+from pacatune.lean import fused
+from pacatune.lean.gated import ACTIVATIONS
+from tests.lean.functions import CASES, run
 from tests.ops.twin import assert_within_own_error
 
+PRODUCT, NORM = (CASES[name].function for name in ("product, silu", "rms_norm, llama"))
 # Inductor imports what torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -51,14 +53,14 @@ def _compare(function, tensors, trained, monkeypatch):
 
 def test_kernels_compute_a_product_and_its_gradients(compiled, monkeypatch):
     gate, up = _make((4, 6, 32), (4, 6, 32), dtype=torch.bfloat16)
-    _compare(gated_product, {"gate": gate, "up": up}, {"gate", "up"}, monkeypatch)
+    _compare(PRODUCT, {"gate": gate, "up": up}, {"gate", "up"}, monkeypatch)
     assert not fused._failed
 
 
-@pytest.mark.parametrize("form", [{}, {"plus_one": True, "rounds_first": False}])
+@pytest.mark.parametrize("form", ["llama", "gemma"])
 def test_a_norm_is_one_graph_each_way(graphs, monkeypatch, form):
     x, weight = _make((5, 16), (16,), dtype=torch.bfloat16)
-    function = functools.partial(rms_norm, **form)
+    function = CASES[f"rms_norm, {form}"].function
     for num_rows in (5, 2, 3):  # other sizes need no other graph
         run(function, {"x": x[:num_rows], "weight": weight}, {"x"})
     assert graphs.frame_count == 2
@@ -69,7 +71,7 @@ def test_cpus_and_tensors_without_memory_compile_nothing(monkeypatch):
     monkeypatch.setattr(fused, "_compiled", lambda function: pytest.fail("compiled"))
     monkeypatch.setattr(fused, "_has_triton", lambda: True)
     gate, up = _make((3, 32), (3, 32), dtype=torch.float32)
-    run(gated_product, {"gate": gate, "up": up}, {"gate", "up"})
+    run(PRODUCT, {"gate": gate, "up": up}, {"gate", "up"})
     with FakeTensorMode():
         assert not fused._is_wanted(torch.empty(3, device="cuda"))
 
@@ -113,8 +115,8 @@ def test_shapes_of_all_kinds_share_one_graph_each_way(graphs):
     for shape in ((5, 32), (2, 6, 32), (1, 9, 32), (3, 1, 4, 32), (2, 1, 32)):
         x, other = _make(shape, shape, dtype=torch.float32)
         (weight,) = _make((32,), dtype=torch.float32)
-        run(rms_norm, {"x": x, "weight": weight}, {"x", "weight"})
-        run(gated_product, {"gate": x, "up": other}, {"gate", "up"})
+        run(NORM, {"x": x, "weight": weight}, {"x", "weight"})
+        run(PRODUCT, {"gate": x, "up": other}, {"gate", "up"})
         found = ACTIVATIONS["silu"].product_columns(x, other, indices)
         expected = torch.nn.functional.silu(x) * other
         torch.testing.assert_close(found, expected[..., indices])

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.lean import linear_cross_entropy
-from pacatune.lean.loss import LazyLogits, _rows_per_chunk
+from pacatune.lean.loss import LazyLogits, _rows_per_chunk, linear_cross_entropy
 from tests.lean.functions import CASES, WIDTH, N, V, loss, plain_loss, run
 from tests.ops.twin import assert_equal, cast, leaves_of
 from tests.reads import Reads

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pacatune.lean import ACTIVATIONS, rms_norm
 from pacatune.lean import gated as gated_module
-from pacatune.lean.gated import overwriting
+from pacatune.lean.gated import ACTIVATIONS, overwriting
 from pacatune.lean.norm import Norm, apply_norm, source_of
 from pacatune.lean.recompute import recompute, state_of, why_not
 from pacatune.measure.counters import SavedBytes
@@ -80,7 +79,7 @@ def test_the_input_of_a_lean_norm_is_kept_in_place_of_its_output():
     weight = torch.ones(4, dtype=torch.float64)
 
     def norm(x):
-        return rms_norm(x, weight)
+        return apply_norm(x, weight, None, Norm(1e-6))
 
     # The weight, and nothing of the net's but its own parameters.
     assert bytes_of(lambda x: net(norm(x)), net, x) == bytes_of(norm, net, x)

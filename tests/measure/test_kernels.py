@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from pacatune.lean import ACTIVATIONS, gated_product
+from pacatune.lean.gated import ACTIVATIONS, apply_gated_product
 from pacatune.measure.kernels import KernelCounter, branches_of_gpu, num_of_multi_tensor
 from pacatune.ops import products
 
@@ -125,7 +125,7 @@ def test_gradient_of_delta_is_one_product(counter, scaling, dtype):
 
 def test_what_lean_modules_fuse_is_one(counter):
     gate, up = empty(5, 8), empty(5, 8)
-    gated_product(gate, up).backward(torch.empty_like(gate))
+    apply_gated_product(gate, up, ACTIVATIONS["silu"]).backward(torch.empty_like(gate))
     names = [kernel.name for kernel in counter.kernels]
     assert names == ["_product", "_product_gradients"]
     columns = torch.zeros(2, dtype=torch.int64)

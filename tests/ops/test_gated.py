@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pacatune.lean import ACTIVATIONS
+from pacatune.lean.gated import ACTIVATIONS
 from pacatune.ops.linear import apply_paca_linear
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal

@@ -44,22 +44,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, apply: Attend) -> Tensor:
         key: (B, K, S, D), where K divides H.
         value: (B, K, S, E).
         apply: Takes query, key and value of H heads each.
-
-    Returns:
-        What `apply` returns.
-
-    Raises:
-        ValueError: If K does not divide H.
     """
-    num_heads, num_kept = query.shape[1], key.shape[1]
-    if num_heads % num_kept:
-        raise ValueError(
-            f"`key` has {num_kept} heads, which must divide the {num_heads} heads of `query`."
-        )
     # Cast as the backend would, but before anything is kept; the meta device knows no autocast.
     if torch.amp.is_autocast_available(query.device.type):
         query, key, value = map(autocast, (query, key, value))
-    num_times = num_heads // num_kept
+    num_times = query.shape[1] // key.shape[1]
 
     def body(query: Tensor, key: Tensor, value: Tensor, cut: Cut) -> Tensor:
         return apply(query, *cut(repeat_heads(key, num_times), repeat_heads(value, num_times)))

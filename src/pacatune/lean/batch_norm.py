@@ -22,42 +22,13 @@ from pacatune.ops.tracing import is_traced
 _TIMMS = "timm.layers.norm_act", "BatchNormAct2d"
 
 
-def frozen_batch_norm(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Apply BatchNorm in evaluation mode, with frozen weight and bias.
+class _FrozenBatchNorm(torch.autograd.Function):
+    """BatchNorm in evaluation mode, with frozen weight and bias.
 
     Forward   F.batch_norm(x, ..., training=False), bit for bit
     Backward  dx = dy * weight / sqrt(running_var + eps)
     Saves references to `running_var` and `weight`; F.batch_norm saves x as well.
-
-    Args:
-        x: (B, C, *positions) or (B, C) activations.
-        running_mean: (C,) statistics.
-        running_var: (C,) statistics.
-        weight: (C,) frozen; None is ones.
-        bias: (C,) frozen; None is zeros.
-        eps: Added to the variance.
-
-    Raises:
-        ValueError: If `weight` or `bias` asks for a gradient.
     """
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.requires_grad:
-            raise ValueError(
-                f"`{name}` asks for a gradient, but is frozen here; use F.batch_norm instead."
-            )
-    y: Tensor = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
-    return y
-
-
-class _FrozenBatchNorm(torch.autograd.Function):
-    """`frozen_batch_norm`, unchecked."""
 
     @staticmethod
     def forward(

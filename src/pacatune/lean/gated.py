@@ -155,38 +155,16 @@ ACTIVATIONS = {
         Activation("quick_gelu", _quick_gelu, _quick_gelu_gradient),
     )
 }
-"""Name -> activation that `gated_product` knows."""
+"""Name -> activation of a gated MLP that is known."""
 
 
-def gated_product(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """Multiply an activated gate with the up projection.
+class _GatedProduct(torch.autograd.Function):
+    """Multiply an activated gate with the up projection, (..., I) both.
 
     Forward   h = act(gate) * up
     Backward  d(up) = dh * act(gate)       d(gate) = act'(gate) (dh * up)
     Saves gate and up; computes act(gate) twice.
-
-    Args:
-        gate: (..., I) before the activation.
-        up: (..., I).
-        activation: One of `pacatune.lean.ACTIVATIONS`.
-
-    Returns:
-        (..., I).
-
-    Raises:
-        ValueError: If `activation` is unknown or the shapes differ.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"`activation` ({activation!r}) must be one of {sorted(ACTIVATIONS)}.")
-    if gate.shape != up.shape:
-        raise ValueError(
-            f"`gate` and `up` must have one shape, got {tuple(gate.shape)} and {tuple(up.shape)}."
-        )
-    return apply_gated_product(gate, up, ACTIVATIONS[activation])
-
-
-class _GatedProduct(torch.autograd.Function):
-    """See `gated_product`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -196,11 +174,11 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gh: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("gated_product", NOT_LEAN)
+        refuse_second_derivative("A lean gated MLP", NOT_LEAN)
         gate, up = ctx.saved_tensors
         return *ctx.activation.product_gradients(gh, gate, up), None
 
 
 def apply_gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """Apply `gated_product` without its checks."""
+    """Return act(gate) * up, keeping the two."""
     return _GatedProduct.apply(gate, up, activation)

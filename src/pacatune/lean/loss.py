@@ -59,23 +59,7 @@ def linear_cross_entropy(
 
     Returns:
         A number in the dtype of the transformed logits.
-
-    Raises:
-        ValueError: If a shape, `reduction` or `chunk_rows` is not as above.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"`x` must be (N, I) and `weight` (V, I), got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}."
-        )
-    if target.shape != x.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"`target` must be (N={len(x)},) int64, got {tuple(target.shape)} of {target.dtype}."
-        )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"`reduction` ({reduction!r}) must be 'mean' or 'sum'.")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"`chunk_rows` ({chunk_rows}) must be at least 1.")
     device_type, dtype = x.device.type, x.dtype
     is_autocast = torch.is_autocast_enabled(device_type) and x.itemsize < 8
     if is_autocast:

@@ -36,73 +36,8 @@ class Norm:
     mixes: bool = True
 
 
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float = 1e-6,
-    *,
-    plus_one: bool = False,
-    rounds_first: bool = True,
-) -> Tensor:
-    """Divide rows by their root mean square.
-
-    Forward   n = x rstd     rstd = (mean(x^2) + eps)^(-1/2)     y = n * weight
-    Backward  dn = dy * weight    dx = rstd (dn - n mean(dn * n))    d(weight) = sum(dy * n)
-    Saves x in its own dtype and rstd, one float32 number per row; computes n twice.
-
-    Args:
-        x: (..., I). The rows are computed in float32 (float64 stays).
-        weight: (I,), frozen or trained, or None.
-        eps: Added to the mean square.
-        plus_one: Multiply by 1 + weight instead.
-        rounds_first: Round n to the dtype of x before it is multiplied, as Llama does.
-
-    Returns:
-        (..., I) in the dtype of x; with `rounds_first`, in that of x and weight together.
-
-    Raises:
-        ValueError: If `weight` is not (I,).
-
-    Source: B. Zhang, R. Sennrich, Root Mean Square Layer Normalization, 2019.
-    """
-    _check(x, weight)
-    return apply_norm(x, weight, None, Norm(eps, plus_one=plus_one, rounds_first=rounds_first))
-
-
-def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    """Normalise rows in float32 to mean 0 and variance 1, then round to the dtype of x.
-
-    Saves x in its own dtype, mean and rstd; makes the float32 copy twice.
-
-    Args:
-        x: (..., I).
-        weight: (I,) or None.
-        bias: (I,) or None.
-        eps: Added to the variance.
-
-    Returns:
-        (..., I) in the dtype of x.
-
-    Raises:
-        ValueError: If `weight` or `bias` is not (I,).
-    """
-    _check(x, weight)
-    _check(x, bias)
-    return apply_norm(x, weight, bias, Norm(eps, centred=True, rounds_first=False))
-
-
-def _check(x: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"`weight` and `bias` must be (I={x.shape[-1]},) to fit `x` {tuple(x.shape)}, got "
-            f"shape {tuple(weight.shape)}."
-        )
-
-
 def plain_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-    """Compute the same in plain autograd; (..., I) as above."""
+    """Compute the same in plain autograd."""
     return _forward(x, weight, bias, norm)[0]
 
 
@@ -135,7 +70,15 @@ def _factor(weight: Tensor, norm: Norm) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """See `rms_norm` and `layer_norm`."""
+    """Normalise rows (..., I), computed in float32 (float64 stays).
+
+    Forward   n = x rstd     rstd = (mean(x^2) + eps)^(-1/2)     y = n * weight
+    Backward  dn = dy * weight    dx = rstd (dn - n mean(dn * n))    d(weight) = sum(dy * n)
+    Saves x in its own dtype and rstd, one float32 number per row; computes n twice. LayerNorm
+    saves the mean, too, and makes the float32 copy twice.
+
+    Source: B. Zhang, R. Sennrich, Root Mean Square Layer Normalization, 2019.
+    """
 
     @staticmethod
     def forward(
@@ -148,7 +91,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("rms_norm and layer_norm", NOT_LEAN)
+        refuse_second_derivative("A lean norm", NOT_LEAN)
         x, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if not ctx.norm.centred:
@@ -205,7 +148,7 @@ def source_of(y: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Norm] | 
 
 
 def apply_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
-    """Apply `rms_norm` or `layer_norm` without their checks; the output knows its source."""
+    """Normalise (..., I) by weight and bias, (I,) or None; the output knows its source."""
     y: Tensor = _Norm.apply(x, weight, bias, norm)
     if y.requires_grad:  # all that it names is kept for the norm's own gradient anyway
         cast(Any, y).lean_source = y._version, (x.detach(), weight, bias, norm)
