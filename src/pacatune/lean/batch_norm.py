@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pacatune.lean.modules import LeanModule
+from pacatune.ops.columns import widened
 from pacatune.ops.tracing import is_traced
 
 _TIMMS = "timm.layers.norm_act", "BatchNormAct2d"
@@ -48,8 +49,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         running_var, weight = ctx.saved_tensors
         # In float32 at least, as torch does; only the product is rounded.
-        wide = torch.promote_types(running_var.dtype, torch.float32)
-        scale = torch.rsqrt(running_var.to(wide) + ctx.eps)
+        scale = torch.rsqrt(widened(running_var) + ctx.eps)
         if weight is not None:
             scale = scale * weight
         gx = (gy * scale.view(-1, *[1] * (gy.dim() - 2))).to(gy.dtype)

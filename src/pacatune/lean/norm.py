@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pacatune.lean.fused import fused
+from pacatune.ops.columns import widened
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 
@@ -46,9 +47,9 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return output, means (None where they are not subtracted) and rstd, both (..., 1)."""
-    wide = _wide(x)
+    wide = widened(x)
     if norm.centred:
-        w, b = (None if p is None else _wide(p) for p in (weight, bias))
+        w, b = (None if p is None else widened(p) for p in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, norm.eps)
         return y.to(x.dtype), mean, rstd
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
@@ -61,12 +62,8 @@ def _forward(
     return n.to(x.dtype), None, rstd
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
 def _factor(weight: Tensor, norm: Norm) -> Tensor:
-    return 1.0 + _wide(weight) if norm.plus_one else weight
+    return 1.0 + widened(weight) if norm.plus_one else weight
 
 
 class _Norm(torch.autograd.Function):
@@ -97,15 +94,15 @@ class _Norm(torch.autograd.Function):
         if not ctx.norm.centred:
             gradients = _gradients(x, gy, weight, rstd, ctx.norm, needs_x, needs_weight)
             return *gradients, None, None
-        wide = None if weight is None else _wide(weight)
+        wide = None if weight is None else widened(weight)
         wanted = [needs_x, needs_weight, False]
         gx, gweight, _ = torch.ops.aten.native_layer_norm_backward(
-            _wide(gy), _wide(x), x.shape[-1:], mean, rstd, wide, None, wanted
+            widened(gy), widened(x), x.shape[-1:], mean, rstd, wide, None, wanted
         )
         return (
             gx.to(x.dtype) if needs_x else None,
             gweight.to(weight.dtype) if needs_weight else None,
-            _sum_rows(_wide(gy)).to(ctx.bias_dtype) if needs_bias else None,
+            _sum_rows(widened(gy)).to(ctx.bias_dtype) if needs_bias else None,
             None,
         )
 
@@ -121,15 +118,15 @@ def _gradients(
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     gx = gweight = None
-    n = _wide(x) * rstd
+    n = widened(x) * rstd
     if needs_weight and weight is not None:
-        products = gy * n.to(x.dtype) if norm.rounds_first else _wide(gy) * n
+        products = gy * n.to(x.dtype) if norm.rounds_first else widened(gy) * n
         gweight = _sum_rows(products).to(weight.dtype)
     if needs_x:
         if norm.rounds_first:
-            gn = _wide((gy if weight is None else gy * weight).to(x.dtype))
+            gn = widened((gy if weight is None else gy * weight).to(x.dtype))
         else:
-            gn = _wide(gy) if weight is None else _wide(gy) * _factor(weight, norm)
+            gn = widened(gy) if weight is None else widened(gy) * _factor(weight, norm)
         mean = (gn * n).mean(-1, keepdim=True)
         gx = n.mul_(mean).sub_(gn).mul_(-rstd).to(x.dtype)
     return gx, gweight
