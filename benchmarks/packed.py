@@ -151,8 +151,8 @@ def cell(
     name = f"{task.replace(' ', '-')}-{method}-{rate:g}-{seed}-{args.steps}-{args.rows}.json"
     kept = args.work / name
     if kept.is_file():
-        found: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
+        numbers: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
+        return numbers
     test, rows = rows_of(task, "test")[: args.rows], rows_of(task, "train")
     choosing, rows = rows[:_NUM_CHOOSING], rows[_NUM_CHOOSING:]
     with tempfile.TemporaryDirectory() as scratch:
@@ -160,16 +160,16 @@ def cell(
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         train(run_of(method, file, data, rate, seed, args.steps, adapter))
         write(method, file, adapter, output)
-        found = {
+        numbers = {
             "score as trained": teacher_forced(test, file, adapter)["score"],
             "loss as trained": teacher_forced(choosing, file, adapter)["loss"],
             "score": served(output, test, args.threads),
             "loss": teacher_forced(choosing, output)["loss"],
             "bytes changed": 100 * changed_bytes(file, output) / file.stat().st_size,
         }
-    kept.write_text(json.dumps(found), encoding="utf-8")
-    print(kept.stem, json.dumps(found), flush=True)
-    return found
+    kept.write_text(json.dumps(numbers), encoding="utf-8")
+    print(kept.stem, json.dumps(numbers), flush=True)
+    return numbers
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -192,17 +192,17 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             note = f"{method}, {FORMAT}, {task}: learning rate {best:g}."
             for what in ("score as trained", "score", "loss as trained", "loss"):
                 each, unit = (
-                    {seed: one[what] for seed, one in cells.items()},
+                    {seed: numbers[what] for seed, numbers in cells.items()},
                     "%" * ("score" in what),
                 )
                 yield mean_row(what, method, each, note, unit=unit, **names)
-            share = statistics.mean(one["bytes changed"] for one in cells.values())
+            share = statistics.mean(numbers["bytes changed"] for numbers in cells.values())
             yield counted("bytes changed", method, share, "%", **names)
-            for rate, one in first.items():
+            for rate, numbers in first.items():
                 each_rate = names | {"setting": f"{names['setting']}, learning rate {rate:g}"}
                 for what, key in (("as trained", "score as trained"), ("in the file", "score")):
                     what = f"first seed, {what}"
-                    yield Row(what=what, method=method, value=one[key], unit="%", **each_rate)
+                    yield Row(what=what, method=method, value=numbers[key], unit="%", **each_rate)
 
 
 def main(options: list[str] | None = None) -> None:

@@ -332,7 +332,7 @@ def agreement(trained: Tensor, drawn: Tensor) -> dict[str, float]:
     }
 
 
-Found = dict[str, list[float]]
+Seen = dict[str, list[float]]
 """Quantity -> its numbers in one run."""
 
 
@@ -385,33 +385,33 @@ def grpo_loss(logps: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
     return -(advantages * (logps - logps.detach()).exp() * mask).sum() / mask.sum()
 
 
-def run(method: str, seed: int, path: str, sampler: Any, steps: int) -> Found:
+def run(method: str, seed: int, path: str, sampler: Any, steps: int) -> Seen:
     """Train; return what was seen at each step."""
     trainer, problems = Trainer(method, path, seed), Problems(path, seed)
-    sync, found = Sync(method, trainer, sampler), defaultdict[str, list[float]](list)
+    sync, seen = Sync(method, trainer, sampler), defaultdict[str, list[float]](list)
     part = max(steps // _PARTS, 1)
     sync()
     for number in range(steps):
         some, prompts = problems.batch(number)
         start = time.perf_counter()
         ids, drawn = sampler.draw(prompts, _NEW, seed * steps + number)
-        found["token"].append(1e3 * (time.perf_counter() - start) / _NEW)
+        seen["token"].append(1e3 * (time.perf_counter() - start) / _NEW)
         is_end = ids[:, -_NEW:] == problems.tokenizer.eos_token_id
         mask = (is_end.cumsum(1) - is_end.int()) == 0  # up to the first end, and this
         rewards = problems.rewards(some, ids[:, -_NEW:], mask)
         logps = logps_of(trainer.model.train(), ids)[:, -_NEW:]
         if isinstance(sampler, Transformers):
             difference = (sampler.score(ids)[:, -_NEW:] - logps.detach()).abs().max()
-            found["largest difference, scored anew"].append(float(difference))
+            seen["largest difference, scored anew"].append(float(difference))
         for what, value in agreement(logps.detach()[mask], drawn[mask]).items():
-            found[what].append(value)
+            seen[what].append(value)
         first = number // part * part
-        found[f"reward, steps {first + 1} to {first + part}"].append(float(rewards.mean()))
+        seen[f"reward, steps {first + 1} to {first + part}"].append(float(rewards.mean()))
         loss = grpo_loss(logps, rewards.view(-1, _ANSWERS), mask)
         trainer.step(loss, RATE * (1 - number / steps))
         sync()
     # The first two have everything.
-    return found | {"complete sync": sync.num_bytes[:1], SENT: sync.num_bytes[2:], "sync": sync.ms}
+    return seen | {"complete sync": sync.num_bytes[:1], SENT: sync.num_bytes[2:], "sync": sync.ms}
 
 
 def sft(folder: Path, seed: int) -> str:
@@ -430,9 +430,9 @@ def sft(folder: Path, seed: int) -> str:
     return str(path)
 
 
-def runs_of(method: str, path: str, make: Any, args: argparse.Namespace) -> dict[str, Found]:
-    """Run a method with each seed; return what was found by seed."""
-    sampler, found = None, dict[str, Found]()
+def runs_of(method: str, path: str, make: Any, args: argparse.Namespace) -> dict[str, Seen]:
+    """Run a method with each seed; return what was seen by seed."""
+    sampler, seen = None, dict[str, Seen]()
     for seed in range(args.seeds):
         kept = args.work / f"{make.name}, {method}, {args.steps} steps, {seed}.json"
         if not kept.exists():
@@ -442,13 +442,13 @@ def runs_of(method: str, path: str, make: Any, args: argparse.Namespace) -> dict
                 sampler.revert()
             elif method == "lora":
                 sampler.write(load(path).named_parameters())
-        found[f"seed {seed}"] = json.loads(kept.read_text(encoding="utf-8"))
+        seen[f"seed {seed}"] = json.loads(kept.read_text(encoding="utf-8"))
     if sampler is not None:
         sampler.close()
-    return found
+    return seen
 
 
-def rows_of(method: str, setting: str, runs: dict[str, Found]) -> Iterator[Row]:
+def rows_of(method: str, setting: str, runs: dict[str, Seen]) -> Iterator[Row]:
     """Return means over steps, and over seeds with their intervals."""
     units = {SENT: "bytes", "complete sync": "bytes", "sync": "ms", "token": "ms"}
     names = {"method": method, "setting": setting}

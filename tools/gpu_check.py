@@ -42,10 +42,10 @@ class Recorder:
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Note a test, and its fixtures where they fail or skip it; pytest calls it."""
         if report.when == "call" or not report.passed:
-            found = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
+            test = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
             if not report.passed:
-                found["message"] = str(getattr(report.longrepr, "reprcrash", report.longrepr))
-            self.tests[report.nodeid.partition("::")[2]] = found | dict(report.user_properties)
+                test["message"] = str(getattr(report.longrepr, "reprcrash", report.longrepr))
+            self.tests[report.nodeid.partition("::")[2]] = test | dict(report.user_properties)
             write_json(self.result, self.output)
 
 

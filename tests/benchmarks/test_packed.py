@@ -47,11 +47,11 @@ def test_a_small_run(folder, tmp_path, monkeypatch):
     words += ["--rows", "2", "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
     packed.main(words)
     rows = read("packed-part", tmp_path).rows
-    found = {(row.what, row.method): row for row in rows if row.setting == "Q4_1, words sorted"}
+    by_name = {(row.what, row.method): row for row in rows if row.setting == "Q4_1, words sorted"}
     for method in packed.METHODS:
-        assert found["score", method].value == found["score", "base"].value == 50
-        assert found["loss", method].n == 2
-        assert 0 < found["bytes changed", method].value < 100
+        assert by_name["score", method].value == by_name["score", "base"].value == 50
+        assert by_name["loss", method].n == 2
+        assert 0 < by_name["bytes changed", method].value < 100
     kept = len(list((tmp_path / "work").iterdir()))
     assert kept == sum(len(rates) for rates in packed.RATES.values()) + len(packed.RATES)
     monkeypatch.setattr(packed, "train", None)  # which is not run again

@@ -30,19 +30,19 @@ def test_a_small_run(tiny_model_dir, tmp_path, monkeypatch):
     rl.main(words)
     rows = read("rl_run-part", tmp_path).rows
     assert all(row in rows for row in kept)
-    found = {(row.what, row.method): row for row in rows}
+    by_name = {(row.what, row.method): row for row in rows}
     for method in rl.METHODS:
         for part in range(1, 5):
-            reward = found[f"reward, steps {part} to {part}", method]
+            reward = by_name[f"reward, steps {part} to {part}", method]
             assert 0 < reward.value < 1
             assert set(reward.each) == {"seed 0", "seed 1"}
-        assert found["k3_kl", method].value >= 0
-        assert found["sync", method].value > 0
-    sent = {method: found[rl.SENT, method].value for method in rl.METHODS}
+        assert by_name["k3_kl", method].value >= 0
+        assert by_name["sync", method].value > 0
+    sent = {method: by_name[rl.SENT, method].value for method in rl.METHODS}
     assert 0 < sent["paca"] < sent["lora-adapter"] < sent["lora"]
-    assert sent["paca"] < found["complete sync", "paca"].value
+    assert sent["paca"] < by_name["complete sync", "paca"].value
     # The sampler multiplies with the trainer's bits, where a merge or an adapter rounds.
-    far = {method: found["largest difference, scored anew", method].value for method in sent}
+    far = {method: by_name["largest difference, scored anew", method].value for method in sent}
     assert far["paca"] == 0 < min(far["lora"], far["lora-adapter"])
 
 

@@ -85,8 +85,12 @@ print(all([put._works(*kind) for kind in kinds]))
 
 
 def kernel_works(tmp_path, triton="", **variables):
-    paths = os.pathsep.join(filter(None, (triton, str(ROOT / "src"))))
-    settings = {"PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), **variables}
+    paths = filter(None, (triton, str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+    settings = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TRITON_CACHE_DIR": str(tmp_path),
+        **variables,
+    }
     command, environment = [sys.executable, "-c", _TRY], {**os.environ, **settings}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -122,13 +126,13 @@ def test_columns_that_no_weight_has_are_refused(device, start):
 
 
 def test_lean_activations_beside_another_default_device(device):
-    found, failed = [], set(fused._failed)
+    both, failed = [], set(fused._failed)
     for default in ("cpu", "cuda" if device.type == "cuda" else "meta"):
         contender, batch = contender_of(device), tokens(device)
         with torch.device(default):
             lean.enable(contender.model, mode="require")
-            found.append(losses(contender, batch))
-    assert found[0] == close(found[1])
+            both.append(losses(contender, batch))
+    assert both[0] == close(both[1])
     assert fused._failed == failed  # kernels that could not be compiled
 
 
@@ -336,9 +340,9 @@ def test_the_gradient_of_delta_is_one_kernel(cuda, scaling):
     gy, x = (torch.randn(256, n, device=cuda).to(torch.bfloat16) for n in (512, 16))
     grad_delta(gy, x, scaling, torch.float32)  # finds out what torch has
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        found = grad_delta(gy, x, scaling, torch.float32)
+        gradient = grad_delta(gy, x, scaling, torch.float32)
     exact = scaling * gy.double().t().mm(x.double())
-    assert (found.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (gradient.double() - exact).abs().max() < 1e-5 * exact.abs().max()
     # split-K adds up its parts
     assert sum(event.count for event in profiler.key_averages()) <= 2
 
