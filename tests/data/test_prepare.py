@@ -1,9 +1,8 @@
-"""From files to tokens: what is held out, mixed, streamed and refused."""
+"""From files to tokens: what is held out, mixed and refused."""
 
 import io
 import re
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -118,36 +117,6 @@ def test_each_has_its_format_and_messages_name_it(prepare, paths):
     cut = [w for w in data.warnings if "training examples are cut at `training.max_length`" in w]
     assert {warning.partition(" training")[0].rpartition(" ")[2] for warning in cut} <= set(paths)
     assert any(paths[0] in warning for warning in cut)
-
-
-STREAM = {"streaming": True, "eval_fraction": 0}
-
-
-def test_streamed_rows_are_those_of_the_table_and_begin_again(prepare):
-    table = prepare(ROWS, eval_fraction=0).train
-    data = prepare(ROWS, **STREAM, shuffle_buffer=0)
-    assert data.sample[:] == table[:]
-    assert [*islice(data.train, 50)] == [table[place % 20] for place in range(50)]
-    data = prepare(ROWS, **STREAM, shuffle_buffer=10)
-    places = [row["place"] for row in islice(data.train, 40)]
-    assert places[:20] != table["place"][:]
-    assert len(set(places[:20])) > 12
-    assert places[:20] != places[20:]
-    assert [row["place"] for row in islice(data.train, 40)] == places
-
-
-def test_streams_are_mixed(prepare, paths):
-    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
-    rows = islice(prepare(datasets=sources, **STREAM).train, 400)
-    assert 60 < sum("orders" in row["place"] for row in rows) < 140
-
-
-def test_what_is_wrong_with_a_stream_is_said_where_it_is_reached(prepare, monkeypatch):
-    monkeypatch.setattr("pacatune.data.prepare.NUM_SAMPLED", 10)
-    data = prepare([*ROWS, {"messages": "hi"}], **STREAM, shuffle_buffer=0)
-    assert (len(data.sample), len([*islice(data.train, 20)])) == (10, 20)
-    with pytest.raises(ValueError, match=r"data.jsonl, row 21: 'messages' is 'hi'; it must be"):
-        list(islice(data.train, 21))
 
 
 DOUBLED = [{"text": "a"}, {"text": "<s>b"}]

@@ -48,7 +48,7 @@ def test_hub_data_set(monkeypatch):
 
     calls = []
 
-    def load_dataset(path, name, split, streaming):
+    def load_dataset(path, name, split):
         calls.append((path, name, split))
         return datasets.Dataset.from_list([{"text": "a"}])
 

@@ -124,8 +124,6 @@ def test_what_trains_nothing():
 
 NO_EVALUATION = {"data": {"eval_fraction": 0}}
 SWITCHED_OFF = {"training": {"eval_strategy": "no"}}
-STREAM = {"streaming": True, "eval_fraction": 0}
-TWO_SOURCES = {"path": "", "datasets": [{"path": "a"}, {"path": "b"}]}
 STOPS = {"early_stopping_patience": 2}
 GRPO, BETA = {"task": "grpo", "reward": ["a:f"]}, {"training": {"beta": 0.1}}
 NF4 = {"model": {"quantization": "nf4"}}
@@ -149,11 +147,6 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         (NO_EVALUATION | {"training": {"save_strategy": "best"}}, NEEDS_EVALUATION),
         (SWITCHED_OFF | {"data": {"eval_path": "e"}}, r"\('no'\) evaluates .* `data.eval_path`"),
         (SWITCHED_OFF | {"data": {"eval_fraction": 0.2}}, "nothing, and `data.eval_fraction` ask"),
-        # Streams
-        ({"data": STREAM | {"eval_fraction": 0.1}}, "cannot be held out of what is read"),
-        ({"data": {"shuffle_buffer": 5}}, r"\(5\) must be at least 0, and is for `data.streaming`"),
-        ({"data": STREAM | TWO_SOURCES}, "one after the other; give each a `weight`"),
-        ({"data": STREAM | {"mix_strategy": "all_exhausted"}}, "streams never run out; drop it"),
         # Options of other methods
         ({"method": "lora", "paca": {"r": 32}}, r"`paca.r` \(32\) is an option of paca, qpaca, an"),
         ({"method": "full", "lora": {"r": 4}}, r"`lora.r` \(4\) is an option of lora, lora_dropou"),

@@ -12,9 +12,6 @@ from pacatune.training.language import LanguageTask
 from pacatune.training.task import task_of
 from tests.training.runs import refused, write_rows
 
-STREAM = {"streaming": True, "eval_fraction": 0}
-ONE_STEP = {"training": {"max_steps": 1}}
-SORTED = {"max_steps": 1, "train_sampling_strategy": "group_by_length"}
 WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
 EAGER, REQUIRED = {"attn_implementation": "eager"}, {"lean": "require"}
 Q = {"r": 2, "target_modules": ["q_proj"]}
@@ -49,11 +46,7 @@ def _no_weights(monkeypatch, tmp_path):
         ({"paca": Q | {"selection": {"q_proj": [0, 99]}}}, "column 99 for 'model.layers.0.self_at"),
         ({"paca": {"selection": "./none"}}, r"none'\) is no strategy, and no file or folder of th"),
         ({"paca": {"selection": "gradent"}}, r"`paca.selection` \('gradent'\) .* mean 'gradient'"),
-        # Streams
         ({"training": WRAPPED}, r"_strategy` \('wrapped'\) lets examples attend to each other"),
-        ({"data": STREAM}, r"`data.streaming` needs `training.max_steps` \(-1\), since a stream"),
-        ({"data": STREAM, "training": SORTED}, r"_strategy` \('group_by_length'\) needs the whole"),
-        ({"data": STREAM, "paca": {"selection": "gradient"}} | ONE_STEP, "needs all of the data,"),
     ],
 )
 def test_options(make_config, make_task_config, rewards_module, options, message):

@@ -13,7 +13,7 @@ import pytest
 from pacatune.cli import main
 from pacatune.files import owned_folder
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.training import TrainingInterrupted, preview, train
+from pacatune.training import TrainingInterrupted, train
 from pacatune.training.output import run_folder
 from pacatune.training.sft import TextTrainer
 from pacatune.training.trainer import RunTrainer
@@ -25,7 +25,6 @@ from tests.training.runs import (
     QUIET,
     assert_same_run,
     interrupt,
-    read_json,
     refused,
     stop_at,
 )
@@ -90,16 +89,6 @@ def test_other_tasks(
     said = assert_resumes(step, make_task_config, task, **options)
     assert (tmp_path / f"cut/checkpoint-{saved}").is_dir()
     assert ("yaml --reward my_rewards:short --resume" in said) == samples
-
-
-def test_a_resumed_stream(make_config, data_path, tmp_path, console, assert_resumes):
-    data = {"streaming": True, "eval_path": str(data_path), "shuffle_buffer": 20}
-    options = {"data": data, "training": {"max_steps": 12, "save_steps": 5}}
-    assert_resumes(10, make_config, **options)  # in its second pass over 60 rows
-    report = read_json(tmp_path / "whole/report.json")
-    assert (report["num_train_examples"], report["num_eval_examples"]) == (12 * 8, 60)
-    preview(make_config(**options), 1, console=console)
-    assert "chats.jsonl, row 1: " in console.file.getvalue()
 
 
 def test_second_signal_stops_at_once(make_config, tmp_path, monkeypatch):
@@ -197,9 +186,6 @@ def test_data_that_was_moved(interrupted, make_config, data_path, tmp_path):
     shutil.copy(data_path, path)
     report = train(config, resume=True, console=QUIET)
     assert [step for step, _ in report.train_losses] == list(range(1, 9))
-    (interrupted / "report.json").unlink()
-    stream = make_config(data={"path": str(path), "streaming": True, "eval_fraction": 0})
-    refused(r"other options.*data.streaming: False -> True", stream, resume=True)
 
 
 def test_resume_from_the_last_complete_checkpoint(interrupted, make_config, tmp_path):

@@ -163,14 +163,6 @@ class DataConfig(TextDataConfig):
     and completion, texts or chats), `instruction` (columns instruction, input if any, and output),
     `text`, or `auto`: found from the columns of the first row."""
 
-    streaming: bool = False
-    """Read and encode training examples while they are trained on, again from the first after the
-    last; needs `training.max_steps`. The first 1000 are checked before."""
-
-    shuffle_buffer: int = 1000
-    """With `streaming`, number of examples from which the next is drawn at random; 0 keeps the
-    order of the data."""
-
     special_tokens: bool = True
     """Whether the tokenizer puts its own tokens (BOS) before plain texts and an EOS ends them;
     false: neither, as in the experiments of PaCA's authors. Chats have those of their template."""
@@ -193,18 +185,9 @@ class DataConfig(TextDataConfig):
             "some of `data.datasets` have a `weight` and others none; give all one, or none": (
                 0 < len(weights) < len(several)
             ),
-            "`data.mix_strategy` is for `data.datasets` with weights, and streams never run out; "
-            "drop it": repeats and (self.streaming or not weights),
-            f"`data.shuffle_buffer` ({self.shuffle_buffer}) must be at least 0, and is for "
-            "`data.streaming`; other data is shuffled as a whole": (
-                self.shuffle_buffer < 0 or (self.shuffle_buffer != 1000 and not self.streaming)
+            "`data.mix_strategy` is for `data.datasets` with weights; drop it": (
+                repeats and not weights
             ),
-            f"`data.eval_fraction` ({self.eval_fraction}) cannot be held out of what is read by "
-            "`data.streaming`; give `data.eval_path`, or 0": (
-                self.streaming and self.eval_fraction and not (self.eval_path or self.eval_split)
-            ),
-            "`data.datasets` with `data.streaming` would come one after the other; give each a "
-            "`weight`": self.streaming and len(several) > 1 and not weights,
         }
         for problem, is_found in problems.items():
             if is_found:

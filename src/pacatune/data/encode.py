@@ -60,7 +60,7 @@ class Encoder:
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
         if example.images and (self.processor is None or self.learn_all):
-            rule = "this task, a stream or `data.loss` 'all' is for texts"
+            rule = "this task or `data.loss` 'all' is for texts"
             raise ImagesFound(f"{example.place}: has images: {rule}.")
         with named(example.place):
             return self._encode(example)

@@ -19,12 +19,10 @@ from pacatune.data.read import Row, class_folders, files_of, is_local, load_hub,
 from pacatune.pretrained import refuse_absent
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features, IterableDataset
+    from datasets import Dataset, Features
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-NUM_SAMPLED = 1000
-"""Rows at the beginning of a stream that are checked before training."""
 _LARGE = 10_000_000  # bytes, that are seconds of work
 
 Encode = Callable[[Any], dict[str, Any]]
@@ -38,14 +36,12 @@ class PreparedData:
     In supervised fine-tuning: columns input_ids, labels (-100 where nothing is learned) and place.
     """
 
-    train: "Dataset | IterableDataset"
+    train: "Dataset"
     evaluation: "Dataset | None"
     longest: int
     """Tokens of the longest training example, after cutting."""
     warnings: list[str]
     """What is probably not meant, one sentence each."""
-    sample: "Dataset | None" = None
-    """The first training examples, where `train` is a stream of them without end."""
     processor: Any = None
     """What makes images into tensors, where chats have some: rows then have text and images too."""
 
@@ -73,23 +69,16 @@ def prepare_data(
         learn_all=config.loss == "all",
         special_tokens=config.special_tokens,
     )
-    sampled = [replace(one, limit=NUM_SAMPLED if config.streaming else None) for one in sources]
     try:
-        parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
+        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
     except ImagesFound:
-        if load_processor is None or config.streaming or encoder.learn_all:
+        if load_processor is None or encoder.learn_all:
             raise
         processor = load_processor()
         encoder = replace(encoder, processor=processor)
-        parts, found = make_tables(config, encoder, sampled, held_out, num_processes)
+        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
         found = replace(found, processor=processor)
-    found = replace(found, train=_mixed(parts, config))
-    if not config.streaming:
-        return found
-    train = _mixed([one.stream(encoder) for one in sources], config)
-    if config.shuffle_buffer:
-        train = train.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-    return replace(found, train=train, sample=_joined(parts))
+    return replace(found, train=_mixed(parts, config))
 
 
 @dataclass
@@ -101,30 +90,16 @@ class Examples:
     """Where its path is from, for messages."""
     convert: Callable[[Iterable[Row], str], Iterator[Any]]
     """Makes examples of rows, given their format."""
-    streaming: bool = False
-    limit: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         source = self.source
-        rows = read_rows(
-            source.path,
-            name=source.name,
-            split=source.split,
-            option=self.option,
-            streaming=self.streaming,
-        )
-        return islice(self.convert(rows, source.format), self.limit)
+        rows = read_rows(source.path, name=source.name, split=source.split, option=self.option)
+        return self.convert(rows, source.format)
 
     def digest(self, *, with_images: bool) -> tuple[str, bool]:
-        """Return what tells the data from other data, and whether it is large.
-
-        That are the bytes of its files; of a stream, the rows that are looked at.
-        """
+        """Return what tells the data from other data, and whether it is large."""
         source, digest, size = self.source, hashlib.blake2b(digest_size=16), 0
-        if self.limit is not None:
-            for example in self:
-                digest.update(repr(example).encode(errors="backslashreplace"))
-        elif is_local(source.path, self.option, source.split, source.name):
+        if is_local(source.path, self.option, source.split, source.name):
             for file in files_of(source.path):
                 size += file.stat().st_size
                 with file.open("rb") as content:
@@ -149,7 +124,7 @@ class Examples:
 
         digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        made = [self.source.format, self.limit, self.convert, encode, code]
+        made = [self.source.format, self.convert, encode, code]
         key = Hasher.hash([digest, made, version("transformers"), version("tokenizers")])
         number = sum(1 for _ in self) if (num_processes or 1) > 1 else sys.maxsize
         size = -(-number // (num_processes or 1))
@@ -174,19 +149,6 @@ class Examples:
             if shows_bars:
                 datasets.enable_progress_bars()
 
-    def stream(self, encode: Encode) -> "IterableDataset":
-        """Return rows that are encoded when they are asked for, again and again, if they fit."""
-        from datasets import IterableDataset
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for row in map(encode, self):
-                if "lost" not in row.pop("notes"):
-                    yield row
-
-        features = _features(next(rows()))
-        # Without end, in one pass: Trainer resumes by skipping batches of the first pass alone.
-        return IterableDataset.from_generator(rows, features=features).repeat(None)
-
 
 def _encode(
     starts: list[int], size: int, examples: Examples, encode: Encode
@@ -209,10 +171,9 @@ def find_examples(
     config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]]
 ) -> tuple[list[Examples], Examples | None]:
     """Return the data sets of training, and that of evaluation if it is not a part of them."""
-    streaming = getattr(config, "streaming", False)
-    sources = [Examples(*one, convert, streaming) for one in config.sources()]
+    sources = [Examples(*one, convert) for one in config.sources()]
     held_out = config.evaluation_source()
-    return sources, None if held_out is None else Examples(*held_out, convert, streaming)
+    return sources, None if held_out is None else Examples(*held_out, convert)
 
 
 def check_first_rows(

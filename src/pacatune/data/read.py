@@ -41,25 +41,19 @@ def named(place: str) -> Iterator[None]:
 
 
 def read_rows(
-    path: str,
-    *,
-    name: str | None = None,
-    split: str = "train",
-    option: str = "data.path",
-    streaming: bool = False,
+    path: str, *, name: str | None = None, split: str = "train", option: str = "data.path"
 ) -> Iterator[Row]:
     """Yield every row of a file, a folder of files, or a hub data set.
 
     Rows are numbered from 1; in JSONL the number is that of the line.
 
-    `option` is where `path` is from, for messages. With `streaming`, rows of the hub come while
-    they are asked for.
+    `option` is where `path` is from, for messages.
     """
     sources: Iterable[tuple[str, _Open]]
     if is_local(path, option, split, name):
         sources = ((str(file), partial(_open, file)) for file in files_of(path))
     else:
-        table = load_hub(path, name, split, option, streaming=streaming)
+        table = load_hub(path, name, split, option)
         sources = [(f"{path} ({split})", partial(_rows_of, table))]
     row = None
     for source, open_rows in sources:
@@ -183,16 +177,14 @@ def _read(file: Path) -> Iterator[Any]:
             yield from rows
 
 
-def load_hub(
-    path: str, name: str | None, split: str, option: str, *, streaming: bool = False
-) -> Any:
+def load_hub(path: str, name: str | None, split: str, option: str) -> Any:
     """Load a split of a data set of the hub, or of a configuration of it."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     refuse_absent(path, option=option, kind="dataset")
     try:
-        return load_dataset(path, name, split=split, streaming=streaming)
+        return load_dataset(path, name, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise FileNotFoundError(
             f"`{option}` ({path!r}) is neither a file or folder here nor a data set of the hub "

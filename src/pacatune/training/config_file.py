@@ -174,8 +174,6 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     found = _dotted(values)
     if sources := found.get("data.datasets"):
         found["data.datasets"] = [{**source, "path": None} for source in sources]
-    if found.get("data.streaming"):  # of which the digest has the beginning alone
-        found["data.path of a stream"] = values["data"]["path"]
     return found
 
 

@@ -127,15 +127,13 @@ class LanguageTask(Task):
                 f"for {max_positions}; lower {found.length_option}."
             )
         held_out = 0 if data.evaluation is None else len(data.evaluation)
-        rows = data.train if data.sample is None else data.sample
-        how_many = f"{len(rows):,}" if data.sample is None else "streamed"
-        parts = [rows, *([] if data.evaluation is None else [data.evaluation])]
+        parts = [data.train, *([] if data.evaluation is None else [data.evaluation])]
         head = "" if found.new_head is None else f"; the head is new: {found.new_head}"
         return Prepared(
             train=data.train,
             evaluation=data.evaluation,
             fingerprint=fingerprint(parts, found.columns),
-            about_data=f"{how_many} examples, {held_out:,} held out{head}",
+            about_data=f"{len(data.train):,} examples, {held_out:,} held out{head}",
             adapter_config=adapter_config,
             plan=plan,
             model=model_path(config),
@@ -451,5 +449,5 @@ def preview(config: RunConfig, num_examples: int, *, console: Console | None = N
         raise ValueError(f"`task` ({config.task!r}) has no texts to show; preview is for others.")
     console = main_console(task.config, console)
     data = task.data.examples
-    task.show(data.train if data.sample is None else data.sample, num_examples, console)
+    task.show(data.train, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -15,7 +15,6 @@ from typing import Any
 from rich.console import Console
 from safetensors import safe_open
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import has_length
 
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import (
@@ -77,10 +76,8 @@ class TrainedOn:
         return {"args": asdict(self), "attributes": {}}
 
 
-def why_fixed(training: Any, examples: Any) -> str | None:
+def why_fixed(training: Any) -> str | None:
     """Return why a run must go on with the same split, None if it need not."""
-    if not has_length(examples):
-        return "a stream is dealt to the processes as it comes"
     if training.deepspeed_plugin is not None:
         return "DeepSpeed reads the states of as many processes as saved them"
     for option, usual in _USUAL.items():

@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import has_length
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
@@ -146,7 +145,7 @@ def _train(
         card_front(task, prepared.model)
     now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
-        fixed = prepared.fixed_split or why_fixed(config.training, prepared.train)
+        fixed = prepared.fixed_split or why_fixed(config.training)
         checkpoint = find_checkpoint(now, folder, fixed=fixed)
     trainer = make_trainer(task, prepared, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
@@ -201,7 +200,7 @@ def prepare(task: Task, console: Console) -> Prepared:
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
     prepared = task.prepared
-    check_selection(config, prepared.adapter_config, streamed=not has_length(prepared.train))
+    check_selection(config, prepared.adapter_config)
     plan = prepared.plan
     everything = "the head" if config.method == "head" else "every weight"
     for line in (
@@ -255,8 +254,8 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     model = task.load_model()
     if start is not None:
         show_warnings(check_base(start, model), console)
-    number = len(prepared.train) if has_length(prepared.train) else 0
-    batches = share_of_batches(number, config, partial(task.collate, prepared.train))
+    collate = partial(task.collate, prepared.train)
+    batches = share_of_batches(len(prepared.train), config, collate)
     adapter_config = choose_from_data(
         config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=prepared.loss
     )
@@ -350,7 +349,6 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     train_losses, train_loss = train_curve(log)
     eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
-    is_streamed = not has_length(prepared.train)
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
@@ -359,9 +357,7 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
         "num_parameters": prepared.plan.num_parameters,
-        "num_train_examples": num_steps * trainer.trained_on.num_examples
-        if is_streamed
-        else len(prepared.train),
+        "num_train_examples": len(prepared.train),
         "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
         "num_steps": num_steps,
         "step_ms": trainer.meter.step_ms,

@@ -18,24 +18,21 @@ from pacatune.training.config import RunConfig
 from pacatune.training.progress import say
 
 
-def check_selection(
-    config: RunConfig, adapter_config: PeftConfig | None, *, streamed: bool
-) -> None:
-    """Refuse a choice from data where no process has the whole model, or the data."""
+def check_selection(config: RunConfig, adapter_config: PeftConfig | None) -> None:
+    """Refuse a choice from data where no process has the whole model."""
     options, plugin = cast(Any, adapter_config), config.training.deepspeed_plugin
     if not _kinds(options):
         return
     why = None
-    if streamed:
-        why = "all of the data, which `data.streaming` does not have"
-    elif plugin is not None and plugin.zero_stage == 3:
-        why = "the whole model, which DeepSpeed shards"
+    if plugin is not None and plugin.zero_stage == 3:
+        why = "DeepSpeed"
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        why = "the whole model, which FSDP shards"
+        why = "FSDP"
     if why is not None:
         raise ValueError(
-            f"`paca.selection` ({options.selection!r}) needs {why}; choose without data (random, "
-            "weight_norm), or give the folder of a run without that, for one step."
+            f"`paca.selection` ({options.selection!r}) needs the whole model, which {why} "
+            "shards; choose without data (random, weight_norm), or give the folder of a run "
+            "without that, for one step."
         )
 
 

@@ -41,8 +41,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
             "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
             "or 'bfd_split'."
         )
-    if config.data.streaming:
-        _check_stream(training)
     splits = training.packing and training.packing_strategy == "bfd_split"
     data = prepare_data(
         cast(DataConfig, config.data),
@@ -69,21 +67,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         collator=collator,
         trainer_options={"data_collator": collator},
     )
-
-
-def _check_stream(training: Any) -> None:
-    """Refuse what cannot be done with a stream."""
-    if training.max_steps < 1:
-        raise ValueError(
-            f"`data.streaming` needs `training.max_steps` ({training.max_steps}), since a stream "
-            "has no end; set it to at least 1."
-        )
-    for name in ("packing", "padding_free", "shuffle_dataset", "train_sampling_strategy"):
-        if (value := getattr(training, name)) not in (False, "random"):
-            raise ValueError(
-                f"`training.{name}` ({value!r}) needs the whole data, and `data.streaming` reads "
-                "it piece by piece; drop one of them."
-            )
 
 
 def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -82,7 +82,7 @@ class Prepared:
     """What is known before the weights are loaded."""
 
     train: Any
-    """Training examples, as the trainer takes them; they have a length, or are a stream."""
+    """Training examples, as the trainer takes them."""
     evaluation: Any | None
     """Held-out examples of the same kind."""
     fingerprint: str
