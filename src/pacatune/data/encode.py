@@ -130,6 +130,8 @@ class Encoder:
         """Return the chat as its template takes it, and the text."""
         if self.learn_all and example.skipped:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
+        for tool in example.tools or ():
+            _function(tool)
         # Most templates write arguments as JSON, those of a text twice; some only take a text.
         objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
         try:
@@ -144,40 +146,23 @@ class Encoder:
         """Return the text of a chat, if its template shows what is read of it.
 
         Most templates drop what they do not know without a word. What is learned must be there as
-        it is; of other turns a template may show a part, which marks in their place tell.
+        it is; of tools, calls and other turns, a part: with others, the text would be another.
         """
         text = str(self._render(example, example.messages, tokenize=False))
+        missing, squeezed = self._hidden_calls(example, text), _UNREAD.sub("", text)
         turns = range(len(example.messages)) if self.learn_all else example.learned_turns
-        needed, marks, marked = dict[str, str](), dict[str, str](), []
         for turn, message in enumerate(example.messages):
             where = f"of turn {turn + 1} (role {message['role']!r})"
-            message = {**message}
-            for key in _CALLS & message.keys():
-                calls = message[key] if key == "tool_calls" else [message[key]]
-                calls = [
-                    _with_marks(call, f"zq{turn}c{i}qz", f"tool_calls {where}", marks)
-                    for i, call in enumerate(calls)
-                ]
-                message[key] = calls if key == "tool_calls" else calls[0]
+            needed = dict.fromkeys(IMAGE.split(message["content"])[::2], f"content {where}")
             if turn in turns:
                 needed |= {message.get(name, ""): f"{name} {where}" for name in _WRITTEN}
-                pieces = IMAGE.split(message["content"])[::2]
-                needed |= dict.fromkeys(pieces, f"content {where}")
-            elif message["content"]:
-                marks[f"zq{turn}qz"] = f"content {where}"
-                message = {**message, "content": f"zq{turn}qz"}
-            marked.append(message)
-        tools = [
-            _with_marks(tool, f"zqt{i}qz", f"tools[{i}]", marks)
-            for i, tool in enumerate(example.tools or ())
-        ]
-        squeezed = _UNREAD.sub("", text)
-        missing = [what for piece, what in needed.items() if _UNREAD.sub("", piece) not in squeezed]
-        try:
-            shown = self._render(replace(example, tools=tools or None), marked, tokenize=False)
-            missing += [what for mark, what in marks.items() if mark not in shown]
-        except ValueError:  # A template may ask for certain texts.
-            missing += self._without_effect(example, text)
+            lost = [w for piece, w in needed.items() if _UNREAD.sub("", piece) not in squeezed]
+            if turn not in turns and (lost or message["role"] not in ("user", "assistant")):
+                others = [*example.messages]
+                others[turn] = {**message, "content": "zqz"}
+                is_lost = message["content"] and self._has_text(text, example, others)
+                lost = [f"content {where}"] if is_lost else []
+            missing += lost
         num_images = len(example.images)
         if self.processor is not None and text.count(self.processor.image_token) != num_images:
             missing.append(f"each of {num_images} images once")
@@ -188,18 +173,24 @@ class Encoder:
             )
         return text
 
-    def _without_effect(self, example: Example, text: str) -> list[str]:
-        """Return what of tools and calls leaves the text of a chat as it is without them."""
-        bare = [{k: m[k] for k in m.keys() - _CALLS} for m in example.messages]
-        found = []
-        for what, there, other, messages in (
-            ("tools", example.tools, replace(example, tools=None), example.messages),
-            ("tool_calls", bare != example.messages, example, bare),
-        ):
-            with contextlib.suppress(ValueError):
-                if there and self._render(other, messages, tokenize=False) == text:
-                    found.append(what)
+    def _hidden_calls(self, example: Example, text: str) -> list[str]:
+        """Return what of tools and calls is not in the text of a chat."""
+        messages, found = example.messages, []
+        if example.tools and self._has_text(text, replace(example, tools=None), messages):
+            found.append("tools")
+        bare = [{k: m[k] for k in m.keys() - _CALLS} for m in messages]
+        if bare != messages and self._has_text(text, example, bare):
+            found.append("tool_calls")
+        idle = _without_arguments(messages)
+        if idle != messages and self._has_text(text, example, idle):
+            found.append("the arguments of tool_calls")
         return found
+
+    def _has_text(self, text: str, example: Example, messages: list[Message]) -> bool:
+        """Whether a chat of these messages, if its template takes them, has this text."""
+        with contextlib.suppress(ValueError):
+            return bool(self._render(example, messages, tokenize=False) == text)
+        return False
 
     def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
         messages, moved = example.messages, False
@@ -343,16 +334,14 @@ def _function(tool: Any) -> dict[str, Any]:
     return function
 
 
-def _with_marks(tool: Any, mark: str, what: str, marks: dict[str, str]) -> dict[str, Any]:
-    """Return a tool or call with a mark for its name, and for the arguments of a call."""
-    marks[mark] = what
-    function = {**_function(tool), "name": mark}
-    given = function.get("arguments")
-    if given:
-        marks[f"{mark}a"] = f"the arguments of {what}"
-        found = {f"{mark}a": 1}
-        function["arguments"] = json.dumps(found) if isinstance(given, str) else found
-    return {**tool, "function": function} if "function" in tool else function
+def _without_arguments(messages: list[Message]) -> list[Message]:
+    """Return a chat in which every call has no arguments."""
+    messages = copy.deepcopy(messages)
+    for call in (call for message in messages for call in message.get("tool_calls", ())):
+        function = _function(call)
+        if function.get("arguments"):
+            function["arguments"] = "{}" if isinstance(function["arguments"], str) else {}
+    return messages
 
 
 def reads_variable(template: str, name: str) -> bool:
