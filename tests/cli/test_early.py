@@ -30,7 +30,7 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
     [
         (f"train-image {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         ("train --config typo.yaml", "unknown key 'training.learning_rte'; did you mean 'training"),
-        (f"{RUN} d.jsonl --task grpo --reward a:b", "field 'prompt' is missing"),
+        (f"{RUN} no.jsonl", "no.jsonl does not exist; check `data.path`"),
     ],
 )
 def test_a_process_checks_its_words(folder, words, message):

@@ -12,7 +12,6 @@ from pacatune.adapters import loading
 from pacatune.cli import main, train, train_image
 
 RUN = "train --model.path tiny --data.path d.jsonl"
-GRPO = "train --model.path tiny --task grpo --data.path prompts.jsonl"
 IMAGES = "train-image --model.path m --data.path images"
 BOTH = "--adapter adapter --output out"
 BENCH = "bench --output out"
@@ -37,7 +36,6 @@ WRONG_RUNS = {
     f"{RUN} --paca.rank_pattern.q_proj x": "paca.rank_pattern",
     f"{RUN} --method lora_": "did you mean 'lora'?",
     f"{RUN} --preview 0": "preview",
-    f"{RUN} --task grpo --reward a:b --data.path wrong.csv": "field 'prompt' is missing",
     f"{RUN} --reward a:f": "unknown option --reward; ",
     f"{RUN} --task dop": "`--task` ('dop') must be one of sft, dpo, ",
     f"{RUN} {TYPO} 1": f"unknown option {TYPO}; did you mean '--training.learning_rate'?",
@@ -49,11 +47,7 @@ WRONG_RUNS = {
     f"{RUN} --adapter nope": "adapter folder 'nope' does not exist; check `adapter`",
     f"{RUN} --adapter images": "'images' has no adapter_config.json",
     "train --model.path bare --data.path d.jsonl": "`model.path` (bare) holds no weights in saf",
-    f"{GRPO} --reward nope:f": "`reward` ('nope:f') must be a Python function as module:name, of",
-    f"{GRPO} --reward rewards:f": "rewards.py has no 'f'.",
-    f"{GRPO} --reward broken:f": "broken.py is no Python (",
     "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
-    "train-image --model.path m --data.path adapter": "`data.path` (adapter) holds no folders; p",
     f"{IMAGES} --preset vit": "`preset` ('vit') must be one of vit-b16-cifar10",
     f"{IMAGES} --preview 2": "unknown option --preview",
     f"{IMAGES} --method qlora": "method",
@@ -121,14 +115,10 @@ def folder(tiny_model_dir, adapter_dir, tmp_path, monkeypatch):
     files = {
         "adapter/adapter_config.json": '{"peft_type": "PACA"}',
         "d.jsonl": '{"prompt": "1?", "completion": " 1"}\n',
-        "prompts.jsonl": '{"prompt": "1?"}\n',
-        "wrong.csv": "q,a\n1,2\n",
         "wrong.yaml": "training: {max_steps: many}\n",
         "task.yaml": "task: [a]\n",
         "rate.yaml": "training: {learning_rate: fast}\n",
         "flag.yaml": "resume: true\n",
-        "rewards.py": "def g(completions, **kwargs):\n    return [0.0] * len(completions)\n",
-        "broken.py": "def f(:\n",
         "bare/config.json": "{}",
     }
     for name in ("adapter", "bare", "images", "images/a", "images/b"):

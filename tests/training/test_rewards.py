@@ -9,7 +9,7 @@ from trl.trainer.utils import is_async_callable
 
 from pacatune.data.config import PromptDataConfig
 from pacatune.data.prompts import INDEX, reasoning_gym_data
-from pacatune.training.rewards import RewardError, check_rewards, load_rewards, make_verifier
+from pacatune.training.rewards import RewardError, checked, load_rewards, make_verifier
 
 PLACES = ["d.jsonl, row 1", "d.jsonl, row 2"]
 TWO = {"place": PLACES, "completions": ["a", "b"]}
@@ -23,7 +23,7 @@ def load(rewards_module, tmp_path, monkeypatch):
         (tmp_path / f"{rewards_module}.py").write_text(text)
         monkeypatch.delitem(sys.modules, rewards_module, raising=False)
         data = PromptDataConfig(path="d.jsonl")
-        (reward,) = load_rewards([name], data, ("prompt", "place", "number"))
+        (reward,) = load_rewards([name], data)
         return reward
 
     return write
@@ -57,32 +57,30 @@ def test_numbers_of_any_kind():
         (torch.tensor([1, 2]), [1.0, 2.0]),
         ([torch.tensor(3.0), np.float32(0.5)], [3.0, 0.5]),
     ):
-        assert check_rewards("f", rewards, PLACES) == found
+        assert checked("f", lambda *, of=rewards, **_: of)(**TWO) == found
 
 
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [
-        (None, r"returned None \(.*not iterable\); it must return a list of 2 numbers, or None"),
-        ([1.0], "'f' returned a list of 1; it must return a list of 2 numbers, or None where"),
-        ([1.0, math.nan], "'f' returned nan for d.jsonl, row 2; it must return"),
-        ([1.0, "good"], r"'f' returned \[1.0, 'good'\] \(could not convert"),
+        (None, r"'f' raised TypeError \('NoneType' object is not iterable\) on 2 answers"),
+        ([1.0], r"it returned \[1.0\], and must return a list of 2 numbers, or None where it"),
+        ([1.0, math.nan], r"it returned \[1.0, nan\], and must return"),
+        ([1.0, "good"], r"'f' raised ValueError \(could not convert"),
     ],
 )
 def test_what_are_no_rewards(rewards, message):
     with pytest.raises(RewardError, match=message):
-        check_rewards("f", rewards, PLACES)
+        checked("f", lambda **_: rewards)(**TWO)
 
 
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("g = 1", "my_rewards:g", r"cannot be called with prompts, .*\(1 is not a callable"),
+        ("g = 1", "my_rewards:g", r"reward 'my_rewards:g' is 1; it must be a function"),
         ("", "nosuch_module:g", r"module:name, of a module in .* or installed.*'nosuch_module'"),
         ("", "short", r"`reward` \('short'\) must be a Python function as module:name"),
         ("1 / 0", "my_rewards:g", r"importing it raised ZeroDivisionError"),
-        ("def g(completions): ...", "my_rewards:g", r"cannot be called with prompts, .*\*\*kwar"),
-        ("def g(answer, **kwargs): ...", "my_rewards:g", r"missing a required .*'answer'"),
     ],
 )
 def test_functions_that_cannot_be_used(load, text, name, message):
@@ -93,7 +91,7 @@ def test_functions_that_cannot_be_used(load, text, name, message):
 def test_verifier():
     pytest.importorskip("reasoning_gym")
     config = PromptDataConfig(path="reasoning-gym:chain_sum", size=5)
-    (reward,) = load_rewards([config.path], config, ["prompt", "place", "answer", INDEX])
+    (reward,) = load_rewards([config.path], config)
     assert reward.__name__ == "reasoning-gym.chain_sum"
     answer = reasoning_gym_data(config)[3]["answer"]
 

@@ -180,7 +180,7 @@ def test_a_reward_that_fails(
 
 def test_rewards_that_are_no_numbers(make_task_config, reward_that):
     reward_that("return [float('nan')] * len(completions)")
-    message = r"returned nan for .*prompts.jsonl, row \d+.* Mend the function, then start again"
+    message = r"returned \[nan, .*prompts.jsonl, row \d+.* Mend the function, then start again"
     refused(message, make_task_config("grpo", data={"eval_fraction": 0}))
     reward_that("return [None] * len(completions)")  # which says nothing
     config = make_task_config("grpo", training={"max_steps": 2})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pacatune.cli.options import SectionParser, refuse_unknown
+from pacatune.data.config import REASONING_GYM
 from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
 from pacatune.names import choose
@@ -17,7 +18,6 @@ from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_
 from pacatune.training.config import RunConfig, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
 from pacatune.training.folder import check_folder
-from pacatune.training.rewards import check_reward
 from pacatune.training.sections import check_selection_file
 from pacatune.training.tasks import TASKS, TaskSpec
 
@@ -159,8 +159,8 @@ class Request:
     def check(self) -> RunConfig:
         """Return the run; refuse what can be seen to be wrong without torch, as it would do later.
 
-        That are contradictions; a model or data that is not there; and data without the columns
-        of the task. A run that goes on may need no files.
+        That are contradictions, and a model or data that is not there. A run that goes on may
+        need no files.
         """
         config, flags = RunConfig(**self.values), self.flags
         is_paca = METHODS[config.method].is_paca
@@ -178,8 +178,6 @@ class Request:
         _check_files(config.model, config.data, config.spec)
         if "preview" not in flags and not config.spec.is_of_images:
             refuse_no_weights(config.model.path)
-        for name in config.code():
-            check_reward(name)
         return config
 
     def carry_out(self, words: list[str]) -> int:
@@ -228,15 +226,17 @@ def _run_on_gpus(number: int, words: list[str]) -> int:
 
 
 def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
-    from pacatune.data.prepare import check_first_rows
-    from pacatune.data.read import read_template
+    from pacatune.data.read import is_local, read_template
 
     is_name = spec.is_of_images and "/" not in model.path  # of timm
     if not Path(find_model(model.path)).exists() and not is_name:
         refuse_absent(model.path, option="model.path", revision=model.revision)
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
-    check_first_rows(data, spec.rows)
+    for source, option in filter(None, (*data.sources(), data.evaluation_source())):
+        is_made = source.path.startswith(("torchvision:", REASONING_GYM))
+        if not is_made and not is_local(source.path, option, source.split, source.name):
+            refuse_absent(source.path, option=option, kind="dataset")
 
 
 def find_value(argv: list[str], option: str, among: Collection[str]) -> str | None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import find_overlap, keep_learnable
-from pacatune.data.config import REASONING_GYM, DataConfig, DataSection, SourceConfig
+from pacatune.data.config import DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder, ImagesFound
 from pacatune.data.formats import to_examples
-from pacatune.data.read import Row, class_folders, files_of, is_local, load_hub, read_rows
-from pacatune.pretrained import refuse_absent
+from pacatune.data.read import Row, files_of, is_local, load_hub, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -174,23 +173,6 @@ def find_examples(
     sources = [Examples(*one, convert) for one in config.sources()]
     held_out = config.evaluation_source()
     return sources, None if held_out is None else Examples(*held_out, convert)
-
-
-def check_first_rows(
-    config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]] | None
-) -> None:
-    """Refuse data that is not there, or whose first rows `convert` cannot use; None: images."""
-    sources, held_out = find_examples(config, convert or (lambda rows, _: iter(rows)))
-    for one in filter(None, (*sources, held_out)):
-        source = one.source
-        if source.path.startswith(("torchvision:", REASONING_GYM)):
-            continue
-        if not is_local(source.path, one.option, source.split, source.name):
-            refuse_absent(source.path, option=one.option, kind="dataset")
-        elif convert is not None:
-            next(iter(one))
-        else:
-            class_folders(Path(source.path).expanduser(), one.option)
 
 
 def make_tables(

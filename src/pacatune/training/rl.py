@@ -159,7 +159,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     length = config.training.max_completion_length or 0
     section = cast(PromptDataConfig, config.data)
     data = prepare_prompts(section, tokenizer, num_new_tokens=length)
-    rewards = load_rewards(config.reward, section, list(data.train[0]))
+    rewards = load_rewards(config.reward, section)
     option = "`training.max_completion_length`"
     return TaskData(
         examples=data,

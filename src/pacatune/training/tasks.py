@@ -3,7 +3,7 @@
 A new task of TRL is a row and, where its data is of a new kind, one function that prepares it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -16,9 +16,6 @@ from pacatune.data.config import (
     PromptDataConfig,
     TextClassConfig,
 )
-from pacatune.data.formats import to_examples, to_texts
-from pacatune.data.preference import to_judged, to_pairs
-from pacatune.data.prompts import to_prompts
 from pacatune.methods import CLASSIFIER_METHODS, TEXT_METHODS
 from pacatune.training.sections import ImageModelConfig, ModelConfig
 
@@ -56,8 +53,6 @@ class TaskSpec:
     `SharedDefaults`."""
     data: type[DataSection]
     """Class of the section `data`."""
-    rows: Callable[..., Any] | None = None
-    """Makes examples of rows, or says what is wrong with the first of them."""
     kind: ModelKind = WRITER
     methods: Collection[str] = TEXT_METHODS
     rate_share: float = 1.0
@@ -108,7 +103,6 @@ def _on_rewards(name: str) -> TaskSpec:
         run=f"pacatune.training.rl.{name.lower()}",
         arguments=f"trl.{name}Config",
         data=PromptDataConfig,
-        rows=to_prompts,
         rate_share=0.1,
         refuse=_REFERENCE
         | {
@@ -130,7 +124,6 @@ TASKS: dict[str, TaskSpec] = {
         run="pacatune.training.sft.sft",
         arguments="trl.SFTConfig",
         data=DataConfig,
-        rows=to_examples,
         refuse=_TEMPLATE
         | {
             "dataset_text_field": "name the column 'text'",
@@ -144,7 +137,6 @@ TASKS: dict[str, TaskSpec] = {
         run="pacatune.training.preference.dpo",
         arguments="trl.DPOConfig",
         data=PreferenceDataConfig,
-        rows=to_pairs,
         rate_share=0.1,
         refuse=_REFERENCE | {"truncation_mode": _CUT},
         reference="precompute_ref_log_probs",
@@ -158,7 +150,6 @@ TASKS: dict[str, TaskSpec] = {
         run="pacatune.training.preference.kto",
         arguments="trl.KTOConfig",
         data=PreferenceDataConfig,
-        rows=to_judged,
         rate_share=0.1,
         refuse=_REFERENCE,
         reference="precompute_ref_log_probs",
@@ -169,7 +160,6 @@ TASKS: dict[str, TaskSpec] = {
         run="pacatune.training.preference.reward",
         arguments="trl.RewardConfig",
         data=PreferenceDataConfig,
-        rows=to_pairs,
         kind=READER,
         refuse=_TEMPLATE,
         loss_per="pair",
@@ -181,7 +171,6 @@ TASKS: dict[str, TaskSpec] = {
         run="pacatune.training.classifier.classifier",
         arguments="pacatune.training.arguments.ClassifierTrainingConfig",
         data=TextClassConfig,
-        rows=to_texts,
         kind=READER,
         methods=CLASSIFIER_METHODS,
         loss_per="text",
