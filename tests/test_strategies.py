@@ -55,16 +55,16 @@ def test_each_strategy_takes_what_its_name_says():
 
 
 def test_a_strategy_can_be_added_and_gets_what_it_needs(own_strategies):
-    """Gradient times activation, and the layer's own random numbers."""
+    """What was collected, and the layer's own random numbers."""
     seen = []
 
-    @register_strategy("product", needs=("gradient", "activation"))
+    @register_strategy("product", needs=("gradient",))
     def product(weight, statistics, rank, generator):
         seen.append((weight.is_meta, generator.initial_seed()))
-        return (statistics["gradient"] * statistics["activation"]).topk(rank).indices.flip(0)
+        return statistics["gradient"].neg().topk(rank).indices.flip(0)
 
     assert strategies() == ["gradient", "product", "random", "weight_norm", "weight_norm_smallest"]
-    statistics = {"gradient": torch.tensor([1.0, 2, 3]), "activation": torch.tensor([9.0, 1, 1])}
+    statistics = {"gradient": torch.tensor([1.0, 3, 2])}
     weight = torch.empty(2, 3, device="meta")
     chosen = select_columns("product", weight, 2, seed=5, statistics=statistics)
     assert chosen.tolist() == [0, 2]

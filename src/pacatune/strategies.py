@@ -37,7 +37,7 @@ Strategy = Callable[["Tensor", Mapping[str, "Tensor"], int, "torch.Generator"], 
 
 FIXED = "fixed"
 """What `PacaConfig.selection` says of columns that were given and not chosen."""
-KINDS = ("gradient", "activation")
+KINDS = ("gradient",)
 """The statistics that `collect_statistics` can gather: sums of squares by column, (I,)."""
 
 
@@ -54,8 +54,8 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
             collected about them (by kind, see `ColumnStatistics`), the number of columns, and the
             layer's own seeded CPU generator; it returns (rank,) distinct int64 columns in any
             order.
-        needs: What it looks at: "weight", and kinds of statistics ("gradient", "activation"). A
-            weight that is not needed is on the meta device and has a shape only.
+        needs: What it looks at: "weight", and statistics ("gradient"). A weight that is not needed
+            is on the meta device and has a shape only.
 
     Raises:
         ValueError: If the name is taken, or `needs` names something else.

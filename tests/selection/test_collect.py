@@ -12,21 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pacatune import PacaConfig
-from pacatune.selection import collect_statistics, register_strategy
+from pacatune.selection import collect_statistics
 from pacatune.tuner.quantized import weight_matrix
 from tests.conftest import build_model
 from tests.selection.nets import TARGETS, build, gradient_sums, loss_of, make_batches
 from tests.tuner import moe
 from tests.tuner.quantizers import QUANTIZERS, quantise
-
-INPUTS, BOTH = "of inputs", "of both"
-
-
-@pytest.fixture(autouse=True)
-def strategies(own_strategies):
-    """What is collected is asked for by strategies that nobody runs."""
-    register_strategy(INPUTS, needs=("activation",))(lambda *args: pytest.fail("chooses"))
-    register_strategy(BOTH, needs=("gradient", "activation"))(lambda *args: pytest.fail("chooses"))
 
 
 def config_of(selection="gradient", targets=TARGETS, **options):
@@ -51,63 +42,6 @@ def test_gradients_are_those_of_plain_autograd(sparse):
         values = statistics.of(name)["gradient"]
         assert values.shape == sums.shape
         torch.testing.assert_close(values, sums.detach(), rtol=1e-9, atol=0, msg=name)
-
-
-@pytest.mark.parametrize("selection", [INPUTS, BOTH])
-def test_activations_are_the_inputs(selection):
-    model, batches = build(), make_batches()
-    targets = ["conv", "up", "down"]
-    expected = {}
-
-    def see(name):
-        def hook(module, args):
-            x = args[0].transpose(1, 2) if name == "conv" else args[0]
-            expected[name] = expected.get(name, 0) + x.flatten(0, -2).square().sum(0)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in targets]
-    for ids, _ in batches:
-        with torch.no_grad():
-            model(ids)
-    for handle in handles:
-        handle.remove()
-    statistics = collect(model, batches, selection, targets)
-    gradients = gradient_sums(model, batches)
-    for name, sums in expected.items():
-        if selection == BOTH:
-            values = statistics.of(name)["gradient"]
-            torch.testing.assert_close(values, gradients[name].detach(), rtol=1e-9, atol=0)
-        values = statistics.of(name)["activation"]
-        torch.testing.assert_close(values, sums.detach(), rtol=1e-9, atol=0, msg=name)
-
-
-def test_activations_take_no_backward_pass():
-    calls = []
-
-    def forward_only(model, batch):
-        calls.append(torch.is_grad_enabled())
-        return model(batch[0])
-
-    config = config_of(INPUTS, ["up"])
-    collect_statistics(build(), make_batches(2), config, loss_fn=forward_only)
-    assert calls == [False, False]
-
-
-def test_padding_does_not_count():
-    model = build_model(64)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 64, (2, 7), generator=generator)
-    padded = torch.cat([ids, torch.full((2, 3), 9)], 1)
-    mask = torch.cat([torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long)], 1)
-    config = PacaConfig(selection=INPUTS, target_modules=["q_proj", "down_proj"])
-    sums = [
-        collect_statistics(model, [batch], config)
-        for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask})
-    ]
-    for name, kinds in sums[0].values.items():
-        other = sums[1].of(name)["activation"]
-        torch.testing.assert_close(kinds["activation"], other, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_one_number_for_each_column_and_one_gradient_at_a_time():
@@ -172,7 +106,7 @@ def test_the_model_is_left_as_it_was(fails):
     before = state_of(model)
     if fails:
         with pytest.raises(TypeError):
-            collect(model, [*make_batches(1), None], BOTH, targets=["up"])
+            collect(model, [*make_batches(1), None], targets=["up"])
     else:
         collect(model)
     after = state_of(model)
@@ -210,9 +144,6 @@ def test_gradients_of_experts(kind):
     for name, sums in expected.items():
         values = statistics.of(name)["gradient"]
         torch.testing.assert_close(values, sums, rtol=1e-6, atol=0, msg=name)
-    config = PacaConfig(selection=INPUTS, target_modules=[], target_parameters=moe.BOTH)
-    with pytest.raises(ValueError, match="is weights of experts, whose inputs are inside"):
-        collect_statistics(model, tokens, config, loss_fn=moe.loss_of)
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))
@@ -249,7 +180,6 @@ def test_gradients_of_quantised_layers(name):
     ("selection", "targets", "batches", "message"),
     [
         ("random", TARGETS, None, r"`selection` \('random'\) needs no statistics"),
-        (INPUTS, ["embed", "up"], None, "target 'embed' is an embedding, whose input has no col"),
         ("gradient", ["up", "unused"], None, "1 targets have no gradient in 4 .*first 'unused'"),
     ],
 )

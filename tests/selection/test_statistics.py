@@ -8,7 +8,7 @@ from pacatune.selection import ColumnStatistics
 
 
 def make(**changes):
-    values = {"a.b": {"gradient": torch.rand(5).double(), "activation": torch.rand(5).double()}}
+    values = {"a.b": {"gradient": torch.rand(5).double()}}
     return ColumnStatistics(**{"values": values, "num_batches": 7, **changes})
 
 
@@ -25,8 +25,8 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"norm": torch.ones(2)}, r"'a' have 'norm', .* must be one of gradient, activation"),
-        ({"gradient": torch.ones(2, 2)}, r"'gradient', \(2, 2\) of torch.float32, which must"),
+        ({"norm": torch.ones(2)}, r"'a' have 'norm', .* must be 'gradient', a"),
+        ({"gradient": torch.ones(2, 2)}, r"'gradient', \(2, 2\) of torch.float32; it must"),
         ({"gradient": torch.ones(2).long()}, r"'gradient', \(2,\) of torch.int64"),
         ({"gradient": torch.tensor([1.0, torch.nan])}, "a finite sum of squares"),
         ({"gradient": torch.tensor([1.0, -1.0])}, "a finite sum of squares"),

@@ -1,10 +1,8 @@
 """Collects what strategies must know about the columns of a model, without training it.
 
-    gradient      each batch is one iteration t: forward, backward, and for each target the squared
-                  norms of the columns of dW_t are added up (Sec. 5: sum over t of ||g_t||^2)
-    activation    forward passes only: the squares of the inputs of each target, by column
-
-What is kept is one number for each column of each target. The gradient of one weight exists at a
+Each batch is one iteration t: forward, backward, and for each target the squared norms of the
+columns of dW_t are added up (Sec. 5: sum over t of ||g_t||^2). What is kept is one number for each
+column of each target. The gradient of one weight exists at a
 time: it is reduced and freed inside the backward pass, as soon as autograd has computed it. All
 other weights are frozen, so no gradient of theirs is computed, and nothing is updated.
 
@@ -28,7 +26,6 @@ from pacatune.selection.statistics import ColumnStatistics
 from pacatune.tuner.columns import find_targets
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.fast_path import without_fast_path
-from pacatune.tuner.layout import EmbeddingLayout
 from pacatune.tuner.targets import Target
 
 __all__ = ["collect_statistics"]
@@ -55,91 +52,61 @@ def collect_statistics(
             BatchNorm evaluating; a gradient checkpoint works as in training.
         batches: What is in one iteration each; the paper takes 100.
         config: Says which weights, and by its `selection` what is collected.
-        loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, or for activations
-            just `model(**batch)`, with the batch on the model's device.
+        loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, with the batch on
+            the model's device.
 
     Returns:
         Numbers for the columns of each target, by which a strategy chooses.
 
     Raises:
         ValueError: If nothing is to be collected, the model is adapted, wrapped, sharded or without
-            weights, a target cannot be observed or was never used, or a loss is not finite.
+            weights, a target was never used, or a loss is not finite.
         TypeError: If a batch is not a dictionary, and there is no `loss_fn`.
     """
-    kinds = config.statistics()
-    if not kinds:
+    if not config.statistics():
         raise ValueError(
             f"`selection` ({config.selection!r}) needs no statistics; make the adapter without."
         )
     _check_model(model)
-    collector = _Collector(find_targets(model, config), kinds)
+    collector = _Collector(find_targets(model, config))
     num_batches = 0
     with _left_as_it_was(model), collector.observing():
         for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            collector.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            with torch.set_grad_enabled("gradient" in kinds):
-                result = _run(model, batch) if loss_fn is None else loss_fn(model, batch)
-            if "gradient" in kinds:
-                _backward(result, num_batches)
+            with torch.enable_grad():
+                loss = _run(model, batch) if loss_fn is None else loss_fn(model, batch)
+            _backward(loss, num_batches)
             num_batches += 1
     return collector.finish(num_batches, next(model.parameters()).device)
 
 
 class _Collector:
-    """Watches gradients and inputs of targets, and adds up a number for each column."""
+    """Watches gradients of targets, and adds up a number for each column."""
 
-    def __init__(self, targets: Mapping[str, Target], kinds: tuple[str, ...]) -> None:
-        self.targets, self.kinds = targets, kinds
-        self.mask: Tensor | None = None
-        """(B, T) mask of the batch; tokens that it leaves out do not count in (B, T, I) inputs."""
-        self.sums: dict[tuple[str, str], Tensor] = {}
+    def __init__(self, targets: Mapping[str, Target]) -> None:
+        self.targets, self.sums = targets, dict[str, Tensor]()
 
-    def _add(self, name: str, kind: str, matrix: Tensor) -> None:
+    def _add(self, name: str, matrix: Tensor) -> None:
         """Add the squared norm of each column, in float64 where the device has it."""
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         norms: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=0, dtype=dtype)
         squares = _precise(norms.square())
-        total = self.sums.get((name, kind))
-        self.sums[name, kind] = squares if total is None else total.add_(squares)
+        total = self.sums.get(name)
+        self.sums[name] = squares if total is None else total.add_(squares)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Let hooks add to the sums; targets may require gradients for a while."""
         with ExitStack() as stack:
-            if "activation" in self.kinds:
-                for name, target in self.targets.items():
-                    stack.callback(self._observe_inputs(name, target).remove)
-            if "gradient" in self.kinds:
-                for handle in self._observe_gradients():
-                    stack.callback(handle.remove)
+            for handle in self._observe_gradients():
+                stack.callback(handle.remove)
             yield
-
-    def _observe_inputs(self, name: str, target: Target) -> Any:
-        layout = target.layout
-        if not layout.has_inputs:
-            what = (
-                "an embedding, whose input has no columns"
-                if isinstance(layout, EmbeddingLayout)
-                else "weights of experts, whose inputs are inside of their module"
-            )
-            raise ValueError(
-                f"target {name!r} is {what}; activations cannot be collected for it. Choose by "
-                "gradient or weight, normalise by weight, or leave it out."
-            )
-
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            for x in layout.inputs(args, kwargs):
-                self._add(name, "activation", layout.tokens(x.detach(), self.mask))
-
-        return target.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _observe_gradients(self) -> Iterator[Any]:
         """Watch dW as autograd computes it, or dy^T x where a quantised weight has none."""
         by_weight: dict[nn.Parameter, list[tuple[Target, Add]]] = {}
         for name, target in self.targets.items():
             weight = getattr(target.module, target.parameter_name, None)  # GPTQ has buffers
-            add = partial(self._add, name, "gradient")
+            add = partial(self._add, name)
             if type(weight) is nn.Parameter and weight.is_floating_point():
                 by_weight.setdefault(weight, []).append((target, add))
             else:
@@ -151,25 +118,23 @@ class _Collector:
 
     def finish(self, num_batches: int, device: torch.device) -> ColumnStatistics:
         """Add up what all processes have, and refuse targets without anything."""
-        keys = [(name, kind) for name in self.targets for kind in self.kinds]
-        zeros = {key: torch.zeros(self.targets[key[0]].num_columns, device=device) for key in keys}
-        parts = [self.sums.get(key, zeros[key]) for key in keys]
+        sizes = [target.num_columns for target in self.targets.values()]
+        pairs = zip(self.targets, sizes, strict=True)
+        parts = [self.sums.get(name, torch.zeros(size, device=device)) for name, size in pairs]
         parts.append(torch.tensor([float(num_batches)], device=device))
         flat = torch.cat([_precise(part.to(device)) for part in parts])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(flat)
-        *found, count = flat.cpu().double().split([len(part) for part in parts])
-        values: dict[str, dict[str, Tensor]] = {name: {} for name in self.targets}
-        for (name, kind), squares in zip(keys, found, strict=True):
-            values[name][kind] = squares.clone()
+        *sums, count = flat.cpu().double().split([*sizes, 1])
+        by_name = zip(self.targets, sums, strict=True)
+        values = {name: {"gradient": squares.clone()} for name, squares in by_name}
         statistics = ColumnStatistics(values=values, num_batches=round(float(count)))
-        unused = [key for key, squares in zip(keys, found, strict=True) if not squares.any()]
+        unused = [name for name, kinds in values.items() if not kinds["gradient"].any()]
         if unused:
-            name, kind = unused[0]
             raise ValueError(
-                f"{len(unused)} targets have no {kind} in {statistics.num_batches} batches, first "
-                f"{name!r}: the model does not use them for this data, or no batch has a label. "
-                "Take them out of `target_modules`, or give other batches."
+                f"{len(unused)} targets have no gradient in {statistics.num_batches} batches, "
+                f"first {unused[0]!r}: the model does not use them for this data, or no batch has "
+                "a label. Take them out of `target_modules`, or give other batches."
             )
         return statistics
 

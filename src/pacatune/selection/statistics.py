@@ -23,10 +23,9 @@ _COUNT = "num_batches"
 class ColumnStatistics:
     """Sums of squares by column, over batches.
 
-    With x the tokens that a layer saw, and dW_t the gradient of the loss of batch t,
+    With dW_t the gradient of the loss of batch t,
 
         gradient[i]      sum over t of ||dW_t[:, i]||^2
-        activation[i]    sum over tokens of x[i]^2
 
     Raises:
         ValueError: If there are no batches, or a value is no finite sum of squares.
@@ -47,9 +46,9 @@ class ColumnStatistics:
                 if not (is_sum and values.isfinite().all() and (values >= 0).all()):
                     raise ValueError(
                         f"the statistics of {module!r} have {kind!r}, {tuple(values.shape)} of "
-                        f"{values.dtype}, which must be one of {', '.join(KINDS)} and a finite sum "
-                        "of squares for each column: the loss of a batch is not finite (no label "
-                        "in it?), or the file is damaged."
+                        f"{values.dtype}; it must be {KINDS[0]!r}, a finite sum of squares for "
+                        "each column: the loss of a batch is not finite (no label in it?), or the "
+                        "file is damaged."
                     )
 
     def of(self, module: str) -> Mapping[str, Tensor]:

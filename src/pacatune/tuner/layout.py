@@ -37,8 +37,6 @@ class Layout:
     """What messages call the kind."""
     word: ClassVar[str] = "linear layer"
     """In one word, or two."""
-    has_inputs: ClassVar[bool] = True
-    """Whether the module's input has the columns, so that they can be looked at."""
     delta_dim: ClassVar[int] = 1
     """Dimension of the columns in a layer's update."""
 
@@ -120,21 +118,6 @@ class Layout:
         """Say why the trained columns are no columns of the weight's tensor; None: they are."""
         return None
 
-    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return the inputs that the weight is applied to, of the arguments of a call."""
-        return [*args, *kwargs.values()][:1]
-
-    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return an input of the module as (N, I).
-
-        Args:
-            x: (..., I).
-            mask: (B, T), True or 1 at the tokens that count; None: all.
-        """
-        if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-            return x[mask.to(x.device).bool()]
-        return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
 
 @dataclass(frozen=True)
 class Conv1DLayout(Layout):
@@ -197,10 +180,6 @@ class ConvolutionLayout(Layout):
         """Those of a convolution with several groups lead to the outputs of their own alone."""
         return f"a convolution with groups={self.groups}" if self.groups > 1 else None
 
-    def tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (N, I): one row for each position of each image."""
-        return x.movedim(-1 - len(self.kernel_size), -1).flatten(0, -2)
-
 
 @dataclass(frozen=True)
 class EmbeddingLayout(Layout):
@@ -208,7 +187,6 @@ class EmbeddingLayout(Layout):
 
     title: ClassVar[str] = "torch.nn.Embedding"
     word: ClassVar[str] = "embedding"
-    has_inputs: ClassVar[bool] = False
 
     @classmethod
     def of(cls, module: Any, parameter_name: str) -> "EmbeddingLayout":
@@ -224,7 +202,6 @@ class ExpertsLayout(Layout):
     is_transposed: bool = False
 
     word: ClassVar[str] = "weights of experts"
-    has_inputs: ClassVar[bool] = False
     delta_dim: ClassVar[int] = 2
 
     @classmethod
