@@ -2,7 +2,6 @@
 
 import json
 
-from pacatune.cli import main
 from tests.adapters.fixtures import edit_json, save_adapter
 from tests.cli.conftest import run_without
 
@@ -30,16 +29,11 @@ def test_names_are_printed_as_they_are_and_damage_is_one_line(adapter_copy, show
     assert "truncated or no safetensors file" in refused("inspect", adapter_copy)
 
 
-def test_the_strategy_and_a_plot(tiny_model_dir, tmp_path, shown, capsys):
+def test_the_strategy(tiny_model_dir, tmp_path, shown):
     save_adapter(tiny_model_dir, tmp_path / "adapter", selection="weight_norm")
     words = ["inspect", tmp_path / "adapter"]
-    plot = tmp_path / "columns.png"
-    assert main([*map(str, words), "--plot", str(plot)]) == 0
-    out, err = capsys.readouterr()
-    assert err.endswith(f"note: the columns are drawn in {plot}\n")
-    lines = out.splitlines()
+    lines = shown(*words).splitlines()
     assert ["selection", "weight_norm"] in [line.split() for line in lines]
-    assert plot.read_bytes().startswith(b"\x89PNG")
     edit_json(tmp_path / "adapter/adapter_config.json", selection_options={"num_batches": 100})
     assert "weight_norm, num_batches 100" in shown(*words)
 

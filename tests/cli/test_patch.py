@@ -111,12 +111,10 @@ def test_a_mistake_is_one_line(files, tmp_path, refused, line, message):
     assert [path.name for path in tmp_path.iterdir()] == ["p.safetensors"]
 
 
-def test_inspect_knows_a_patch(files, shown, refused):
+def test_inspect_knows_a_patch(files, shown):
     name = "model.layers.0.mlp.down_proj.weight"
     assert "24 of 6 tensors" in shown("inspect", "p.safetensors")
     report = json.loads(shown("inspect", "p.safetensors", "--json"))
     assert report["tensors"][name]["dim"] == 1
     columns = " ".join(map(str, report["tensors"][name]["columns"]))
     assert columns in shown("inspect", "p.safetensors", "--columns")
-    said = refused("inspect", "p.safetensors", "--plot", "x.png")
-    assert "is a patch, for which there is no" in said

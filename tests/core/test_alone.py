@@ -46,15 +46,6 @@ tokens = merged.generate(ids, max_new_tokens=4, do_sample=False)
 assert tokens.shape[1] > ids.shape[1]
 print("trained")
 """
-PLOT = """
-from pathlib import Path
-from pacatune.adapters.inspect import inspect_adapter
-from pacatune.reports.columns import plot_columns
-try:
-    plot_columns(inspect_adapter({adapter!r}), Path("columns.png"))
-except ValueError as error:
-    print(error)
-"""
 
 
 def command(*words):
@@ -78,7 +69,6 @@ def printed(tiny_model_dir, tmp_path_factory):
         "export": command("export", *adapted, *lora),
         "help": "import contextlib\nwith contextlib.suppress(SystemExit):\n"
         + textwrap.indent(command("--help"), "    "),
-        "plot": PLOT.format(adapter=adapter),
     }
     return run_cases(FIRST, cases, new=True)
 
@@ -92,7 +82,6 @@ def printed(tiny_model_dir, tmp_path_factory):
         ("merge", "verified  outputs are those of the adapter"),
         ("export", "14 modules as LoRA, float32, exact"),
         ("help", "fine-tune a model on your data"),
-        ("plot", "a plot needs packages that are not installed (matplotlib): pip install -e '."),
     ],
 )
 def test_what_is_said(printed, name, said):

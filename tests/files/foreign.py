@@ -28,7 +28,7 @@ NAMES = (
     *("bench.json", "bench.md", "times.png", "study.json", "runs/a.json"),
     *("demo.json", "paca/config.yaml", "evaluation.json", "evaluation.md", "p.safetensors"),
     *(".lock", ".incomplete/checkpoint-2/a", ".pacatune/mine", ".config.yaml", "data.jsonl"),
-    *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt", "columns.png"),
+    *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt"),
 )
 PLACES = ("out", "out", "run", "cut", "bench", "model", "adapter", "new", ".")
 _TRAIN = (
@@ -71,7 +71,6 @@ def commands(draw, place):
             ["bench", "--shape", "64x1", "--methods", "paca", *output],
             ["evaluate", "perplexity", *adapter, "--text", data, *output],
             ["compare", "--config", "study.yaml", *output],
-            ["inspect", "adapter", "--plot", f"{place}/columns.png"],
         )
     )
 

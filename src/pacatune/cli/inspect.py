@@ -5,7 +5,6 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pacatune.cli.options import print_notes
 from pacatune.files.folder import format_bytes
 from pacatune.reports.rows import Table
 
@@ -24,8 +23,6 @@ class Inspect:
     """List the columns of each module."""
     all: bool = False
     """List every module."""
-    plot: Path | None = None
-    """Draw which columns each module trains, as .png or .svg."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -46,19 +43,12 @@ def _show_adapter(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.adapters.inspect import inspect_adapter
 
     report = inspect_adapter(options.adapter)
-    if options.plot is not None:
-        from pacatune.reports.columns import plot_columns
-
-        plot_columns(report, options.plot)
-        print_notes([f"the columns are drawn in {options.plot}"])
     return _report(report, options), asdict(report)
 
 
 def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.patch.file import load
 
-    if options.plot is not None:
-        raise ValueError(f"{options.adapter} is a patch, for which there is no --plot; drop it.")
     patch = load(options.adapter)
     kept = patch.adapter
     tensors: dict[str, dict[str, Any]] = {
