@@ -102,7 +102,7 @@ def test_done_runs_each_job_once(folder):
         **{"what": "step", "method": "paca", "value": 2.0, "unit": "ms"},
         **{"low": 1.0, "high": 3.0, "n": 5, "note": "of a test"},
     }
-    assert {"date", "machine", "versions", "commit", "noise"} <= file["provenance"].keys()
+    assert {"date", "machine", "versions", "commit"} <= file["provenance"].keys()
     # Tuples are lists in the file, and no other inputs.
     same = Job(key="a", inputs={"of": (1, 2)}, run=run)
     assert done([same], folder)["a"] == first["a"]

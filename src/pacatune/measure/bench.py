@@ -269,12 +269,10 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Return where a result comes from, and what the other processes did at the worst."""
+    """Return where a result comes from."""
     jobs = [*result["jobs"].values()]
     last = max(jobs, key=lambda job: job["date"])
-    busy = max(job["noise"]["num_cores_of_others"] for job in jobs)
     return (
         f"`{result['command']}`{commit_text(last)} on {result['device']}, {last['date']}, seed "
-        f"{result['config']['seed']} ({versions_text(last['versions'])}). Other processes kept at "
-        f"most {busy} cores busy meanwhile."
+        f"{result['config']['seed']} ({versions_text(last['versions'])})."
     )

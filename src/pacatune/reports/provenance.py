@@ -1,12 +1,10 @@
-"""Where numbers come from: packages, commit, processor, and what else the machine did."""
+"""Where numbers come from: packages, commit, processor."""
 
 import hashlib
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,35 +110,3 @@ def machine() -> dict[str, Any]:
     if found is not None:
         name = getattr(torch.get_device_module(found), "get_device_name", str)(found)
     return {**cpu(), "accelerator": name}
-
-
-class Noise:
-    """What the machine did besides a measurement, from when this is made."""
-
-    def __init__(self) -> None:
-        self._load_average = _load_average()
-        self._start, self._others = time.monotonic(), _seconds_of_others()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return load averages at start and end, and how many cores others kept busy meanwhile."""
-        busy = (_seconds_of_others() - self._others) / (time.monotonic() - self._start)
-        averages = [self._load_average, _load_average()]
-        return {"load_average": averages, "num_cores_of_others": round(max(0.0, busy), 2)}
-
-
-def _load_average() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _seconds_of_others() -> float:
-    """CPU seconds of all but this process and what it started, virtual machines among them."""
-    import psutil
-
-    times, own = psutil.cpu_times(), psutil.Process()
-    kinds = ("user", "nice", "system", "irq", "softirq", "steal")
-    total = sum(getattr(times, kind, 0.0) for kind in kinds)
-    for process in (own, *own.children(recursive=True)):
-        with suppress(psutil.Error):  # it has just ended
-            # Those of children are of such as have ended.
-            total -= sum(process.cpu_times()[:4])
-    return total

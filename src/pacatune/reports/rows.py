@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pacatune.files.folder import format_bytes
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import new_figure, plain_text
-from pacatune.reports.provenance import Noise, commit, machine, versions
+from pacatune.reports.provenance import commit, machine, versions
 
 Origin = Literal["paper", "measured", "counted", "simulated"]
 """`counted` is exact and repeatable; `measured` is of a clock or a trained model; `simulated` is
@@ -183,7 +183,7 @@ class Finished:
 
     rows: list[Row]
     provenance: dict[str, Any]
-    """`date`, `seconds`, `machine`, `versions`, `commit`, `is_modified` and `noise`."""
+    """`date`, `seconds`, `machine`, `versions`, `commit` and `is_modified`."""
     error: str | None = None
     """Why it failed, if it did; it is done again by the next call."""
 
@@ -231,7 +231,7 @@ def _run(
 ) -> Finished:
     inputs = json.dumps(job.inputs, sort_keys=True)
     digest = hashlib.sha256(inputs.encode()).hexdigest()[:8]
-    start, noise = time.monotonic(), Noise()
+    start = time.monotonic()
     rows, error, trace = list[Row](), None, None
     try:
         rows = job.run(folder.path / "work" / f"{job.key}-{digest}")
@@ -244,7 +244,6 @@ def _run(
         "machine": machine(),
         "versions": versions(*packages),
         **code(),
-        "noise": noise.to_dict(),
     }
     values = {
         "key": job.key,
