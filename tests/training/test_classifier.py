@@ -84,8 +84,6 @@ def test_of_the_head_alone(make_classifier):
     assert {*rates(make_classifier("head", training={"learning_rate": 0.02})).values()} == {0.02}
     with pytest.raises(ValueError, match=r"head_learning_rate` \(0.1\) is another rate than"):
         make_classifier("head", training={"learning_rate": 0.02, "head_learning_rate": 0.1})
-    with pytest.raises(ValueError, match=r"`training.head_learning_rate` \(0\) must be above 0"):
-        make_classifier(training={"head_learning_rate": 0})
 
 
 def test_a_head_of_its_own_learns_as_the_rest(make_classifier, make_bert):

@@ -132,7 +132,7 @@ def test_two_processes_equal_one(make_config, data_path, tmp_path, launcher, qua
     ("words", "said"),
     [
         (["--training.learning_rte", "1"], "unknown option --training.learning_rte; did you mean"),
-        (["--training.max_steps", "0"], "`training.max_steps` (0) must be above 0"),
+        (["--data.eval_fraction", "2"], "`data.eval_fraction` (2.0) must be in [0, 1)"),
         (["--data.path", "no.jsonl"], "no.jsonl does not exist"),
     ],
 )

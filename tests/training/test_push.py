@@ -13,8 +13,6 @@ from huggingface_hub.utils import filter_repo_objects
 
 from pacatune.cli import main
 from pacatune.training import train
-from pacatune.training.report import card_front
-from pacatune.training.task import task_of
 from tests.training.launching import save_config
 from tests.training.runs import interrupt, stop_at
 
@@ -114,23 +112,6 @@ def test_only_what_the_run_wrote_is_uploaded(hub, make_config, tmp_path, console
         "tokenizer.json",
         "tokenizer_config.json",
     }
-
-
-def test_a_card_that_the_hub_would_refuse(hub, make_config, tmp_path, console, monkeypatch):
-    config = run_of(make_config)
-    task = task_of(config)
-    assert task.prepared.pipeline_tag == "text-generation"  # looks at the model
-    task.config.model.path = "a--b/c"  # as refused as a path is
-    with pytest.raises(ValueError, match=r"a--b/c"):
-        card_front(task, "a--b/c")
-
-    def refuse(task, model):
-        raise ValueError("base_model")
-
-    monkeypatch.setattr("pacatune.training.recipe.card_front", refuse)
-    with pytest.raises(ValueError, match="base_model"):
-        train(run_of(make_config), push_to_hub="me/adapter", console=console)
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_found_before_training(hub, make_config, tmp_path, console):

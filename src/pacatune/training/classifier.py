@@ -55,7 +55,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         trainer_options={"data_collator": collator, "compute_metrics": accuracy},
         new_head=why_new,
         length_option="`data.max_length`",
-        less_memory="`data.max_length`",
     )
 
 

@@ -1,7 +1,6 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -38,11 +37,6 @@ HEAD_RATE = 3e-3
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
-_ABOVE_ZERO = (
-    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("logging_steps", "eval_steps", "save_steps"),
-)
 
 
 @cache
@@ -251,7 +245,6 @@ class RunConfig:
             training.learning_rate = default_rate(spec, self.method)
         if hasattr(training, "head_learning_rate"):
             self._settle_head_rate(training)
-        check_training(vars(training))
         if self.early_stopping_patience is not None:
             training.load_best_model_at_end = True
         if training.load_best_model_at_end or training.save_strategy == "best":
@@ -313,38 +306,6 @@ class RunConfig:
             f"{wrong} with `task` ({self.task!r}): the reference is the model with the adapter "
             f"off, and must be the pretrained one, without a second copy in memory; {fix}."
         )
-
-
-def check_training(training: Mapping[str, Any]) -> None:
-    """Refuse names that transformers does not know, and numbers with which nothing is trained."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    kinds: dict[str, Any] = {
-        "optim": OptimizerNames,
-        "lr_scheduler_type": SchedulerType,
-        "save_strategy": SaveStrategy,
-        **dict.fromkeys(("eval_strategy", "logging_strategy"), IntervalStrategy),
-    }
-    for name, kind in kinds.items():
-        value = training.get(name)
-        if value is not None:
-            text = str(getattr(value, "value", value))
-            choose(text, [one.value for one in kind], option=f"training.{name}")
-    loggers = training.get("report_to")
-    available = get_available_reporting_integrations()
-    for name in [loggers] if isinstance(loggers, str) else loggers or ():
-        if name not in (*available, "none", "all"):
-            raise ValueError(
-                f"`training.report_to` ({name!r}) is not installed or unknown; available here: "
-                f"{', '.join(available) or 'none'}."
-            )
-    length = "num_train_epochs" if training["max_steps"] == -1 else "max_steps"
-    for name in (*_ABOVE_ZERO, length):
-        value = training.get(name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
 
 
 def default_rate(spec: TaskSpec, method: str) -> float:

@@ -139,7 +139,6 @@ class LanguageTask(Task):
             model=model_path(config),
             pipeline_tag=found.kind.pipeline_tag,
             dtype=dtype_name(weights_dtype(config)),
-            less_memory=found.less_memory,
             loss=found.loss,
             has_new_head=found.new_head is not None,
             fixed_split=found.fixed_split,

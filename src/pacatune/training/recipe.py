@@ -54,7 +54,6 @@ from pacatune.training.progress import (
 from pacatune.training.push import open_repository, push_result
 from pacatune.training.report import (
     Report,
-    card_front,
     curve_of,
     train_curve,
     write_card,
@@ -141,8 +140,6 @@ def _train(
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
     prepared = prepare(task, console)
-    if repository is not None:
-        card_front(task, prepared.model)
     now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
     if resume:
         fixed = prepared.fixed_split or why_fixed(config.training)
@@ -327,8 +324,8 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"the device ran out of memory ({str(error).partition('.')[0]}); lower "
-            "`training.per_device_train_batch_size` (and raise gradient_accumulation_steps) or "
-            f"{task.prepared.less_memory}."
+            "`training.per_device_train_batch_size` (and raise gradient_accumulation_steps) or the "
+            "length of the examples, or set `training.gradient_checkpointing` to true."
         ) from error
     except RewardError as error:
         kept = last_checkpoint(Path(str(config.training.output_dir)))

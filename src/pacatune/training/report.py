@@ -7,8 +7,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # lazily there
 
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
@@ -199,10 +197,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def card_front(task: "Task", model: str) -> str:
-    """Return what the hub reads of a card, and refuse what it would refuse.
-
-    A model in a folder is no model of the hub, and left out.
-    """
+    """Return what the hub reads of a card; a model in a folder is left out, as none of its."""
     method = METHODS[task.config.method]
     front = {
         "base_model": model,
@@ -212,11 +207,7 @@ def card_front(task: "Task", model: str) -> str:
     }
     if Path(task.config.model.path).expanduser().exists():
         del front["base_model"]
-    else:
-        validate_repo_id(model)
-    text = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-    ModelCard(text)  # parses it as the hub does
-    return text
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
 
 
 def write_card(task: "Task", report: Report, folder: Path) -> None:

@@ -160,7 +160,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     section = cast(PromptDataConfig, config.data)
     data = prepare_prompts(section, tokenizer, num_new_tokens=length)
     rewards = load_rewards(config.reward, section)
-    option = "`training.max_completion_length`"
     return TaskData(
         examples=data,
         tokenizer=tokenizer,
@@ -168,8 +167,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         columns=("row",),
         trainer_options={"reward_funcs": rewards},
         fixed_split="each process samples answers of its own",
-        length_option=f"{option}, or shorten the prompts",
-        less_memory=f"{option}, or set `training.gradient_checkpointing` to true",
+        length_option="`training.max_completion_length`, or shorten the prompts",
     )
 
 

@@ -73,8 +73,6 @@ class TaskData:
     """Why a run must go on with the processes and batches that it began with; None: it need not."""
     length_option: str = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
-    less_memory: str = "`training.max_length`, or set `training.gradient_checkpointing` to true"
-    """Options that save memory, for the message when there is too little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +95,6 @@ class Prepared:
     """The hub's name of what the model does."""
     dtype: str
     """Name of the type that the weights are held in."""
-    less_memory: str
-    """Options that save memory, for the message when there is too little."""
     loss: Callable[[Any, Any], Tensor] | None = None
     """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
     None."""

@@ -24,14 +24,13 @@ from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.training import train
 from pacatune.training.image import load_result
 from pacatune.training.image.model import ImageBase, find_batch_norms
-from pacatune.training.image.task import ImageTask, ImageTrainer
+from pacatune.training.image.task import ImageTask
 from tests.adapters.fixtures import edit_tensors
 from tests.image_models import CLASSES, save_timm, save_vit
 from tests.training.runs import (
     CHECKPOINTING,
     QUIET,
     make_trainer,
-    out_of_memory,
     read_json,
     refused,
 )
@@ -264,8 +263,6 @@ def test_what_fails(make_config, tmp_path, monkeypatch):
         config = make_config(model={"path": str(tmp_path / "model")}, data={"image_size": 50})
         refused(r"`data.image_size` \(50\) does not suit the model", config)
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(ImageTrainer, "training_step", out_of_memory)
-    refused(r"ran out of memory .*or `data.image_size`, or set", make_config())
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,6 @@ class ImageTask(Task):
             has_new_head=not base.has_own_head,
             pipeline_tag=self.spec.kind.pipeline_tag,
             dtype=self.config.model.dtype,
-            less_memory="`data.image_size`, or set `training.gradient_checkpointing` to true",
             warnings=[*data.warnings, *notes],
         )
 
