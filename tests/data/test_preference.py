@@ -126,7 +126,7 @@ def test_calls_that_a_template_drops(prepare, tokenizer, function):
     asked, answered = chat("Please search for it."), {"role": "assistant", "content": ""}
     rejected = [{**answered, "content": "No."}]
     row = {"prompt": asked, "chosen": [{**answered, "tool_calls": [call]}], "rejected": rejected}
-    with pytest.raises(ValueError, match="row 1: the chat template does not show tool_calls of tu"):
+    with pytest.raises(ValueError, match="row 1: the chat template does not show tool_calls, so"):
         prepare([row], function)
 
 
