@@ -34,7 +34,7 @@ def test_methods_are_compared_and_the_result_is_written(bench, tmp_path, monkeyp
     assert result["command"].startswith("pacatune bench --shape 32x2 ")
     assert not result["errors"]
     for job in result["jobs"].values():
-        assert {"commit", "is_modified", "date", "machine", "versions", "noise"} <= set(job)
+        assert {"commit", "is_modified", "date", "machine", "versions"} <= set(job)
     assert {row.setting for row in rows} == {"2 x 8 tokens"}
     found = {row.method for row in rows if row.what == "step" and row.unit != "ratio"}
     assert found == set(methods)

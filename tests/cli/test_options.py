@@ -1,13 +1,12 @@
-"""Options that come from the parameters of a function or dataclass."""
+"""Options that come from the fields of a dataclass."""
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from jsonargparse.typing import PositiveInt
 
-from pacatune.cli.options import build, from_words, give_one, parser_of
+from pacatune.cli.options import from_words, give_one
 from tools import cli_reference
 
 
@@ -36,17 +35,6 @@ class Sizes:
     folder: Path | None = None
 
 
-def add(*, number: PositiveInt, more: int = 1) -> int:
-    """Add two numbers.
-
-    Args:
-        number: The first one.
-        more: The second one.
-    """
-    assert type(number) is int
-    return number + more
-
-
 def parse(line, text="w"):
     return from_words("sizes", Sizes, ["p", f"--with={text}", *line.split()])
 
@@ -61,33 +49,18 @@ def test_words_become_values_of_the_fields_types():
         assert parse("", text).with_ == text
 
 
-def test_a_function_and_other_values():
-    assert from_words("add", add, ["--number", "2"]) == 3
-    given = parser_of("add", add, "more").parse_args(["--number", "2"])
-    assert build(add, given, more=5) == 7
-
-
 @pytest.mark.parametrize(
-    ("called", "words", "message"),
+    ("words", "message"),
     [
-        (Sizes, "p --with w --lengths 4,x", r"`lengths` \('4,x'\) must be whole numbers with com"),
-        (Sizes, "p --with w --kind fin", r"`kind` \('fin'\) must be one of .* mean 'fine'\?"),
-        (Sizes, "p --with w --num_rows x", r"`num_rows` \('x'\) must be a whole number; see"),
-        (Sizes, "p --with w --nmes x", "unknown option --nmes; did you mean '--names'?"),
-        (Sizes, "", "arguments are required: path, with; see"),
-        (add, "--number 0", "does not conform to restriction v>0"),
+        ("p --with w --lengths 4,x", r"`lengths` \('4,x'\) must be whole numbers with com"),
+        ("p --with w --kind fin", r"`kind` \('fin'\) must be one of .* mean 'fine'\?"),
+        ("p --with w --num_rows x", r"`num_rows` \('x'\) must be a whole number; see"),
+        ("p --with w --nmes x", "unknown option --nmes; did you mean '--names'?"),
     ],
 )
-def test_what_is_wrong_is_refused(called, words, message):
+def test_what_is_wrong_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
-        from_words("sizes", called, words.split())
-
-
-def test_help_is_the_docstring():
-    text = " ".join(parser_of("sizes", Sizes, "path").format_help().split())
-    assert "--num_rows NUM_ROWS Rows of 100 % of the data. (type: int, default: 3)" in text
-    assert "--kind {fine,coarse} The grain. (type: str, default: fine)" in text
-    assert "path" not in text.replace("PATH", "")
+        from_words("sizes", Sizes, words.split())
 
 
 def test_give_one():

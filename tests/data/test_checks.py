@@ -83,13 +83,6 @@ def test_a_fingerprint_is_of_every_row_and_its_borders():
     assert len({first, *(of(other) for other in others)}) == len(others) + 1
 
 
-def test_a_fingerprint_of_texts():
-    texts = [["ab", "c"], ["a", "bc"], ["ab", "d"], ["ab", "c"]]
-    found = [fingerprint([Dataset.from_dict({"row": one})], ["row"]) for one in texts]
-    assert found[0] == found[3]
-    assert len({*found}) == 3
-
-
 def test_a_row_has_one_digest_wherever_it_lies():
     """In a batch, in a selection and in another table; so an overlap is found."""
     rows = [{"input_ids": [*range(n % 7)], "labels": [-n] * (n % 7)} for n in range(2500)]

@@ -151,21 +151,6 @@ def test_pairs_in_both_parts_are_a_warning(prepare):
     assert any("2 of 2 evaluation examples are also in the training data" in w for w in warnings)
 
 
-@pytest.mark.parametrize("function", [prepare_pairs, prepare_judged])
-@pytest.mark.parametrize("learn_all", [False, True])
-def test_a_row_sets_variables_of_the_template(prepare, tokenizer, function, learn_all):
-    tokenizer.chat_template = "{{ mode }}" + tokenizer.chat_template
-    rows = [{**CHAT, "chat_template_kwargs": {"mode": mode}} for mode in ("slow", "fast")]
-    options = {} if function is prepare_judged else {"learn_all": learn_all}
-    found = prepare(rows, function, **options).train
-    names = [name for name in ("prompt_ids", "chosen_ids") if name in found.column_names][:1]
-    texts = [tokenizer.decode(ids) for name in names for ids in found[name]]
-    assert {text[:4] for text in texts} == {"slow", "fast"}
-    rows = [{**CHAT, "chat_template_kwargs": {"mood": "good"}}]
-    (warning,) = prepare(rows, function, **options).warnings
-    assert "examples set `chat_template_kwargs` that the chat template does not read" in warning
-
-
 def test_texts_that_are_trained_without_the_chat_template(prepare):
     for function in (prepare_pairs, prepare_judged):
         (warning,) = prepare([PAIR], function).warnings

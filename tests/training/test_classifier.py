@@ -92,12 +92,6 @@ def test_a_head_of_its_own_learns_as_the_rest(make_classifier, make_bert):
     assert {*rates(config).values()} == {1e-4}
 
 
-def test_it_goes_on_where_it_stopped(make_classifier, assert_resumes):
-    """The moments of a resumed run belong to the same parameters."""
-    steps = {"max_steps": 6, "save_steps": 3, "eval_strategy": "no", "head_learning_rate": 0.01}
-    assert_resumes(3, make_classifier, training=steps)
-
-
 def test_split_of_a_classifier(tmp_path):
     rows = [{"text": f"t{i}", "label": "aab"[i % 3]} for i in range(10)]
     path = str(write_rows(tmp_path / "rows.jsonl", rows))

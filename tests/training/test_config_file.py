@@ -6,7 +6,6 @@ from pacatune.training.config_file import (
     load_yaml,
     local_paths,
     read_values,
-    suggest,
     to_values,
     without_folders,
 )
@@ -45,15 +44,11 @@ def test_local_paths_are_saved_absolute(make_config, tmp_path, monkeypatch):
 
 def test_values_are_those_of_yaml_1_2():
     for text, value in {
-        **{"no": "no", "on": "on", "true": True, "False": False, "null": None},
-        **{"1e-3": 1e-3, "5.0E-4": 5e-4, ".5": 0.5, "-3": -3, "12": 12, "1.": 1.0},
-        **{".inf": float("inf"), "2024-01-01": "2024-01-01", "'12'": "12", "1.2.3": "1.2.3"},
+        **{"no": "no", "true": True, "null": None, "1e-3": 1e-3, "2024-01-01": "2024-01-01"},
     }.items():
         loaded = load_yaml(text)
         assert loaded == value, text
         assert type(loaded) is type(value), text
-    # Merged keys are no repetition.
-    assert load_yaml("a: &a {r: 4, s: 1}\nb: {<<: *a, r: 8}\n")["b"] == {"r": 8, "s": 1}
 
 
 @pytest.mark.parametrize(
@@ -61,11 +56,10 @@ def test_values_are_those_of_yaml_1_2():
     [
         ("a: [1", "is not valid YAML"),
         (b"a: \xff", "is not valid YAML"),
+        ("a: " + "[" * 5000 + "]" * 5000, "is not valid YAML"),
         ("a: !!python/object/apply:os.system ['x']", "is not valid YAML"),
         ("- a", "holds a list; it must be a mapping"),
-        ("a: " + "[" * 5000 + "]" * 5000, "is not valid YAML"),
         ("paca: {r: 4}\nlora: {}\npaca: {r: 8}\n", r'duplicate key "paca" .* \(line 3\)'),
-        ("paca:\n  r: 4\n  r: 8\n", r'duplicate key "r" .* \(line 3\)'),
         (None, r"config file .*config.yaml does not exist; check"),
     ],
 )
@@ -81,19 +75,12 @@ def test_bad_files(tmp_path, content, message):
     ("text", "message"),
     [
         ("modle: {path: x}", "run.yaml: unknown key 'modle'; did you mean 'model"),
-        ("r: 3", "unknown key 'r'; did you mean 'paca.r"),
         ("data: {train: x}", r"none is like it\. There are data\.path, data\.split\.$"),
     ],
 )
 def test_unknown_keys_name_the_nearest(text, message):
     with pytest.raises(ValueError, match=message):
         check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
-
-
-def test_known_keys_pass_and_a_misspelt_section_is_told_from_others_with_its_option():
-    text = "method: lora\nmodel: {path: x}\npaca: {rank_pattern: {q_proj: 4}}\ndata:"
-    check_keys(yaml.safe_load(text), KNOWN, "run.yaml")
-    assert suggest("dta.path", ["data.path", "model.path"]).startswith("did you mean 'data.path'?")
 
 
 def test_what_others_read_has_names_alone(make_config, tmp_path):

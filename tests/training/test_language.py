@@ -62,10 +62,6 @@ def goes_on(make_config, tmp_path):
     assert_close(one.folder, two.folder, atol=1e-6, rtol=0)
 
 
-def test_resumes(make_config, assert_resumes):
-    assert_resumes(5, make_config, "qpaca")
-
-
 def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
     load(tiny_model_dir, load_in_4bit=True).save_pretrained(tmp_path / "quantised")
     model = {"path": str(tmp_path / "quantised"), "quantization": "nf4"}

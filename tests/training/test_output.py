@@ -1,6 +1,4 @@
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -94,23 +92,6 @@ def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
     message = rf"nothing can be written in {tmp_path} \(Permission denied\); choose another `tr"
     with pytest.raises(PermissionError, match=message):
         check(tmp_path / "new" / "deep")
-
-
-def test_other_processes_see_nothing_of_the_check(check, tmp_path):
-    """Each lists the folder that the others try to write in."""
-    seen, is_over = set(), threading.Event()
-
-    def look():
-        while not is_over.is_set():
-            seen.update(tmp_path.rglob("*"))
-
-    with ThreadPoolExecutor() as pool:
-        looking = pool.submit(look)
-        for _ in range(300):
-            check(tmp_path)
-        is_over.set()
-        looking.result()
-    assert not seen
 
 
 def test_what_a_run_reads_is_not_in_its_output_folder(check, tmp_path):

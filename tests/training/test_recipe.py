@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacatune.adapters.loading import check_base
 from pacatune.cli import main
-from pacatune.training import RunConfig, train
+from pacatune.training import train
 from pacatune.training.config_file import read_values
 from pacatune.training.sft import TextTrainer
 from pacatune.training.task import task_of
@@ -99,27 +99,6 @@ def test_run(
     old, new = (read_values(folder / "config.yaml") for folder in (out, again))
     assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
     assert old == new
-
-
-def test_a_run_that_is_filled_in_and_changed(tiny_model_dir, data_path, tmp_path):
-    """What is set is done, and config.yaml says it: the command repeats the run from it."""
-    run = RunConfig()
-    run.model.path, run.data.path = str(tiny_model_dir), str(data_path)
-    run.training.max_steps, run.training.output_dir = 5, str(tmp_path / "a")
-    run.training.report_to, run.training.use_cpu = "none", True
-    train(run, console=QUIET)
-    again = tmp_path / "b"
-    words = ["train", "--config", str(tmp_path / "a/config.yaml")]
-    assert main([*words, "--training.output_dir", str(again)]) == 0
-    assert_same_run(tmp_path / "a", again)
-    saved = read_values(tmp_path / "a/config.yaml")
-    assert saved["training"].items() >= {"max_steps": 5, "report_to": "none"}.items()
-    assert saved["training"]["learning_rate"] == 5e-4
-    # The same object runs again, with what is set since.
-    run.training.max_steps, run.training.output_dir = 2, str(tmp_path / "c")
-    run.method = "lora"
-    report = train(run, console=QUIET)
-    assert (report.num_steps, report.learning_rate) == (2, 2e-4)
 
 
 def test_held_out_loss_is_a_mean_over_learned_tokens(
@@ -260,14 +239,12 @@ def test_experts_are_trained_beside_the_attention(make_config, tiny_tokenizer, t
     assert "fused experts are not made lean" in " ".join(report.lean["left"])
 
 
-@pytest.mark.parametrize(("eval_fraction", "which"), [(0.2, "held-out"), (0.0, "training")])
-def test_a_run_that_ended_worse_says_so(make_config, tmp_path, console, eval_fraction, which):
+def test_a_run_that_ended_worse_says_so(make_config, tmp_path, console):
     training = {"learning_rate": 50, "max_steps": 4, "logging_steps": 1}
-    config = make_config("full", training=training, data={"eval_fraction": eval_fraction})
-    train(config, console=console)
+    train(make_config("full", training=training), console=console)
     line = console.file.getvalue().splitlines()[-1]
     fix = r"lower `training.learning_rate` \(50\)."
-    assert re.fullmatch(rf"warning: the {which} loss rose from .* to .*: {fix}", line)
+    assert re.fullmatch(rf"warning: the held-out loss rose from .* to .*: {fix}", line)
     said = line.removeprefix("warning: ")
     assert read_json(tmp_path / "out/report.json")["warnings"] == [said]
     for name in ("report.md", "README.md"):

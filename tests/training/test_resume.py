@@ -1,25 +1,21 @@
 """Interrupted in any way and resumed, a run ends with the very bits of one that was not."""
 
-import os
 import re
 import shutil
 import signal
-import time
 from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
 
-from pacatune.cli import main
 from pacatune.files import owned_folder
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.training import TrainingInterrupted, train
 from pacatune.training.output import run_folder
+from pacatune.training.recipe import start_or_resume
 from pacatune.training.sft import TextTrainer
 from pacatune.training.trainer import RunTrainer
-from tests.forks import Program
 from tests.full_disk import limited_files
-from tests.training.launching import COMMAND, save_config
 from tests.training.runs import (
     ADAPTER,
     QUIET,
@@ -27,66 +23,63 @@ from tests.training.runs import (
     interrupt,
     refused,
     stop_at,
+    write_rows,
 )
 
-SIXTEEN_STEPS = {"num_train_epochs": 2, "save_total_limit": 20}
 
-
-def test_sigkill(make_config, tmp_path):
-    """Killed anywhere between two checkpoints, with random numbers in every step."""
-
-    def config(name):
-        training = {**SIXTEEN_STEPS, "output_dir": str(tmp_path / name)}
-        return make_config("lora", training=training, lora={"lora_dropout": 0.3})
-
-    train(config("whole"), console=QUIET)
-    save_config(config("killed"), tmp_path / "run.yaml")
-    program = Program(COMMAND, "train", "--config", tmp_path / "run.yaml")
-    folder = tmp_path / "killed"
-    while not (folder / "checkpoint-4").exists():
-        assert program.is_alive(), program.wait().stderr
-        time.sleep(0.01)
-    time.sleep(int.from_bytes(os.urandom(1)) / 255 * 0.3)
-    program.send_signal(signal.SIGKILL)
-    assert program.wait().returncode == -signal.SIGKILL
-    assert not (folder / "report.json").exists()
-    assert main(["train", "--config", str(folder / "config.yaml"), "--resume"]) == 0
-    assert_same_run(tmp_path / "whole", folder)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monkeypatch, number):
-    train(make_config(training={**SIXTEEN_STEPS, "output_dir": str(tmp_path / "whole")}))
-    config = make_config(training={**SIXTEEN_STEPS, "output_dir": str(tmp_path / "cut")})
+def test_signal_saves_and_says_how_to_go_on(make_config, tmp_path, console, monkeypatch):
+    config, place = make_config(), tmp_path / "out"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    said = interrupt(config, monkeypatch, 5, number, console)
-    place = tmp_path / "cut"
+    said = interrupt(config, monkeypatch, 5, signal.SIGTERM, console)
     command = f"pacatune train --config {place}/config.yaml --resume"
-    assert said == f"stopped at step 5 of 16; continue with `{command}`"
+    assert said == f"stopped at step 5 of 8; continue with `{command}`"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "saving a checkpoint, then stopping" in console.file.getvalue()
-    train(config, resume=True, console=console)
+    start_or_resume(config, console=console)  # the same command again
     assert f"resuming after step 5: {place / 'checkpoint-5'}" in console.file.getvalue()
-    assert_same_run(tmp_path / "whole", place)
+
+
+TWO_EPOCHS = {"num_train_epochs": 2, "max_steps": -1, "eval_steps": 4}
 
 
 @pytest.mark.parametrize(
-    ("task", "step", "saved", "training"),
+    ("task", "method", "step", "saved", "training"),
     [
-        *((task, 3, 3, {}) for task in ("dpo", "kto", "reward")),
+        ("sft", "paca", 10, 10, TWO_EPOCHS),
+        ("sft", "lora_dropout", 5, 5, TWO_EPOCHS),  # random numbers in every step
+        ("sft", "qpaca", 3, 3, {}),
+        *((task, "paca", 3, 3, {}) for task in ("dpo", "kto", "reward")),
         # In the second epoch, whose order TRL would forget.
-        ("grpo", 5, 5, {"num_train_epochs": 2, "max_steps": -1, "eval_steps": 4}),
+        ("grpo", "paca", 5, 5, TWO_EPOCHS),
         # In the middle of answers that are used for several steps.
-        ("rloo", 3, 4, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
+        ("rloo", "paca", 3, 4, {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 5}),
+        # The moments belong to the same parameters, of which a head's learn at another rate.
+        ("classifier", "paca", 3, 3, {"head_learning_rate": 0.01, "eval_strategy": "no"}),
     ],
 )
-def test_other_tasks(
-    make_task_config, rewards_module, tmp_path, assert_resumes, task, step, saved, training
+def test_every_kind_of_run(
+    make_task_config,
+    rewards_module,
+    data_path,
+    tmp_path,
+    assert_resumes,
+    task,
+    method,
+    step,
+    saved,
+    training,
 ):
+    if method == "qpaca":
+        pytest.importorskip("bitsandbytes")
     samples = task in ("grpo", "rloo")
     options = {"training": {"save_total_limit": 9, **training}}
-    options["data"] = {"eval_fraction": 0.8 if samples else 0.2}
-    said = assert_resumes(step, make_task_config, task, **options)
+    options["data"] = {} if task == "classifier" else {"eval_fraction": 0.8 if samples else 0.2}
+    if task == "sft":
+        options["data"]["path"] = str(data_path)
+    if task == "classifier":
+        rows = [{"text": f"It is {i}.", "label": i % 3} for i in range(60)]
+        options["data"]["path"] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    said = assert_resumes(step, make_task_config, task, method, **options)
     assert (tmp_path / f"cut/checkpoint-{saved}").is_dir()
     assert ("yaml --reward my_rewards:short --resume" in said) == samples
 
