@@ -59,7 +59,7 @@ def _explained(name: str, place: Sequence[str]) -> Iterator[None]:
 def check_rewards(rewards: Any, number: int) -> list[float | None]:
     """Return what a function has returned as a list of numbers or None; refuse anything else.
 
-    TRL takes a value that is not finite for None, and so for no opinion.
+    TRL would take nan for None, which says nothing.
     """
     values = [None if reward is None else float(reward) for reward in rewards]
     if len(values) != number or not all(math.isfinite(value or 0) for value in values):
