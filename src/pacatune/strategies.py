@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FIXED",
-    "KINDS",
     "Strategy",
     "check_known",
     "needs_of",
@@ -37,8 +36,7 @@ Strategy = Callable[["Tensor", Mapping[str, "Tensor"], int, "torch.Generator"], 
 
 FIXED = "fixed"
 """What `PacaConfig.selection` says of columns that were given and not chosen."""
-KINDS = ("gradient",)
-"""The statistics that `collect_statistics` can gather: sums of squares by column, (I,)."""
+_NEEDS = ("weight", "gradient")
 
 
 # Name -> function, and what it needs.
@@ -60,9 +58,9 @@ def register_strategy(name: str, needs: tuple[str, ...] = ()) -> Callable[[Strat
     Raises:
         ValueError: If the name is taken, or `needs` names something else.
     """
-    unknown = sorted(set(needs) - {"weight", *KINDS})
+    unknown = sorted(set(needs) - {*_NEEDS})
     if unknown:
-        raise ValueError(f"`needs` ({unknown}) must be among {('weight', *KINDS)}.")
+        raise ValueError(f"`needs` ({unknown}) must be among {_NEEDS}.")
 
     def register(function: Strategy) -> Strategy:
         if name in _STRATEGIES or name == FIXED:
@@ -81,7 +79,7 @@ def strategies() -> list[str]:
 
 
 def needs_of(strategy: str) -> tuple[str, ...]:
-    """Return what a strategy looks at: "weight" and kinds of statistics.
+    """Return what a strategy looks at: "weight" and "gradient".
 
     Raises:
         ValueError: If the strategy is unknown.

@@ -214,9 +214,7 @@ def test_what_cannot_be_exported(adapter_copy, model_copy, lora_dir, tmp_path):
     scale(adapter_copy, 10**6)
     with pytest.raises(ValueError, match=r"too big for torch\.float16; export in float32"):
         export_lora(None, adapter_copy, tmp_path / "lora", dtype="float16")
-    with pytest.raises(
-        ValueError, match=r"is no PaCA adapter; only .* already needs no export"
-    ):
+    with pytest.raises(ValueError, match=r"is no PaCA adapter; only .* already needs no export"):
         export_lora(None, lora_dir, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
     with pytest.raises(FileExistsError, match="is not empty"):

@@ -175,12 +175,11 @@ class PacaOptions(PacaChoices):
             or (self.trainable_token_indices is not None and ".token_adapter." in name)
         )
 
-    def statistics(self) -> tuple[str, ...]:
-        """Return the kinds of statistics from data by which columns are to be chosen."""
-        from pacatune.strategies import KINDS, needs_of
+    def needs_gradients(self) -> bool:
+        """Whether columns are to be chosen by gradients, and so from data."""
+        from pacatune.strategies import needs_of
 
-        kinds = set() if self.columns is not None else set(needs_of(str(self.selection)))
-        return tuple(kind for kind in KINDS if kind in kinds)
+        return self.columns is None and "gradient" in needs_of(str(self.selection))
 
     def _check_kinds(self) -> None:
         for name, value in vars(self).items():

@@ -51,7 +51,7 @@ def collect_statistics(
         model: The base, whole on its device and not adapted. It runs in the mode it is in, with
             BatchNorm evaluating; a gradient checkpoint works as in training.
         batches: What is in one iteration each; the paper takes 100.
-        config: Says which weights, and by its `selection` what is collected.
+        config: Says which weights; its `selection` must look at gradients.
         loss_fn: (model, batch) -> scalar loss; by default `model(**batch).loss`, with the batch on
             the model's device.
 
@@ -63,7 +63,7 @@ def collect_statistics(
             weights, a target was never used, or a loss is not finite.
         TypeError: If a batch is not a dictionary, and there is no `loss_fn`.
     """
-    if not config.statistics():
+    if not config.needs_gradients():
         raise ValueError(
             f"`selection` ({config.selection!r}) needs no statistics; make the adapter without."
         )

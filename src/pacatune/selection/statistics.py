@@ -12,7 +12,6 @@ from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import Columns
 from pacatune.format.tensors import INDICES, PEFT_PREFIX, TENSORS_NAME
-from pacatune.strategies import KINDS
 
 __all__ = ["ColumnStatistics", "load_columns", "save_columns"]
 
@@ -42,13 +41,13 @@ class ColumnStatistics:
             raise ValueError(f"`num_batches` ({self.num_batches}) must be at least 1.")
         for module, kinds in self.values.items():
             for kind, values in kinds.items():
-                is_sum = kind in KINDS and values.dim() == 1 and values.is_floating_point()
+                is_sum = kind == "gradient" and values.dim() == 1 and values.is_floating_point()
                 if not (is_sum and values.isfinite().all() and (values >= 0).all()):
                     raise ValueError(
                         f"the statistics of {module!r} have {kind!r}, {tuple(values.shape)} of "
-                        f"{values.dtype}; it must be {KINDS[0]!r}, a finite sum of squares for "
-                        "each column: the loss of a batch is not finite (no label in it?), or the "
-                        "file is damaged."
+                        f"{values.dtype}; it must be 'gradient', a finite sum of squares for each "
+                        "column: the loss of a batch is not finite (no label in it?), or the file "
+                        "is damaged."
                     )
 
     def of(self, module: str) -> Mapping[str, Tensor]:

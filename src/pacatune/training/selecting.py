@@ -21,7 +21,7 @@ from pacatune.training.progress import say
 def check_selection(config: RunConfig, adapter_config: PeftConfig | None) -> None:
     """Refuse a choice from data where no process has the whole model."""
     options, plugin = cast(Any, adapter_config), config.training.deepspeed_plugin
-    if not _kinds(options):
+    if not _needs_gradients(options):
         return
     why = None
     if plugin is not None and plugin.zero_stage == 3:
@@ -52,8 +52,7 @@ def choose_from_data(
     the run's device, if it is not quantised. A run that goes on from a checkpoint has its columns.
     """
     adapter: Any = copy.deepcopy(adapter_config)
-    kinds = _kinds(adapter)
-    if not kinds:
+    if not _needs_gradients(adapter):
         return cast(PeftConfig | None, adapter)
     if checkpoint is not None:
         from pacatune.adapters.folder import CONFIG_NAME, read_config
@@ -76,7 +75,7 @@ def choose_from_data(
     start = time.perf_counter()
     shown = track(
         batches,
-        f"collecting {' and '.join(kinds)}",
+        "collecting gradients",
         config.paca.selection_batches,
         console=console,
         transient=True,
@@ -113,6 +112,5 @@ def describe_columns(model: Any) -> str | None:
     return ", ".join([config.selection, *said])
 
 
-def _kinds(adapter: Any) -> tuple[str, ...]:
-    """Return the statistics that columns are chosen by."""
-    return adapter.statistics() if getattr(adapter, "peft_type", None) == "PACA" else ()
+def _needs_gradients(adapter: Any) -> bool:
+    return getattr(adapter, "peft_type", None) == "PACA" and adapter.needs_gradients()
