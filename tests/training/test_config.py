@@ -109,6 +109,16 @@ def test_what_is_filled_in():
     run_config(training={"precompute_ref_log_probs": True}, task="dpo", method="full")
 
 
+def test_what_trains_nothing():
+    sizes = ["per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"]
+    sizes += ["max_steps", "eval_steps", "save_steps", "save_total_limit", "max_length"]
+    numbers = dict.fromkeys(sizes, 0) | {"logging_steps": -1, "learning_rate": float("inf")}
+    for name, value in numbers.items():
+        message = rf"`training.{name}` \({value}\) must be above 0; raise"
+        with pytest.raises(ValueError, match=message):
+            run_config(training={name: value})
+
+
 NO_EVALUATION = {"data": {"eval_fraction": 0}}
 SWITCHED_OFF = {"training": {"eval_strategy": "no"}}
 STOPS = {"early_stopping_patience": 2}
