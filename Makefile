@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-vision demo-rl test test-distributed test-integrations test-vllm test-gguf
 .PHONY: lint conformance test-docs
-.PHONY: compat soak soak-rl bench bench-check metamath docs dist
+.PHONY: compat soak soak-rl bench bench-check docs dist
 .PHONY: setup-demo setup-demo-vision setup-demo-rl setup-dev
 
 help:
@@ -28,7 +28,6 @@ help:
 	@echo 'make soak-rl           300 steps of GRPO beside a vLLM server, killed three times; about an hour'
 	@echo 'make bench             measure step time and memory against the other methods'
 	@echo 'make bench-check       kernels, bytes and estimates against the committed ones; ARGS=--all: what takes minutes, too'
-	@echo "make metamath PEFT=DIR PaCA in PEFT's comparison on MetaMathQA, in a checkout of PEFT; needs a GPU"
 	@echo 'make docs              tables and picture of README and docs, and the site with commands and Python API'
 	@echo 'make dist              the source distribution and the wheel of a release, in dist/'
 
@@ -87,9 +86,6 @@ bench: setup-dev
 
 bench-check: setup-dev
 	$(RUN) -m benchmarks.check $(ARGS)
-
-metamath: setup-dev
-	$(RUN) -m benchmarks.metamath $(PEFT) $(ARGS)
 
 docs: setup-dev
 	$(RUN) -m tools.families

@@ -1,1 +1,0 @@
-"""PaCA in PEFT's comparison of methods on MetaMathQA; see README.md."""
