@@ -57,14 +57,12 @@ _MMLU_DATA = {"path": str(mmlu.TRAINING_FILE), "format": "prompt-completion"}
 
 def _score_mmlu(work: Work, line: Line, adapter: Path | None) -> list[Row]:
     """Return five-shot accuracies by lm-eval, with two standard errors."""
-    from pacatune.evaluation import evaluate_tasks
-
     with work.quiet("mmlu"), loaded(hub_id(line), adapter) as found:
-        scores = evaluate_tasks(found.model, found.tokenizer, ["mmlu"], num_fewshot=5).tasks
+        scores = mmlu.lm_eval_results(found.model, found.tokenizer, ["mmlu"], num_fewshot=5)
     rows = []
     for key, group in _CATEGORIES.items():
-        score = scores[group]["acc"]
-        value, spread = 100 * score.value, 200 * (score.stderr or 0.0)
+        score = scores["results"][group]
+        value, spread = 100 * score["acc,none"], 200 * score["acc_stderr,none"]
         ends = {"low": value - spread, "high": value + spread}
         rows.append(row_of(TABLE_1, line, key, value, setting="MMLU, 5-shot", **ends))
     return rows
@@ -162,14 +160,22 @@ def accuracy_row(row: Row, right: Sequence[Sequence[float]]) -> Row:
 
 def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
     """Return 1 or 0 for each question."""
-    from pacatune.evaluation import evaluate_choice, read_questions
-
-    questions = read_questions(heldout)
+    task = {
+        "task": _DATA,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(heldout)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        # Names of columns, so that no text of the data is taken for a template.
+        "doc_to_text": "prompt",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+    }
     with loaded(str(model), adapter, dtype=small_dtype(), device="cpu") as found:
-        result = evaluate_choice(
-            found.model, found.tokenizer, questions, limit=_NUM_QUESTIONS, batch_size=16
+        results = mmlu.lm_eval_results(
+            found.model, found.tokenizer, [task], batch_size=16, limit=_NUM_QUESTIONS
         )
-    return [float(one["acc"]) for one in result.questions]
+    return [float(each["acc"]) for each in results["samples"][_DATA]]
 
 
 def _jobs_1(scale: Scale) -> list[Job]:

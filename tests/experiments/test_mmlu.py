@@ -1,25 +1,43 @@
 """Questions of MMLU are trained on in the tokens that lm-eval scores."""
 
 import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import mmlu
 from pacatune.data.config import DataConfig
 from pacatune.data.prepare import prepare_data
+from tests.conftest import build_model
 from tests.data.conftest import write_lines
-from tests.evaluation.mmlu import write_mmlu
 
 BONE = {"question": " Which bone is longest?\nThink. ", "answer": 3, "subject": "anatomy"}
 BONE["choices"] = ["Femur", " Skull", "Rib\n", "Été"]
 SALE = {"question": "What sells?", "answer": 0, "subject": "high_school_world_history"}
 SALE["choices"] = ["{{ 1 }}", "2", "3", "4"]
+TASKS = Path(find_spec("lm_eval").origin).parent / "tasks" / "mmlu" / "default"
 
 
 @pytest.fixture(scope="module")
 def tasks_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mmlu") / "tasks"
-    return write_mmlu(folder, questions={one["subject"]: [one] for one in (BONE, SALE)})
+    """lm-eval's task files over a data set like cais/mmlu, of a question in two subjects."""
+    folder = tmp_path_factory.mktemp("mmlu")
+    shutil.copytree(TASKS, folder / "tasks")
+    template = folder / "tasks" / "_default_template_yaml"
+    template.write_text(template.read_text().replace("cais/mmlu", str(folder / "questions")))
+    (folder / "questions").mkdir()
+    configs = []
+    for row in (BONE, SALE):
+        subject = row["subject"]
+        write_lines(folder / "questions" / f"{subject}.jsonl", [row])
+        files = [{"split": name, "path": f"{subject}.jsonl"} for name in ("dev", "test")]
+        configs.append({"config_name": subject, "data_files": files})
+    head = json.dumps({"configs": configs})
+    (folder / "questions" / "README.md").write_text(f"---\n{head}\n---\n")
+    return folder / "tasks"
 
 
 def prepare(tokenizer, path, **options):
@@ -32,18 +50,18 @@ def prepare(tokenizer, path, **options):
 def test_training_tokens_are_those_that_lm_eval_scores(
     tokenizer, tasks_dir, tmp_path, asked, has_bos
 ):
-    from pacatune.evaluation.language_model import LanguageModel
-    from pacatune.evaluation.tasks import prepare_tasks
-    from tests.conftest import build_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     if not has_bos:
         from tokenizers import processors
 
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    (task,) = prepare_tasks([f"mmlu_{asked['subject']}"], tasks_dir)
+    manager = TaskManager(include_path=tasks_dir, include_defaults=False)
+    (task,) = manager.load([f"mmlu_{asked['subject']}"])["tasks"].values()
     document = task.eval_docs[0]
     requests = task.construct_requests(document, task.fewshot_context(document, 0))
-    lm = LanguageModel(build_model(len(tokenizer)), tokenizer)
+    lm = HFLM(pretrained=build_model(len(tokenizer)), tokenizer=tokenizer)
     context, answer = lm._encode_pair(*requests[document["answer"]].args)
     row = prepare(tokenizer, write_lines(tmp_path / "train.jsonl", [mmlu.to_row(asked)]))
     learned = [*answer, tokenizer.eos_token_id]
@@ -55,6 +73,27 @@ def test_training_tokens_are_those_that_lm_eval_scores(
     assert nameless["prompt"] == task.doc_to_text(asked)
     assert named["prompt"] == task.config.description + nameless["prompt"]
     assert nameless["completion"] == f" {task.doc_to_choice(asked)[asked['answer']]}"
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, context, continuation):
+    start = len(tokenizer(context)["input_ids"])
+    ids = tokenizer(context + continuation, return_tensors="pt")["input_ids"]
+    log_probs = model(ids).logits[0].log_softmax(-1)
+    return sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
+
+
+def test_scores_are_those_of_the_model_in_memory(tokenizer, tasks_dir):
+    model = build_model(len(tokenizer)).eval()
+    results = mmlu.lm_eval_results(
+        model, tokenizer, ["mmlu_anatomy"], tasks_dir=tasks_dir, num_fewshot=0
+    )
+    (sample,) = results["samples"]["mmlu_anatomy"]
+    prompt = mmlu.to_row(BONE)["prompt"]
+    expected = [log_likelihood(model, tokenizer, prompt, f" {name}") for name in mmlu.LETTERS]
+    assert [reply[0] for reply in sample["filtered_resps"]] == pytest.approx(expected)
+    is_right = max(range(4), key=expected.__getitem__) == BONE["answer"]
+    assert results["results"]["mmlu_anatomy"]["acc,none"] == is_right
 
 
 def test_as_the_authors_trained(tokenizer, tmp_path):

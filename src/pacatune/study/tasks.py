@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 
+from experiments.perplexity import general_text, text_loss
 from pacatune.data.checks import overlap_warning, row_digests
 from pacatune.data.encode import IGNORED
 from pacatune.data.images import ImageDataset, check_images, find_parts, images_digest
-from pacatune.evaluation import default_text, evaluate_perplexity
 from pacatune.methods import METHODS, readers_of
 from pacatune.reports.provenance import sha256_of
 from pacatune.training import RunConfig
@@ -196,10 +196,7 @@ class StudyTask:
         with trainer.accelerator.autocast():
             if self.kind == "classifier":
                 return pairing_loss(trainer.model, task.tokenizer, limit)
-            (score,) = evaluate_perplexity(
-                trainer.model, task.tokenizer, default_text(), max_tokens=limit
-            ).values()
-        return score.loss
+            return text_loss(trainer.model, task.tokenizer, general_text(), limit)
 
 
 def _where(config: RunConfig) -> str:
@@ -239,8 +236,7 @@ def pairing_loss(model: Any, tokenizer: Any, max_tokens: int) -> float:
     Sentence encoders are trained for this: the cross-entropy of 20 times the cosines of means over
     tokens. Where `max_tokens` asks for more paragraphs than there are, of all.
     """
-    (text,) = default_text().values()
-    words = [part.split() for part in text.split("\n\n")]
+    words = [part.split() for part in general_text().split("\n\n")]
     pairs = [(w[: len(w) // 2], w[len(w) // 2 :]) for w in words if 16 <= len(w) <= 64]
     losses = []
     for start in range(0, min(max(32, max_tokens // 64), len(pairs) // 32 * 32), 32):
