@@ -4,7 +4,7 @@ from types import ModuleType
 import pytest
 
 PACKAGES = (
-    *("", ".evaluation", ".patch", ".selection", ".sync"),
+    *("", ".patch", ".selection", ".sync"),
     *(".study", ".training", ".training.image"),
 )
 

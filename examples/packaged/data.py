@@ -13,15 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# What a choice follows, after a space: who would do what next, what a step is good for, is a claim
-# true.
-CHOICE_PROMPTS = {
-    "social_iqa": "Question: {}\nAnswer:",
-    "goal_inference": "{}",
-    "fever": "{}\nA:",
-}
 CLASSES = ("Date", "Entity", "Humans", "Location", "Organization", "Quantity")
-_NUM_CHATS_HELD_OUT, _NUM_CHOICES_HELD_OUT, _NUM_IMAGES_HELD_OUT = 96, 400, 200
+_NUM_CHATS_HELD_OUT, _NUM_IMAGES_HELD_OUT = 96, 200
 _TYPES_HELD_OUT = 0.3
 _NUM_PROBLEMS, _NUM_PROBLEMS_HELD_OUT = 3000, 300
 _MAX_ANSWER_CHARS = 200
@@ -118,32 +111,6 @@ def _examples(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-def make_choices(files: list[Path], folder: Path) -> None:
-    """Write the questions of each task of `CHOICE_PROMPTS`, to be trained on and scored.
-
-    No question, compared without case and space, is in both files or twice in one.
-    """
-    for path in files:
-        name = path.parent.name
-        questions = [_to_choice(one, CHOICE_PROMPTS[name]) for one in _examples(path)]
-        unique = {" ".join(q["question"].casefold().split()): q for q in reversed(questions)}
-        shuffled = [unique[key] for key in sorted(unique)]
-        random.Random(0).shuffle(shuffled)
-        held_out = shuffled[:_NUM_CHOICES_HELD_OUT]
-        _write(folder / name, shuffled[_NUM_CHOICES_HELD_OUT:], held_out)
-
-
-def _to_choice(example: dict[str, Any], prompt: str) -> Row:
-    question, scores = example["input"].strip(), example["target_scores"]
-    choices = [choice.strip() for choice in scores]
-    return _choice(question, choices, list(scores.values()).index(max(scores.values())), prompt)
-
-
-def _choice(question: str, choices: list[str], answer: int, prompt: str) -> Row:
-    asked = {"question": question, "choices": choices, "answer": answer}
-    return {"prompt": prompt.format(question), "completion": f" {choices[answer]}", **asked}
-
-
 def make_question_types(files: list[Path], folder: Path) -> None:
     """Write questions with answers about Wikipedia's articles, and the type of the answer.
 
@@ -158,9 +125,13 @@ def make_type_choices(files: list[Path], folder: Path) -> None:
     parts = []
     for rows in split_by_question(single_types(_examples(files[0]))):
         random.Random(0).shuffle(rows)
-        labels = [(row["text"], CLASSES.index(row["label"])) for row in rows]
-        parts.append([_choice(text, [*CLASSES], place, "{}\nType:") for text, place in labels])
+        parts.append([_type_choice(row["text"], row["label"]) for row in rows])
     _write(folder, *parts)
+
+
+def _type_choice(question: str, label: str) -> Row:
+    asked = {"question": question, "choices": [*CLASSES], "answer": CLASSES.index(label)}
+    return {"prompt": f"{question}\nType:", "completion": f" {label}", **asked}
 
 
 def single_types(examples: list[dict[str, Any]]) -> list[Row]:

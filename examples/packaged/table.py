@@ -104,16 +104,6 @@ PACKAGED = {
         files=(_TASK.format("cifar10_classification/base64"),),
         make=texts.make_images,
     ),
-    "multiple-choice": Packaged(
-        folder="multiple-choice",
-        what="social_iqa, goal_inference and fever, in BIG-bench, Apache-2.0",
-        archive=_BIGBENCH,
-        files=tuple(
-            _TASK.format(name)
-            for name in ("social_iqa", "goal_step_wikihow/goal_inference", "fact_checker/fever")
-        ),
-        make=texts.make_choices,
-    ),
     "question-types": Packaged(
         folder="question-types",
         what="the type of a question's answer, six classes, in BIG-bench, Apache-2.0",

@@ -7,12 +7,9 @@ from packaging.version import Version
 
 # Extra -> the packages by which its commands see that it is installed, under the names to import.
 _TRAIN = ("trl", "datasets", "rich", "matplotlib", "jinja2")
-_VISION = (*_TRAIN, "timm", "torchvision", "PIL")
 _PACKAGES = {
     "train": _TRAIN,
-    "vision": _VISION,
-    # lm-eval is asked for by the evaluations that are its own.
-    "eval": _TRAIN,
+    "vision": (*_TRAIN, "timm", "torchvision", "PIL"),
 }
 
 

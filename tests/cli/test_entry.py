@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from pacatune.cli import evaluate, patch
+from pacatune.cli import patch
 from pacatune.cli.entry import COMMANDS, main
 
 
@@ -29,7 +29,7 @@ def inspect(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "commands"),
-    [([], COMMANDS), (["evaluate"], evaluate.SUBCOMMANDS), (["patch"], patch.SUBCOMMANDS)],
+    [([], COMMANDS), (["patch"], patch.SUBCOMMANDS)],
 )
 def test_help_lists_every_command(words, commands, capsys, shown):
     for more, status in (["--help"], 0), ([], 2):

@@ -64,8 +64,6 @@ EARLY = {
     "generate --prompt a --model tiny --temperature -1": "`temperature` (-1.0) must be 0 (greedy)",
     "generate --model tiny": "--prompt is missing; give a text, or - to read it",
     "generate --promt=a": "unknown option --promt; did you mean '--prompt'?",
-    "evaluate mlmu": "unknown command of evaluate 'mlmu'; did you mean 'mmlu'?",
-    "evaluate perplexity --model tiny --output out --text no": "`text` ('no') is no file in UTF-8",
     "patch revrt": "unknown command of patch 'revrt'; did you mean 'revert'?",
     "patch recover --model ./no": "folder 'no' does not exist",
     "inspect": "the following arguments are required: adapter; see `pacatune inspect --help`.",
@@ -79,7 +77,7 @@ EARLY = {
     # An option that there is not comes before those that are missing.
     **{
         f"{command} --outptu x": "unknown option --outptu; did you mean '--output'?"
-        for command in ("merge", "evaluate mmlu", "patch make")
+        for command in ("merge", "patch make")
     },
 }
 
@@ -87,8 +85,6 @@ EARLY = {
 LATER = {
     "merge --adapter paca --output out --model nowhere": "`model` ('nowhere') is neither a file or",
     "estimate llama3.2-1b --method shira": "`method` ('shira') looks at values when its",
-    "evaluate lm-eval --tasks no --tasks-dir images --model tiny --output out": "'images' has no t",
-    "evaluate choice --data no.jsonl --model tiny --output out": "'no.jsonl' is not a file; give",
 }
 
 SCRIPT = """
@@ -150,7 +146,7 @@ def test_runs_by_a_check_without_torch(words, folder):
 
 
 def test_before_anything_heavy_is_imported(folder):
-    heavy = ["trl", "peft", "datasets", "lm_eval", "transformers.modeling_utils"]
+    heavy = ["trl", "peft", "datasets", "transformers.modeling_utils"]
     argv = [sys.executable, "-c", SCRIPT, *heavy]
     done = subprocess.run(argv, input=json.dumps(list(EARLY)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

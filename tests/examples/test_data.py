@@ -10,7 +10,6 @@ from PIL import Image
 from examples.packaged import data as packaged
 from pacatune.data.config import ImageDataConfig
 from pacatune.data.images import class_names, prepare_images
-from pacatune.evaluation.choice import read_questions
 
 
 def read(path):
@@ -44,24 +43,6 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
         assert path.parent.name == ("cat", "dog")[int(path.stem) % 2]
 
 
-def test_choices_can_be_trained_on_and_scored_and_none_is_on_both_sides(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged, "_NUM_CHOICES_HELD_OUT", 4)
-    examples = [
-        {"input": f"What about {n}? ", "target_scores": {f"right {n}": 1, "wrong": 0, "neither": 0}}
-        for n in range(12)
-    ]
-    examples.append({"input": "what  about 3?", "target_scores": {"a": 0, "b": 1}})
-    packaged.make_choices([task_file(tmp_path / "social_iqa", examples)], tmp_path)
-    train, test = (read(tmp_path / "social_iqa" / f"{part}.jsonl") for part in ("train", "test"))
-    assert (len(train), len(test)) == (8, 4)
-    assert len({row["question"].casefold() for row in train + test}) == 12
-    questions = read_questions(tmp_path / "social_iqa" / "test.jsonl")
-    for row, question in zip(test, questions, strict=True):
-        assert row["prompt"] == question.context() == f"Question: {row['question']}\nAnswer:"
-        assert row["completion"] == f" {row['choices'][row['answer']]}"
-        assert row["completion"].startswith(" right")
-
-
 def typed(text, *types):
     return {"input": f"Question: {text}", "target": [f"{name}." for name in types]}
 
@@ -88,11 +69,13 @@ def test_questions_of_one_of_six_types_and_none_on_both_sides(tmp_path):
     assert not asked[0] & asked[1]
     (tmp_path / "choices").mkdir()
     packaged.make_type_choices(files, tmp_path / "choices")
-    questions = read_questions(tmp_path / "choices" / "train.jsonl")
-    assert sorted((q.question, q.choices[q.answer]) for q in questions) == sorted(
+    choices = read(tmp_path / "choices" / "train.jsonl")
+    assert sorted((c["question"], c["choices"][c["answer"]]) for c in choices) == sorted(
         (row["text"], row["label"]) for row in train
     )
-    assert all(q.context() == f"{q.question}\nType:" for q in questions)
+    for row in choices:
+        assert row["prompt"] == f"{row['question']}\nType:"
+        assert row["completion"] == f" {row['choices'][row['answer']]}"
 
 
 def test_chats(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ NAMES = (
     *("completions/d.txt", "runs/mine/e", "runs/events.out.tfevents.1", "notes.txt", "train.log"),
     *("checkpoint-1/trainer_state.json", "checkpoint-2/mine", "checkpoint-9/model.safetensors"),
     *("bench.json", "bench.md", "times.png", "study.json", "runs/a.json"),
-    *("demo.json", "paca/config.yaml", "evaluation.json", "evaluation.md", "p.safetensors"),
+    *("demo.json", "paca/config.yaml", "p.safetensors"),
     *(".lock", ".incomplete/checkpoint-2/a", ".pacatune/mine", ".config.yaml", "data.jsonl"),
     *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt"),
 )
@@ -69,7 +69,6 @@ def commands(draw, place):
             ["patch", "make", *adapter, "--output", f"{place}/p.safetensors"],
             ["patch", "apply", "--model", model, "--patch", f"{place}/p.safetensors", *output],
             ["bench", "--shape", "64x1", "--methods", "paca", *output],
-            ["evaluate", "perplexity", *adapter, "--text", data, *output],
             ["compare", "--config", "study.yaml", *output],
         )
     )

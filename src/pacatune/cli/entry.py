@@ -25,7 +25,6 @@ COMMANDS = {
     "train": "fine-tune a model on your data",
     "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
-    "evaluate": "score a model or adapter: MMLU, lm-eval's tasks, choices, perplexity",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
     "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",
@@ -38,7 +37,7 @@ COMMANDS = {
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
     **dict.fromkeys(("train", "estimate", "compare", "bench"), "train"),
-    **{"train-image": "vision", "evaluate": "eval"},
+    "train-image": "vision",
 }
 
 # What these show needs neither torch nor PEFT, whose import takes many seconds.
