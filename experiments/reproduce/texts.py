@@ -211,14 +211,11 @@ _OASST1 = {
     "format": "text",
     "eval_split": "test",
 }
-_JUDGE = {
-    "judge_url": "https://api.openai.com/v1",
-    "judge_model": "gpt-4o-mini",
-    "judge_key_env": "OPENAI_API_KEY",
-}
+_JUDGE = {"judge_url": "https://api.openai.com/v1", "judge_model": "gpt-4o-mini"}
 _FILES = {
     "questions": "question.jsonl",
     "references": "gpt-4.jsonl",
+    "judge_prompts": "judge_prompts.jsonl",
 }
 
 
@@ -227,28 +224,27 @@ def _judge(table: Table, work: Work, line: Line, adapter: Path | None) -> list[R
 
     MT-Bench goes on by itself with the answers and judgments that its folder holds.
     """
-    from experiments.mt_bench.config import MtBenchConfig
-    from experiments.mt_bench.run import run_mt_bench
+    from experiments.mt_bench import MtBench, run_mt_bench
 
     held = {"quantization": "nf4"} if line.method in ("quantized", "qlora", "qpaca") else {}
     folder = prepare("mt-bench")
     files = {name: str(folder / file) for name, file in _FILES.items()}
-    config = MtBenchConfig(
+    options = MtBench(
         output=work.folder / "mt-bench",
         model=hub_id(line),
         adapter=None if adapter is None else str(adapter),
-        judge_prompts=folder / "judge_prompts.jsonl",
         **{**held, **files, **_JUDGE},
     )
-    with work.quiet("mt-bench") as console:
-        result = run_mt_bench(config, console, console)
+    with work.quiet("mt-bench"):
+        scores = run_mt_bench(options)
     titles = {one.key: one.title for one in table.quantities if one.is_score}
     rows = []
-    for one in result["table"]:
-        key = "average" if one["name"] == "all" else one["name"]
-        if one["mean"] is not None and key in titles:
-            ends = {"low": one["low"], "high": one["high"], "setting": "MT-Bench"}
-            rows.append(row_of(table, line, key, one["mean"], **ends))
+    for score in scores:
+        key = "average" if score["category"] == "all" else score["category"]
+        if key in titles:
+            mean, spread = score["mean"], score["spread"]
+            ends = {"low": mean - spread, "high": mean + spread, "setting": "MT-Bench"}
+            rows.append(row_of(table, line, key, mean, **ends))
     return rows
 
 
@@ -316,7 +312,7 @@ def _experiment(table: Table, about: str, *notes: str) -> Experiment:
         beside=MODEL,
         jobs=jobs,
         notes=(*scripts, *notes),
-        judge_key=_JUDGE["judge_key_env"],
+        judge_key="OPENAI_API_KEY",
     )
 
 
