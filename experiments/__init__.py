@@ -1,1 +1,1 @@
-"""Beside the package, and not installed with it: the paper, reproduced; MT-Bench."""
+"""Beside the package, and not installed with it: the paper, reproduced; MMLU; MT-Bench."""

@@ -18,6 +18,7 @@ from typing import Any
 from examples.packaged import default_cache
 from pacatune.data.read import load_hub
 from pacatune.files.folder import whole_file
+from pacatune.installation import require_extra
 
 LETTERS = "ABCD"
 # What lm-eval 0.4 says before a question whose subject it knows; training questions name none.
@@ -64,6 +65,7 @@ def lm_eval_results(
         batch_size: Prompts that are evaluated at once.
         options: Those of `lm_eval.simple_evaluate`, such as `num_fewshot` and `limit`.
     """
+    require_extra("a score by lm-eval", "experiments", ("lm_eval",))
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -83,6 +83,17 @@ def logits_of(model):
         return model.eval()(torch.arange(24).view(2, 12)).logits
 
 
+def log_likelihood(model, tokenizer, context, continuation):
+    """The log-likelihood of a text after another."""
+    import torch
+
+    start = len(tokenizer(context)["input_ids"])
+    ids = tokenizer(context + continuation, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        log_probs = model(ids).logits[0].log_softmax(-1)
+    return sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
+
+
 @pytest.fixture(scope="session")
 def adapter_dir(tmp_path_factory, tiny_model_dir):
     """An adapter of the tiny Llama, with a fingerprint of it; not to be changed."""

@@ -6,11 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.merge import merge
-from tests.adapters.fixtures import save_adapter
+from tests.adapters.fixtures import log_likelihood, save_adapter
 from tests.data.conftest import write_lines
 from tests.docs.blocks import ROOT, run
 
@@ -29,15 +28,6 @@ PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^lm_eval .*", PAGE, re.MULTILINE)
 
 
-@torch.no_grad()
-def log_likelihoods(model, tokenizer):
-    start = len(tokenizer(QUESTION)["input_ids"])
-    for choice in CHOICES:
-        ids = tokenizer(f"{QUESTION} {choice}", return_tensors="pt")["input_ids"]
-        log_probs = model(ids).logits[0].log_softmax(-1)
-        yield sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
-
-
 @pytest.fixture
 def folder(tmp_path):
     write_lines(tmp_path / "sums.jsonl", [{"question": QUESTION, "choices": CHOICES, "answer": 0}])
@@ -52,7 +42,7 @@ def test_the_commands_of_the_page_score_the_adapted_model(folder, tiny_model_dir
     (folder / "my-model").symlink_to(tiny_model_dir)
     merge(str(tiny_model_dir), folder / "my-run", folder / "my-merged")
     export_lora(str(tiny_model_dir), folder / "my-run", folder / "my-lora")
-    expected = list(log_likelihoods(adapted, tokenizer))
+    expected = [log_likelihood(adapted, tokenizer, QUESTION, f" {text}") for text in CHOICES]
     assert len(COMMANDS) == 2
     for number, command in enumerate(COMMANDS):
         words = shlex.split(command.replace("--tasks mmlu", "--tasks sums"))

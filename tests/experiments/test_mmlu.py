@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments import mmlu
 from pacatune.data.config import DataConfig
 from pacatune.data.prepare import prepare_data
+from tests.adapters.fixtures import log_likelihood
 from tests.conftest import build_model
 from tests.data.conftest import write_lines
 
@@ -73,14 +73,6 @@ def test_training_tokens_are_those_that_lm_eval_scores(
     assert nameless["prompt"] == task.doc_to_text(asked)
     assert named["prompt"] == task.config.description + nameless["prompt"]
     assert nameless["completion"] == f" {task.doc_to_choice(asked)[asked['answer']]}"
-
-
-@torch.no_grad()
-def log_likelihood(model, tokenizer, context, continuation):
-    start = len(tokenizer(context)["input_ids"])
-    ids = tokenizer(context + continuation, return_tensors="pt")["input_ids"]
-    log_probs = model(ids).logits[0].log_softmax(-1)
-    return sum(log_probs[k - 1, ids[0, k]].item() for k in range(start, ids.shape[1]))
 
 
 def test_scores_are_those_of_the_model_in_memory(tokenizer, tasks_dir):
