@@ -73,7 +73,6 @@ EARLY = {
     "estimate llama3-8b --max rank": "--max needs --gpu or --memory",
     BENCH + " --model tiny --heads 2": "`num_heads` is for --shape",
     "bench --shape 32x2 --output images": "did not write, or that were changed since (a/1.png",
-    "compare --config wrong.yaml --output out": "wrong.yaml: unknown key 'training'",
     # An option that there is not comes before those that are missing.
     **{
         f"{command} --outptu x": "unknown option --outptu; did you mean '--output'?"

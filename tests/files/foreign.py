@@ -25,7 +25,7 @@ NAMES = (
     *("tokenizer.json", "tokenizer_train.py", "tokenizers/mine.py", "vocab.txt", "merges.txt"),
     *("completions/d.txt", "runs/mine/e", "runs/events.out.tfevents.1", "notes.txt", "train.log"),
     *("checkpoint-1/trainer_state.json", "checkpoint-2/mine", "checkpoint-9/model.safetensors"),
-    *("bench.json", "bench.md", "times.png", "study.json", "runs/a.json"),
+    *("bench.json", "bench.md", "times.png", "runs/a.json"),
     *("demo.json", "paca/config.yaml", "p.safetensors"),
     *(".lock", ".incomplete/checkpoint-2/a", ".pacatune/mine", ".config.yaml", "data.jsonl"),
     *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt"),
@@ -35,16 +35,6 @@ _TRAIN = (
     *("--training.max_steps", "2", "--training.save_steps", "1", "--training.use_cpu", "true"),
     *("--training.bf16", "false", "--training.eval_strategy", "no"),
 )
-
-STUDY = """
-options:
-  model: {path: model}
-  data: {path: data.jsonl, eval_path: data.jsonl}
-  training: {max_steps: 1, use_cpu: true, bf16: false}
-arms: {a: {rank: 2}}
-seeds: [0]
-learning_rates: {paca: [1.0e-3]}
-"""
 
 
 def commands(draw, place):
@@ -69,7 +59,6 @@ def commands(draw, place):
             ["patch", "make", *adapter, "--output", f"{place}/p.safetensors"],
             ["patch", "apply", "--model", model, "--patch", f"{place}/p.safetensors", *output],
             ["bench", "--shape", "64x1", "--methods", "paca", *output],
-            ["compare", "--config", "study.yaml", *output],
         )
     )
 
@@ -82,7 +71,6 @@ def make_project(folder):
     tokenizer = build_tokenizer()
     build_model(len(tokenizer)).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "study.yaml").write_text(STUDY)
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i % 7}."} for i in range(24)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["train", "--model.path", "model", "--data.path", "data.jsonl", *_TRAIN]

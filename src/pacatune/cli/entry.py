@@ -30,13 +30,12 @@ COMMANDS = {
     "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",
     "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
-    "compare": "compare methods on one task: rates, seeds, table, test",
     "bench": "measure the methods on this machine: time, operations, memory, limits",
 }
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    **dict.fromkeys(("train", "estimate", "compare", "bench"), "train"),
+    **dict.fromkeys(("train", "estimate", "bench"), "train"),
     "train-image": "vision",
 }
 
