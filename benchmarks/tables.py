@@ -8,8 +8,9 @@ out by `pacatune.reports.rows.table`.
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,30 @@ class View:
     """Some rows of a result as a table."""
 
     file: str
-    where: Callable[[Row], bool] = lambda row: True
-    """Which rows."""
+    shown: tuple[str, ...] = ("*",)
+    """Patterns of rows, each written WHAT; METHOD; SETTING; MODEL."""
+    hidden: tuple[str, ...] = ()
+    """Patterns of rows among them that are left out."""
     index: tuple[str, ...] = ("setting",)
-    columns: tuple[str, ...] = ("method",)
+    columns: tuple[str, ...] = ("what",)
     floor: str = ""
     """Method beyond whose numbers the others are shown."""
-    remark: str = ""
     is_first: bool = True
     """Whether no table before it on its page says what its words mean, and where it comes from."""
+
+    def rows(self, rows: Iterable[Row]) -> list[Row]:
+        """Return the rows that the patterns name."""
+
+        def is_like(row: Row, patterns: Iterable[str]) -> bool:
+            text = "; ".join((row.what, row.method, row.setting, row.model))
+            return any(fnmatchcase(text, pattern) for pattern in patterns)
+
+        return [r for r in rows if is_like(r, self.shown) and not is_like(r, self.hidden)]
 
     def markdown(self, results: Path) -> str:
         """Return the table, what its words mean, and where it comes from."""
         result = read(self.file, results)
-        rows, made = list(filter(self.where, result.rows)), result.provenance
+        rows, made = self.rows(result.rows), result.provenance
         floors = {(r.what, r.setting): r.value for r in rows if r.method == self.floor}
         for place, row in enumerate(rows):
             if self.floor not in ("", row.method):
@@ -51,7 +62,8 @@ class View:
         if not self.is_first:
             return "\n".join(shown.markdown())
         known = [f"`{n}`: {text}" for n, text in made["methods"].items() if n in _words(rows)]
-        remarks = ["; ".join(known) + "." if known else "", self.remark, " ".join(shown.notes)]
+        remark = f"Lines below `{self.floor}` say how many are beyond it." if self.floor else ""
+        remarks = ["; ".join(known) + "." if known else "", remark, " ".join(shown.notes)]
         where = f", on {made['device']}" if "device" in made else ""
         source = (
             f"{made['how']}{where} ({versions_text(made['versions'])}). `{made['command']}`"
@@ -67,126 +79,77 @@ def _words(rows: Iterable[Row]) -> set[str]:
     return texts | {text.partition(", ")[0] for text in texts}
 
 
-def _what(*names: str) -> Callable[[Row], bool]:
-    return lambda row: row.what in names
-
-
-def _is_share(row: Row) -> bool:
-    """Whether it is PaCA's step, or its share of another method's."""
-    return row.what == "step" and (row.method == "paca" or row.unit == "ratio")
-
-
-_DRAWN = (
-    "rollout_probs_diff, mean",
-    "sampling_logp_difference, mean",
-    "sampling_logp_difference, max",
-    "k3_kl",
-    "ratios beyond 0.8 to 1.25",
-)
+_STEPS: dict[str, Any] = {"shown": ("step; paca; *", "step; paca / *"), "columns": ("method",)}
+_BOTH = ("method", "setting")
+_BY_METHOD: dict[str, Any] = {"index": ("method",)}
+_GAP = "sampling_logp_difference, mean; *"
 VIEWS = {
-    **{name: View(file=name, where=_is_share) for name in ("step", "step-compiled")},
+    "step": View(file="step", **_STEPS),
+    "step-compiled": View(file="step-compiled", **_STEPS),
     "kernels": View(
         file="kernels",
-        where=_what("forward", "backward", "with accumulation"),
-        index=("method",),
+        shown=("forward; *", "backward; *", "with accumulation; *"),
         columns=("setting", "what"),
         floor="frozen",
-        remark="Lines below `frozen` say how many are beyond it.",
+        **_BY_METHOD,
     ),
-    "lean-units": View(file="lean", where=_what("kept per token and layer")),
+    "lean-units": View(file="lean", shown=("kept per token and layer; *",), columns=("method",)),
     "lean-times": View(
-        file="lean",
-        where=lambda row: row.what.endswith(" / level 1"),
-        index=("what",),
-        columns=("method", "setting"),
-        is_first=False,
+        file="lean", shown=("* / level 1; *",), index=("what",), columns=_BOTH, is_first=False
     ),
-    "lengths": View(
-        file="lengths",
-        where=lambda row: row.model == "llama3-8b",
-        index=("method", "setting"),
-        columns=("what",),
-    ),
+    "lengths": View(file="lengths", shown=("*; llama3-8b",), index=_BOTH),
     "small-lengths": View(
         file="lengths",
-        where=lambda row: row.model != "llama3-8b",
+        hidden=("*; llama3-8b",),
         index=("model",),
         columns=("setting",),
         is_first=False,
     ),
     "rl-served": View(
+        file="rl_sync", shown=("largest diff*", "changed elements*"), index=_BOTH, is_first=False
+    ),
+    "rl-drawn": View(
         file="rl_sync",
-        where=lambda row: row.what.startswith(("largest diff", "changed elements")),
-        index=("method", "setting"),
-        columns=("what",),
-        is_first=False,
+        shown=("rollout_probs_diff, mean; *", "sampling_logp*", "k3_kl; *", "ratios beyond *"),
+        **_BY_METHOD,
     ),
-    "rl-drawn": View(file="rl_sync", where=_what(*_DRAWN), index=("method",), columns=("what",)),
-    "rl-run": View(
-        file="rl_run",
-        where=lambda row: row.what.startswith(("reward", "sent", _DRAWN[1], "k3")),
-        index=("method",),
-        columns=("what",),
-    ),
+    "rl-run": View(file="rl_run", shown=("reward*", "sent*", _GAP, "k3*"), **_BY_METHOD),
     "rl-codes": View(
-        file="rl_codes",
-        where=lambda row: row.what.startswith(("loss", "largest", "sent", _DRAWN[1], "k3")),
-        index=("method",),
-        columns=("what",),
+        file="rl_codes", shown=("loss*", "largest*", "sent*", _GAP, "k3*"), **_BY_METHOD
     ),
     "rl-sync": View(
         file="rl_sync",
-        where=lambda row: (
-            row.what in ("sent per sync", "complete sync", "sync", "token / base")
-            and row.method != "lora-bf16"
-        ),
-        index=("method",),
+        shown=("sent per sync; *", "complete sync; *", "sync; *", "token / base; *"),
+        hidden=("*; lora-bf16; *",),
         columns=("what", "model", "setting"),
         is_first=False,
+        **_BY_METHOD,
     ),
     "packed": View(
         file="packed",
-        where=lambda row: (
-            row.setting.endswith(("reversed", "sorted"))
-            and row.method != "base"
-            and (row.method != "lora, beside" or row.setting.startswith("Q4_1"))
-            and not row.what.startswith("first")
-        ),
+        shown=("*reversed; *", "*sorted; *"),
+        hidden=("*; base; *", "*; lora, beside; Q?_0*", "first*"),
         index=("setting", "method"),
-        columns=("what",),
     ),
     "packed-rates": View(
         file="packed",
-        where=lambda row: (
-            row.what.startswith("first seed")
-            and "reversed" in row.setting
-            and row.method in ("paca", "paca, on the grid", "lora")
+        shown=tuple(
+            f"first seed*; {name}; *reversed*" for name in ("paca", "paca, on the grid", "lora")
         ),
-        index=("method", "setting"),
-        columns=("what",),
+        index=_BOTH,
         is_first=False,
     ),
     "packed-costs": View(
         file="packed",
-        where=_what("file", "speed", "time per token", "patch applied or taken out"),
+        shown=("file; *", "speed; *", "time per token; *", "patch applied or taken out; *"),
         columns=("what", "method"),
         is_first=False,
     ),
     "packed-after": View(
-        file="packed",
-        where=lambda row: row.setting.endswith("after"),
-        index=("setting", "method"),
-        columns=("what",),
-        is_first=False,
+        file="packed", shown=("*after; *",), index=("setting", "method"), is_first=False
     ),
-    "patch": View(
-        file="patch", where=_what("written", "time"), index=("method",), columns=("what",)
-    ),
-    "demo-rl": View(
-        file="demo-rl",
-        where=lambda row: "gap" not in row.what,
-        columns=("what", "method"),
-    ),
+    "patch": View(file="patch", **_BY_METHOD),
+    "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
 """Name of a block -> what it shows."""
 
@@ -196,12 +159,10 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in ("cost", "selection"):
-        return verdict.block(name.removeprefix("cost-"), results)
-    if name in (own := {"first": _first, "demo": _demo, "rl": _rl}):
+    if kind == "cost":
+        return verdict.block(rest, results)
+    if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)
-    if name == "compat":
-        return compat(json.loads((results / "compat.json").read_text(encoding="utf-8")))
     if name not in VIEWS:
         raise ValueError(f"no table {name!r}; there are {', '.join(VIEWS)}.")
     return VIEWS[name].markdown(results)
@@ -271,58 +232,6 @@ def _served(results: Path, arm: str) -> list[str]:
     ]
 
 
-def _rl(results: Path) -> str:
-    """Return what three ways to sync a sampler come to, for the README."""
-    result = read("rl_sync", results)
-    rows = {(r.what, r.method, r.model or r.setting): r for r in result.rows}
-    ways = ("paca", "lora", "lora-adapter")
-
-    def of(what: str, where: str, *names: str) -> list[str]:
-        found = [rows.get((what, name, where)) for name in names or ways]
-        return ["not measured" if row is None else row.text() for row in found]
-
-    beside = rows["the trainer's weights, bit for bit", "lora-bf16", "transformers"].value
-    same = [rows["the trainer's weights, bit for bit", name, "transformers"].value for name in ways]
-    said = [("no", "yes")[int(value)] for value in same]
-    said[2] += f" (adapters in bfloat16: {('no', 'yes')[int(beside)]})"
-    lines = {"the sampler multiplies with the trainer's weights, bit for bit": said}
-    syncs = sorted({int(what.split()[2]) for what, *_ in rows if what.startswith("largest diff")})
-    served = [of(f"largest difference, {n} syncs", "r = 64") for n in syncs]
-    lines[
-        "1,008 tokens scored by vLLM, and by a vLLM started from the merged folder: largest "
-        f"difference of log-probabilities after {' and '.join(map(str, syncs))} syncs, r = 64"
-    ] = ["; ".join(pair) for pair in zip(*served, strict=True)]
-    gap = "sampling_logp_difference, mean"
-    base = of(gap, "vLLM", "base")[0]
-    lines[f"mean gap of log-probabilities of what vLLM draws (untrained base: {base})"] = of(
-        gap, "vLLM"
-    )
-    lines["`k3_kl` of the same"] = of("k3_kl", "vLLM")
-    half = of("sent per sync", "SmolLM2-135M", "lora-adapter, r = 8")[0]
-    sent = of("sent per sync", "SmolLM2-135M")
-    sent[0] = of("complete sync", "SmolLM2-135M")[0]
-    sent[2] += f"; {half} at r = 8, as many parameters as the columns"
-    lines["a complete sync"] = sent
-    run = {(row.what, row.method): row.text() for row in read("rl_run", results).rows}
-    for what, title in (
-        ("sent per sync", "sent per sync in 200 steps of GRPO; columns and matrices compressed"),
-        ("k3_kl", "`k3_kl` in these steps"),
-        ("reward, steps 151 to 200", "mean reward of the last 50 of them"),
-    ):
-        lines[title] = [run[what, way] for way in ways]
-    times = [of("token / base", where) for where in ("transformers", "vLLM")]
-    lines[
-        "time per token of answers, the base's = 1: transformers; vLLM on a CPU, which packs the "
-        "base's weights"
-    ] = ["; ".join(pair) for pair in zip(*times, strict=True)]
-    changed = of(f"changed elements of the base, {syncs[-1]} syncs", "r = 64")
-    lines[f"elements of the trainer's base that {syncs[-1]} syncs change, %"] = changed
-    header = ["SmolLM2-135M in bfloat16, r = 16 where nothing else is said"]
-    header += ["PaCA's columns", "LoRA, merged", "LoRA, beside the weights"]
-    cells = [[title, *values] for title, values in lines.items()]
-    return "\n".join(Table(header=header, cells=cells).markdown())
-
-
 def _demo(results: Path) -> str:
     """Return what `make demo` printed, with the first of its questions."""
     made = json.loads((results / "demo.json").read_text(encoding="utf-8"))
@@ -341,8 +250,9 @@ _COMBINATIONS = {
 }
 
 
-def compat(result: dict[str, dict[str, Any]]) -> str:
-    """Return the Markdown table of what passed beside which releases."""
+def _compat(results: Path) -> str:
+    """Return the table of what passed beside which releases."""
+    result = json.loads((results / "compat.json").read_text(encoding="utf-8"))
     shown = ("torch", "transformers", "peft", "accelerate")
     cells = [
         [

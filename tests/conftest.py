@@ -23,7 +23,7 @@ def pytest_configure(config):
         os.environ["HF_DATASETS_CACHE"] = folder.name
         config.add_cleanup(folder.cleanup)
     forks.spare_the_disk()
-    gc.unfreeze = _unfreeze  # as studies and benchmarks call it
+    gc.unfreeze = _unfreeze  # as benchmarks call it
     # PEFT 0.21 asks transformers >= 5.24 by the old name, in every get_peft_model.
     config.addinivalue_line(
         "filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

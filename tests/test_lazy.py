@@ -5,7 +5,7 @@ import pytest
 
 PACKAGES = (
     *("", ".patch", ".selection", ".sync"),
-    *(".study", ".training", ".training.image"),
+    *(".training", ".training.image"),
 )
 
 

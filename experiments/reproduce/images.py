@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from examples.packaged import default_cache
 from experiments.paper import Line, Table
 from experiments.paper.tables import TABLE_6, TABLE_7
 from experiments.reproduce.costs import RANK
@@ -138,6 +139,8 @@ class _Images:
             return [arm_row(self.table, line, "cifar10", found, rates, factor=100, **how)]
 
         rank = RANK if line.method != "full" else None
+        images = default_cache() / "cifar10-test-images"
+        data = {"path": str(images / "train"), "eval_path": str(images / "test")}
         return study_job(
             line,
             f"{self.small_model} on CIFAR-10: {line.title}",
@@ -146,7 +149,7 @@ class _Images:
             {"rank": rank, "learning_rates": rates},
             command="train-image",
             options={
-                "data": {"eval_per_class": _EVAL_PER_CLASS},
+                "data": {**data, "eval_per_class": _EVAL_PER_CLASS, "check_images": False},
                 "training": {"max_steps": self.num_steps, "warmup_steps": self.num_steps // 5},
             },
             seeds=[0, 1],

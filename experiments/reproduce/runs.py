@@ -99,7 +99,7 @@ class Work:
         """Send what is printed meanwhile to NAME.log, and free memory afterwards."""
         from rich.console import Console
 
-        from pacatune.study.tasks import released
+        from experiments.study.tasks import released
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -252,7 +252,8 @@ def study_job(
     **options: Any,
 ) -> Job:
     """Return the job of a study of one arm; `read` makes rows of what the arm reached."""
-    from pacatune.study import Arm, StudyConfig, run_study
+    from experiments.study.config import Arm, StudyConfig
+    from experiments.study.runner import run_study
 
     config = StudyConfig(
         task=str(default_cache() / f"{task}.yaml"),
@@ -264,7 +265,7 @@ def study_job(
     def run(folder: Path) -> list[Row]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         prepare(task)
-        (found,) = run_study(config, folder).arms.values()
+        (found,) = run_study(config, folder).values()
         if found.mean is None:
             raise RuntimeError(f"no run of {line.title} ended well: {' '.join(found.failures)}")
         return read(found)

@@ -264,20 +264,20 @@ def _small_job_2(table: Table, line: Line) -> Job:
         "training": {"max_steps": _STEPS_2, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
     }
     if line.method.endswith("paca"):
-        options["paca"] = {"selection_batches": 8}
+        strategy = line.variant.partition("-")[0] or "random"
+        options["paca"] = {"selection": strategy, "selection_batches": 8}
 
     def read(found: Any) -> list[Row]:
         how = {"unit": NATS, "model": _SMALL_MODEL, "setting": "loss on held-out answers"}
         return [arm_row(table, line, "average", found, _RATES_2, **how)]
 
     # alpha = rank: the update is not scaled, and the grid of rates is the same for every rank.
-    strategy = line.variant.partition("-")[0] or "random"
     return study_job(
         line,
         f"{_SMALL_MODEL} on questions and answers: {line.title}",
         "smollm2-chat",
         read,
-        {"rank": line.rank, "selection": strategy, "learning_rates": list(_RATES_2)},
+        {"rank": line.rank, "learning_rates": list(_RATES_2)},
         options=options,
         # Other ones for other columns.
         seeds=[2, 3] if line.variant.endswith("-2") else [0, 1],

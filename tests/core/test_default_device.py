@@ -28,7 +28,7 @@ MAKERS = {
 # Where PEFT makes its adapters, too; what follows goes where its values are wanted.
 ON_THE_DEFAULT_DEVICE = {"tuner/layer.py", "training/rl.py"}
 # To be removed.
-OLD = ("study",)
+OLD: tuple[str, ...] = ()
 
 
 def makers(path):

@@ -12,8 +12,8 @@ from torch import nn
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.merge import merge
+from tests.experiments.conftest import save_bert
 from tests.releases import needs
-from tests.study.conftest import save_bert
 from tests.tuner.nets import fill
 
 

@@ -1,0 +1,1 @@
+"""Methods on one task, each at its best learning rate, over several seeds."""
