@@ -3,13 +3,10 @@
     python -m benchmarks.kernels               writes benchmarks/results/kernels.json
 
 A layer's are those of a model of three layers minus those of a model of two; what counts as a
-kernel is in pacatune.measure.kernels. Weights are in bfloat16, adapters in float32 as PEFT makes
+kernel is in kernel_counter.py. Weights are in bfloat16, adapters in float32 as PEFT makes
 them, passes run under autocast as Trainer's do, and the factor alpha / r is 2, so that multiplying
 by it shows. Counts depend on no clock: the same versions of torch, transformers and PEFT give the
 same numbers everywhere.
-
-A whole-tensor pass is one read or one write of an (N, I) or (N, O) tensor beside the large products
-and attention: what an adapter costs in memory traffic, whatever the size of the model.
 
 Compiled models are counted by what inductor generates for them: fused kernels, and operators that
 it calls. It does so for the CPU here; what it fuses on a GPU may differ.
@@ -33,20 +30,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.kernel_counter import KernelCounter, branches_of_gpu
 from benchmarks.methods import CPU, OURS, SWAP, make_contender
+from benchmarks.models import llama_values, loss_of, make_batch
 from benchmarks.results import counted, new_parser, record
+from benchmarks.timing import Contender
 from pacatune import lean
-from pacatune.measure.kernels import Kernel, KernelCounter, branches_of_gpu
-from pacatune.measure.methods import Contender
-from pacatune.measure.models import llama_values, loss_of, make_batch
 from pacatune.reports.rows import Row
 
 RANK, SCALING, SEED = 4, 2, 0
 LAYER = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=64)
 NUM_LINEAR = 7
-# Divides the size of no weight, which tells what is of tokens.
 NUM_TOKENS = 37
-_NARROWEST = 32  # the outputs of k_proj and v_proj
 _NUM_LAYERS = 3
 
 QUANTISED = ("qpaca", "qlora")
@@ -128,32 +123,14 @@ def passes(contender: Contender, batch: Tensor) -> Iterator[tuple[str, Callable[
 
 
 def count_steps(contender: Contender) -> Launches:
-    """Run passes of every kind; return the kernels of phases such as `forward:steady`.
-
-    Those of `passes forward` and `passes backward` are whole-tensor passes of steady ones.
-    """
+    """Run passes of every kind; return the kernels of phases such as `forward:steady`."""
     batch = make_batch(1, NUM_TOKENS, LAYER["vocab_size"], SEED)
     counter = KernelCounter()
-    found: Launches = {}
     with branches_of_gpu(counter), counter:
         for counter.phase, run in passes(contender, batch):
+            counter.launch(0)  # a phase without kernels has a number as well
             run()
-            found[counter.phase] = 0
-    for kernel in counter.kernels:
-        found[kernel.phase] += kernel.launches
-    for way in (FORWARD, BACKWARD):
-        steady = (kernel for kernel in counter.kernels if kernel.phase == f"{way}:steady")
-        found[f"passes {way}"] = sum(map(_num_passes, steady))
-    return found
-
-
-def _num_passes(kernel: Kernel) -> int:
-    if kernel.kind == "attention" or (kernel.kind == "gemm" and kernel.smallest_side > RANK):
-        return 0
-    return sum(
-        size % NUM_TOKENS == 0 and size >= NUM_TOKENS * _NARROWEST
-        for size in (*kernel.reads, *kernel.writes)
-    )
+    return counter.launches
 
 
 def _drop_gradients(model: nn.Module) -> None:
@@ -202,7 +179,6 @@ def _summary(launches: Launches) -> Launches:
         "write of columns": both("written") - both("steady"),
         "look at the base": both("look") - both("steady"),
         "optimizer": launches["optimizer"],
-        **{name: number for name, number in launches.items() if name.startswith("passes ")},
     }
 
 
@@ -283,15 +259,8 @@ def count(*settings: str, methods: Iterable[str] = ()) -> list[Row]:
 
 
 def rows_of(setting: str, method: str, launches: Launches) -> list[Row]:
-    """Return counts as rows; whole-tensor passes are those of eager mode."""
-    rows = []
-    for name, number in launches.items():
-        what = name.removeprefix("passes ")
-        if what == name:
-            rows.append(counted(name, method, number, setting=setting))
-        elif setting == "eager":
-            rows.append(counted(what, method, number, setting="whole-tensor passes"))
-    return rows
+    """Return counts as rows."""
+    return [counted(name, method, number, setting=setting) for name, number in launches.items()]
 
 
 def exceeded(rows: Iterable[Row], names: Iterable[str] = ()) -> list[str]:

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from benchmarks.methods import METHODS, OURS, RANK, autocast_of, make_batch, make_contender
+from benchmarks.models import llama_values, loss_of
 from benchmarks.results import DTYPES, compare, counted, record, take_turns, timed_parser
+from benchmarks.timing import Step
 from pacatune import lean
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.models import checkpoint_blocks, llama_values, loss_of
-from pacatune.measure.step import Step
+from pacatune.measure.models import checkpoint_blocks
 from pacatune.reports.rows import Row
 
 COUNTED = ("full", "lora", "lora_bf16", "lora_dropout", OURS)

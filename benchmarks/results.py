@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.methods import METHODS, OURS
+from benchmarks.timing import alternate, ratio_row, time_row
 from pacatune.cli.options import quiet_libraries
-from pacatune.measure.timing import alternate, ratio_row, time_row
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
 from pacatune.reports.rows import Finished, Row, spread_of_mean, table

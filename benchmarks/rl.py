@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.methods import adapt
 from benchmarks.results import at_least_1, mean_row, new_parser, record, write_json
 from pacatune.adapters.base import load_base
-from pacatune.measure.methods import adapt
 from pacatune.reports.rows import Row
 from pacatune.sync import ColumnReceiver, ColumnSource, InProcess
 from pacatune.sync.message import Columns, ColumnSet, Positions, to_wire

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.methods import OURS, RANK, USUAL, VALUES, autocast_of, make_batch, make_contender
+from benchmarks.models import loss_of, loss_of_graph
 from benchmarks.results import (
     DTYPES,
     at_least_1,
@@ -28,9 +29,8 @@ from benchmarks.results import (
     take_turns,
     timed_parser,
 )
+from benchmarks.timing import Step
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.models import loss_of, loss_of_graph
-from pacatune.measure.step import Step
 from pacatune.reports.rows import Row
 from pacatune.residency import put as residency
 from pacatune.tuner.layer import PacaLayer

@@ -241,12 +241,3 @@ def own_strategies(monkeypatch):
 
     module = sys.modules["pacatune.strategies"]
     monkeypatch.setattr(module, "_STRATEGIES", dict(module._STRATEGIES))
-
-
-@pytest.fixture
-def measured_here(monkeypatch):
-    """`bench` measures in this process; cli/test_bench.py has the new ones, which take a second."""
-    from pacatune.measure import bench, setting
-
-    monkeypatch.setattr(bench, "run_in_child", lambda measure, *args: measure(*args))
-    monkeypatch.setattr(setting, "num_cores", lambda: 1)

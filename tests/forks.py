@@ -1,8 +1,7 @@
 """Processes that begin where torch, transformers and PEFT are imported, and nothing of ours.
 
 Their imports take seconds. One server for each process of pytest pays for them, once; what it forks
-is as fresh as a new program, which imports, patches and dies alone. `pacatune` measures in children
-of the same server (measure/step.py), once it runs.
+is as fresh as a new program, which imports, patches and dies alone.
 """
 
 import contextlib

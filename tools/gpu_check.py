@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.results import CODE, write_json  # noqa: E402
-from pacatune.measure.device import device_name  # noqa: E402
+from benchmarks.timing import device_name  # noqa: E402
 from pacatune.reports.provenance import commit, versions  # noqa: E402
 
 _PACKAGES = ("bitsandbytes", "triton", "accelerate", "trl")

@@ -11,13 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.methods import make_contender
+from benchmarks.models import llama_values, make_batch
+from benchmarks.timing import Step, alternate, ratio_row, time_row
 from experiments.paper import METHOD_TITLES, Line, Table, fig2, fig3
 from experiments.paper.settings import of_line
 from experiments.paper.tables import GPU, TABLE_4
 from experiments.reproduce.experiment import Experiment, Scale, of_table
+from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import gpu_bytes
-from pacatune.measure.models import llama_values, load_values
-from pacatune.measure.setting import BenchConfig, Setting
+from pacatune.measure.setting import Setting
+from pacatune.methods import METHODS
+from pacatune.precision import bfloat16_is_fast
+from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 
 MODEL = "llama3-8b"
@@ -25,9 +33,8 @@ MODEL = "llama3-8b"
 RANK = 8
 """Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion."""
 GB = 10**9
-# Hidden size and layers of the Llama whose steps are timed, and of that of sweeps until memory
-# ends, which take dozens of processes; and where it ends.
-_SHAPE, _SWEEP_SHAPE, _SWEEP_LIMIT_BYTES = (512, 8), (256, 4), 3 * 2**29
+# Hidden size and layers of the Llama whose steps are timed, and for how long.
+_SHAPE, _SECONDS = (512, 8), 30.0
 # Two lengths between which a line is drawn.
 _LENGTHS = (256, 512)
 
@@ -109,29 +116,51 @@ def _tokens_for(setting: Setting, num_bytes: float) -> int:
     return round(_LENGTHS[0] + (num_bytes - short) / per_token)
 
 
-def bench_config(scale: Scale, methods: Sequence[str], **options: Any) -> BenchConfig:
-    """Return what is measured at a scale: a small Llama here, LLaMA3-8B on an accelerator."""
-    options |= {"methods": tuple(methods), "rank": RANK}
-    if scale == "full":
-        full = {"dtype": "bfloat16"} | options
-        return BenchConfig(values=load_values(MODEL), title=MODEL, **full)
-    small: dict[str, Any] = {"device": "cpu"}
-    if options.get("sweep") is not None:
-        small |= {"memory_limit": _SWEEP_LIMIT_BYTES, "seconds": 1.0}
-    hidden_size, num_layers = _SWEEP_SHAPE if options.get("sweep") else _SHAPE
-    values = llama_values(hidden_size, num_layers)
-    return BenchConfig(values=values, title=f"Llama {hidden_size}x{num_layers}", **small | options)
-
-
-def bench_job(config: BenchConfig, read: Callable[[list[Row]], list[Row]]) -> Job:
-    """Return a job that measures as `pacatune bench` does; `read` names rows as the paper does."""
+def bench_job(
+    methods: Sequence[str], tokens: int, seq_len: int, read: Callable[[list[Row]], list[Row]]
+) -> Job:
+    """Return a job that measures steps of a small Llama; `read` names rows as the paper does."""
+    title = f"Llama {_SHAPE[0]}x{_SHAPE[1]}"
+    sizes = {"methods": list(methods), "tokens": tokens, "seq_len": seq_len, "rank": RANK}
 
     def run(work: Path) -> list[Row]:
-        from pacatune.measure.bench import make_jobs
+        groups = [[m for m in methods if m.startswith("q") == is_4bit] for is_4bit in (False, True)]
+        rows = [_measure(group, tokens, seq_len, title) for group in groups if group]
+        return read([row for group in rows for row in group])
 
-        return read([row for job in make_jobs(config) for row in job.run(work)])
+    return Job(key="bench", title=f"measuring {title}", inputs={"model": title, **sizes}, run=run)
 
-    return Job(key="bench", title=f"measuring {config.title}", inputs=asdict(config), run=run)
+
+def _measure(methods: Sequence[str], tokens: int, seq_len: int, title: str) -> list[Row]:
+    """Let methods on equal bases take turns, in the number format that is fast here."""
+    dtype = torch.bfloat16 if bfloat16_is_fast(use_cpu=True) else torch.float32
+    torch.set_num_threads(num_cores())
+    values, rows = llama_values(*_SHAPE), list[Row]()
+    batch = make_batch(max(1, tokens // seq_len), min(tokens, seq_len), values["vocab_size"], 0)
+    options = {"rank": RANK, "alpha": RANK, "adapter_dtype": dtype}
+    steps = {
+        method: Step(contender=make_contender(method, values, dtype, **options), batch=batch)
+        for method in methods
+    }
+    for method, step in steps.items():
+        with SavedBytes(step.contender.model) as saved:
+            loss = step.forward()
+        del loss
+        size: dict[str, Any] = {"value": saved.num_bytes, "unit": "bytes", "origin": "counted"}
+        rows.append(Row(what="kept for backward", method=method, model=title, **size))
+    rounds = alternate(dict(steps), seconds=_SECONDS, min_rounds=5, num_warmup=2)
+    times = {method: [sum(one) for one in each] for method, each in rounds.items()}
+    series = {"step": times}
+    for place, phase in enumerate(_PHASES):
+        series[phase] = {method: [one[place] for one in each] for method, each in rounds.items()}
+    ours = next((method for method in methods if METHODS[method].is_paca), methods[0])
+    for what, seconds in series.items():
+        names: dict[str, Any] = {"what": what, "model": title}
+        rows += [time_row(each, method=method, **names) for method, each in seconds.items()]
+        for other in (method for method in methods if method != ours):
+            both = seconds[ours], seconds[other]
+            rows.append(ratio_row(*both, seed=0, method=f"{ours} / {other}", **names))
+    return rows
 
 
 def step_jobs(table: Table, *, tokens: int, seq_len: int) -> list[Job]:
@@ -143,19 +172,18 @@ def step_jobs(table: Table, *, tokens: int, seq_len: int) -> list[Job]:
     titles = {method: line.title for method, line in lines.items()}
 
     def read(rows: list[Row]) -> list[Row]:
-        found = {"step": "training time", "kept for backward": "memory", "peak": "memory"}
+        found = {"step": "training time", "kept for backward": "memory"}
         return [
             replace(_named(row, titles), what=found[row.what], setting=_how(row.what))
             for row in rows
             if row.what in found and (row.unit == "ratio" or row.what != "step")
         ]
 
-    config = bench_config("small", list(titles), tokens=(tokens,), seq_len=seq_len)
-    return [bench_job(config, read)]
+    return [bench_job(list(titles), tokens, seq_len, read)]
 
 
 def _how(what: str) -> str:
-    return {"step": "a step", "peak": "peak of a process"}.get(what, what) + f", rank {RANK}"
+    return {"step": "a step"}.get(what, what) + f", rank {RANK}"
 
 
 def _named(row: Row, titles: dict[str, str]) -> Row:
@@ -186,17 +214,7 @@ def _jobs_4(scale: Scale) -> list[Job]:
                     run=partial(_simulate_length, line, variant, name),
                 )
             )
-    titles = {line.method: line.title for line in TABLE_4.lines}
-
-    def read(rows: list[Row]) -> list[Row]:
-        return [
-            replace(_named(row, titles), setting="until memory ends", unit="tokens")
-            for row in rows
-            if row.what == "longest sequence"
-        ]
-
-    config = bench_config(scale, list(titles), sweep="seq-len")
-    return [*jobs, bench_job(config, read)]
+    return jobs
 
 
 def _simulate_length(line: Line, setting: Setting, how: str, work: Path) -> list[Row]:
@@ -247,14 +265,13 @@ def _jobs_fig2(scale: Scale) -> list[Job]:
         inputs={"model": MODEL, "methods": list(fig2.METHODS), "rank": RANK, "tokens": tokens},
         run=_count_operations,
     )
-    config = bench_config(scale, fig2.METHODS, tokens=(_ROWS * _TOKENS,), seq_len=_TOKENS)
 
     def read(rows: list[Row]) -> list[Row]:
         phases = {"step", *_PHASES}
         shown = [_named(row, METHOD_TITLES) for row in rows if row.what in phases]
         return _phase_shares("time", [replace(row, setting="") for row in shown])
 
-    return [count, bench_job(config, read)]
+    return [count, bench_job(fig2.METHODS, _ROWS * _TOKENS, _TOKENS, read)]
 
 
 def _count_operations(work: Path) -> list[Row]:
@@ -326,20 +343,7 @@ def _jobs_fig3(scale: Scale) -> list[Job]:
                 run=partial(_simulate_batch, method, setting),
             )
         )
-
-    config = bench_config(scale, fig3.METHODS, sweep="batch", seq_len=_TOKENS)
-    return [*jobs, bench_job(config, _read_batches)]
-
-
-def _read_batches(rows: list[Row]) -> list[Row]:
-    """Return the largest batches, and each method's throughput at its own."""
-    largest = {row.method: row for row in rows if row.what == "largest batch"}
-    # Of each method small batches stand before large ones, so that the last is the largest.
-    rates = {row.method: row for row in rows if row.unit == "sentences/s"}
-    limits = [replace(_named(row, METHOD_TITLES), what=fig3.BATCH) for row in largest.values()]
-    # They did not take turns: their quartiles say nothing of a share.
-    names: dict[str, Any] = {"what": fig3.RATE, "setting": "", "low": None, "high": None}
-    return [*limits, *(replace(_named(row, METHOD_TITLES), **names) for row in rates.values())]
+    return jobs
 
 
 def _simulate_batch(method: str, setting: Setting, work: Path) -> list[Row]:
@@ -363,8 +367,8 @@ FIGURE_3_EXPERIMENT = Experiment(
     place=fig3.PLACE,
     about="A GPU works best on many texts at once, and memory decides how many. The paper raises "
     "the batch until memory ends, on an NVIDIA A100 and an Intel Gaudi2, and counts sentences of "
-    "512 tokens per second. The largest batch on an A100 (80 GB) is simulated here; throughput is "
-    "measured on the machine named below.",
+    "512 tokens per second. The largest batch on an A100 (80 GB) is simulated here; throughput was "
+    "measured once, of a small Llama (commit 9606675fd).",
     paper=fig3.CLAIMS,
     reference="LoRA",
     beside=MODEL,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.methods import adapt
+from benchmarks.timing import Step, alternate, ratio_row
 from examples.packaged import default_cache
 from experiments.paper import Line, Table
 from experiments.paper.tables import TABLE_6, TABLE_7
@@ -23,9 +25,6 @@ from experiments.reproduce.costs import RANK
 from experiments.reproduce.experiment import Experiment, Scale, of_table
 from experiments.reproduce.runs import Work, arm_row, cost_rows, row_of, study_job
 from pacatune.measure.counters import SavedBytes
-from pacatune.measure.methods import adapt
-from pacatune.measure.step import Step
-from pacatune.measure.timing import alternate, ratio_row
 from pacatune.methods import METHODS
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row

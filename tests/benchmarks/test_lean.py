@@ -4,9 +4,9 @@ import pytest
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import VARIANTS, WHAT, count, formula_units
+from benchmarks.models import llama_values
 from benchmarks.results import read
 from pacatune import lean
-from pacatune.measure.models import llama_values
 
 SHAPE = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=224, vocab_size=64)
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from benchmarks import step
 from benchmarks.methods import RANK, USUAL, make_batch, make_contender
+from benchmarks.models import llama_values
 from benchmarks.results import read
 from benchmarks.swap import SwapLinear
 from pacatune import PacaConfig
-from pacatune.measure.models import llama_values
 from pacatune.tuner.linear import Linear
 from tests.ops.reference import paca_linear
 
@@ -115,5 +115,5 @@ def test_given_settings_are_combined(capsys):
     assert step.parse(["--compiled"]).methods == ["paca", "lora", "lora_bf16"]
     with pytest.raises(SystemExit):
         step.parse(["--tokens", "16", "700"])
-    message = "`tokens` (700) must be at least 1, and above `seq_len` (512)"
+    message = "`tokens` (700), above 512, must be a multiple of it."
     assert message in capsys.readouterr().err

@@ -14,7 +14,6 @@ from pacatune.cli import main, train, train_image
 RUN = "train --model.path tiny --data.path d.jsonl"
 IMAGES = "train-image --model.path m --data.path images"
 BOTH = "--adapter adapter --output out"
-BENCH = "bench --output out"
 TYPO = "--training.learning_rte"
 
 # Words of a run -> part of what is said.
@@ -71,8 +70,6 @@ EARLY = {
     "estimate llama3-8b --plot out.txt": "must end in one of .png",
     "estimate llama3-8b --gpu h100 --memory 1GiB": "give only one of --gpu, --memory",
     "estimate llama3-8b --max rank": "--max needs --gpu or --memory",
-    BENCH + " --model tiny --heads 2": "`num_heads` is for --shape",
-    "bench --shape 32x2 --output images": "did not write, or that were changed since (a/1.png",
     # An option that there is not comes before those that are missing.
     **{
         f"{command} --outptu x": "unknown option --outptu; did you mean '--output'?"

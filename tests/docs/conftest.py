@@ -25,5 +25,5 @@ def workplace(tmp_path, tiny_tokenizer):
 
 
 @pytest.fixture
-def run_blocks(workplace, monkeypatch, measured_here, own_strategies):
+def run_blocks(workplace, monkeypatch, own_strategies):
     return lambda document: blocks.run_blocks(document, workplace, monkeypatch)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper import TABLES, fig2, fig3
+from experiments.paper import TABLES, fig2
 from experiments.reproduce import costs, texts
 from experiments.reproduce.__main__ import main
 from experiments.reproduce.catalogue import EXPERIMENTS, doc_table
@@ -165,7 +165,8 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
     keys = {scale: [job.key for job in one.jobs(scale)] for scale in ("full", "small")}
     assert all(len(set(some)) == len(some) > 0 for some in keys.values())
     json.dumps([job.inputs for scale in keys for job in one.jobs(scale)])
-    assert read_results(name, "small").keys() == {*keys["small"]}
+    # Sweeps until memory ends were measured once: their rows stay.
+    assert read_results(name, "small").keys() >= {*keys["small"]}
     # Quantities, lines and models of the experiments are those of the paper's tables.
     assert one.beside in {r.model for r in one.paper}
     assert one.scores <= {r.what for r in one.paper}
@@ -197,20 +198,6 @@ def test_shares_of_times_that_took_no_turns_have_no_interval():
         ("PaCA", 1.2, False),
     }
     assert found[-1].what.startswith("time of the backward pass, as a share")
-
-
-def test_throughput_is_that_of_the_largest_batch():
-    """The best of all batches is another number, and quartiles say nothing of a share."""
-    names = {"what": "throughput", "unit": "sentences/s"}
-    rows = [
-        row("lora", 34, what="largest batch", unit="", origin="measured"),
-        timed("lora", 26.8, setting="8 x 512 tokens", **names),
-        timed("lora", 24.5, setting="34 x 512 tokens", **names),
-    ]
-    batch, rate = costs._read_batches(rows)
-    assert (batch.what, batch.method, batch.value) == (fig3.BATCH, "LoRA", 34)
-    assert (rate.what, rate.method, rate.value) == (fig3.RATE, "LoRA", 24.5)
-    assert not rate.has_interval
 
 
 def test_accuracies_keep_what_they_are_means_of():

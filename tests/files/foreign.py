@@ -3,7 +3,7 @@
 python -m tests.files.foreign --folders 2000     (make soak)
 
 Each case begins with a copy of the same small project: a model, data, an adapter, the folders of a
-finished and of an interrupted run and of a benchmark. Files are added and changed in one of them,
+finished and of an interrupted run. Files are added and changed in one of them,
 by names that commands use. Then commands run, each in a fork that is killed at a random time.
 """
 
@@ -25,12 +25,12 @@ NAMES = (
     *("tokenizer.json", "tokenizer_train.py", "tokenizers/mine.py", "vocab.txt", "merges.txt"),
     *("completions/d.txt", "runs/mine/e", "runs/events.out.tfevents.1", "notes.txt", "train.log"),
     *("checkpoint-1/trainer_state.json", "checkpoint-2/mine", "checkpoint-9/model.safetensors"),
-    *("bench.json", "bench.md", "times.png", "runs/a.json"),
+    *("times.png", "runs/a.json"),
     *("demo.json", "paca/config.yaml", "p.safetensors"),
     *(".lock", ".incomplete/checkpoint-2/a", ".pacatune/mine", ".config.yaml", "data.jsonl"),
     *("source.json", "chat_template.jinja", "generation_config.json", "new/a.txt"),
 )
-PLACES = ("out", "out", "run", "cut", "bench", "model", "adapter", "new", ".")
+PLACES = ("out", "out", "run", "cut", "model", "adapter", "new", ".")
 _TRAIN = (
     *("--training.max_steps", "2", "--training.save_steps", "1", "--training.use_cpu", "true"),
     *("--training.bf16", "false", "--training.eval_strategy", "no"),
@@ -58,14 +58,12 @@ def commands(draw, place):
             ["export", *adapter, "--to", "lora", *output],
             ["patch", "make", *adapter, "--output", f"{place}/p.safetensors"],
             ["patch", "apply", "--model", model, "--patch", f"{place}/p.safetensors", *output],
-            ["bench", "--shape", "64x1", "--methods", "paca", *output],
         )
     )
 
 
 def make_project(folder):
     from pacatune.cli import main
-    from pacatune.measure.bench import result_folder
     from tests.conftest import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -82,10 +80,6 @@ def make_project(folder):
     shutil.rmtree(folder / "cut" / "checkpoint-2")
     shutil.copytree(folder / "run", folder / "adapter")
     shutil.rmtree(folder / "adapter" / ".pacatune")
-    bench = result_folder(folder / "bench")
-    bench.start_anew()
-    bench.write_json("bench.json", {"finished": True})
-    bench.write("bench.md", "# A benchmark\n")
 
 
 def add_files(draw, folder):
@@ -108,7 +102,7 @@ def owned_files(folder):
     from pacatune.files.owned_folder import OwnedFolder
 
     owned = set()
-    for name in ("run", "cut", "bench"):
+    for name in ("run", "cut"):
         top = folder / name
         owned |= {top / inner for inner in OwnedFolder(path=top, kind="any").owned()}
         owned |= set((top / ".pacatune").rglob("*"))

@@ -16,17 +16,11 @@ from transformers import masking_utils
 
 from benchmarks import kernels
 from benchmarks.methods import OURS, make_contender
+from benchmarks.models import llama_values, loss_of, loss_of_graph, make_batch
 from pacatune import lean
 from pacatune.lean import fused
 from pacatune.measure.estimate import estimate_memory
-from pacatune.measure.models import (
-    checkpoint_blocks,
-    llama_values,
-    load_values,
-    loss_of,
-    loss_of_graph,
-    make_batch,
-)
+from pacatune.measure.models import checkpoint_blocks, load_config
 from pacatune.measure.setting import Setting
 from pacatune.ops.columns import adapted_columns, read_columns
 from pacatune.ops.products import grad_delta
@@ -280,7 +274,8 @@ def test_kernels_of_a_layer_are_no_more_than_promised(cuda, record_property):
 @pytest.mark.parametrize("method", [OURS, "lora"])
 def test_the_peak_is_that_of_the_estimate(cuda, method, record_property):
     setting = Setting(model="llama3-8b", method=method, seq_len=2048, lean="off")
-    values = load_values(setting.model)
+    values = load_config(setting.model).to_dict()
+    values.pop("_name_or_path")
     contender = make_contender(
         method, values, torch.bfloat16, 0, cuda, rank=setting.rank, adapter_dtype=torch.float32
     )

@@ -12,9 +12,9 @@ import torch
 from benchmarks.kernels import QUANTISED
 from benchmarks.lean import LAYER
 from benchmarks.methods import OURS, SWAP, make_contender
+from benchmarks.models import loss_of_graph, make_batch
 from benchmarks.results import compare, take_turns
-from pacatune.measure.models import loss_of_graph, make_batch
-from pacatune.measure.step import Step
+from benchmarks.timing import Step
 
 pytestmark = pytest.mark.gpu
 METHODS = ("frozen", OURS, SWAP, "lora", "lora_dropout", "dora")

@@ -13,10 +13,10 @@ from torch.autograd.graph import save_on_cpu
 
 from benchmarks import lean as benchmark
 from benchmarks.lean import count, formula_units
+from benchmarks.models import llama_values
 from pacatune import PacaConfig, lean
 from pacatune.lean.attention import find_registry
 from pacatune.lean.modules import RecomputedAttention, RecomputedGatedMLP
-from pacatune.measure.models import llama_values
 from pacatune.measure.tracker import StorageTracker
 from tests.distributed.net import checkpoint
 from tests.lean.models import (

@@ -219,3 +219,15 @@ def test_sharded_training_shares_what_it_says(simulated):
     block = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 176 + 2 * 64)
     outside = 2 * (2 * 128 * 64 + 64)
     assert four["fsdp2"].by_category["gathered"] == 2 * block + outside
+
+
+def test_operations_are_those_of_the_formulas(tmp_path):
+    """PaCA's forward pass has the products of the model alone; LoRA's two thin ones per layer."""
+    counts = {
+        method: FakeTraining(tiny(tmp_path, method=method)).count_operations(2, 32)
+        for method in ("full", "paca", "lora")
+    }
+    assert counts["paca"]["forward"] == counts["full"]["forward"]
+    sides = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 176))
+    beyond = counts["lora"]["forward"] - counts["paca"]["forward"]
+    assert beyond == 2 * 64 * 4 * sides

@@ -30,12 +30,11 @@ COMMANDS = {
     "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",
     "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
-    "bench": "measure the methods on this machine: time, operations, memory, limits",
 }
 
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
-    **dict.fromkeys(("train", "estimate", "bench"), "train"),
+    **dict.fromkeys(("train", "estimate"), "train"),
     "train-image": "vision",
 }
 

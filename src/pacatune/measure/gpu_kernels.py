@@ -9,7 +9,7 @@ Four kernels differ, and only their allocations are made:
     loss        TRL's Triton kernels fold tiles of logits without copies of them
     delta       its gradient is one product, in the dtype of delta at once
 
-Each stand-in reports what it stands for, to whoever counts (kernels.py).
+Each stand-in tells whoever counts that it stands for a kernel.
 
 And one decision: transformers looks at the values of positions to see whether rows hold several
 sequences, and builds a causal mask where it cannot look, of which each layer would keep a quadratic
@@ -41,11 +41,11 @@ _MAX_FLASH_DIM = 256
 _FLASH_ROWS, _FLASH_COLUMNS = 128, 32
 
 
-Launch = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
-"""Takes note of a kernel's name, and the tensors that it reads and writes."""
+Launch = Callable[[], None]
+"""Takes note of a kernel."""
 
 
-def _unnoticed(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> None:
+def _unnoticed() -> None:
     pass
 
 
@@ -53,7 +53,7 @@ def _unnoticed(name: str, reads: Sequence[Tensor], writes: Sequence[Tensor]) -> 
 def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
     """Let attention, dropout, gradients and writes of columns, and TRL's loss allocate as there.
 
-    `launch` is told of each kernel that is not run.
+    `launch` is called for each kernel that is not run.
     """
     with ExitStack() as stack:
 
@@ -73,8 +73,8 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         with suppress(ImportError):  # of older TRL; the loss that needs it says so
             from trl.kernels import chunked_logprob
 
-            replace(chunked_logprob, "_forward_kernel", _LossKernel(launch, writes=False))
-            replace(chunked_logprob, "_backward_kernel", _LossKernel(launch, writes=True))
+            replace(chunked_logprob, "_forward_kernel", _LossKernel(launch))
+            replace(chunked_logprob, "_backward_kernel", _LossKernel(launch))
             replace(chunked_logprob, "_use_triton", lambda device: True)
             replace(chunked_logprob, "triton", SimpleNamespace(cdiv=lambda a, b: -(-a // b)))
             # From 16 to 32 bits without a copy.
@@ -84,9 +84,7 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
 
 def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
     """Stand in for the kernel that puts the columns of many weights, or takes them aside."""
-    written = [each.kept.originals for each in puts]
-    deltas = [each.update.delta for each in puts if each.update is not None]
-    launch("exchange", written + deltas, written)
+    launch()
 
 
 def wide_product(
@@ -94,12 +92,12 @@ def wide_product(
 ) -> Tensor:
     """Return (M, N) in `dtype` for scaling * a b, with no values."""
     product = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    launch("mm", (a, b), (product,))
+    launch()
     return product
 
 
 def _add_product(launch: Launch, total: Tensor, a: Tensor, b: Tensor) -> None:
-    launch("addmm", (a, b, total), (total,))
+    launch()
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -154,13 +152,13 @@ class _Attention(torch.autograd.Function):
         log_sum_exp = q.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(q, k, v, mask, out, log_sum_exp)
         ctx.launch = launch
-        launch("attention", (q, k, v), (out, log_sum_exp))
+        launch()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, out, log_sum_exp = ctx.saved_tensors
+        q, k, v, *_ = ctx.saved_tensors
         batch, heads, length, dim = q.shape
         rows, columns = _round_up(length, _FLASH_ROWS), _round_up(dim, _FLASH_COLUMNS)
         accumulator = q.new_empty(batch, heads, rows, columns, dtype=torch.float32)
@@ -171,8 +169,7 @@ class _Attention(torch.autograd.Function):
             expanded = [x.new_empty(batch, heads, *x.shape[2:]) for x in (k, v)]
             del expanded
         del accumulator, row_sums
-        reads = (gradient, q, k, v, out, log_sum_exp)
-        ctx.launch("attention_backward", reads, (gq, gk, gv))
+        ctx.launch()
         return gq, gk, gv, None, None
 
 
@@ -183,11 +180,11 @@ def _round_up(number: int, step: int) -> int:
 class _LossKernel:
     """Stands for a Triton kernel of TRL's loss: launched on a grid, it allocates nothing."""
 
-    def __init__(self, launch: Launch, *, writes: bool) -> None:
-        self._launch, self._writes = launch, writes
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
 
     def __getitem__(self, grid: Any) -> Any:
         return self._run
 
-    def _run(self, tile: Tensor, *args: Any, **kwargs: Any) -> None:
-        self._launch("loss", (tile,), (tile,) if self._writes else ())
+    def _run(self, *args: Any, **kwargs: Any) -> None:
+        self._launch()

@@ -150,7 +150,7 @@ class FakeTraining:
             except NotImplementedError as error:  # torch's, of a tensor without values
                 raise ValueError(
                     f"`method` ({setting.method!r}) looks at values when its adapter is made, so "
-                    "its memory cannot be estimated; measure it by pacatune bench."
+                    "its memory cannot be estimated."
                 ) from error
         self.base: Any = model
         if setting.lean != "off":

@@ -158,7 +158,7 @@ class RunConfig:
         for name, kind in sections_of(run.task).items():
             setattr(run, name, _section(name, getattr(run, name), kind))
         run._refuse_options_of_others(spec)
-        check_lean_level(run.lean_level, lean=run.lean)
+        check_lean_level(run.lean_level, run.lean)
         if isinstance(run.model, ModelConfig) and run.model.quantization is None:
             run.model.quantization = cast(Any, method.quantization)
         if method.dropout is not None and run.lora.lora_dropout == 0:

@@ -1,0 +1,71 @@
+"""Models with random and quantised weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.models import llama_values, make_batch, make_model
+
+CPU = torch.device("cpu")
+VALUES = llama_values(32, 2, num_heads=2, intermediate_size=48, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "heads", "mlp"), [(4096, 32, 11008), (512, 8, 1408), (32, 1, 128)]
+)
+def test_proportions_are_llamas(hidden_size, heads, mlp):
+    values = llama_values(hidden_size, 2)
+    assert values["num_attention_heads"] == values["num_key_value_heads"] == heads
+    assert values["intermediate_size"] == mlp
+    assert values["vocab_size"] == min(8 * hidden_size, 32000)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 7}, r"`num_heads` \(7\) must divide `hidden_size` \(64\) into an even"),
+        ({"num_heads": 4, "num_kv_heads": 3}, r"`num_kv_heads` \(3\) must divide `num_heads`"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        llama_values(**{"hidden_size": 64, "num_layers": 1, **sizes})
+
+
+def test_a_model_is_filled_as_transformers_does():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = make_model(VALUES, torch.float32, CPU, seed=0)
+    twin = LlamaForCausalLM(LlamaConfig(**VALUES)).eval()
+    theirs = dict(twin.named_parameters())
+    for name, ours in model.named_parameters():
+        assert ours.shape == theirs[name].shape
+        if name.endswith("norm.weight"):
+            assert torch.equal(ours, theirs[name])
+        else:
+            assert ours.std().item() == pytest.approx(theirs[name].std().item(), rel=0.2)
+    twin.load_state_dict(model.state_dict())
+    batch = make_batch(2, 7, VALUES["vocab_size"], seed=0)
+    # Rotary frequencies are in no state dict.
+    assert torch.equal(model.eval()(input_ids=batch).logits, twin(input_ids=batch).logits)
+    model = make_model(VALUES | {"tie_word_embeddings": True}, torch.bfloat16, CPU, seed=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_weights_are_quantised_layer_by_layer(monkeypatch):
+    sizes, empty = [], torch.empty
+
+    def watch(*shape, **options):
+        tensor = empty(*shape, **options)
+        sizes.append(tensor.numel() if tensor.device.type == "cpu" else 0)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", watch)
+    model = make_model(VALUES, torch.float32, CPU, seed=0, quantization="nf4")
+    layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(layers) == 14
+    assert max(sizes) <= max(p.numel() for p in nn.ModuleList(layers).parameters()) * 2
+    assert {layer.weight.dtype for layer in layers} == {torch.uint8}
+    assert all(layer.weight.quant_state.state2 is not None for layer in layers)
+    assert type(model.lm_head) is nn.Linear
