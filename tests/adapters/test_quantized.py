@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from pacatune.adapters.base import quantization_config
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.generation import TextGenerator
 from pacatune.adapters.inspect import inspect_adapter
-from pacatune.adapters.loading import attach
+from pacatune.adapters.loading import attach, load_language_model
 from pacatune.adapters.merge import merge
 from pacatune.tuner.quantized import QuantizedLinear, forbid_packing
 from tests.adapters.fixtures import logits_of, save_adapter, scale
@@ -87,8 +86,8 @@ def test_nf4_is_quantised_again_and_says_what_it_costs(adapted, merged):
 
 def test_it_is_described_and_runs_on_the_base_as_it_was_trained(adapted):
     folder, model = adapted
-    generator = TextGenerator(None, folder, dtype="float32", device="cpu")
-    assert torch.equal(logits(generator._model), logits(model))
+    loaded = load_language_model(None, folder, dtype="float32")
+    assert torch.equal(logits(loaded.model), logits(model))
     expected = "trained on a base quantised as bitsandbytes nf4, block_size 64, double; columns s"
     assert expected in " ".join(inspect_adapter(folder).notes)
 

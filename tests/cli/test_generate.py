@@ -1,4 +1,4 @@
-"""`pacatune generate`: what is printed, and from where prompts come."""
+"""`pacatune generate`: what is answered and printed, and from where prompts come."""
 
 import io
 import os
@@ -6,10 +6,12 @@ import re
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pacatune.cli import main
-from pacatune.cli.generate import _print_text
-from tests.adapters.fixtures import save_adapter
+from pacatune.cli.generate import Generate, _encode, _print_text
+from tests.adapters.fixtures import edit_json, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +43,63 @@ def test_only_the_answer_is_printed(words, answer, shown, monkeypatch):
     assert answer(prompt="-") == adapted
 
 
+def test_an_answer_is_the_likeliest_text_up_to_its_end(model_copy, tiny_tokenizer, shown):
+    """Whatever the base's own settings ask for; both the base and its tokenizer know ends."""
+    words = ["generate", "--model", model_copy, "--max_new_tokens", 8, "--no_chat"]
+    start = tokens = tiny_tokenizer("What is", return_tensors="pt")["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(model_copy)
+    with torch.no_grad():
+        while tokens.shape[1] < start.shape[1] + 8:
+            tokens = torch.cat([tokens, base(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    new = tokens[0, start.shape[1] :].tolist()
+    text = tiny_tokenizer.decode(new, skip_special_tokens=True)
+    config = edit_json(model_copy / "generation_config.json", do_sample=True, temperature=9.0)
+    assert shown(*words, "--prompt", "What is") == f"{text}\n"
+    edit_json(config, eos_token_id=new[3])
+    cut = tiny_tokenizer.decode(new[: new.index(new[3])], skip_special_tokens=True)
+    assert shown(*words, "--prompt", "What is").startswith(cut)
+    assert len(shown(*words, "--prompt", "What is")) < len(text)
+
+
 def test_options_reach_the_generation(words, answer, shown):
     system = shown(*words, "--prompt", "What is", "--system", "Be brief.")
     assert len({answer(), answer("--no-chat"), system}) == 3
     sampled = "--temperature 1 --top-p 0.9 --seed"
     assert answer(f"{sampled} 1") == answer(f"{sampled} 1") != answer(f"{sampled} 2")
+    assert answer("--temperature 1 --top-p 1e-6") == answer()
+
+
+def test_prompts_are_conversations_if_there_is_a_template(tiny_tokenizer, model_copy, refused):
+    chat = _encode(tiny_tokenizer, "Hello", Generate(system="Be kind."))
+    text = tiny_tokenizer.decode(chat[0])
+    assert text.index("<|system|>\nBe kind.") < text.index("<|user|>\nHello")
+    assert text.endswith("<|assistant|>\n")
+    assert text.count("<s>") == 1
+    raw = _encode(tiny_tokenizer, "Hello", Generate(no_chat=True))
+    assert tiny_tokenizer.decode(raw[0]) == "<s>Hello"
+    words = ["generate", "--model", model_copy, "--prompt"]
+    assert "`prompt` is empty; write at least one word" in refused(*words, " \n")
+    (model_copy / "chat_template.jinja").unlink()
+    needs = "`system` ('Be kind.') needs a chat template"
+    assert needs in refused(*words, "Hello", "--system", "Be kind.")
+    for path in model_copy.glob("tokenizer*"):
+        path.unlink()
+    assert "has no tokenizer; put its tokenizer files" in refused(*words, "Hello")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, r"`max_new_tokens` \(0\) must be at least 1"),
+        ({"temperature": -0.5}, r"`temperature` \(-0\.5\) must be 0 \(greedy\) or a positive"),
+        ({"temperature": float("nan")}, r"`temperature` \(nan\) must be 0"),
+        ({"top_p": 0.0}, r"`top_p` \(0\.0\) must be in \(0, 1\]"),
+        ({"seed": -1}, r"`seed` \(-1\) must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Generate(**options)
 
 
 def test_a_terminal_without_prompt_is_asked(words, answer, capsys, monkeypatch):
@@ -62,11 +116,13 @@ def test_a_terminal_without_prompt_is_asked(words, answer, capsys, monkeypatch):
     assert re.search(r"pacatune: error: the prompt \(\d+ tokens\) .* context of 256", err)
 
 
-def test_notes_go_to_stderr(adapter_copy, capsys):
+def test_notes_go_to_stderr(adapter_copy, lora_dir, capsys):
     (adapter_copy / "pacatune.json").unlink()
-    words = ["generate", "--adapter", str(adapter_copy), "--max-new-tokens", "1"]
-    assert main([*words, "--prompt", "a"]) == 0
-    assert capsys.readouterr().err.startswith("note: the adapter has no fingerprint")
+    notes = {adapter_copy: "the adapter has no fingerprint", lora_dir: "the base is not checked"}
+    for folder, note in notes.items():
+        words = ["generate", "--adapter", str(folder), "--max-new-tokens", "1"]
+        assert main([*words, "--prompt", "a"]) == 0
+        assert capsys.readouterr().err.startswith(f"note: {note}")
 
 
 def test_a_terminal_gets_no_control_characters(monkeypatch):

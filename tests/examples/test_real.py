@@ -5,7 +5,7 @@ import runpy
 import pytest
 
 from examples.packaged import prepare
-from pacatune.adapters.generation import Sampling, TextGenerator
+from pacatune.cli import main
 from tests.examples.test_scripts import EXAMPLES
 
 pytestmark = pytest.mark.slow
@@ -21,11 +21,10 @@ def prepared(name):
             pytest.skip(f"{name} can't be had: {error}")
 
 
-def test_language_model_is_the_real_one_and_asked_what_is_new_to_it():
-    model = prepared("smollm2")
-    generator = TextGenerator(str(model), dtype="float32")
-    tokens = generator.encode("What is the capital of France?")
-    assert "Paris" in generator.generate(tokens, Sampling(max_new_tokens=12))
+def test_language_model_is_the_real_one_and_asked_what_is_new_to_it(capsys):
+    words = ["generate", "--model", str(prepared("smollm2")), "--max_new_tokens", "12"]
+    assert main([*words, "--prompt", "What is the capital of France?"]) == 0
+    assert "Paris" in capsys.readouterr().out
 
     lines = (prepared("chats") / "train.jsonl").read_text().splitlines(keepends=True)
     for prompt in runpy.run_path(str(EXAMPLES / "finetune_llm.py"))["PROMPTS"]:
