@@ -31,20 +31,18 @@ def adapted(model_dir, folder, num_labels):
 def test_merging_keeps_the_head(classifier, tiny_model_dir, tmp_path, num_labels):
     found = num_labels_of(str(tiny_model_dir), open_adapter(classifier))
     assert found == (None if num_labels == 2 else num_labels)
-    assert merge(str(tiny_model_dir), classifier, tmp_path / "merged").effect > 0
+    assert merge(str(tiny_model_dir), classifier, tmp_path / "merged").is_verified
     logits = logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))
     assert logits.shape == (2, num_labels)
     expected = logits_of(adapted(tiny_model_dir, classifier, num_labels))
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_a_merged_lora_reward_model(model_copy, tmp_path):
-    """Without a padding token it takes one sequence at a time."""
-    edit_json(model_copy / "config.json", pad_token_id=None)
-    base = load_base(str(model_copy), task_type="SEQ_CLS", num_labels=1)
+def test_a_merged_lora_reward_model(tiny_model_dir, tmp_path):
+    base = load_base(str(tiny_model_dir), task_type="SEQ_CLS", num_labels=1)
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "lora")
-    merge(str(model_copy), tmp_path / "lora", tmp_path / "merged")
+    merge(str(tiny_model_dir), tmp_path / "lora", tmp_path / "merged")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert model.config.num_labels == 1
 

@@ -11,7 +11,8 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     assert main(["merge", *words, "--output", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert "merged    6 modules, float32\n" in out
-    assert "verified  outputs are those of the adapter, rounded by 0.0e+00 " in out
+    assert "rounding  0 % of what the adapter changes\n" in out
+    assert "verified  read back, bit for bit\n" in out
     assert err == ""
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     words = ["merge", *words, "--dtype", "bfloat16", "--no-verify", "--device", "cpu"]

@@ -79,7 +79,7 @@ def printed(tiny_model_dir, tmp_path_factory):
         ("train", "trained"),
         ("inspect", "14 modules: down_proj x 2"),
         ("inspect", "2 more modules; --all lists them"),
-        ("merge", "verified  outputs are those of the adapter"),
+        ("merge", "verified  read back, bit for bit"),
         ("export", "14 modules as LoRA, float32, exact"),
         ("help", "fine-tune a model on your data"),
     ],

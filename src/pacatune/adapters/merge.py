@@ -1,6 +1,6 @@
 """Write an adapter into its base model: a plain model folder that needs nothing of ours."""
 
-import math
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,84 +23,18 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach
-from pacatune.adapters.probe import (
-    OutputError,
-    check_outputs,
-    output_error,
-    output_size,
-    probe_inputs,
-    run_probe,
-)
-from pacatune.adapters.target import (
-    adapted_target_columns,
-    read_target_columns,
-    target_of_module,
-)
+from pacatune.adapters.target import read_target_columns, target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.journal import is_gguf
 from pacatune.format.options import format_quantization
+from pacatune.ops.columns import bits, read_columns, widened
 from pacatune.precision import dtype_name
 from pacatune.pretrained import is_dequantised, load_config
-from pacatune.tuner.compat import tied_weights
-from pacatune.tuner.quantized import Quantization
+from pacatune.tuner.compat import resolve_quantization_backend, tied_weights
+from pacatune.tuner.quantized import Quantization, dequantized
 
-_FACTOR = 4  # docs/decisions.md has what was measured.
-
-
-def check_columns(model: nn.Module, expected: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Hold every merged column against what it must be, bit for bit."""
-    for name, (columns, new) in expected.items():
-        merged = read_target_columns(target_of_module(model, name), columns)
-        if not torch.equal(merged, new):
-            raise ValueError(
-                f"module {name!r}: the merged columns are not W + scaling * delta in "
-                f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
-            )
-
-
-@torch.no_grad()
-def rounding_limit(
-    model: nn.Module, inputs: list[dict[str, Tensor]], outputs: list[Tensor]
-) -> float:
-    """Measure how far the outputs may be from right ones by rounding alone, absolutely.
-
-    Every weight is moved at random within its rounding, as one more merge would, and the change of
-    the outputs is taken four times: kernels that round elsewhere are as far apart as that once.
-    The change is taken for a unit in the last place of the outputs at least. The model, merged and
-    in the dtype that it was written in, is spoiled afterwards.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter.is_floating_point():
-            part = torch.rand(parameter.shape, generator=generator, device="cpu") - 0.5
-            weight = parameter.double()
-            parameter.copy_(
-                weight + weight.abs() * torch.finfo(parameter.dtype).eps * part.to(weight)
-            )
-    change = output_error(outputs, run_probe(model, inputs)).max_absolute
-    # Of few outputs (one score a probe) all may stay as they are by chance.
-    unit = torch.finfo(next(model.parameters()).dtype).eps * output_size(outputs)
-    return _FACTOR * max(change, unit)
-
-
-def notes_on_change(change: float, effect: float, onto: MergeBase) -> list[str]:
-    """Return what the user should know if the chosen base itself changes the outputs.
-
-    `change` is its largest absolute one with the same adapter, `effect` that of the adapter.
-    """
-    if effect == 0:
-        return ["the adapter changes no output of the probe: it may be untrained."]
-    if change == 0:
-        return []
-    sizes = f"by up to {change:.1e}, the adapter by {effect:.1e}"
-    if onto == "original":
-        note = f"the original weights, which were not trained with, change outputs {sizes}"
-        advice = "; compare the losses of this model and of one merged onto `dequantized`"
-        return [f"{note}{advice if change > effect / 2 else ''}."]
-    return [
-        "the quantised layers round activations as well, which no merged model repeats: that "
-        f"changes outputs {sizes}."
-    ]
+_NOTABLE = 0.5
+"""Share of what an adapter changes that rounding may take without a note."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +53,10 @@ class MergeResult:
     """Modules whose columns were changed."""
     num_bytes: int
     """Size of the weights."""
-    error: OutputError | None
-    """The written model's outputs against the adapter's on that base; None if not verified."""
-    limit: float | None
-    """Largest absolute difference that was allowed; None if not verified."""
-    effect: float | None
-    """Largest absolute change of the outputs by the adapter; None if not verified."""
+    rounding: float | None
+    """What rounding takes of the trained columns' change, as a share of its norm; None for LoRA."""
+    is_verified: bool
+    """Whether what was written was read back."""
     notes: list[str]
     """What the user should know."""
 
@@ -143,9 +75,8 @@ def merge(
     """Merge an adapter into its base and write the result.
 
     PaCA's trained columns become round(W + scaling * delta) in the base's dtype; every other
-    weight stays as it is. LoRA adapters are merged by PEFT. The written model is loaded
-    again before it gets its name: its outputs may differ from the adapter's on the same base by
-    what rounding explains (`rounding_limit`), and by no more than half of what the adapter changes.
+    weight stays as it is. LoRA adapters are merged by PEFT. The written model is loaded again
+    before it gets its name, and must have the bits of the merged one in every tensor.
 
     An adapter that was trained on a quantised base can be merged onto three bases. `dequantized`,
     its default, is the function that was trained, written in 16 bits. `original` takes whatever
@@ -158,18 +89,18 @@ def merge(
         output: Folder to write, missing or empty.
         dtype: Dtype of the base and the result; `auto` keeps the one the base was saved in.
         device: Where to compute.
-        verify: False skips that.
+        verify: False skips reading it back.
         allow_other_base: Merge even if the base is not the one the adapter was trained on.
         onto: The base to merge onto; None takes the adapter's default.
 
     Returns:
-        The folder, what was merged, how far its outputs are from the adapter's, and notes.
+        The folder, what was merged, what rounding takes of it, and notes.
 
     Raises:
         FileNotFoundError: If base or adapter are missing.
         FileExistsError: If `output` is in use.
-        ValueError: If the adapter is damaged or belongs to another base, `onto` is not for it, the
-            outputs differ by more than is allowed, or the disk is full.
+        ValueError: If the adapter is damaged or belongs to another base, `onto` is not for it, a
+            bit of what was written is another, or the disk is full.
     """
     checked = open_adapter(adapter)
     name = base_name(model, checked.config)
@@ -178,69 +109,54 @@ def merge(
     onto = _choose_base(onto, getattr(checked.config, "base_quantization", None), name)
     tokenizer = find_tokenizer(name, checked.folder)
     bases = _load_bases(name, checked, onto, dtype, device)
-    inputs = probe_inputs(bases[0], tokenizer) if verify else []
-    written, merged = _merge_in_memory(*bases, checked, inputs, allow_other_base, onto)
+    written, num_modules, rounding, notes = _merge_in_memory(
+        *bases, checked, allow_other_base, onto
+    )
     del bases
     num_bytes = sum(parameter.nbytes for parameter in written.parameters())
     with staged_folder(output, num_bytes) as staging:
         written_dtype = dtype_name(written.dtype)
         written.save_pretrained(staging)
+        digests = _digests(written) if verify else {}
         del written  # or it would stay in memory beside the model that is read back
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        error = limit = None
         if verify:
             again = load_base(str(staging), task_type=checked.config.task_type, device=device)
-            error, limit = _verify(again, inputs, merged, onto, written_dtype)
+            _check_equal(digests, _digests(again))
     return MergeResult(
         output=output,
         base=name,
         onto=onto,
         dtype=written_dtype,
-        num_modules=merged.num_modules,
+        num_modules=num_modules,
         num_bytes=num_bytes,
-        error=error,
-        limit=limit,
-        effect=merged.effect if verify else None,
-        notes=merged.notes,
+        rounding=rounding,
+        is_verified=verify,
+        notes=notes,
     )
 
 
-def _verify(
-    written: PreTrainedModel,
-    inputs: list[dict[str, Tensor]],
-    merged: "_Merged",
-    onto: MergeBase,
-    dtype: str,
-) -> tuple[OutputError, float]:
-    """Refuse a written model that is another function; return its error, and what was allowed."""
-    outputs = run_probe(written, inputs)
-    error = output_error(merged.expected, outputs)
-    is_requantised = onto == "nf4"
-    fix = "--base dequantized" if is_requantised else "--dtype float32"
-    limit = check_outputs(
-        error,
-        math.inf if is_requantised else rounding_limit(written, inputs, outputs),
-        merged.effect,
-        whose="the merged model's",
-        dtype="nf4 again" if is_requantised else dtype,
-        fix=f"Merge with {fix}, serve the adapter unmerged, or take the loss unmeasured with "
-        "--no_verify.",
-    )
-    merged.notes.extend(notes_on_change(merged.base_change, merged.effect, onto))
-    return error, limit
+def _digests(model: nn.Module) -> dict[str, str]:
+    """Return a hash of each tensor of a model: two models need not be in memory at once."""
+    result = {}
+    tensors = dict(model.named_buffers()) | model.state_dict()  # buffers that are not saved, too
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bits(tensor).numpy().data)
+        result[name] = digest.hexdigest()
+    return result
 
 
-class _Merged(NamedTuple):
-    """What a merged model is measured against."""
-
-    num_modules: int
-    expected: list[Tensor]
-    """Outputs that the written model must have: the unmerged ones, on the base that is written."""
-    effect: float
-    base_change: float
-    """How far that base alone moves the unmerged outputs."""
-    notes: list[str]
+def _check_equal(merged: dict[str, str], again: dict[str, str]) -> None:
+    """Refuse a model that is not the merged one, bit for bit, after writing and reading."""
+    if others := sorted(dict(merged.items() ^ again.items())):
+        raise ValueError(
+            f"{len(others)} tensors of the written model, first {others[0]!r}, are not the merged "
+            "ones bit for bit; nothing was written. Is the disk damaged, or has another package "
+            "changed transformers? Compare with a fresh environment."
+        )
 
 
 def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name: str) -> MergeBase:
@@ -293,36 +209,80 @@ def _merge_in_memory(
     base: PreTrainedModel,
     original: PreTrainedModel | None,
     adapter: Adapter | LoraAdapter,
-    inputs: list[dict[str, Tensor]],
     allow_other_base: bool,
     onto: MergeBase,
-) -> tuple[PreTrainedModel, _Merged]:
-    plain = run_probe(base, inputs)
+) -> tuple[PreTrainedModel, int, float | None, list[str]]:
+    """Return the merged model, its adapted modules' number, what rounding takes, and notes."""
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
-    unmerged = run_probe(peft_model, inputs)
     num_modules = sum(isinstance(module, BaseTunerLayer) for module in peft_model.modules())
-    expected = unmerged
     if onto == "dequantized" or original is not None:
         replace_quantised(base, original)
-        quantization = getattr(adapter.config, "base_quantization", None) or {}
-        # Of int8 the layers round activations too, which no merged model repeats.
-        if original is not None or quantization.get("type") == "int8":
-            expected = run_probe(peft_model, inputs)
-    columns = {}
-    if isinstance(adapter, Adapter) and onto != "nf4":
-        for name in adapter.modules:
-            columns[name] = adapted_target_columns(target_of_module(base, name), adapter, name)
+    columns = _trained_columns(base, adapter) if isinstance(adapter, Adapter) else {}
     with answered_warnings():
         merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
-    check_columns(merged, columns)
+    rounding = None
+    if columns:
+        rounding = _measure_rounding(merged, columns, is_exact=onto != "nf4")
+        if all(torch.equal(before, after) for _, before, after in columns.values()):
+            notes.append("every delta is zero: the adapter is untrained and changes no column.")
+    if rounding is not None and rounding > _NOTABLE:
+        kind = "nf4" if onto == "nf4" else dtype_name(merged.dtype)
+        fix = "--base dequantized" if onto == "nf4" else "--dtype float32"
+        notes.append(
+            f"rounding to {kind} takes {rounding:.0%} of what the adapter changes; {fix} keeps it."
+        )
     _declare_untied(merged)
-    return merged, _Merged(
-        num_modules=num_modules,
-        expected=expected,
-        effect=output_error(plain, unmerged).max_absolute if inputs else 0.0,
-        base_change=output_error(unmerged, expected).max_absolute if inputs else 0.0,
-        notes=notes,
-    )
+    return merged, num_modules, rounding, notes
+
+
+class _Columns(NamedTuple):
+    """The columns of one module that an adapter changes, in float32 at least."""
+
+    indices: Tensor
+    before: Tensor
+    after: Tensor
+    """Before they are rounded to the dtype of the weight."""
+
+
+def _read(model: nn.Module, name: str, indices: Tensor) -> Tensor:
+    """Return some columns of a module, as numbers where it holds them in few bits."""
+    target = target_of_module(model, name)
+    backend = resolve_quantization_backend(target.module)
+    if backend is None:
+        return read_target_columns(target, indices)
+    weight = dequantized(backend, target.module, torch.float32)
+    return read_columns(weight, indices.to(weight.device))
+
+
+def _trained_columns(base: nn.Module, adapter: Adapter) -> dict[str, _Columns]:
+    result = {}
+    for name, update in adapter.modules.items():
+        delta, indices, _ = update.whole()
+        before = widened(_read(base, name, indices))
+        layout = target_of_module(base, name).layout
+        delta = layout.from_file(delta.float()).to(before.device)
+        result[name] = _Columns(
+            indices, before, layout.adapted(before, delta, adapter.scaling(name))
+        )
+    return result
+
+
+def _measure_rounding(model: nn.Module, columns: dict[str, _Columns], *, is_exact: bool) -> float:
+    """Return how far merged columns are from W + scaling * delta, by what that changes; check them.
+
+    In a weight of numbers, `is_exact`, they must be that, rounded once.
+    """
+    lost = changed = 0.0
+    for name, (indices, before, after) in columns.items():
+        merged = _read(model, name, indices)
+        if is_exact and not torch.equal(merged, after.to(merged.dtype)):
+            raise ValueError(
+                f"module {name!r}: the merged columns are not W + scaling * delta in "
+                f"{merged.dtype}; nothing was written. Another package may have changed PEFT."
+            )
+        lost += float((merged.to(after) - after).norm()) ** 2
+        changed += float((after - before).norm()) ** 2
+    return (lost / changed) ** 0.5 if changed else 0.0
 
 
 def _declare_untied(model: Any) -> None:

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from pacatune.adapters.base import find_tokenizer, load_base
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import attach
-from pacatune.adapters.probe import probe_inputs, run_probe
 from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import publish
 from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
@@ -28,7 +28,9 @@ from pacatune.ops.columns import adapted_columns
 from pacatune.patch.base import fingerprint, open_checkpoint
 from pacatune.patch.edit import ColumnEdit, Patch
 from pacatune.patch.folder import apply_to_folder, check_new
+from pacatune.residency import resident
 
+_TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
 _NUM_COMPARED = 64
 """Columns by which the order of a weight's rows in the file is told."""
 _NOTABLE = 0.1
@@ -172,12 +174,13 @@ def merge_packed(
     checkpoint = open_packed(model)
     base = load_base(str(model), task_type=checked.config.task_type, device=device)
     patch, rounding = make_packed(base, checkpoint, checked)
-    inputs = probe_inputs(base, find_tokenizer(str(model), checked.folder)) if verify else []
-    outputs, losses = list[list[Tensor]](), list[float]()
+    tokens = _tokens(base, find_tokenizer(str(model), checked.folder))
+    outputs, losses = list[Tensor](), list[float]()
 
     def see(model: nn.Module, which: str) -> None:
-        outputs.append(run_probe(model, inputs))
-        losses.extend([measure(model, which)] if measure is not None and verify else [])
+        if verify:
+            outputs.append(_outputs(model, tokens))
+            losses.extend([] if measure is None else [measure(model, which)])
 
     see(base, "the base")
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
@@ -208,14 +211,32 @@ def merge_packed(
     )
 
 
+def _tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Return the tokens (B, T) of a text, or random ones where there is no tokenizer."""
+    size = cast(Any, model).config.get_text_config().vocab_size
+    if tokenizer is None:
+        return torch.randint(
+            size, (2, 32), generator=torch.Generator().manual_seed(0), device="cpu"
+        )
+    return cast(Tensor, tokenizer(_TEXT, return_tensors="pt")["input_ids"]).clamp(max=size - 1)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return what a model says of tokens, in float32 on the CPU."""
+    with resident(model):  # to the bit what a merge computes
+        outputs: Tensor = model(input_ids=tokens.to(cast(Any, model).device))[0]
+    return outputs.float().cpu()
+
+
 def _verify(
-    outputs: list[list[Tensor]],
+    outputs: list[Tensor],
     losses: list[float],
     rounding: Rounding,
     warn: Callable[[str], object],
 ) -> Verified:
     """Compare what was written; refuse it if more than half of what was trained is lost."""
-    plain, expected, written = (seen[-1] for seen in outputs)
+    plain, expected, written = outputs
     error, effect = (float((expected - one).square().mean().sqrt()) for one in (written, plain))
     lost, gained, what = error, effect, "changed the outputs"
     # Outputs on any text say less than the loss on the data, if there is one that fell.
