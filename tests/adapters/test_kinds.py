@@ -90,8 +90,6 @@ def assert_ranks_of_convolutions(adapter, lora):
     for name in convolutions:
         rank = config["rank_pattern"]["^" + re.escape(name)]
         assert len(tensors[f"base_model.model.{name}.lora_A.weight"]) == rank
-    report = inspect_adapter(lora)
-    assert (len(report.modules), report.extra) == (len(modules), [])
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)
@@ -103,9 +101,6 @@ def test_describes(kind, bases, tmp_path):
     for module in report.modules:
         assert module.rank == len(module.columns)
         assert module.num_parameters == one.modules[module.name].delta.numel()
-    is_convolution = kind in kinds.CONVOLUTIONS
-    assert any("convolution" in note for note in report.notes) == is_convolution
-    assert any("Conv2d" in note for note in report.notes) == is_convolution
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)

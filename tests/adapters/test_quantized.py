@@ -88,8 +88,8 @@ def test_it_is_described_and_runs_on_the_base_as_it_was_trained(adapted):
     folder, model = adapted
     loaded = load_language_model(None, folder, dtype="float32")
     assert torch.equal(logits(loaded.model), logits(model))
-    expected = "trained on a base quantised as bitsandbytes nf4, block_size 64, double; columns s"
-    assert expected in " ".join(inspect_adapter(folder).notes)
+    described = inspect_adapter(folder).base_quantization
+    assert described == "bitsandbytes nf4, block_size 64, double"
 
 
 @pytest.fixture

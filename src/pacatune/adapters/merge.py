@@ -257,7 +257,7 @@ def _read(model: nn.Module, name: str, indices: Tensor) -> Tensor:
 def _trained_columns(base: nn.Module, adapter: Adapter) -> dict[str, _Columns]:
     result = {}
     for name, update in adapter.modules.items():
-        delta, indices, _ = update.whole()
+        delta, indices = update
         before = widened(_read(base, name, indices))
         layout = target_of_module(base, name).layout
         delta = layout.from_file(delta.float()).to(before.device)

@@ -1,4 +1,4 @@
-"""`pacatune inspect`: show what an adapter holds and what it fits, or what a patch changes."""
+"""`pacatune inspect`: show what an adapter holds, or what a patch changes."""
 
 import json
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -87,6 +87,7 @@ def _report(report: Any, options: Inspect) -> str:
     facts = {
         "method": report.method,
         "base": report.base,
+        "quantised": report.base_quantization,
         "task": report.task_type,
         "rank, alpha": f"{report.rank}, {report.alpha:g} (scaling {report.scaling:g})"
         if report.scaling is not None
@@ -109,8 +110,7 @@ def _report(report: Any, options: Inspect) -> str:
         }
         for module in report.modules
     ]
-    page = _page(str(report.folder), facts, "largest updates first", rows, options)
-    return "\n".join([page, *(f"- {note}" for note in report.notes)])
+    return _page(str(report.folder), facts, "largest updates first", rows, options)
 
 
 def _selection(report: Any) -> str | None:
