@@ -271,9 +271,9 @@ def test_patches_of_the_same_codes_and_other_scales(model_file, run_dir, tmp_pat
         del flat
     with pytest.raises(ValueError, match=f"holds the codes of '{name}' with other scales than"):
         apply_in_place(other, changes)
-    edits = changes.edits | {name: replace(changes.edits[name], scales="of another file")}
+    edits = {name: replace(changes.edits[name], scales="of another file")}
     with pytest.raises(ValueError, match=f"different bases: .* scales of the codes of '{name}'"):
-        stack([changes, Patch(edits=edits)], overlap="first")
+        stack([changes, Patch(edits=edits)])
 
 
 def test_patches_of_earlier_checkouts_know_no_scales(model_file, run_dir, tmp_path):
@@ -347,7 +347,7 @@ def test_other_commands(model_file, run_dir, tmp_path, capsys):
     said = refused(capsys, "train", "--model.path", other, "--data.path", data)
     assert f"model file {other} does not exist" in said
     said = refused(capsys, "patch", "diff", "--model", model_file, "--with", model_file)
-    assert "is a GGUF file; model folders and patches are compared" in said
+    assert "is a GGUF file; model folders are compared" in said
 
 
 def test_lora_is_refused(model_file, tmp_path, capsys):

@@ -30,6 +30,15 @@ def assert_same_tensors(one, other):
         assert torch.equal(bits(one.tensor(name)), bits(other.tensor(name))), name
 
 
+def assert_same_edits(one, other):
+    assert one.edits.keys() == other.edits.keys()
+    for name, edit in one.edits.items():
+        assert (edit.dim, edit.dtype) == (other.edits[name].dim, other.edits[name].dtype)
+        for part in ("indices", "original", "new"):
+            mine, theirs = (getattr(patch.edits[name], part) for patch in (one, other))
+            assert torch.equal(bits(mine), bits(theirs)), (name, part)
+
+
 @pytest.fixture(scope="session")
 def bf16_dir(tmp_path_factory):
     """A tiny Llama in bfloat16; not to be changed."""

@@ -13,7 +13,7 @@ from pacatune.files.checkpoint import Checkpoint
 from tests.adapters import kinds
 from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter, scale
 from tests.conftest import build_model
-from tests.patch.conftest import assert_same_tensors, contents
+from tests.patch.conftest import assert_same_edits, assert_same_tensors, contents
 from tests.releases import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
@@ -79,7 +79,7 @@ def test_the_adapter_comes_back_exactly(bf16_dir, tmp_path, with_fingerprint):
     assert ("pacatune.json" in after) == with_fingerprint
     assert after == {name: before[name] for name in after}
     again, _ = patch.make(bf16_dir, tmp_path / "b")
-    assert patch.compare_patches(made, again).differing == []
+    assert_same_edits(made, again)
 
 
 def test_without_its_adapter_a_patch_is_smaller(bf16_dir, bf16_adapter, bf16_patch, tmp_path):
@@ -103,7 +103,7 @@ def test_an_adapter_that_a_stranger_put_into_a_patch_is_checked(bf16_patch, tmp_
 
 def test_a_base_in_several_files(sharded_dir, bf16_adapter, bf16_patch):
     made, _ = patch.make(sharded_dir, bf16_adapter)
-    assert patch.compare_patches(made, bf16_patch).differing == []
+    assert_same_edits(made, bf16_patch)
     assert made.fingerprint == bf16_patch.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""What two models, or two patches, differ in."""
+"""What two models differ in."""
 
 import filecmp
 
@@ -11,6 +11,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
 from pacatune.patch.difference import changed_columns
 from tests.adapters.fixtures import edit_tensors, save_adapter
+from tests.patch.conftest import assert_same_edits
 from tests.releases import needs
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -38,9 +39,7 @@ def test_two_models_give_the_adapters_patch(bf16_dir, bf16_adapter, bf16_patch, 
     result = patch.diff(bf16_dir, tmp_path / "merged")
     assert result.refusal() is None
     assert len(result.changed) == 6
-    same = patch.compare_patches(bf16_patch, result.patch)
-    assert (same.only_a, same.only_b, same.differing) == ([], [], [])
-    assert sum(same.shared_columns.values()) == 24
+    assert_same_edits(bf16_patch, result.patch)
     assert_gives(bf16_dir, result.patch, tmp_path / "merged", tmp_path / "out")
     assert patch.diff(bf16_dir, bf16_dir).refusal() == "they are equal"
 
@@ -116,12 +115,3 @@ def test_columns_are_found_along_the_dimension_with_the_fewest(place, expected):
     assert (dim, columns.tolist()) == expected
     assert changed_columns(before, before.clone()) is None
     assert changed_columns(before, -before) is not None  # 0.0 and -0.0
-
-
-def test_patches_are_compared(bf16_dir, bf16_patch, tmp_path):
-    save_adapter(bf16_dir, tmp_path, dtype="bfloat16", seed=1, target_modules=["q_proj"])
-    other, _ = patch.make(bf16_dir, tmp_path)
-    result = patch.compare_patches(bf16_patch, other)
-    assert (len(result.only_a), result.only_b) == (4, [])
-    assert result.num_shared_tensors == len(result.differing) == 2
-    assert sum(result.shared_columns.values()) == 8

@@ -7,7 +7,6 @@ import torch
 
 from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of, stack
-from pacatune.patch.edit import shared_columns
 
 WEIGHT = torch.arange(24.0).view(4, 6)
 NOTHING = torch.zeros(4, 0)
@@ -66,29 +65,18 @@ def test_disjoint_patches_stack_in_any_order():
         assert torch.equal(joint.edits["b.weight"].new, c.edits["b.weight"].new)
 
 
-def test_overlaps_are_refused_unless_told_how():
-    """A sum adds the changes and rounds once."""
-    a, b = make_patch(1, 4), make_patch(3, 4, seed=1)
-    message = r"1 columns of 'a.weight' are .* column 4 for one\. Choose"
-    with pytest.raises(ValueError, match=message):
-        stack([a, b])
-    mine, theirs = (patch.edits["a.weight"].new for patch in (a, b))
-    base = WEIGHT[:, 4].double()
-    summed = base + (mine[:, 1].double() - base) + (theirs[:, 1].double() - base)
-    columns = {"first": mine[:, 1], "last": theirs[:, 1], "sum": summed.bfloat16()}
-    for overlap, column in columns.items():
-        edit = stack([a, b], overlap=overlap).edits["a.weight"]
-        assert edit.indices.tolist() == [1, 3, 4]
-        assert torch.equal(edit.new, torch.stack((mine[:, 0], theirs[:, 0], column), 1))
+def test_overlaps_are_refused():
+    with pytest.raises(ValueError, match=r"several change columns of 'a.weight', column 4 for one"):
+        stack([make_patch(1, 4), make_patch(3, 4, seed=1)])
 
 
-def test_a_sum_leaves_single_columns_to_the_bit():
-    weight = torch.zeros(4, 6)
-    a = make_patch(1, 4, weight=weight, dtype=torch.float32)
+def test_a_stack_keeps_every_bit():
     odd = torch.tensor([-0.0, float("inf"), float("nan"), 1e-45]).unsqueeze(1).repeat(1, 2)
+    weight = torch.zeros(4, 6)
     b = Patch(edits={"a.weight": edit_of("a.weight", 1, weight, torch.tensor([2, 4]), odd)})
-    edit = stack([a, b], overlap="sum").edits["a.weight"]
-    assert torch.equal(bits(edit.new[:, 1].contiguous()), bits(odd[:, 0].contiguous()))
+    edit = stack([make_patch(1, 3, weight=weight, dtype=torch.float32), b]).edits["a.weight"]
+    assert edit.indices.tolist() == [1, 2, 3, 4]
+    assert torch.equal(bits(edit.new[:, [1, 3]]), bits(odd))
 
 
 def hashed(column, value):
@@ -98,7 +86,6 @@ def hashed(column, value):
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (make_patch(4), make_patch(4, weight=WEIGHT.bfloat16() + 1), "disagree about columns"),
         (make_patch(1), make_patch(2, dtype=torch.float32), r"bases: .* for one and .*float32 for"),
         (make_patch(1), make_patch(2, dim=0), "along dimension 1 by one patch and along 0 by"),
         (hashed(1, "aa"), hashed(2, "bb"), "disagree about column 5 of 'a.weight', which none"),
@@ -106,16 +93,10 @@ def hashed(column, value):
 )
 def test_patches_that_cannot_be_joined(a, b, message):
     with pytest.raises(ValueError, match=message):
-        stack([a, b], overlap="sum")
+        stack([a, b])
 
 
 def test_a_stack_knows_the_base_by_what_none_of_them_changes():
     one = make_patch(1, fingerprint={"a.weight": {2: "x", 5: "y"}})
     two = make_patch(2, fingerprint={"a.weight": {1: "z", 5: "y"}})
     assert stack([one, two]).fingerprint == {"a.weight": {5: "y"}}
-
-
-def test_shared_columns_are_counted():
-    others = make_patch(3, 4), make_patch(0), make_patch(0, dim=0)
-    found = [shared_columns(make_patch(1, 4).edits, other.edits) for other in others]
-    assert [one.get("a.weight", 0) for one in found] == [1, 0, 2]

@@ -1,7 +1,7 @@
 """`pacatune patch WHAT`: adapters as exact edits of checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pacatune.cli.options import BaseOptions, give_one, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
@@ -118,36 +118,17 @@ class Revert(Apply):
     reverts = True
 
 
-def diff_patch(
-    *, model: str | None = None, patch: str | None = None, with_: str, output: str | None = None
-) -> int:
-    """Compare two model folders bit by bit, or two patches.
+def diff_models(*, model: str, with_: str, output: str | None = None) -> int:
+    """Compare two model folders bit by bit.
 
     Models that differ in few columns of each tensor give a patch, whoever trained them.
 
     Args:
         model: Folder or hub id of the base.
-        patch: Or a patch.
-        with_: Another of the same kind.
+        with_: Another one.
         output: Write the patch from the first to the other.
     """
-    give_one(model=model, patch=patch, needed=True)
     quiet_libraries()
-
-    from pacatune.patch import compare_patches, load
-
-    if patch is not None:
-        if output is not None:
-            raise ValueError("`--output` is for two models; `pacatune patch stack` joins patches.")
-        found = compare_patches(load(patch), load(with_))
-        both, differing = found.num_shared_tensors, len(found.differing)
-        shared = sum(found.shared_columns.values())
-        stacks = "" if shared else "; they stack"
-        print(f"only A    {len(found.only_a)} tensors")
-        print(f"only B    {len(found.only_b)} tensors")
-        print(f"both      {both} tensors, {differing} of them differ")
-        print(f"overlap   {shared} columns of {len(found.shared_columns)} tensors{stacks}")
-        return 0
 
     from pacatune.patch import diff, save
     from pacatune.patch.base import find_folder
@@ -155,7 +136,7 @@ def diff_patch(
 
     if output is not None:
         refuse_existing(output)
-    result = diff(find_folder(str(model)), find_folder(with_, option="with"))
+    result = diff(find_folder(model), find_folder(with_, option="with"))
     _print_models(result)
     if output is None:
         return 0
@@ -190,7 +171,7 @@ def _print_models(result: "Difference") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack(_Target):
-    """Join several patches of one base into one, or apply them together.
+    """Join patches of one base, which change no column twice, or apply them together.
 
     Without --model the result is a patch, --output its file; with --model it is applied.
     """
@@ -199,9 +180,6 @@ class Stack(_Target):
     """Patches, the first one first."""
     model: str | None = None
     """Folder or hub id of the base, to apply them to."""
-    overlap: Literal["first", "last", "sum"] | None = None
-    """Where several patches change a column, take the first one's, the last one's, or the sum of
-    their changes, rounded once; without it such patches are refused."""
 
     def run(self, command: str) -> int:
         """Do it."""
@@ -215,7 +193,7 @@ class Stack(_Target):
         output = str(self.output)
         if self.model is None:
             refuse_existing(output)
-        patch = stack([load(path) for path in self.patch], overlap=self.overlap)
+        patch = stack([load(path) for path in self.patch])
         num_columns, num_tensors = patch.num_columns, len(patch.edits)
         print(
             f"stacked   {len(self.patch)} patches: {num_columns} columns of {num_tensors} tensors"
@@ -264,7 +242,7 @@ SUBCOMMANDS = {
     "make": Make,
     "apply": Apply,
     "revert": Revert,
-    "diff": diff_patch,
+    "diff": diff_models,
     "stack": Stack,
     "to-adapter": patch_to_adapter,
     "recover": recover_folder,

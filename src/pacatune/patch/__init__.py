@@ -5,7 +5,7 @@
     file          patch files
     base          whether a checkpoint is the one a patch is for
     folder        apply and revert in model folders, in place or not
-    difference    what two checkpoints or patches differ in
+    difference    what two checkpoints differ in
     adapter       from a PaCA adapter and back
     packed        from a PaCA adapter, as codes of a file of few bits
 
@@ -16,8 +16,8 @@ gives, which are those of training, merging and serving.
 from typing import TYPE_CHECKING
 
 from pacatune.lazy import import_later
-from pacatune.patch.difference import Difference, PatchDifference, compare_patches, diff
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Overlap, Patch, edit_of, stack
+from pacatune.patch.difference import Difference, diff
+from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, stack
 from pacatune.patch.file import is_patch, load, save
 from pacatune.patch.folder import FolderResult, apply_in_place, apply_to_folder, recover
 from pacatune.patch.memory import apply, revert
@@ -30,13 +30,10 @@ __all__ = [
     "ColumnEdit",
     "Difference",
     "FolderResult",
-    "Overlap",
     "Patch",
-    "PatchDifference",
     "apply",
     "apply_in_place",
     "apply_to_folder",
-    "compare_patches",
     "diff",
     "edit_of",
     "is_patch",

@@ -1,16 +1,15 @@
-"""What two checkpoints, or two patches, differ in."""
+"""What two checkpoints differ in."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
 from pacatune.ops.columns import bits
 from pacatune.patch.base import fingerprint
-from pacatune.patch.edit import ColumnEdit, Patch, edit_of, shared_columns
+from pacatune.patch.edit import ColumnEdit, Patch, edit_of
 
 _MAX_SHARE = 0.5
 """A patch has changed columns twice, before and after: from half of a tensor on, that is larger."""
@@ -50,22 +49,6 @@ class Difference:
         return "they are equal"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchDifference:
-    """What two patches have in common."""
-
-    only_a: list[str]
-    """Tensors that the first alone changes."""
-    only_b: list[str]
-    """Tensors that the second alone changes."""
-    num_shared_tensors: int
-    """Tensors that both change."""
-    shared_columns: dict[str, int]
-    """Tensor -> columns that both change."""
-    differing: list[str]
-    """Tensors of which they do not write the same bits into the same columns."""
-
-
 def diff(a: str | Path, b: str | Path) -> Difference:
     """Compare two model folders, tensor by tensor and bit by bit.
 
@@ -77,7 +60,7 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     """
     for path in (a, b):
         if is_gguf(path):
-            raise ValueError(f"{path} is a GGUF file; model folders and patches are compared.")
+            raise ValueError(f"{path} is a GGUF file; model folders are compared.")
     first, second = Checkpoint.open(a), Checkpoint.open(b)
     edits: dict[str, ColumnEdit] = {}
     changed: dict[str, float] = {}
@@ -132,24 +115,3 @@ def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
     shares = [float(flags.float().mean()) for flags in changed]
     dim = shares.index(min(shares))
     return dim, changed[dim].nonzero()[:, 0]
-
-
-def compare_patches(a: Patch, b: Patch) -> PatchDifference:
-    """Compare two patches: which tensors and columns they change, and whether into the same."""
-    both = sorted(a.edits.keys() & b.edits.keys())
-    return PatchDifference(
-        only_a=sorted(a.edits.keys() - b.edits.keys()),
-        only_b=sorted(b.edits.keys() - a.edits.keys()),
-        num_shared_tensors=len(both),
-        shared_columns=shared_columns(a.edits, b.edits),
-        differing=[name for name in both if not _is_same(a.edits[name], b.edits[name])],
-    )
-
-
-def _is_same(one: ColumnEdit, other: ColumnEdit) -> bool:
-    return (
-        one.dim == other.dim
-        and one.dtype == other.dtype
-        and torch.equal(one.indices, other.indices)
-        and torch.equal(bits(one.new), bits(other.new))
-    )

@@ -5,18 +5,14 @@ dimension 1 of a linear layer's (O, I) weight, 0 of a Conv1D's (I, O), the last 
 experts. Bits are compared and copied, never numbers: -0.0 is not 0.0, and NaN equals itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pacatune.grid.formats import GRIDS
 from pacatune.ops.columns import bits, check_columns, put_columns_, read_columns
-
-Overlap = Literal["first", "last", "sum"]
-"""Whose column is taken where several patches have it; `sum` adds up their differences."""
 
 
 def read_bits(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
@@ -219,28 +215,20 @@ class Patch:
         return replace(self, edits={name: edit.to(device) for name, edit in self.edits.items()})
 
 
-def stack(patches: Sequence[Patch], *, overlap: Overlap | None = None) -> Patch:
-    """Join patches of one base into one patch.
+def stack(patches: Sequence[Patch]) -> Patch:
+    """Join patches of one base, which change no column twice, into one patch.
 
-    Where columns are disjoint the result is exactly what applying one after the other gives, in any
-    order. It carries no adapter.
-
-    Args:
-        patches: At least one.
-        overlap: What to do with columns that several patches have; None refuses them. `first` and
-            `last` take the column of that patch. `sum` adds the differences of all to the base's
-            column, in float64, and rounds once to the base's dtype: the only one of the three that
-            rounds.
+    The result is exactly what applying one after the other gives, in any order. It carries no
+    adapter.
 
     Raises:
-        ValueError: If the patches are of different bases, or overlap without `overlap`.
+        ValueError: If the patches are of different bases, or several change a column.
     """
     if not patches:
         raise ValueError("`patches` is empty; give at least one.")
     names = list(dict.fromkeys(name for patch in patches for name in patch.edits))
     edits = {
-        name: _stack_edits([p.edits[name] for p in patches if name in p.edits], overlap)
-        for name in names
+        name: _stack_edits([p.edits[name] for p in patches if name in p.edits]) for name in names
     }
     base = next((patch.base for patch in patches if patch.base), "")
     fingerprint: dict[str, dict[int, str]] = {}
@@ -257,40 +245,22 @@ def stack(patches: Sequence[Patch], *, overlap: Overlap | None = None) -> Patch:
     return Patch(edits=edits, base=base, fingerprint=fingerprint)
 
 
-def _stack_edits(edits: list[ColumnEdit], overlap: Overlap | None) -> ColumnEdit:
+def _stack_edits(edits: list[ColumnEdit]) -> ColumnEdit:
     first = edits[0]
     if len(edits) == 1:
         return first
     _refuse_other_forms(edits)
-    edits = edits[::-1] if overlap == "first" else edits
-    columns, dim = torch.cat([edit.indices for edit in edits]), first.dim
-    originals = torch.cat([edit.original for edit in edits], dim)
-    news = torch.cat([edit.new for edit in edits], dim)
-    indices, places, counts = columns.unique(return_inverse=True, return_counts=True)
-    last = {column: number for number, column in enumerate(columns.tolist())}
-    taken = torch.tensor([last[column] for column in indices.tolist()], device=columns.device)
-    original, new = (part.index_select(dim, taken) for part in (originals, news))
-    if not torch.equal(bits(original.index_select(dim, places)), bits(originals)):
+    indices, order = torch.cat([edit.indices for edit in edits]).sort()
+    if len(shared := indices[1:][indices[1:] == indices[:-1]]):
         raise ValueError(
-            f"the patches are of different bases: they disagree about columns of {first.name!r} "
-            "before the change."
+            f"the patches overlap: several change columns of {first.name!r}, column "
+            f"{int(shared[0])} for one. Join the adapters instead (`add_weighted_adapter`), or "
+            "train them on columns of their own."
         )
-    shared = (counts > 1).nonzero()[:, 0]
-    if len(shared) and overlap == "sum" and first.grid:
-        raise ValueError(
-            f"`overlap` ('sum'): {first.name!r} has codes of {first.grid}, which do not add up; "
-            "take first or last, or join the adapters (`add_weighted_adapter`)."
-        )
-    if len(shared) and overlap is None:
-        raise ValueError(
-            f"the patches overlap: {len(shared)} columns of {first.name!r} are changed by several, "
-            f"column {int(indices[shared[0]])} for one. Choose by `overlap` (--overlap) whose are "
-            "taken: first, last, or sum, which adds up the changes and rounds once."
-        )
-    if overlap == "sum":
-        changes = news.double() - originals.double()
-        summed = original.double().index_add_(dim, places, changes).to(original.dtype)
-        new.index_copy_(dim, shared, summed.index_select(dim, shared))
+    original, new = (
+        torch.cat(parts, first.dim).index_select(first.dim, order)
+        for parts in zip(*((edit.original, edit.new) for edit in edits), strict=True)
+    )
     return replace(first, indices=indices, original=original, new=new)
 
 
@@ -313,14 +283,3 @@ def _refuse_other_forms(edits: list[ColumnEdit]) -> None:
                 f"{other.dim} by another; such patches cannot be joined: apply them one after the "
                 "other if no columns overlap, or `add_weighted_adapter` their adapters."
             )
-
-
-def shared_columns(a: Mapping[str, ColumnEdit], b: Mapping[str, ColumnEdit]) -> dict[str, int]:
-    """Return how many columns both change, by tensor; along different dimensions counts all."""
-    result = {}
-    for name in a.keys() & b.keys():
-        if a[name].dim != b[name].dim:
-            result[name] = max(a[name].rank, b[name].rank)
-        elif shared := int(torch.isin(a[name].indices, b[name].indices).sum()):
-            result[name] = shared
-    return dict(sorted(result.items()))
