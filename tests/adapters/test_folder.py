@@ -71,6 +71,10 @@ def pipe(folder):
     ("damage", "message"),
     [
         (lambda folder: edit_json(folder / CONFIG, r=8), r"rank 4 but the .* says 8 \(`r` = 8"),
+        (
+            lambda folder: edit_json(folder / CONFIG, groups=2),
+            "`groups` is of .* row groups.* d5ebc774",
+        ),
         (lambda folder: edit_tensors(folder, dict.clear), "holds no `paca_delta`; it is empty or"),
         (add(f"{Q}.paca_delta", torch.full((32, 4), torch.nan)), rf"{TENSORS}: .*q_.* not finite"),
         (add(HEAD, torch.tensor([[1.0, torch.nan]])), rf"tensor '{HEAD}' holds .* not finite"),
@@ -142,8 +146,6 @@ def test_a_configuration_is_read(path):
     assert config.peft_type == "PACA"
     assert (config.r, config.paca_alpha, config.rank_pattern) == (4, 4.5, {"v_proj": 2})
     assert set(config.target_modules) == {"q_proj", "v_proj", "down_proj"}
-    # Options that left (steps normalised by column) changed no adapter.
-    assert read_config(edit_json(path, normalize="input", column_rates={"a": [1.0]})) == config
     # The keys of another reader are enough.
     theirs = {"peft_type": "PACA", "r": 8, "paca_alpha": 16, "target_modules": "all-linear"}
     path.write_text(json.dumps({**theirs, "random_seed": 1, "init_weights": True}))

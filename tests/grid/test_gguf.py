@@ -285,7 +285,7 @@ def test_patches_of_earlier_checkouts_know_no_scales(model_file, run_dir, tmp_pa
     del words["digest"]
     words["digest"] = _digest(tensors, words)
     write_tensors(tensors, path, metadata={"pacatune_patch": json.dumps(words)})
-    message = r"need `scales`, .* revert such a patch with the one that made it\); make it again"
+    message = r"need `scales`, .* with the checkout that made it\); make it again"
     with pytest.raises(ValueError, match=message):
         load(path)
 

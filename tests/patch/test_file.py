@@ -107,7 +107,6 @@ def write(path, tensors, description):
     ("changes", "message"),
     [
         ({"version": 2}, r"version 2, and this pacatune reads 1; revert it with the pacatune that"),
-        ({"version": 3}, "is a patch of version 3, and this pacatune reads 1; upgrade"),
         ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
         ({"tensors": {}}, "`edits` is empty"),
         ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),

@@ -16,6 +16,7 @@ from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions
 from pacatune.format.patterns import check_patterns, matching_key
 from pacatune.format.tensors import (
+    ROW_GROUPS_LEFT,
     TENSORS_NAME,
     ColumnUpdate,
     check_finite,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
-_GONE = ("normalize", "column_rates")  # of earlier checkouts: they changed training's steps alone
 
 # PEFT's TaskType, checked here so that a file can be read without PEFT.
 AUTO_CLASSES = {
@@ -55,8 +55,8 @@ def read_config(path: Path) -> PacaOptions:
             f"{path} gives `peft_type` = {method!r}; it must be "
             f"{' or '.join(map(repr, FILE_TYPES))}. This is not a PaCA adapter."
         )
-    for gone in _GONE:
-        config.pop(gone, None)
+    if config.get("groups", 1) != 1:
+        raise ValueError(f"{path}: `groups` {ROW_GROUPS_LEFT}")
     hints = typing.get_type_hints(PacaOptions)
     for key, value in config.items():
         if key not in hints:
@@ -94,7 +94,8 @@ def read_lora_config(path: Path) -> "PeftConfig":
     config = read_json_object(path)
     method = config.get("peft_type")
     rows = [row for row in METHODS.values() if row.has_adapter and not row.is_paca]
-    names = {row.config.removesuffix("Config").upper(): row for row in rows}
+    names = {getattr(row.config, "__name__", row.config): row for row in rows}
+    names = {name.removesuffix("Config").upper(): row for name, row in names.items()}
     if method not in names:
         raise ValueError(
             f"{path} gives `peft_type` = {method!r}; only adapters of the methods PACA, "

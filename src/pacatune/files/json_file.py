@@ -6,7 +6,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-MAX_JSON_BYTES = 16 * 2**20  # adapter_config.json of earlier versions lists every column
+MAX_JSON_BYTES = 16 * 2**20  # more than any model's configuration or index has
 _MAX_DEPTH = 16
 _MAX_DIGITS = 40  # transformers writes 10**30 as no limit of a tokenizer
 

@@ -20,7 +20,11 @@ INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
 
-_ROW_GROUPS, _READS_ROW_GROUPS = ".paca_places", "d5ebc774"
+_ROW_GROUPS = ".paca_places"
+ROW_GROUPS_LEFT = (
+    "is of an adapter of row groups, which left. Check out commit d5ebc774 of pacatune, and merge "
+    "or export it there."
+)
 
 
 class ColumnUpdate(NamedTuple):
@@ -60,10 +64,7 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.endswith(_ROW_GROUPS):
-            raise ValueError(
-                f"{source}: {name!r} is of an adapter of row groups, which were taken out. Check "
-                f"out commit {_READS_ROW_GROUPS} of pacatune, and merge or export it there."
-            )
+            raise ValueError(f"{source}: {name!r} {ROW_GROUPS_LEFT}")
         if (split := split_tensor_name(name)) is not None:
             module, kind = split
             parts.setdefault(module, {})[kind] = tensor

@@ -104,8 +104,8 @@ class ColumnEdit(ColumnPlace):
             raise ValueError(f"{where}: {self.grid} has codes below {grid.num_codes} alone.")
         if not self.scales:
             raise ValueError(
-                f"{where}: codes need `scales`, a hash of theirs, which earlier checkouts did not "
-                "write; revert such a patch with the one that made it"
+                f"{where}: codes need `scales`, a hash of theirs; "
+                "revert a patch without with the checkout that made it"
             )
 
     @property

@@ -27,7 +27,6 @@ from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
 
 _KEY = "pacatune_patch"
 _VERSION = 1
-_GROUPED_VERSION = 2  # of earlier checkouts: each row group's columns, without those of other rows
 _PARTS = ("indices", "original", "new")
 _ADAPTER = "pacatune_adapter."
 
@@ -76,11 +75,9 @@ def load(path: str | Path) -> Patch:
         raise ValueError(f"{path} is no patch; `pacatune patch make` writes one.")
     metadata = parse_json_object(text.encode(), source=f"the metadata of {path}")
     if (version := metadata.get("version")) != _VERSION:
-        fix = "upgrade pacatune"
-        if version == _GROUPED_VERSION:
-            fix = "revert it with the pacatune that made it, and make it again of its adapter"
         raise ValueError(
-            f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; {fix}."
+            f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; revert "
+            "it with the pacatune that made it, and make it again of its adapter."
         )
     # The adapter's own texts have lines; they are checked when it is written.
     check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
