@@ -10,6 +10,7 @@ METHOD_TITLES = {
     "none": "No tuning",
     "quantized": "Quantized, no tuning",
     **{name: method.title for name, method in METHODS.items()},
+    "moslora": "MosLoRA",
     "full": "Full-FT",
 }
 """Methods of the paper's tables -> what they are called."""
