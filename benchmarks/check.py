@@ -1,7 +1,7 @@
 """Compute what is exact anew, and compare it with the committed results: `make bench-check`.
 
     python -m benchmarks.check             kernels, bytes, column writes, estimates: a minute
-    python -m benchmarks.check --all       kernels of compiled models and every estimate, too
+    python -m benchmarks.check --all       every estimate, too
 
 Kernels, bytes and estimates follow from the code and the versions of its packages, so that any
 difference is a change: a mistake, or a reason to run the benchmark again and commit its result. A
@@ -45,15 +45,13 @@ QUICK: dict[str, Callable[[], list[Row]]] = {
     "kernels": partial(kernels.count, "eager", "lean", "sharded"),
     "step": partial(run_steps, "--tokens", "16", "--dtypes", "float32", "bfloat16"),
 }
-SLOW: dict[str, Callable[[], list[Row]]] = {"kernels": partial(kernels.count, "compiled")}
 NAMES = (*QUICK, "estimate")
 
 
 def parts(name: str, everything: bool) -> Iterator[tuple[Callable[[], list[Row]], Finished]]:
     """Yield what computes rows of a name anew, and the committed ones, each of its own versions."""
-    for computed in (QUICK, SLOW) if everything else (QUICK,):
-        if name in computed:
-            yield computed[name], read(name)
+    if name in QUICK:
+        yield QUICK[name], read(name)
     for one in EXPERIMENTS.values() if name == "estimate" else ():
         found = read_results(one.name, "small")
         for job in one.jobs("small"):

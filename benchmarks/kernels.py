@@ -8,9 +8,6 @@ them, passes run under autocast as Trainer's do, and the factor alpha / r is 2, 
 by it shows. Counts depend on no clock: the same versions of torch, transformers and PEFT give the
 same numbers everywhere.
 
-Compiled models are counted by what inductor generates for them: fused kernels, and operators that
-it calls. It does so for the CPU here; what it fuses on a GPU may differ.
-
 Sharded models are split by FSDP2, block by block, over two processes, of which one runs: copies
 into and out of gathered buffers count, what a network does is left out. Columns go into every
 gathered weight anew.
@@ -18,7 +15,6 @@ gathered weight anew.
 The exit status is 1 if PaCA runs more than is promised here.
 """
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -59,7 +55,6 @@ PROMISED = {
         BACKWARD: NUM_LINEAR + 1,
         ACCUMULATING: 2 * NUM_LINEAR + 1,
     },
-    "compiled": {FORWARD: 1, BACKWARD: 2 * NUM_LINEAR},
     # FSDP2 gathers a block for each pass: one launch takes its pretrained columns and one writes;
     # two of FSDP2's own take the gradients.
     "sharded": {FORWARD: NUM_LINEAR + 2, BACKWARD: NUM_LINEAR + 4},
@@ -201,48 +196,9 @@ def count_sharded(method: str) -> Launches:
     return {name: layer[name] for name in (FORWARD, BACKWARD)}
 
 
-def count_compiled(method: str) -> Launches:
-    """Return the kernels and operators of the code that inductor makes of one decoder layer."""
-
-    def of_model(num_layers: int) -> Launches:
-        codes = _generated_code(make(method, num_layers).model)
-        return dict(zip((FORWARD, BACKWARD), map(_num_calls, codes), strict=True))
-
-    return _of_layer(of_model)[0]
-
-
-def _generated_code(model: nn.Module) -> list[str]:
-    """Return the code of forward and backward; inputs ask for a gradient, whatever is trained."""
-    from torch._inductor.utils import run_and_get_code
-
-    torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(1, NUM_TOKENS, LAYER["hidden_size"], generator=generator).to(torch.bfloat16)
-    labels = make_batch(1, NUM_TOKENS, LAYER["vocab_size"], SEED)
-    compiled = torch.compile(model, fullgraph=True)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(inputs_embeds=x.requires_grad_(), labels=labels, use_cache=False).loss
-        loss.backward()
-
-    return list(run_and_get_code(step)[1])
-
-
-_CALL = re.compile(r"(extern_kernels\.\w+\(|torch\.ops\.\w+\.\w+|\b(cpp_fused|triton_)\w*[.(]).*")
-
-
-def _num_calls(code: str) -> int:
-    """Count the calls of kernels and operators; one may take several lines, its results others."""
-    body = code[code.index("def call(") :]
-    lines = [line.strip() for line in body.splitlines()]
-    return sum(bool(_CALL.search(line)) and not line.startswith(("#", "assert")) for line in lines)
-
-
 COUNTERS: dict[str, tuple[Callable[[str], Launches], Iterable[str]]] = {
     "eager": (count_layer, COUNTED),
     "lean": (partial(count_layer, is_lean=True), COUNTED),
-    "compiled": (count_compiled, (*HELD, "lora", "lora_bf16")),
     "sharded": (count_sharded, (*HELD, "lora", "lora_bf16")),
 }
 """Setting -> what counts a method in it, and which are counted."""

@@ -47,7 +47,6 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     add("--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step")
     compiled = "compare under torch.compile; needs a C++ compiler"
     add("--compiled", action="store_true", help=compiled)
-    add("--name", help="writes step-NAME.json; None: the kind of model")
     sizes = {name: size for name, size in VALUES.items() if type(size) is int}
     for name, size in sizes.items():
         option = "--" + name.replace("_", "-")
@@ -147,12 +146,11 @@ def main(options: list[str] | None = None) -> None:
         f"{title(args)}; rank {RANK}; medians of whole steps, all methods alternating in one run, "
         f"seed {args.seed}"
     )
-    kind = args.name or "compiled" * args.compiled
 
     def run() -> list[Row]:
         return [row for one in choose_settings(args) for row in measure(*one, args)]
 
-    record(f"step-{kind}" if kind else "step", how, run, args, options, args.methods)
+    record("step-compiled" if args.compiled else "step", how, run, args, options, args.methods)
 
 
 if __name__ == "__main__":

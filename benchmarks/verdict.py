@@ -5,7 +5,6 @@
 Prints what each arm reaches, costs and forgets, by task.
 """
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -193,11 +192,6 @@ def _costs(task: str, results: Path) -> list[Row]:
     return read(f"cost-{task}".replace("-sort", "-words"), results).rows
 
 
-def main() -> None:
-    """Print the table of each task."""
-    for task in studies():
-        print(f"{TASKS[task]}\n\n{block(task)}\n")
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    for name in studies():
+        print(f"{TASKS[name]}\n\n{block(name)}\n")

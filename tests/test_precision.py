@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +13,21 @@ def test_devices_are_checked_before_they_are_used():
         ValueError, match=r"`device` \('warp'\) is unknown to torch; choose cpu or auto"
     ):
         precision.choose_device("warp")
+
+
+def test_the_accelerator_is_taken_unless_another_device_is_asked_for(monkeypatch):
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        current_accelerator=lambda: torch.device("xpu", 0),
+        device_count=lambda: 1,
+    )
+    monkeypatch.setattr(torch, "accelerator", fake)
+    assert precision.choose_device("auto") == torch.device("xpu", 0)
+    assert precision.choose_device("xpu") == torch.device("xpu")
+    assert precision.choose_device("cpu") == torch.device("cpu")
+    for absent in ("xpu:1", "cuda"):
+        with pytest.raises(ValueError, match="is not on this machine; choose cpu, xpu or auto"):
+            precision.choose_device(absent)
 
 
 def test_the_end_of_memory_is_told_from_other_errors():

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from experiments.study.config import read_study
@@ -16,6 +17,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of runs and report")
     options = parser.parse_args(words)
     quiet_libraries()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the packages we build on
     try:
         results = run_study(read_study(options.study), options.output)
     except (ValueError, TypeError, OSError) as error:

@@ -168,7 +168,7 @@ def table(results: Mapping[str, ArmResult]) -> Table:
     for name, result in results.items():
         difference, shown = differences.get((name, first)), ["-", "-"]
         if difference is not None:
-            shown = [f"{difference.mean:+.4f} ± {difference.half:.4f}", difference.said]
+            shown = [f"{difference.mean:+.4f} ± {difference.half_interval:.4f}", difference.said]
         rate = "-" if result.learning_rate is None else f"{result.learning_rate:g}"
         cells.append([name, rate, str(len(result.runs)), _mean(result), *shown])
     header = ["arm", "rate", "n", f"test {metric}", f"minus {first}", ""]

@@ -27,8 +27,7 @@ class Difference(NamedTuple):
     said: str
     """better, worse or not told apart."""
     mean: float
-    half: float
-    """Half of the 95 % interval."""
+    half_interval: float
 
 
 def read_runs(path: Path) -> dict[str, dict[str, list[Run]]]:

@@ -112,8 +112,7 @@ class StudyTask:
         if limit:
             measure = pairing_loss if self.kind == "classifier" else text_loss
             with trainer.accelerator.autocast():
-                value = measure(trainer.model, task.tokenizer, limit)
-            numbers[f"general loss {when}"] = value
+                numbers[f"general loss {when}"] = measure(trainer.model, task.tokenizer, limit)
         if unrelated is not None:
             numbers[f"unrelated loss {when}"] = trainer.evaluate(unrelated)["eval_loss"]
         return numbers

@@ -65,22 +65,7 @@ def test_more_than_promised_is_an_exit_status(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "paca, eager: 47 kernels (forward), at most 45 promised",
         "paca, lean: 31 kernels (forward), at most 29 promised",
-        "paca, compiled: 14 kernels (forward), at most 13 promised",
         "paca, sharded: 52 kernels (forward), at most 50 promised",
     ]
     assert read("kernels", tmp_path).rows == worse(2)
     assert kernels.exceeded(worse(2), ("backward",)) == []
-
-
-def test_calls_in_generated_code_are_counted():
-    code = """
-def call(self, args):
-    cpp_fused_add_0(buf0, buf1)
-    assert_size_stride(buf1, (2,), (1,), 'torch.ops.aten.cumsum.default')
-    # buffer buf1 (op: torch.ops.aten.cumsum.default) is assumed to be not aligned
-    buf2 = torch.ops.aten.cumsum.default(buf1, dim=-1)
-    extern_kernels.mm(buf1, buf2, out=buf3)
-    triton_poi_fused_mul_1.run(buf3, buf4, 64, stream=stream0)
-    return (buf4,)
-"""
-    assert kernels._num_calls(code) == 4

@@ -221,7 +221,7 @@ def test_better_worse_and_not_told_apart():
     same = {("a", "c"): "not told apart", ("a", "a"): "not told apart"}
     assert said == {("a", "b"): "worse", ("b", "a"): "better", **same}
     assert found["a", "b"].mean == pytest.approx(0.1)
-    assert 0 < found["a", "b"].half < 0.01
+    assert 0 < found["a", "b"].half_interval < 0.01
     (scores,) = compared(arms, [("a", "b")], less_is_better=False).values()
     assert scores.said == "better"
     # 3, 2 and 1 times; rising.

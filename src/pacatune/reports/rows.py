@@ -193,11 +193,10 @@ def done(
     folder: OwnedFolder,
     *,
     tell: Callable[[str], None] = lambda line: None,
-    until: float = math.inf,
     packages: Sequence[str] = (),
     code: Callable[[], dict[str, Any]] = commit,
 ) -> dict[str, Finished]:
-    """Run the jobs that have no file in an open folder yet; return what became of those tried.
+    """Run the jobs that have no file in an open folder yet; return what became of all.
 
     Each file is written whole or not at all, so that a killed run goes on where it was. A job that
     fails does not stop the others.
@@ -206,8 +205,6 @@ def done(
         jobs: The work, in its order.
         folder: Gets `jobs/KEY.json` for each.
         tell: Shows a line.
-        until: Moment of `time.monotonic` after which no job is begun; with 0 nothing is, and what
-            is there is returned.
         packages: Whose versions are recorded, beside those of every result.
         code: Returns the `commit` and `is_modified` that are recorded; by default the package's.
     """
@@ -215,14 +212,12 @@ def done(
     jobs = list(jobs)
     for number, job in enumerate(jobs, 1):
         kept = _read(job, folder)
-        is_to_do = kept is None or kept.error is not None
-        if is_to_do and time.monotonic() < until:
+        if kept is None or kept.error is not None:
             tell(f"{number}/{len(jobs)}: {job.title or job.key} ...")
             kept = _run(job, folder, packages, code)
             if kept.error is not None:
                 tell(f"  failed: {kept.error}")
-        if kept is not None:
-            found[job.key] = kept
+        found[job.key] = kept
     return found
 
 

@@ -142,11 +142,6 @@ def load_yaml(text: str) -> Any:
 set_loader(PARSER_MODE, load_yaml, exceptions=(YAMLError,))
 
 
-def option_parser() -> ArgumentParser:
-    """Return a parser without options that takes values as `load_yaml` reads them."""
-    return ArgumentParser(exit_on_error=False, print_config=None, parser_mode=PARSER_MODE)
-
-
 def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
     """Add an option for each field of a task's runs and of their sections; return the sections."""
     from pacatune.training.config import RunConfig, sections_of
