@@ -149,10 +149,12 @@ def _measure(methods: Sequence[str], tokens: int, seq_len: int, title: str) -> l
         size: dict[str, Any] = {"value": saved.num_bytes, "unit": "bytes", "origin": "counted"}
         rows.append(Row(what="kept for backward", method=method, model=title, **size))
     rounds = alternate(dict(steps), seconds=_SECONDS, min_rounds=5, num_warmup=2)
-    times = {method: [sum(one) for one in each] for method, each in rounds.items()}
+    times = {method: [sum(phases) for phases in each] for method, each in rounds.items()}
     series = {"step": times}
     for place, phase in enumerate(_PHASES):
-        series[phase] = {method: [one[place] for one in each] for method, each in rounds.items()}
+        series[phase] = {
+            method: [phases[place] for phases in each] for method, each in rounds.items()
+        }
     ours = next((method for method in methods if METHODS[method].is_paca), methods[0])
     for what, seconds in series.items():
         names: dict[str, Any] = {"what": what, "model": title}
@@ -172,11 +174,11 @@ def step_jobs(table: Table, *, tokens: int, seq_len: int) -> list[Job]:
     titles = {method: line.title for method, line in lines.items()}
 
     def read(rows: list[Row]) -> list[Row]:
-        found = {"step": "training time", "kept for backward": "memory"}
+        titled = {"step": "training time", "kept for backward": "memory"}
         return [
-            replace(_named(row, titles), what=found[row.what], setting=_how(row.what))
+            replace(_named(row, titles), what=titled[row.what], setting=_how(row.what))
             for row in rows
-            if row.what in found and (row.unit == "ratio" or row.what != "step")
+            if row.what in titled and (row.unit == "ratio" or row.what != "step")
         ]
 
     return [bench_job(list(titles), tokens, seq_len, read)]

@@ -136,10 +136,10 @@ def read_study(path: Path) -> StudyConfig:
     """Read a study from YAML; paths in it are taken as they are, from where the command runs."""
     values = read_values(path)
     check_keys(values, {each.name for each in fields(StudyConfig)}, str(path))
-    known = {each.name for each in fields(Arm)}
+    options_of_arm = {each.name for each in fields(Arm)}
     arms = {}
     for name, options in (values.pop("arms", None) or {}).items():
-        check_keys(options, known, f"{path}, arm {name!r}")
+        check_keys(options, options_of_arm, f"{path}, arm {name!r}")
         arms[name] = Arm(**options)
     return StudyConfig(arms=arms, **values)
 

@@ -108,9 +108,9 @@ def test_a_step_waits_for_the_device_at_its_end_alone(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: pytest.fail("waited"))
     values = llama_values(32, 2, num_heads=2, vocab_size=64)
     contender = make_contender("paca", values, torch.float32, rank=4)
-    one = Step(contender=contender, batch=make_batch(2, 6, 64, seed=0))
-    assert one() == (1.0, 2.0, 3.0)
+    step = Step(contender=contender, batch=make_batch(2, 6, 64, seed=0))
+    assert step() == (1.0, 2.0, 3.0)
     assert events == ["mark"] * 4 + ["wait"]
     # Forward and backward of two micro-batches take turns.
-    assert replace(one, accumulation=2)() == (1.0 + 3.0, 2.0 + 4.0, 5.0)
-    assert one.seconds() == 6.0
+    assert replace(step, accumulation=2)() == (1.0 + 3.0, 2.0 + 4.0, 5.0)
+    assert step.seconds() == 6.0

@@ -216,12 +216,12 @@ def test_the_rate_is_chosen_by_validation_over_the_seeds_that_three_rates_have()
 def test_better_worse_and_not_told_apart():
     losses = {"a": [0.5, 0.54, 0.46], "b": [0.4, 0.441, 0.359], "c": [0.55, 0.5, 0.5], "d": [0.5]}
     arms = {name: dict(enumerate(runs(some))) for name, some in losses.items()}
-    found = compared(arms, [("a", "b"), ("b", "a"), ("a", "c"), ("a", "d"), ("a", "a")])
-    said = {pair: difference.said for pair, difference in found.items()}
+    differences = compared(arms, [("a", "b"), ("b", "a"), ("a", "c"), ("a", "d"), ("a", "a")])
+    said = {pair: difference.said for pair, difference in differences.items()}
     same = {("a", "c"): "not told apart", ("a", "a"): "not told apart"}
     assert said == {("a", "b"): "worse", ("b", "a"): "better", **same}
-    assert found["a", "b"].mean == pytest.approx(0.1)
-    assert 0 < found["a", "b"].half_interval < 0.01
+    assert differences["a", "b"].mean == pytest.approx(0.1)
+    assert 0 < differences["a", "b"].half_interval < 0.01
     (scores,) = compared(arms, [("a", "b")], less_is_better=False).values()
     assert scores.said == "better"
     # 3, 2 and 1 times; rising.
@@ -269,16 +269,16 @@ def test_what_is_forgotten_and_an_update_that_is_rewound(text_options, chats, tm
     # GraLoRA's layers cannot be told to scale; MiSS has no scale.
     others = {name: Arm(method=name, rank=rank) for name, rank in (("gralora", 4), ("miss", 1))}
     for name, arm in {"paca": ARMS["paca"], **others}.items():
-        found = task.run(task.make_run(arm, 3e-2, 0, tmp_path))
+        numbers = task.run(task.make_run(arm, 3e-2, 0, tmp_path))
         if name == "miss":
-            assert not any("at" in what.split() for what in found)
+            assert not any("at" in what.split() for what in numbers)
             continue
         for what in ("general loss", "unrelated loss"):
-            none, half, whole = (found[f"{what} at {share:g}"] for share in shares)
-            assert none == pytest.approx(found[f"{what} before"], abs=1e-6)
-            assert whole == pytest.approx(found[f"{what} after"], abs=1e-6)
+            none, half, whole = (numbers[f"{what} at {share:g}"] for share in shares)
+            assert none == pytest.approx(numbers[f"{what} before"], abs=1e-6)
+            assert whole == pytest.approx(numbers[f"{what} after"], abs=1e-6)
             assert half not in (none, whole)
-        assert found["test loss at 1"] == pytest.approx(found["test loss"], abs=1e-6)
+        assert numbers["test loss at 1"] == pytest.approx(numbers["test loss"], abs=1e-6)
 
 
 def test_all_arms_see_the_same_batches(text_options, tmp_path, monkeypatch):
