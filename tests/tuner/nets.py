@@ -39,36 +39,6 @@ def fill(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
             delta.normal_(std=0.2, generator=generator)
 
 
-def check_second_adapter(
-    model: nn.Module, config: PacaConfig, outputs: Callable, equal: Callable
-) -> None:
-    """Add an adapter with parts that the first one has not: beside it, alone, both, and a sum.
-
-    Args:
-        model: One adapter, "default".
-        config: That of the second one.
-        outputs: Returns what the model computes.
-        equal: Compares it, and its gradients, with plain autograd with some adapters.
-    """
-    before = outputs(model)
-    model.add_adapter("other", config)
-    fill(model, "other")
-    assert torch.equal(outputs(model), before)
-    assert not any(delta.requires_grad for delta in deltas(model, "other"))
-    model.set_adapter("other")
-    equal("other")
-    model.base_model.set_adapter(["default", "other"])
-    equal("default", "other")
-    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    want = outputs(model)
-    model.set_adapter("sum")
-    torch.testing.assert_close(outputs(model), want, atol=1e-6, rtol=1e-6)
-    model.set_adapter("default")
-    model.delete_adapter("other")
-    assert not deltas(model, "other")
-    assert torch.equal(outputs(model), before)
-
-
 def evaluate(model: nn.Module, *args, **kwargs) -> Any:
     with torch.no_grad():
         return model.eval()(*args, **kwargs)

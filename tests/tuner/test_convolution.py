@@ -1,6 +1,6 @@
-"""Adapted convolutions: every way to run them (R1), and what they keep for backward.
+"""What no other adapted layer does: torch.func through a kernel, forwards of subclasses, mixers.
 
-test_every_kind.py holds what PEFT does with them, ops/test_convolution.py their gradients.
+test_every_kind.py has all that every layer does, ops/test_convolution.py the gradients.
 """
 
 import copy
@@ -11,68 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
 
-from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
-from tests.ops.twin import bytes_kept
-from tests.releases import compiles_whole, has
+from tests.releases import compiles_whole
+from tests.residency.twin import Standardises, twin_of
 from tests.tuner import nets
-from tests.tuner.nets import Reference, assert_equal, evaluate, fill, layers
-
-pytestmark = [
-    # torch's own remark on the reference.
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
-    # Dynamo itself instantiates autograd Functions while it traces them.
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-]
-
-LAYERS = {
-    "1d": lambda: nn.Conv1d(5, 4, 3, stride=2, padding=1),
-    "1d depthwise": lambda: nn.Conv1d(6, 6, 4, padding=3, groups=6, bias=False),
-    "2d": lambda: nn.Conv2d(5, 4, 3, padding=1),
-    "2d same": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", dilation=(1, 2)),
-    "2d reflect": lambda: nn.Conv2d(5, 4, 3, padding=2, padding_mode="reflect"),
-    "2d circular": lambda: nn.Conv2d(6, 4, 3, 2, 1, groups=2, padding_mode="circular"),
-    "2d replicate": lambda: nn.Conv2d(5, 4, (2, 3), padding="same", padding_mode="replicate"),
-    "2d depthwise": lambda: nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=6),
-    "3d": lambda: nn.Conv3d(4, 4, (2, 3, 2), padding=1, groups=2),
-}
-SIZES = {1: (9,), 2: (8, 5), 3: (5, 6, 4)}
-if has("timm"):
-    from timm.layers import Conv2dSame
-
-    LAYERS |= {
-        "2d padded by size": lambda: Conv2dSame(5, 4, (3, 2), stride=2, dilation=(2, 1)),
-        "2d padded by size, depthwise": lambda: Conv2dSame(6, 6, 3, 2, groups=6),
-    }
-
-
-class PadsByInput(nn.Conv2d):
-    """Pads by the size of the input, as networks that come from TensorFlow do."""
-
-    def forward(self, x):
-        rows, columns = (
-            (-size) % step for size, step in zip(x.shape[2:], self.stride, strict=True)
-        )
-        x = F.pad(x, (0, columns, 0, rows))
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class Standardises(nn.Conv2d):
-    """Its output is not linear in its weight."""
-
-    def forward(self, x):
-        return self._conv_forward(x, F.layer_norm(self.weight, self.weight.shape[1:]), self.bias)
-
-
-OWN_FORWARDS = {
-    "pads by the input": lambda: PadsByInput(6, 6, 3, stride=2, groups=6),
-    "standardises": lambda: Standardises(5, 4, 3),
-}
-ALL = {**LAYERS, **OWN_FORWARDS}
+from tests.tuner.nets import layers
 
 
 @pytest.fixture(autouse=True)
@@ -83,93 +29,6 @@ def _seeded():
 
 def adapt(base, targets="0", **options):
     return nets.adapt(base, target_modules=targets, **{"r": 2, "paca_alpha": 3, **options})
-
-
-class One:
-    """A float64 layer in a model by itself, the adapted layer, and an input."""
-
-    def __init__(self, name):
-        layer = ALL[name]().double()
-        self.base = nn.Sequential(layer)
-        self.model = adapt(self.base)
-        self.layer = layers(self.model)["0"]
-        shape = layer.in_channels, *SIZES[len(layer.kernel_size)]
-        self.x = torch.randn(3, *shape, dtype=torch.float64).requires_grad_()
-
-    def check(self, *adapters, model=None):
-        twin = Reference(self.base, self.model, *adapters)
-        model = self.model if model is None else model
-        assert_equal(model, twin, self.x, tolerance=1e-11)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_way_to_run(name):
-    """One adapter, hooks, two, rows of different ones, merged."""
-    one, seen = One(name), []
-    one.check()
-    want = evaluate(one.model, one.x)
-    torch.testing.assert_close(want, one.model(one.x))
-    handle = one.layer.base_layer.register_forward_hook(lambda m, args, y: seen.append(args[0]))
-    one.check()
-    assert any(x.shape == one.x.shape for x in seen)
-    handle.remove()
-    one.model.add_adapter("b", PacaConfig(r=3, target_modules="0"))
-    one.layer.double()
-    fill(one.model, "b", seed=1)
-    mixed = evaluate(one.model, one.x, adapter_names=["b", "__base__", "default"])
-    others = Reference(one.base, one.model, "b"), one.base, Reference(one.base, one.model)
-    for row, other in enumerate(others):
-        torch.testing.assert_close(mixed[row], other(one.x)[row])
-    one.model.base_model.set_adapter(["default", "b"])
-    one.check("default", "b")
-    one.model.set_adapter("default")
-    one.model.merge_adapter()
-    torch.testing.assert_close(evaluate(one.model, one.x), want)
-
-
-COMPILED = ["1d depthwise", "2d same", "2d reflect", "3d", *OWN_FORWARDS]
-COMPILED += ["2d padded by size"] if has("timm") else []
-
-
-@compiles_whole
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled(name):
-    one = One(name)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(one.model, fullgraph=True, backend=counter)
-    for seed in range(3):
-        fill(one.model, seed=seed)
-        one.check(model=compiled)
-    assert counter.frame_count == 1
-
-
-def numel_kept(one, run):
-    """Number of elements that autograd keeps beside x and the layer's own tensors."""
-    given = [one.x, *one.model.parameters(), *one.model.buffers()]
-    return bytes_kept(lambda: run(one.x), given) // 8
-
-
-def numel_of_channels(one):
-    padded, _ = one.layer._padded(one.x)
-    positions = padded[0, 0].numel()
-    if one.layer.base_layer.padding == "same" and one.layer.base_layer.padding_mode == "zeros":
-        positions += one.x.shape[3]  # an odd row of zeros below
-    return len(one.x) * 2 * positions
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_keeps_the_trained_channels_only(name):
-    one = One(name)
-    assert numel_kept(one, one.model) == numel_of_channels(one)
-
-
-@compiles_whole
-@pytest.mark.parametrize("name", [name for name in COMPILED if name in LAYERS])
-def test_a_graph_keeps_the_kernel_besides(name):
-    one = One(name)
-    compiled = torch.compile(one.model, fullgraph=True, backend="aot_eager")
-    kernel = one.layer.base_layer.weight.numel() + 2 * one.layer.r["default"]  # indices, twice
-    assert numel_kept(one, compiled) <= numel_of_channels(one) + kernel
 
 
 class ReadsTwice(nn.Conv2d):
@@ -190,14 +49,17 @@ def test_threads_that_evaluate_a_subclass_take_turns():
             assert torch.equal(found, want)
 
 
+# Dynamo itself instantiates autograd Functions while it traces them.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=compiles_whole)])
 def test_per_sample_gradients_by_torch_func(is_compiled):
-    one = One("2d")
-    rowwise = torch.func.vmap(torch.func.grad(lambda row: one.layer(row).square().sum()))
+    twin = twin_of("Conv2d", torch.float64)
+    x = twin.inputs()
+    rowwise = torch.func.vmap(torch.func.grad(lambda row: twin.layer(row).square().sum()))
     if is_compiled:
         rowwise = torch.compile(rowwise, fullgraph=True, backend="aot_eager")
-    loss = Reference(one.base, one.model)(one.x).square().sum()
-    torch.testing.assert_close(rowwise(one.x.detach()), torch.autograd.grad(loss, one.x)[0])
+    loss = twin.expected(x.requires_grad_(), ["default"])[0].square().sum()
+    torch.testing.assert_close(rowwise(x.detach()), torch.autograd.grad(loss, x)[0])
 
 
 def test_an_offloaded_layer_with_a_forward_of_its_own_is_refused():

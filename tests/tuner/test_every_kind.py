@@ -1,11 +1,15 @@
-"""What PEFT does with an adapter, on one layer of every kind: outputs and gradients stay those of
-plain autograd (R1), and the base comes back bit for bit (R2).
+"""The table of what every kind of layer does: outputs and gradients are those of plain autograd
+(R1) whatever PEFT does with its adapters, the base comes back bit for bit (R2), and what is kept
+for the backward pass is the trained columns of x.
 
-tests/residency/twin.py has the kinds; random walks over them do the same in any order.
+tests/residency/twin.py has the kinds; random walks over them do the same in any order. The files of
+single layers have what no other layer does.
 """
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -17,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
-from tests.releases import compiles_whole, needs
-from tests.residency.twin import KINDS, Net, Twin, targets_of, twin_of
+from tests.ops.twin import bytes_kept
+from tests.releases import compiles_whole
+from tests.residency.twin import ALL, OWN_FORWARDS, Net, Twin, targets_of, twin_of
 from tests.tuner import nets
 from tests.tuner.nets import evaluate
 
@@ -26,11 +31,13 @@ pytestmark = [
     # Dynamo itself instantiates autograd Functions while it traces them.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Merging into a quantised model:UserWarning"),
+    # torch's own remark on the plain convolution.
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
 ]
-FLOATING = [kind for kind in KINDS if not kind.startswith("quantised")]
+FLOATING = [kind for kind in ALL if not kind.startswith("quantised")]
 LAYERS = [kind for kind in FLOATING if "experts" not in kind]
-ONE_INPUT = [kind for kind in KINDS if "experts" not in kind]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+ONE_INPUT = [kind for kind in ALL if "experts" not in kind]
+every_kind = pytest.mark.parametrize("kind", ALL)
 floating = pytest.mark.parametrize("kind", FLOATING)
 
 
@@ -63,6 +70,15 @@ def test_trained(kind: str) -> None:
 
 
 @every_kind
+def test_untrained_in_16_bits_is_the_base(kind: str) -> None:
+    twin = twin_of(kind, torch.bfloat16)
+    twin.layer.delta_of("default").data.zero_()
+    x = twin.inputs()
+    assert torch.equal(twin.model.train()(x), base_of(twin).train()(x))
+    assert torch.equal(evaluate(twin.model, x), evaluate(base_of(twin), x))
+
+
+@every_kind
 def test_columns_that_it_does_not_have(kind: str) -> None:
     """A GPU would write them beside the weight."""
     twin = make(kind)
@@ -92,7 +108,48 @@ def test_compiled_in_one_graph(kind: str) -> None:
     assert counter.frame_count == 1
 
 
-@floating
+# The ids of an embedding are all that it keeps; ops/test_convolution.py has uneven "same".
+@pytest.mark.parametrize(
+    "kind", [k for k in ALL if k not in ("Embedding", "Conv2d, same", *OWN_FORWARDS)]
+)
+def test_what_is_kept_for_the_backward_pass(kind: str) -> None:
+    """The trained columns of x as they meet the weight; of x itself torch's padding may be."""
+    twin, results, sizes = make(kind), [], []
+    x = twin.kind.inputs(70).to(twin.dtype).requires_grad_()
+    base = twin.layer.get_base_layer()
+    if "experts" in kind:
+        num_rows = 2 * len(x)
+    else:
+        meets = twin.layer._padded(x)[0] if hasattr(twin.layer, "_padded") else x
+        num_rows = meets.numel() // twin.layer.in_features
+
+    def run() -> None:
+        passing = x * 1
+        results.append((weakref.ref(passing), twin.model(passing)))
+
+    for is_trained in (False, True):
+        twin.layer.delta_of("default").requires_grad_(is_trained)
+        own = [*twin.model.parameters(), *twin.model.buffers()]
+        sizes.append(bytes_kept(run, own))
+    assert sizes[1] - sizes[0] == num_rows * 3 * x.itemsize
+    gc.collect()
+    # Nor beside autograd's own saved tensors, as bitsandbytes' 8-bit function does.
+    is_padded = getattr(base, "padding_mode", None) in ("reflect", "replicate")
+    assert [alive() is not None for alive, _ in results] == [is_padded] * 2
+
+
+@compiles_whole
+def test_a_graph_of_a_convolution_keeps_its_kernel_besides() -> None:
+    torch._dynamo.reset()
+    twin = make("Conv2d, groups")
+    x = twin.kind.inputs(70).double().requires_grad_()
+    compiled = torch.compile(twin.model, fullgraph=True, backend="aot_eager")
+    kernel = twin.weight_of(twin.plain).nbytes + 2 * 3 * 8  # indices, twice
+    found = bytes_kept(lambda: compiled(x), [x, *twin.model.parameters(), *twin.model.buffers()])
+    assert found <= x.numel() * 3 // twin.layer.in_features * x.itemsize + kernel
+
+
+@every_kind
 def test_checkpointed_and_run_twice_before_a_backward(kind: str) -> None:
     twin, x = make(kind), make(kind).inputs()
     want, (delta,) = twin.expected(x, ["default"])
@@ -164,6 +221,21 @@ def test_a_weight_that_another_module_has_too(kind: str) -> None:
     assert getattr(twin.layer.get_base_layer(), parameter) is shared
 
 
+@every_kind
+def test_two_at_once_and_their_sum(kind: str) -> None:
+    twin = make(kind)
+    add(twin)
+    twin.model.base_model.set_adapter(["default", "other"])
+    twin.check()
+    twin.model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    parts = (twin.layer.get_delta_weight(name) for name in ("default", "other"))
+    want = sum(weight * part for weight, part in zip((0.5, -2.0), parts, strict=True))
+    torch.testing.assert_close(twin.layer.get_delta_weight("sum"), want)
+    twin.model.set_adapter("sum")
+    twin.check()
+    twin.check_base()
+
+
 @pytest.mark.parametrize("kind", ONE_INPUT)
 def test_rows_of_different_adapters(kind: str) -> None:
     twin = make(kind)
@@ -177,7 +249,7 @@ def test_rows_of_different_adapters(kind: str) -> None:
         twin.close(found[row], want[row])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ONE_INPUT])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ONE_INPUT])
 def test_rows_of_different_adapters_are_refused(kind: str) -> None:
     """Experts see single tokens; torch's attention has the batch in either dimension."""
     twin = make(kind)
@@ -210,7 +282,7 @@ def test_hooks_on_the_base_layer_run(kind: str) -> None:
     assert len(seen) == 1
 
 
-@floating
+@pytest.mark.parametrize("kind", [kind for kind in FLOATING if kind not in OWN_FORWARDS])
 def test_offloaded(kind: str) -> None:
     from accelerate import cpu_offload
 
@@ -242,14 +314,11 @@ def test_biases_of_adapted_layers_are_trained(kind: str, tmp_path) -> None:
     assert torch.equal(evaluate(loaded, x), evaluate(model, x))
 
 
-@needs("peft", "0.19")
-@pytest.mark.parametrize("kind", [kind for kind in FLOATING if kind not in ("Linear", "Conv1D")])
+@every_kind
 def test_linear_layers_alone_become_a_lora_of_pefts(kind: str) -> None:
-    """`pacatune export` writes the others, too."""
-    from peft import convert_to_lora
-
-    with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        convert_to_lora(make(kind).model, rank=3)
+    """By PEFT's `convert_to_lora`; `pacatune export` writes the others, too."""
+    is_linear = kind in ("Linear", "Conv1D") or kind.startswith("quantised")
+    assert make(kind).layer.supports_lora_conversion() == is_linear
 
 
 def test_a_square_weight_that_is_stored_input_first() -> None:

@@ -1,6 +1,6 @@
 """Adapted experts of transformers' models: plain autograd through their own eager forward (R1).
 
-test_every_kind.py holds what PEFT does with one adapted parameter; here are models of several.
+test_every_kind.py has all that every layer does; here are models of several parameters.
 """
 
 import copy
@@ -13,11 +13,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig
-from tests.ops.twin import bytes_kept
 from tests.releases import needs
 from tests.tuner import nets
 from tests.tuner.moe import BOTH, adapt, assert_equal, build, ids
-from tests.tuner.nets import deltas, evaluate, layers
+from tests.tuner.nets import deltas, evaluate, fill, layers
 
 KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
 UP, DOWN = BOTH[:1], BOTH[1:]
@@ -56,12 +55,6 @@ def test_equal_to_reference_and_merged(
         torch.testing.assert_close(logits(model), want, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_untrained_is_the_base(kind: str) -> None:
-    base = build(kind, "grouped_mm", torch.bfloat16)
-    assert torch.equal(logits(adapt(base, random=False)), logits(base))
-
-
 @needs("transformers", "5")  # has the interface
 def test_experts_without_gate_and_with_a_norm() -> None:
     """Two options of transformers' interface that the models above do not use."""
@@ -95,27 +88,6 @@ def test_experts_without_gate_and_with_a_norm() -> None:
     found = model.base_model.model["experts"](x, index, weights)
     torch.testing.assert_close(found, merged["experts"](x, index, weights))
     assert not torch.allclose(found, base["experts"](x, index, weights), atol=1e-3)
-
-
-def bytes_kept_of(model: nn.Module) -> int:
-    """Bytes that the first experts module keeps for backward beyond the weights, S = 14."""
-    experts = next(m for name, m in model.named_modules() if name.endswith("layers.0.mlp.experts"))
-    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(7, 2, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([[0, 3]] * 7)
-    return bytes_kept(lambda: experts(x, index, weights), model.parameters())
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_only_trained_columns_of_routed_tokens_are_kept(kind: str, implementation: str) -> None:
-    base = build(kind, implementation).requires_grad_(False)
-    model = adapt(base)
-    trained = bytes_kept_of(model)
-    frozen = bytes_kept_of(model.requires_grad_(False))
-    assert trained - frozen == 2 * 14 * 4 * 8  # two parameters, S * R, float64
-    if implementation == "eager":  # torch's grouped GEMM does not take float64
-        assert frozen <= bytes_kept_of(base)
 
 
 def test_a_forward_that_passes_by_the_adapter_is_an_error() -> None:
@@ -177,10 +149,20 @@ class TestFiles:
 def test_a_second_adapter_has_parameters_that_the_first_has_not() -> None:
     base = build("gpt_oss")
     model = adapt(base, target_parameters=DOWN, target_modules=["q_proj"])
+    before = logits(model)
     options = {"target_modules": [], "target_parameters": BOTH, "random_seed": 5}
-    nets.check_second_adapter(
-        model, PacaConfig(r=3, **options), logits, lambda *names: assert_equal(model, base, *names)
-    )
+    model.add_adapter("other", PacaConfig(r=3, **options))
+    fill(model, "other")
+    assert torch.equal(logits(model), before)
+    assert not any(delta.requires_grad for delta in deltas(model, "other"))
+    model.set_adapter("other")
+    assert_equal(model, base, "other")
+    model.base_model.set_adapter(["default", "other"])
+    assert_equal(model, base, "default", "other")
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    assert not deltas(model, "other")
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

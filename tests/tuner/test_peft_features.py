@@ -9,14 +9,15 @@ import json
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.adapters.loading import hotswap_adapter
 from pacatune.format.tensors import plain_name
-from tests.releases import LOADS_ADAPTERS, needs
+from tests.releases import LOADS_ADAPTERS
 from tests.tuner import nets
 from tests.tuner.nets import BAD_COLUMNS, evaluate, fill
 
@@ -125,30 +126,16 @@ class TestFiles:
         base.delete_adapter("default")
         assert torch.equal(logits(base, ids), plain)
 
-    @pytest.mark.parametrize(
-        ("kind", "value", "message"),
-        [
-            (
-                "indices",
-                torch.tensor([0, 1, 2, 32]),
-                r"q_proj.paca_indices.* holds 32 at .* from 0 to 31",
-            ),
-            ("indices", None, "has `paca_delta` but no `paca_indices`"),
-            ("delta", torch.full((32, 4), float("nan")), "not finite"),
-            ("query", None, r"query.paca_.*no such adapted module"),
-        ],
-    )
-    def test_damaged(self, base, tmp_path, kind, value, message):
+    def test_of_another_base_or_damaged(self, base, tmp_path):
         adapt(base).save_pretrained(tmp_path)
         path = tmp_path / "adapter_model.safetensors"
         tensors = load_file(path)
-        if kind == "query":  # of another base
-            tensors = {name.replace("q_proj", kind): tensor for name, tensor in tensors.items()}
-        else:
-            tensors[f"base_model.model.{NAME}.paca_{kind}"] = value
-        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-        with pytest.raises(ValueError, match=message):
-            PeftModel.from_pretrained(base, tmp_path)
+        renamed = {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}
+        broken = {**tensors, f"base_model.model.{NAME}.paca_delta": torch.full((32, 4), torch.nan)}
+        for found, message in ((renamed, r"query.paca_.*no such adapted"), (broken, "not finite")):
+            save_file(found, path)
+            with pytest.raises(ValueError, match=message):
+                PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
     @loads_adapters
     @pytest.mark.parametrize("door", DOORS)
@@ -213,14 +200,12 @@ class TestSeveralAdapters:
             CALLS[call](model, ids, tmp_path, *arguments)
 
 
-@needs("peft", "0.19")
-def test_becomes_an_exact_lora(base, ids):
-    from peft import convert_to_lora
-
-    model = adapt(base)
-    config, tensors = convert_to_lora(model, rank=4)
-    assert isinstance(config, LoraConfig)
-    lora = get_peft_model(copy.deepcopy(base), config)
-    tensors = {k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}
-    lora.load_state_dict(tensors, strict=False)
-    torch.testing.assert_close(logits(lora, ids), logits(model, ids), atol=1e-4, rtol=1e-4)
+def test_an_adapter_of_a_wider_base_is_not_swapped_in(tmp_path):
+    """Its last column is the first that this base has not."""
+    options = {"target_modules": ["0"], "r": 2}
+    nets.adapt(nn.Sequential(nn.Linear(8, 4)), selection={"0": [0, 7]}, **options).save_pretrained(
+        tmp_path
+    )
+    model = nets.adapt(nn.Sequential(nn.Linear(7, 4)), **options)
+    with pytest.raises(ValueError, match=r"columns up to 7, but the base .* has 7 columns"):
+        hotswap_adapter(model, tmp_path)

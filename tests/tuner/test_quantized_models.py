@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -96,21 +96,3 @@ class TestColumnsFromTheCheckpoint:
         with pytest.raises(ValueError, match=r"differs from the quantised weight by 1\d\d%"):
             get_peft_model(base, PacaConfig(target_modules=TARGETS, columns_from="original"))
         assert torch.equal(base(IDS).logits, before)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_prepared_for_kbit_training_with_checkpointing(load):
-    """Equal gradients with and without; only deltas are trained."""
-    gradients = []
-    for checkpointing in (False, True):
-        base = prepare_model_for_kbit_training(
-            load(),
-            use_gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        model = get_peft_model(base, PacaConfig(r=4, target_modules=TARGETS)).train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        assert all(p.shape[-1] == 4 for p in trained)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append([p.grad for p in trained])
-    torch.testing.assert_close(gradients[0], gradients[1])
