@@ -1,7 +1,8 @@
 """The equations of PaCA in plain autograd: slow, obvious, and the oracle of every test.
 
 Nothing here is fast or lean: the adapted weight is built as a new tensor in every call, so autograd
-sees an ordinary linear layer whose weight depends on `delta`.
+sees an ordinary layer whose weight depends on `delta`. Shapes and names are those of pacatune.ops,
+but that `weight` is the pretrained one everywhere.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,9 @@ from torch.nn import functional as F
 
 
 def adapted_weight(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
-    """Return W' = W with W'[:, indices] = W[:, indices] + scaling * delta (Eq. 7).
+    """Return W' = W with W'[:, indices] = W[:, indices] + scaling * delta (Eq. 7), (O, I).
 
-    Args:
-        weight: (O, I) pretrained weight.
-        delta: (O, R) update of the columns; differentiable.
-        indices: (R,) int64 columns.
-        scaling: alpha / R.
-
-    Returns:
-        (O, I) in the dtype of `weight`. The sum is formed in the wider of the two dtypes and
-        rounded once.
+    In the dtype of W: the sum is formed in the wider of the two dtypes and rounded once.
     """
     columns = weight[:, indices] + scaling * delta
     return weight.index_copy(1, indices, columns.to(weight.dtype))
@@ -36,19 +29,7 @@ def paca_linear(
     scaling: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Apply the adapted linear map, starting from the *pretrained* weight (Eqs. 7-9 by autograd).
-
-    Args:
-        x: (..., I) activations.
-        weight: (O, I) pretrained weight, without the adapted columns.
-        delta: (O, R) update of the columns.
-        indices: (R,) int64 columns.
-        scaling: alpha / R.
-        bias: (O,) bias.
-
-    Returns:
-        (..., O) activations.
-    """
+    """Apply the adapted linear map to (..., I) (Eqs. 7-9 by autograd)."""
     weight = adapted_weight(weight, delta, indices, scaling)
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.itemsize < 8:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -63,18 +44,7 @@ def adapted_kernel(
     scaling: float,
     groups: int = 1,
 ) -> Tensor:
-    """Return W', a convolution's kernel with scaling * delta added to some input channels.
-
-    Args:
-        weight: (O, I/G, *k) pretrained kernel.
-        delta: (O/G, R, *k) update of the input channels; differentiable.
-        indices: (R,) int64 of the I input channels.
-        scaling: alpha / R.
-        groups: G; input channel i leads to the outputs of its own group only.
-
-    Returns:
-        (O, I/G, *k) in the dtype of `weight`.
-    """
+    """Return W', (O, I/G, *k): input channel i leads to the outputs of its own group only."""
     in_per_group, out_per_group = weight.shape[1], len(weight) // groups
     adapted = weight.clone()
     for j, i in enumerate(indices.tolist()):
@@ -96,23 +66,7 @@ def paca_conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Apply the adapted convolution, starting from the *pretrained* kernel.
-
-    Args:
-        x: (B, I, *positions) or (I, *positions) activations.
-        weight: (O, I/G, *k) pretrained kernel.
-        delta: (O/G, R, *k) update of the input channels.
-        indices: (R,) int64 of the I input channels.
-        scaling: alpha / R.
-        bias: (O,) bias.
-        stride: As F.conv2d takes it, and so are the others.
-        padding: Zeros on both sides, or "same" or "valid".
-        dilation: Steps between the kernel's taps.
-        groups: G.
-
-    Returns:
-        (B, O, *positions) or (O, *positions).
-    """
+    """Apply the adapted convolution to (B, I, *positions) or (I, *positions)."""
     weight = adapted_kernel(weight, delta, indices, scaling, groups)
     convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
     return convolution(x, weight, bias, stride, padding, dilation, groups)
@@ -126,18 +80,7 @@ def adapted_experts(
     *,
     is_transposed: bool = False,
 ) -> Tensor:
-    """Return W' of every expert, all with the same trained columns.
-
-    Args:
-        weight: (E, O, I) pretrained weights.
-        delta: (E, O, R) update of the columns; differentiable.
-        indices: (R,) int64 columns.
-        scaling: alpha / R.
-        is_transposed: The weights are (E, I, O).
-
-    Returns:
-        What `weight` is, in its dtype.
-    """
+    """Return W' of every expert, (E, O, I) or (E, I, O), all with the same trained columns."""
     if is_transposed:
         weight = weight.transpose(1, 2)
         return adapted_experts(weight, delta, indices, scaling).transpose(1, 2)
@@ -155,20 +98,7 @@ def paca_experts_linear(
     *,
     is_transposed: bool = False,
 ) -> Tensor:
-    """Apply each expert's adapted linear map to its tokens, from the *pretrained* weights.
-
-    Args:
-        x: (S, I) activations of the routed tokens, sorted by expert.
-        weight: (E, O, I) pretrained weights.
-        delta: (E, O, R) update of the columns.
-        indices: (R,) int64 columns.
-        scaling: alpha / R.
-        offsets: (E,) where each expert's tokens end; the last one is S.
-        is_transposed: The weights are (E, I, O).
-
-    Returns:
-        (S, O) activations.
-    """
+    """Apply each expert's adapted linear map to its tokens: (S, I), sorted by expert, to (S, O)."""
     adapted = adapted_experts(weight, delta, indices, scaling, is_transposed=is_transposed)
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     maps = adapted.transpose(1, 2) if is_transposed else adapted

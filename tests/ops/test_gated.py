@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from pacatune.lean.gated import ACTIVATIONS
 from pacatune.ops.linear import apply_paca_linear
@@ -81,35 +80,3 @@ def test_bytes_kept():
     kept = twin.bytes_kept(lambda: together(**leaves, is_resident=False), [])
     parameters = weight.nbytes + indices.nbytes + tensors["delta"].nbytes
     assert kept == 2 * 40 * WIDTH * 2 + parameters
-
-
-class Elsewhere:
-    """Where the columns are not in the weight any more."""
-
-    def __init__(self, weight):
-        self.weight = weight
-
-    def backward(self, compute):
-        return compute(self.weight, False)
-
-
-def test_asks_again_before_it_reads_the_weight():
-    """Columns that left the weight in between are added in the backward pass."""
-    tensors = make((4,))
-    weight, indices = fixed(torch.float64)
-    memory = weight.clone()
-    leaves = {n: x.clone().requires_grad_() for n, x in tensors.items()}
-    adapted = reference.adapted_weight(weight, tensors["delta"], indices, SCALING)
-    memory.data.copy_(adapted)
-    y = apply_paca_linear(
-        leaves["up"], memory, leaves["delta"], indices, SCALING, leaves["bias"],
-        True, Elsewhere(memory), ACTIVATIONS["silu"], leaves["gate"],
-    )  # fmt: skip
-    memory.data.copy_(weight)
-    y.sum().backward()
-    twin = {n: x.clone().requires_grad_() for n, x in tensors.items()}
-    apart(**twin).sum().backward()
-    for name in twin:
-        torch.testing.assert_close(leaves[name].grad, twin[name].grad)
-    torch.testing.assert_close(y, apart(**twin))
-    assert F.linear(torch.zeros(1, WIDTH, dtype=torch.float64), memory).abs().sum() == 0

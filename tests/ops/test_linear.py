@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pacatune.ops import paca_linear, paca_linear_additive, products
+from pacatune.ops.columns import adapted_columns
 from tests.ops import reference, twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
@@ -85,14 +86,13 @@ def test_both_orders_of_thin_products(form, num_tokens, dtype) -> None:
         torch.testing.assert_close(actual[name], expected[name], **tolerance)
 
 
-@every_form
-@pytest.mark.parametrize("leading", SHAPES)
-def test_without_columns(form, leading) -> None:
-    """No column is trained: only the product with the weight is left."""
-    tensors = make(leading)
-    tensors |= {"delta": tensors["delta"][:, :0], "indices": tensors["indices"][:0]}
-    found = (gradients(one, tensors, 0.7, {"x", "delta"}) for one in (form, "reference"))
-    twin.assert_equal(*found)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("delta_dtype", [torch.float32, None], ids=["delta32", "delta16"])
+def test_adapted_columns_are_rounded_once(dtype, delta_dtype) -> None:
+    """Of a sum of more bits: whoever makes W' has these, so no other test would see it."""
+    columns, delta = (normal(64, 32, dtype=dtype, seed=seed) for seed in (0, 1))
+    want = (columns.double() + 0.75 * delta.double()).to(dtype)
+    assert torch.equal(adapted_columns(columns, delta.to(delta_dtype or dtype), 0.75), want)
 
 
 @every_form

@@ -13,8 +13,6 @@ from tests.residency.net import Net, adapt
 
 ON_CPUS_ALONE = {
     "test_a_weight_is_read_again_where_its_changes_may_go_unnoticed",  # by numpy
-    "test_processes_that_share_the_memory",
-    "test_what_a_large_pass_asks_for_ends_with_the_step",  # as a small one writes nothing
     # of the kernel itself, for which `as_on_a_gpu` stands in
     *("test_where_it_cannot_be_used", "test_a_kernel_that_fails_ends_no_run"),
     *("test_a_kernel_that_writes_other_values_is_not_used", "test_it_works"),

@@ -107,30 +107,6 @@ def test_changed_through_the_data_of_a_held_parameter(base, model, x):
     net.assert_base(base, model)
 
 
-def test_training_does_not_depend_on_who_looked(base):
-    base.float()
-    results = []
-    for watches in (False, True):
-        model = net.adapt(base)
-        optimizer = torch.optim.AdamW(net.deltas(model), lr=0.05)
-        generator = torch.Generator().manual_seed(3)
-        for step in range(6):
-            for _ in range(1 + step % 3):
-                x = torch.randn(20, 10, generator=generator)
-                model(x).square().mean().backward()
-                if watches:
-                    net.evaluate(model, x)
-                    list(model.parameters())
-                    [delta.data.norm() for delta in net.deltas(model)]
-            optimizer.step()
-            optimizer.zero_grad()
-            if watches:
-                model.state_dict()
-                net.evaluate(model, x)
-        results.append([delta.detach().clone() for delta in net.deltas(model)])
-    assert all(map(torch.equal, *results))
-
-
 def test_a_layer_is_freed_without_the_garbage_collector(base, model, x):
     model(x).sum().backward()
     layer = net.layers(model)[0]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pacatune import PacaConfig, resident
 from pacatune.residency.reading import read, read_pretrained
 from pacatune.residency.watching import LOCK
-from tests import forks
 from tests.conftest import build_model
 from tests.residency import net
 from tests.residency.looks import HANDED_OUT, LOOKS, assert_sees_base
@@ -160,36 +159,6 @@ def test_one_thread_at_a_time_is_resident(base, model, x, pool):
     net.assert_base(base, model)
     assert pool.submit(enter).result()
     net.assert_base(base, model)
-
-
-def _child(model: nn.Module, x: Tensor, results: Any, done: Any) -> None:
-    torch.set_num_threads(1)
-    model.train()
-    y = model(x)  # would write, were the memory its own
-    y.sum().backward()
-    results.put(y.detach().tolist())
-    done.wait()
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_processes_that_share_the_memory(method, base, model, x):
-    import torch.multiprocessing as multiprocessing
-
-    forks.server()
-    model.share_memory()
-    context = multiprocessing.get_context(method)
-    results, done = context.SimpleQueue(), context.Event()
-    process = context.Process(target=_child, args=(model, x, results, done))
-    process.start()
-    try:
-        found = torch.tensor(results.get(), dtype=torch.float64)
-        net.assert_close(found, net.expected(base, model, x)[0])
-        net.assert_base(base, model)
-        net.check_evaluation(base, model, x)
-    finally:
-        done.set()
-        process.join()
-    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("hand_out", HANDED_OUT.values(), ids=HANDED_OUT)

@@ -20,6 +20,7 @@ def test_the_name_that_lora_has_for_it():
         ({"r": 0}, r"`r` \(0\) must be an integer of at least 1"),
         ({"r": True}, r"`r` \(True\)"),
         ({"paca_alpha": float("inf")}, r"`paca_alpha` \(inf\)"),
+        ({"paca_alpha": float("nan")}, r"`paca_alpha` \(nan\)"),
         ({"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]` \(0\)"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"`alpha_pattern\['q_proj'\]` \('x'\)"),
         ({"paca_alpha": 10**400}, r"`paca_alpha` \(10+\) must be a finite number that float32"),
