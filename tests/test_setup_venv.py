@@ -94,18 +94,6 @@ def test_a_machine_without_a_package_is_told_and_set_up(checkout, name, message,
     assert setup(checkout, extra="dev").stdout == "", "it is not tried each time"
 
 
-def test_a_triton_is_not_fetched_again_for_another_pyproject(checkout):
-    """A gigabyte; another version is fetched, beside those that are there."""
-    put_python(checkout)
-    setup(checkout, extra="dev")
-    for path, line, number in ((Path("pyproject.toml"), "#", 2), (TRITON, "9.9.9", 3)):
-        with (checkout / path).open("a") as file:
-            file.write(f"{line}\n")
-        assert setup(checkout, extra="dev").returncode == 0
-        targets = [call.split()[-2] for call in calls(checkout) if ".cache/triton" in call]
-        assert len(targets) == len(set(targets)) == number
-
-
 def test_what_installs_again(checkout):
     """Another extra, a changed pyproject.toml, a checkout that was moved."""
     put_python(checkout)

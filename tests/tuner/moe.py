@@ -12,9 +12,7 @@ VOCAB_SIZE = 64
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def build(
-    kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float64, **changed: int
-):
+def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float64):
     """Return a random model of two layers: "mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"."""
     import transformers
 
@@ -52,7 +50,7 @@ def build(
     if kind == "llama4":  # has one implementation
         config_class = f"{prefix}TextConfig"
         del settings["experts_implementation"]
-    config = getattr(transformers, config_class)(**{**settings, **sizes, **changed})
+    config = getattr(transformers, config_class)(**{**settings, **sizes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)

@@ -1,7 +1,6 @@
 """Adapters that do something on any small model, what plain autograd says of it, and a CNN."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,17 +41,6 @@ def fill(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
 def evaluate(model: nn.Module, *args, **kwargs) -> Any:
     with torch.no_grad():
         return model.eval()(*args, **kwargs)
-
-
-# What a damaged or hostile file may say are the columns of a weight, and what is said of it.
-BAD_COLUMNS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "beyond": (lambda own: own.index_fill(0, torch.tensor([len(own) - 1]), 10**6), "1000000"),
-    "negative": (lambda own: own.index_fill(0, torch.tensor([0]), -1), "sorted and unique"),
-    "twice": (lambda own: own[[0, 0, *range(2, len(own))]], "sorted and unique"),
-    "unsorted": (lambda own: own.flip(0), "sorted and unique"),
-    "int32": (lambda own: own.int(), r"torch\.int32"),
-    "float": (lambda own: own.float(), r"torch\.float32"),
-}
 
 
 class Reference(nn.Module):

@@ -124,9 +124,11 @@ def test_a_quantised_layer_without_parameters(gptq_linear):
 def test_given_columns_by_name_and_by_pattern():
     model = build()
     given = {"up": [7, 1], "conv": (0, 3)}
-    config = config_of(given, ["up", "conv"])
+    config = config_of(given, ["up", "conv"], random_seed=None)
     assert (config.selection, config.columns) == ("fixed", {"up": [1, 7], "conv": [0, 3]})
-    assert columns_in(get_peft_model(model, config)) == {"up": [1, 7], "conv": [0, 3]}
+    adapted = get_peft_model(model, config)
+    assert columns_in(adapted) == {"up": [1, 7], "conv": [0, 3]}
+    assert adapted.peft_config["default"].random_seed is None  # drawn where one is needed alone
     both = config_of({r"up|down": torch.tensor([2, 4])}, TARGETS[2:])
     assert columns_in(get_peft_model(build(), both)) == {"up": [2, 4], "down": [2, 4]}
 
@@ -234,15 +236,6 @@ def test_an_adapter_of_a_strategy_that_is_not_there(tmp_path):
     loaded = PeftModel.from_pretrained(build(), tmp_path)
     assert loaded.peft_config["default"].selection == "activation_qr"
     assert columns_in(loaded) == columns_in(model)
-
-
-def test_a_seed_is_drawn_where_one_is_needed_and_none_is_given():
-    chosen = choose_columns(build(), config_of("random", random_seed=None))
-    assert type(chosen.random_seed) is int
-    again = choose_columns(build(), config_of("random", random_seed=chosen.random_seed))
-    assert again.columns == chosen.columns
-    given = choose_columns(build(), config_of(chosen.columns, random_seed=None))
-    assert given.random_seed is None
 
 
 def test_a_second_adapter_chooses_from_the_pretrained_weights():

@@ -18,13 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from tests.ops.twin import bytes_kept
 from tests.releases import compiles_whole
 from tests.residency.twin import ALL, OWN_FORWARDS, Net, Twin, targets_of, twin_of
-from tests.tuner import nets
 from tests.tuner.nets import evaluate
 
 pytestmark = [
@@ -319,18 +317,3 @@ def test_linear_layers_alone_become_a_lora_of_pefts(kind: str) -> None:
     """By PEFT's `convert_to_lora`; `pacatune export` writes the others, too."""
     is_linear = kind in ("Linear", "Conv1D") or kind.startswith("quantised")
     assert make(kind).layer.supports_lora_conversion() == is_linear
-
-
-def test_a_square_weight_that_is_stored_input_first() -> None:
-    """Only values tell a wrong orientation."""
-    base = nn.Sequential(Conv1D(12, 12)).double()
-    nn.init.normal_(base[0].weight)
-    model = nets.adapt(base, target_modules=["0"])
-    x = torch.randn(5, 12, dtype=torch.float64)
-    nets.assert_equal(model, nets.Reference(base, model), x)
-    want = model(x)
-    torch.testing.assert_close(
-        base(x) + x @ model.get_base_model()[0].get_delta_weight("default"), want
-    )
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), want)

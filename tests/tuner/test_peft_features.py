@@ -19,7 +19,7 @@ from pacatune.adapters.loading import hotswap_adapter
 from pacatune.format.tensors import plain_name
 from tests.releases import LOADS_ADAPTERS
 from tests.tuner import nets
-from tests.tuner.nets import BAD_COLUMNS, evaluate, fill
+from tests.tuner.nets import evaluate, fill
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 NAME = "model.layers.0.self_attn.q_proj"
@@ -65,6 +65,15 @@ def load_own_state(base, folder):
     model.load_state_dict({names[name]: tensors[name] for name in names}, strict=False)
 
 
+# What a damaged or hostile file may say are the columns of a weight, and what is said of it.
+BAD_COLUMNS = {
+    "beyond": (lambda own: own.index_fill(0, torch.tensor([len(own) - 1]), 10**6), "1000000"),
+    "negative": (lambda own: own.index_fill(0, torch.tensor([0]), -1), "sorted and unique"),
+    "twice": (lambda own: own[[0, 0, *range(2, len(own))]], "sorted and unique"),
+    "unsorted": (lambda own: own.flip(0), "sorted and unique"),
+    "int32": (lambda own: own.int(), r"torch\.int32"),
+    "float": (lambda own: own.float(), r"torch\.float32"),
+}
 DOORS = {
     "PEFT": PeftModel.from_pretrained,
     "PEFT, on meta first": lambda base, folder: PeftModel.from_pretrained(
