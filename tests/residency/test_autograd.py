@@ -10,14 +10,6 @@ from tests.residency.looks import COPIED, LOOKS, assert_sees_base
 from tests.residency.twin import KINDS, twin_of
 
 
-def test_two_forwards_before_one_backward_twice(base, model, x):
-    wanted = [net.expected(base, model, batch)[1] for batch in (x, 2 * x)]
-    loss = model(x).square().sum() + model(2 * x).square().sum()
-    for times in (1, 2):
-        loss.backward(retain_graph=True)
-        net.assert_gradients(model, [times * (a + b) for a, b in zip(*wanted, strict=True)], x)
-
-
 @pytest.mark.parametrize(
     ("look", "checkpointing"),
     [*((look, None) for look in LOOKS), *(("state_dict", f"{n}reentrant") for n in ("", "non-"))],

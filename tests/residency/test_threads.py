@@ -21,8 +21,6 @@ from tests.conftest import build_model
 from tests.residency import net
 from tests.residency.looks import HANDED_OUT, LOOKS, assert_sees_base
 
-NUM_ROUNDS = 30
-
 
 @pytest.fixture(autouse=True)
 def _switching_often() -> Iterator[None]:
@@ -38,40 +36,8 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def together(pool: ThreadPoolExecutor, *tasks: Callable[[], Any]) -> list[Any]:
-    """Run tasks at the same time; each starts when all are there."""
-    barrier = threading.Barrier(len(tasks))
-
-    def run(task: Callable[[], Any]) -> Any:
-        barrier.wait()
-        return task()
-
-    return [future.result() for future in [pool.submit(run, task) for task in tasks]]
-
-
 def is_written(model: nn.Module) -> list[bool]:
     return [layer.residency.is_written for layer in net.layers(model)]
-
-
-def evaluate_resident(base: net.Net, model: nn.Module, x: Tensor) -> None:
-    with resident(model):
-        for _ in range(3):
-            net.check_evaluation(base, model, x)
-
-
-def look(base: net.Net, model: nn.Module, x: Tensor) -> None:
-    assert_sees_base(base, model.state_dict())
-
-
-@pytest.mark.parametrize("other", [net.check_evaluation, evaluate_resident, look])
-def test_evaluation_beside_another_thread(other, base, model, x, pool):
-    for _ in range(NUM_ROUNDS):
-        model(x)  # columns of training are in the weight, or are not
-        if torch.rand(()) < 0.5:
-            list(model.parameters())
-        tasks = [net.check_evaluation, net.check_evaluation, other]
-        together(pool, *(lambda task=task: task(base, model, x) for task in tasks))
-    net.assert_base(base, model)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
