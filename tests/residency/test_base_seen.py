@@ -32,13 +32,6 @@ def test_held(look, base, model, x):
     assert torch.equal(load(save({"w": weight}))["w"], base.first.weight)
 
 
-def test_a_module_that_has_been_given_the_same_parameter(base, model, x):
-    other = nn.Linear(10, 12, bias=False).double()
-    other.weight = net.layers(model)[0].base_layer.weight
-    net.evaluate(model, x)
-    assert torch.equal(other(x), nn.functional.linear(x, base.first.weight))
-
-
 def multiply(held: nn.Parameter) -> None:
     with torch.no_grad():
         held.mul_(2)
@@ -56,6 +49,18 @@ def test_changing_a_held_weight_while_columns_are_in_it_is_refused(change, then,
     change(held)
     with pytest.raises(RuntimeError, match=r"changed in place .* through its module"):
         then(model, x)
+
+
+def test_a_held_weight_that_is_trained_from_now_on(model, x):
+    """With columns in it, and without a look at it (R5)."""
+    first, second = net.layers(model)
+    weight = second.base_layer.weight
+    hidden = torch.tanh(first(x)).detach()
+    second(hidden)
+    assert second.residency.is_written
+    weight.requires_grad_()
+    second(hidden).sum().backward()
+    torch.testing.assert_close(weight.grad, hidden.sum(0).expand_as(weight))
 
 
 def test_a_held_weight_changed_for_an_evaluation(base, model, x):

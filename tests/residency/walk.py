@@ -233,7 +233,7 @@ class Walk(RuleBasedStateMachine):
             delta.data.mul_(-1)
         else:
             with torch.no_grad():
-                delta.mul_(-0.5).add_(0.3)  # stays small: attention in 16 bits must not saturate
+                delta.mul_(-0.5).add_(0.3)
         self.changed(traceless=through_data)
 
     @precondition(lambda self: not self.twin.merged and not self.twin.is_quantised)

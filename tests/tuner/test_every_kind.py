@@ -249,7 +249,7 @@ def test_rows_of_different_adapters(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ONE_INPUT])
 def test_rows_of_different_adapters_are_refused(kind: str) -> None:
-    """Experts see single tokens; torch's attention has the batch in either dimension."""
+    """Experts see single tokens, not the rows of the batch."""
     twin = make(kind)
     with pytest.raises(ValueError, match="`adapter_names` to a model with adapted experts"):
         evaluate(twin.model, twin.inputs(), adapter_names=["default", "__base__", "default"])
