@@ -134,6 +134,8 @@ def test_switched_off_adapters_send_the_base(model, server, source, receiver, sy
         receiver.apply(source.columns())
         assert_bits(server, before)
         assert source.columns().num_bytes == 0
+        receiver.check_base(source.base_columns())  # which is no sync that it would have missed
+        assert receiver.apply(source.columns())
     sync()
     receiver.apply(source.base_columns())
     assert_bits(server, before)
