@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pacatune import PacaConfig
 from tests.ops.twin import bytes_kept
-from tests.releases import compiles_whole
+from tests.releases import compiles_whole, needs
 from tests.residency.twin import ALL, OWN_FORWARDS, Net, Twin, targets_of, twin_of
 from tests.tuner.nets import evaluate
 
@@ -143,8 +143,8 @@ def test_a_graph_of_a_convolution_keeps_its_kernel_besides() -> None:
     x = twin.kind.inputs(70).double().requires_grad_()
     compiled = torch.compile(twin.model, fullgraph=True, backend="aot_eager")
     kernel = twin.weight_of(twin.plain).nbytes + 2 * 3 * 8  # indices, twice
-    found = bytes_kept(lambda: compiled(x), [x, *twin.model.parameters(), *twin.model.buffers()])
-    assert found <= x.numel() * 3 // twin.layer.in_features * x.itemsize + kernel
+    num_kept = bytes_kept(lambda: compiled(x), [x, *twin.model.parameters(), *twin.model.buffers()])
+    assert num_kept <= x.numel() * 3 // twin.layer.in_features * x.itemsize + kernel
 
 
 @every_kind
@@ -312,6 +312,7 @@ def test_biases_of_adapted_layers_are_trained(kind: str, tmp_path) -> None:
     assert torch.equal(evaluate(loaded, x), evaluate(model, x))
 
 
+@needs("peft", "0.19")
 @every_kind
 def test_linear_layers_alone_become_a_lora_of_pefts(kind: str) -> None:
     """By PEFT's `convert_to_lora`; `pacatune export` writes the others, too."""

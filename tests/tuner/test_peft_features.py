@@ -141,8 +141,9 @@ class TestFiles:
         tensors = load_file(path)
         renamed = {name.replace("q_proj", "query"): tensor for name, tensor in tensors.items()}
         broken = {**tensors, f"base_model.model.{NAME}.paca_delta": torch.full((32, 4), torch.nan)}
-        for found, message in ((renamed, r"query.paca_.*no such adapted"), (broken, "not finite")):
-            save_file(found, path)
+        other_base = r"query.paca_.*no such adapted"
+        for changed, message in ((renamed, other_base), (broken, "not finite")):
+            save_file(changed, path)
             with pytest.raises(ValueError, match=message):
                 PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
@@ -212,9 +213,8 @@ class TestSeveralAdapters:
 def test_an_adapter_of_a_wider_base_is_not_swapped_in(tmp_path):
     """Its last column is the first that this base has not."""
     options = {"target_modules": ["0"], "r": 2}
-    nets.adapt(nn.Sequential(nn.Linear(8, 4)), selection={"0": [0, 7]}, **options).save_pretrained(
-        tmp_path
-    )
+    wider = nets.adapt(nn.Sequential(nn.Linear(8, 4)), selection={"0": [0, 7]}, **options)
+    wider.save_pretrained(tmp_path)
     model = nets.adapt(nn.Sequential(nn.Linear(7, 4)), **options)
     with pytest.raises(ValueError, match=r"columns up to 7, but the base .* has 7 columns"):
         hotswap_adapter(model, tmp_path)
