@@ -17,8 +17,6 @@ from pacatune import PacaConfig, lean
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.residency import put
-from tests.residency.net import Net, adapt, deltas, expected
 
 SRC = Path(__file__).parents[2] / "src" / "pacatune"
 MAKERS = {
@@ -105,22 +103,3 @@ def test_a_model_is_trained_saved_and_merged(model, tmp_path):
         wanted = model(input_ids=batch).logits
         model.merge_adapter()
         torch.testing.assert_close(model(input_ids=batch).logits, wanted)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which dynamo looks at
-def test_a_compiled_layer_is_trained():
-    base, x = Net(), torch.ones(5, 10)
-    model = adapt(base)
-    wanted = expected(base, model, x)
-    with torch.device("meta"):
-        model.compile(backend="eager")
-        model(x).square().sum().backward()
-    torch.compiler.reset()
-    for ours, theirs in zip(deltas(model), wanted[1][1:], strict=True):
-        torch.testing.assert_close(ours.grad, theirs)
-
-
-def test_the_table_of_a_kernel():
-    with torch.device("meta"):
-        table, scalings = put._table(torch.device("cpu"), ((1, 2, 3, 4, 5, 6, 7, 0.5),), False)
-    assert (table.tolist(), scalings.tolist()) == ([[1, 2, 3, 4, 5, 6, 7]], [0.5])

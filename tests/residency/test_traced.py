@@ -1,6 +1,5 @@
 """A traced model contains the adapter, or cannot be saved; whatever is done to the model after."""
 
-import copy
 import io
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pacatune.residency.weight
-from tests.ops.reference import adapted_weight
 from tests.residency.net import (
     adapt,
     assert_base,
@@ -20,9 +18,9 @@ from tests.residency.net import (
     deltas,
     evaluate,
     expected,
-    layers,
 )
 from tests.residency.twin import KINDS, twin_of
+from tests.tuner.nets import Reference
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
@@ -75,15 +73,7 @@ def test_while_the_model_is_trained(base, model, x):
 
 
 def test_second_derivatives_come_from_torch_func(base, model, x):
-    twin = copy.deepcopy(base)
-    with torch.no_grad():
-        for layer, plain in zip(layers(model), (twin.first, twin.second), strict=True):
-            update = (
-                layer.delta_of("default"),
-                layer.paca_indices["default"],
-                layer.scaling["default"],
-            )
-            plain.weight.copy_(adapted_weight(plain.weight, *update))
+    twin = Reference(base, model)
 
     def norm_of_gradient(net: nn.Module) -> Callable[[Tensor], Tensor]:
         gradient = torch.func.grad(lambda x: net(x).square().sum())
