@@ -94,7 +94,7 @@ def test_without_a_fingerprint_the_name_decides(adapter_copy, model):
 
 @pytest.mark.parametrize(
     "stored",
-    [1, [], {}, {"modules": 1}, {"modules": {"a": {"float32": 1}}}, {"modules": {}, "trained": 1}],
+    [1, [], {"modules": {}}, {"modules": {"a": {"float32": 1}}, "trained": {}}, {"trained": 1}],
 )
 def test_a_malformed_fingerprint_is_refused(adapter_copy, model, stored):
     (adapter_copy / "pacatune.json").write_text(json.dumps({"base_fingerprint": stored}))

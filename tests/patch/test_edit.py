@@ -43,6 +43,12 @@ def test_parts_that_do_not_fit_are_refused(change, message):
         replace(make_edit([1, 3]), **change)
 
 
+def test_codes_without_a_hash_of_their_scales_are_refused():
+    """They are other numbers under other scales."""
+    with pytest.raises(ValueError, match=r"the edit of 'a.weight': codes need `scales`"):
+        replace(make_edit([1, 3], dtype=torch.uint8), grid="Q8_0")
+
+
 def test_patches_of_nothing_and_of_other_names_are_refused():
     with pytest.raises(ValueError, match="`edits` is empty"):
         Patch(edits={})

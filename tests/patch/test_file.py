@@ -106,7 +106,7 @@ def write(path, tensors, description):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, r"version 2, and this pacatune reads 1; revert it with the pacatune that"),
+        ({"version": 2}, "is a patch of version 2, and this pacatune reads 1; use the pacatune"),
         ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
         ({"tensors": {}}, "`edits` is empty"),
         ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),

@@ -151,7 +151,7 @@ def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
                 f"{current[key]!r}"
             ), []
     others, num_others = differing_modules(stored["modules"], current["modules"])
-    started, num_started = differing_modules(stored.get("trained", {}), current["trained"])
+    started, num_started = differing_modules(stored["trained"], current["trained"])
     compared = max(num_others, num_started)
     if started and num_others and not others:
         return (
@@ -193,15 +193,15 @@ def _last_part(name: str) -> str:
 def _check_fingerprint(stored: Any, path: Path) -> None:
     kinds: list[Any] = [None]
     if isinstance(stored, dict):
-        kinds = [stored.get("modules"), stored.get("trained", {})]
+        kinds = [stored.get("modules"), stored.get("trained")]
     if not all(isinstance(modules, dict) for modules in kinds) or not all(
         isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
         for modules in kinds
         for hashes in modules.values()
     ):
         raise ValueError(
-            f"{path}: `{FINGERPRINT_KEY}` must be an object with `modules`, hashes by dtype and "
-            "module; it is damaged. Remove the file to go without."
+            f"{path}: `{FINGERPRINT_KEY}` must be an object with `modules` and `trained`, hashes "
+            "by module and dtype; it is damaged. Remove the file to go without."
         )
 
 

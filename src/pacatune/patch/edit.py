@@ -103,10 +103,7 @@ class ColumnEdit(ColumnPlace):
         if max(int(part.max()) for part in (self.original, self.new)) >= grid.num_codes:
             raise ValueError(f"{where}: {self.grid} has codes below {grid.num_codes} alone.")
         if not self.scales:
-            raise ValueError(
-                f"{where}: codes need `scales`, a hash of theirs; "
-                "revert a patch without with the checkout that made it"
-            )
+            raise ValueError(f"{where}: codes need `scales`, a hash of theirs; make it again.")
 
     @property
     def form(self) -> "str | torch.dtype":

@@ -65,7 +65,7 @@ def load(path: str | Path) -> Patch:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is no patch, damaged, or of a newer version.
+        ValueError: If it is no patch, damaged, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -76,8 +76,8 @@ def load(path: str | Path) -> Patch:
     metadata = parse_json_object(text.encode(), source=f"the metadata of {path}")
     if (version := metadata.get("version")) != _VERSION:
         raise ValueError(
-            f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; revert "
-            "it with the pacatune that made it, and make it again of its adapter."
+            f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; use "
+            "the pacatune that made it."
         )
     # The adapter's own texts have lines; they are checked when it is written.
     check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
