@@ -23,7 +23,11 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach
-from pacatune.adapters.target import read_target_columns, target_of_module
+from pacatune.adapters.target import (
+    adapted_target_columns,
+    read_target_columns,
+    target_of_module,
+)
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.journal import is_gguf
 from pacatune.format.options import format_quantization
@@ -224,7 +228,7 @@ def _merge_in_memory(
     if columns:
         rounding = _measure_rounding(merged, columns, is_exact=onto != "nf4")
         if all(torch.equal(before, after) for _, before, after in columns.values()):
-            notes.append("every delta is zero: the adapter is untrained and changes no column.")
+            notes.append("the adapter changes no column: it may be untrained.")
     if rounding is not None and rounding > _NOTABLE:
         kind = "nf4" if onto == "nf4" else dtype_name(merged.dtype)
         fix = "--base dequantized" if onto == "nf4" else "--dtype float32"
@@ -257,13 +261,9 @@ def _read(model: nn.Module, name: str, indices: Tensor) -> Tensor:
 def _trained_columns(base: nn.Module, adapter: Adapter) -> dict[str, _Columns]:
     result = {}
     for name, update in adapter.modules.items():
-        delta, indices = update
-        before = widened(_read(base, name, indices))
-        layout = target_of_module(base, name).layout
-        delta = layout.from_file(delta.float()).to(before.device)
-        result[name] = _Columns(
-            indices, before, layout.adapted(before, delta, adapter.scaling(name))
-        )
+        before = widened(_read(base, name, update.indices))
+        after = adapted_target_columns(target_of_module(base, name), adapter, name, before)
+        result[name] = _Columns(update.indices, before, after)
     return result
 
 

@@ -70,13 +70,12 @@ def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
 
 
 def adapted_target_columns(
-    target: BaseWeight, adapter: Adapter, name: str
-) -> tuple[Tensor, Tensor]:
-    """Return which columns of a weight an adapter changes, and their bits in a merge."""
-    delta, indices = adapter.modules[name]
-    columns = read_target_columns(target, indices)
+    target: BaseWeight, adapter: Adapter, name: str, columns: Tensor
+) -> Tensor:
+    """Return what an adapter makes of the columns of a weight that it trains, in their dtype."""
+    delta, _ = adapter.modules[name]
     update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
-    return indices, target.layout.adapted(columns, update, adapter.scaling(name))
+    return target.layout.adapted(columns, update, adapter.scaling(name))
 
 
 def named_base(

@@ -14,6 +14,7 @@ from pacatune.adapters.target import (
     BaseWeight,
     adapted_target_columns,
     map_weights_,
+    read_target_columns,
     stored_names,
     target_of_module,
 )
@@ -181,13 +182,14 @@ def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> Column
             f"{adapter.folder}: module {module!r} is {layout.why_no_columns}, whose trained "
             f"channels are no columns of its kernel. {_BY_MERGE}"
         )
-    columns, new = adapted_target_columns(found, adapter, module)
+    indices = adapter.modules[module].indices
+    new = adapted_target_columns(found, adapter, module, read_target_columns(found, indices))
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
             f"{weight.dtype}; use a base of wider range, or an earlier checkpoint of the adapter."
         )
-    return edit_of(name, layout.weight_dim, weight, columns, new)
+    return edit_of(name, layout.weight_dim, weight, indices, new)
 
 
 def _converted(
