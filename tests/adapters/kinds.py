@@ -33,7 +33,6 @@ OPTIONS = {
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
 }
 CONVOLUTIONS = ["convnext", "resnet"]
-EXPERT_KINDS = ["mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"]
 
 
 def build(kind):

@@ -11,9 +11,7 @@ from torch import nn
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.fingerprint import fingerprint
 from pacatune.adapters.folder import read_adapter
-from pacatune.adapters.inspect import inspect_adapter
 from pacatune.adapters.loading import attach, check_base
-from pacatune.adapters.merge import merge
 from tests.adapters import kinds
 from tests.adapters.fixtures import edit_json, error_in_peft
 from tests.releases import has
@@ -48,20 +46,6 @@ def make(kind, base, folder, **options):
     return model
 
 
-def pooled(model):
-    """What the pooling head returns; the probe of `merge` and `export` looks at hidden states."""
-    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return model(pixel_values=pixels).pooler_output
-
-
-@pytest.mark.parametrize("kind", kinds.OPTIONS)
-def test_merges_and_verifies(kind, bases, tmp_path):
-    base, adapter = bases(kind), tmp_path / "adapter"
-    make(kind, base, adapter)
-    assert merge(str(base), adapter, tmp_path / "merged").rounding < 1e-5
-
-
 @pytest.mark.parametrize("kind", kinds.OPTIONS)
 def test_exports_to_lora_that_plain_peft_runs_alike(kind, bases, tmp_path):
     base, adapter, lora = bases(kind), tmp_path / "adapter", tmp_path / "lora"
@@ -90,17 +74,6 @@ def assert_ranks_of_convolutions(adapter, lora):
     for name in convolutions:
         rank = config["rank_pattern"]["^" + re.escape(name)]
         assert len(tensors[f"base_model.model.{name}.lora_A.weight"]) == rank
-
-
-@pytest.mark.parametrize("kind", kinds.OPTIONS)
-def test_describes(kind, bases, tmp_path):
-    make(kind, bases(kind), tmp_path / "one")
-    one = read_adapter(tmp_path / "one")
-    report = inspect_adapter(tmp_path / "one")
-    assert {module.name for module in report.modules} == set(one.modules)
-    for module in report.modules:
-        assert module.rank == len(module.columns)
-        assert module.num_parameters == one.modules[module.name].delta.numel()
 
 
 @pytest.mark.parametrize("kind", kinds.OPTIONS)

@@ -8,64 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaModel
 
 from pacatune import patch
-from pacatune.adapters.merge import merge
-from pacatune.files.checkpoint import Checkpoint
 from tests.adapters import kinds
 from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter, scale
 from tests.conftest import build_model
-from tests.patch.conftest import assert_same_edits, assert_same_tensors, contents
+from tests.patch.conftest import assert_same_edits, contents
 from tests.releases import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 CONFIG, DOWN = "adapter_config.json", "model.layers.0.mlp.down_proj.weight"
-
-
-def make(base, adapter):
-    """Return an adapter's patch, and see that it does what the merge does, and back."""
-    made, notes = patch.make(base, adapter)
-    assert notes == []
-    scratch = adapter.parent
-    merge(str(base), adapter, scratch / "merged", verify=False)
-    patch.apply_to_folder(base, made, scratch / "patched")
-    assert_same_tensors(scratch / "patched", scratch / "merged")
-    patch.apply_to_folder(scratch / "patched", made, scratch / "back", revert=True)
-    assert contents(scratch / "back") == contents(base)
-    return made
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_patched_checkpoint_is_what_training_computes_with(tmp_path, dtype):
-    base, adapter = tmp_path / "my-base", tmp_path / "adapter"
-    build_model(300).to(getattr(torch, dtype)).save_pretrained(base)
-    options = {"dtype": dtype, "rank_pattern": {"q_proj": 2}}
-    adapted = save_adapter(base, adapter, **options)
-    assert make(base, adapter).base == "my-base"
-    tokens = torch.arange(256).view(2, 128)
-    patched = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype="auto").eval()
-    trained = adapted.train()(tokens).logits
-    assert trained.requires_grad
-    assert torch.equal(patched(tokens).logits, trained)
-
-
-@pytest.mark.parametrize("kind", kinds.OPTIONS)
-def test_every_kind_of_weight(kind, tmp_path):
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    dtype = "bfloat16" if kind in kinds.EXPERT_KINDS else "float32"
-    kinds.build(kind).to(getattr(torch, dtype)).save_pretrained(base)
-    kinds.save(kind, base, adapter, dtype=dtype)
-    if kind == "convnext":
-        with pytest.raises(
-            ValueError, match=r"is a convolution with groups=6, whose .* patch diff"
-        ):
-            make(base, adapter)
-        return
-    made = make(base, adapter)
-    assert made.num_bytes < Checkpoint.open(base).num_bytes / 2
-    if kind == "mixtral":
-        assert made.edits.keys() <= Checkpoint.open(base).entries.keys()
-        assert not any("gate_up_proj" in name for name in made.edits)
-        with pytest.raises(ValueError, match="tensors in another form, patch the checkpoint"):
-            patch.apply(AutoModelForCausalLM.from_pretrained(base), made)
 
 
 @pytest.mark.parametrize("with_fingerprint", [True, False])
@@ -73,6 +23,7 @@ def test_the_adapter_comes_back_exactly(bf16_dir, tmp_path, with_fingerprint):
     options = {"dtype": "bfloat16", "with_fingerprint": with_fingerprint}
     save_adapter(bf16_dir, tmp_path / "a", **options)
     made, _ = patch.make(bf16_dir, tmp_path / "a")
+    assert made.base == "my-base"
     patch.save(made, tmp_path / "p.safetensors")
     patch.to_adapter(patch.load(tmp_path / "p.safetensors"), tmp_path / "b")
     before, after = contents(tmp_path / "a"), contents(tmp_path / "b")
@@ -126,7 +77,7 @@ def test_tied_weights_stay_tied_or_are_refused(tmp_path):
     base = tmp_path / "base"
     build_model(64, tie_word_embeddings=True).save_pretrained(base)
     save_adapter(base, tmp_path / "adapter")
-    make(base, tmp_path / "adapter")
+    patch.apply_to_folder(base, patch.make(base, tmp_path / "adapter")[0], tmp_path / "patched")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     for target in ("lm_head", "embed_tokens"):

@@ -8,7 +8,6 @@ import torch
 from pacatune.ops.columns import bits
 from pacatune.sync import ColumnSource, element_patches
 from pacatune.sync.message import Columns, ColumnSet, Positions
-from tests.adapters import kinds
 from tests.sync.conftest import adapt, assert_bits, change, clone, merged, nudge, served
 
 
@@ -51,15 +50,6 @@ def test_elements_are_those_that_were_changed():
     take(server, source, columns)
     assert_bits(server, merged(model))
     assert element_patches(source.positions(), source.columns()) == []
-
-
-@pytest.mark.parametrize("kind", ["conv1d", "gpt_oss", "embedding"])
-def test_other_dimensions(kind):
-    model, server = (kinds.build(kind) for _ in range(2))
-    model = adapt(base=model, init_weights=False, **kinds.OPTIONS[kind])
-    source = ColumnSource(model)
-    take(server, source, source.columns())
-    assert_bits(server, merged(model))
 
 
 def test_the_base_is_taken_before_other_columns():

@@ -1,0 +1,117 @@
+"""R7: whatever way the columns of an adapter take, they arrive with the bits of one merge."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pacatune import patch
+from pacatune.adapters.base import load_base
+from pacatune.adapters.merge import merge
+from pacatune.ops.columns import bits
+from pacatune.sync import ColumnReceiver, ColumnSource, element_patches
+from tests.adapters import kinds
+from tests.patch.conftest import contents
+
+# With the base's embedding, which `case` leaves out of the file again.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+
+
+def load(folder):
+    return load_base(str(folder), task_type=None)
+
+
+def assert_bits(model, expected):
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(bits(tensor), bits(expected[name])), name
+
+
+@dataclass
+class Case:
+    """An adapter of one kind of weight: on its base in memory, and both in folders."""
+
+    kind: str
+    base: Path
+    adapter: Path
+    model: Any
+
+    @property
+    def plain(self):
+        return load(self.base).state_dict()
+
+    def by_merge(self, folder):
+        assert merge(str(self.base), self.adapter, folder / "out").is_verified
+        return load(folder / "out")
+
+    def by_a_patch_of_its_files(self, folder):
+        made, notes = patch.make(self.base, self.adapter)
+        assert notes == []
+        assert made.num_bytes < sum(path.stat().st_size for path in self.base.iterdir()) / 2
+        patch.apply_to_folder(self.base, made, folder / "out")
+        patch.apply_to_folder(folder / "out", made, folder / "back", revert=True)
+        assert contents(folder / "back") == contents(self.base)
+        return load(folder / "out")
+
+    def by_a_patch_in_memory(self, folder):
+        made, _ = patch.make(self.base, self.adapter)
+        model = load(self.base)
+        patch.apply(model, made)
+        found = copy.deepcopy(model)
+        patch.revert(model, made)
+        assert_bits(model, self.plain)
+        return found
+
+    def by_a_sync(self, folder):
+        source, server = ColumnSource(self.model), load(self.base)
+        receiver = ColumnReceiver(server)
+        receiver.expect(source.positions())
+        receiver.apply(source.columns())
+        assert source.columns().num_bytes == 0
+        found = copy.deepcopy(server)
+        receiver.revert()
+        assert_bits(server, self.plain)
+        return found
+
+    def by_elements(self, folder):
+        source, server = ColumnSource(self.model), load(self.base)
+        state = server.state_dict()
+        for part in element_patches(source.positions(), source.columns()):
+            state[part.name].view(-1)[part.indices.long()] = part.values
+        return server
+
+
+PATHS = {name: path for name, path in vars(Case).items() if name.startswith("by_")}
+IN_MEMORY = ("by_a_patch_in_memory", "by_a_sync", "by_elements")
+REFUSED = {
+    **{("convnext", name): "convolution with groups" for name in PATHS if name != "by_merge"},
+    **{(kind, IN_MEMORY[0]): "tensors in another form" for kind in ("mixtral", "qwen2", "qwen3")},
+}
+
+
+@pytest.fixture(scope="module", params=kinds.OPTIONS)
+def case(request, tmp_path_factory):
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    base, adapter = folder / "base", folder / "adapter"
+    kinds.build(kind).bfloat16().save_pretrained(base)
+    model = kinds.save(kind, base, adapter, dtype="bfloat16")
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    return Case(kind, base, adapter, model)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bits(case, path, tmp_path):
+    message = REFUSED.get((case.kind, path))
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            PATHS[path](case, tmp_path)
+        return
+    expected = copy.deepcopy(case.model).merge_and_unload().state_dict()
+    assert any(not torch.equal(tensor, case.plain[name]) for name, tensor in expected.items())
+    assert_bits(PATHS[path](case, tmp_path), expected)
