@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import kernels, step
 from benchmarks.results import prepare, read
+from experiments.moslora import add_method
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
 from pacatune.reports.provenance import package_version
@@ -114,6 +115,7 @@ def main(options: list[str] | None = None) -> int:
     if unknown := sorted({*args.names} - {*NAMES}):
         parser.error(f"{', '.join(unknown)}: choose from {', '.join(NAMES)}")
     prepare(args)
+    add_method()
     num_differences = check(args.names or NAMES, everything=args.all)
     if num_differences:
         print(f"{num_differences} numbers differ. Meant? Run the benchmarks, commit their results.")

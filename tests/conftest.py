@@ -206,6 +206,17 @@ def rewards_module(tmp_path, monkeypatch):
     sys.modules.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def with_moslora():
+    """The methods with the paper's baseline that experiments add, and without it afterwards."""
+    from experiments.moslora import add_method
+    from pacatune.methods import METHODS
+
+    add_method()
+    yield
+    del METHODS["moslora"]
+
+
 @pytest.fixture
 def console():
     """What a run prints, in `console.file`."""

@@ -40,6 +40,7 @@ def test_each_exact_number_is_compared():
     assert line.endswith("not in the committed result")
 
 
+@pytest.mark.usefixtures("with_moslora")
 def test_every_committed_row_has_a_name_of_its_own_and_every_estimate_of_the_paper_is_compared():
     """What is counted beside a measurement takes the measuring."""
     for name in check.NAMES:

@@ -5,6 +5,12 @@ import torch
 
 from tests.data.conftest import write_lines
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _methods(with_moslora):
+    pass
+
+
 TWO_STEPS = {"max_steps": 2, "bf16": False, "use_cpu": True}
 WORDS = {"fruit": ["apple", "pear", "plum"], "colour": ["red", "green", "blue"]}
 

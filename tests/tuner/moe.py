@@ -12,7 +12,9 @@ VOCAB_SIZE = 64
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float64):
+def build(
+    kind: str, implementation: str = "eager", dtype: torch.dtype = torch.float64, **changed: int
+):
     """Return a random model of two layers: "mixtral", "qwen2", "qwen3", "gpt_oss", "llama4"."""
     import transformers
 
@@ -50,7 +52,7 @@ def build(kind: str, implementation: str = "eager", dtype: torch.dtype = torch.f
     if kind == "llama4":  # has one implementation
         config_class = f"{prefix}TextConfig"
         del settings["experts_implementation"]
-    config = getattr(transformers, config_class)(**{**settings, **sizes})
+    config = getattr(transformers, config_class)(**{**settings, **sizes, **changed})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
