@@ -1,132 +1,149 @@
-"""Fine-tune real image models on real images, and show what changed: `make demo-vision`.
+"""Fine-tune image models with PaCA in transformers' Trainer: `make demo-vision`.
 
-EfficientNet-Lite0, a CNN, and DINOv2-S, a vision transformer, learn CIFAR-10: the head alone, with
-LoRA, and with PaCA at as many trained parameters. Models and images come as Python packages.
+EfficientNet-Lite0, a CNN of timm, and DINOv2-S, a vision transformer, learn CIFAR-10: the new head
+alone, with LoRA, and with PaCA at as many parameters. Models and images come as Python packages.
 """
 
 import argparse
-import json
 import time
 import warnings
 from pathlib import Path
 
-RANK = 8
+# Name in `packaged`, and a size of images that a CPU is fast with.
+MODELS = {"efficientnet-lite0": ("efficientnet", 96), "dinov2-small": ("dinov2", 98)}
+# Rank and learning rate. LoRA has two factors where PaCA has columns.
+METHODS = {"head": (0, 3e-3), "lora": (4, 3e-3), "paca": (8, 3e-3), "full": (0, 3e-4)}
+HEAD_RATE = 3e-3  # beside every method
 
 
-# Name in `packaged`, size of the images, and for each method the best learning rate of a few, from
-# 1e-3 to 1e-2 (to 3e-2 for a head), in 40 steps.
-MODELS = {
-    "efficientnet-lite0": ("efficientnet", 96, {"head": 3e-3, "lora": 3e-3, "paca": 3e-3}),
-    "dinov2-small": ("dinov2", 98, {"head": 1e-2, "lora": 3e-3, "paca": 3e-3}),
-}
+def load_images(folder, seed=0):
+    """Return images to train on and others to test with; without a folder `test`, a quarter."""
+    from datasets import load_dataset
+
+    data = load_dataset("imagefolder", data_dir=str(folder))
+    if "label" not in data["train"].features:
+        raise SystemExit(f"{folder}: put the images of each class into a folder of its name.")
+    if "test" not in data:
+        data = data["train"].train_test_split(0.25, stratify_by_column="label", seed=seed)
+    return data["train"], data["test"]
 
 
-def main() -> None:
-    """Train every model with every method, and show the results."""
+def adapt(model, method, rank, seed=0):
+    """Let a method train its part of a model, and the head; return the model and the head's name.
+
+    LoRA and PaCA get the linear layers, and convolutions with at least `rank` channels.
+    """
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from pacatune import PacaConfig
+
+    def evaluate(layer, _):
+        layer.eval()
+
+    targets, is_timm = [], hasattr(model, "timm_model")
+    classifier = model.timm_model.get_classifier() if is_timm else model.classifier
+    (head,) = (name for name, layer in model.named_modules() if layer is classifier)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):  # which would take its statistics from small batches
+            layer.register_forward_pre_hook(evaluate)
+        is_wide = isinstance(layer, nn.Conv2d) and layer.in_channels >= rank
+        # PEFT merges no LoRA of grouped convolutions.
+        if isinstance(layer, nn.Linear) or (is_wide and (method == "paca" or layer.groups == 1)):
+            targets += [] if name.startswith(head) else [name]
+    if method in ("head", "full"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(method == "full" or name.startswith(head))
+        return model, head
+    options = {"r": rank, "target_modules": targets, "modules_to_save": [head]}
+    if method == "paca":
+        return get_peft_model(model, PacaConfig(paca_alpha=rank, random_seed=seed, **options)), head
+    return get_peft_model(model, LoraConfig(lora_alpha=rank, **options)), head
+
+
+def make_trainer(path, method, images, output, rank, rate, steps, *, seed=0, size=None):
+    """Return transformers' Trainer of a model with a new head for the classes of the images."""
+    import torch
+    import transformers
+
+    transformers.set_seed(seed)  # every method begins with the same head
+    kinds = {"num_labels": images[0].features["label"].num_classes, "ignore_mismatched_sizes": True}
+    model = transformers.AutoModelForImageClassification.from_pretrained(path, **kinds)
+    processor = transformers.AutoImageProcessor.from_pretrained(path)
+    model, head = adapt(model, method, rank, seed)
+    groups = [{"params": [], "lr": HEAD_RATE}, {"params": [], "lr": rate}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[f"{head}." not in name]["params"].append(parameter)
+
+    def see(rows):
+        colours = [image.convert("RGB") for image in rows["image"]]
+        pixels = processor(colours, return_tensors="pt")["pixel_values"]
+        if size is not None:
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        return {"pixel_values": pixels, "labels": rows["label"]}
+
+    options = {"output_dir": str(output), "per_device_train_batch_size": 32, "seed": seed}
+    options |= {"save_strategy": "no", "report_to": "none"}
+    options |= {"remove_unused_columns": False, "label_names": ["labels"]}
+    # A random head sends random gradients, so the rate rises at first.
+    options |= {"max_steps": steps, "warmup_steps": steps // 5, "lr_scheduler_type": "cosine"}
+    train, test = (part.with_transform(see) for part in images)
+    return transformers.Trainer(
+        model,
+        transformers.TrainingArguments(**options),
+        train_dataset=train,
+        eval_dataset=test,
+        compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()},
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )
+
+
+def kept_bytes(model, batch):
+    """Return how many bytes autograd keeps of a batch, beside the weights."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    kept = []
+    with saved_tensors_hooks(kept.append, lambda _: None):  # there is no backward that asks
+        model.train()(**batch)
+    weights = {w.untyped_storage().data_ptr() for w in (*model.parameters(), *model.buffers())}
+    storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in kept)}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+def main():
+    """Train each model by each method, save the results and show them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    name = "efficientnet-lite0, dinov2-small, or a folder or hub id; may be repeated"
-    add("--output", metavar="DIR", default="demo-vision-output", help="gets a folder (%(default)s)")
-    add("--model", action="append", help=f"{name} (default: the first two)")
-    add("--data", metavar="FOLDER", help="other images: a folder per class, as for train-image")
+    add, names = parser.add_argument, " or ".join(MODELS)
+    add("--model", action="append", help=f"{names} (both), a folder or hub id; may be repeated")
+    add("--method", action="append", choices=METHODS, help="(head, lora, paca); may be repeated")
+    add("--data", metavar="FOLDER", help="other images: a folder per class, or train/ and test/")
     add("--steps", type=int, default=40, help="steps of each run (%(default)s)")
-    add("--image-size", type=int, help="height and width (default: the demo's own)")
-    add("--seed", type=int, default=0, help="seed of images, head, columns (%(default)s)")
+    add("--output", metavar="DIR", default="demo-vision-output", help="gets a folder (%(default)s)")
     options = parser.parse_args()
     output = Path(options.output, time.strftime("%Y-%m-%d-%H%M%S"))  # always a new folder
-    output.mkdir(parents=True)
 
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    reports = {}
-    for name in options.model or MODELS:
-        reports[name] = {
-            method: fine_tune(name, method, output / Path(name).name / method, options)
-            for method in ("head", "lora", "paca")
-        }
-    for name, by_method in reports.items():
-        show(name, by_method)
-        draw(name, by_method, output / f"{Path(name).name}.png")
-    (output / "demo.json").write_text(json.dumps(reports, indent=2) + "\n", encoding="utf-8")
-    print(
-        "\n'Before' is the pretrained model with a new, random head: about chance. All runs of a "
-        "model have the same images, order, steps and first head. One seed, few steps: this shows "
-        "the training, not which method learns better. The example's own images are a split of "
-        "CIFAR-10's test images; BIG-bench, which carries them, asks to publish no model trained "
-        "on them."
-    )
-    print(f"\nThe curves, and each run's report, confusions and mistakes, are in {output}.")
-
-
-def fine_tune(name: str, method: str, output: Path, options: argparse.Namespace):
-    """Train one model with one method; what is not given is downloaded. Return the report."""
     from packaged import prepare
+    from transformers import PrinterCallback, logging
 
-    from pacatune.training import RunConfig, train
-
-    packaged, image_size, learning_rates = MODELS.get(name, (None, None, {}))
-    data = {
-        "path": options.data or str(prepare("cifar10")),
-        "image_size": options.image_size or image_size,
-        "seed": options.seed,
-    }
-    if options.data is None:
-        data |= {"train_per_class": 80, "eval_per_class": 30}
-    arguments = {
-        "output_dir": str(output),
-        "max_steps": options.steps,
-        "per_device_train_batch_size": 32,
-        # Until the new head has learned something, its gradients are noise.
-        "warmup_steps": options.steps // 5,
-        "learning_rate": learning_rates.get(method),
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": options.seed,
-    }
-    adapters = {
-        "head": {},
-        "paca": {"paca": {"r": RANK, "paca_alpha": RANK, "random_seed": options.seed}},
-        # Of a square weight, LoRA trains two factors of the size of PaCA's columns.
-        "lora": {"lora": {"r": RANK // 2, "lora_alpha": RANK // 2}},
-    }
-    model = {"path": str(prepare(packaged)) if packaged else name}
-    print(f"\n{name}, {method}")
-    sections = {"model": model, "data": data, "training": arguments, **adapters[method]}
-    return train(RunConfig(task="image", method=method, **sections)).to_dict()
-
-
-def show(name: str, reports) -> None:
-    """Print a table of a model's runs."""
-    rows = {
-        "held-out accuracy before": lambda r: f"{r['accuracy_before']:.3f}",
-        "held-out accuracy after": lambda r: f"{r['accuracy_after']:.3f}",
-        "held-out loss after": lambda r: f"{r['eval_loss_after']:.3f}",
-        "trained parameters": lambda r: f"{r['num_trainable_parameters']:,}",
-        "step, median": lambda r: f"{r['step_ms']:,.0f} ms",
-        "kept for backward": lambda r: f"{r['saved_activation_bytes'] / 1e6:.1f} MB",
-    }
-    titles = {"head": "head only", "lora": f"LoRA, r={RANK // 2}", "paca": f"PaCA, r={RANK}"}
-    print(f"\n{name:26}" + "".join(f"{titles[method]:>14}" for method in reports))
-    for row, text in rows.items():
-        print(f"{row:26}" + "".join(f"{text(report):>14}" for report in reports.values()))
-
-
-def draw(name: str, reports, path: Path) -> None:
-    """Draw the losses in training and the held-out accuracies of a model's runs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    losses, accuracies = figure.subplots(1, 2)
-    for method, report in reports.items():
-        losses.plot(*zip(*report["train_losses"], strict=True), label=method)
-        accuracies.plot(*zip(*report["eval_accuracies"], strict=True), "o-", label=method)
-    losses.set(xlabel="step", ylabel="loss per image in training", title=name)
-    accuracies.set(xlabel="step", ylabel="held-out accuracy")
-    losses.legend()
-    figure.savefig(path, dpi=150)
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    train, test = load_images(options.data or prepare("cifar10"))
+    images = train, test.shuffle(seed=0).select(range(min(len(test), 300)))
+    for name in options.model or MODELS:
+        packaged, size = MODELS.get(name, (None, None))
+        path = str(prepare(packaged)) if packaged else name
+        for method in options.method or ("head", "lora", "paca"):
+            how = (output / Path(name).name / method, *METHODS[method], options.steps)
+            trainer = make_trainer(path, method, images, *how, size=size)
+            trainer.remove_callback(PrinterCallback)
+            before, trained, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
+            kept = kept_bytes(trainer.model, next(iter(trainer.get_train_dataloader())))
+            scores = f"accuracy {before['eval_accuracy']:.3f} -> {after['eval_accuracy']:.3f}"
+            costs = f"{trained.metrics['train_runtime']:.1f} s, {kept / 1e6:.1f} MB"
+            print(f"{Path(name).name}, {method}: {scores}, {costs} kept for backward")
+            trainer.save_model()
+    print(f"One seed and few steps do not show which method learns better. Results: {output}")
 
 
 if __name__ == "__main__":

@@ -41,17 +41,15 @@ def save_vit(folder, **config):
 
 
 def save_timm(folder, architecture="test_efficientnet"):
-    """Write a random timm model as timm itself does, with BatchNorm that has seen some data."""
+    """Write a random timm model as transformers does, with BatchNorm that has seen some data."""
     import timm
-    from timm.models import save_for_hf
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+    description = timm.get_pretrained_cfg(architecture).to_dict()
+    values = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": description}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = timm.create_model(architecture).train()
-        model(torch.randn(4, 3, 64, 64) if architecture == "test_efficientnet" else _own(model))
-    save_for_hf(model.eval(), folder, safe_serialization=True)
+        model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(values)).train()
+        model(torch.randn(4, 3, 64, 64))
+    model.eval().save_pretrained(folder)
     return folder
-
-
-def _own(model):
-    return torch.randn(2, *model.pretrained_cfg["input_size"])

@@ -7,9 +7,8 @@ import json
 import pytest
 from PIL import Image
 
+from examples.images import load_images
 from examples.packaged import data as packaged
-from pacatune.data.config import ImageDataConfig
-from pacatune.data.images import class_names, prepare_images
 
 
 def read(path):
@@ -34,10 +33,10 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
     rows = [image(index) for index in range(20)]
     folder = tmp_path / "images"
     packaged.make_images([task_file(tmp_path / "source", rows)], folder)
-    found = prepare_images(ImageDataConfig(path=str(folder)))
-    assert class_names(found.train) == ["cat", "dog"]
-    assert (len(found.train), len(found.evaluation)) == (14, 6)
-    assert found.warnings == []  # no image in both parts
+    train, test = load_images(folder)
+    assert train.features["label"].names == ["cat", "dog"]
+    assert (len(train), len(test)) == (14, 6)
+    assert len({path.name for path in folder.rglob("*.png")}) == 20  # none in both parts
     for path in folder.rglob("*.png"):
         assert path.read_bytes() == base64.b64decode(rows[int(path.stem)]["input"])
         assert path.parent.name == ("cat", "dog")[int(path.stem) % 2]

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from examples.packaged import NAMES, __main__, models
-from pacatune.training.image.model import ImageBase
 from tests.conftest import build_model
 
 gguf = pytest.importorskip("gguf")
@@ -93,9 +93,9 @@ def test_dino_folder_computes_what_the_graph_held(tmp_path):
     model = tiny_dino()
     (tmp_path / "out").mkdir()
     models.convert_dino([write_onnx(model, tmp_path / "model.onnx")], tmp_path / "out")
-    base = ImageBase(str(tmp_path / "out"), None, ["cat", "dog"], 12)
-    assert base.size == 12
-    loaded = base.load(torch.float32).eval().dinov2
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size["height"] == 224
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out", num_labels=2)
+    loaded = loaded.eval().dinov2
     pixels = torch.randn(2, 3, 12, 12)
     with torch.no_grad():
         ours, theirs = (m(pixel_values=pixels).last_hidden_state for m in (loaded, model))
@@ -113,9 +113,9 @@ def test_efficientnet_folder_has_the_weights_of_the_file(tmp_path):
     }
     torch.save(weights, tmp_path / "weights.pth")
     models.convert_efficientnet([tmp_path / "weights.pth"], tmp_path)
-    base = ImageBase(str(tmp_path), None, None, None)
-    assert base.config.id2label[1] == "goldfish, Carassius auratus"
-    assert tuple(base.processor.image_mean) == (0.5, 0.5, 0.5)
-    model = base.load(torch.float32).timm_model
+    assert AutoImageProcessor.from_pretrained(tmp_path).data_config["mean"] == (0.5, 0.5, 0.5)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert model.config.id2label[1] == "goldfish, Carassius auratus"
+    model = model.timm_model
     for (name, loaded), given in zip(model.state_dict().items(), weights.values(), strict=True):
         assert torch.equal(loaded, given), name

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 
+from examples import images as image_example
 from pacatune.cli import main
 from tests.data.conftest import write_lines
 from tests.image_models import save_timm, save_vit, write_images
 
+IMAGE_METHODS = ("head", "lora", "paca")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -83,19 +87,67 @@ def test_rewards(tmp_path, tiny_model_dir):
     assert (folder / "grpo" / "reward.png").is_file()
 
 
-def test_image_models(tmp_path):
+@pytest.fixture
+def image_models(tmp_path):
+    """Folder with images of three colours, a tiny vision transformer and a tiny CNN."""
+    before = transformers.logging.get_verbosity()  # which the script lowers
     write_images(tmp_path / "images", 10)
-    words = ["--model", str(save_vit(tmp_path / "vit"))]
-    words += ["--model", str(save_timm(tmp_path / "cnn"))]
-    words += ["--data", str(tmp_path / "images"), "--image-size", "32", "--steps", "3"]
-    folder, printed = run("images", *words, output=tmp_path / "out")
-    result = json.loads((folder / "demo.json").read_text())
-    assert [Path(name).name for name in result] == ["vit", "cnn"]
-    for name, reports in result.items():
-        head, lora, paca = (reports[method] for method in ("head", "lora", "paca"))
-        for key in ("accuracy_before", "eval_loss_before", "num_steps", "seed", "image_size"):
-            assert head[key] == lora[key] == paca[key], key
-        assert head["saved_activation_bytes"] < paca["saved_activation_bytes"]
-        assert paca["saved_activation_bytes"] < lora["saved_activation_bytes"]
-        assert (folder / f"{Path(name).name}.png").is_file()
-        assert f"{paca['accuracy_after']:.3f}" in printed
+    save_vit(tmp_path / "vit")
+    save_timm(tmp_path / "cnn")
+    yield tmp_path
+    transformers.logging.set_verbosity(before)
+
+
+def test_image_models(image_models):
+    words = [f"--model={image_models / 'vit'}", f"--model={image_models / 'cnn'}", "--steps=3"]
+    words += ["--data", str(image_models / "images")]
+    folder, printed = run("images", *words, output=image_models / "out")
+    said = re.findall(r"(\w+), (\w+): accuracy (\S+) -> (\S+), \S+ s, (\S+) MB kept", printed)
+    assert [line[:2] for line in said] == [(m, n) for m in ("vit", "cnn") for n in IMAGE_METHODS]
+    for head, lora, paca in (said[:3], said[3:]):
+        assert head[2] == lora[2] == paca[2]  # of the same new head
+        assert float(head[4]) < float(paca[4]) < float(lora[4])
+        assert (folder / paca[0] / "paca" / "adapter_model.safetensors").is_file()
+    (learned,) = (line for line in said if line[:2] == ("vit", "paca"))
+    assert float(learned[3]) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_an_image_adapter_has_the_head_and_computes_what_was_trained(image_models, name):
+    path, output = str(image_models / name), image_models / "out"
+    images = image_example.load_images(image_models / "images")
+    trainer = image_example.make_trainer(path, "paca", images, output, 8, 1e-2, 3)
+    trainer.train()
+    trainer.save_model()
+    base = transformers.AutoModelForImageClassification.from_pretrained(
+        path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    batch = next(iter(trainer.get_eval_dataloader()))
+    loaded = PeftModel.from_pretrained(base, output).eval()
+    with torch.no_grad():
+        trained, found = (m(**batch).logits for m in (trainer.model.eval(), loaded))
+        merged = loaded.merge_and_unload()(**batch).logits
+    assert torch.equal(found, trained)
+    torch.testing.assert_close(merged, trained)
+
+
+@pytest.mark.parametrize("method", ["lora", "paca"])
+def test_convolutions_with_enough_channels_are_adapted(image_models, method):
+    model = transformers.AutoModelForImageClassification.from_pretrained(image_models / "cnn")
+    adapted, head = image_example.adapt(model, method, 4)
+    layers = {
+        name: layer for name, layer in adapted.named_modules() if hasattr(layer, "base_layer")
+    }
+    assert head == "timm_model.classifier"
+    assert all(layer.base_layer.in_channels >= 4 for layer in layers.values())
+    grouped = [name for name, layer in layers.items() if layer.base_layer.groups > 1]
+    assert bool(grouped) == (method == "paca")
+    statistics = {n: b.clone() for n, b in adapted.named_buffers() if "running" in n}
+    adapted.train()(pixel_values=torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(adapted.get_buffer(n), b) for n, b in statistics.items())
+
+
+def test_images_without_classes_are_refused(image_models):
+    with pytest.raises(SystemExit, match="put the images of each class into a folder of its name"):
+        image_example.load_images(image_models / "images" / "red")

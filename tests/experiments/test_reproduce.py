@@ -163,7 +163,9 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
         return
     one = EXPERIMENTS[name]
     keys = {scale: [job.key for job in one.jobs(scale)] for scale in ("full", "small")}
-    assert all(len(set(some)) == len(some) > 0 for some in keys.values())
+    assert all(len(set(some)) == len(some) for some in keys.values())
+    assert keys["small"]
+    assert keys["full"] or name in ("table6", "table7")  # the paper gives no settings for images
     json.dumps([job.inputs for scale in keys for job in one.jobs(scale)])
     # Sweeps until memory ends were measured once: their rows stay.
     assert read_results(name, "small").keys() >= {*keys["small"]}
