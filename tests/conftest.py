@@ -171,25 +171,6 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer):
     return folder
 
 
-@pytest.fixture(scope="session")
-def vit_dir(tmp_path_factory):
-    """Folder of a tiny ViT with its transform and a head of two classes."""
-    from tests.image_models import save_vit
-
-    return save_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="session")
-def images_dir(tmp_path_factory):
-    """Three colours: 12 training and 6 test images of each."""
-    from tests.image_models import write_images
-
-    folder = tmp_path_factory.mktemp("images")
-    write_images(folder / "train", 12)
-    write_images(folder / "test", 6, seed=1)
-    return folder
-
-
 @pytest.fixture
 def rewards_module(tmp_path, monkeypatch):
     """The module `my_rewards` in the current folder, as a user writes one."""

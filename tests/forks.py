@@ -35,7 +35,6 @@ SEVERAL_PROCESSES = (
     "tests/distributed/",
     "tests/docs/test_blocks.py::test_blocks_of_several_processes_run",
     "tests/sync/test_transport.py",
-    "tests/training/image/test_distributed.py",
     "tests/training/test_deepspeed.py",
     "tests/training/test_distributed.py",
     "tests/training/test_restart.py",

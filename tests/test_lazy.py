@@ -5,7 +5,7 @@ import pytest
 
 PACKAGES = (
     *("", ".patch", ".selection", ".sync"),
-    *(".training", ".training.image"),
+    ".training",
 )
 
 

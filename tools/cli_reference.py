@@ -8,20 +8,21 @@ from jsonargparse import capture_parser
 
 from pacatune.cli.entry import COMMANDS
 from pacatune.cli.options import parser_of
+from pacatune.cli.run_options import RunOptions
 from pacatune.reports.rows import Table
+from pacatune.training.tasks import DEFAULT_TASK
 
 _INTRODUCTION = """# Commands
 
-Every command with its options, which `pacatune COMMAND --help` shows too. Options of `train` and
-`train-image` form sections: a YAML file (`--config`) has them as mappings, options on the command
-line override it, and `--print_config` prints every option with its explanation as such a file. Of
-`training` every option of TRL's or transformers' class may be given; listed are those that are ours
-or have other defaults here.
+Every command with its options, which `pacatune COMMAND --help` shows too. Options of `train` form
+sections: a YAML file (`--config`) has them as mappings, options on the command line override it,
+and `--print_config` prints every option with its explanation as such a file. Of `training` every
+option of TRL's or transformers' class may be given; listed are those that are ours or have other
+defaults here.
 """
-# Sections of the options of train and train-image, and tasks whose `data` has options of its own.
+# Sections of the options of train, and tasks whose `data` has options of its own.
 _SECTIONS = ("model", "data", "paca", "lora", "training")
 _OTHER_DATA = {"dpo": "of dpo, kto and reward", "grpo": "of grpo and rloo"}
-_IN_SECTIONS = ("train", "train-image")
 
 
 def page() -> str:
@@ -32,12 +33,12 @@ def page() -> str:
 def _sections() -> Iterator[str]:
     for command in COMMANDS:
         yield f"## pacatune {command}\n"
-        if command in _IN_SECTIONS:
-            yield f"{find_parser(command).description}\n\n{_table(_own_actions(command))}\n"
+        if command == "train":
+            yield f"{find_parser(command).description}\n\n{_table(_own_actions())}\n"
             for section in _SECTIONS:
-                yield f"### `{section}` of {command}\n\n{_table(_own_actions(command, section))}\n"
-            for task, whose in _OTHER_DATA.items() if command == "train" else ():
-                yield f"### `data` {whose}\n\n{_table(_own_actions(command, 'data', task))}\n"
+                yield f"### `{section}` of train\n\n{_table(_own_actions(section))}\n"
+            for task, whose in _OTHER_DATA.items():
+                yield f"### `data` {whose}\n\n{_table(_own_actions('data', task))}\n"
             continue
         module = importlib.import_module(f"pacatune.cli.{command}")
         for name in getattr(module, "SUBCOMMANDS", [""]):
@@ -52,25 +53,23 @@ def find_parser(command: str, task: str = "") -> argparse.ArgumentParser:
     if command not in COMMANDS:
         module = importlib.import_module(f"pacatune.cli.{first}")
         return parser_of(f"{first} {second}", module.SUBCOMMANDS[second])
-    module = importlib.import_module(f"pacatune.cli.{command.replace('-', '_')}")
-    if command in _IN_SECTIONS:
-        return module.all_options(*([task] if task else [])).parser
+    if command == "train":
+        return RunOptions(task or DEFAULT_TASK).parser
+    module = importlib.import_module(f"pacatune.cli.{command}")
     if hasattr(module, "command"):
         return parser_of(command, module.command)
     return capture_parser(module.run, [])
 
 
-def _own_actions(command: str, section: str = "", task: str = "") -> list[argparse.Action]:
-    """Return the options of one section; those of training that are not transformers' own."""
+def _own_actions(section: str = "", task: str = "") -> list[argparse.Action]:
+    """Return the options of `train` in one section; those of training that are ours."""
     from pacatune.training import TrainingConfig
     from pacatune.training.arguments import own_options
-    from pacatune.training.image import ImageTrainingConfig
 
-    training = ImageTrainingConfig if command == "train-image" else TrainingConfig
-    ours = {f"training.{name}" for name in own_options(training)}
+    ours = {f"training.{name}" for name in own_options(TrainingConfig)}
     return [
         action
-        for action in find_parser(command, task)._actions
+        for action in find_parser("train", task)._actions
         if action.option_strings
         and action.dest != section
         and action.dest.rpartition(".")[0] == section

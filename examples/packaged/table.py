@@ -195,13 +195,6 @@ def _text(num_steps: int, batch_size: int, **training: Any) -> dict[str, Any]:
     return {"model": {"dtype": "float32"}, "training": training}
 
 
-def _images(size: int) -> dict[str, Any]:
-    return {
-        "data": {"train_per_class": 200, "eval_per_class": 100, "image_size": size},
-        "training": {"max_steps": 60, "per_device_train_batch_size": 32, "warmup_steps": 12},
-    }
-
-
 TASKS = {
     "smollm2-chat": Task(
         what="task of `train`: short answers, by their loss",
@@ -232,18 +225,6 @@ TASKS = {
         model="minilm",
         data="question-types",
         options=_text(120, 16) | {"data": {"max_length": 64}},
-    ),
-    "efficientnet-cifar10": Task(
-        what="task of `train-image`: a CNN",
-        model="efficientnet",
-        data="cifar10",
-        options=_images(96),
-    ),
-    "dinov2-cifar10": Task(
-        what="task of `train-image`: a vision transformer",
-        model="dinov2",
-        data="cifar10",
-        options=_images(98),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Runs of `pacatune train` and `train-image` by the paper's settings, and what scores them."""
+"""Runs of `pacatune train` by the paper's settings, and what scores them."""
 
 import contextlib
 import json
@@ -229,12 +229,10 @@ def arm_row(
     key: str,
     found: Any,
     rates: Sequence[float],
-    *,
-    factor: float = 1.0,
     **more: Any,
 ) -> Row:
     """Return what the arm of a study reached, with the 95 % interval of several seeds."""
-    each = {str(seed): factor * value for seed, value in found.values.items()}
+    each = {str(seed): value for seed, value in found.values.items()}
     mean = statistics.mean(each.values())
     if len(each) > 1:
         spread = spread_of_mean([*each.values()])

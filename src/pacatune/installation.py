@@ -9,7 +9,6 @@ from packaging.version import Version
 _TRAIN = ("trl", "datasets", "rich", "matplotlib", "jinja2")
 _PACKAGES = {
     "train": _TRAIN,
-    "vision": (*_TRAIN, "timm", "torchvision", "PIL"),
 }
 
 

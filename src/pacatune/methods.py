@@ -219,7 +219,7 @@ TEXT_METHODS = _Offered("text_rate")
 """Methods for language models."""
 
 CLASSIFIER_METHODS = _Offered("head_rate")
-"""Methods for classifiers of images or texts."""
+"""Methods for classifiers of texts."""
 
 
 def method_of(name: str, among: Collection[str] = METHODS, *, option: str = "method") -> Method:

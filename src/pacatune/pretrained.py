@@ -29,17 +29,8 @@ QUANTIZATIONS = ("nf4", "fp4", "int8")
 _HUB_ID = re.compile(r"\w[\w\-.]*/[\w\-.]+")
 
 
-def refuse_no_path(path: str, command: str) -> None:
-    """Refuse a run of `train` or `train-image` that says no model."""
-    if not path:
-        other = ", the name of a timm model," if command == "train-image" else ""
-        raise ValueError(
-            f"`model.path` is {path!r}; give a hub id{other} or the folder of a model."
-        )
-
-
 def find_model(path: str, *, option: str = "model.path") -> str:
-    """Return the absolute path of a local folder; a hub id, or another name, as it is."""
+    """Return the absolute path of a local folder; a hub id as it is."""
     local = Path(path).expanduser()
     if is_gguf(local):
         require_extra(f"`{option}` ({path})", "gguf", ("gguf",))

@@ -7,7 +7,8 @@ import sys
 import pytest
 import yaml
 
-from pacatune.cli import main, train
+from pacatune.cli import main
+from pacatune.training import TASKS
 from tests.cli.conftest import run_without
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
@@ -28,7 +29,7 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (f"train-image {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
+        (f"train {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         ("train --config typo.yaml", "unknown key 'training.learning_rte'; did you mean 'training"),
         (f"{RUN} no.jsonl", "no.jsonl does not exist; check `data.path`"),
     ],
@@ -46,11 +47,9 @@ def test_a_run_that_reads_no_files(folder, flag, capsys):
     assert ("no.jsonl does not exist" in capsys.readouterr().err) == (flag == "--auto_resume")
 
 
-@pytest.mark.parametrize(
-    "command", [*(f"train --task {task}" for task in train.names_of_tasks()), "train-image"]
-)
-def test_options_are_shown_without_torch_as_with_it(command, shown):
-    words = [*command.split(), "--print_config"]
+@pytest.mark.parametrize("task", TASKS)
+def test_options_are_shown_without_torch_as_with_it(task, shown):
+    words = ["train", "--task", task, "--print_config"]
     done = run_without(SHOWING, words)
     assert (done.returncode, done.stderr) == (0, "")
     assert yaml.safe_load(shown(*words)) == yaml.safe_load(done.stdout)

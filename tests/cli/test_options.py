@@ -71,7 +71,7 @@ def test_give_one():
         give_one(one=None, two="", needed=True)
 
 
-@pytest.mark.parametrize("command", ["estimate", "patch-stack", "train", "train-image"])
+@pytest.mark.parametrize("command", ["estimate", "patch-stack", "train"])
 def test_every_option_has_a_help(command):
     parser = cli_reference.find_parser(command)
     assert [action.dest for action in parser._actions if not action.help] == []

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from pacatune.adapters import loading
-from pacatune.cli import main, train, train_image
+from pacatune.cli import main, train
 
 RUN = "train --model.path tiny --data.path d.jsonl"
-IMAGES = "train-image --model.path m --data.path images"
 BOTH = "--adapter adapter --output out"
 TYPO = "--training.learning_rte"
 
@@ -44,10 +43,6 @@ WRONG_RUNS = {
     f"{RUN} --adapter nope": "adapter folder 'nope' does not exist; check `adapter`",
     f"{RUN} --adapter images": "'images' has no adapter_config.json",
     "train --model.path bare --data.path d.jsonl": "`model.path` (bare) holds no weights in saf",
-    "train-image": "`model.path` is ''; give a hub id, the name of a timm model,",
-    f"{IMAGES} --preset vit": "`preset` ('vit') must be one of vit-b16-cifar10",
-    f"{IMAGES} --preview 2": "unknown option --preview",
-    f"{IMAGES} --method qlora": "method",
 }
 
 # Words of other commands -> part of what is said without PEFT, TRL or a model class.
@@ -135,10 +130,8 @@ def is_line(said, message):
 
 @pytest.mark.parametrize("words", WRONG_RUNS)
 def test_runs_by_a_check_without_torch(words, folder):
-    name, *rest = words_of(words)
-    command = {"train": train, "train-image": train_image}[name]
     with pytest.raises((ValueError, OSError), match=re.escape(WRONG_RUNS[words])):
-        command.read(rest)
+        train.read(words_of(words)[1:])
 
 
 def test_before_anything_heavy_is_imported(folder):

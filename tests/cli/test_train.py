@@ -1,16 +1,14 @@
-"""`pacatune train` and `train-image`: from words and config files to a run."""
+"""`pacatune train`: from words and config files to a run."""
 
-import json
 import re
-import sys
 
 import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.run_options import find_value
-from pacatune.cli.train import all_options, names_of_tasks, take_rewards
-from pacatune.training import RunConfig
+from pacatune.cli.run_options import RunOptions, find_value
+from pacatune.cli.train import take_rewards
+from pacatune.training import TASKS, RunConfig
 from tests.data.conftest import write_lines
 
 
@@ -28,13 +26,6 @@ def words(tiny_model_dir, data_path, tmp_path, monkeypatch):
     return ["train", *to_words(given)]
 
 
-@pytest.fixture
-def image_words(vit_dir, images_dir, tmp_path, monkeypatch):
-    """Least words of a run on images, whose output folder is the default."""
-    monkeypatch.chdir(tmp_path)
-    return ["train-image", *to_words({"model.path": vit_dir, "data.path": images_dir})]
-
-
 def to_words(given):
     given = {**given, "training.max_steps": 2, "training.use_cpu": "true"}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -47,20 +38,9 @@ def test_run_from_words_alone(words, tmp_path, shown, refused):
     assert "deleting from" in shown(*words, "--overwrite")
 
 
-def test_run_on_images_from_words_alone(image_words, tmp_path, capsys):
-    assert main(image_words) == 0
-    captured = capsys.readouterr()
-    assert "adapter, report and model card are in pacatune-run" in captured.out
-    assert "MISMATCH" not in captured.err  # of the new head, which is meant
-    config = json.loads((tmp_path / "pacatune-run" / "adapter_config.json").read_text())
-    assert config["modules_to_save"] == ["classifier"]
-
-
-@pytest.mark.parametrize("command", ["train", "train-image"])
-def test_template_explains_every_key_and_is_a_config(command, request, tmp_path, shown):
+def test_template_explains_every_key_and_is_a_config(words, tmp_path, shown):
     """What comes later overrides: words a file, and a file the words before it."""
-    words = request.getfixturevalue("words" if command == "train" else "image_words")
-    text = shown(command, "--print_config")
+    text = shown("train", "--print_config")
     lines = text.splitlines()
     for line, before in zip(lines[1:], lines, strict=False):
         if line.startswith("  ") and not line.lstrip().startswith("#"):
@@ -71,7 +51,7 @@ def test_template_explains_every_key_and_is_a_config(command, request, tmp_path,
         "training: {learning_rate: 1e-3, eval_strategy: no, report_to: none, max_steps: 1}\n"
     )
     files = ["--config", "template.yaml", *words[1:], "--config", "run.yaml"]
-    assert main([command, *files, "--method", "paca"]) == 0
+    assert main(["train", *files, "--method", "paca"]) == 0
     (path,) = tmp_path.glob("*/config.yaml")
     values = yaml.safe_load(path.read_text())
     assert (values["method"], values["paca"]["r"]) == ("paca", 4)
@@ -84,15 +64,11 @@ def test_template_shows_what_is_given(shown):
     values = yaml.safe_load(text)
     assert {"learning_rate", "packing", "fsdp_config"} <= values["training"].keys()
     assert (values["paca"]["r"], values["paca"]["rank_pattern"]) == (3, {"q_proj": 2})
-    preset = ["--preset", "vit-b16-pets", "--data.image_size", "96", "--print_config"]
-    values = yaml.safe_load(shown("train-image", *preset))
-    assert values["model"]["path"] == "google/vit-base-patch16-224-in21k"
-    assert values["data"]["image_size"] == 96
     # Nothing of it is left for the next command of this process.
-    assert yaml.safe_load(shown("train-image", "--print_config"))["model"]["path"] == ""
+    assert yaml.safe_load(shown("train", "--print_config"))["paca"]["r"] == 16
 
 
-@pytest.mark.parametrize("words", [["train"], ["train", "--task", "grpo"], ["train-image"]])
+@pytest.mark.parametrize("words", [["train"], ["train", "--task", "grpo"]])
 def test_help_begins_with_what_most_runs_set(words, shown):
     short, everything = shown(*words, "--help"), shown(*words, "--help", "all")
     few, many = (re.findall(r"^  --([\w.]+)[ ,]", text, re.M) for text in (short, everything))
@@ -146,16 +122,6 @@ def test_a_run_that_both_decides_and_is_told(words, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_runs_on_images(image_words, tmp_path, refused, monkeypatch):
-    assert "holds no run to resume" in refused(*image_words, "--resume")
-    monkeypatch.setitem(sys.modules, "timm", None)
-    assert refused(*image_words) == (
-        "`pacatune train-image` needs packages that are not installed (timm): "
-        "pip install -e '.[vision]' in a checkout of pacatune's repository"
-    )
-    assert not list(tmp_path.iterdir())
-
-
 GIVEN = ["--reward", "my_rewards:short"]
 
 
@@ -202,7 +168,7 @@ def test_find_value(tmp_path):
     (tmp_path / "d.yaml").write_text("task: reward\n")
     one, two = (["--config", str(tmp_path / name)] for name in ("c.yaml", "d.yaml"))
     cases = (one, ["--task=rloo", *one], two)
-    found = [find_value(words, "task", names_of_tasks()) for words in cases]
+    found = [find_value(words, "task", TASKS) for words in cases]
     assert found == [None, "rloo", "reward"]
 
 
@@ -213,11 +179,11 @@ def test_take_rewards():
     assert take_rewards(["--method", "lora"]) == (["--method", "lora"], [])
 
 
-@pytest.mark.parametrize("task", names_of_tasks())
+@pytest.mark.parametrize("task", TASKS)
 def test_template_is_a_config_file(task, tmp_path, shown):
     (tmp_path / "c.yaml").write_text(shown("train", "--task", task, "--print_config"))
     words = ["--config", str(tmp_path / "c.yaml")]
-    options = all_options(find_value(words, "task", names_of_tasks()))
+    options = RunOptions(find_value(words, "task", TASKS))
     assert options.task == task
     words += ["--model.path", "m", "--data.path", "d"]
     words += ["--training.use_cpu", "true"]

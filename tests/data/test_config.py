@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacatune.data.config import DataConfig, ImageDataConfig, PromptDataConfig
+from pacatune.data.config import DataConfig, PromptDataConfig, TextClassConfig
 from pacatune.data.read import read_rows
 
 GENERATED = {"path": "reasoning-gym:chain_sum", "eval_path": "d"}
@@ -48,8 +48,7 @@ def test_no_data():
         (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
         (PromptDataConfig, {"options": {"a": 1}}, r"`data.options` .* is ignored .*; drop it"),
         (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),
-        (ImageDataConfig, {"image_size": 0}, r"`data.image_size` \(0\) must be at least 1, or"),
-        (ImageDataConfig, {"augmentation": "mirror"}, r"\('mirror'\) must be one of none"),
+        (TextClassConfig, {"num_train": 0}, r"`data.num_train` \(0\) must be at least 1, or"),
     ],
 )
 def test_wrong_options(kind, options, message):

@@ -6,7 +6,7 @@ from tests.conftest import build_model
 from tests.data.conftest import chat, write_lines
 from tests.docs import blocks
 from tests.forks import server
-from tests.image_models import save_vit, write_images
+from tests.image_models import save_vit
 
 
 @pytest.fixture
@@ -18,7 +18,6 @@ def workplace(tmp_path, tiny_tokenizer):
     for saved in (model, tiny_tokenizer):
         saved.save_pretrained(tmp_path / "my-model")
     save_vit(tmp_path / "my-image-model")
-    write_images(tmp_path / "my-images", 12)
     chats = (chat(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(20))
     write_lines(tmp_path / "my-data.jsonl", [{"messages": turns} for turns in chats])
     return tmp_path

@@ -15,7 +15,7 @@ from pacatune.training import PacaSection
 from tests.docs.blocks import DOCUMENTS, ROOT, SHOWN, read_blocks, run
 from tools import doc_block, picture
 
-PARTS = "lean ops patch selection sync training training.image tuner"
+PARTS = "lean ops patch selection sync training tuner"
 PUBLIC = ("pacatune", *(f"pacatune.{part}" for part in PARTS.split()))
 
 

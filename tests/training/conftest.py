@@ -12,7 +12,7 @@ collect_ignore = [] if importlib.util.find_spec("deepspeed") else ["test_deepspe
 
 @pytest.fixture(autouse=True)
 def _blank_pictures(blank_pictures):
-    """Those of a run are drawn in test_report.py and image/test_recipe.py, once each."""
+    """Those of a run are drawn in test_report.py, once each."""
 
 
 def turn(role, content):

@@ -24,7 +24,7 @@ CHECKPOINTING = next(
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
 MEASURED = {
-    *("step_ms", "tokens_per_second", "images_per_second"),
+    *("step_ms", "tokens_per_second"),
     *("peak_memory_bytes", "saved_activation_bytes"),
 }
 

@@ -36,8 +36,7 @@ def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
         ("sft", {"fp16_full_eval": True, "bf16_full_eval": True}),
         ("dpo", {"sync_ref_model": True, "truncation_mode": "keep_end"}),
         ("grpo", {"use_transformers_paged": True}),
-        ("image", {"remove_unused_columns": True, "label_names": ["x"]}),
-        ("image", {"prediction_loss_only": True, "batch_eval_metrics": True}),
+        ("classifier", {"remove_unused_columns": False, "bf16_full_eval": True}),
     ],
 )
 def test_options_decided_elsewhere(task, options):

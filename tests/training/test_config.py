@@ -94,7 +94,7 @@ def test_what_is_filled_in():
     assert settled(task="dpo").training.learning_rate == pytest.approx(5e-5)
     assert settled(task="reward").training.learning_rate == 5e-4
     for method in CLASSIFIER_METHODS:
-        rate = settled(task="image", method=method).training.learning_rate
+        rate = settled(task="classifier", method=method).training.learning_rate
         assert rate == METHODS[method].head_rate
     assert settled(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
     training = settled().training
@@ -136,7 +136,7 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
         ({"lean": "off", "lean_level": 2}, r"`lean_level` \(2\) with `lean` \('off'\)"),
         ({"training": {"max_step": 3}}, "unknown option training.max_step; did you mean 'max"),
         ({"reward": ["a:f"]}, r"the task sft has no `reward` \(\['a:f'\]\); drop it"),
-        ({"task": "image", "adapter": "a"}, r"the task image has no `adapter` \('a'\); drop it"),
+        ({"task": "classifier", "adapter": "a"}, r"task classifier has no `adapter` \('a'\); drop"),
         ({"training": ModelConfig(path="m")}, "a ModelConfig; .* pacatune.training.TrainingConfig"),
         # Evaluations
         (STOPS | {"training": {"eval_strategy": "epoch"}}, "the save and eval strategy to match"),

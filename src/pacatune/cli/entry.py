@@ -17,13 +17,12 @@ from typing import Any
 from pacatune.installation import require_extra
 from pacatune.names import did_you_mean, spell
 
-# Each command is the module `pacatune.cli.NAME` (`-` as `_`). It has `command`, or `SUBCOMMANDS` by
+# Each command is the module `pacatune.cli.NAME`. It has `command`, or `SUBCOMMANDS` by
 # their names: a function whose parameters are the options, or a dataclass with the method `run`.
 # What declares its options otherwise has `run(argv: list[str]) -> int`; a run of training has
 # `read`, which makes of the words a `Request` that is carried out.
 COMMANDS = {
     "train": "fine-tune a model on your data",
-    "train-image": "fine-tune an image classifier on your images",
     "generate": "stream text from a model, with or without an adapter",
     "merge": "write an adapter into its base model: a plain model folder",
     "export": "turn an adapter into an exact LoRA adapter for any server",
@@ -35,11 +34,9 @@ COMMANDS = {
 # The extra of each command that needs more than the core (pyproject.toml).
 EXTRAS = {
     **dict.fromkeys(("train", "estimate"), "train"),
-    "train-image": "vision",
 }
 
 # What these show needs neither torch nor PEFT, whose import takes many seconds.
-_RUNS = ("train", "train-image")
 _SHOWING = {"-h", "--help", "--print_config"}
 
 _DESCRIPTION = "Fine-tune a few columns of each pretrained weight in place (PaCA)."
@@ -135,9 +132,9 @@ def _read_apart(name: str, argv: list[str], debug: bool) -> dict[str, Any] | int
     this process that does without them: returned is what they ask for, or the exit status where
     they are wrong, or None where it is not known.
     """
-    if name in _RUNS and _SHOWING & {*argv}:
+    if name == "train" and _SHOWING & {*argv}:
         _hide_torch()
-    if name not in _RUNS or _SHOWING & {*argv} or not hasattr(os, "fork") or not _speaks():
+    if name != "train" or _SHOWING & {*argv} or not hasattr(os, "fork") or not _speaks():
         return None
     reader, writer = Pipe(duplex=False)
     child = os.fork()
@@ -183,14 +180,14 @@ def _module_of(name: str) -> Any:
     # Deprecations between the packages that we build on.
     for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
-    return importlib.import_module(f"pacatune.cli.{name.replace('-', '_')}")
+    return importlib.import_module(f"pacatune.cli.{name}")
 
 
 def _run_command(words: list[str], debug: bool, request: dict[str, Any] | None) -> int:
     """Import and run a command; `request` is what its words ask for, if they have been read."""
     name, argv = words[0], words[1:]
     module = _module_of(name)
-    if name in _RUNS:
+    if name == "train":
         from pacatune.cli.run_options import Request
 
         try:

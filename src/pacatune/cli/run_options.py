@@ -3,11 +3,13 @@
 import os
 import sys
 from argparse import SUPPRESS
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from jsonargparse.typing import PositiveInt
 
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.data.config import REASONING_GYM
@@ -32,14 +34,14 @@ _PUSH = (
     "Upload what the run wrote to this repository of the hub, which is created before training; "
     "private with training.hub_private_repo."
 )
-_FLAGS = (*_SWITCHES, "push_to_hub")
+_FLAGS = (*_SWITCHES, "push_to_hub", "preview")
 _PRINT = "--print_config"
 # What most runs set, of each task what it has; the options of a method are beside.
 _COMMON = (
-    *("config", "preset", "task", "method", "adapter", "reward"),
+    *("config", "task", "method", "adapter", "reward"),
     *("model.path", "model.quantization", "data.path", "data.eval_path", "data.format"),
-    *("data.image_size", "training.output_dir"),
-    *("training.num_train_epochs", "training.max_steps", "training.learning_rate"),
+    *("training.output_dir", "training.num_train_epochs", "training.max_steps"),
+    "training.learning_rate",
     *("training.per_device_train_batch_size", "training.gradient_accumulation_steps"),
     *("training.max_length", "training.gradient_checkpointing"),
     *("resume", "overwrite", "preview"),
@@ -47,30 +49,34 @@ _COMMON = (
 
 
 class RunOptions:
-    """The command line of a command that trains: one option per field of the run and its sections.
+    """The command line of `train` for a task: one option per field of the run and its sections."""
 
-    `flag` is one that only the command of this task has, with the arguments of `add_argument`.
-    """
-
-    def __init__(self, task: str, description: str, flag: str, **arguments: Any) -> None:
+    def __init__(self, task: str) -> None:
         self.task, self.spec, self.sections = task, TASKS[task], sections_of(task)
         self._names = {f.name for f in fields(RunConfig)} - {*TASKS[task].lacks}
-        self.flags = (*_FLAGS, flag)
-        self._description, self._arguments = description, arguments
 
     @cached_property
     def parser(self) -> SectionParser:
         """The parser, for which docstrings are read: that takes half a second."""
+        others = ", ".join(name for name in TASKS if name != self.task)
         parser = SectionParser(
-            self.spec.command,
-            f"{self._description} Options of a config file come first, options here override them.",
+            "train",
+            f"Fine-tune a language model. These are the options of the task {self.task}; those of "
+            f"others ({others}) are shown with --task NAME --help. Options of a config file come "
+            "first, options here override them.",
             print_config=_PRINT,
         )
         parser.add_argument("--config", action="config", help="YAML file with options.")
         for name, text in _SWITCHES.items():
             parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=text)
         parser.add_argument("--push_to_hub", metavar="OWNER/NAME", default=SUPPRESS, help=_PUSH)
-        parser.add_argument(f"--{self.flags[-1]}", default=SUPPRESS, **self._arguments)
+        parser.add_argument(
+            "--preview",
+            type=PositiveInt,
+            metavar="N",
+            default=SUPPRESS,
+            help="Show N examples with what is learned of them, and stop.",
+        )
         add_run_options(parser, self.task)
         # TRL and transformers have the help of most training options in their fields.
         training = fields(self.sections["training"])
@@ -104,17 +110,16 @@ class RunOptions:
         )
         return parser.format_help()
 
-    def parse(self, argv: list[str], preset: Mapping[str, Any] | None = None) -> "Request":
+    def parse(self, argv: list[str]) -> "Request":
         """Parse the words of the command line and its config files, once; wrong is a ValueError.
 
-        What they say goes before the preset; what neither says is for `RunConfig` to fill in.
+        What they do not say is for `RunConfig` to fill in.
         """
         self._check_names(argv)
         if {"-h", "--help"} & {*argv}:
             print(self.help(argv))
             raise SystemExit(0)
         if _PRINT in argv:
-            self.parser.set_defaults(dict(preset or {}))
             self.parser.parse_args([_PRINT + "=comments" if w == _PRINT else w for w in argv])
         given = self.parser.parse_args(argv, defaults=False).as_dict()
         if (task := given.setdefault("task", self.task)) != self.task:
@@ -123,10 +128,7 @@ class RunOptions:
                 f"({self.task!r}); give one of them."
             )
         values = {name: given[name] for name in self._names & given.keys()}
-        for name, value in (preset or {}).items():
-            section, _, option = name.partition(".")
-            values.setdefault(section, {}).setdefault(option, value)
-        return Request(values, {name: given[name] for name in self.flags if name in given})
+        return Request(values, {name: given[name] for name in _FLAGS if name in given})
 
     def _check_names(self, argv: list[str]) -> None:
         """Refuse unknown options and unknown keys of config files."""
@@ -140,11 +142,11 @@ class RunOptions:
                         f"`--{section}` ({value!r}) is a section of options; did you mean "
                         f"--{section}.{first}?"
                     )
-        others = ("help", "config", "print_config", *self.flags, *self.sections)
+        others = ("help", "config", "print_config", *_FLAGS, *self.sections)
         refuse_unknown(argv, [f"--{name}" for name in (*known, *others)])
         for path in values_of(argv, "config"):
             values = read_values(Path(path))
-            for flag in set(self.flags) & values.keys():
+            for flag in set(_FLAGS) & values.keys():
                 raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
             check_keys(values, known, path)
 
@@ -176,7 +178,7 @@ class Request:
         if config.adapter is not None and (folder := find_adapter(config.adapter)) is not None:
             find_file(folder, "adapter_config.json")
         _check_files(config.model, config.data, config.spec)
-        if "preview" not in flags and not config.spec.is_of_images:
+        if "preview" not in flags:
             refuse_no_weights(config.model.path)
         return config
 
@@ -194,7 +196,6 @@ class Request:
         if "preview" in how:
             preview(config, int(how["preview"]))
             return 0
-        how.pop("preset", None)
         if "push_config" in how and "push_to_hub" not in how:
             raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
         auto_resume = how.pop("auto_resume", False)
@@ -228,8 +229,7 @@ def _run_on_gpus(number: int, words: list[str]) -> int:
 def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
     from pacatune.data.read import is_local, read_template
 
-    is_name = spec.is_of_images and "/" not in model.path  # of timm
-    if not Path(find_model(model.path)).exists() and not is_name:
+    if not Path(find_model(model.path)).exists():
         refuse_absent(model.path, option="model.path", revision=model.revision)
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)

@@ -2,8 +2,6 @@
 
 import json
 
-from jsonargparse.typing import PositiveInt
-
 from pacatune.cli.run_options import Request, RunOptions, find_value
 from pacatune.training.config_file import load_yaml
 from pacatune.training.tasks import DEFAULT_TASK, TASKS
@@ -13,8 +11,8 @@ def read(argv: list[str]) -> Request:
     """Return what the words ask for; refuse what can be seen to be wrong without torch."""
     words, rewards = take_rewards(argv)
     # Which says what options there are.
-    task = find_value(argv, "task", names_of_tasks()) or DEFAULT_TASK
-    request = all_options(task).parse(words)
+    task = find_value(argv, "task", TASKS) or DEFAULT_TASK
+    request = RunOptions(task).parse(words)
     for name in request.check().code():
         if name not in rewards:
             raise ValueError(
@@ -22,25 +20,6 @@ def read(argv: list[str]) -> Request:
                 f"itself; give it on the command line: --reward {name}"
             )
     return request
-
-
-def names_of_tasks() -> list[str]:
-    """Return the tasks of this command."""
-    return [name for name, spec in TASKS.items() if spec.command == "train"]
-
-
-def all_options(task: str = DEFAULT_TASK) -> RunOptions:
-    """Return the options of the command for a task."""
-    others = ", ".join(name for name in names_of_tasks() if name != task)
-    return RunOptions(
-        task,
-        f"Fine-tune a language model. These are the options of the task {task}; those of others "
-        f"({others}) are shown with --task NAME --help.",
-        "preview",
-        type=PositiveInt,
-        metavar="N",
-        help="Show N examples with what is learned of them, and stop.",
-    )
 
 
 def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:

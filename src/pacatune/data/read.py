@@ -77,17 +77,6 @@ def is_local(path: str, option: str, split: str = "train", name: str | None = No
     return False
 
 
-def class_folders(path: Path, option: str = "data.path") -> list[Path]:
-    """Return the folders of images of each class; refuse a folder without."""
-    folders = [one for one in sorted(path.glob("*")) if one.is_dir() and one.name[0] != "."]
-    if not folders:
-        raise ValueError(
-            f"`{option}` ({path}) holds no folders; put the images of each class into a folder of "
-            "its name."
-        )
-    return folders
-
-
 def files_of(path: str) -> list[Path]:
     """Return a data file, or those of a folder, in order."""
     folder = Path(path).expanduser()

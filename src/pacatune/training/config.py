@@ -13,7 +13,6 @@ from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.names import choose, suggest
 from pacatune.training.sections import (
     ADAPTER_SECTIONS,
-    ImageModelConfig,
     LoraSection,
     ModelConfig,
     PacaSection,
@@ -52,7 +51,7 @@ def sections_of(task: str) -> dict[str, type[Any]]:
 
     spec = TASKS[task]
     return {
-        "model": spec.model,
+        "model": ModelConfig,
         "data": spec.data,
         "paca": PacaSection,
         "lora": LoraSection,
@@ -75,9 +74,8 @@ class RunConfig:
     """
 
     task: str = DEFAULT_TASK
-    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo`, `rloo`,
-    `classifier`, or `image` (the command train-image). Each has options of its own: `--task dpo
-    --help`."""
+    """What to do: `sft` (supervised fine-tuning), `dpo`, `kto`, `reward`, `grpo`, `rloo` or
+    `classifier`. Each has options of its own: `--task dpo --help`."""
 
     method: str = "paca"
     """How to fine-tune: `paca`, `qpaca` (PaCA on a quantised base, nf4 unless `model.quantization`
@@ -86,7 +84,7 @@ class RunConfig:
     of inputs), `oft` (a rotation of each block of r inputs), `qlora` (LoRA on a quantised base), or
     `full` (every weight); for classifiers also `head` (the new head alone)."""
 
-    model: ModelConfig | ImageModelConfig = field(default_factory=_EMPTY)
+    model: ModelConfig = field(default_factory=_EMPTY)
     """The pretrained model: a `ModelConfig`."""
 
     data: DataSection = field(default_factory=_EMPTY)
@@ -152,14 +150,14 @@ class RunConfig:
         run, spec = copy.copy(self), TASKS[choose(self.task, TASKS, option="task")]
         if spec.is_of_trl:
             # 1.13 does not await a reward that is an object; without Triton, 1.15 has no loss.
-            require("TRL", "1.16", f"`pacatune {spec.command}`")
+            require("TRL", "1.16", "`pacatune train`")
         method = method_of(run.method, spec.methods)
         run.method = method.name
         for name, kind in sections_of(run.task).items():
             setattr(run, name, _section(name, getattr(run, name), kind))
         run._refuse_options_of_others(spec)
         check_lean_level(run.lean_level, run.lean)
-        if isinstance(run.model, ModelConfig) and run.model.quantization is None:
+        if run.model.quantization is None:
             run.model.quantization = cast(Any, method.quantization)
         if method.dropout is not None and run.lora.lora_dropout == 0:
             run.lora.lora_dropout = method.dropout
@@ -205,7 +203,7 @@ class RunConfig:
         # Functions are named in it, not in the file.
         names = map(reward_name, self.reward) if self.code() else ()
         words = "".join(f" --reward {name}" for name in names)
-        return f"pacatune {self.spec.command} --config {config_file}{words}"
+        return f"pacatune train --config {config_file}{words}"
 
     def code(self) -> list[str]:
         """Return the rewards that are Python functions, which only the command line may give."""

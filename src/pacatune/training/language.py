@@ -35,7 +35,6 @@ from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
 from pacatune.training.progress import main_console, show_warnings
 from pacatune.training.report import Report, curve_of, metrics_of
-from pacatune.training.sections import ModelConfig
 from pacatune.training.task import (
     Plan,
     Prepared,
@@ -411,7 +410,7 @@ def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[
 
 def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
-    if not isinstance(config.model, ModelConfig) or config.model.quantization is None:
+    if config.model.quantization is None:
         return {}
     # FSDP shards weights of one dtype together, and floating ones only.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -444,8 +443,6 @@ def load_model_config(config: RunConfig) -> Any:
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
     task = task_of(config)
-    if not isinstance(task, LanguageTask):
-        raise ValueError(f"`task` ({config.task!r}) has no texts to show; preview is for others.")
     console = main_console(task.config, console)
     data = task.data.examples
     task.show(data.train, num_examples, console)

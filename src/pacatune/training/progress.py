@@ -23,7 +23,7 @@ _SAID = ("accuracy", "rewards/accuracies", "rewards/margins", "margin", "reward"
 
 
 class Meter(TrainerCallback):
-    """Measures steps: their time, and how many tokens or images they process.
+    """Measures steps: their time, and how many tokens they process.
 
     Evaluation, saving and logging lie between steps and are not counted. The clock is the host's:
     `RunTrainer` waits for the device once in each step.
@@ -48,7 +48,7 @@ class Meter(TrainerCallback):
 
     @property
     def items_per_second(self) -> float:
-        """Tokens or images of this process per second of its steps; 0 before the first."""
+        """Tokens of this process per second of its steps; 0 before the first."""
         seconds = sum(self.step_seconds)
         return float(self.num_items) / seconds if seconds else 0.0
 

@@ -89,7 +89,7 @@ class Report:
     """What was found in the data, and whether the loss rose."""
 
     tokens_per_second: float | None = None
-    """Tokens that are not padding, of all processes, per second of steps; None of images."""
+    """Tokens that are not padding, of all processes, per second of steps."""
     train_metrics: dict[str, Curve] | None = None
     """Metric of training beside the loss, by the trainer's name -> (step, mean since the last
     point); None of tasks without."""

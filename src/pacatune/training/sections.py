@@ -3,13 +3,12 @@
 import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pacatune.format.options import PACA_RANK, PacaChoices, PacaOptions, TargetOptions
 from pacatune.format.patterns import check_patterns
 from pacatune.names import check_choices, suggest
 from pacatune.precision import Dtype
-from pacatune.pretrained import refuse_no_path
 
 # Sections that only some methods read.
 ADAPTER_SECTIONS = ("paca", "lora")
@@ -44,34 +43,10 @@ class ModelConfig:
 
     def refuse_missing(self) -> None:
         """Refuse a section that says no model."""
-        refuse_no_path(self.path, "train")
-
-
-@dataclass(kw_only=True)
-class ImageModelConfig:
-    """The pretrained model. Code that comes with a model is never executed."""
-
-    path: str = ""
-    """Hub id (of transformers, or timm/...), name of a timm model, or local folder of an image
-    model. Required."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-
-    dtype: Literal["float32", "bfloat16", "fp32", "bf16"] = "float32"
-    """Type of the weights. bfloat16 halves their memory, and a head in it learns less exactly."""
-
-    attn_implementation: str | None = None
-    """Attention: eager, sdpa, ...; the model's own choice where null."""
-
-    quantization: ClassVar[None] = None
-
-    def __post_init__(self) -> None:
-        check_choices(self, "model.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no model."""
-        refuse_no_path(self.path, "train-image")
+        if not self.path:
+            raise ValueError(
+                f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
+            )
 
 
 @dataclass(kw_only=True)

@@ -203,13 +203,9 @@ def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Mo
 
 
 def find_heads(model: Any) -> list[str]:
-    """Return the names of the modules that turn features into classes; timm's in its wrapper."""
-    if hasattr(model, "timm_model"):
-        found = model.timm_model.get_classifier()
-        found = found if isinstance(found, tuple) else (found,)
-    else:
-        body = getattr(model, model.base_model_prefix, None)
-        found = [child for child in model.children() if child is not body]
+    """Return the names of the modules that turn features into classes."""
+    body = getattr(model, model.base_model_prefix, None)
+    found = [child for child in model.children() if child is not body]
     modules = model.named_modules()
     return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
 

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 from pacatune.data.config import (
     DataConfig,
     DataSection,
-    ImageDataConfig,
     PreferenceDataConfig,
     PromptDataConfig,
     TextClassConfig,
 )
 from pacatune.methods import CLASSIFIER_METHODS, TEXT_METHODS
-from pacatune.training.sections import ImageModelConfig, ModelConfig
 
 DEFAULT_TASK = "sft"
 _CUT = "examples are cut at their end; shorten them yourself"
@@ -36,7 +34,6 @@ class ModelKind(NamedTuple):
 
 WRITER = ModelKind("AutoModelForCausalLM", "CAUSAL_LM", "text-generation")
 READER = ModelKind("AutoModelForSequenceClassification", "SEQ_CLS", "text-classification")
-VIEWER = ModelKind("AutoModelForImageClassification", None, "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,21 +78,6 @@ class TaskSpec:
         """Options of a run outside its sections that only other tasks have."""
         has_none = self.methods is CLASSIFIER_METHODS
         return (*(["adapter"] if has_none else []), *([] if self.is_rewarded else ["reward"]))
-
-    @property
-    def is_of_images(self) -> bool:
-        """Whether images are told apart; texts are learned otherwise."""
-        return self.kind is VIEWER
-
-    @property
-    def command(self) -> str:
-        """The command that does it."""
-        return "train-image" if self.is_of_images else "train"
-
-    @property
-    def model(self) -> type[ModelConfig | ImageModelConfig]:
-        """Class of the section `model`."""
-        return ImageModelConfig if self.is_of_images else ModelConfig
 
 
 def _on_rewards(name: str) -> TaskSpec:
@@ -175,14 +157,6 @@ TASKS: dict[str, TaskSpec] = {
         methods=CLASSIFIER_METHODS,
         loss_per="text",
         metrics={"accuracy": "held-out accuracy"},
-    ),
-    "image": TaskSpec(
-        run="pacatune.training.image.task.ImageTask",
-        arguments="pacatune.training.image.config.ImageTrainingConfig",
-        data=ImageDataConfig,
-        kind=VIEWER,
-        methods=CLASSIFIER_METHODS,
-        loss_per="image",
     ),
 }
 """Name -> what it is."""
