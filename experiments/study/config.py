@@ -60,7 +60,7 @@ class StudyConfig:
     task: str = ""
     """Path of a configuration of `command`; empty if `options` says it all."""
 
-    command: Literal["train", "classify", "train-image"] = "train"
+    command: Literal["train", "classify"] = "train"
     """What the configuration is one of; `classify` is `train --task classifier`."""
 
     options: Values = field(default_factory=dict)

@@ -24,7 +24,7 @@ from pacatune.training.report import train_curve
 from pacatune.training.sections import ADAPTER_SECTIONS
 from pacatune.training.task import count_trainable, task_of
 
-KINDS = {"train": "sft", "classify": "classifier", "train-image": "image"}
+KINDS = {"train": "sft", "classify": "classifier"}
 """Name of a study's command -> its task in the table of `train`."""
 # A run of a study is measured once, when it has ended, and leaves nothing but the numbers.
 _FIXED = {"eval_strategy": "steps", "save_strategy": "no", "report_to": "none"}

@@ -234,7 +234,7 @@ def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
     if getattr(data, "chat_template", None) is not None:
         read_template(data.chat_template)
     for source, option in filter(None, (*data.sources(), data.evaluation_source())):
-        is_made = source.path.startswith(("torchvision:", REASONING_GYM))
+        is_made = source.path.startswith(REASONING_GYM)
         if not is_made and not is_local(source.path, option, source.split, source.name):
             refuse_absent(source.path, option=option, kind="dataset")
 
