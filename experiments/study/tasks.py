@@ -19,10 +19,11 @@ from pacatune.data.encode import IGNORED
 from pacatune.methods import METHODS, readers_of
 from pacatune.training import RunConfig
 from pacatune.training.config_file import read_values
+from pacatune.training.language import task_of
 from pacatune.training.recipe import make_trainer, prepare, run_trainer
 from pacatune.training.report import train_curve
 from pacatune.training.sections import ADAPTER_SECTIONS
-from pacatune.training.task import count_trainable, task_of
+from pacatune.training.task import count_trainable
 
 KINDS = {"train": "sft", "classify": "classifier"}
 """Name of a study's command -> its task in the table of `train`."""

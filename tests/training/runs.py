@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from pacatune.training import TrainingInterrupted, recipe, train
+from pacatune.training.language import task_of
 from pacatune.training.output import last_checkpoint
-from pacatune.training.task import task_of
 from pacatune.training.trainer import RunTrainer
 
 QUIET = Console(quiet=True)

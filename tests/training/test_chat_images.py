@@ -23,7 +23,7 @@ from pacatune.cli import main
 from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
-from pacatune.training.task import task_of
+from pacatune.training.language import task_of
 from tests.conftest import build_tokenizer
 from tests.training.runs import write_rows
 

@@ -19,7 +19,7 @@ from pacatune.data.config import TextClassConfig
 from pacatune.training import preview, train
 from pacatune.training.classifier import sort_labels, split_texts
 from pacatune.training.config import HEAD_RATE
-from pacatune.training.task import task_of
+from pacatune.training.language import task_of
 from tests.adapters.fixtures import edit_json
 from tests.training.runs import QUIET, make_trainer, read_json, write_rows
 

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from pacatune.adapters.base import find_tokenizer
 from pacatune.adapters.folder import read_adapter
 from pacatune.training import preview, train
-from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options
-from pacatune.training.task import task_of
+from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options, task_of
 from tests.adapters.fixtures import edit_json, model_copy
 from tests.data.conftest import talk
 from tests.training.runs import QUIET, assert_close, read_json, refused, write_rows

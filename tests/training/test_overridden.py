@@ -8,8 +8,8 @@ import pytest
 from trl import SFTTrainer
 
 from pacatune.training import TASKS, train
-from pacatune.training.language import LanguageTrainer
 from pacatune.training.tasks import load
+from pacatune.training.trainer import RunTrainer
 from tests.training.runs import QUIET
 
 # Ours alone; everything else that begins with _ in a trainer of ours replaces what upstream calls.
@@ -24,7 +24,7 @@ def replaced():
     found = {}
     for spec in TASKS.values():
         make = load(spec.run)
-        for kind in make.keywords.get("mixin", LanguageTrainer).__mro__:
+        for kind in make.keywords.get("mixin", RunTrainer).__mro__:
             if kind.__module__.startswith("pacatune."):
                 found.setdefault(kind, set()).add(make.keywords["trainer"])
     for kind, upstream in found.items():

@@ -8,7 +8,7 @@ import transformers
 from peft import PeftModel
 
 from pacatune.training import train
-from pacatune.training.task import task_of
+from pacatune.training.language import task_of
 from tests.training.runs import QUIET, assert_close, make_trainer
 
 
@@ -59,7 +59,7 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
     else:
         model = PeftModel.from_pretrained(load(tiny_model_dir, num_labels=1), folder)
     task = task_of(config)
-    held_out = task.prepare().evaluation
+    held_out = task.prepared.evaluation
     batch = task.collate(held_out, range(len(held_out)))
     with torch.no_grad():
         loss = task.prepared.loss(model.eval(), batch)

@@ -8,8 +8,7 @@ from accelerate.utils import DeepSpeedPlugin
 from pacatune import installation, pretrained
 from pacatune.training import recipe
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.language import LanguageTask
-from pacatune.training.task import task_of
+from pacatune.training.language import Task, task_of
 from tests.training.runs import refused, write_rows
 
 WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
@@ -23,7 +22,7 @@ SHARDED = r"`paca.selection` \(.*\) needs .* which FSDP shards; choose"
 
 @pytest.fixture(autouse=True)
 def _no_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(LanguageTask, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Task, "load_model", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": ""}])
     yield

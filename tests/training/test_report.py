@@ -7,8 +7,8 @@ import yaml
 from PIL import Image
 
 from pacatune.reports.provenance import versions
+from pacatune.training.language import task_of
 from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
-from pacatune.training.task import task_of
 from tests.training.runs import read_json
 
 pytestmark = pytest.mark.usefixtures("drawn")

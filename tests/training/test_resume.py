@@ -107,7 +107,7 @@ def test_overwrite_says_what_it_deletes_when_training_can_start(
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
     with monkeypatch.context() as patch:
         fail = Mock(side_effect=ValueError("no memory for the weights"))
-        patch.setattr("pacatune.training.language.LanguageTask.load_model", fail)
+        patch.setattr("pacatune.training.language.Task.load_model", fail)
         refused("no memory for the weights", config, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     train(config, overwrite=True, console=console)

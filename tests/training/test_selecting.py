@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics, load_columns
 from pacatune.training import train
+from pacatune.training.language import task_of
 from pacatune.training.selecting import share_of_batches
-from pacatune.training.task import task_of
 from tests.training.runs import CHECKPOINTING, QUIET, read_json
 
 GRADIENT = {"selection": "gradient", "selection_batches": 2}
@@ -45,7 +45,7 @@ def test_a_run_chooses_as_is_done_by_hand(
     assert "columns chosen by gradient from 2 batches (" in console.file.getvalue()
     saved = read_json(tmp_path / "out/adapter_config.json")
     task = task_of(config)
-    data = task.prepare().train
+    data = task.prepared.train
     batches = share_of_batches(len(data), task.config, lambda at: task.collate(data, at))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     options = PacaConfig(**{k: section[k] for k in section if k != "selection_batches"})

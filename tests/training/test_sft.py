@@ -5,8 +5,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import PacaConfig, lean
+from pacatune.training.language import task_of
 from pacatune.training.sft import check_packing, packs
-from pacatune.training.task import task_of
 
 SIZES = {
     **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},

@@ -2,8 +2,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from pacatune.training.language import weights_dtype
-from pacatune.training.task import count_trainable, make_adapter_config, task_of
+from pacatune.training.language import task_of, weights_dtype
+from pacatune.training.task import count_trainable, make_adapter_config
 
 
 @pytest.mark.parametrize("method", ["paca", "dora", "full"])

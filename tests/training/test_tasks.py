@@ -13,8 +13,8 @@ from pacatune.cli import main
 from pacatune.data.config import PreferenceDataConfig
 from pacatune.data.prepare import PreparedData
 from pacatune.training import TASKS, TaskSpec, preview, train
-from pacatune.training.language import LanguageTask
-from pacatune.training.task import TaskData, task_of
+from pacatune.training.language import Task, task_of
+from pacatune.training.task import TaskData
 from pacatune.tuner.defaults import default_targets
 from tests.training.runs import CHECKPOINTING, QUIET, write_rows
 
@@ -38,7 +38,7 @@ def prepare_orpo(config, tokenizer):
 def orpo(config):
     from trl.experimental.orpo import ORPOTrainer
 
-    return LanguageTask(config, trainer=ORPOTrainer, prepare=prepare_orpo, tags=("orpo", "trl"))
+    return Task(config, trainer=ORPOTrainer, prepare=prepare_orpo, tags=("orpo", "trl"))
 
 
 @pytest.mark.parametrize(
@@ -138,5 +138,5 @@ def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):
     changed.write_text(pairs_path.read_text().replace("No idea.", "None."))
     for task in ("dpo", "kto", "reward"):
         configs = [make_task_config(task, data={"path": str(p)}) for p in (pairs_path, changed)]
-        one, two = (task_of(config).prepare().fingerprint for config in configs)
+        one, two = (task_of(config).prepared.fingerprint for config in configs)
         assert one != two

@@ -15,7 +15,7 @@ from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
 from pacatune.training.config import RunConfig
-from pacatune.training.language import LanguageTask, load_model_config
+from pacatune.training.language import Task, load_model_config
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import READER
 from pacatune.training.trainer import accuracy
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
 
 
-classifier = partial(LanguageTask, trainer=Trainer, prepare=prepare)
+classifier = partial(Task, trainer=Trainer, prepare=prepare)
 
 
 def choose_classes(model_config: Any, classes: list[str]) -> tuple[list[str], str | None]:

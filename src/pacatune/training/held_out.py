@@ -1,7 +1,6 @@
 """The held-out loss of a finished run, of its model and of what is made of it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,7 +9,7 @@ from torch import nn
 
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, read_values
-from pacatune.training.task import task_of
+from pacatune.training.language import task_of
 
 _BATCH_SIZE = 4
 _TASKS = ("sft", "classifier")
@@ -31,10 +30,11 @@ class HeldOut:
             raise ValueError(
                 f"{path}: a run of the task {task!r} has no held-out loss of one model."
             )
-        self._task: Any = task_of(RunConfig(**values))
-        self._examples = self._task.prepared.evaluation
-        if self._examples is None:
+        self._task = task_of(RunConfig(**values))
+        examples = self._task.prepared.evaluation
+        if examples is None:
             raise ValueError(f"{path} holds out no data.")
+        self._examples = examples
 
     @torch.no_grad()
     def loss(self, model: nn.Module, which: str = "the model") -> float:

@@ -1,7 +1,6 @@
 """Language models for training: tokenizer, plan, weights; and what all tasks on them share."""
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,18 +8,17 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import pretrained
 from pacatune.adapters import base
-from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME, locate_folder
+from pacatune.adapters.folder import locate_folder
 from pacatune.data.checks import fingerprint
 from pacatune.data.encode import reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
@@ -28,40 +26,37 @@ from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.files.journal import is_gguf
-from pacatune.files.owned_folder import to_json
 from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
+from pacatune.training.config_file import to_values
 from pacatune.training.progress import main_console, show_warnings
-from pacatune.training.report import Report, curve_of, metrics_of
+from pacatune.training.report import Report
+from pacatune.training.start import settle
 from pacatune.training.task import (
     Plan,
     Prepared,
-    Task,
     TaskData,
     make_adapter_config,
     make_plan,
     make_trainable,
     reset_heads,
-    task_of,
 )
-from pacatune.training.tasks import READER
+from pacatune.training.tasks import READER, TaskSpec, load
 from pacatune.training.trainer import RunTrainer
 
 
-class LanguageTask(Task):
-    """A run on a language model; a row of the table says of what kind.
+class Task:
+    """One run, whose methods may be called in any order: what they need is found out by then.
 
     Args:
         config: The run.
         trainer: TRL's or transformers' class.
         prepare: Reads and encodes the data of a run, given its tokenizer.
-        mixin: Class of ours that is put before the trainer; `LanguageTrainer` where None.
+        mixin: Class of ours that is put before the trainer; `RunTrainer` where None.
         tags: Tags of the model card, beside the method's.
     """
-
-    unit = "tokens"
 
     def __init__(
         self,
@@ -72,8 +67,12 @@ class LanguageTask(Task):
         mixin: type[Any] | None = None,
         tags: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(config)
-        bases = mixin or LanguageTrainer, trainer
+        self.config = settle(config)
+        self.values = to_values(self.config)
+        """What config.yaml says of the run."""
+        self.config.training = self.config.training.resolved()
+        self.spec: TaskSpec = self.config.spec
+        bases = mixin or RunTrainer, trainer
         self.trainer_class: type[Any] = type(trainer.__name__, bases, {})
         self.tags, self._prepare_data = tags, prepare
 
@@ -115,8 +114,9 @@ class LanguageTask(Task):
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
         return plan, adapter, positions
 
-    def prepare(self) -> Prepared:
-        """Load the tokenizer, encode the data, plan what is trained."""
+    @cached_property
+    def prepared(self) -> Prepared:
+        """What is known before the weights are loaded, found out when it is first asked for."""
         config, found, data = self.config, self.data, self.data.examples
         plan, adapter_config, max_positions = self.plan_training(found)
         warnings = list(data.warnings)
@@ -203,25 +203,6 @@ class LanguageTask(Task):
             **{**options, **self.data.trainer_options},
         )
 
-    def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Return speed, losses and metrics; what is saved is evaluated if that is not logged."""
-        log = trainer.state.log_history
-        found = {"tokens_per_second": items_per_second, "train_metrics": metrics_of(log)}
-        if trainer.eval_dataset is None:
-            return found
-        losses, metrics = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
-        is_known = losses[-1][0] == trainer.state.global_step
-        # The best checkpoint may have replaced the last weights since they were evaluated.
-        if not is_known or trainer.args.load_best_model_at_end:
-            trainer.evaluate()
-        after, metrics_after = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
-        return found | {
-            "eval_loss_after": after[-1][1],
-            "eval_losses": losses if is_known else after,
-            "eval_metrics": metrics if is_known else metrics_after,
-            "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics_after.items()},
-        }
-
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""
         if "place" in data.column_names and "input_ids" in data.column_names:
@@ -279,62 +260,10 @@ class LanguageTask(Task):
         )
 
 
-class LanguageTrainer(RunTrainer):
-    """Put before a trainer of TRL: what the recipe needs, and tokens are counted."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if getattr(self.model, "is_quantized", False):
-            # TRL holds adapters on quantised models in bfloat16, which loses small updates.
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        if self.is_fsdp_enabled:
-            self._gather_trained_head()
-
-    def _gather_trained_head(self) -> None:
-        """Gather a trained head by FSDP2 itself before each pass.
-
-        accelerate makes it a group of its own under PEFT, and TRL multiplies by its weight without
-        calling it. So TRL would find a shard and gather it by a call that does not add up the
-        gradients of the processes.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        head = base.get_output_embeddings()
-        if head is None or not any(parameter.requires_grad for parameter in head.parameters()):
-            return
-
-        def gather(*_: Any) -> None:
-            if isinstance(head, FSDPModule):
-                head.unshard()
-
-        base.base_model.register_forward_pre_hook(gather)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter or model; beside an adapter with a new head, what its classes are."""
-        with warnings.catch_warnings():
-            # PEFT looks for a config.json beside a base, which a GGUF has within.
-            warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")
-            super().save_model(output_dir, _internal_call)
-        model = self.accelerator.unwrap_model(self.model)
-        adapter = getattr(model, "peft_config", {}).get("default")
-        if self.args.should_save and getattr(adapter, "task_type", None) == "SEQ_CLS":
-            names = ("id2label", "label2id", "pad_token_id", "problem_type")
-            head = {HEAD_KEY: {name: getattr(model.config, name) for name in names}}
-            (Path(output_dir or self.args.output_dir) / SIDECAR_NAME).write_text(
-                to_json(head), encoding="utf-8"
-            )
-
-    def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
-        """Return how many tokens of a micro-batch are not padding."""
-        if "attention_mask" in inputs:
-            mask: Tensor = inputs["attention_mask"]
-            return mask.sum()
-        if "input_ids" in inputs:  # packed
-            return int(inputs["input_ids"].numel())
-        masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
-        return torch.stack([mask.sum() for mask in masks]).sum()
+def task_of(config: RunConfig) -> Task:
+    """Return the `Task` of a run."""
+    task: Task = load(config.spec.run)(config)
+    return task
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:

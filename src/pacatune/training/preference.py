@@ -17,12 +17,13 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
 from pacatune.training.config import RunConfig
-from pacatune.training.language import LanguageTask, LanguageTrainer, find_stop_ids, pad_id
+from pacatune.training.language import Task, find_stop_ids, pad_id
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import READER, WRITER
+from pacatune.training.trainer import RunTrainer
 
 
-class PreparedTrainer(LanguageTrainer):
+class PreparedTrainer(RunTrainer):
     """Put before a trainer of TRL that would encode its data: ours is already encoded."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
@@ -68,7 +69,7 @@ def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tas
     )
 
 
-_row = partial(LanguageTask, mixin=PreparedTrainer)
+_row = partial(Task, mixin=PreparedTrainer)
 dpo = partial(_row, trainer=DPOTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
 kto = partial(_row, trainer=KTOTrainer, prepare=prepare_kto, tags=("kto", "trl"))
 reward = partial(

@@ -62,8 +62,8 @@ class Meter(TrainerCallback):
 class ProgressReporter(TrainerCallback):
     """Shows loss, speed and memory of the main process."""
 
-    def __init__(self, console: Console, meter: Meter, unit: str = "tokens") -> None:
-        self._console, self._meter, self._unit = console, meter, unit
+    def __init__(self, console: Console, meter: Meter) -> None:
+        self._console, self._meter = console, meter
         self._bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -96,7 +96,7 @@ class ProgressReporter(TrainerCallback):
         elif "loss" in logs:
             shown = next(key for key in ("reward", "loss") if logs.get(key) is not None)
             memory = format_bytes(peak_memory_bytes()[0])
-            speed = f"{self._meter.items_per_second:,.0f} {self._unit}/s  peak {memory}"
+            speed = f"{self._meter.items_per_second:,.0f} tokens/s  peak {memory}"
             status = f"{_numbers({shown: logs[shown]})}  {speed}"
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], description=status)

@@ -32,6 +32,7 @@ from pacatune.training.folder import (
     is_finished,
     run_folder,
 )
+from pacatune.training.language import Task, task_of
 from pacatune.training.output import (
     TrainedOn,
     check_same_options,
@@ -55,6 +56,7 @@ from pacatune.training.push import open_repository, push_result
 from pacatune.training.report import (
     Report,
     curve_of,
+    metrics_of,
     train_curve,
     write_card,
     write_report,
@@ -67,7 +69,7 @@ from pacatune.training.selecting import (
     share_of_batches,
 )
 from pacatune.training.start import check_quantization
-from pacatune.training.task import Prepared, Task, count_trainable, task_of
+from pacatune.training.task import Prepared, count_trainable
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.residency_report import residency_report
 
@@ -168,7 +170,7 @@ def start_or_resume(
 
     For launchers that repeat a command when a process has died; None if the run was finished.
     """
-    task: Task = task_of(config)
+    task = task_of(config)
     console = main_console(task.config, console)
     folder = Path(str(task.config.training.output_dir))
     begun, checkpoint = is_begun(folder), last_checkpoint(folder)
@@ -312,7 +314,7 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
     config = task.config
     said = "saving a checkpoint, then stopping; again to stop at once"
     stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
-    progress = ProgressReporter(console, trainer.meter, task.unit)
+    progress = ProgressReporter(console, trainer.meter)
     for callback in (progress, stop):
         trainer.add_callback(callback)
     if torch.cuda.is_available():
@@ -349,7 +351,6 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
-        "eval_losses": eval_losses,
         "train_loss": train_loss,
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
@@ -381,9 +382,29 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    report = Report(**without_folders(known | task.results(trainer, float(speed)), config))
+    known |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
+    report = Report(**without_folders(known | _held_out(trainer), config))
     report.warnings = [*report.warnings, *report.risen()]
     return report
+
+
+def _held_out(trainer: Any) -> dict[str, Any]:
+    """Evaluate what is saved, if that is not logged; return the held-out losses and metrics."""
+    if trainer.eval_dataset is None:
+        return {}
+    log = trainer.state.log_history
+    losses, metrics = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
+    is_known = losses[-1][0] == trainer.state.global_step
+    # The best checkpoint may have replaced the last weights since they were evaluated.
+    if not is_known or trainer.args.load_best_model_at_end:
+        trainer.evaluate()
+    after, metrics_after = curve_of(log, "eval_loss"), metrics_of(log, "eval_")
+    return {
+        "eval_loss_after": after[-1][1],
+        "eval_losses": losses if is_known else after,
+        "eval_metrics": metrics if is_known else metrics_after,
+        "eval_metrics_after": {name: curve[-1][1] for name, curve in metrics_after.items()},
+    }
 
 
 def save_weights(trainer: Any, folder: Path) -> None:
@@ -413,7 +434,6 @@ def save_report(task: Task, prepared: Prepared, trainer: Any, folder: Path) -> R
             output.staged(last=REPORT_NAME, publishes=main) as staging,
         ):
             if main:
-                task.write(report, staging)
                 if METHODS[task.config.method].is_paca:
                     model = trainer.accelerator.unwrap_model(trainer.model)
                     write_fingerprint(staging, model, read_adapter(folder))

@@ -16,7 +16,7 @@ from pacatune.training.config_file import without_folders
 from pacatune.training.tasks import TASKS, TaskSpec
 
 if TYPE_CHECKING:
-    from pacatune.training.task import Task
+    from pacatune.training.language import Task
 
 Curve = list[tuple[int, float]]
 
@@ -97,22 +97,16 @@ class Report:
     """Held-out metric -> (step, value)."""
     eval_metrics_after: dict[str, float] | None = None
     """Held-out metrics of what was saved."""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Entries of report.json that only this task has."""
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    """First rows of the table; not saved."""
-    details: str = ""
-    """What report.md shows below the table, as Markdown; not saved."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what report.json holds: nothing of what the task has not."""
-        left_out = {"task", "more", "rows", "details"}
+        left_out = {"task"}
         if not self.spec.metrics:
             left_out |= {"train_metrics", "eval_metrics", "eval_metrics_after"}
         if self.tokens_per_second is None:
             left_out.add("tokens_per_second")
         values = asdict(self)
-        return {name: values[name] for name in values if name not in left_out} | self.more
+        return {name: values[name] for name in values if name not in left_out}
 
     @property
     def spec(self) -> TaskSpec:
@@ -131,7 +125,6 @@ class Report:
         saved, speed = self.saved_activation_bytes, self.tokens_per_second
         computed = f", computed in {self.compute_dtype}" * (self.compute_dtype != self.dtype)
         return [
-            *self.rows,
             *self.outcome(),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
@@ -296,7 +289,7 @@ def _markdown(report: Report) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {report.method} on {report.model}\n\n{_table(report)}\n\n"
-        f"Trained: {targets}.\n\n{report.details}![Curves]({report.figure})\n\n"
+        f"Trained: {targets}.\n\n![Curves]({report.figure})\n\n"
         f"{_warnings(report)}Versions: {packages}.\n"
     )
 

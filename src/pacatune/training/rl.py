@@ -23,13 +23,14 @@ from pacatune.data.formats import row_variables
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
 from pacatune.training.config import RunConfig
-from pacatune.training.language import LanguageTask, LanguageTrainer
+from pacatune.training.language import Task
 from pacatune.training.rewards import load_rewards
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import WRITER
+from pacatune.training.trainer import RunTrainer
 
 
-class SamplingTrainer(LanguageTrainer):
+class SamplingTrainer(RunTrainer):
     """Put before a trainer of TRL that samples answers: GRPOTrainer or RLOOTrainer.
 
     Answers are sampled from the very weights that are trained. Where they serve several steps, a
@@ -171,6 +172,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
 
 
-_row = partial(LanguageTask, mixin=SamplingTrainer, prepare=prepare)
+_row = partial(Task, mixin=SamplingTrainer, prepare=prepare)
 grpo = partial(_row, trainer=GRPOTrainer, tags=("grpo", "trl"))
 rloo = partial(_row, trainer=RLOOTrainer, tags=("rloo", "trl"))

@@ -20,14 +20,14 @@ from pacatune.data.prepare import prepare_data
 from pacatune.pretrained import load_processor
 from pacatune.training.config import RunConfig
 from pacatune.training.language import (
-    LanguageTask,
-    LanguageTrainer,
+    Task,
     find_stop_ids,
     model_path,
     set_variables,
 )
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import WRITER, ModelKind
+from pacatune.training.trainer import RunTrainer
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers in which flash attention keeps packed examples apart."""
@@ -91,7 +91,7 @@ def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any
     return batch
 
 
-class TextTrainer(LanguageTrainer):
+class TextTrainer(RunTrainer):
     """Put before SFTTrainer: it trains on data that is prepared, and packs where that is safe."""
 
     def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
@@ -136,9 +136,7 @@ class TextTrainer(LanguageTrainer):
         return result
 
 
-sft = partial(
-    LanguageTask, trainer=SFTTrainer, mixin=TextTrainer, prepare=prepare, tags=("sft", "trl")
-)
+sft = partial(Task, trainer=SFTTrainer, mixin=TextTrainer, prepare=prepare, tags=("sft", "trl"))
 
 
 def packs(training: Any, model: Any) -> bool:

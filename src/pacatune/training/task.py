@@ -1,15 +1,9 @@
-"""A run of a task: its data, model and trainer, which the recipe asks for, and what is planned.
-
-What tasks have in common is here too: the adapter, and the plan of what it trains.
-"""
+"""What a run trains: its adapter and heads, and the plan of them, made without a weight."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils.integrations import gather_params_ctx
@@ -20,9 +14,8 @@ from pacatune import lean
 from pacatune.data.prepare import PreparedData
 from pacatune.methods import METHODS, adapter_config
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import to_values
-from pacatune.training.start import read_start, settle
-from pacatune.training.tasks import ModelKind, TaskSpec, load
+from pacatune.training.start import read_start
+from pacatune.training.tasks import ModelKind
 from pacatune.tuner.ignored import put_adapter
 from pacatune.tuner.layer import PacaLayer
 
@@ -39,7 +32,7 @@ class Plan:
     def summary(self) -> list[str]:
         """Return a line per kind of target, such as `30 x q_proj (576 -> 576)`.
 
-        Where layers of a name differ in size, as in a CNN, the name alone: `17 x conv_pw`.
+        Where layers of a name differ in size, the name alone.
         """
         shapes: dict[str, list[str]] = {}
         for name, shape in self.targets.items():
@@ -104,65 +97,6 @@ class Prepared:
     """Why a run must go on with the processes and batches that it began with; None: it need not."""
     warnings: list[str] = field(default_factory=list)
     """What looks wrong with data or model."""
-
-
-class Task(ABC):
-    """One run, whose methods may be called in any order: what they need is found out by then."""
-
-    unit: ClassVar[str]
-    """What is trained on and counted, such as `tokens`."""
-    tags: tuple[str, ...] = ()
-    """Tags of the model card, beside the method's."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = settle(config)
-        self.values = to_values(self.config)
-        """What config.yaml says of the run."""
-        self.config.training = self.config.training.resolved()
-        self.spec: TaskSpec = self.config.spec
-
-    @cached_property
-    def prepared(self) -> Prepared:
-        """What is known before the weights are loaded, found out when it is first asked for."""
-        return self.prepare()
-
-    def plan(self) -> Plan:
-        """Say what would be trained, with no weight and no more data than that takes."""
-        return self.prepared.plan
-
-    @abstractmethod
-    def prepare(self) -> Prepared:
-        """Read the data, and all there is to know about the model without its weights."""
-
-    @abstractmethod
-    def load_model(self) -> nn.Module:
-        """Load the weights of the base; what is new in it is drawn from torch's generator."""
-
-    @abstractmethod
-    def collate(self, examples: Any, places: list[int]) -> Any:
-        """Return the training examples at some places as one batch."""
-
-    @abstractmethod
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> Any:
-        """Put the adapter on the model; return its trainer, a RunTrainer with these options."""
-
-    @abstractmethod
-    def results(self, trainer: Any, items_per_second: float) -> dict[str, Any]:
-        """Evaluate what will be saved, where there is data for it; return entries of the report."""
-
-    def write(self, report: Any, folder: Path) -> None:  # noqa: B027 (not every task does)
-        """Write what goes with the weights, beside report and card."""
-
-    @abstractmethod
-    def how_to_load(self, report: Any) -> str:
-        """Return what the model card says about loading the result, as Markdown."""
-
-
-def task_of(config: RunConfig) -> Any:
-    """Return the `Task` of a run."""
-    return load(config.spec.run)(config)
 
 
 def make_adapter_config(

@@ -44,7 +44,7 @@ class TaskSpec:
     """
 
     run: str
-    """Makes the `Task` of a `RunConfig`: a class, or `LanguageTask` with its trainer."""
+    """Makes the `Task` of a `RunConfig`, with its trainer and what reads its data."""
     arguments: str
     """TRL's or transformers' class of arguments, or one of ours that begins with
     `SharedDefaults`."""

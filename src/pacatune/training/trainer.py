@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,13 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from pacatune.adapters.folder import HEAD_KEY, SIDECAR_NAME
 from pacatune.files.folder import explained_failure
+from pacatune.files.owned_folder import to_json
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_weights, readable_weights
@@ -46,7 +50,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class RunTrainer(Trainer):
-    """Stops before weights are spoilt, and writes each checkpoint aside until it is complete.
+    """Put before a trainer of TRL or transformers: no weight is spoilt, no checkpoint incomplete.
 
     Loss and gradient norm are looked at once per step, before the optimizer uses them, instead of
     Trainer's own look at the loss of each micro-batch. A checkpoint is good once its weights have
@@ -70,6 +74,32 @@ class RunTrainer(Trainer):
         self.saved_activation_bytes: int | None = None
         super().__init__(**kwargs)
         self.add_callback(self.meter)
+        if getattr(self.model, "is_quantized", False):
+            # TRL holds adapters on quantised models in bfloat16, which loses small updates.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if self.is_fsdp_enabled:
+            self._gather_trained_head()
+
+    def _gather_trained_head(self) -> None:
+        """Gather a trained head by FSDP2 itself before each pass.
+
+        accelerate makes it a group of its own under PEFT, and TRL multiplies by its weight without
+        calling it. So TRL would find a shard and gather it by a call that does not add up the
+        gradients of the processes.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = base.get_output_embeddings()
+        if head is None or not any(parameter.requires_grad for parameter in head.parameters()):
+            return
+
+        def gather(*_: Any) -> None:
+            if isinstance(head, FSDPModule):
+                head.unshard()
+
+        base.base_model.register_forward_pre_hook(gather)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer, in which a new head has a learning rate of its own."""
@@ -94,8 +124,14 @@ class RunTrainer(Trainer):
         return scheduler
 
     def num_items(self, inputs: dict[str, Any]) -> int | Tensor:
-        """Return how much a micro-batch holds, in the unit of the task."""
-        return len(inputs["labels"])
+        """Return how many tokens of a micro-batch are not padding."""
+        if "attention_mask" in inputs:
+            mask: Tensor = inputs["attention_mask"]
+            return mask.sum()
+        if "input_ids" in inputs:  # packed
+            return int(inputs["input_ids"].numel())
+        masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
+        return torch.stack([mask.sum() for mask in masks]).sum()
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -250,20 +286,32 @@ class RunTrainer(Trainer):
         return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole adapter or model; every process must call it.
+        """Save the whole adapter or model; beside an adapter with a new head, what its classes are.
 
-        Under FSDP2, Trainer saves none beside sharded checkpoints, and for the others it gathers
-        the frozen base, too.
+        Every process must call it. Under FSDP2, Trainer saves none beside sharded checkpoints, and
+        for the others it gathers the frozen base, too.
         """
-        if not self.accelerator.is_fsdp2:
-            super().save_model(output_dir, _internal_call)
-            return
-        options = StateDictOptions(
-            full_state_dict=True,
-            cpu_offload=True,
-            ignore_frozen_params=isinstance(self.model, PeftModel),
-        )
-        self._save(output_dir, state_dict=get_model_state_dict(self.model, options=options))
+        with warnings.catch_warnings():
+            # PEFT looks for a config.json beside a base, which a GGUF has within.
+            warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf ")
+            if self.accelerator.is_fsdp2:
+                options = StateDictOptions(
+                    full_state_dict=True,
+                    cpu_offload=True,
+                    ignore_frozen_params=isinstance(self.model, PeftModel),
+                )
+                state_dict = get_model_state_dict(self.model, options=options)
+                self._save(output_dir, state_dict=state_dict)
+            else:
+                super().save_model(output_dir, _internal_call)
+        model = self.accelerator.unwrap_model(self.model)
+        adapter = getattr(model, "peft_config", {}).get("default")
+        if self.args.should_save and getattr(adapter, "task_type", None) == "SEQ_CLS":
+            names = ("id2label", "label2id", "pad_token_id", "problem_type")
+            head = {HEAD_KEY: {name: getattr(model.config, name) for name in names}}
+            (Path(output_dir or self.args.output_dir) / SIDECAR_NAME).write_text(
+                to_json(head), encoding="utf-8"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
