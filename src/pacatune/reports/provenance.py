@@ -1,6 +1,5 @@
 """Where numbers come from: packages, commit, processor."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -33,12 +32,6 @@ def versions(*more: str) -> dict[str, str]:
 def versions_text(found: Mapping[str, str]) -> str:
     """Return releases as a sentence's part: `torch 2.13.0, peft 0.21.2`."""
     return ", ".join(f"{name} {number}" for name, number in found.items())
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit(folder: Path = _PACKAGE_FOLDER, *paths: str) -> dict[str, Any]:
