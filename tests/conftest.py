@@ -14,7 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from tests import forks
-from tests.training import launching
 
 
 def pytest_configure(config):
@@ -53,8 +52,8 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item):
     """Send what is to be told of a test to the terminal, from xdist's workers too."""
-    item.user_properties += [("repeated", command) for command in launching.repeated]
-    launching.repeated.clear()
+    item.user_properties += [("repeated", command) for command in forks.repeated]
+    forks.repeated.clear()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -63,7 +62,7 @@ def pytest_terminal_summary(terminalreporter):
         if getattr(report, "when", "") == "teardown":  # the last one of a test
             told = [command for name, command in report.user_properties if name == "repeated"]
             for command in told:
-                terminalreporter.write_line(f"REPEATED after SIGSEGV: {report.nodeid}: {command}")
+                terminalreporter.write_line(f"REPEATED after a crash: {report.nodeid}: {command}")
 
 
 class _Frozen:

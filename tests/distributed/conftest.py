@@ -10,7 +10,7 @@ def processes(request, tmp_path_factory, world_size):
     folder = request.node.getparent(pytest.Dir)
     pools = folder.stash.setdefault(POOLS, {})
     if world_size not in pools or not pools[world_size].is_alive:
-        pools[world_size] = Pair(tmp_path_factory.mktemp("processes") / "rendezvous", world_size)
+        pools[world_size] = Pair(tmp_path_factory.mktemp("processes"), world_size)
         folder.addfinalizer(pools[world_size].close)
     return pools[world_size]
 

@@ -4,37 +4,56 @@ import functools
 import gc
 import os
 import pickle
+import tempfile
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
 
-from tests.forks import check_several_processes, server
+from tests.forks import CRASHES, check_several_processes, repeated, server
 
 
 class Pair:
     """Runs a function on all processes at once and returns what each returned.
 
     Args:
-        rendezvous: Path of a file, not there yet, by which the processes find each other.
+        folder: Where they find each other.
         world_size: Number of processes.
+        prepare: Called first in each, if given.
     """
 
-    def __init__(self, rendezvous, world_size=2):
+    def __init__(self, folder, world_size=2, prepare=None):
+        self.folder, self.world_size, self.prepare = folder, world_size, prepare
+        self.start()
+
+    def start(self):
         check_several_processes()
-        context = server()
+        context, rendezvous = server(), tempfile.mktemp(dir=self.folder)
         self.connections, self.processes = [], []
-        for rank in range(world_size):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=serve, args=(theirs, rank, world_size, str(rendezvous)), daemon=True
-            )
+            where = (theirs, rank, self.world_size, rendezvous, self.prepare)
+            process = context.Process(target=serve, args=where, daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
 
     def run(self, function, *args, timeout=120, **options):
-        """Return the results of all ranks in order; raise what went wrong on any."""
+        """Return the results of all ranks in order; raise what went wrong on any.
+
+        After a crash in native code, new processes run it once more.
+        """
+        results, errors = self._run(function, args, options, timeout)
+        if errors and self.close() & {*CRASHES}:
+            repeated.append(function.__name__)
+            self.start()
+            results, errors = self._run(function, args, options, timeout)
+        if errors:
+            self.close()
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def _run(self, function, args, options, timeout):
         # Not Connection.send: with it torch would pass tensors as handles of the process's memory.
         message = pickle.dumps((function, args, options))
         for connection in self.connections:
@@ -46,20 +65,22 @@ class Pair:
             results.append(result)
             if error is not None:
                 errors.append(f"rank {rank}: {error}")
-        if errors:
-            self.close()
-            raise RuntimeError("\n".join(errors))
-        return results
+        return results, errors
 
     @property
     def is_alive(self):
         return all(process.is_alive() for process in self.processes)
 
     def close(self):
+        """End the processes; return the signals that have ended some before."""
+        for process in self.processes:
+            process.join(0.1)
+        crashed = {-process.exitcode for process in self.processes if process.exitcode}
         for process, connection in zip(self.processes, self.connections, strict=True):
             process.kill()
             process.join()
             connection.close()
+        return crashed
 
 
 def receive(connection: Connection, timeout: float):
@@ -72,9 +93,11 @@ def receive(connection: Connection, timeout: float):
         return None, "the process has ended"
 
 
-def serve(connection: Connection, rank: int, world_size: int, rendezvous: str) -> None:
+def serve(connection: Connection, rank, world_size, rendezvous, prepare):
     """Join the group, then run what comes in until the other end is closed."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), WORLD_SIZE=str(world_size))
+    if prepare is not None:
+        prepare()
     import torch
 
     torch.set_num_threads(1)

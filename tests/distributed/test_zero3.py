@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ def deepspeed_pairs(tmp_path_factory):
 
     def get():
         if not pairs or not pairs[-1].is_alive:
-            pairs.append(Pair(tmp_path_factory.mktemp("pair") / "rendezvous"))
-            pairs[-1].run(see_deepspeed, environment)
+            prepare = partial(see_deepspeed, environment)
+            pairs.append(Pair(tmp_path_factory.mktemp("pair"), prepare=prepare))
         return pairs[-1]
 
     yield get

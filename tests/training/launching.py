@@ -7,7 +7,7 @@ import socket
 import subprocess
 
 from pacatune.training.config_file import config_text, to_values
-from tests.forks import Program, check_several_processes
+from tests.forks import CRASHES, Program, check_several_processes, repeated
 
 AGENT = """
 import multiprocessing, sys
@@ -49,9 +49,6 @@ sys.exit(main())
 They are forks, as above.
 """
 
-repeated = []
-"""Commands that were run again after a crash; tests/conftest.py tells them."""
-
 
 def run_rank(*words):
     """Be a worker of torchrun."""
@@ -66,8 +63,7 @@ def launch(*words, code=COMMAND, env=None, timeout=120, num_processes=2):
     `env` is what a launcher adds to the environment; each rank has `timeout` seconds.
     """
     done = _run(words, code, env, timeout, num_processes)
-    if done.returncode == -11 and "--overwrite" not in words:
-        # gloo was seen to crash in native code while it gathered tensors, once in a dozen runs.
+    if -done.returncode in CRASHES and "--overwrite" not in words:
         repeated.append(" ".join(map(str, words)))
         again = words if "--resume" in words else [*words, "--overwrite"]
         done = _run(again, code, env, timeout, num_processes)
