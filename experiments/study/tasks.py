@@ -20,7 +20,7 @@ from pacatune.methods import METHODS, readers_of
 from pacatune.training import RunConfig
 from pacatune.training.config_file import read_values
 from pacatune.training.language import task_of
-from pacatune.training.recipe import make_trainer, prepare, run_trainer
+from pacatune.training.recipe import make_trainer, run_trainer, show_plan
 from pacatune.training.report import train_curve
 from pacatune.training.sections import ADAPTER_SECTIONS
 from pacatune.training.task import count_trainable
@@ -78,13 +78,13 @@ class StudyTask:
             if path := self.config.unrelated:
                 others = _data(config, {"eval_path": str(Path(path).expanduser())})
             task = task_of(config)
-            prepared = prepare(task, _QUIET)
-            trainer = make_trainer(task, prepared, None, _QUIET)
+            show_plan(task, _QUIET)
+            trainer = make_trainer(task, None, _QUIET)
             trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
             numbers = self._forgetting(task, trainer, others, "before")
             run_trainer(trainer, task, None, _QUIET)
             numbers |= self._forgetting(task, trainer, others, "after")
-            for part, data in (("validation", prepared.evaluation), ("test", test)):
+            for part, data in (("validation", task.evaluation), ("test", test)):
                 values = trainer.evaluate(data)
                 names = [name for name in ("accuracy", "loss") if f"eval_{name}" in values]
                 numbers |= {f"{part} {name}": values[f"eval_{name}"] for name in names}
@@ -123,7 +123,7 @@ def _data(config: RunConfig, options: Values) -> Any:
     """Return what evaluation data that a run's options name are to its trainer."""
     changed = copy.copy(config)
     changed.data = replace(config.data, eval_fraction=0, **options)
-    return prepare(task_of(changed), _QUIET).evaluation
+    return task_of(changed).evaluation
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def read_json(*parts):
 
 def make_trainer(config):
     task = task_of(config)
-    return recipe.make_trainer(task, recipe.prepare(task, QUIET), None, QUIET)
+    return recipe.make_trainer(task, None, QUIET)
 
 
 def out_of_memory(*args, **kwargs):

@@ -130,7 +130,7 @@ def test_rows_that_teach_no_classes(tmp_path, rows, options, message):
 def test_labels_that_are_not_trained(make_classifier, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [{"text": "pear", "label": "tree"}])
     with pytest.raises(ValueError, match=r"the labels \['tree'\] are not among those of the trai"):
-        task_of(make_classifier(data={"eval_path": str(other)})).plan()
+        _ = task_of(make_classifier(data={"eval_path": str(other)})).plan
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])
@@ -202,13 +202,13 @@ def test_a_head_of_the_same_classes_keeps_their_order(
         "full", data=data, model={"path": str(bert)}, training={"max_steps": 1}
     )
     task = task_of(config)
-    assert not task.prepared.has_new_head
-    assert "new" not in task.prepared.about_data
+    assert not task.data.new_head
+    assert "new" not in task.about_data()
     own = AutoModelForSequenceClassification.from_pretrained(bert)
     loaded = task.load_model()
     assert loaded.config.id2label == {0: "b", 1: "a"}
     assert torch.equal(loaded.classifier.weight, own.classifier.weight)
-    first, name = task.prepared.train[0], {"b": 0, "a": 1}
+    first, name = task.train[0], {"b": 0, "a": 1}
     text = task.tokenizer.decode(first["input_ids"], skip_special_tokens=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [name[row["label"]] for row in rows if row["text"] == text] == [first["labels"]]
@@ -254,7 +254,7 @@ def test_a_head_of_other_classes_is_replaced(
         training={"max_steps": 2, "learning_rate": 1e-4},
     )
     task = task_of(config)
-    assert task.prepared.has_new_head
+    assert task.data.new_head
     model = task.load_model()
     if own:
         weight = AutoModelForSequenceClassification.from_pretrained(bert).classifier.weight
@@ -299,9 +299,9 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
     data = {**long_rows(tmp_path, 300), "max_length": asked}
     model, training = {"path": str(bert)}, {"eval_strategy": "no", "max_steps": 1}
     config = make_classifier(data=data, model=model, training=training)
-    prepared = task_of(config).prepared
-    assert max(map(len, prepared.train["input_ids"])) == expected
-    (warning,) = prepared.warnings
+    task = task_of(config)
+    assert max(map(len, task.train["input_ids"])) == expected
+    (warning,) = task.warnings()
     assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
     assert "rows.jsonl, row 5" in warning
     train(config, console=QUIET)
@@ -310,9 +310,9 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
 def test_a_text_that_fits_is_whole(make_classifier, tmp_path):
     data = long_rows(tmp_path, 40)
     config = make_classifier(data=data, training={"eval_strategy": "no"})
-    prepared = task_of(config).prepared
-    assert max(map(len, prepared.train["input_ids"])) > 128
-    assert prepared.warnings == []
+    task = task_of(config)
+    assert max(map(len, task.train["input_ids"])) > 128
+    assert task.warnings() == []
 
 
 def class_table(path, numbers):
@@ -327,14 +327,12 @@ def test_names_of_classes_in_a_table(make_classifier, tmp_path):
     path = class_table(tmp_path / "rows.parquet", [0, 1, 2] * 8)
     task = task_of(make_classifier(data={"path": path}))
     assert task.data.model_options["id2label"] == {0: "world", 1: "sports", 2: "arts"}
-    texts = task.tokenizer.batch_decode(
-        task.prepared.train["input_ids"][:], skip_special_tokens=True
-    )
+    texts = task.tokenizer.batch_decode(task.train["input_ids"][:], skip_special_tokens=True)
     numbers = [int(text.removeprefix("It is ").removesuffix(".")) % 3 for text in texts]
-    assert numbers == task.prepared.train["labels"][:]
+    assert numbers == task.train["labels"][:]
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "sports"}])
     task = task_of(make_classifier(data={"path": path, "eval_path": str(other)}))
-    assert task.prepared.evaluation["labels"][:] == [1]
+    assert task.evaluation["labels"][:] == [1]
     path = class_table(tmp_path / "test.parquet", [0, 1, -1])
     with pytest.raises(ValueError, match=r"test.parquet, row 3.*has no class \(label -1\); give"):
         split_texts(TextClassConfig(path=path))

@@ -1,5 +1,6 @@
 """Tokenizer, weights and batches of language models; bases of few bits: QPaCA and QLoRA."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -62,10 +63,11 @@ def goes_on(make_config, tmp_path):
 
 
 def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
-    load(tiny_model_dir, load_in_4bit=True).save_pretrained(tmp_path / "quantised")
-    model = {"path": str(tmp_path / "quantised"), "quantization": "nf4"}
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "quantised")
+    load(folder, load_in_4bit=True).save_pretrained(folder)
+    model = {"path": str(folder), "quantization": "nf4"}
     with pytest.raises(ValueError, match=r"is saved quantised already; drop the option"):
-        task_of(make_config(model=model)).plan()
+        _ = task_of(make_config(model=model)).plan
 
 
 def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog):
@@ -118,7 +120,7 @@ def test_variables_of_the_template(make_task_config, model_copy, tmp_path, conso
     said = console.file.getvalue()
     assert said.count("<s>slow") == said.count("<s>fast") > 0
     trained = task_of(config)
-    batch = trained.collate(trained.prepared.train, [*range(len(trained.prepared.train))])
+    batch = trained.collate(trained.train, [*range(len(trained.train))])
     texts = trained.tokenizer.batch_decode(batch["input_ids"])
     assert sum("slow" in text for text in texts) == sum("fast" in text for text in texts) > 0
     if task == "sft":
@@ -148,7 +150,7 @@ def test_nothing_of_a_model_is_executed(make_config, model_copy, tmp_path):
     code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     edit_json(model_copy / "config.json", model_type="evil", auto_map=code)
     with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
-        task_of(make_config(model=model)).plan()
+        _ = task_of(make_config(model=model)).plan
     assert not (tmp_path / "ran").exists()
 
 

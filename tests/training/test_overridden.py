@@ -9,7 +9,6 @@ from trl import SFTTrainer
 
 from pacatune.training import TASKS, train
 from pacatune.training.tasks import load
-from pacatune.training.trainer import RunTrainer
 from tests.training.runs import QUIET
 
 # Ours alone; everything else that begins with _ in a trainer of ours replaces what upstream calls.
@@ -23,10 +22,10 @@ def replaced():
     """Yield each private method of a trainer of ours, with the trainers that it is put before."""
     found = {}
     for spec in TASKS.values():
-        make = load(spec.run)
-        for kind in make.keywords.get("mixin", RunTrainer).__mro__:
+        trainer = load(spec.run).keywords["trainer"]
+        for kind in trainer.__mro__:
             if kind.__module__.startswith("pacatune."):
-                found.setdefault(kind, set()).add(make.keywords["trainer"])
+                found.setdefault(kind, set()).add(trainer)
     for kind, upstream in found.items():
         for name, value in vars(kind).items():
             is_method = inspect.isfunction(value) or isinstance(value, property)

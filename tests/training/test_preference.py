@@ -59,10 +59,10 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
     else:
         model = PeftModel.from_pretrained(load(tiny_model_dir, num_labels=1), folder)
     task = task_of(config)
-    held_out = task.prepared.evaluation
+    held_out = task.evaluation
     batch = task.collate(held_out, range(len(held_out)))
     with torch.no_grad():
-        loss = task.prepared.loss(model.eval(), batch)
+        loss = task.data.loss(model.eval(), batch)
     assert float(loss) == pytest.approx(report.eval_loss_after, rel=1e-4)
 
 

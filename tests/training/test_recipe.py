@@ -64,7 +64,7 @@ def test_run(
     assert min(report.step_ms, report.tokens_per_second, report.saved_activation_bytes) > 0
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    held_out = task_of(config).prepared.evaluation["place"]
+    held_out = task_of(config).evaluation["place"]
     before = mean_loss(base, tiny_tokenizer, data_path, held_out)
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(out)

@@ -45,7 +45,7 @@ def test_a_run_chooses_as_is_done_by_hand(
     assert "columns chosen by gradient from 2 batches (" in console.file.getvalue()
     saved = read_json(tmp_path / "out/adapter_config.json")
     task = task_of(config)
-    data = task.prepared.train
+    data = task.train
     batches = share_of_batches(len(data), task.config, lambda at: task.collate(data, at))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     options = PacaConfig(**{k: section[k] for k in section if k != "selection_batches"})

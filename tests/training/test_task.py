@@ -9,12 +9,11 @@ from pacatune.training.task import count_trainable, make_adapter_config
 @pytest.mark.parametrize("method", ["paca", "dora", "full"])
 def test_plan_is_what_is_trained(make_config, method):
     config = make_config(method)
-    planned, adapter_config, max_positions = task_of(config).plan_training()
+    planned = task_of(config).plan
     model = task_of(config).load_model()
-    if adapter_config is not None:
-        model = get_peft_model(model, adapter_config)
+    if planned.adapter is not None:
+        model = get_peft_model(model, planned.adapter)
     assert planned.num_trainable_parameters == count_trainable(model)
-    assert max_positions == 256
     assert len(planned.targets) == (0 if method == "full" else 14)
 
 

@@ -15,6 +15,7 @@ from pacatune.data.prepare import PreparedData
 from pacatune.training import TASKS, TaskSpec, preview, train
 from pacatune.training.language import Task, task_of
 from pacatune.training.task import TaskData
+from pacatune.training.trainer import RunTrainer
 from pacatune.tuner.defaults import default_targets
 from tests.training.runs import CHECKPOINTING, QUIET, write_rows
 
@@ -38,7 +39,10 @@ def prepare_orpo(config, tokenizer):
 def orpo(config):
     from trl.experimental.orpo import ORPOTrainer
 
-    return Task(config, trainer=ORPOTrainer, prepare=prepare_orpo, tags=("orpo", "trl"))
+    class Trainer(RunTrainer, ORPOTrainer):
+        """As `TextTrainer` and others are made."""
+
+    return Task(config, trainer=Trainer, prepare=prepare_orpo, tags=("orpo", "trl"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_preview(make_task_config, rewards_module, console, task, shown):
 
 def test_whose_split_is_fixed(make_task_config, rewards_module):
     reasons = {
-        name: task_of(make_task_config(name)).prepared.fixed_split
+        name: task_of(make_task_config(name)).data.fixed_split
         for name in ("dpo", "kto", "reward", "grpo", "rloo")
     }
     assert {name for name, reason in reasons.items() if reason} == {"kto", "grpo", "rloo"}
@@ -138,5 +142,5 @@ def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):
     changed.write_text(pairs_path.read_text().replace("No idea.", "None."))
     for task in ("dpo", "kto", "reward"):
         configs = [make_task_config(task, data={"path": str(p)}) for p in (pairs_path, changed)]
-        one, two = (task_of(config).prepared.fingerprint for config in configs)
+        one, two = (task_of(config).fingerprint for config in configs)
         assert one != two

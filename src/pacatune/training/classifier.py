@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from pacatune.data.checks import overlap_warning, some
@@ -18,7 +18,7 @@ from pacatune.training.config import RunConfig
 from pacatune.training.language import Task, load_model_config
 from pacatune.training.task import TaskData
 from pacatune.training.tasks import READER
-from pacatune.training.trainer import accuracy
+from pacatune.training.trainer import RunTrainer, accuracy
 
 
 def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
@@ -58,7 +58,7 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
 
 
-classifier = partial(Task, trainer=Trainer, prepare=prepare)
+classifier = partial(Task, trainer=RunTrainer, prepare=prepare)
 
 
 def choose_classes(model_config: Any, classes: list[str]) -> tuple[list[str], str | None]:

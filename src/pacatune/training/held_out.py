@@ -31,7 +31,7 @@ class HeldOut:
                 f"{path}: a run of the task {task!r} has no held-out loss of one model."
             )
         self._task = task_of(RunConfig(**values))
-        examples = self._task.prepared.evaluation
+        examples = self._task.evaluation
         if examples is None:
             raise ValueError(f"{path} holds out no data.")
         self._examples = examples

@@ -28,7 +28,7 @@ from pacatune.data.read import read_template
 from pacatune.files.journal import is_gguf
 from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
-from pacatune.precision import choose_dtype, dtype_name
+from pacatune.precision import choose_dtype
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import to_values
 from pacatune.training.progress import main_console, show_warnings
@@ -36,14 +36,13 @@ from pacatune.training.report import Report
 from pacatune.training.start import settle
 from pacatune.training.task import (
     Plan,
-    Prepared,
     TaskData,
     make_adapter_config,
     make_plan,
     make_trainable,
     reset_heads,
 )
-from pacatune.training.tasks import READER, TaskSpec, load
+from pacatune.training.tasks import TaskSpec, load
 from pacatune.training.trainer import RunTrainer
 
 
@@ -52,9 +51,8 @@ class Task:
 
     Args:
         config: The run.
-        trainer: TRL's or transformers' class.
+        trainer: A `RunTrainer`, mostly put before TRL's class.
         prepare: Reads and encodes the data of a run, given its tokenizer.
-        mixin: Class of ours that is put before the trainer; `RunTrainer` where None.
         tags: Tags of the model card, beside the method's.
     """
 
@@ -62,9 +60,8 @@ class Task:
         self,
         config: RunConfig,
         *,
-        trainer: type[Any],
+        trainer: type[RunTrainer],
         prepare: Callable[[RunConfig, PreTrainedTokenizerBase], TaskData],
-        mixin: type[Any] | None = None,
         tags: tuple[str, ...] = (),
     ) -> None:
         self.config = settle(config)
@@ -72,9 +69,7 @@ class Task:
         """What config.yaml says of the run."""
         self.config.training = self.config.training.resolved()
         self.spec: TaskSpec = self.config.spec
-        bases = mixin or RunTrainer, trainer
-        self.trainer_class: type[Any] = type(trainer.__name__, bases, {})
-        self.tags, self._prepare_data = tags, prepare
+        self.trainer_class, self.tags, self._prepare_data = trainer, tags, prepare
 
     @cached_property
     def data(self) -> TaskData:
@@ -86,63 +81,55 @@ class Task:
         """The tokenizer with the chat template and stop token of the run."""
         return self.data.tokenizer
 
+    @property
+    def train(self) -> Any:
+        """Training examples, as the trainer takes them."""
+        return self.data.examples.train
+
+    @property
+    def evaluation(self) -> Any | None:
+        """Held-out examples of the same kind."""
+        return self.data.examples.evaluation
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the data, by which a resumed run knows that it is the same."""
+        parts = [part for part in (self.train, self.evaluation) if part is not None]
+        return fingerprint(parts, self.data.columns)
+
+    @cached_property
     def plan(self) -> Plan:
-        """Say what would be trained; only the model's configuration is read, if that says it."""
-        return self.plan_training(self.data if self.spec.kind is READER else None)[0]
-
-    def plan_training(
-        self, data: TaskData | None = None
-    ) -> tuple[Plan, PeftConfig | None, int | None]:
-        """Plan what is trained of a model without weights, as the data asks for it.
-
-        Returns the adapter's configuration with its targets too, and the longest sequence that the
-        model has positions for.
-        """
+        """What is trained, found out on a model without weights, as the data asks for it."""
         config, model_config = self.config, load_model_config(self.config)
-        kind = self.spec.kind if data is None else data.kind
-        model_config.update({} if data is None else dict(data.model_options))
+        model_config.update(dict(self.data.model_options))
         if (bits := config.model.quantization) is not None:
             path = config.model.path
             pretrained.check_quantizable(bits, model_config, path, option="model.quantization")
         model = pretrained.empty_model(
-            getattr(transformers, kind.auto_class),
+            getattr(transformers, self.data.kind.auto_class),
             model_config,
             attn_implementation=config.model.attn_implementation,
         )
-        adapter = make_adapter_config(config, model, task_type=kind.task_type)
-        plan = make_plan(model, adapter, config)
-        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        return plan, adapter, positions
+        adapter = make_adapter_config(config, model, task_type=self.data.kind.task_type)
+        return make_plan(model, adapter, config)
 
-    @cached_property
-    def prepared(self) -> Prepared:
-        """What is known before the weights are loaded, found out when it is first asked for."""
-        config, found, data = self.config, self.data, self.data.examples
-        plan, adapter_config, max_positions = self.plan_training(found)
-        warnings = list(data.warnings)
-        if max_positions is not None and data.longest > max_positions:
-            warnings.append(
-                f"the longest training example has {data.longest} tokens, but the model was made "
-                f"for {max_positions}; lower {found.length_option}."
-            )
-        held_out = 0 if data.evaluation is None else len(data.evaluation)
-        parts = [data.train, *([] if data.evaluation is None else [data.evaluation])]
-        head = "" if found.new_head is None else f"; the head is new: {found.new_head}"
-        return Prepared(
-            train=data.train,
-            evaluation=data.evaluation,
-            fingerprint=fingerprint(parts, found.columns),
-            about_data=f"{len(data.train):,} examples, {held_out:,} held out{head}",
-            adapter_config=adapter_config,
-            plan=plan,
-            model=model_path(config),
-            pipeline_tag=found.kind.pipeline_tag,
-            dtype=dtype_name(weights_dtype(config)),
-            loss=found.loss,
-            has_new_head=found.new_head is not None,
-            fixed_split=found.fixed_split,
-            warnings=warnings,
-        )
+    def about_data(self) -> str:
+        """Return one line for the user."""
+        held_out = 0 if self.evaluation is None else len(self.evaluation)
+        head = "" if self.data.new_head is None else f"; the head is new: {self.data.new_head}"
+        return f"{len(self.train):,} examples, {held_out:,} held out{head}"
+
+    def warnings(self) -> list[str]:
+        """Return what looks wrong with data or model."""
+        examples, text_config = self.data.examples, load_model_config(self.config).get_text_config()
+        longest, most = examples.longest, getattr(text_config, "max_position_embeddings", None)
+        if most is None or longest <= most:
+            return [*examples.warnings]
+        return [
+            *examples.warnings,
+            f"the longest training example has {longest} tokens, but the model was made for "
+            f"{most}; lower {self.data.length_option}.",
+        ]
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some rows as one padded batch with labels."""

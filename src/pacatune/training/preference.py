@@ -69,12 +69,21 @@ def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tas
     )
 
 
-_row = partial(Task, mixin=PreparedTrainer)
-dpo = partial(_row, trainer=DPOTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
-kto = partial(_row, trainer=KTOTrainer, prepare=prepare_kto, tags=("kto", "trl"))
-reward = partial(
-    _row, trainer=RewardTrainer, prepare=prepare_reward, tags=("reward-trainer", "trl")
-)
+class PairTrainer(PreparedTrainer, DPOTrainer):
+    """TRL's for DPO."""
+
+
+class JudgedTrainer(PreparedTrainer, KTOTrainer):
+    """TRL's for KTO."""
+
+
+class ScoreTrainer(PreparedTrainer, RewardTrainer):
+    """TRL's for reward models."""
+
+
+dpo = partial(Task, trainer=PairTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
+kto = partial(Task, trainer=JudgedTrainer, prepare=prepare_kto, tags=("kto", "trl"))
+reward = partial(Task, trainer=ScoreTrainer, prepare=prepare_reward, tags=("reward-trainer", "trl"))
 
 
 def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from pacatune.grid import is_packed
 from pacatune.installation import require
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
+from pacatune.precision import dtype_name
 from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
@@ -32,7 +33,7 @@ from pacatune.training.folder import (
     is_finished,
     run_folder,
 )
-from pacatune.training.language import Task, task_of
+from pacatune.training.language import Task, model_path, task_of, weights_dtype
 from pacatune.training.output import (
     TrainedOn,
     check_same_options,
@@ -69,7 +70,7 @@ from pacatune.training.selecting import (
     share_of_batches,
 )
 from pacatune.training.start import check_quantization
-from pacatune.training.task import Prepared, count_trainable
+from pacatune.training.task import count_trainable
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.residency_report import residency_report
 
@@ -141,17 +142,17 @@ def _train(
     repository = None
     if push_to_hub is not None and config.training.process_index == 0:
         repository = open_repository(push_to_hub, config.training)
-    prepared = prepare(task, console)
-    now, checkpoint = TrainedOn.of(prepared.fingerprint, config.training), None
+    show_plan(task, console)
+    now, checkpoint = TrainedOn.of(task.fingerprint, config.training), None
     if resume:
-        fixed = prepared.fixed_split or why_fixed(config.training)
+        fixed = task.data.fixed_split or why_fixed(config.training)
         checkpoint = find_checkpoint(now, folder, fixed=fixed)
-    trainer = make_trainer(task, prepared, checkpoint, console)
+    trainer = make_trainer(task, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, task.values, now, checkpoint, console)
     run_trainer(trainer, task, checkpoint, console)
     save_weights(trainer, folder)
-    report = save_report(task, prepared, trainer, folder)
+    report = save_report(task, trainer, folder)
     show_result(report, folder, console)
     if repository is not None:
         where = push_result(folder, repository, config.training, with_config=push_config)
@@ -191,25 +192,23 @@ def start_or_resume(
     return _train(task, console, resume, begun and not resume, push_to_hub, push_config)
 
 
-def prepare(task: Task, console: Console) -> Prepared:
-    """Look at everything but the weights, plan what is trained, and say so."""
+def show_plan(task: Task, console: Console) -> None:
+    """Look at everything but the weights, and say what is trained."""
     config = task.config
     check_environment(config)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    prepared = task.prepared
-    check_selection(config, prepared.adapter_config)
-    plan = prepared.plan
+    plan = task.plan
+    check_selection(config, plan.adapter)
     everything = "the head" if config.method == "head" else "every weight"
     for line in (
-        f"data: {prepared.about_data}",
+        f"data: {task.about_data()}",
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
     ):
         say(console, line)
-    show_warnings(prepared.warnings, console)
-    return prepared
+    show_warnings(task.warnings(), console)
 
 
 def check_environment(config: RunConfig) -> None:
@@ -242,32 +241,32 @@ def check_environment(config: RunConfig) -> None:
         )
 
 
-def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, console: Console) -> Any:
+def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     """Load the weights, choose columns where data decides about them, and return the trainer."""
     config = task.config
     arguments = _adjusted_arguments(
-        config, has_evaluation=prepared.evaluation is not None, checkpoint=checkpoint
+        config, has_evaluation=task.evaluation is not None, checkpoint=checkpoint
     )
     set_seed(arguments.seed)
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if start is not None:
         show_warnings(check_base(start, model), console)
-    collate = partial(task.collate, prepared.train)
-    batches = share_of_batches(len(prepared.train), config, collate)
+    collate = partial(task.collate, task.train)
+    batches = share_of_batches(len(task.train), config, collate)
     adapter_config = choose_from_data(
-        config, prepared.adapter_config, model, batches, checkpoint, console, loss_fn=prepared.loss
+        config, task.plan.adapter, model, batches, checkpoint, console, loss_fn=task.data.loss
     )
     trainer = task.make_trainer(
         model,
         adapter_config,
         args=arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.evaluation,
+        train_dataset=task.train,
+        eval_dataset=task.evaluation,
         callbacks=[],
     )
-    trainer.trained_on = TrainedOn.of(prepared.fingerprint, arguments)
-    trainer.has_new_head = prepared.has_new_head
+    trainer.trained_on = TrainedOn.of(task.fingerprint, arguments)
+    trainer.has_new_head = task.data.new_head is not None
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
         load_values(trainer.model, start)
@@ -277,8 +276,8 @@ def make_trainer(task: Task, prepared: Prepared, checkpoint: Path | None, consol
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
     _add_callbacks(trainer, config, checkpoint)
-    if METHODS[config.method].is_paca and is_packed(prepared.model):
-        trainer.add_callback(CodeWatch(trainer.model, prepared.model, console))
+    if METHODS[config.method].is_paca and is_packed(model_path(config)):
+        trainer.add_callback(CodeWatch(trainer.model, model_path(config), console))
     return trainer
 
 
@@ -343,20 +342,21 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         )
 
 
-def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
+def _make_report(task: Task, trainer: Any) -> Report:
     config, log, num_steps = task.config, trainer.state.log_history, trainer.state.global_step
     train_losses, train_loss = train_curve(log)
     eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
+    dtype = dtype_name(weights_dtype(config))
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
         "train_loss": train_loss,
         "train_losses": train_losses,
         "num_trainable_parameters": count_trainable(trainer.model),
-        "num_parameters": prepared.plan.num_parameters,
-        "num_train_examples": len(prepared.train),
-        "num_eval_examples": 0 if prepared.evaluation is None else len(prepared.evaluation),
+        "num_parameters": task.plan.num_parameters,
+        "num_train_examples": len(task.train),
+        "num_eval_examples": 0 if task.evaluation is None else len(task.evaluation),
         "num_steps": num_steps,
         "step_ms": trainer.meter.step_ms,
         "peak_memory_bytes": peak,
@@ -364,20 +364,20 @@ def _make_report(task: Task, prepared: Prepared, trainer: Any) -> Report:
         "saved_activation_bytes": trainer.saved_activation_bytes,
         "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "method": config.method,
-        "model": prepared.model,
+        "model": model_path(config),
         "adapter": config.adapter,
-        "targets": list(prepared.plan.targets),
+        "targets": list(task.plan.targets),
         "columns": describe_columns(trainer.model),
-        "dtype": prepared.dtype,
+        "dtype": dtype,
         "compute_dtype": {"fp16": "float16", "bf16": "bfloat16"}.get(
-            trainer.accelerator.mixed_precision, prepared.dtype
+            trainer.accelerator.mixed_precision, dtype
         ),
         "quantization": config.model.quantization,
         "device": str(trainer.args.device),
         "learning_rate": config.training.learning_rate or 0.0,
         "seed": config.training.seed,
         "versions": versions("trl", "accelerate", "datasets"),
-        "warnings": prepared.warnings,
+        "warnings": task.warnings(),
     }
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
@@ -423,11 +423,11 @@ def save_weights(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def save_report(task: Task, prepared: Prepared, trainer: Any, folder: Path) -> Report:
+def save_report(task: Task, trainer: Any, folder: Path) -> Report:
     """Measure what was trained, and save all that is known about it beside the weights."""
     main, output = trainer.args.process_index == 0, run_folder(folder)
     try:
-        report = _make_report(task, prepared, trainer)
+        report = _make_report(task, trainer)
         with (
             explained_failure(output.path, "make room."),
             # The report last: it says that the run is finished.

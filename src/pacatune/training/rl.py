@@ -172,6 +172,13 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
 
 
-_row = partial(Task, mixin=SamplingTrainer, prepare=prepare)
-grpo = partial(_row, trainer=GRPOTrainer, tags=("grpo", "trl"))
-rloo = partial(_row, trainer=RLOOTrainer, tags=("rloo", "trl"))
+class GroupTrainer(SamplingTrainer, GRPOTrainer):
+    """TRL's for GRPO."""
+
+
+class LeaveOneOutTrainer(SamplingTrainer, RLOOTrainer):
+    """TRL's for RLOO."""
+
+
+grpo = partial(Task, trainer=GroupTrainer, prepare=prepare, tags=("grpo", "trl"))
+rloo = partial(Task, trainer=LeaveOneOutTrainer, prepare=prepare, tags=("rloo", "trl"))

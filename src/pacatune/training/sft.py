@@ -91,8 +91,8 @@ def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any
     return batch
 
 
-class TextTrainer(RunTrainer):
-    """Put before SFTTrainer: it trains on data that is prepared, and packs where that is safe."""
+class TextTrainer(RunTrainer, SFTTrainer):
+    """TRL's on data that is prepared; it packs where that is safe."""
 
     def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
         if packs(args, model):
@@ -136,7 +136,7 @@ class TextTrainer(RunTrainer):
         return result
 
 
-sft = partial(Task, trainer=SFTTrainer, mixin=TextTrainer, prepare=prepare, tags=("sft", "trl"))
+sft = partial(Task, trainer=TextTrainer, prepare=prepare, tags=("sft", "trl"))
 
 
 def packs(training: Any, model: Any) -> bool:

@@ -24,6 +24,8 @@ from pacatune.tuner.layer import PacaLayer
 class Plan:
     """What will be trained, known without a single weight."""
 
+    adapter: PeftConfig | None
+    """The adapter's configuration with its targets; None without an adapter."""
     targets: dict[str, str]
     """Name of each adapted module -> its shape, as "576 -> 192"."""
     num_trainable_parameters: int
@@ -66,37 +68,6 @@ class TaskData:
     """Why a run must go on with the processes and batches that it began with; None: it need not."""
     length_option: str = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What is known before the weights are loaded."""
-
-    train: Any
-    """Training examples, as the trainer takes them."""
-    evaluation: Any | None
-    """Held-out examples of the same kind."""
-    fingerprint: str
-    """Digest of the training data, by which a resumed run knows that it is the same."""
-    about_data: str
-    """One line for the user."""
-    adapter_config: PeftConfig | None
-    plan: Plan
-    model: str
-    """Hub id, or absolute path of the model's folder."""
-    pipeline_tag: str
-    """The hub's name of what the model does."""
-    dtype: str
-    """Name of the type that the weights are held in."""
-    loss: Callable[[Any, Any], Tensor] | None = None
-    """Loss of a model on a batch of `collate`, by which columns are chosen; the model's own where
-    None."""
-    has_new_head: bool = False
-    """Whether the model gets a head for its classes, which learns at a rate of its own."""
-    fixed_split: str | None = None
-    """Why a run must go on with the processes and batches that it began with; None: it need not."""
-    warnings: list[str] = field(default_factory=list)
-    """What looks wrong with data or model."""
 
 
 def make_adapter_config(
@@ -162,7 +133,7 @@ def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters, planned = sum(p.numel() for p in model.parameters()), adapter
     if hasattr(adapter, "mask_fn"):  # SHiRA's, which looks at values; as many are trained without
         adapter = copy.copy(adapter)
         setattr(adapter, "mask_fn", None)  # noqa: B010 (PEFT's own field of that class)
@@ -175,7 +146,7 @@ def make_plan(model: nn.Module, adapter: PeftConfig | None, config: RunConfig) -
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
-    return Plan(targets, count_trainable(model), num_parameters)
+    return Plan(planned, targets, count_trainable(model), num_parameters)
 
 
 def _whole(module: Any) -> str:
