@@ -31,10 +31,9 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
     [
         (f"train {TYPO} 1", f"unknown option {TYPO}; {MEANT}"),
         ("train --config typo.yaml", "unknown key 'training.learning_rte'; did you mean 'training"),
-        (f"{RUN} no.jsonl", "no.jsonl does not exist; check `data.path`"),
     ],
 )
-def test_a_process_checks_its_words(folder, words, message):
+def test_a_name_is_checked_without_them(folder, words, message):
     done = run_without(HEAVY, words.split())
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(f"pacatune: error: .*{re.escape(message)}.*\n", done.stderr)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from pacatune.adapters import loading
-from pacatune.cli import main, train
+from pacatune.cli import main
+from pacatune.training.language import Task
 
 RUN = "train --model.path tiny --data.path d.jsonl"
 BOTH = "--adapter adapter --output out"
@@ -129,9 +130,11 @@ def is_line(said, message):
 
 
 @pytest.mark.parametrize("words", WRONG_RUNS)
-def test_runs_by_a_check_without_torch(words, folder):
-    with pytest.raises((ValueError, OSError), match=re.escape(WRONG_RUNS[words])):
-        train.read(words_of(words)[1:])
+def test_runs_before_weights_are_loaded(words, folder, monkeypatch, capsys):
+    monkeypatch.setattr(Task, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    assert main(words_of(words)) == 2
+    said = capsys.readouterr().err
+    assert is_line(said, WRONG_RUNS[words]), said
 
 
 def test_before_anything_heavy_is_imported(folder):

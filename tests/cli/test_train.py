@@ -1,14 +1,16 @@
 """`pacatune train`: from words and config files to a run."""
 
 import re
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.run_options import RunOptions, find_value
+from pacatune.cli.run_options import RunOptions, fields_in_source, find_value
 from pacatune.cli.train import take_rewards
 from pacatune.training import TASKS, RunConfig
+from pacatune.training.arguments import training_class
 from tests.data.conftest import write_lines
 
 
@@ -172,6 +174,12 @@ def test_find_value(tmp_path):
     assert found == [None, "rloo", "reward"]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_names_of_options_are_read_from_the_source(task):
+    names = {option.name for option in fields(training_class(task)) if option.init}
+    assert fields_in_source(TASKS[task].arguments.rpartition(".")[2]) == names
+
+
 def test_take_rewards():
     for words in (["--reward", "a:f", "--reward=b:g"], ["--reward+", "[a:f, 'b:g']"]):
         rest, found = take_rewards(["--method", "lora", *words])
@@ -189,4 +197,4 @@ def test_template_is_a_config_file(task, tmp_path, shown):
     words += ["--training.use_cpu", "true"]
     if task in ("grpo", "rloo"):
         words = take_rewards([*words, "--reward", "a:f"])[0]
-    assert RunConfig(**options.parse(words).values).task == task
+    assert RunConfig(**options.parse(words)[0]).task == task

@@ -1,7 +1,6 @@
 """The table of commands and what they share: help, version, and clean error lines."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import shlex
@@ -9,8 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,7 @@ from pacatune.names import did_you_mean, spell
 
 # Each command is the module `pacatune.cli.NAME`. It has `command`, or `SUBCOMMANDS` by
 # their names: a function whose parameters are the options, or a dataclass with the method `run`.
-# What declares its options otherwise has `run(argv: list[str]) -> int`; a run of training has
-# `read`, which makes of the words a `Request` that is carried out.
+# What declares its options otherwise has `run(argv: list[str]) -> int`.
 COMMANDS = {
     "train": "fine-tune a model on your data",
     "generate": "stream text from a model, with or without an adapter",
@@ -91,14 +87,15 @@ def _main(words: list[str], owns_process: bool) -> int:
 
         print(f"pacatune {package_version('pacatune')}")
         return 0
+    if owns_process and words[0] == "train" and _SHOWING & {*words}:
+        _hide_torch()
     try:
-        request = _read_apart(words[0], words[1:], debug) if owns_process else None
-        return request if isinstance(request, int) else _run_command(words, debug, request)
+        return _run_command(words, debug)
     except SystemExit as end:  # of --help and --print_config
         return int(end.code or 0)
     except KeyboardInterrupt as interrupt:
         # Training says where it stopped and how to go on.
-        if _speaks():
+        if speaks():
             print(f"pacatune: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -107,7 +104,7 @@ def _main(words: list[str], owns_process: bool) -> int:
         return _tell(error, debug)
 
 
-def _speaks() -> bool:
+def speaks() -> bool:
     """Whether this process speaks for all that a launcher started on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -123,43 +120,6 @@ def _tell(error: Exception, debug: bool) -> int:
         message += f" ({kind}; `pacatune --debug COMMAND ...` shows where it comes from)"
     print(f"pacatune: error: {message}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def _read_apart(name: str, argv: list[str], debug: bool) -> dict[str, Any] | int | None:
-    """Do without torch and PEFT what can be: they take many seconds to import.
-
-    What only shows options does without them altogether. The words of a run are read in a copy of
-    this process that does without them: returned is what they ask for, or the exit status where
-    they are wrong, or None where it is not known.
-    """
-    if name == "train" and _SHOWING & {*argv}:
-        _hide_torch()
-    if name != "train" or _SHOWING & {*argv} or not hasattr(os, "fork") or not _speaks():
-        return None
-    reader, writer = Pipe(duplex=False)
-    child = os.fork()
-    if child:
-        writer.close()
-        try:
-            request = json.loads(reader.recv_bytes())
-        except EOFError:  # one that was killed has found nothing wrong
-            request = None
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return status if status > 0 else request
-    status = 0
-    try:
-        _hide_torch()
-        request = asdict(_module_of(name).read(argv))
-        writer.send_bytes(json.dumps(request, default=_plain).encode())
-    except (ValueError, OSError) as error:
-        status = _tell(error, debug)
-    finally:
-        os._exit(status)  # anything else is for the run itself to say
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON does not know as what YAML would say."""
-    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _hide_torch() -> None:
@@ -183,20 +143,12 @@ def _module_of(name: str) -> Any:
     return importlib.import_module(f"pacatune.cli.{name}")
 
 
-def _run_command(words: list[str], debug: bool, request: dict[str, Any] | None) -> int:
-    """Import and run a command; `request` is what its words ask for, if they have been read."""
+def _run_command(words: list[str], debug: bool) -> int:
+    """Import and run a command."""
     name, argv = words[0], words[1:]
     module = _module_of(name)
-    if name == "train":
-        from pacatune.cli.run_options import Request
-
-        try:
-            asked = module.read(argv) if request is None else Request(**request)
-        except (ValueError, OSError):
-            if not _speaks():
-                return EXIT_USER_ERROR
-            raise
-        return asked.carry_out([*["--debug"] * debug, *words])
+    if name == "train":  # which starts itself again, on each GPU
+        return int(module.run(argv, [*["--debug"] * debug, *words]))
     called, words = getattr(module, "command", None), [name]
     if hasattr(module, "SUBCOMMANDS"):
         if not argv or argv[0] in ("-h", "--help"):

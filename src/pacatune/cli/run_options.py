@@ -1,27 +1,23 @@
 """Options of a run: one per field of its configuration and sections, from words and YAML files."""
 
-import os
+import ast
 import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import fields
+from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
 from pacatune.cli.options import SectionParser, refuse_unknown
-from pacatune.data.config import REASONING_GYM
-from pacatune.files.plain import find_file
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.pretrained import find_adapter, find_model, refuse_absent, refuse_no_weights
-from pacatune.training.config import RunConfig, sections_of
+from pacatune.training.config import RunConfig, own_sections, sections_of
 from pacatune.training.config_file import add_run_options, check_keys, read_values
-from pacatune.training.folder import check_folder
-from pacatune.training.sections import check_selection_file
-from pacatune.training.tasks import TASKS, TaskSpec
+from pacatune.training.tasks import TASKS
 
 _SWITCHES = {
     "resume": "Continue the run in training.output_dir from its last checkpoint.",
@@ -33,6 +29,11 @@ _SWITCHES = {
 _PUSH = (
     "Upload what the run wrote to this repository of the hub, which is created before training; "
     "private with training.hub_private_repo."
+)
+# Where TRL, transformers and we have classes of training options.
+_SOURCES = (
+    *("trainer/*_config.py", "experimental/*/*_config.py"),
+    *("training_args.py", "training/arguments.py"),
 )
 _FLAGS = (*_SWITCHES, "push_to_hub", "preview")
 _PRINT = "--print_config"
@@ -52,7 +53,7 @@ class RunOptions:
     """The command line of `train` for a task: one option per field of the run and its sections."""
 
     def __init__(self, task: str) -> None:
-        self.task, self.spec, self.sections = task, TASKS[task], sections_of(task)
+        self.task, self.spec, self.sections = task, TASKS[task], own_sections(task)
         self._names = {f.name for f in fields(RunConfig)} - {*TASKS[task].lacks}
 
     @cached_property
@@ -79,7 +80,7 @@ class RunOptions:
         )
         add_run_options(parser, self.task)
         # TRL and transformers have the help of most training options in their fields.
-        training = fields(self.sections["training"])
+        training = fields(sections_of(self.task)["training"])
         helps = {f"training.{f.name}": f.metadata.get("help") for f in training}
         for action in parser._actions:
             action.help = helps.get(action.dest) or action.help
@@ -110,10 +111,10 @@ class RunOptions:
         )
         return parser.format_help()
 
-    def parse(self, argv: list[str]) -> "Request":
+    def parse(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parse the words of the command line and its config files, once; wrong is a ValueError.
 
-        What they do not say is for `RunConfig` to fill in.
+        Returns options of a `RunConfig`, which fills in what they do not say, and flags.
         """
         self._check_names(argv)
         if {"-h", "--help"} & {*argv}:
@@ -127,22 +128,24 @@ class RunOptions:
                 f"`task` ({task!r}) of a config file is another one than `--task` "
                 f"({self.task!r}); give one of them."
             )
-        values = {name: given[name] for name in self._names & given.keys()}
-        return Request(values, {name: given[name] for name in _FLAGS if name in given})
+        options = {name: given[name] for name in self._names & given.keys()}
+        return options, {name: given[name] for name in _FLAGS if name in given}
 
     def _check_names(self, argv: list[str]) -> None:
         """Refuse unknown options and unknown keys of config files."""
-        known = self._names - self.sections.keys()
-        for section, kind in self.sections.items():
-            known |= {f"{section}.{f.name}" for f in fields(kind) if f.init}
+        kind = self.spec.arguments.rpartition(".")[2]
+        sections = {name: [f.name for f in fields(own)] for name, own in self.sections.items()}
+        sections["training"] = ["output_dir", *fields_in_source(kind)]
+        known = self._names - sections.keys()
+        for section, names in sections.items():
+            known |= {f"{section}.{name}" for name in names}
             for value in values_of(argv, section):
                 if not value.startswith("{"):
-                    first = fields(kind)[0].name
                     raise ValueError(
                         f"`--{section}` ({value!r}) is a section of options; did you mean "
-                        f"--{section}.{first}?"
+                        f"--{section}.{names[0]}?"
                     )
-        others = ("help", "config", "print_config", *_FLAGS, *self.sections)
+        others = ("help", "config", "print_config", *_FLAGS, *sections)
         refuse_unknown(argv, [f"--{name}" for name in (*known, *others)])
         for path in values_of(argv, "config"):
             values = read_values(Path(path))
@@ -151,92 +154,30 @@ class RunOptions:
             check_keys(values, known, path)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the words ask for, in values of JSON: options of a `RunConfig`, and flags."""
+@cache
+def fields_in_source(name: str) -> set[str]:
+    """Return the fields of a class of training options, read from its source.
 
-    values: dict[str, Any]
-    flags: dict[str, Any]
-
-    def check(self) -> RunConfig:
-        """Return the run; refuse what can be seen to be wrong without torch, as it would do later.
-
-        That are contradictions, and a model or data that is not there. A run that goes on may
-        need no files.
-        """
-        config, flags = RunConfig(**self.values), self.flags
-        is_paca = METHODS[config.method].is_paca
-        for section in (config.model, config.data):
-            section.refuse_missing()
-        if is_paca and config.paca.from_file:
-            check_selection_file(str(config.paca.selection))
-        if "preview" not in flags and "auto_resume" not in flags:
-            how = {name: name in flags for name in ("resume", "overwrite")}
-            check_folder(config, **how)
-        if "resume" in flags or "auto_resume" in flags:
-            return config
-        if config.adapter is not None and (folder := find_adapter(config.adapter)) is not None:
-            find_file(folder, "adapter_config.json")
-        _check_files(config.model, config.data, config.spec)
-        if "preview" not in flags:
-            refuse_no_weights(config.model.path)
-        return config
-
-    def carry_out(self, words: list[str]) -> int:
-        """Train as the words say: anew, or going on; or show the data.
-
-        The words are those after `pacatune`; on several GPUs, each runs them.
-        """
-        import torch
-
-        from pacatune.training.language import preview
-        from pacatune.training.recipe import start_or_resume, train
-
-        config, how = RunConfig(**self.values), dict(self.flags)
-        if "preview" in how:
-            preview(config, int(how["preview"]))
-            return 0
-        if "push_config" in how and "push_to_hub" not in how:
-            raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
-        auto_resume = how.pop("auto_resume", False)
-        if auto_resume and how.keys() & {"resume", "overwrite"}:
-            raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
-        num_gpus = 0 if config.training.use_cpu else torch.cuda.device_count()
-        if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
-            return _run_on_gpus(num_gpus, words)
-        (start_or_resume if auto_resume else train)(config, **how)
-        return 0
+    To import it takes seconds, which a wrong word need not wait for.
+    """
+    for package in ("trl", "transformers", "pacatune"):
+        folder = Path(str(getattr(find_spec(package), "origin", ""))).parent
+        for path in (file for pattern in _SOURCES for file in folder.glob(pattern)):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for found in tree.body:
+                if isinstance(found, ast.ClassDef) and found.name == name:
+                    return _declared(found)
+    return set()
 
 
-def _run_on_gpus(number: int, words: list[str]) -> int:
-    """Run the words in a process for each GPU, as torchrun does; return the exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    print(f"{number} GPUs, a process on each; CUDA_VISIBLE_DEVICES=0 takes one", flush=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
-    how = ["--standalone", "--nproc_per_node", str(number), "-m", "pacatune"]
-    try:
-        run(parse_args([*how, *words]))
-    except ChildFailedError as error:  # the process has said why
-        return int(error.get_first_failure()[1].exitcode)
-    except SignalException as stop:
-        raise KeyboardInterrupt from stop
-    return 0
-
-
-def _check_files(model: Any, data: Any, spec: TaskSpec) -> None:
-    from pacatune.data.read import is_local, read_template
-
-    if not Path(find_model(model.path)).exists():
-        refuse_absent(model.path, option="model.path", revision=model.revision)
-    if getattr(data, "chat_template", None) is not None:
-        read_template(data.chat_template)
-    for source, option in filter(None, (*data.sources(), data.evaluation_source())):
-        is_made = source.path.startswith(REASONING_GYM)
-        if not is_made and not is_local(source.path, option, source.split, source.name):
-            refuse_absent(source.path, option=option, kind="dataset")
+def _declared(found: ast.ClassDef) -> set[str]:
+    """Return the fields that a class declares, and those of its bases."""
+    lines = [line for line in found.body if isinstance(line, ast.AnnAssign)]
+    fields = [line.target for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
+    own = {field.id for field in fields if isinstance(field, ast.Name)}
+    bases = (base.id for base in found.bases if isinstance(base, ast.Name))
+    names = own.union(*map(fields_in_source, bases))
+    return {name for name in names if not name.startswith("_")}
 
 
 def find_value(argv: list[str], option: str, among: Collection[str]) -> str | None:

@@ -44,19 +44,22 @@ _ABOVE_ZERO = (
 )
 
 
+def own_sections(task: str) -> dict[str, type[Any]]:
+    """Return the class of each section of a task's runs that is ours, by its name."""
+    return {
+        "model": ModelConfig,
+        "data": TASKS[task].data,
+        "paca": PacaSection,
+        "lora": LoraSection,
+    }
+
+
 @cache
 def sections_of(task: str) -> dict[str, type[Any]]:
     """Return the class of each section of a task's runs by its name."""
     from pacatune.training.arguments import training_class
 
-    spec = TASKS[task]
-    return {
-        "model": ModelConfig,
-        "data": spec.data,
-        "paca": PacaSection,
-        "lora": LoraSection,
-        "training": training_class(task),
-    }
+    return {**own_sections(task), "training": training_class(task)}
 
 
 @dataclass(kw_only=True)

@@ -22,6 +22,7 @@ from pacatune.installation import require
 from pacatune.measure.device import reset_peak_process_bytes
 from pacatune.methods import METHODS
 from pacatune.precision import dtype_name
+from pacatune.pretrained import refuse_no_weights
 from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
@@ -137,6 +138,7 @@ def _train(
 ) -> Report:
     config, folder = task.config, Path(str(task.config.training.output_dir))
     check_folder(config, resume=resume, overwrite=overwrite)
+    refuse_no_weights(config.model.path)
     if resume:
         check_same_options(task.values, folder)
     repository = None
