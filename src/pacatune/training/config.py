@@ -133,16 +133,12 @@ class RunConfig:
         self._typed = {n: {*s} if isinstance(s, Mapping) else set() for n, s in sections.items()}
         for name, kind in sections_of(self.task).items():
             setattr(self, name, _section(name, getattr(self, name), kind))
-        self.checked()
+        self.settled()
 
     def settled(self) -> "RunConfig":
-        """Return a `checked` copy that says what it does on this machine."""
-        run = self.checked()
-        run.training.pin_bf16()
-        return run
+        """Return a copy, sections too, that says what it does on this machine.
 
-    def checked(self) -> "RunConfig":
-        """Return a copy, sections too, in which what one option leaves to another is filled in.
+        What one option leaves to another is filled in.
 
         Raises:
             ValueError: If options contradict each other, or have values that they cannot have.
@@ -179,6 +175,7 @@ class RunConfig:
             )
         if spec.reference is not None:
             run._check_reference(spec.reference)
+        run.training.pin_bf16()
         return run
 
     def refuse_missing(self) -> None:
