@@ -1,6 +1,7 @@
 """R2: whoever looks at the base, or holds it, sees the base, bit for bit."""
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -108,3 +109,19 @@ def test_a_layer_is_freed_without_the_garbage_collector(base, model, x):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_layer_is_freed_within_a_transform(base, model, x):
+    """As the garbage collector may do at any time."""
+    model(x).sum().backward()
+    weight = net.layers(model)[0].base_layer._parameters
+    weight = dict.get(weight, "weight")
+
+    def free(number):
+        model.base_model.model.first = nn.Identity()
+        return number.square()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.grad(free)(torch.tensor(1.0))
+    assert torch.equal(weight, base.first.weight)

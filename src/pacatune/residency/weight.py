@@ -371,8 +371,10 @@ class Residency:
 
     def __del__(self) -> None:
         if self.is_written and not self.is_lost and sys is not None and not sys.is_finalizing():
-            # Garbage is collected at any time: perhaps while a compiler runs on fake tensors.
-            with torch.utils._python_dispatch._disable_current_modes():
+            # Garbage is collected at any time: perhaps while a compiler runs on fake tensors, or
+            # within a transform of torch.func.
+            no_modes = torch.utils._python_dispatch._disable_current_modes()
+            with no_modes, torch._C._DisableFuncTorch():
                 self.restore()
 
 
