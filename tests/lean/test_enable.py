@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pacatune import PacaConfig, lean
-from tests.lean.models import adapted, assert_equal_results, build, classes, gradients
+from tests.lean.models import assert_equal_results, build, classes, gradients
 from tests.releases import compiles_whole
 
 
@@ -24,16 +24,6 @@ def test_compile(model, batch, level):
     ours, _ = gradients(model, batch)
     assert counter.frame_count == 1
     assert_equal_results(ours, plain)
-
-
-def test_autocast(model, batch):
-    with torch.autocast("cpu", torch.bfloat16):
-        plain, plain_bytes = gradients(model, batch)
-        lean.enable(model)
-        ours, lean_bytes = gradients(model, batch)
-    assert lean_bytes < plain_bytes
-    for name, expected in plain.items():
-        assert (ours[name] - expected).norm() <= 0.05 * expected.norm(), name
 
 
 @pytest.mark.parametrize("state", ["disabled", "merged", "two", "hooked", "base hooked"])
@@ -65,18 +55,6 @@ def outcome(model, batch, state):
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
         loss = model(inputs_embeds=x, **rest).loss
         return {"loss": loss.detach(), "x": torch.autograd.grad(loss, x)[0]}
-
-
-def test_down_proj_keeps_nothing_of_its_own(batch):
-    """With hooks it must be called, and then keeps its columns of the product."""
-    model = adapted(dtype=torch.bfloat16)
-    lean.enable(model)
-    _, together = gradients(model, batch)
-    for name, layer in model.named_modules():
-        if name.endswith("down_proj"):
-            layer.register_forward_hook(lambda *args: None)
-    _, apart = gradients(model, batch)
-    assert apart - together == 2 * batch["input_ids"].numel() * 4 * 2
 
 
 def test_evaluation_and_generation_take_the_modules_own_way(model, batch):

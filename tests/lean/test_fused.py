@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pacatune.lean import fused
 from pacatune.lean.gated import ACTIVATIONS
 from tests.lean.functions import CASES, run
-from tests.ops.twin import assert_within_own_error
+from tests.ops.twin import assert_within_own_error, cast
 
 PRODUCT, NORM = (CASES[name].function for name in ("product, silu", "rms_norm, llama"))
 # Inductor imports what torch itself deprecates.
@@ -37,40 +37,22 @@ def graphs(compiled, monkeypatch):
     return counter
 
 
-def _make(*shapes, dtype):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def _compare(function, tensors, trained, monkeypatch):
-    ours, saved = run(function, tensors, trained)
+def test_a_kernel_computes_what_is_written(compiled, monkeypatch):
+    case = CASES["product, silu"]
+    tensors = cast(case.tensors, torch.bfloat16)
+    ours, saved = run(case.function, tensors, case.floating)
+    assert not fused._failed
     monkeypatch.setattr(fused, "_is_wanted", lambda x: False)
-    theirs, saved_apart = run(function, tensors, trained)
-    exact, _ = run(function, {name: x.double() for name, x in tensors.items()}, trained)
+    theirs, saved_apart = run(case.function, tensors, case.floating)
+    exact, _ = run(case.function, cast(tensors, torch.float64), case.floating)
     assert saved == saved_apart
     assert_within_own_error(ours, theirs, exact)
-
-
-def test_kernels_compute_a_product_and_its_gradients(compiled, monkeypatch):
-    gate, up = _make((4, 6, 32), (4, 6, 32), dtype=torch.bfloat16)
-    _compare(PRODUCT, {"gate": gate, "up": up}, {"gate", "up"}, monkeypatch)
-    assert not fused._failed
-
-
-@pytest.mark.parametrize("form", ["llama", "gemma"])
-def test_a_norm_is_one_graph_each_way(graphs, monkeypatch, form):
-    x, weight = _make((5, 16), (16,), dtype=torch.bfloat16)
-    function = CASES[f"rms_norm, {form}"].function
-    for num_rows in (5, 2, 3):  # other sizes need no other graph
-        run(function, {"x": x[:num_rows], "weight": weight}, {"x"})
-    assert graphs.frame_count == 2
-    _compare(function, {"x": x, "weight": weight}, {"x"}, monkeypatch)
 
 
 def test_cpus_and_tensors_without_memory_compile_nothing(monkeypatch):
     monkeypatch.setattr(fused, "_compiled", lambda function: pytest.fail("compiled"))
     monkeypatch.setattr(fused, "_has_triton", lambda: True)
-    gate, up = _make((3, 32), (3, 32), dtype=torch.float32)
+    gate, up = torch.randn(2, 3, 32)
     run(PRODUCT, {"gate": gate, "up": up}, {"gate", "up"})
     with FakeTensorMode():
         assert not fused._is_wanted(torch.empty(3, device="cuda"))
@@ -113,8 +95,7 @@ def test_shapes_of_all_kinds_share_one_graph_each_way(graphs):
     """Torch keeps 8 graphs of a function, and then runs it as it is, without a word."""
     indices = torch.tensor([1, 4, 9])
     for shape in ((5, 32), (2, 6, 32), (1, 9, 32), (3, 1, 4, 32), (2, 1, 32)):
-        x, other = _make(shape, shape, dtype=torch.float32)
-        (weight,) = _make((32,), dtype=torch.float32)
+        x, other, weight = torch.randn(shape), torch.randn(shape), torch.randn(32)
         run(NORM, {"x": x, "weight": weight}, {"x", "weight"})
         run(PRODUCT, {"gate": x, "up": other}, {"gate", "up"})
         found = ACTIVATIONS["silu"].product_columns(x, other, indices)

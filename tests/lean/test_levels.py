@@ -209,20 +209,6 @@ def test_hooks_are_called_as_often_as_at_level_1(kind, within):
     assert len(calls) == 3 * 4
 
 
-def test_a_hook_on_the_mlp_itself_runs_once():
-    model, batch, calls = adapted(), batch_of("Llama"), []
-    model.enable_input_require_grads()
-    lean.enable(model)
-    expected, _ = gradients(model, batch)
-    lean.enable(model, level=3)
-    for module in model.modules():
-        if isinstance(module, RecomputedGatedMLP):
-            module.register_forward_hook(lambda *args: calls.append(1))
-            module.register_full_backward_hook(lambda *args: calls.append(1))
-    assert_equal(gradients(model, batch)[0], expected)
-    assert len(calls) == 4
-
-
 def test_dropout_stays_at_level_1_and_is_reported():
     model, batch = adapt(build("Llama"), "lora", lora_dropout=0.1), batch_of("Llama")
     report = lean.enable(model, level=3)
