@@ -252,14 +252,3 @@ def test_a_base_that_is_trained_as_well_is_refused(pair):
         layer.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="asks for a gradient itself"):
         pair.compiled(batch())
-
-
-@compiles_whole
-def test_a_view_of_a_larger_buffer_is_left_alone(pair):
-    """As the flat parameters of FSDP1 are."""
-    for layer in base_layers(pair.model) + base_layers(pair.twin):
-        buffer = torch.zeros(2, *layer.weight.shape, dtype=torch.float64)
-        buffer[0] = layer.weight
-        layer.weight = nn.Parameter(buffer[0], requires_grad=False)
-    pair.train_alike(4)
-    assert not any(layer.residency.is_written for layer in layers(pair.model).values())

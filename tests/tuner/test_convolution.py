@@ -3,18 +3,15 @@
 test_every_kind.py has all that every layer does, ops/test_convolution.py the gradients.
 """
 
-import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from transformers import MambaConfig, MambaForCausalLM
 
-from pacatune.adapters.loading import hotswap_adapter
 from tests.releases import compiles_whole
 from tests.residency.twin import Standardises, twin_of
 from tests.tuner import nets
@@ -68,15 +65,6 @@ def test_an_offloaded_layer_with_a_forward_of_its_own_is_refused():
     assert layer.weight.is_meta
     with pytest.raises(ValueError, match="weight of a Standardises is offloaded or sharded"):
         layer(torch.randn(1, 3, 5, 5))
-
-
-def test_an_adapter_of_another_kernel_size_is_refused(tmp_path):
-    adapt(nn.Sequential(nn.Conv2d(3, 4, 5))).save_pretrained(tmp_path)
-    base = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(RuntimeError, match=r"size mismatch.*\[4, 2, 5, 5\]"):
-        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    with pytest.raises(ValueError, match=r"delta of \(4, 2, 5, 5\).* needs \(4, 2, 3, 3\)"):
-        hotswap_adapter(adapt(base), tmp_path)
 
 
 class TestMixersThatReadTheWeight:

@@ -6,12 +6,9 @@ import logging
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
-from pacatune.measure.counters import SavedBytes
 from pacatune.tuner import defaults
 from pacatune.tuner.defaults import survey
 from tests.releases import has, needs
@@ -72,44 +69,6 @@ def test_every_layer_is_trained_and_the_loss_falls(trained):
     assert losses[3] < losses[2] < losses[1] < losses[0]
     for name, layer in layers(model).items():
         assert layer.delta_of("default").any(), name
-
-
-def test_the_base_is_bit_identical_when_disabled(family, base, trained):
-    model, _ = trained
-    with model.disable_adapter():
-        assert torch.equal(outputs(model, family), outputs(base, family))
-    for name, layer in layers(model).items():
-        assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight), name
-    assert not torch.equal(outputs(model, family), outputs(base, family))
-
-
-def test_kept_bytes_beyond_the_frozen_model_are_the_formula(family, base):
-    """N * R elements per layer; where the base layer is called, the scaled delta, O * R, too."""
-    model = adapt(base)
-    expected = []
-    for layer in layers(model).values():
-        num_scaled = layer.out_features * RANK if type(layer.base_layer) is Conv1D else 0
-
-        def count(layer, args, num_scaled=num_scaled):
-            num_tokens = args[0].numel() // layer.in_features
-            expected.append((num_tokens * RANK + num_scaled) * args[0].itemsize)
-
-        layer.register_forward_pre_hook(count)
-    kept = saved_bytes(model, family)
-    assert kept - saved_bytes(copy.deepcopy(base), family) == sum(expected)
-    assert len(expected) == len(layers(model))
-
-
-def saved_bytes(model, family):
-    """Bytes kept where every input of a linear layer needs a gradient, and its weight none."""
-    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    model.requires_grad_()
-    for layer in linear:
-        layer.weight.requires_grad_(False)
-    with SavedBytes(model) as saved:
-        loss = model(**family.make_batch()).loss
-    del loss
-    return saved.num_bytes
 
 
 def test_the_exported_lora_computes_the_same(family, base, trained, tmp_path):

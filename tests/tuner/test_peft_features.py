@@ -65,15 +65,6 @@ def load_own_state(base, folder):
     model.load_state_dict({names[name]: tensors[name] for name in names}, strict=False)
 
 
-# What a damaged or hostile file may say are the columns of a weight, and what is said of it.
-BAD_COLUMNS = {
-    "beyond": (lambda own: own.index_fill(0, torch.tensor([len(own) - 1]), 10**6), "1000000"),
-    "negative": (lambda own: own.index_fill(0, torch.tensor([0]), -1), "sorted and unique"),
-    "twice": (lambda own: own[[0, 0, *range(2, len(own))]], "sorted and unique"),
-    "unsorted": (lambda own: own.flip(0), "sorted and unique"),
-    "int32": (lambda own: own.int(), r"torch\.int32"),
-    "float": (lambda own: own.float(), r"torch\.float32"),
-}
 DOORS = {
     "PEFT": PeftModel.from_pretrained,
     "PEFT, on meta first": lambda base, folder: PeftModel.from_pretrained(
@@ -149,23 +140,16 @@ class TestFiles:
 
     @loads_adapters
     @pytest.mark.parametrize("door", DOORS)
-    @pytest.mark.parametrize("kind", BAD_COLUMNS)
-    def test_columns_that_no_weight_has(self, base, tmp_path, tiny_model_dir, door, kind):
-        """Refused by every door, before anything computes with them."""
+    def test_columns_that_no_weight_has(self, base, tmp_path, tiny_model_dir, door):
+        """Refused by every door, before anything computes with them; format/ has all kinds."""
         adapt(base).save_pretrained(tmp_path)
         edit_config(tmp_path, base_model_name_or_path=str(tiny_model_dir))
         path, name = tmp_path / "adapter_model.safetensors", f"base_model.model.{NAME}.paca_indices"
         tensors = load_file(path)
-        change, message = BAD_COLUMNS[kind]
-        good, tensors[name] = tensors[name], change(tensors[name])
+        tensors[name][-1] = 10**6
         save_file(tensors, path)
         before = copy.deepcopy(base.state_dict())
-        if kind in ("int32", "float") and "transformers" in door:  # made int64 before we see them
-            model = DOORS[door](base, tmp_path)
-            layer = nets.layers(base if "load_adapter" in door else model)[NAME]
-            assert torch.equal(layer.paca_indices["default"], good)
-            return
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="1000000"):
             DOORS[door](base, tmp_path)
         after = {plain_name(name): tensor for name, tensor in base.state_dict().items()}
         assert all(torch.equal(after[name], before[name]) for name in before)
