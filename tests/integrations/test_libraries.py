@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
@@ -95,18 +94,6 @@ class TestDiffusers:
         image, text = (torch.randn(*n, generator=generator) for n in ((2, 4, 8, 8), (2, 6, 32)))
         return unet(image, torch.tensor([3, 5]), text).sample
 
-    def test_add_adapter(self):
-        unet = self.unet()
-        before = self.noise(unet)
-        unet.add_adapter(self.config())
-        fill(unet)
-        after = self.noise(unet)
-        assert not torch.allclose(after, before, atol=1e-3)
-        unet.disable_adapters()
-        assert torch.equal(self.noise(unet), before)
-        unet.enable_adapters()
-        assert torch.equal(self.noise(unet), after)
-
     @pytest.mark.parametrize("is_given_adapted", [False, True])
     def test_exported_adapters_are_lora_of_diffusers(self, tmp_path, is_given_adapted):
         model = get_peft_model(self.unet(), self.config())
@@ -134,10 +121,3 @@ class TestDiffusers:
             tmp_path / "diffusers", prefix=None, weight_name="pytorch_lora_weights.safetensors"
         )
         assert torch.equal(self.noise(again), self.noise(lora))
-
-    def test_another_base_is_refused(self, tmp_path):
-        model = get_peft_model(self.unet(), self.config())
-        model.save_pretrained(tmp_path / "paca")
-        with pytest.raises(ValueError, match=r"down_blocks"):
-            export_lora(nn.Linear(4, 4), tmp_path / "paca", tmp_path / "lora")
-        assert not (tmp_path / "lora").exists()

@@ -99,9 +99,6 @@ def test_preferences(write_config, tmp_path):
     ("options", "message"),
     [
         ({"lora_dropout": 0.1}, "`lora_dropout` .0.1. is not for `adapter: paca`: .* dropped"),
-        ({"peft_use_dora": True}, "`peft_use_dora`"),
-        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "LoftQ"),
-        ({"lora_mlp_kernel": True}, "`lora_mlp_kernel` .* kernel for LoRA"),
         ({"strict": True}, "`strict` .* would write the base unmerged"),
         ({"expert_parallel_size": 2}, "`expert_parallel_size`"),
         ({"paca": {"r": 16}}, "`lora_r` .4. and `paca.r` .16. differ"),

@@ -111,7 +111,6 @@ def test_preferences(arguments, tmp_path):
     ("options", "message"),
     [
         ({"lora_dropout": 0.1}, "`lora_dropout` .0.1. is not for `--tuner_type paca`: .* dropped"),
-        ({"use_dora": True}, "`use_dora`"),
         ({"init_weights": "pissa"}, "`init_weights` .'pissa'."),
         ({"lora_rank": 0}, "`r` .0. must be an integer of at least 1"),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pacatune.ops import paca_conv
-from pacatune.ops.columns import adapted_kernel, select_channels
+from pacatune.ops.columns import adapted_kernel
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
@@ -91,24 +91,6 @@ def test_equal_to_reference(
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype", "delta_dtype"),
-    [
-        *((case, torch.bfloat16, torch.float32) for case in CASES),
-        ("2d", torch.float16, torch.float32),
-        ("2d groups", torch.bfloat16, torch.bfloat16),
-        ("3d", torch.float16, torch.float16),
-    ],
-)
-def test_low_precision_error_is_within_plain_autograds(
-    case: str, dtype: torch.dtype, delta_dtype: torch.dtype
-) -> None:
-    tensors, options = make(case, dtype)
-    tensors["delta"] = (tensors["delta"] * 0.01).to(delta_dtype)
-    both = (partial(one, scaling=0.75, **options) for one in RUN.values())
-    twin.assert_error_of_plain(*both, tensors, {"x", "delta", "bias"})
-
-
-@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("weight", torch.zeros(4, 3), r"`weight` must be \(O, I/G, \*k\).* got shape \(4, 3\)"),
@@ -186,17 +168,3 @@ def test_channels_last_stays_channels_last(case: str, dtype: torch.dtype) -> Non
     tolerance = 1e-4 if dtype == torch.float32 else 0.15
     for ours, name in ((y, "y"), (gx, "x"), (gdelta, "delta")):
         torch.testing.assert_close(ours, plain[name], atol=tolerance, rtol=tolerance)
-
-
-def test_selected_channels_keep_the_memory_order() -> None:
-    indices = torch.tensor([0, 2])
-    for x, num_dims in (
-        (torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last), 2),
-        (torch.randn(2, 9, 5).transpose(1, 2), 1),
-        (torch.randn(2, 5, 9), 1),
-        (torch.randn(5, 4, 3), 2),
-    ):
-        dim = x.dim() - num_dims - 1
-        chosen = select_channels(x, indices, num_dims)
-        assert torch.equal(chosen, x.index_select(dim, indices))
-        assert (chosen.stride(dim) == 1) == (x.stride(dim) == 1)
