@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from pacatune.adapters.base import quantization_config
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.inspect import inspect_adapter
-from pacatune.adapters.loading import attach, load_language_model
+from pacatune.adapters.loading import load_language_model
 from pacatune.adapters.merge import merge
 from pacatune.tuner.quantized import QuantizedLinear, forbid_packing
 from tests.adapters.fixtures import logits_of, save_adapter, scale
@@ -123,10 +123,7 @@ def test_nf4_is_for_adapters_of_nf4(small, tmp_path, quantization, message):
         merge(None, small(1, quantization), tmp_path / "out", onto="nf4")
 
 
-def test_what_cannot_be_repeated_is_said(tiny_model_dir, model, tmp_path):
-    save_adapter(tiny_model_dir, tmp_path, quantization=NF4, columns_from="original")
-    with pytest.raises(ValueError, match=r"this base is not quantised, where its update would be"):
-        attach(model, read_adapter(tmp_path))
+def test_what_cannot_be_repeated_is_said():
     hqq = {"method": "hqq", "bits": 4, "group_size": 64}
     for one in (hqq, {**NF4, "block_size": 128}, {**NF4, "type": {"evil": 1}}, {}):
         with pytest.raises(ValueError, match=r"cannot be repeated while a model loads; load it"):

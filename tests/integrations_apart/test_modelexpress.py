@@ -13,19 +13,15 @@ from modelexpress_rl.object_storage import ObjectStorageType
 from modelexpress_rl.train import WeightPayloadFormat
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacatune import PacaConfig
 from pacatune.sync import ColumnSource, DeltaFolder
+from tests.conftest import build_model
 from tests.sync.ranks import trained_state
-
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def build(seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).bfloat16()
+    return build_model(50, seed).bfloat16()
 
 
 def adapt(**options):

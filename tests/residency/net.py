@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pacatune import PacaConfig
-from tests.tuner.nets import Reference
+from tests.tuner.nets import Reference, deltas
 
 ALPHA = 6.0
 
@@ -43,10 +43,6 @@ def adapt(base: Net, **options) -> nn.Module:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "paca_delta")]
-
-
-def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
-    return [layer.paca_delta[adapter].weight for layer in layers(model)]
 
 
 def expected(base: Net, model: nn.Module, x: Tensor, adapter: str = "default"):

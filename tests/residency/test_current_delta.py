@@ -44,11 +44,8 @@ def in_each_layer(change: Callable[[nn.Module, nn.Parameter], object]) -> Change
 
 
 CHANGES: dict[str, Change] = {
-    "sgd": stepped(torch.optim.SGD),
     "adamw fused": stepped(torch.optim.AdamW, fused=True),
     "adamw foreach": stepped(torch.optim.AdamW, foreach=True),
-    "adamw loop": stepped(torch.optim.AdamW, foreach=False),
-    "in-place maths": in_each_layer(lambda layer, delta: delta.mul_(0.5).add_(0.1)),
     "average through .data": in_each_layer(lambda layer, delta: delta.data.copy_(0.3 * delta)),
     ".data assignment": in_each_layer(
         lambda layer, delta: setattr(delta, "data", torch.randn_like(delta))

@@ -27,7 +27,7 @@ from pacatune.tuner.defaults import log_once
 from pacatune.tuner.quantized import weight_matrix
 from tests.releases import needs
 from tests.selection.nets import TARGETS, build, columns_of, loss_of, make_batches, weights_of
-from tests.tuner.nets import evaluate
+from tests.tuner.nets import evaluate, fill
 from tests.tuner.quantizers import QUANTIZERS, quantise
 
 
@@ -173,17 +173,11 @@ def test_weights_that_are_not_there():
         weight_matrix(linear)
 
 
-def train_a_little(model):
-    for layer in model.modules():
-        if isinstance(layer, PacaLayer):
-            layer.delta_of("default").data.normal_(std=0.3)
-
-
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_save_and_load(tmp_path, low_cpu_mem_usage):
     base = build()
     model = get_peft_model(copy.deepcopy(base), config_of("weight_norm")).eval()
-    train_a_little(model)
+    fill(model)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["selection"] == "weight_norm"
@@ -242,7 +236,7 @@ def test_a_second_adapter_chooses_from_the_pretrained_weights():
     base = build()
     expected = columns_in(get_peft_model(copy.deepcopy(base), config_of("weight_norm")))
     model = get_peft_model(base, config_of("random"))
-    train_a_little(model)
+    fill(model)
     model(make_batches(1)[0][0])  # the first adapter's columns may be in the weights
     model.add_adapter("second", config_of("weight_norm"))
     assert columns_in(model, "second") == expected
