@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pacatune.ops import paca_conv
-from pacatune.ops.columns import adapted_kernel
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
@@ -112,19 +111,6 @@ def test_same_with_a_stride_is_refused() -> None:
     tensors, _ = make("2d", torch.float32)
     with pytest.raises(ValueError, match=r"'same' needs stride 1, got stride=\(2, 2\)"):
         paca_conv(**tensors, scaling=1.0, stride=2, padding="same")
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_kernel_in_more_bits_has_the_columns_that_a_merge_would_write(groups: int) -> None:
-    """Rounded to the weight's dtype first: what is trained is what is merged."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, 12 // groups, 3, generator=generator).bfloat16()
-    delta = torch.randn(8 // groups, 4, 3, generator=generator)
-    indices = torch.tensor([0, 3, 7, 11])
-    merged = adapted_kernel(weight, delta, indices, 0.3, groups)
-    assert merged.dtype == torch.bfloat16
-    wider = adapted_kernel(weight, delta, indices, 0.3, groups, dtype=torch.float32)
-    assert torch.equal(wider, merged.float())
 
 
 # What is kept for backward, and left as it was.
