@@ -7,6 +7,7 @@ import torch
 
 from pacatune import lean
 from tests.lean.models import (
+    ADAPTED,
     AS_KNOWN,
     adapt,
     assert_close_to_exact,
@@ -57,11 +58,6 @@ def test_report(name):
     else:
         assert report.left == {}
         assert lean.enable(model, mode="require") == report
-
-
-ADAPTED = sorted(
-    set(AS_KNOWN) & {"Llama", "Gemma 2", "Gemma 3", "Phi-3", "Qwen 3", "DINOv2, SwiGLU"}
-)
 
 
 @pytest.mark.parametrize(
