@@ -63,8 +63,11 @@ def test_a_base_that_the_adapter_is_merged_into(adapter_dir, tiny_model_dir, tmp
     assert not (tmp_path / "twice").exists()
     with pytest.raises(ValueError, match=message):
         load_language_model(str(tmp_path / "merged"), adapter_dir)
-    loaded = load_language_model(str(tmp_path / "merged"), adapter_dir, allow_other_base=True)
-    assert "is merged into this base already" in loaded.notes[0]
+    allowed = str(tmp_path / "merged"), adapter_dir
+    loaded = load_language_model(*allowed, allow_other_base=True)
+    twice = merge(*allowed, tmp_path / "twice", allow_other_base=True)
+    for result in (loaded, twice):
+        assert "is merged into this base already" in result.notes[0]
 
 
 def test_a_stored_architecture_is_compared(adapter_copy, model):

@@ -94,6 +94,18 @@ class TestDiffusers:
         image, text = (torch.randn(*n, generator=generator) for n in ((2, 4, 8, 8), (2, 6, 32)))
         return unet(image, torch.tensor([3, 5]), text).sample
 
+    def test_add_adapter(self):
+        unet = self.unet()
+        before = self.noise(unet)
+        unet.add_adapter(self.config())
+        fill(unet)
+        after = self.noise(unet)
+        assert not torch.allclose(after, before, atol=1e-3)
+        unet.disable_adapters()
+        assert torch.equal(self.noise(unet), before)
+        unet.enable_adapters()
+        assert torch.equal(self.noise(unet), after)
+
     @pytest.mark.parametrize("is_given_adapted", [False, True])
     def test_exported_adapters_are_lora_of_diffusers(self, tmp_path, is_given_adapted):
         model = get_peft_model(self.unet(), self.config())
