@@ -129,11 +129,15 @@ def test_peft_reads_what_has_nothing_of_its_own(answers, name):
 
 @pytest.mark.parametrize("name", NEEDS_OURS)
 def test_peft_refuses_what_it_would_get_wrong_and_ours_reads_it(answers, name):
+    """Whichever type the file says."""
     folder, said = answers[0] / name, answers[1]
     assert said[name] == "KeyError: 'PACATUNE'"
-    model = PeftModel.from_pretrained(build(), folder)
-    assert torch.allclose(outputs(model), torch.load(folder / "outputs.pt"), atol=1e-6)
-    assert read_config(folder / "adapter_config.json").needs_pacatune()
+    path, expected = folder / "adapter_config.json", torch.load(folder / "outputs.pt")
+    for kind in ("PACATUNE", "PACA"):
+        path.write_text(json.dumps({**config_of(folder), "peft_type": kind}))
+        model = PeftModel.from_pretrained(build(), folder)
+        assert torch.allclose(outputs(model), expected, atol=1e-6)
+        assert read_config(path).needs_pacatune()
 
 
 IDLE = r"`layers_to_transform` \(\[1\]\) has no effect"

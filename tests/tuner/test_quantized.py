@@ -115,6 +115,17 @@ def test_the_base_is_the_base_when_disabled_unmerged_and_unloaded(method):
     assert torch.equal(evaluate(model.unload(), batch()), before)
 
 
+def test_inference_equals_training(method):
+    model = adapt(Net(method))
+    fill(model)
+    trained = model.train()(batch()).detach()
+    # In evaluation, and on a GPU always, bitsandbytes rounds activations to 8 bits as well.
+    tolerance = 0.02 if method == "bitsandbytes-int8" else 2e-5
+    with torch.no_grad():
+        error = (model.eval()(batch()) - trained).abs().max()
+    assert error <= tolerance * trained.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "bitsandbytes-fp4-double"])
 def test_peak_of_a_layer_is_one_dequantised_weight(kind):
     layer = layers(adapt(Net(kind)))["first"]
