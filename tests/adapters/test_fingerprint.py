@@ -174,7 +174,6 @@ def test_it_is_the_same_around_an_active_and_a_merged_adapter(
         ("float32", "bfloat16", 6),
         ("bfloat16", "float32", 6),
         ("float16", "float64", 6),
-        ("bfloat16", "bfloat16", 6),
         ("bfloat16", "float16", 0),
     ],
 )

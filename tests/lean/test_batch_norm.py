@@ -93,16 +93,12 @@ def train_weight(layer):
     layer.weight.requires_grad_()
 
 
-def train_bias(layer):
-    layer.bias.requires_grad_()
-
-
 def forget_statistics(layer):
     """It normalises by the batch then, in any mode."""
     layer.running_mean = layer.running_var = None
 
 
-@pytest.mark.parametrize("change", [train, train_weight, train_bias, forget_statistics])
+@pytest.mark.parametrize("change", [train, train_weight, forget_statistics])
 def test_what_is_not_frozen_is_left_alone(change, layer, x):
     change(layer)
     twin = copy.deepcopy(layer)

@@ -65,33 +65,18 @@ def _address(tensor: Tensor) -> int:
 
 def count_flops(forward: Callable[[], Tensor]) -> dict[str, int]:
     """Return the operations of `forward` and `backward` of a loss; to multiply and add are two."""
+    aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention
+    backward = aten._scaled_dot_product_flash_attention_backward
+    formulas = {  # of what torch does not know
+        aten.addmm_: flop_registry[aten.addmm],
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[backward],
+    }
     before, after = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    before.flop_registry = after.flop_registry = flop_formulas()
+    before.flop_registry = after.flop_registry = flop_registry | formulas
     with before:
         loss: Any = forward()
     with after:
         loss.backward()
     return {"forward": before.get_total_flops(), "backward": after.get_total_flops()}
-
-
-def flop_formulas() -> dict[Any, Any]:
-    """Return operators -> their number of operations: torch's, and those that it does not know."""
-    aten, quantized = torch.ops.aten, torch.ops.bitsandbytes
-    attention = aten._scaled_dot_product_flash_attention
-    backward = aten._scaled_dot_product_flash_attention_backward
-    # There from bitsandbytes' first import on, which a quantised model has behind it.
-    products = [
-        getattr(quantized, name) for name in ("gemm_4bit", "gemv_4bit") if hasattr(quantized, name)
-    ]
-    return {
-        **flop_registry,
-        **dict.fromkeys(products, _quantized_flop),
-        aten.addmm_: flop_registry[aten.addmm],
-        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[attention],
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[backward],
-    }
-
-
-def _quantized_flop(x: Tensor, packed: Any, shape: Any, *args: Any, **kwargs: Any) -> int:
-    """(..., I) by a packed (O, I)."""
-    return 2 * x.numel() * int(shape[0])
