@@ -78,7 +78,7 @@ class ColumnGeneration(vllm_generation.VLLMGeneration):
             return
         with _our_engine():
             super()._init_vllm()
-        self._send = _Sender(self, self.mode)
+        self._send = _Sender(self)
 
     def sync_weights(self) -> None:
         """Send the columns that were changed; a collective if the model is sharded."""
@@ -89,15 +89,14 @@ class _Sender:
     """Brings the columns of a trainer's model to the vLLM that it samples with.
 
     Args:
-        owner: Has `model`, `accelerator`, and `llm` or `vllm_client`.
-        mode: colocate or server.
+        owner: Has `model`, `accelerator`, `mode`, and `llm` or `vllm_client`.
     """
 
-    def __init__(self, owner: Any, mode: str) -> None:
-        self._owner, self._mode = owner, mode
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
         self._source: ColumnSource | None = None
         self.transport: VllmTransport | None = None
-        if mode == "colocate":
+        if owner.mode == "colocate":
             self.transport = VllmTransport(owner.llm)
         elif owner.accelerator.is_main_process:
             self.transport = getattr(owner.vllm_client, "columns", None)
@@ -119,7 +118,7 @@ class _Sender:
         source.forget()
 
     def _served_dtype(self) -> torch.dtype:
-        if self._mode == "colocate":
+        if self._owner.mode == "colocate":
             return self._owner.llm.llm_engine.vllm_config.model_config.dtype
         found = [None]
         if self._owner.accelerator.is_main_process:
