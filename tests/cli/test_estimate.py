@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from pacatune.cli import main
 from pacatune.training.arguments import training_class
 from pacatune.training.sections import LoraSection, PacaSection
 from tests.measure.real_step import LLAMA, write_config
@@ -40,18 +39,12 @@ def test_a_real_model_by_name(estimate):
     assert saved["LlamaAttention"] / unit == pytest.approx(5, rel=0.02)
 
 
-def test_methods_side_by_side_and_a_plot(config, tmp_path, capsys):
+def test_methods_side_by_side(config, estimate):
     methods = "paca,lora,dora,full,qpaca"
-    plot = tmp_path / "out.png"
-    words = f"--methods {methods} --dropout 0.1 --gpu 4090 --plot {plot}"
-    assert main(["estimate", config, *words.split(), "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert err == f"note: the memory is drawn in {plot}\n"
-    result = json.loads(out)["methods"]
+    result = estimate(config, f"--methods {methods} --dropout 0.1 --gpu 4090")["methods"]
     assert list(result) == methods.split(",")
     assert [result[name]["setting"]["dropout"] for name in ("lora", "paca")] == [0.1, 0.0]
     assert result["qpaca"]["by_category"]["weights"] < result["paca"]["by_category"]["weights"]
-    assert plot.stat().st_size > 1000
 
 
 def test_largest_that_fits(estimate, config, shown):

@@ -63,7 +63,6 @@ EARLY = {
     "patch recover --model ./no": "folder 'no' does not exist",
     "inspect": "the following arguments are required: adapter; see `pacatune inspect --help`.",
     "inspect a -- -b": "unrecognized arguments: -b; see",
-    "estimate llama3-8b --plot out.txt": "must end in one of .png",
     "estimate llama3-8b --gpu h100 --memory 1GiB": "give only one of --gpu, --memory",
     "estimate llama3-8b --max rank": "--max needs --gpu or --memory",
     # An option that there is not comes before those that are missing.

@@ -84,10 +84,3 @@ def test_the_configuration_of_the_user(project, tiny_model_dir, refused, flag):
     (project / "run/config.yaml").write_text("# why I chose this\ntraining: {output_dir: run}\n")
     said = refused(tiny_model_dir, "--config", "run/config.yaml", *flag)
     assert "(config.yaml); they stay as they are: move them" in said
-
-
-def test_pictures_are_new_files(tmp_path, capsys):
-    (tmp_path / "a.png").write_text("mine")
-    assert main(["estimate", "llama3-8b", "--plot", str(tmp_path / "a.png")]) == 2
-    assert "a.png exists; remove it, or name another file" in capsys.readouterr().err
-    assert (tmp_path / "a.png").read_text() == "mine"

@@ -1,8 +1,7 @@
 """`pacatune estimate`: how much memory training takes, without a GPU or weights."""
 
 import json
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune.cli.options import give_one, print_notes, quiet_libraries
@@ -53,8 +52,6 @@ class EstimateCommand(Setting):
     """Or in this much, such as 24GiB."""
     max: Literal["seq-len", "batch", "rank"] | None = None
     """Find the largest that fits."""
-    plot: Path | None = None
-    """Write bars as a PNG, SVG or PDF."""
     json: bool = False
     """Print everything as JSON, in bytes."""
 
@@ -92,14 +89,11 @@ class EstimateCommand(Setting):
 
         from pacatune.measure.device import gpu_bytes, parse_bytes
         from pacatune.measure.models import load_config
-        from pacatune.reports.figures import check_picture_path
 
         settings = {name: self.setting(name) for name in self.methods or [self.method or "paca"]}
         available = None if self.memory is None else parse_bytes(self.memory)
         if self.gpu is not None:
             available = gpu_bytes(self.gpu)
-        if self.plot is not None:
-            check_picture_path(self.plot)
         load_config(self.model)  # refuses a wrong one before PEFT is imported, which takes seconds
 
         from pacatune.measure.estimate import estimate_memory, find_max
@@ -124,8 +118,6 @@ class EstimateCommand(Setting):
             print(json.dumps({"methods": values} if self.methods else first, indent=2))
         else:
             _print_memory(values, estimates, self.model, self.about())
-        if self.plot is not None and estimates:
-            _save_plot(estimates, self.plot, available, self.gpu or "available")
         return 0
 
 
@@ -164,24 +156,6 @@ def _fits(one: Values) -> str:
     over = {end: _gib(number - available) for end, number in one["device_bytes"].items()}
     by = over["low"] if fits == "no" else f"up to {over['high']}"
     return f"{fits}, over by {by} GiB"
-
-
-def _save_plot(
-    estimates: "dict[str, Estimate]", path: Path, available: int | None, device: str
-) -> None:
-    from pacatune.reports.figures import plain_text, save_figure
-    from pacatune.reports.rows import plot
-
-    rows = []
-    for name, one in estimates.items():
-        rows += one.rows(name)
-        if available is not None:
-            rows.append(replace(rows[-1], setting=device, value=available / 2**30))
-    figure = plot(rows, ("setting",), ("method",))
-    first = next(iter(estimates.values())).setting
-    figure.suptitle(plain_text(f"{Path(first.model).name}: {first.about()}"), fontsize="small")
-    save_figure(figure, path, dpi=150)
-    print_notes([f"the memory is drawn in {path}"])
 
 
 def _gib(num_bytes: int) -> str:
