@@ -1,11 +1,7 @@
 """The table of methods, and who reads it."""
 
-import re
-from pathlib import Path
-
 import pytest
 
-import pacatune
 from pacatune.measure.setting import Setting
 from pacatune.methods import (
     CLASSIFIER_METHODS,
@@ -13,38 +9,14 @@ from pacatune.methods import (
     TEXT_METHODS,
     adapter_config,
     method_of,
-    readers_of,
     size_options,
 )
 from pacatune.training.tasks import TASKS
 
 
-def test_a_hyphen_stands_for_an_underscore():
-    assert method_of("lora-dropout") is METHODS["lora_dropout"]
-    assert method_of("lora_dropout").variant_of == "lora"
-
-
-def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"^`method` \('qpacca'\) must be one of .*'qpaca'\?$"):
-        method_of("qpacca")
-    with pytest.raises(ValueError, match=r"^`arm` \('sgd'\) must be one of lora, dora\.$"):
-        method_of("sgd", ("lora", "dora"), option="arm")
+def test_a_method_that_is_not_offered():
     with pytest.raises(ValueError, match=r"`method` \('qlora'\) must be one of"):
         method_of("qlora", CLASSIFIER_METHODS)
-
-
-def test_variants_are_other_methods_with_an_option_set():
-    for method in METHODS.values():
-        is_variant = method.quantization is not None or method.dropout is not None
-        assert (method.variant_of in METHODS) == is_variant
-        if is_variant:
-            assert METHODS[method.variant_of].sections == method.sections
-
-
-def test_sections_have_their_readers():
-    assert readers_of("paca") == ("paca", "qpaca")
-    others = {"dora", "shira", "gralora", "miss", "oft", "qlora"}
-    assert set(readers_of("lora")) == {"lora", "lora_dropout", *others}
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.has_adapter])
@@ -73,16 +45,3 @@ def test_every_command_that_trains_or_measures_takes_every_name_that_it_offers()
         assert Setting(model="llama3-8b", method=name).row.sections == METHODS[name].sections
     assert set(TASKS["sft"].methods) == set(TEXT_METHODS)
     assert set(TASKS["classifier"].methods) == set(CLASSIFIER_METHODS)
-
-
-def test_no_other_table_of_methods():
-    """A literal collection of more than three of their names has its home in the table."""
-    root = Path(pacatune.__file__).parent
-    name = "|".join(METHODS)
-    literal = re.compile(rf'(?:"(?:{name})"(?::[^,\n]*)?,\s*){{3,}}"(?:{name})"')
-    found = {
-        str(path.relative_to(root))
-        for path in root.rglob("*.py")
-        if literal.search(path.read_text(encoding="utf-8"))
-    }
-    assert found == set()

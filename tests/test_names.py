@@ -3,7 +3,7 @@
 import pytest
 
 from pacatune.names import choose, did_you_mean, guess, nearest
-from pacatune.precision import DTYPES, dtype_name, torch_dtype
+from pacatune.precision import FLOATS, dtype_name, torch_dtype
 
 
 def test_the_nearest_name():
@@ -32,7 +32,7 @@ def test_hyphens_and_underscores_are_the_same():
     ("short", "full"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")]
 )
 def test_short_names_of_number_formats(short, full):
-    assert choose(short, DTYPES, option="o") == full
+    assert choose(short, FLOATS, option="o") == full
     assert dtype_name(torch_dtype(short)) == full
     with pytest.raises(ValueError, match=r"'bf16'.* must be one of nf4, fp4"):
         choose("bf16", ["nf4", "fp4"], option="o")

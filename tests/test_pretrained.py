@@ -9,18 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from pacatune import pretrained
-from pacatune.adapters.base import empty_base, load_tokenizer
 from pacatune.data.read import read_rows
-
-
-def test_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config.json; `base` must be a model f"):
-        pretrained.load_config(str(tmp_path), option="base")
-    (tmp_path / "adapter_config.json").touch()
-    with pytest.raises(FileNotFoundError, match=r"no config.json \(it is an adapter, not a base\)"):
-        pretrained.find_model(str(tmp_path))
-    assert pretrained.find_model("resnet18.a1_in1k") == "resnet18.a1_in1k"
-
 
 MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the hub that can be re"
 
@@ -29,8 +18,6 @@ MODEL = r"\('nosuch/model'\) is neither a file or folder here nor a model of the
     ("load", "message"),
     [
         (lambda: pretrained.load_config("nosuch/model"), f"`model.path` {MODEL}"),
-        (lambda: empty_base("nosuch/model", task_type=None), f"`model` {MODEL}"),
-        (lambda: load_tokenizer("nosuch/model"), f"`model` {MODEL}"),
         (lambda: list(read_rows("no/data")), r"`data.path` .* data set of the hub"),
         (lambda: list(read_rows("no/data", option="data.eval_path")), r"`data.eval_path` \('no/da"),
     ],

@@ -5,11 +5,8 @@ from importlib.util import find_spec
 
 from packaging.version import Version
 
-# Extra -> the packages by which its commands see that it is installed, under the names to import.
+# By which commands see that the extra `train` is installed, under the names to import.
 _TRAIN = ("trl", "datasets", "rich", "matplotlib", "jinja2")
-_PACKAGES = {
-    "train": _TRAIN,
-}
 
 
 def install_command(extra: str | None = None) -> str:
@@ -21,9 +18,9 @@ def install_command(extra: str | None = None) -> str:
     return f"pip install -e {what} in a checkout of pacatune's repository"
 
 
-def require_extra(who: str, extra: str, packages: tuple[str, ...] | None = None) -> None:
+def require_extra(who: str, extra: str, packages: tuple[str, ...] = _TRAIN) -> None:
     """Refuse to start what needs the packages of an extra, or only some of them, without these."""
-    missing = [name for name in packages or _PACKAGES[extra] if find_spec(name) is None]
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ValueError(
             f"{who} needs packages that are not installed ({', '.join(missing)}): "

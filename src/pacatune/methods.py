@@ -78,11 +78,6 @@ class Method:
         """Whether the update is multiplied by alpha / r."""
         return self.has_adapter and self.config not in _WITHOUT_SCALE
 
-    @property
-    def needs_pacatune(self) -> bool:
-        """Whether PEFT knows the adapter only where pacatune is imported."""
-        return self.is_paca
-
 
 # A PaCA column moves by learning_rate * paca_alpha / r per step, whatever its weight. The head of a
 # classifier is new, whatever the method, and learns at the same rate as the rest. Rates of adapters
@@ -222,9 +217,9 @@ CLASSIFIER_METHODS = _Offered("head_rate")
 """Methods for classifiers of texts."""
 
 
-def method_of(name: str, among: Collection[str] = METHODS, *, option: str = "method") -> Method:
+def method_of(name: str, among: Collection[str] = METHODS) -> Method:
     """Return a method by its name, as `names.choose` finds it."""
-    return METHODS[choose(name, among, option=option)]
+    return METHODS[choose(name, among, option="method")]
 
 
 def readers_of(section: str) -> tuple[str, ...]:

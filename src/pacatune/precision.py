@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 """What options of a number format take; `auto` is left to the checkpoint or the device."""
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Full names of `Dtype`."""
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 """Formats of weights that are plain numbers; others are quantised."""

@@ -65,13 +65,13 @@ def find_adapter(name: str | Path) -> Path | None:
     return None
 
 
-def refuse_no_weights(path: str, *, option: str = "model.path") -> None:
+def refuse_no_weights(path: str) -> None:
     """Refuse a local folder without weights in safetensors, which alone are read to train."""
     folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
-            f"`{option}` ({path}) holds no weights in safetensors (model.safetensors); copy them, "
-            "or save the model anew by transformers."
+            f"`model.path` ({path}) holds no weights in safetensors (model.safetensors); copy "
+            "them, or save the model anew by transformers."
         )
 
 

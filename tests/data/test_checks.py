@@ -5,7 +5,7 @@ import re
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from pacatune.data.checks import fingerprint, row_digests
+from pacatune.data.checks import fingerprint
 from tests.data.conftest import talk, write_lines
 
 ROWS = [talk(f"What is {i}?", f"It is {i}.") for i in range(20)]
@@ -81,15 +81,3 @@ def test_a_fingerprint_is_of_every_row_and_its_borders():
         table(chosen_ids=[[3], [4], [5]], prompt_ids=[[1, 2], [1, 2, 4], []]),
     ]
     assert len({first, *(of(other) for other in others)}) == len(others) + 1
-
-
-def test_a_row_has_one_digest_wherever_it_lies():
-    """In a batch, in a selection and in another table; so an overlap is found."""
-    rows = [{"input_ids": [*range(n % 7)], "labels": [-n] * (n % 7)} for n in range(2500)]
-    whole = Dataset.from_list(rows)
-    digests = list(row_digests(whole))
-    assert len({*digests}) > 2000
-    places = [2499, 0, 1001, 1000, 999]
-    assert list(row_digests(whole.select(places))) == [digests[place] for place in places]
-    alone = Dataset.from_list([rows[place] for place in places])
-    assert list(row_digests(alone)) == [digests[place] for place in places]

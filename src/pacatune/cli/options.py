@@ -108,7 +108,7 @@ def _allowed(kind: Any) -> str:
     return _KINDS.get(origin or kind, str(getattr(kind, "__name__", kind)))
 
 
-def parser_of(command: str, called: Callable[..., Any], *skip: str) -> CommandParser:
+def parser_of(command: str, called: Callable[..., Any]) -> CommandParser:
     """Return a parser of a command's options: the parameters of a function or dataclass.
 
     Its docstring is the help. What has no default and may be given by position is a word without
@@ -117,7 +117,7 @@ def parser_of(command: str, called: Callable[..., Any], *skip: str) -> CommandPa
     text = docstring_parser.parse(called.__doc__ or "")
     parser = CommandParser(command, " ".join((text.description or "").split()))
     add = parser.add_class_arguments if isinstance(called, type) else parser.add_function_arguments
-    add(called, as_group=False, as_positional=True, skip={*skip})
+    add(called, as_group=False, as_positional=True)
     return parser
 
 
@@ -126,8 +126,8 @@ def from_words(command: str, called: Callable[..., T], argv: list[str]) -> T:
     return build(called, parser_of(command, called).parse_args(argv))
 
 
-def build(called: Callable[..., T], options: Namespace, **others: Any) -> T:
-    """Call a function or class with the options that are its parameters, and with others."""
+def build(called: Callable[..., T], options: Namespace) -> T:
+    """Call a function or class with the options that are its parameters."""
     values = {}
     for parameter in signature(called).parameters.values():
         name, kind = parameter.name.rstrip("_"), parameter.annotation  # `with_` is --with
@@ -139,7 +139,7 @@ def build(called: Callable[..., T], options: Namespace, **others: Any) -> T:
         elif choices := choices_of(kind):
             value = choose(value, choices, option=name)
         values[parameter.name] = int(value) if isinstance(value, PositiveInt) else value
-    return called(**values | others)
+    return called(**values)
 
 
 def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:

@@ -55,11 +55,11 @@ def note_on(note: str, places: Sequence[str], of: str, max_length: int | None = 
     return f"{len(places)} of {of} {_NOTES[note].format(max_length=max_length)}: {some(places)}."
 
 
-def find_overlap(train: "Dataset", evaluation: "Dataset", what: str = "evaluation") -> list[str]:
+def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
     """Return a warning if examples that measure are in the training data as well."""
     columns = [name for name in train.column_names if name.endswith(("_ids", "label", "labels"))]
     known, asked = (row_digests(data, columns) for data in (train, evaluation))
-    return overlap_warning(known, asked, f"{what} examples", evaluation["place"][:])
+    return overlap_warning(known, asked, "evaluation examples", evaluation["place"][:])
 
 
 def overlap_warning(
@@ -89,10 +89,8 @@ def fingerprint(parts: Iterable["Dataset"], columns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def row_digests(
-    data: "Dataset", columns: Sequence[str] = ("input_ids", "labels")
-) -> Iterator[bytes]:
-    """Yield a short digest of each example: of its token ids and labels, or of other columns."""
+def row_digests(data: "Dataset", columns: Sequence[str]) -> Iterator[bytes]:
+    """Yield a short digest of some columns of each example."""
     for table in data.with_format("arrow", columns=list(columns)).iter(1000):
         # A column is read as a whole: row by row takes twenty times as long.
         values = [_pieces(table[column].combine_chunks()) for column in columns]

@@ -63,7 +63,7 @@ def read_rows(
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
 
 
-def is_local(path: str, option: str, split: str = "train", name: str | None = None) -> bool:
+def is_local(path: str, option: str, split: str, name: str | None) -> bool:
     """Whether a path is here; refuse one that is not and can be no data set of the hub."""
     local = Path(path).expanduser()
     if local.exists():

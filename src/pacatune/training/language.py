@@ -230,9 +230,8 @@ class Task:
             f"base = {auto_class}.from_pretrained({source}{changes})\n"
             'model = PeftModel.from_pretrained(base, "FOLDER")\n```\n\n'
         )
-        if not method.needs_pacatune:
+        if not method.is_paca:
             return f"```python\n{code}"
-        kind = "PaCA" if method.is_paca else method.title
         both = f"--model {report.model} --adapter FOLDER"
         commands = [f"pacatune merge {both} --output MERGED      # a plain model"]
         if task_type != "SEQ_CLS":  # the others are for models that write
@@ -242,7 +241,7 @@ class Task:
             commands.insert(0, f'pacatune generate {both} --prompt "..."')
         return (
             f"Install pacatune ({install_command()}), then:\n\n"
-            f"```python\nimport pacatune  # makes {kind} known to PEFT\n{code}"
+            f"```python\nimport pacatune  # makes PaCA known to PEFT\n{code}"
             "```bash\n" + "\n".join(commands) + "\n```\n\n"
         )
 
