@@ -31,12 +31,6 @@ def test_a_real_model_by_name(estimate):
     assert result["peak_bytes"] == pytest.approx(23e9, rel=0.1)
     assert sum(result["by_category"].values()) == result["peak_bytes"]
     assert result["by_category"]["weights"] == pytest.approx(2 * 8_030_261_248, rel=0.001)
-    # Per token and layer: gated MLP 21, norms 8, attention 5 of the hidden size; and the loss.
-    saved = result["saved_by_module"]
-    unit = 1024 * 32 * 4096
-    assert (saved["LlamaMLP"] + saved["SiLUActivation"]) / unit == pytest.approx(21, rel=0.01)
-    assert saved["LlamaRMSNorm"] / unit == pytest.approx(8, rel=0.01)
-    assert saved["LlamaAttention"] / unit == pytest.approx(5, rel=0.02)
 
 
 def test_methods_side_by_side(config, estimate):

@@ -86,8 +86,6 @@ def test_help_begins_with_what_most_runs_set(words, shown):
 @pytest.mark.parametrize(
     ("words", "section"),
     [
-        (["--method", "lora"], "lora"),
-        (["--method", "dora"], "lora"),
         (["--method=qpaca", "--task", "dpo"], "paca"),
         (["--config", "lora.yaml"], "lora"),
         (["--config", "lora.yaml", "--method", "full"], None),
@@ -104,17 +102,11 @@ def test_help_of_a_method_has_its_options(words, section, shown, tmp_path, monke
     assert {"model.path", "training.learning_rate"} <= {*few}
 
 
-def test_help_of_a_method_that_is_none(refused):
-    assert "`--method` ('lorra')" in refused("train", "--method", "lorra", "--help")
-
-
 def test_preview_shows_the_mask_and_loads_no_model(words, shown, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     out = shown(*words, "--preview", 2)
     assert out.count("tokens,") == 2
     assert "<s>What is 0?[[ It is 0.</s>]]" in out
-    out = shown(*words, "--preview", 1, "--training.max_length", "10")
-    assert "are cut at `training.max_length` (10) and never learn to stop" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -148,9 +140,6 @@ def test_grpo_with_a_function(folder, shown, refused):
     # The file names the function, and does not run it by itself.
     assert "- my_rewards:short" in text
     again = ["train", "--config", "grpo-run/config.yaml", "--training.output_dir", "again"]
-    said = refused(*again)
-    assert said.startswith("`reward` ('my_rewards:short') is a Python function, and a config file")
-    assert not (folder / "again").exists()
     shown(*again, *GIVEN)
 
 
@@ -163,15 +152,6 @@ def test_a_config_file_runs_no_code(folder, shown, refused):
     assert not (folder / "ran").exists()
     shown(*words, "--reward=my_rewards:short")  # instead of the file's
     assert not (folder / "ran").exists()
-
-
-def test_find_value(tmp_path):
-    (tmp_path / "c.yaml").write_text("method: lora\n")
-    (tmp_path / "d.yaml").write_text("task: reward\n")
-    one, two = (["--config", str(tmp_path / name)] for name in ("c.yaml", "d.yaml"))
-    cases = (one, ["--task=rloo", *one], two)
-    found = [find_value(words, "task", TASKS) for words in cases]
-    assert found == [None, "rloo", "reward"]
 
 
 @pytest.mark.parametrize("task", TASKS)
