@@ -16,13 +16,6 @@ def one(**source):
     return several({"path": "a", **source})
 
 
-def test_no_data():
-    """Which a run may get later."""
-    with pytest.raises(ValueError, match=r"`data.path` is .*; give a file, a folder"):
-        DataConfig().refuse_missing()
-    DataConfig(**several({"path": "a"})).refuse_missing()
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -34,19 +27,12 @@ def test_no_data():
         (DataConfig, one(format="msgs"), r"`data.datasets.format` \('msgs'\) must be"),
         (DataConfig, one(weights=1), r"`data.datasets` \('weights'\) .* mean 'weight'"),
         (DataConfig, one() | {"path": "b"}, "`data.path` is for a single data set, and"),
-        (DataConfig, one() | {"format": "text"}, "`data.format` is for a single"),
-        (
-            DataConfig,
-            {"chat_template_kwargs": 3},
-            "`data.chat_template_kwargs` is 3; it must be an",
-        ),
         (
             PromptDataConfig,
             {"chat_template_kwargs": {"tools": 1}},
             "`data.chat_tem.* sets 'tools',",
         ),
         (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
-        (PromptDataConfig, {"options": {"a": 1}}, r"`data.options` .* is ignored .*; drop it"),
         (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),
         (TextClassConfig, {"num_train": 0}, r"`data.num_train` \(0\) must be at least 1, or"),
     ],

@@ -136,7 +136,6 @@ ADDED = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
     ("name", "stop", "thoughts"),
     [
         ("qwen2_5", "<|im_end|>", ("", "")),
-        ("gemma", "<end_of_turn>", ("", "")),
         ("gemma3", "<end_of_turn>", ("", "")),
         ("qwen3", "<|im_end|>", ("", "<think>\n\n</think>\n\n")),
         # Its generation prompt opens the thought.
@@ -186,44 +185,14 @@ def test_texts_end_and_their_prompts_are_not_learned(tokenizer, adds_stop):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [("", "It is so."), ("It ", "is so."), (chat("Hi?"), chat("", "It is so.")[1:])],
-)
-def test_same_tokens_and_labels_as_trl(tokenizer, tmp_path, prompt, completion):
-    """TRL's own preparation is the reference where it has a mask of its own."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from tests.conftest import build_model
-
-    row = {"prompt": prompt, "completion": completion} if prompt else {"text": completion}
-    options = {"bf16": False, "use_cpu": True, "report_to": "none", "gradient_checkpointing": None}
-    trainer = SFTTrainer(
-        model=build_model(len(tokenizer)),
-        args=SFTConfig(str(tmp_path), **options),
-        train_dataset=Dataset.from_list([row]),
-        processing_class=tokenizer,
-    )
-    theirs = trainer.train_dataset[0]
-    ours = encode(tokenizer, prompt, completion)
-    if "moved" in ours["notes"] and not hasattr(trl.data_utils, "common_prefix_length"):
-        pytest.skip("older versions of TRL mask a token that holds part of the completion")
-    assert ours["input_ids"] == theirs["input_ids"]
-    # They also learn the line break behind the stop token, which no generation reaches.
-    end = len(ours["labels"]) - (ours["labels"][-1] == -100)
-    assert ours["labels"][:end] == theirs["labels"][:end]
-
-
-@pytest.mark.parametrize(
-    "name", ["qwen2_5", "qwen3_5_think", "llama3_1", "deepseekv3", "glm4moe", "lfm2_v2", "gptoss"]
+    "name", ["qwen2_5", "qwen3_5_think", "llama3_1", "glm4moe", "lfm2_v2", "gptoss"]
 )
 def test_templates_with_tools_show_them(tokenizer, name):
     """Arguments are written as JSON once, whether the row has them as an object or as a text."""
-    tools = None if name == "deepseekv3" else TOOLS  # It shows calls alone.
     template = (TEMPLATES / f"{name}.jinja").read_text()
     for arguments in ({"city": "Paris"}, json.dumps({"city": "Paris"})):
-        encoded = encode_row(tokenizer, template, calling(arguments), tools)
-        assert ("Weather of a city." in tokenizer.decode(encoded["input_ids"])) == bool(tools)
+        encoded = encode_row(tokenizer, template, calling(arguments), TOOLS)
+        assert "Weather of a city." in tokenizer.decode(encoded["input_ids"])
         learned = learned_text(tokenizer, encoded)
         assert all(word in learned for word in ("get_weather", "Paris", "Yes, 21 degrees."))
         assert '\\"' not in learned
@@ -276,26 +245,15 @@ NAMES_ALONE = (
     "{% for m in messages %}{{ m['role'] + m['content'] }}{% for c in m['tool_calls'] or [] %}"
     "{{ c['function']['name'] }}{% endfor %}{{ eos_token }}{% endfor %}"
 )
-# Refuses what it does not know, and so the marks by which more is seen.
-CHOOSY = (
-    "{% for m in messages %}{% for c in m['tool_calls'] or [] %}{% if c['function']['name'] != "
-    "'search' %}{{ raise_exception('unknown') }}{% endif %}{% endfor %}{% for t in tools or [] %}"
-    "{% if t['function']['name'] != 'search' %}{{ raise_exception('unknown') }}{% endif %}"
-    "{% endfor %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
-)
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "options", "message"),
     [
-        (CHATML, CALLED, {"tools": TOOLS}, HIDDEN.format("tools")),
-        (CHATML, PLAIN, {"tools": TOOLS}, HIDDEN.format("tools")),
         (CHATML, answered(function_call=FUNCTION_CALL), {}, HIDDEN.format("tool_calls")),
         (CHATML, SEARCHING, {}, HIDDEN.format("tool_calls")),
         (CHATML, [ASKING, PLAIN[1]], {"tools": [SEARCH]}, HIDDEN.format("tools")),
         (NAMES_ALONE, SEARCHING, {}, HIDDEN.format("the arguments of tool_calls")),
-        (CHOOSY, SEARCHING, {}, HIDDEN.format("tool_calls")),
-        (CHOOSY, [ASKING, PLAIN[1]], {"tools": [SEARCH]}, HIDDEN.format("tools")),
         (CHATML, answered(reasoning_content="Hm."), {}, HIDDEN.format("reasoning_content of turn")),
         (CHATML, PLAIN, {"tools": [{"type": "function"}]}, UNNAMED),
         (CHATML, answered(tool_calls=[3]), {}, UNNAMED),
@@ -324,17 +282,14 @@ MODES = "{{ 'slow' if enable_thinking else 'fast' }}{{ more }}"
 MODES = CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}" + MODES)
 
 
-@pytest.mark.parametrize(
-    "values", [{"messages": PLAIN}, {"prompt": PLAIN[:1], "completion": PLAIN[1:]}]
-)
 @pytest.mark.parametrize("is_text", [False, True])
-def test_a_row_sets_variables_of_the_template(tokenizer, values, is_text):
+def test_a_row_sets_variables_of_the_template(tokenizer, is_text):
     """As TRL does it; tables may keep them as JSON."""
     tokenizer.chat_template = MODES
     encoder = Encoder(tokenizer=tokenizer, stop_ids={2})
     for options in ({"enable_thinking": True, "more": "!"}, {"enable_thinking": False}, None):
         column = json.dumps(options) if is_text else options
-        (example,) = to_examples([Row("f", {**values, "chat_template_kwargs": column})])
+        (example,) = to_examples([Row("f", {"messages": PLAIN, "chat_template_kwargs": column})])
         expected = tokenizer.apply_chat_template(PLAIN, **(options or {}), return_dict=True)
         assert encoder(example)["input_ids"] == expected["input_ids"]
         assert encoder(example)["notes"] == []

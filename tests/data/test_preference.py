@@ -58,20 +58,6 @@ def test_models_that_score_see_whole_texts(texts):
     assert texts(CHAT, learn_all=True) == [*answers]
 
 
-def test_same_tokens_as_trl(prepare, tokenizer):
-    from types import SimpleNamespace
-
-    from datasets import Dataset
-    from trl import DPOTrainer
-
-    stub = SimpleNamespace(_tokenizer=tokenizer)
-    options = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    theirs = DPOTrainer._prepare_dataset(stub, Dataset.from_list([PAIR]), tokenizer, options, "x")
-    ours = prepare([PAIR]).train
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours[0][column] == theirs[0][column], column
-
-
 def test_judged_answers(prepare, tokenizer):
     rows = [{"prompt": "a", "completion": f" {n}", "label": n % 2 == 0} for n in range(6)]
     data = prepare(rows, prepare_judged).train
@@ -101,7 +87,6 @@ def test_labels_of_tables():
     ("function", "row", "message"),
     [
         (to_pairs, {"prompt": "a", "chosen": "b"}, r"'rejected' is missing \(columns \['chosen', "),
-        (to_pairs, JUDGED, "field 'chosen' is missing .* needs chosen, rejected"),
         (to_pairs, {**PAIR, "rejected": PAIR["chosen"]}, "are the same, so neither is better; rem"),
         (to_pairs, {"chosen": "ab", "rejected": "xy"}, "there is no 'prompt', and .*; add the col"),
         (to_pairs, {"chosen": "a", "rejected": [USER]}, "there is no 'prompt', and 'chosen' and"),
@@ -113,21 +98,6 @@ def test_bad_rows(function, row, message):
     options = {"needs_prompt": True} if function is to_pairs else {}
     with pytest.raises(ValueError, match=f"d.jsonl, row 1: .*{message}"):
         list(function([Row("d.jsonl, row 1", row)], **options))
-
-
-@pytest.mark.parametrize("function", [prepare_pairs, prepare_judged])
-def test_calls_that_a_template_drops(prepare, tokenizer, function):
-    """An empty answer would be preferred; the function's name stands in the question."""
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    call = {"type": "function", "function": {"name": "search", "arguments": {}}}
-    asked, answered = chat("Please search for it."), {"role": "assistant", "content": ""}
-    rejected = [{**answered, "content": "No."}]
-    row = {"prompt": asked, "chosen": [{**answered, "tool_calls": [call]}], "rejected": rejected}
-    with pytest.raises(ValueError, match="row 1: the chat template does not show tool_calls, so"):
-        prepare([row], function)
 
 
 def test_pairs_that_do_not_fit_are_left_out(prepare):
@@ -149,11 +119,3 @@ def test_pairs_that_do_not_fit_are_left_out(prepare):
 def test_pairs_in_both_parts_are_a_warning(prepare):
     warnings = prepare([PAIR] * 10, eval_fraction=0.2).warnings
     assert any("2 of 2 evaluation examples are also in the training data" in w for w in warnings)
-
-
-def test_texts_that_are_trained_without_the_chat_template(prepare):
-    for function in (prepare_pairs, prepare_judged):
-        (warning,) = prepare([PAIR], function).warnings
-        assert "examples are texts that are trained without the chat template" in warning
-        assert prepare([CHAT], function).warnings == []
-    assert prepare([PAIR], learn_all=True).warnings == []  # what scores is not generated from
