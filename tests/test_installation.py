@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pacatune.cli.entry import COMMANDS, EXTRAS, main
-from pacatune.installation import install_command, require_extra
+from pacatune.cli.entry import EXTRAS, main
+from pacatune.installation import require_extra
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def test_messages_and_cards_name_the_repository() -> None:
-    assert install_command() == "pip install -e . in a checkout of pacatune's repository"
-    assert install_command("quant").startswith("pip install -e '.[quant]' in a checkout")
 
 
 def test_nothing_else_says_to_install_it_from_an_index() -> None:
@@ -51,10 +46,6 @@ def test_a_command_without_its_packages_says_one_line(name, monkeypatch, capsys)
         f"pacatune: error: `pacatune {name}` needs packages that are not installed (trl, rich): "
         f"pip install -e '.[{EXTRAS[name]}]' in a checkout of pacatune's repository\n"
     )
-
-
-def test_commands_of_the_core_need_no_extra() -> None:
-    assert set(COMMANDS) - set(EXTRAS) == {"generate", "merge", "export", "inspect", "patch"}
 
 
 def test_only_the_packages_that_are_asked_for_count(monkeypatch) -> None:

@@ -4,15 +4,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
 
 from pacatune import PacaConfig
-from pacatune.ops import paca_linear
 from tests.conftest import build_model
-from tests.ops import reference
 
 STEPS = 20
 
@@ -87,40 +83,3 @@ def test_twenty_steps(
     for name in adapted:
         ours, theirs = merged.get_submodule(name).weight, full.get_submodule(name).weight
         torch.testing.assert_close(ours, theirs, atol=10 * tolerance, rtol=10 * tolerance)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    rank=st.integers(1, 6),
-    fraction=st.floats(0.05, 0.98),
-    loss_name=st.sampled_from(["least squares", "logistic"]),
-)
-def test_theorem_1(seed: int, rank: int, fraction: float, loss_name: str) -> None:
-    """f(k+1) <= f(k) - eta (1 - eta L / 2) ||grad P||^2 at every step, for 0 < eta < 2 / L."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
-    target = torch.randn(16, 3, generator=generator, dtype=torch.float64)
-    indices = torch.randperm(6, generator=generator)[:rank].sort().values
-    delta = torch.zeros(3, rank, dtype=torch.float64, requires_grad=True)
-    largest = float(torch.linalg.matrix_norm(x, 2)) ** 2 / len(x)
-    # Lipschitz constants of the gradients: that of the loss in its input times that of the map.
-    lipschitz = largest if loss_name == "least squares" else largest / 4
-
-    def loss_of(weight: Tensor) -> Tensor:
-        y = paca_linear(x, weight, delta, indices, 1.0)
-        if loss_name == "least squares":
-            return (y - target).square().sum() / (2 * len(x))
-        return nn.functional.softplus(-y * target.sign()).sum() / len(x)
-
-    eta = fraction * 2 / lipschitz
-    for _ in range(10):
-        current = reference.adapted_weight(weight, delta.detach(), indices, 1.0)
-        before = loss_of(current)
-        (gradient,) = torch.autograd.grad(before, delta)
-        with torch.no_grad():
-            delta -= eta * gradient
-            after = loss_of(reference.adapted_weight(weight, delta, indices, 1.0))
-        bound = before - eta * (1 - eta * lipschitz / 2) * gradient.square().sum()
-        assert after <= bound + 1e-12

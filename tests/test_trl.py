@@ -96,8 +96,6 @@ def test_other_scripts(folder, words, tmp_path, script, row, more):
         (["--lora_dropout", "0.1"], r"`lora_dropout` \(0.1\) is not for `python -m pacatune.trl`"),
         (["--load_in_4bit"], "`load_in_4bit` .* bfloat16"),
         (["--use_peft", "false"], "`use_peft` is false"),
-        (["--paca", '{"r": 8}'], r"`lora_r` \(4\) and `paca.r` \(8\) differ"),
-        (["--paca", '{"nd": 8}'], r"`paca.nd` does not exist"),
     ],
 )
 def test_refusals(folder, words, options, message):
