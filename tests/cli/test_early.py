@@ -14,6 +14,8 @@ from tests.cli.conftest import run_without
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets")
 SHOWING = ("torch", "peft", "accelerate")
 RUN = "train --model.path tiny --data.path"
+TYPO = "--training.learning_rte"
+MEANT = "did you mean '--training.learning_rate'?"
 
 
 @pytest.fixture
@@ -21,6 +23,7 @@ def folder(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(tiny_model_dir)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "typo.yaml").write_text("training: {learning_rte: 1}\n")
 
 
 @pytest.mark.parametrize(
