@@ -32,15 +32,6 @@ def test_what_a_strategy_returns_is_checked(weight, own_strategies, columns):
         select_columns("broken", weight, 3, seed=0)
 
 
-def test_neither_the_global_seed_nor_the_default_device_matters(weight):
-    chosen = []
-    for seed, device in ((0, "cpu"), (1, "meta")):
-        torch.manual_seed(seed)
-        with torch.device(device):
-            chosen.append(select_columns("random", weight, 6, seed=3))
-    assert torch.equal(*chosen)
-
-
 def test_each_strategy_takes_what_its_name_says():
     weight = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 1.0, -2.0, 0.5]])  # norms 3, 1.4, 2.8, 0.7
     statistics = {"gradient": torch.tensor([1.0, 5.0, 0.0, 7.0], dtype=torch.float64)}

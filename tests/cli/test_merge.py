@@ -27,14 +27,6 @@ def test_losses_are_compared_where_codes_are_written(adapter_dir, tmp_path, refu
     assert not (tmp_path / "out").exists()
 
 
-def test_an_exact_export_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, capsys):
-    words = ["--model", str(tiny_model_dir), "--adapter", str(adapter_dir), "--to", "lora"]
-    assert main(["export", *words, "--output", str(tmp_path / "lora")]) == 0
-    out, err = capsys.readouterr()
-    assert "exported  6 modules as LoRA, float32, exact\n" in out
-    assert err == ""
-
-
 def test_options_reach_the_export(adapter_dir, tmp_path, shown, refused):
     words = ["export", "--adapter", adapter_dir, "--output", tmp_path / "lora"]
     out = shown(*words, "--to", "lora", "--dtype", "bfloat16")
