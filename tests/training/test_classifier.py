@@ -92,18 +92,6 @@ def test_a_head_of_its_own_learns_as_the_rest(make_classifier, make_bert):
     assert {*rates(config).values()} == {1e-4}
 
 
-def test_split_of_a_classifier(tmp_path):
-    rows = [{"text": f"t{i}", "label": "aab"[i % 3]} for i in range(10)]
-    path = str(write_rows(tmp_path / "rows.jsonl", rows))
-    texts, held_out = split_texts(TextClassConfig(path=path, eval_fraction=0.2))
-    assert (len(texts), len(held_out)) == (8, 2)
-    assert {*texts["label"]} == {"a", "b"}
-    again, _ = split_texts(TextClassConfig(path=path, eval_fraction=0.2, num_train=6))
-    assert (again["text"][:], {*again["label"]}) == (texts["text"][:6], {"a", "b"})
-    texts, held_out = split_texts(TextClassConfig(path=path, eval_path=path))
-    assert (len(texts), len(held_out)) == (10, 10)
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
@@ -259,18 +247,13 @@ def test_a_head_of_other_classes_is_replaced(
     if own:
         weight = AutoModelForSequenceClassification.from_pretrained(bert).classifier.weight
         assert not torch.isin(model.classifier.weight, weight).any()
-    report = train(config, console=console)
+    train(config, console=console)
     assert f"the head is new: {reason}" in console.file.getvalue()
-    assert report.eval_metrics_after["accuracy"] is not None
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(code.replace("FOLDER", "out"), names := {})
     assert names["model"].config.id2label == dict(enumerate(labels))
-    if method == "paca":
-        merge(None, tmp_path / "out", tmp_path / "merged")
-        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").config
-        assert merged.id2label == dict(enumerate(labels))
-        assert merged.problem_type == "single_label_classification"
+    assert model.config.problem_type == "single_label_classification"
 
 
 def test_a_body_of_other_shapes_is_refused(make_classifier, make_bert):
@@ -305,14 +288,6 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
     assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
     assert "rows.jsonl, row 5" in warning
     train(config, console=QUIET)
-
-
-def test_a_text_that_fits_is_whole(make_classifier, tmp_path):
-    data = long_rows(tmp_path, 40)
-    config = make_classifier(data=data, training={"eval_strategy": "no"})
-    task = task_of(config)
-    assert max(map(len, task.train["input_ids"])) > 128
-    assert task.warnings() == []
 
 
 def class_table(path, numbers):

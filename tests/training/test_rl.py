@@ -12,7 +12,6 @@ from pacatune.training.config_file import read_values
 from pacatune.training.output import last_checkpoint, read_state
 from pacatune.tuner.layer import PacaLayer
 from tests.adapters.fixtures import model_copy
-from tests.conftest import build_model
 from tests.training.runs import (
     QUIET,
     assert_same,
@@ -86,26 +85,6 @@ def test_functions_as_rewards(make_task_config, tmp_path):
     assert names >= {f"rewards/{name}/mean" for name in found}
     assert read_values(tmp_path / "out/config.yaml")["reward"] == ["my_rewards:even"]
     assert reward_name(constant) == f"{module}:constant"
-
-
-def test_a_reward_is_learned(make_task_config, tiny_tokenizer, tmp_path):
-    """Answers get more tokens of the first half of the vocabulary."""
-    (tmp_path / "my_rewards.py").write_text(
-        "def early(completion_ids, **kwargs):\n"
-        "    return [sum(i < 150 for i in ids) / len(ids) for ids in completion_ids]\n"
-    )
-    # Larger weights than a new model's, which say nothing about any token.
-    build_model(len(tiny_tokenizer), initializer_range=0.3).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    training = {
-        **{"max_steps": 20, "eval_steps": 20, "save_strategy": "no", "learning_rate": 2e-2},
-        **{"num_generations": 16, "max_completion_length": 6, "lr_scheduler_type": "constant"},
-        **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16},
-    }
-    model = {"path": str(tmp_path / "model")}
-    config = make_task_config("grpo", model=model, reward=["my_rewards:early"], training=training)
-    report = train(config, console=QUIET)
-    assert report.eval_metrics_after["reward"] > report.eval_metrics["reward"][0][1] + 0.1
 
 
 def test_answers_are_sampled_from_resident_weights(make_task_config):
