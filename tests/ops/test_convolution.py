@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pacatune.ops import paca_conv
+from pacatune import ops
+from pacatune.ops.columns import Update
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
+paca_conv = twin.by_parts(ops.paca_conv)
 # Per case: I, O, kernel size in each dimension, rank, and what F.conv2d calls by these names.
 CASES = {
     "1d": (5, 4, (3,), 2, {}),
@@ -61,7 +63,7 @@ def test_gradcheck(case: str) -> None:
     weight, indices = tensors["weight"], tensors["indices"]
 
     def function(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
-        return paca_conv(x, weight, delta, indices, 0.5, bias, **options)
+        return ops.paca_conv(x, weight, Update(delta, indices, 0.5), bias, **options)
 
     leaves = [tensors[name].requires_grad_() for name in ("x", "delta", "bias")]
     assert torch.autograd.gradcheck(function, leaves)

@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pacatune.ops import experts_linear, paca_experts_linear, paca_experts_update
+from pacatune import ops
+from pacatune.ops import experts_linear, paca_experts_update
+from pacatune.ops.columns import Update
 from tests.ops import reference, twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
+paca_experts_linear = twin.by_parts(ops.paca_experts_linear)
 NUM_EXPERTS, OUT_FEATURES, IN_FEATURES, RANK = 4, 8, 12, 4
 # Where each expert's tokens end: two experts get none, one gets all, there are no tokens.
 ROUTINGS = [(3, 3, 9, 9), (7, 7, 7, 7), (0, 0, 0, 0)]
@@ -46,7 +49,7 @@ def gradients(function, tensors: twin.Tensors, trained: set[str], **options) -> 
 def test_gradcheck(is_transposed: bool, ends: tuple[int, ...]) -> None:
     tensors = make(ends, is_transposed=is_transposed)
     x, delta = tensors.pop("x").requires_grad_(), tensors.pop("delta").requires_grad_()
-    weight, offsets = tensors["weight"], tensors["offsets"]
+    weight, offsets, indices = (tensors[name] for name in ("weight", "offsets", "indices"))
     options = {"scaling": 0.5, "is_transposed": is_transposed}
     assert torch.autograd.gradcheck(
         lambda x, delta: paca_experts_linear(x, delta=delta, **tensors, **options), (x, delta)
@@ -55,7 +58,7 @@ def test_gradcheck(is_transposed: bool, ends: tuple[int, ...]) -> None:
         lambda x: experts_linear(x, weight, offsets, is_transposed=is_transposed), (x,)
     )
     assert torch.autograd.gradcheck(
-        lambda x, delta: paca_experts_update(x, delta, tensors["indices"], 0.5, offsets), (x, delta)
+        lambda x, delta: paca_experts_update(x, Update(delta, indices, 0.5), offsets), (x, delta)
     )
 
 

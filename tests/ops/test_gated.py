@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pacatune.lean.gated import ACTIVATIONS
-from pacatune.ops.linear import apply_paca_linear
+from pacatune.ops.linear import Call, apply_paca_linear
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
@@ -38,8 +38,8 @@ def together(gate, up, delta, bias, activation="silu", is_resident=True):
     weight, indices = fixed(gate.dtype)
     if is_resident:
         weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
-    how = is_resident, None, ACTIVATIONS[activation], gate
-    return apply_paca_linear(up, weight, delta, indices, SCALING, bias, *how)
+    call = Call(SCALING, is_resident, activation=ACTIVATIONS[activation])
+    return apply_paca_linear(up, weight, delta, indices, bias, gate, call)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])

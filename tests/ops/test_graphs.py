@@ -16,11 +16,11 @@ def build(name):
         return test_quantized.ours(test_quantized.Codes()), test_quantized.make(4)
     if name == "convolution":
         tensors, options = test_convolution.make("2d")
-        return partial(paca_conv, scaling=1.0, **options), tensors
+        return partial(twin.by_parts(paca_conv), scaling=1.0, **options), tensors
     if name == "experts":
-        return partial(paca_experts_linear, scaling=1.0), test_experts.make()
+        return partial(twin.by_parts(paca_experts_linear), scaling=1.0), test_experts.make()
     function = {"linear": paca_linear, "additive": paca_linear_additive}[name]
-    return partial(function, scaling=1.0), test_linear.make((5,))
+    return partial(twin.by_parts(function), scaling=1.0), test_linear.make((5,))
 
 
 OPERATIONS = ["linear", "additive", "convolution", "experts"]

@@ -14,7 +14,10 @@ from tests.ops import reference, twin
 from tests.ops.twin import choose, filled_with_nan, normal  # noqa: F401  (a fixture)
 
 SHAPES = [(), (5,), (2, 5), (2, 3, 4), (0,), (2, 0)]
-FORMS = {"resident": paca_linear, "additive": paca_linear_additive}
+FORMS = {
+    "resident": twin.by_parts(paca_linear),
+    "additive": twin.by_parts(paca_linear_additive),
+}
 ALL = {"x", "delta", "bias"}
 OUT, IN, RANK = SIZES = 12, 11, 4
 LARGE = 48, 96, 8

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pacatune.ops import paca_quantized_linear
+from pacatune.ops.columns import Update
 from tests.ops import reference, twin
 from tests.ops.twin import choose, normal
 
@@ -38,7 +39,9 @@ def ours(weight, own_kernel=False):
 
     def function(x, delta, bias):
         multiply = (lambda x: F.linear(x, weight(x.dtype), bias)) if own_kernel else None
-        return paca_quantized_linear(x, delta, choose(IN, RANK), 0.7, weight, bias, multiply)
+        return paca_quantized_linear(
+            x, Update(delta, choose(IN, RANK), 0.7), weight, bias, multiply
+        )
 
     return function
 

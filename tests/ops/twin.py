@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from pacatune.ops.columns import Update
+
 Tensors = dict[str, Tensor | None]
+
+
+def by_parts(function):
+    """Return a function of ops that takes delta, indices and scaling one by one, as twins do."""
+
+    def call(*args, delta, indices, scaling, **options):
+        return function(*args, update=Update(delta, indices, scaling), **options)
+
+    return call
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

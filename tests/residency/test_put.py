@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from pacatune.ops.columns import adapted_columns, read_columns, with_columns
+from pacatune.ops.columns import Update, adapted_columns, read_columns, with_columns
 from pacatune.residency import put
-from pacatune.residency.put import Put, Update, can_exchange, exchange, room_for
+from pacatune.residency.put import Put, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
 from tests.residency.net import adapt, assert_base, deltas, layers
 from tests.residency.test_together import build, loss_of
@@ -39,7 +39,7 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
         pretrained.append(weight.clone())
         adapted = adapted_columns(originals, delta, 1.7)
         expected.append(with_columns(weight, columns, adapted))
-        puts.append(Put(kept, Update(delta, 1.7, columns, 0, 0, 0)))
+        puts.append(Put(kept, Update(delta, columns, 1.7)))
     exchange(puts, takes=True)
     exchange(puts)
     # The interpreter truncates where it makes bfloat16.

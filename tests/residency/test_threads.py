@@ -15,6 +15,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from pacatune import PacaConfig, resident
+from pacatune.ops.columns import Update
 from pacatune.residency.reading import read, read_pretrained
 from pacatune.residency.watching import LOCK
 from tests.conftest import build_model
@@ -200,7 +201,7 @@ def test_who_starts_to_read_within_a_change(change, base, model, pool):
     """Before whichever line announces the change: nobody takes one state for the other."""
     layer, delta = net.layers(model)[0], net.deltas(model)[0].detach().clone()
     residency, indices = layer.residency, layer.paca_indices["default"]
-    mine, others = ((net.deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
+    mine, others = (Update(net.deltas(model)[0], indices, scaling) for scaling in (2.0, 3.0))
     pretrained = base.first.weight.detach()[:, indices]
 
     def change_while_reading(number: int) -> int:

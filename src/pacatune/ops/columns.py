@@ -6,6 +6,7 @@ group i // (I/G), and of no others.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +130,21 @@ def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
     return torch.add(columns, widened(delta), alpha=scaling).to(columns.dtype)
 
 
+class Update(NamedTuple):
+    """What is trained of a weight: some columns of W' are those of W and scaling * delta."""
+
+    delta: Any
+    """(O, R), of any floating dtype; (O/G, R, *k) of convolutions, (E, O, R) of E experts."""
+    indices: Tensor
+    """(R,) int64, the trained columns, sorted."""
+    scaling: float
+    """alpha / R."""
+
+    def adapted(self, columns: Tensor) -> Tensor:
+        """Return the columns of W', given those of W."""
+        return adapted_columns(columns, self.delta, self.scaling)
+
+
 def widened(x: Tensor) -> Tensor:
     """Return it in float32 at least, which sums and products of 16 bits are formed in."""
     return x.float() if x.itemsize < 4 else x
@@ -136,9 +152,7 @@ def widened(x: Tensor) -> Tensor:
 
 def adapted_kernel(
     weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
+    update: Update,
     groups: int = 1,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
@@ -147,18 +161,16 @@ def adapted_kernel(
 
     Args:
         weight: (O, I/G, *k) pretrained kernel.
-        delta: (O/G, R, *k) update.
-        indices: (R,) of the I input channels.
-        scaling: alpha / R.
+        update: Of R of the I input channels.
         groups: G.
         dtype: Dtype of the result; that of `weight` by default. The sum is rounded to the dtype of
             `weight` in any case, as a merge would.
         memory_format: Memory format of the result.
     """
     dtype = dtype or weight.dtype
-    columns = adapted_columns(read_columns(weight, indices, groups), delta, scaling)
+    columns = update.adapted(read_columns(weight, update.indices, groups))
     kernel = weight.to(dtype, copy=True, memory_format=memory_format)
-    put_columns_(kernel, indices, columns.to(dtype), groups)
+    put_columns_(kernel, update.indices, columns.to(dtype), groups)
     return kernel
 
 

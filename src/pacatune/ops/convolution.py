@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from pacatune.ops.columns import (
     CONVOLUTIONS,
     Size,
+    Update,
     adapted_kernel,
     check_form,
     one_group_each,
@@ -29,15 +30,15 @@ from pacatune.ops.columns import (
 from pacatune.ops.products import autocast, cast
 from pacatune.ops.tracing import refuse_second_derivative
 
+Geometry = tuple[list[int], list[int], list[int], int]
+"""Stride, padding and dilation, each per dimension, and the number of groups."""
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 def paca_conv(
     x: Tensor,
     weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
+    update: Update,
     bias: Tensor | None = None,
     stride: Size = 1,
     padding: Size | str = 0,
@@ -57,11 +58,9 @@ def paca_conv(
         x: (B, I, *positions) or (I, *positions) activations, 1 to 3 spatial dimensions; an empty
             batch included.
         weight: (O, I/G, *k) frozen pretrained kernel.
-        delta: (O/G, R, *k) trained update, any floating dtype: entry [o, j] updates the kernel from
-            channel indices[j] to output o of that channel's group. G = 1 makes it (O, R, *k),
-            a depthwise convolution (multiplier, R, *k).
-        indices: (R,) int64, the trained input channels, of all I.
-        scaling: alpha / R.
+        update: Of R of all I input channels. Entry [o, j] of its (O/G, R, *k) delta updates the
+            kernel from channel indices[j] to output o of that channel's group. G = 1 makes it
+            (O, R, *k), a depthwise convolution (multiplier, R, *k).
         bias: (O,) bias, frozen or trained.
         stride: As F.conv2d takes it, and so are the others.
         padding: Zeros on both sides, or "same" or "valid".
@@ -72,22 +71,22 @@ def paca_conv(
         (B, O, *positions) or (O, *positions), channels-last if x is.
 
     Raises:
-        ValueError: If the shapes of `x`, `weight`, `delta`, `indices` and `bias` do not fit, or
+        ValueError: If the shapes of `x`, `weight`, `update` and `bias` do not fit, or
             `padding` is neither numbers nor one of the two names.
 
     Source: PaCA, Eqs. 7-9, for the linear map of each patch.
     """
-    num_dims = _check_shapes(x, weight, delta, indices, bias, groups)
+    num_dims = _check_shapes(x, weight, update, bias, groups)
     stride, dilation = _expand(stride, num_dims), _expand(dilation, num_dims)
     x, padding = _resolve_padding(autocast(x), weight.shape[2:], padding, stride, dilation)
-    geometry = stride, padding, dilation, groups
+    how = update.scaling, (stride, padding, dilation, groups)
     batch = x if x.dim() == num_dims + 2 else x.unsqueeze(0)
-    y: Tensor = _PacaConv.apply(batch, weight, delta, indices, scaling, bias, geometry)
+    y: Tensor = _PacaConv.apply(batch, weight, update.delta, update.indices, bias, how)
     return y if batch is x else y.squeeze(0)
 
 
 class _PacaConv(torch.autograd.Function):
-    """`paca_conv` for a batch; `geometry` is stride, padding, dilation (per dimension) and G."""
+    """`paca_conv` for a batch, given the scaling and the geometry."""
 
     @staticmethod
     def forward(
@@ -96,10 +95,10 @@ class _PacaConv(torch.autograd.Function):
         weight: Tensor,
         delta: Tensor,
         indices: Tensor,
-        scaling: float,
         bias: Tensor | None,
-        geometry: tuple[list[int], list[int], list[int], int],
+        how: tuple[float, Geometry],
     ) -> Tensor:
+        scaling, geometry = how
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         num_dims = x.dim() - 2
         dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else weight.dtype
@@ -108,41 +107,35 @@ class _PacaConv(torch.autograd.Function):
         x_R = select_channels(x, indices, num_dims) if needs_delta else None
         # As in `paca_linear`, `delta` is saved where only its version is read, too.
         ctx.save_for_backward(x_R, weight if needs_x else None, delta, indices)
-        groups = geometry[-1]
-        kernel = adapted_kernel(weight, delta, indices, scaling, groups, dtype, memory_format)
+        update = Update(delta, indices, scaling)
+        kernel = adapted_kernel(weight, update, geometry[-1], dtype, memory_format)
         bias = None if bias is None else cast(bias, dtype)
         return CONVOLUTIONS[num_dims](x, kernel, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_conv")
-        needs_x, _, needs_delta, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, _, needs_delta, _, needs_bias, _ = ctx.needs_input_grad
         x_R, weight, delta, indices = ctx.saved_tensors
         x_shape, scaling, geometry, memory_format = ctx.call
         gx = gdelta = gbias = None
+        update = Update(delta, indices, scaling)
         if needs_delta:
-            gdelta = _grad_delta(gy, x_R, delta, indices, scaling, geometry, x_shape[1])
+            gdelta = _grad_delta(gy, x_R, update, geometry, x_shape[1])
         if needs_x:
-            kernel = adapted_kernel(
-                weight, delta, indices, scaling, geometry[-1], gy.dtype, memory_format
-            )
+            kernel = adapted_kernel(weight, update, geometry[-1], gy.dtype, memory_format)
             x = _shape_of_input(gy, kernel, x_shape)
             gx = _convolution_backward(gy, x, kernel, geometry, (True, False))[0]
         if needs_bias:
             gbias = gy.sum([0, *range(2, gy.dim())])
-        return gx, None, gdelta, None, None, gbias, None
+        return gx, None, gdelta, None, gbias, None
 
 
 def _grad_delta(
-    gy: Tensor,
-    x_R: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
-    geometry: tuple[list[int], list[int], list[int], int],
-    in_channels: int,
+    gy: Tensor, x_R: Tensor, update: Update, geometry: Geometry, in_channels: int
 ) -> Tensor:
     """Return d(delta), (O/G, R, *k): one group for each trained channel where there are groups."""
+    delta, indices, scaling = update
     *sizes, groups = geometry
     kernel = torch.empty_like(delta, dtype=gy.dtype)  # only its shape is read
     if groups == 1:
@@ -215,12 +208,12 @@ def _resolve_padding(
 def _check_shapes(
     x: Tensor,
     weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
+    update: Update,
     bias: Tensor | None,
     groups: int,
 ) -> int:
     """Return the number of spatial dimensions."""
+    delta, indices, _ = update
     num_dims = weight.dim() - 2
     if num_dims not in CONVOLUTIONS or weight.shape[0] % groups:
         raise ValueError(

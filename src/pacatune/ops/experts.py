@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, check_form, read_columns
+from pacatune.ops.columns import Update, adapted_columns, check_form, read_columns
 from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, autocast, grad_delta
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -32,9 +32,7 @@ from pacatune.ops.tracing import refuse_second_derivative
 def paca_experts_linear(
     x: Tensor,
     weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
+    update: Update,
     offsets: Tensor,
     *,
     is_transposed: bool = False,
@@ -47,9 +45,7 @@ def paca_experts_linear(
     Args:
         x: (S, I) activations of the routed tokens, sorted by expert.
         weight: (E, O, I) frozen pretrained weights.
-        delta: (E, O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns.
-        scaling: alpha / R.
+        update: Of R columns of all; its delta is (E, O, R).
         offsets: (E,) int32, where each expert's tokens end.
         is_transposed: The weights are (E, I, O).
         is_grouped: Use torch's grouped GEMM where it can be used.
@@ -63,16 +59,16 @@ def paca_experts_linear(
     Source: PaCA, Eqs. 7-9, for each expert.
     """
     _check_weight(x, weight, offsets, is_transposed)
-    _check_delta(delta, indices, offsets)
+    _check_delta(update, offsets)
     num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
-    if delta.shape[:2] != (num_experts, out_features):
+    if update.delta.shape[:2] != (num_experts, out_features):
         raise ValueError(
             f"`delta` must be (E={num_experts}, O={out_features}, R) to fit `weight`, got shape "
-            f"{tuple(delta.shape)}."
+            f"{tuple(update.delta.shape)}."
         )
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    how = offsets, is_transposed, is_grouped
-    return _ExpertsLinear.apply(x, weight, delta, indices, scaling, *how)
+    how = update.scaling, is_transposed, is_grouped
+    return _ExpertsLinear.apply(x, weight, update.delta, update.indices, offsets, how)
 
 
 def experts_linear(
@@ -100,15 +96,12 @@ def experts_linear(
     """
     _check_weight(x, weight, offsets, is_transposed)
     x = x.to(weight.dtype) if is_grouped else autocast(x)
-    how = offsets, is_transposed, is_grouped
-    return _ExpertsLinear.apply(x, weight, None, None, 0.0, *how)
+    return _ExpertsLinear.apply(x, weight, None, None, offsets, (0.0, is_transposed, is_grouped))
 
 
 def paca_experts_update(
     x: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
+    update: Update,
     offsets: Tensor,
     *,
     is_grouped: bool = False,
@@ -123,9 +116,9 @@ def paca_experts_update(
     Raises:
         ValueError: If the shapes do not fit.
     """
-    _check_delta(delta, indices, offsets)
-    how = offsets, False, is_grouped
-    return _ExpertsLinear.apply(autocast(x), None, delta, indices, scaling, *how)
+    _check_delta(update, offsets)
+    how = update.scaling, False, is_grouped
+    return _ExpertsLinear.apply(autocast(x), None, update.delta, update.indices, offsets, how)
 
 
 def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: bool) -> None:
@@ -145,7 +138,8 @@ def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: boo
         )
 
 
-def _check_delta(delta: Tensor, indices: Tensor, offsets: Tensor) -> None:
+def _check_delta(update: Update, offsets: Tensor) -> None:
+    delta, indices, _ = update
     if delta.dim() != 3 or len(delta) != len(offsets):
         raise ValueError(
             f"`delta` must be (E={len(offsets)}, O, R) to fit `offsets`, got shape "
@@ -168,13 +162,12 @@ class _ExpertsLinear(torch.autograd.Function):
         weight: Tensor | None,
         delta: Tensor | None,
         indices: Tensor | None,
-        scaling: float,
         offsets: Tensor,
-        is_transposed: bool,
-        is_grouped: bool,
+        how: tuple[float, bool, bool],
     ) -> Tensor:
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
-        ctx.call = x.shape, scaling, is_transposed, is_grouped
+        ctx.call = x.shape, how
+        scaling, is_transposed, is_grouped = how
         x_R = None if indices is None else x.index_select(-1, indices)
         # The parameters themselves and no views of them: DeepSpeed and FSDP2 take their memory away
         # after the forward pass and put it back before the backward pass.
@@ -200,7 +193,7 @@ class _ExpertsLinear(torch.autograd.Function):
         refuse_second_derivative("paca_experts_linear")
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         x_R, weight, delta, indices, offsets = ctx.saved_tensors
-        x_shape, scaling, is_transposed, is_grouped = ctx.call
+        x_shape, (scaling, is_transposed, is_grouped) = ctx.call
         gx, gdelta, how = None, None, (offsets, is_grouped)
         gy = gy.contiguous()
         if needs_delta:
@@ -218,7 +211,7 @@ class _ExpertsLinear(torch.autograd.Function):
                 else:
                     gx_SR = _products(gy, delta.transpose(1, 2), *how)
                     gx.index_add_(1, indices, gx_SR, alpha=scaling)
-        return gx, None, gdelta, None, None, None, None, None
+        return gx, None, gdelta, None, None, None
 
 
 def _products(x: Tensor, weight: Tensor, offsets: Tensor, is_grouped: bool) -> Tensor:

@@ -14,13 +14,13 @@ The tests hold them to the same equations in plain autograd (tests/ops/reference
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, check_form, read_columns
+from pacatune.ops.columns import Update, check_form, read_columns
 from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -53,14 +53,7 @@ class Elementwise(Protocol):
         """Return the gradients of gate and up; may overwrite `gh`, and what can be made anew."""
 
 
-def paca_linear(
-    x: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-) -> Tensor:
+def paca_linear(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None = None) -> Tensor:
     """Apply a linear map that trains only the input columns `indices` (Eqs. 7-9).
 
     Forward   y = x W'^T + b            W' already holds the adapted columns
@@ -73,30 +66,25 @@ def paca_linear(
     Args:
         x: (..., I) activations, any number of leading dimensions, zero tokens included.
         weight: (O, I) frozen weight with the adapted columns written in.
-        delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns.
-        scaling: alpha / R, the factor between `delta` and the columns.
+        update: Of R columns; its (O, R) delta receives the gradient.
         bias: (O,) bias, frozen or trained.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
 
     Raises:
-        ValueError: If the shapes of `x`, `weight`, `delta`, `indices` and `bias` do not fit.
+        ValueError: If the shapes of `x`, `weight`, `update` and `bias` do not fit.
 
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, True)
+    _check_shapes(x, weight, update, bias)
+    delta, indices, scaling = update
+    call = Call(scaling, is_resident=True)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, bias, None, call)
 
 
 def paca_linear_additive(
-    x: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, update: Update, bias: Tensor | None = None
 ) -> Tensor:
     """Apply the same map as `paca_linear`, from the *pretrained* weight, which is not written.
 
@@ -108,30 +96,25 @@ def paca_linear_additive(
     Args:
         x: (..., I) activations.
         weight: (O, I) frozen pretrained weight.
-        delta: (O, R) trained update of the columns.
-        indices: (R,) int64, the trained columns.
-        scaling: alpha / R.
+        update: Of R columns; its (O, R) delta receives the gradient.
         bias: (O,) bias, frozen or trained.
 
     Returns:
         (..., O) activations in the dtype of `x`, or of autocast where that is on.
 
     Raises:
-        ValueError: If the shapes of `x`, `weight`, `delta`, `indices` and `bias` do not fit.
+        ValueError: If the shapes of `x`, `weight`, `update` and `bias` do not fit.
 
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
-    _check_shapes(x, weight, delta, indices, bias)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, scaling, bias, False)
+    _check_shapes(x, weight, update, bias)
+    delta, indices, scaling = update
+    call = Call(scaling, is_resident=False)
+    return _PacaLinear.apply(autocast(x), weight, delta, indices, bias, None, call)
 
 
-def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None) -> None:
+    delta, indices, _ = update
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be (O, I), got shape {tuple(weight.shape)}.")
     out_features, in_features = weight.shape
@@ -150,13 +133,7 @@ def _check_shapes(
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
-def column_update(
-    weight: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def column_update(weight: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
     """Return what the columns of W' multiply x with beyond those of W, for `add_columns_`.
 
     In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost. Their
@@ -165,32 +142,37 @@ def column_update(
 
     Args:
         weight: (O, I) pretrained weight.
-        delta: (O, R) trained update.
-        indices: (R,) int64, the trained columns.
-        scaling: alpha / R.
+        update: Of R columns.
         dtype: What the product is computed in.
 
     Returns:
         In 16 bits (O, 2R), otherwise (O, R) scaling * delta; in `dtype`.
     """
     if dtype.itemsize > 2:
-        wide = cast(delta, dtype)
-        return wide if scaling == 1.0 else wide * scaling
-    columns = read_columns(weight, indices)
-    adapted = adapted_columns(columns, delta, scaling)
-    return torch.cat((cast(adapted, dtype), cast(columns, dtype).neg()), 1)
+        wide = cast(update.delta, dtype)
+        return wide if update.scaling == 1.0 else wide * update.scaling
+    columns = read_columns(weight, update.indices)
+    return torch.cat((cast(update.adapted(columns), dtype), cast(columns, dtype).neg()), 1)
+
+
+class Call(NamedTuple):
+    """What a pass is told beside its tensors."""
+
+    scaling: float
+    is_resident: bool
+    """Whether the weight holds the adapted columns now."""
+    source: Source | None = None
+    """Has the weight in the backward pass; without one it is saved and must stay as it is."""
+    activation: Elementwise | None = None
+    """The layer is applied to act(gate) * x.
+
+    Of that nothing is kept: gate and x are kept by their product anyway, 2 I elements per token,
+    and two columns of them give one of it again.
+    """
 
 
 class _PacaLinear(torch.autograd.Function):
-    """Eqs. 7-9 in both forms; `x` to `bias` as in `paca_linear`.
-
-    `is_resident` says whether `weight` holds the adapted columns now. With a `source`, the backward
-    pass asks it for the weight; otherwise the weight is saved and must stay as it is.
-
-    With an `activation` the layer is applied to act(gate) * x, of which nothing is kept: gate and x
-    are kept by their product anyway, 2 I elements per token, and two columns of them give one of it
-    again.
-    """
+    """Eqs. 7-9 in both forms."""
 
     @staticmethod
     def forward(
@@ -199,15 +181,13 @@ class _PacaLinear(torch.autograd.Function):
         weight: Tensor,
         delta: Tensor,
         indices: Tensor,
-        scaling: float,
         bias: Tensor | None,
-        is_resident: bool,
-        source: Source | None = None,
-        activation: Elementwise | None = None,
-        gate: Tensor | None = None,
+        gate: Tensor | None,
+        call: Call,
     ) -> Tensor:
-        needs_x, _, needs_delta, *_, needs_gate = ctx.needs_input_grad
-        ctx.call = x.shape, scaling, is_resident, source, activation
+        needs_x, _, needs_delta, _, _, needs_gate, _ = ctx.needs_input_grad
+        scaling, is_resident, source, activation = call
+        ctx.call = x.shape, call
         kept = x_R = None
         if activation is not None and gate is not None:
             kept, x = x, activation.product(gate, x)
@@ -224,15 +204,15 @@ class _PacaLinear(torch.autograd.Function):
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, delta, indices, scaling, y.dtype))
+            add_columns_(y, x_R, column_update(weight, Update(delta, indices, scaling), y.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_linear")
-        needs_x, _, needs_delta, _, _, needs_bias, *_, needs_gate = ctx.needs_input_grad
+        needs_x, _, needs_delta, _, needs_bias, needs_gate, _ = ctx.needs_input_grad
         kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
-        x_shape, scaling, is_resident, source, activation = ctx.call
+        x_shape, (scaling, is_resident, source, activation) = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = ggate = None
         if needs_delta:
@@ -243,17 +223,17 @@ class _PacaLinear(torch.autograd.Function):
                 x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x or needs_gate:
-            update = delta_OR, indices_R, scaling
+            update = Update(delta_OR, indices_R, scaling)
             if source is None:
-                gx_NI = grad_x(gy_NO, *update, weight_OI, is_resident)
+                gx_NI = grad_x(gy_NO, update, weight_OI, is_resident)
             else:
-                gx_NI = source.backward(partial(grad_x, gy_NO, *update))
+                gx_NI = source.backward(partial(grad_x, gy_NO, update))
             gx = gx_NI.view(x_shape)
             if activation is not None:
                 ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, None, gdelta, None, None, gbias, None, None, None, ggate
+        return gx, None, gdelta, None, gbias, ggate, None
 
 
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
@@ -278,24 +258,17 @@ def _inputs(x_R: Tensor, update: Tensor, y_NO: Tensor) -> Tensor:
     return torch.cat((x_NR, x_NR), 1) if update.shape[1] > x_NR.shape[1] else x_NR
 
 
-def grad_x(
-    gy_NO: Tensor,
-    delta_OR: Tensor,
-    indices_R: Tensor,
-    scaling: float,
-    weight_OI: Tensor,
-    is_resident: bool,
-) -> Tensor:
+def grad_x(gy_NO: Tensor, update: Update, weight_OI: Tensor, is_resident: bool) -> Tensor:
     """Return dy W' as (N, I), from a weight that holds the adapted columns or not (Eq. 8)."""
     is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
     gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
-        update = column_update(weight_OI, delta_OR, indices_R, scaling, gy_NO.dtype)
+        columns_OR, indices_R = column_update(weight_OI, update, gy_NO.dtype), update.indices
         rank = indices_R.shape[0]
-        if update.shape[1] == rank:
-            gx_NI.index_add_(1, indices_R, thin_product(gy_NO, update))
+        if columns_OR.shape[1] == rank:
+            gx_NI.index_add_(1, indices_R, thin_product(gy_NO, columns_OR))
         else:  # those of W' as they are
-            gx_NI.index_copy_(1, indices_R, thin_product(gy_NO, update[:, :rank]))
+            gx_NI.index_copy_(1, indices_R, thin_product(gy_NO, columns_OR[:, :rank]))
     return gx_NI
 
 

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, put_columns_, read_columns
+from pacatune.ops.columns import Update, put_columns_, read_columns
 from pacatune.ops.products import autocast, grad_delta, owned
 from pacatune.ops.tracing import refuse_second_derivative
 
 
 def paca_quantized_linear(
     x: Tensor,
-    delta: Tensor,
-    indices: Tensor,
-    scaling: float,
+    update: Update,
     dequantize: Callable[[torch.dtype], Tensor],
     bias: Tensor | None = None,
     multiply: Callable[[Tensor], Tensor] | None = None,
@@ -35,9 +33,7 @@ def paca_quantized_linear(
 
     Args:
         x: (..., I) activations, in the dtype to compute in where autocast is off.
-        delta: (O, R) trained update of the columns, any floating dtype; receives the gradient.
-        indices: (R,) int64, the trained columns.
-        scaling: alpha / R, the factor between `delta` and the columns.
+        update: Of R columns; its (O, R) delta receives the gradient.
         dequantize: Returns the frozen (O, I) weight in a dtype, as a tensor that is ours to change.
             Called once in the forward and once in the backward pass.
         bias: (O,) bias, frozen or trained.
@@ -50,10 +46,13 @@ def paca_quantized_linear(
 
     Source: PaCA, Sec. 4.3 and Eqs. 7-9, with the columns written as W + scaling * delta.
     """
-    result: Tensor = _PacaQuantizedLinear.apply(
-        autocast(x), delta, indices, scaling, dequantize, bias, multiply
-    )
-    return result
+    how = update.scaling, dequantize, multiply
+    y: Tensor = _PacaQuantizedLinear.apply(autocast(x), update.delta, update.indices, bias, how)
+    return y
+
+
+_How = tuple[float, Callable[[torch.dtype], Tensor], Callable[[Tensor], Tensor] | None]
+"""Scaling, `dequantize` and `multiply`."""
 
 
 class _PacaQuantizedLinear(torch.autograd.Function):
@@ -63,17 +62,17 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         x: Tensor,
         delta: Tensor,
         indices: Tensor,
-        scaling: float,
-        dequantize: Callable[[torch.dtype], Tensor],
         bias: Tensor | None,
-        multiply: Callable[[Tensor], Tensor] | None,
+        how: _How,
     ) -> Tensor:
         _, needs_delta, *_ = ctx.needs_input_grad
+        scaling, dequantize, multiply = how
         x_R = x.index_select(-1, indices) if needs_delta or multiply is not None else None
         ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
-            return owned(F.linear(x, _adapted(dequantize(x.dtype), delta, indices, scaling), bias))
+            weight = _adapted(dequantize(x.dtype), Update(delta, indices, scaling))
+            return owned(F.linear(x, weight, bias))
         assert x_R is not None
         y = owned(multiply(x))
         return y.add_(F.linear(x_R.to(y.dtype), delta.to(y.dtype)), alpha=scaling)
@@ -81,7 +80,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_quantized_linear")
-        needs_x, needs_delta, _, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_delta, _, needs_bias, _ = ctx.needs_input_grad
         x_R, delta, indices = ctx.saved_tensors
         x_shape, scaling, dequantize = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
@@ -90,13 +89,14 @@ class _PacaQuantizedLinear(torch.autograd.Function):
             x_NR = x_R.reshape(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
         if needs_x:
-            gx = gy_NO.mm(_adapted(dequantize(gy.dtype), delta, indices, scaling)).view(x_shape)
+            weight = _adapted(dequantize(gy.dtype), Update(delta, indices, scaling))
+            gx = gy_NO.mm(weight).view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, gdelta, None, None, None, gbias, None
+        return gx, gdelta, None, gbias, None
 
 
-def _adapted(weight: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
-    """Add scaling * delta to the columns of a dequantised weight, in place, rounding once."""
-    put_columns_(weight, indices, adapted_columns(read_columns(weight, indices), delta, scaling))
+def _adapted(weight: Tensor, update: Update) -> Tensor:
+    """Put the adapted columns into a dequantised weight, in place, rounding once."""
+    put_columns_(weight, update.indices, update.adapted(read_columns(weight, update.indices)))
     return weight

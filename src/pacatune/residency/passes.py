@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from pacatune.residency.put import Parts
+from pacatune.ops.columns import Update
 from pacatune.residency.reading import Result, in_order, read, read_pretrained
 from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
@@ -36,16 +36,15 @@ class Pass:
 
     __slots__ = ("base", "epoch", "residency", "update", "version", "writes")
 
-    def __init__(self, residency: Residency, update: Parts, writes: bool = True) -> None:
+    def __init__(self, residency: Residency, update: Update, writes: bool = True) -> None:
         self.residency, self.update, self.writes = residency, update, writes
-        delta = update[0]
-        self.version, self.base, self.epoch = delta._version, (0, 0), -1
+        self.version, self.base, self.epoch = update.delta._version, (0, 0), -1
 
     def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
         """Compute with the weight, as `read` does."""
         residency = self.residency
         self.epoch = residency.epoch
-        writes = self.writes and self.update[0].requires_grad
+        writes = self.writes and self.update.delta.requires_grad
         result = read(residency, compute, self.update, writes=writes)
         self.base = residency.base()
         return result
@@ -60,7 +59,7 @@ class Pass:
         Raises:
             RuntimeError: If the adapter is merged or the base weight was changed since.
         """
-        residency, delta = self.residency, self.update[0]
+        residency, delta = self.residency, self.update.delta
         # Columns that were there before the forward pass, and that nobody has touched since, are
         # those of its delta, in its weight: the usual case, and the shortest way.
         if residency.epoch == self.epoch and residency.holds(self.update):

@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import adapted_columns, put_columns_
+from pacatune.ops.columns import Update, adapted_columns, put_columns_
 from pacatune.precision import is_out_of_memory
-
-Parts = tuple[Any, Tensor, float]
-"""A layer's delta, an (O, R) nn.Parameter; its indices, (R,) int64; its scaling."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -34,43 +31,6 @@ class Kept(NamedTuple):
     """(R,) int64; a copy, since the adapter's own may be reloaded."""
     originals: Tensor
     """(O, R) in the weight's dtype."""
-
-
-class Update(NamedTuple):
-    """A delta at one moment: equal ones mean the same columns."""
-
-    delta: Any
-    """(O, R) DeltaParameter."""
-    scaling: float
-    indices: Tensor
-    version: int
-    num_unversioned: int
-    indices_version: int
-
-    @classmethod
-    def now(cls, parts: Parts) -> "Update":
-        """Return what the columns are of at this moment."""
-        delta, indices, scaling = parts
-        versions = delta._version, delta.num_unversioned, indices._version
-        return cls(delta, scaling, indices, *versions)
-
-    @property
-    def parts(self) -> Parts:
-        """The layer's delta, indices and scaling."""
-        return self.delta, self.indices, self.scaling
-
-    def is_of(self, parts: Parts) -> bool:
-        """Whether nothing has changed since."""
-        delta, indices, scaling = parts
-        return (
-            delta is self.delta
-            and delta._version == self.version
-            # Swapped with another (torch.__future__) it has no such number.
-            and getattr(delta, "num_unversioned", None) == self.num_unversioned
-            and indices is self.indices
-            and indices._version == self.indices_version
-            and scaling == self.scaling
-        )
 
 
 class Put(NamedTuple):
@@ -185,7 +145,7 @@ def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> 
     weight = torch.linspace(1, 2, 24, device=device).view(4, 6).to(dtype)
     delta = torch.linspace(-1, 1, 8, device=device).view(4, 2).to(delta_dtype)
     columns = torch.tensor([1, 4], device=device)
-    update = Update(delta, 1.7, columns, 0, 0, 0)
+    update = Update(delta, columns, 1.7)
     ours, theirs = (Put(room_for(weight.clone(), columns), update) for _ in range(2))
     exchange([ours], takes=True)
     exchange([ours])

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from pacatune.residency.put import Parts, in_turn, is_aside
+from pacatune.ops.columns import Update
+from pacatune.residency.put import in_turn, is_aside
 from pacatune.residency.watching import LOCK
 from pacatune.residency.weight import Residency
 
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 def read(
     residency: Residency,
     compute: Callable[[Tensor, bool], Result],
-    update: Parts,
+    update: Update,
     *,
     writes: bool,
 ) -> Result | None:
@@ -76,7 +77,7 @@ def read_pretrained(residency: Residency, compute: Callable[[Tensor, bool], Resu
             return result
 
 
-def _open(residency: Residency, update: Parts, writes: bool) -> tuple[Tensor, bool, int] | None:
+def _open(residency: Residency, update: Update, writes: bool) -> tuple[Tensor, bool, int] | None:
     """Return the weight, whether it holds the columns, and since which epoch."""
     epoch, weight = residency.epoch, residency.find_weight()
     if weight is None or residency.is_merged:

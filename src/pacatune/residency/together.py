@@ -4,11 +4,11 @@ On a GPU that is one launch for all of them, where each takes longer to launch t
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from pacatune.residency.put import Put, Update, keep, put
+from pacatune.residency.put import Put, keep, put
 
 
 class Group:
@@ -51,13 +51,13 @@ class Group:
         return before
 
 
-def put_all(moves: Sequence[tuple[Any, Put]]) -> None:
+def put_all(moves: Sequence[tuple[Any, Put, Any]]) -> None:
     """Write columns into all weights, which are known to allow it; the caller holds the lock."""
-    keep([kept for residency, (kept, _) in moves if kept is not residency.kept])
-    epochs = [residency._begin(kept) for residency, (kept, _) in moves]
-    put([move for _, move in moves])
-    for (residency, (kept, update)), epoch in zip(moves, epochs, strict=True):
-        residency._end(kept, cast(Update, update), epoch)
+    keep([kept for residency, (kept, _), _ in moves if kept is not residency.kept])
+    epochs = [residency._begin(kept) for residency, (kept, _), _ in moves]
+    put([move for _, move, _ in moves])
+    for (residency, (kept, _), written), epoch in zip(moves, epochs, strict=True):
+        residency._end(kept, written, epoch)
 
 
 def restore_all(residencies: Iterable[Any]) -> None:

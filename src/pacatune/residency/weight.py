@@ -7,14 +7,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pacatune.ops.columns import check_columns, read_columns, with_columns
+from pacatune.ops.columns import Update, check_columns, read_columns, with_columns
 from pacatune.residency.obstacles import NUM_OWN_REFERENCES, PLAIN, flaw_of, why_not_written
-from pacatune.residency.put import Kept, Parts, Put, Update, is_on_gpu, room_for
+from pacatune.residency.put import Kept, Put, is_on_gpu, room_for
 from pacatune.residency.together import Group, put_all, restore_all
 from pacatune.residency.watching import (
     LOCK,
@@ -23,6 +23,36 @@ from pacatune.residency.watching import (
     guard,
     is_tracked,
 )
+
+
+class Written(NamedTuple):
+    """An update at one moment: equal ones mean the same columns."""
+
+    update: Update
+    """Its delta is a DeltaParameter."""
+    version: int
+    num_unversioned: int
+    indices_version: int
+
+    @classmethod
+    def now(cls, update: Update) -> "Written":
+        """Return what the columns are of at this moment."""
+        delta = update.delta
+        return cls(update, delta._version, delta.num_unversioned, update.indices._version)
+
+    def is_of(self, update: Update) -> bool:
+        """Whether nothing has changed since."""
+        delta, indices, scaling = update
+        own = self.update
+        return (
+            delta is own.delta
+            and delta._version == self.version
+            # Swapped with another (torch.__future__) it has no such number.
+            and getattr(delta, "num_unversioned", None) == self.num_unversioned
+            and indices is own.indices
+            and indices._version == self.indices_version
+            and scaling == own.scaling
+        )
 
 
 class Residency:
@@ -83,11 +113,11 @@ class Residency:
         self.address = 0
         self.is_on_gpu = False
         self.kept: Kept | None = None
-        self.written: Update | None = None
+        self.written: Written | None = None
         # What was written last, and will be again, as a rule.
         self.last: Update | None = None
 
-    def holds(self, update: Parts) -> bool:
+    def holds(self, update: Update) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
         if self.present is None or self.is_stale:
             return False
@@ -100,7 +130,7 @@ class Residency:
             and not (self.is_on_gpu and _is_capturing())
         )
 
-    def write(self, update: Parts) -> bool:
+    def write(self, update: Update) -> bool:
         """Make sure that W holds W[:, indices] + scaling * delta; costs next to nothing if it does.
 
         Returns:
@@ -117,7 +147,7 @@ class Residency:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *(member._prepare(member.last.parts) for member in others)]
+            moves = [first, *(member._prepare(member.last) for member in others)]
             put_all([move for move in moves if move is not None])
             return self.holds(update)
 
@@ -145,12 +175,12 @@ class Residency:
             self.last is not None
             and self.is_in_training()
             and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
-            and not self.holds(self.last.parts)
+            and not self.holds(self.last)
         )
 
-    def _prepare(self, update: Parts) -> "tuple[Residency, Put] | None":
+    def _prepare(self, update: Update) -> "tuple[Residency, Put, Written] | None":
         """Return a write, with room for what it overwrites; None if nothing must be written."""
-        delta, indices = update[:2]
+        delta, indices, _ = update
         if self.obstacle(delta) is not None:
             self.restore()
             return None
@@ -159,7 +189,7 @@ class Residency:
             self.restore()
             self.kept = None
             kept = self._make_room(indices)
-        return self, Put(kept, Update.now(update))
+        return self, Put(kept, update), Written.now(update)
 
     def _begin(self, kept: Kept) -> int:
         """Note that columns are about to change; `restore` then knows what to do, interrupted."""
@@ -170,15 +200,15 @@ class Residency:
         self.epoch += 1
         return epoch
 
-    def _end(self, kept: Kept, update: Update, epoch: int) -> None:
+    def _end(self, kept: Kept, written: Written, epoch: int) -> None:
         # A signal handler has looked, and knows of no columns any more.
         if self.epoch != epoch or self.present is None:
             self.present = kept
             self.restore()
             return
         self.kept = kept
-        self.written = self.last = update
-        update.delta.residency = self.link
+        self.written, self.last = written, written.update
+        written.update.delta.residency = self.link
         self.is_stale = False
 
     def _make_room(self, indices: Tensor) -> Kept:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pacatune.grid.checkpoint import PackedCheckpoint
 from pacatune.grid.columns import CodedColumns
 from pacatune.ops.whole import is_shared_out, whole_shape
-from pacatune.residency.put import Update
 from pacatune.residency.watching import is_tracked
+from pacatune.residency.weight import Written
 from pacatune.sync.adapted import (
     base_of,
     checkpoint_name,
@@ -237,16 +237,16 @@ def _plain(values: Tensor) -> Tensor:
 class _State:
     """What columns are of: equal ones mean the same bits."""
 
-    update: Update | None
+    written: Written | None
     """None: of the base."""
     base: tuple[Any, ...]
 
     def is_same(self, other: "_State | None") -> bool:
         if other is None or self.base != other.base:
             return False
-        if self.update is None or other.update is None:
-            return self.update is other.update
-        return other.update.is_of(self.update.parts)
+        if self.written is None or other.written is None:
+            return self.written is other.written
+        return other.written.is_of(self.written.update)
 
 
 class _Weight:
@@ -345,7 +345,7 @@ class _Weight:
         delta = layer.delta_of(self.adapter)
         if not is_tracked(delta):
             return None
-        return _State(Update.now(layer.update_of(self.adapter)), base)
+        return _State(Written.now(layer.update_of(self.adapter)), base)
 
     def _base_state(self) -> tuple[Any, ...] | None:
         weight, residency = self._weight(), self.layer.residency

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pacatune.ops.columns import Update
 from pacatune.ops.tracing import is_traced
 from pacatune.tuner.compat import quantization_extra_repr
 from pacatune.tuner.layer import Delta, PacaLayer
@@ -46,7 +47,7 @@ class AdditiveLayer(PacaLayer):
         """Return what one adapter adds to the output, in `dtype`."""
         raise NotImplementedError
 
-    def _single_update(self) -> tuple[Any, Tensor, float] | None:
+    def _single_update(self) -> Update | None:
         """Return what `update_of` does, if one adapter is active and no hook needs the base."""
         name: Any = self._active_adapter
         if type(name) is list:
@@ -61,7 +62,7 @@ class AdditiveLayer(PacaLayer):
         delta = holder._parameters.get("weight")
         if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
             return None
-        return delta, modules["paca_indices"]._buffers[name], self.scaling[name]
+        return Update(delta, modules["paca_indices"]._buffers[name], self.scaling[name])
 
     def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

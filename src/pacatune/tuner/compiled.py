@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
+from pacatune.ops.columns import Update
 from pacatune.ops.linear import add_columns_, column_update, grad_x
 from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta
 from pacatune.residency import Pass, Residency
@@ -37,13 +38,13 @@ def handle_of(layer: Any) -> Tensor:
 
 def compiled_linear(
     x: Tensor,
-    update: tuple[Tensor, Tensor, float] | None,
+    update: Update | None,
     bias: Tensor | None,
     handle: Tensor,
     out_features: int,
 ) -> Tensor:
     """Apply a layer to (..., I) in a graph, with its update or without; returns (..., O)."""
-    trains = torch.is_grad_enabled() and update is not None and update[0].requires_grad
+    trains = torch.is_grad_enabled() and update is not None and update.delta.requires_grad
     how = bias, handle, trains, out_features
     y, _ = torch.ops.pacatune.linear(x, *(update or (None, None, 0.0)), *how)
     return y
@@ -58,7 +59,7 @@ def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residenc
     if delta is None:
         return cast(Residency, layer.residency)
     found = layer._prepare()
-    if found is None or not _is_same(found[0][0], delta):
+    if found is None or not _is_same(found[0].delta, delta):
         return None
     update, residency = found
     return Pass(residency, update, trains)
@@ -99,7 +100,7 @@ def _linear(
     def compute(weight: Tensor, is_resident: bool) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if delta is not None and indices is not None and not is_resident:
-            update = column_update(weight, delta, indices, scaling, y.dtype)
+            update = column_update(weight, Update(delta, indices, scaling), y.dtype)
             add_columns_(y, x.index_select(-1, indices), update)
         return y
 
@@ -130,7 +131,7 @@ def _linear_grad(
         gy_NO = gy.reshape(-1, gy.shape[-1])
         if delta is None or indices is None:
             return gy_NO.mm(weight.to(gy.dtype))
-        return grad_x(gy_NO, delta, indices, scaling, weight, is_resident)
+        return grad_x(gy_NO, Update(delta, indices, scaling), weight, is_resident)
 
     opened = _open(handle, delta, True)
     if isinstance(opened, Residency):
@@ -139,7 +140,7 @@ def _linear_grad(
         if opened is None:  # hooks on saved tensors have kept what delta was
             assert delta is not None
             assert indices is not None
-            opened = Pass(_LAYERS[int(handle)].residency, (delta, indices, scaling))
+            opened = Pass(_LAYERS[int(handle)].residency, Update(delta, indices, scaling))
             opened.version = -1
         opened.base = tuple(base.tolist())
         is_view = opened.residency.find_weight() is None and opened.base[1] == 0

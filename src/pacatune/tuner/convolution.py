@@ -83,7 +83,6 @@ class Conv(AdditiveLayer):
         update, base = self._single_update(), cast(Any, self.base_layer)
         if update is None or not self.has_torchs_forward:
             return None
-        delta, indices, scaling = update
         weight = base._parameters.get("weight")
         # Dictionaries and weights of other types are DeepSpeed's or FSDP2's, and may be a part.
         if type(base._parameters) is not dict or type(weight) not in (nn.Parameter, Tensor):
@@ -92,7 +91,7 @@ class Conv(AdditiveLayer):
             return None
         x, padding = self._padded(x)
         sizes = self.stride, padding, self.dilation, self.groups
-        return paca_conv(x, weight, delta, indices, scaling, base.bias, *sizes)
+        return paca_conv(x, weight, update, base.bias, *sizes)
 
     def _update(self, x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         indices, sizes = self.paca_indices[name], (self.in_channels, self.groups)
@@ -156,7 +155,7 @@ class Conv(AdditiveLayer):
             )
         for name in names:
             if name in self.paca_delta:
-                weight = adapted_kernel(weight, *self.update_of(name), self.groups)
+                weight = adapted_kernel(weight, self.update_of(name), self.groups)
         return weight
 
     @property

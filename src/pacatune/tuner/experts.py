@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pacatune.ops.columns import Update
 from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
 from pacatune.tuner.compat import register_experts
@@ -30,12 +31,21 @@ from pacatune.tuner.parameter import (
 class ExpertDelta(Delta):
     """Holds one adapter's (E, O, R) update of the weights of all experts."""
 
-    def forward(self, x: Tensor, weight: Tensor | None, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        indices: Tensor,
+        scaling: float,
+        offsets: Tensor,
+        **options: Any,
+    ) -> Tensor:
         """Apply the experts' linear maps with the update; without `weight` the update alone."""
+        update = Update(self.weight, indices, scaling)
         if weight is None:
             del options["is_transposed"]
-            return paca_experts_update(x, self.weight, *args, **options)
-        return paca_experts_linear(x, weight, self.weight, *args, **options)
+            return paca_experts_update(x, update, offsets, **options)
+        return paca_experts_linear(x, weight, update, offsets, **options)
 
 
 class ExpertParameter(ParameterLayer):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pacatune.format.options import IN_TENSORS
 from pacatune.format.tensors import INDICES
-from pacatune.ops.columns import adapted_columns, check_columns, widened
+from pacatune.ops.columns import Update, adapted_columns, check_columns, widened
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
@@ -196,10 +196,10 @@ class PacaLayer(nn.Module, TunerLayer):
         """Return one adapter's (O, R) update, before scaling."""
         return cast(Delta, self.paca_delta[adapter_name]).weight
 
-    def update_of(self, adapter_name: str) -> tuple[nn.Parameter, Tensor, float]:
-        """Return one adapter's update, its columns and scaling."""
+    def update_of(self, adapter_name: str) -> Update:
+        """Return one adapter's update."""
         indices, scaling = self.paca_indices[adapter_name], self.scaling[adapter_name]
-        return self.delta_of(adapter_name), indices, scaling
+        return Update(self.delta_of(adapter_name), indices, scaling)
 
     @torch.no_grad()
     def replace_update(

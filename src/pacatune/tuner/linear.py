@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from pacatune.ops.columns import Update
 from pacatune.ops.linear import (
+    Call,
     Elementwise,
     add_columns,
     add_columns_,
@@ -30,7 +32,6 @@ from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Pass, Residency
-from pacatune.residency.put import Parts
 from pacatune.residency.reading import read
 from pacatune.residency.watching import WeightParameter
 from pacatune.tuner.additive import AdditiveLayer, has_hooks
@@ -54,7 +55,7 @@ class Linear(AdditiveLayer):
         if residency is None or self.merged_adapters or self._disable_adapters:
             return super().why_additive()
         if found is not None:
-            delta = found[0][0]
+            delta = found[0].delta
             if not delta.requires_grad:
                 return "its update is not trained"
             return residency.obstacle(delta)
@@ -84,7 +85,7 @@ class Linear(AdditiveLayer):
             and not (args or kwargs or is_exported())
         )
 
-    def _compiled(self, x: Tensor, update: Parts | None) -> Tensor:
+    def _compiled(self, x: Tensor, update: Update | None) -> Tensor:
         bias = cast("Tensor | None", self.base_layer.bias)
         return compiled_linear(autocast(x), update, bias, self.handle, self.out_features)
 
@@ -99,13 +100,13 @@ class Linear(AdditiveLayer):
             writes = residency.owner is not None and residency.owner == threading.get_ident()
             evaluate = partial(_evaluate, x, update, bias)
             return read(residency, evaluate, update, writes=writes)
-        if update[0].is_inference():  # nothing is known of its changes
+        if update.delta.is_inference():  # nothing is known of its changes
             return None
         if torch._C._is_any_autocast_enabled():
             x = autocast(x)
         return _train(residency, x, update, bias)
 
-    def _prepare(self) -> tuple[Parts, Residency] | None:
+    def _prepare(self) -> tuple[Update, Residency] | None:
         """Return what the hand-written gradients need; None where they cannot serve."""
         update, residency = self._single_update(), self.residency
         if update is None or residency is None:
@@ -126,7 +127,7 @@ class Linear(AdditiveLayer):
         if has_hooks(self.__dict__) or gate.dtype != up.dtype or autocast(up).dtype != up.dtype:
             return None
         found = self._prepare()
-        if found is None or not torch.is_grad_enabled() or found[0][0].is_inference():
+        if found is None or not torch.is_grad_enabled() or found[0].delta.is_inference():
             return None
         update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
@@ -140,13 +141,13 @@ class Linear(AdditiveLayer):
         weight = self._weight_in_16_bits(result.dtype)
         if weight is None:
             return super()._with_update(result, x, name)
-        _, indices, scaling = self.update_of(name)
+        update = self.update_of(name)
 
         def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            update = column_update(weight, delta, indices, scaling, result.dtype)
-            return add_columns(result, columns, update)
+            columns_of_both = column_update(weight, update._replace(delta=delta), result.dtype)
+            return add_columns(result, columns, columns_of_both)
 
-        return cast(Tensor, self.paca_delta[name](x.index_select(-1, indices), None, apply))
+        return cast(Tensor, self.paca_delta[name](x.index_select(-1, update.indices), None, apply))
 
     def _weight_in_16_bits(self, dtype: torch.dtype) -> Tensor | None:
         """Return the pretrained weight if it is there; None where W' is not rounded to 16 bits."""
@@ -179,13 +180,20 @@ class Linear(AdditiveLayer):
 
 
 def _train(
-    residency: Residency, x: Tensor, update: Parts, bias: Tensor | None, *gated: Any
+    residency: Residency,
+    x: Tensor,
+    update: Update,
+    bias: Tensor | None,
+    activation: Elementwise | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor | None:
     """Apply the layer by its hand-written gradients; None where there is no plain weight."""
     source = Pass(residency, update) if residency.forbidden is None else None
+    delta, indices, scaling = update
 
     def apply(weight: Tensor, is_resident: bool) -> Tensor:
-        return apply_paca_linear(x, weight, *update, bias, is_resident, source, *gated)
+        call = Call(scaling, is_resident, source, activation)
+        return apply_paca_linear(x, weight, delta, indices, bias, gate, call)
 
     if source is not None:
         return source.forward(apply)
@@ -194,10 +202,12 @@ def _train(
 
 
 def _evaluate(
-    x: Tensor, update: Parts, bias: Tensor | None, weight: Tensor, is_resident: bool
+    x: Tensor, update: Update, bias: Tensor | None, weight: Tensor, is_resident: bool
 ) -> Tensor:
     """Apply the layer without gradients to a weight that holds the columns or not."""
     y = F.linear(x, weight, bias)
     if is_resident:
         return y
-    return add_columns_(y, x.index_select(-1, update[1]), column_update(weight, *update, y.dtype))
+    return add_columns_(
+        y, x.index_select(-1, update.indices), column_update(weight, update, y.dtype)
+    )

@@ -154,7 +154,7 @@ class QuantizedLinear(Linear):
         if bias is not None and multiply is None:
             bias = bias.to(dtype)
         dequantize = partial(dequantized, backend, base_layer)
-        result = paca_quantized_linear(x.to(dtype), *update, dequantize, bias, multiply)
+        result = paca_quantized_linear(x.to(dtype), update, dequantize, bias, multiply)
         return result.to(x.dtype)
 
 
