@@ -27,6 +27,7 @@ def one(**source):
         (DataConfig, one(format="msgs"), r"`data.datasets.format` \('msgs'\) must be"),
         (DataConfig, one(weights=1), r"`data.datasets` \('weights'\) .* mean 'weight'"),
         (DataConfig, one() | {"path": "b"}, "`data.path` is for a single data set, and"),
+        (DataConfig, one() | {"format": "text"}, "`data.format` is for a single"),
         (
             PromptDataConfig,
             {"chat_template_kwargs": {"tools": 1}},
