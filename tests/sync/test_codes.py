@@ -14,11 +14,10 @@ from pacatune.patch.packed import merge_packed, open_packed
 from pacatune.sync import ColumnReceiver, ColumnSource, GridSteps
 from pacatune.sync.message import from_wire, to_wire
 from tests.distributed import net
-from tests.grid.conftest import model_file
 from tests.grid.test_folder import KINDS, folder
 from tests.releases import needs
 
-__all__ = ["folder", "model_file"]
+__all__ = ["folder"]
 
 pytestmark = needs("compressed_tensors")
 fp8 = pytest.mark.parametrize("folder", [kind for kind in KINDS if "fp8" in kind], indirect=True)
@@ -79,7 +78,6 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
         train(model, optimizer, 3)
     for one, before in zip(steps._trained, reached, strict=True):
         assert (one.delta + one.rest - before).abs().max() < 4e-3
-    steps.remove()
     source.forget()
     receiver.apply(source.base_columns())
     receiver.revert()
@@ -195,11 +193,6 @@ def test_a_weight_of_plain_numbers_is_trained_and_sent_as_ever(folder):
     assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}
     merged = model.merge_and_unload().state_dict()
     assert torch.equal(server[f"{module}.weight"], merged[f"{module}.weight"])
-
-
-def test_a_gguf_file_is_refused(model_file):
-    with pytest.raises(ValueError, match=r"as Q4_0, and codes of F8_E4M3 alone are synced"):
-        ColumnSource(adapted(model_file), codes=open_packed(model_file))
 
 
 @pytest.mark.parametrize("folder", ["int4"], indirect=True)

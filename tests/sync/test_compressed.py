@@ -75,29 +75,6 @@ def test_what_would_grow_is_sent_as_it_is():
     assert (words["compressed"], words["since"]) == (False, 0)
 
 
-def test_a_sync_that_follows_another_one():
-    model, server = adapt(torch.bfloat16), served(torch.bfloat16)
-    source, receiver = ColumnSource(model), ColumnReceiver(server)
-    bring(source, receiver)
-    nudge(model, 0)
-    missed = from_wire(*to_wire(source.columns()))
-    nudge(model, 1)
-    held = clone(server)
-    with pytest.raises(ValueError, match="sync 3 has the columns changed since sync 2, and the"):
-        receiver.apply(from_wire(*to_wire(source.columns())))
-    late = ColumnReceiver(served(torch.bfloat16))
-    late.expect(source.positions())
-    with pytest.raises(ValueError, match="sync 2 has the columns changed since sync 1, and the"):
-        late.apply(missed)
-    with pytest.raises(ValueError, match=r"follows a sync which is not here; call `source\.forget"):
-        missed.by_name(source.positions())
-    assert_bits(server, held)
-    source.forget()
-    bring(source, receiver)
-    assert receiver.number == 4
-    assert_bits(server, merged(model))
-
-
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -138,7 +115,3 @@ def test_every_so_often_a_sync_is_complete():
     assert_bits(receiver.model, merged(model))
     with pytest.raises(ValueError, match=r"`complete_every` \(0\) must be at least 1"):
         ColumnSource(adapt(), complete_every=0)
-    source = ColumnSource(model := adapt(torch.bfloat16), complete_every=1)
-    for number in range(3):
-        nudge(model, number)
-        assert to_wire(source.columns())[0]["since"] == 0

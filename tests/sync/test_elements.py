@@ -52,14 +52,6 @@ def test_elements_are_those_that_were_changed():
     assert element_patches(source.positions(), source.columns()) == []
 
 
-def test_the_base_is_taken_before_other_columns():
-    model, server = adapt(torch.bfloat16, init_weights=False), served(torch.bfloat16)
-    source, base = ColumnSource(model), clone(server)
-    take(server, source, source.columns())
-    take(server, source, source.base_columns())
-    assert_bits(server, base)
-
-
 def test_what_is_refused():
     source, other = ColumnSource(adapt()), ColumnSource(adapt(r=2))
     with pytest.raises(ValueError, match="the columns belong to positions"):

@@ -47,7 +47,6 @@ def test_ranks_of_vllm(size, targets):
         assert_bits(tensors, held_by(expected, rank, size))
         receivers[rank].revert()
         assert_bits(tensors, held_by(base, rank, size))
-    assert receivers[0].num_bytes == 0
 
 
 FUSIONS = {"qkv_proj": ("query", "q_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

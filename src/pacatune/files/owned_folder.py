@@ -62,11 +62,6 @@ def alone_in(folder: Path, lock_name: str = ".pacatune-lock") -> Iterator[None]:
         lock.release()
 
 
-def to_lines(rows: Iterable[Row]) -> str:
-    """Return rows as lines of JSON, in ASCII: some readers split lines at other characters too."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a file of JSON lines, if there is one; a line that was cut off is none."""
     rows = []
@@ -78,7 +73,8 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows at the end of a file; when this returns, they are on the disk."""
-    text = to_lines(rows)
+    # In ASCII: some readers split lines at other characters too.
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     with path.open("a+b") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)

@@ -70,11 +70,6 @@ class ColumnReceiver:
         self._expected: _Plan | None = None  # what columns will come for
         self._written: _Plan | None = None  # whose columns are in the weights
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the base's columns that are kept."""
-        return 0 if self._written is None else sum(one.nbytes for one in self._written.originals)
-
     def expect(self, positions: Positions) -> None:
         """Learn where the next columns belong; the weights stay as they are until these come.
 
@@ -98,12 +93,7 @@ class ColumnReceiver:
             ValueError: If the columns do not fit, or an earlier sync is missing; nothing was
                 written then.
         """
-        plan = self._expected
-        if plan is None:
-            raise ValueError(
-                "no positions are known; give `source.positions()` to `expect` first, as "
-                "`source.send` and `receive` do."
-            )
+        plan = self._known()
         columns.check(plan.positions)
         is_new = self._written is not plan
         number = 0 if is_new else self.number
@@ -163,9 +153,7 @@ class ColumnReceiver:
         Raises:
             ValueError: If a column differs.
         """
-        plan = self._expected
-        if plan is None:
-            raise ValueError("no positions are known; give `source.positions()` to `expect` first.")
+        plan = self._known()
         values = self._values(columns, plan)
         if self._written is plan:
             found = plan.originals
@@ -185,6 +173,15 @@ class ColumnReceiver:
                 f"{len(wrong)} of {len(plan.writes)} tensors, first {wrong[0]!r}, are not the "
                 "trainer's base in the trained columns; serve the base that is trained."
             )
+
+    def _known(self) -> "_Plan":
+        """Return where the columns that come belong."""
+        if self._expected is None:
+            raise ValueError(
+                "no positions are known; give `source.positions()` to `expect` first, as "
+                "`source.send` and `receive` do."
+            )
+        return self._expected
 
     def _values(self, columns: Columns, plan: "_Plan") -> dict[str, Tensor]:
         """Return the columns by name, where most of them are written."""

@@ -62,12 +62,8 @@ class GridSteps:
     ) -> None:
         self._model, self._checkpoint = model, checkpoint
         self._trained = list(_trained(model, checkpoint))
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        optimizer.register_step_post_hook(self._after_step)
         self._after_step()
-
-    def remove(self) -> None:
-        """Leave the deltas where they are, to be trained freely."""
-        self._hook.remove()
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:

@@ -23,6 +23,7 @@ from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 
 Message = Positions | Columns
 _KEY = "pacatune_sync"
+_POLL_S = 0.05
 _NAME = re.compile(r"(\d{6,18})\.safetensors")
 
 
@@ -96,21 +97,13 @@ class File:
         keep: Syncs that stay in the folder at least; older ones are removed where a later one is
             complete.
         timeout: Seconds that a reader waits, where a call gives none.
-        poll_interval: Seconds between two looks at the folder.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        keep: int = 2,
-        timeout: float = 60.0,
-        poll_interval: float = 0.05,
-    ) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = 2, timeout: float = 60.0) -> None:
         if keep < 1:
             raise ValueError(f"`keep` ({keep}) must be at least 1.")
         self.folder, self.keep = Path(folder), keep
-        self.timeout, self.poll_interval = timeout, poll_interval
+        self.timeout = timeout
         self._last_read = 0
         self._last_written: int | None = None
 
@@ -143,7 +136,7 @@ class File:
                     f"nothing new was written to {str(self.folder)!r} for {seconds:g} s; is the "
                     "trainer still there?"
                 )
-            time.sleep(self.poll_interval)
+            time.sleep(_POLL_S)
 
     def _numbers(self) -> list[int]:
         names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
