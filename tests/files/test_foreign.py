@@ -76,11 +76,3 @@ def test_places_that_are_the_users(project, tiny_model_dir, refused, flag):
     assert "`model.path`" in said
     assert "lies in the output folder t5" in said
     assert "--overwrite" not in said
-
-
-@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
-def test_the_configuration_of_the_user(project, tiny_model_dir, refused, flag):
-    (project / "run").mkdir()
-    (project / "run/config.yaml").write_text("# why I chose this\ntraining: {output_dir: run}\n")
-    said = refused(tiny_model_dir, "--config", "run/config.yaml", *flag)
-    assert "(config.yaml); they stay as they are: move them" in said

@@ -33,10 +33,10 @@ def assert_same_tensors(one, other):
 def assert_same_edits(one, other):
     assert one.edits.keys() == other.edits.keys()
     for name, edit in one.edits.items():
-        assert (edit.dim, edit.dtype) == (other.edits[name].dim, other.edits[name].dtype)
+        theirs = other.edits[name]
+        assert (edit.dim, edit.shape, edit.dtype) == (theirs.dim, theirs.shape, theirs.dtype)
         for part in ("indices", "original", "new"):
-            mine, theirs = (getattr(patch.edits[name], part) for patch in (one, other))
-            assert torch.equal(bits(mine), bits(theirs)), (name, part)
+            assert torch.equal(bits(getattr(edit, part)), bits(getattr(theirs, part))), name
 
 
 @pytest.fixture(scope="session")

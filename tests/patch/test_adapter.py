@@ -11,7 +11,7 @@ from pacatune import patch
 from tests.adapters import kinds
 from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter, scale
 from tests.conftest import build_model
-from tests.patch.conftest import assert_same_edits, contents
+from tests.patch.conftest import contents
 from tests.releases import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
@@ -29,8 +29,6 @@ def test_the_adapter_comes_back_exactly(bf16_dir, tmp_path, with_fingerprint):
     before, after = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert ("pacatune.json" in after) == with_fingerprint
     assert after == {name: before[name] for name in after}
-    again, _ = patch.make(bf16_dir, tmp_path / "b")
-    assert_same_edits(made, again)
 
 
 def test_without_its_adapter_a_patch_is_smaller(bf16_dir, bf16_adapter, bf16_patch, tmp_path):
@@ -50,12 +48,6 @@ def test_an_adapter_that_a_stranger_put_into_a_patch_is_checked(bf16_patch, tmp_
     with pytest.raises(ValueError, match="This is not a PaCA adapter"):
         patch.to_adapter(patch.Patch(edits=bf16_patch.edits, adapter=forged), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_base_in_several_files(sharded_dir, bf16_adapter, bf16_patch):
-    made, _ = patch.make(sharded_dir, bf16_adapter)
-    assert_same_edits(made, bf16_patch)
-    assert made.fingerprint == bf16_patch.fingerprint
 
 
 def test_a_checkpoint_of_the_bare_model(tmp_path):
@@ -87,14 +79,11 @@ def test_tied_weights_stay_tied_or_are_refused(tmp_path):
             patch.make(base, tmp_path / target)
 
 
-def test_another_base_is_refused(bf16_adapter, bf16_dir, tmp_path):
+def test_another_base_is_refused(bf16_adapter, tmp_path):
     build_model(300, seed=1).bfloat16().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="choose the right base, or pass `allow_other_base`"):
         patch.make(tmp_path / "other", bf16_adapter)
-    made, notes = patch.make(tmp_path / "other", bf16_adapter, allow_other_base=True)
-    assert notes
-    with pytest.raises(ValueError, match=r"is not the base that the patch is for \('other'\)"):
-        patch.apply_to_folder(bf16_dir, made, tmp_path / "out")
+    assert patch.make(tmp_path / "other", bf16_adapter, allow_other_base=True)[1]
 
 
 NF4 = {"method": "bitsandbytes", "type": "nf4"}

@@ -58,19 +58,6 @@ def test_patches_of_nothing_and_of_other_names_are_refused():
         stack([])
 
 
-def test_disjoint_patches_stack_in_any_order():
-    a, b = make_patch(1, 4), make_patch(0, 5, seed=1)
-    c = make_patch(2, name="b.weight", seed=2)
-    for order in ((a, b, c), (c, b, a)):
-        joint = stack(order)
-        edit = joint.edits["a.weight"]
-        assert edit.indices.tolist() == [0, 1, 4, 5]
-        assert torch.equal(edit.new[:, 1:3], a.edits["a.weight"].new)
-        assert torch.equal(edit.new[:, [0, 3]], b.edits["a.weight"].new)
-        assert torch.equal(edit.original, WEIGHT.bfloat16()[:, edit.indices])
-        assert torch.equal(joint.edits["b.weight"].new, c.edits["b.weight"].new)
-
-
 def test_overlaps_are_refused():
     with pytest.raises(ValueError, match=r"several change columns of 'a.weight', column 4 for one"):
         stack([make_patch(1, 4), make_patch(3, 4, seed=1)])
@@ -89,12 +76,18 @@ def hashed(column, value):
     return make_patch(column, fingerprint={"a.weight": {5: value}})
 
 
+def coded(column, scales):
+    edit = make_edit([column], dtype=torch.uint8)
+    return Patch(edits={edit.name: replace(edit, grid="Q8_0", scales=scales)})
+
+
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
         (make_patch(1), make_patch(2, dtype=torch.float32), r"bases: .* for one and .*float32 for"),
         (make_patch(1), make_patch(2, dim=0), "along dimension 1 by one patch and along 0 by"),
         (hashed(1, "aa"), hashed(2, "bb"), "disagree about column 5 of 'a.weight', which none"),
+        (coded(1, "aa"), coded(2, "bb"), "bases: .* other scales of the codes of 'a.weight'"),
     ],
 )
 def test_patches_that_cannot_be_joined(a, b, message):

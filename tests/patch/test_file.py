@@ -21,6 +21,7 @@ from pacatune.patch.base import check_base
 from pacatune.patch.file import _KEY, _digest, is_patch
 from tests.full_disk import limited_files
 from tests.mutations import mutated
+from tests.patch.conftest import assert_same_edits
 
 
 @pytest.fixture
@@ -31,13 +32,7 @@ def path(bf16_patch, tmp_path):
 
 def test_a_patch_is_read_as_it_was_written(path, bf16_patch):
     found = patch.load(path)
-    assert found.edits.keys() == bf16_patch.edits.keys()
-    for name, edit in bf16_patch.edits.items():
-        other = found.edits[name]
-        assert (other.dim, other.shape, other.dtype) == (edit.dim, edit.shape, edit.dtype)
-        assert torch.equal(other.indices, edit.indices)
-        assert torch.equal(bits(other.new), bits(edit.new))
-        assert torch.equal(bits(other.original), bits(edit.original))
+    assert_same_edits(found, bf16_patch)
     assert (found.base, found.fingerprint) == (bf16_patch.base, bf16_patch.fingerprint)
     assert found.adapter.config == bf16_patch.adapter.config
     assert is_patch(path)
