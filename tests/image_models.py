@@ -4,23 +4,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-CLASSES = ["blue", "green", "red"]
-_CHANNELS = {"red": 0, "green": 1, "blue": 2}
 
-
-def write_images(folder, num_per_class, classes=CLASSES, seed=0, size=(40, 36)):
+def write_images(folder, num_per_class):
     """Write a folder per colour with noisy PNG files of it."""
-    rng = np.random.default_rng(seed)
-    for name in classes:
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("red", "green", "blue")):
         (folder / name).mkdir(parents=True)
         for number in range(num_per_class):
-            pixels = rng.integers(0, 140, (size[1], size[0], 3)).astype(np.uint8)
-            pixels[..., _CHANNELS[name]] += 90
+            pixels = rng.integers(0, 140, (36, 40, 3)).astype(np.uint8)
+            pixels[..., channel] += 90
             Image.fromarray(pixels).save(folder / name / f"{number:02}.png")
-    return folder
 
 
-def save_vit(folder, **config):
+def save_vit(folder):
     """Write a random ViT of two layers, with its transform, as from a hub."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -35,16 +31,16 @@ def save_vit(folder, **config):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ViTForImageClassification(ViTConfig(**{**settings, **config})).save_pretrained(folder)
+        ViTForImageClassification(ViTConfig(**settings)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
-def save_timm(folder, architecture="test_efficientnet"):
+def save_timm(folder):
     """Write a random timm model as transformers does, with BatchNorm that has seen some data."""
     import timm
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+    architecture = "test_efficientnet"
     description = timm.get_pretrained_cfg(architecture).to_dict()
     values = {"architecture": architecture, "num_classes": 1000, "pretrained_cfg": description}
     with torch.random.fork_rng(devices=[]):
@@ -52,4 +48,3 @@ def save_timm(folder, architecture="test_efficientnet"):
         model = TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(values)).train()
         model(torch.randn(4, 3, 64, 64))
     model.eval().save_pretrained(folder)
-    return folder

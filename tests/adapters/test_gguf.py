@@ -1,13 +1,11 @@
 """An exported adapter as GGUF, converted and run by llama.cpp; skipped where it is not had."""
 
-import json
-
 import pytest
 import torch
 
 from pacatune.adapters.export import export_lora
 from tests.adapters.fixtures import save_adapter
-from tests.llama_cpp import TOKENS, folders, run
+from tests.llama_cpp import TOKENS, folders, logprobs, run
 from tests.releases import needs
 from tools.families import FAMILIES
 
@@ -30,29 +28,6 @@ CONVERT_ADAPTER = """
 import runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
 runpy.run_path(sys.path[0] + "/convert_lora_to_gguf.py", run_name="__main__")
-"""
-
-# Prints the log-probabilities of the next token, in the order of ids, without and with the adapter.
-RUN = """
-import json, sys
-server, base, adapter, tokens = sys.argv[1:]
-sys.path.insert(0, server)
-import xllamacpp as llama
-tokens = json.loads(tokens)
-for is_adapted in (False, True):
-    params = llama.CommonParams()
-    params.model.path, params.n_ctx, params.warmup = base, 64, False
-    if is_adapted:
-        info = llama.CommonAdapterLoraInfo()
-        info.path, info.scale = adapter, 1.0
-        params.lora_adapters = [info]
-    server = llama.Server(params)
-    # The bias makes it choose a printable token; the probabilities it reports know nothing of it.
-    request = {"prompt": tokens, "n_predict": 1, "n_probs": 10_000, "logit_bias": [[10, 1000]]}
-    answer = server.handle_completions(request)
-    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    print(json.dumps([entry["logprob"] for entry in sorted(top, key=lambda entry: entry["id"])]))
-    del server
 """
 
 
@@ -80,20 +55,18 @@ def test_llama_cpp_computes_the_same(llama_cpp, tiny_model_dir, tmp_path):
     adapted = export(tiny_model_dir, tmp_path, **options)
     adapter = convert(converters, tiny_model_dir, tmp_path)
     run(CONVERT_BASE, converters, tiny_model_dir, tmp_path / "base.gguf")
-    words = [server, tmp_path / "base.gguf", adapter, json.dumps(TOKENS)]
-    without, with_adapter = run(RUN, *words).splitlines()
 
-    def logprobs():
+    def expected():
         with torch.no_grad():
             return adapted(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
 
-    torch.testing.assert_close(
-        torch.tensor(json.loads(with_adapter)), logprobs(), atol=2e-3, rtol=0
-    )
+    with_adapter = logprobs(server, tmp_path / "base.gguf", adapter)
+    torch.testing.assert_close(with_adapter, expected(), atol=2e-3, rtol=0)
     with adapted.disable_adapter():
-        base = logprobs()
-    torch.testing.assert_close(torch.tensor(json.loads(without)), base, atol=2e-3, rtol=0)
-    assert (logprobs() - base).abs().max() > 0.1
+        base = expected()
+    without = logprobs(server, tmp_path / "base.gguf")
+    torch.testing.assert_close(without, base, atol=2e-3, rtol=0)
+    assert (with_adapter - base).abs().max() > 0.1
 
 
 def test_fused_projections_are_converted(llama_cpp, tmp_path):

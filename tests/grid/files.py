@@ -1,5 +1,7 @@
 """Small GGUF files, as llama.cpp's converter writes them."""
 
+import json
+
 import gguf
 import numpy as np
 import torch
@@ -48,12 +50,12 @@ def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
         gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL
         for number in range(len(tokens))
     ]
-    merges = tokenizer.backend_tokenizer.to_str()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges_of(merges))
+    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in merges])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
@@ -80,10 +82,3 @@ def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def merges_of(text):
-    import json
-
-    merges = json.loads(text)["model"]["merges"]
-    return [one if isinstance(one, str) else " ".join(one) for one in merges]

@@ -13,7 +13,8 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.grid.folder import PackedFolder
-from tests.grid.conftest import ROWS, build, digest
+from pacatune.patch.packed import open_packed
+from tests.grid.conftest import build, digest, train_in
 from tests.releases import needs
 
 pytestmark = needs("compressed_tensors")
@@ -93,18 +94,10 @@ def folder(request, tmp_path, tiny_tokenizer):
     return path
 
 
-@pytest.fixture
-def run_dir(folder, tmp_path):
-    data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = ["--model.path", folder, "--data.path", data, "--data.eval_path", data]
-    words += ["--training.output_dir", tmp_path / "run", "--training.max_steps", "8"]
-    words += ["--training.learning_rate", "0.002", "--paca.r", "4", "--training.use_cpu", "true"]
-    assert main(["train", *map(str, words)]) == 0
-    return tmp_path / "run"
-
-
-def test_it_is_trained_written_and_taken_out(folder, run_dir, tmp_path, capsys):
+def test_it_is_trained_written_and_taken_out(folder, tmp_path, capsys):
+    run_dir, held_out = tmp_path / "run", ["--data.eval_path", tmp_path / "chats.jsonl"]
+    train_in(folder, tmp_path, *held_out, "--training.learning_rate", "0.002", "--paca.r", "4")
+    capsys.readouterr()
     before, output = digest(folder / "model.safetensors"), tmp_path / "tuned"
     words = ["--model", str(folder), "--adapter", str(run_dir), "--output", str(output)]
     assert main(["merge", *words, "--held_out"]) == 0
@@ -148,16 +141,12 @@ def test_it_is_trained_written_and_taken_out(folder, run_dir, tmp_path, capsys):
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
-def random_patch(folder, output):
-    """A patch of random updates of a few columns."""
+def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
     base = load_base(str(folder), task_type="CAUSAL_LM")
     config = PacaConfig(r=4, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(base, config).save_pretrained(output)
-    return patch.make(folder, output)[0]
-
-
-def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
-    changes, path = random_patch(folder, tmp_path / "adapter"), folder / "model.safetensors"
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    changes, _ = patch.make(folder, tmp_path / "adapter")
+    path = folder / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight_scale"
     name = name if name in tensors else f"{name}_inv"
@@ -166,44 +155,29 @@ def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
     message = r"holds the codes of 'model\.layers\.1\.mlp\.up_proj.*' with other scales than the"
     with pytest.raises(ValueError, match=message):
         patch.apply_to_folder(folder, changes, tmp_path / "out")
-    with pytest.raises(ValueError, match=message):
-        patch.apply_in_place(folder, changes)
     assert digest(path) == before
     assert not (tmp_path / "out").exists()
     (note,) = patch.apply_to_folder(folder, changes, tmp_path / "out", allow_other_base=True).notes
     assert "with other scales" in note
 
 
-def test_codes_with_zero_points_are_refused(folder, run_dir):
-    path = folder / "model.safetensors"
+@pytest.mark.parametrize(
+    ("part", "size", "message"),
+    [
+        ("weight_zero_point", (64, 1), r"weight_zero_point; codes can be trained where"),
+        ("weight_scale", (5, 7), "does not divide the weight"),
+        ("weight_scale", (0, 4), r"of \(0, 4\), which does not divide the weight"),
+    ],
+)
+def test_scales_that_are_refused(folder, part, size, message):
+    path, module = folder / "model.safetensors", "model.layers.0.mlp.down_proj"
     tensors = load_file(path)
-    name = "model.layers.0.mlp.down_proj.weight_zero_point"
-    save_file(tensors | {name: torch.zeros(64, 1)}, path, {"format": "pt"})
+    name = next((n for n in tensors if f"{module}.{part}" in n), f"{module}.{part}")
+    save_file(tensors | {name: torch.ones(size)}, path, {"format": "pt"})
     checkpoint = PackedFolder.open(folder)
-    codes = checkpoint.name_of("model.layers.0.mlp.down_proj.weight", 2)
-    with pytest.raises(ValueError, match=r"weight_zero_point; codes can be trained where"):
+    codes = checkpoint.name_of(f"{module}.weight", 2)
+    with pytest.raises(ValueError, match=message):
         checkpoint.scales(codes, torch.tensor([0]))
-
-
-def test_scales_that_do_not_divide_a_weight(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    name = next(n for n in tensors if "down_proj.weight_scale" in n)
-    save_file(tensors | {name: torch.ones(5, 7)}, path, {"format": "pt"})
-    checkpoint = PackedFolder.open(folder)
-    codes = checkpoint.name_of(name.rpartition(".")[0] + ".weight", 2)
-    with pytest.raises(ValueError, match="does not divide the weight"):
-        checkpoint.scales(codes, torch.tensor([0]))
-
-
-def test_scales_without_a_number(folder):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    name = next(n for n in tensors if "down_proj.weight_scale" in n)
-    save_file(tensors | {name: torch.ones(0, 4)}, path, {"format": "pt"})
-    codes = PackedFolder.open(folder).name_of(f"{name.rpartition('.')[0]}.weight", 2)
-    with pytest.raises(ValueError, match=r"of \(0, 4\), which does not divide the weight"):
-        PackedFolder.open(folder).scales(codes, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("folder", ["int4"], indirect=True)
@@ -233,8 +207,6 @@ def test_it_needs_a_tensor_of_the_name(folder):
         PackedFolder.open(folder).name_of("model.other.weight", 2)
 
 
-def test_plain_folders_have_no_codes(tiny_model_dir, tmp_path):
-    from pacatune.patch.packed import open_packed
-
+def test_plain_folders_have_no_codes(tiny_model_dir):
     with pytest.raises(ValueError, match="holds plain numbers and no codes"):
         open_packed(tiny_model_dir)

@@ -1,7 +1,5 @@
 """llama.cpp runs what was trained in a GGUF file; skipped where it can't be fetched."""
 
-import json
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from pacatune.adapters.loading import load_language_model
 from pacatune.patch import apply_in_place, make
 from pacatune.patch.packed import merge_packed
 from tests.grid.conftest import digest
-from tests.llama_cpp import TOKENS, folders, run
+from tests.llama_cpp import TOKENS, folders, logprobs
 from tests.releases import needs
 
 pytestmark = [
@@ -19,31 +17,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in .*gguf"),
 ]
 
-# Prints the log-probabilities of the next token, in the order of ids.
-RUN = """
-import json, sys
-package, model, tokens = sys.argv[1:]
-sys.path.insert(0, package)
-import xllamacpp as llama
-params = llama.CommonParams()
-params.model.path, params.n_ctx, params.warmup = model, 64, False
-server = llama.Server(params)
-# The bias makes it choose a printable token; the probabilities it reports know nothing of it.
-request = {"prompt": json.loads(tokens), "n_predict": 1, "n_probs": 10_000}
-answer = server.handle_completions(request | {"logit_bias": [[10, 1000]]})
-top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-print(json.dumps([entry["logprob"] for entry in sorted(top, key=lambda entry: entry["id"])]))
-"""
-
 
 def test_it_computes_what_was_trained(model_file, run_dir, tmp_path):
     """Its probabilities follow the trained model's as closely as the base file's the base's."""
     _, server = folders()
     tuned = tmp_path / "tuned.gguf"
     merge_packed(model_file, run_dir, tuned)
-
-    def served(path):
-        return torch.tensor(json.loads(run(RUN, server, path, json.dumps(TOKENS))))
 
     def expected(model):
         with torch.no_grad():
@@ -52,7 +31,7 @@ def test_it_computes_what_was_trained(model_file, run_dir, tmp_path):
     base, written = (
         load_base(str(path), task_type="CAUSAL_LM", dtype="float32") for path in (model_file, tuned)
     )
-    before, after = served(model_file), served(tuned)
+    before, after = logprobs(server, model_file), logprobs(server, tuned)
     torch.testing.assert_close(before, expected(base), atol=2e-2, rtol=0)
     torch.testing.assert_close(after, expected(written), atol=2e-2, rtol=0)
     trained = load_language_model(str(model_file), run_dir).model
@@ -64,4 +43,4 @@ def test_it_computes_what_was_trained(model_file, run_dir, tmp_path):
     for revert, wanted in ((False, tuned), (True, model_file)):
         apply_in_place(copy, patch, revert=revert)
         assert digest(copy) == digest(wanted)
-        assert torch.equal(served(copy), served(wanted))
+        assert torch.equal(logprobs(server, copy), before if revert else after)
