@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 
 import pytest
 import torch
@@ -32,11 +33,6 @@ def model_path():
     from examples.packaged import prepare
 
     return str(prepare("smollm2"))
-
-
-@pytest.fixture(scope="session")
-def prompts():
-    return PROMPTS
 
 
 def start(path, **options):
@@ -188,6 +184,15 @@ def grpo_words(folder, model, reward, **training):
     words = [word for k, v in training.items() for word in (f"--training.{k}", str(v))]
     words += ["--model.path", str(model), "--data.path", str(folder / "prompts.jsonl")]
     return ["train", *words, "--task", "grpo", "--reward", reward]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """TRL would compile the model, which takes minutes on a CPU."""
+    from trl.generation import vllm_generation
+
+    llm = partial(vllm_generation.LLM, enforce_eager=True)
+    monkeypatch.setattr(vllm_generation, "LLM", llm)
 
 
 def find_free_port():

@@ -111,17 +111,6 @@ def test_columns_by_other_ways(way, llm, trainer, source, tmp_path, free_port):
     transport.close()
 
 
-def test_other_columns_replace_the_first(llm, base, model_path):
-    """A second adapter with other columns: the first one's are taken back."""
-    other = Trainer(adapted(model_path, random_seed=1, target_modules=["q_proj", "down_proj"]))
-    other.step()
-    transport = VllmTransport(llm)
-    ColumnSource(other.model).send(transport)
-    assert served_digests(llm) == trained_digests(other.model)
-    transport.revert()
-    assert served_digests(llm) == base[0]
-
-
 def test_another_base_or_dtype_is_refused(llm, base, model_path):
     VllmTransport(llm).revert()
     model = adapted(model_path)
@@ -145,14 +134,3 @@ def test_a_trainer_goes_on_after_one_that_was_killed_within_a_sync(llm, trainer,
     with pytest.raises(Exception, match="already active"):  # another trainer's, which lives
         transport.revert()
     llm.finish_weight_update()
-
-
-def test_after_an_error_the_next_send_is_complete(llm, trainer, source):
-    transport = VllmTransport(llm)
-    transport.revert()
-    source.forget()
-    source.send(transport)
-    transport.revert()  # behind the source's back
-    trainer.step()
-    source.send(transport)  # all columns were changed, so all of them came
-    assert served_digests(llm) == trained_digests(trainer.model)

@@ -59,13 +59,6 @@ def test_its_loader_serves_the_bits_of_a_merge(llm, load, folder):
     assert served_digests(llm) == base
 
 
-def test_its_loader_checks_places(llm, load, folder):
-    source = ColumnSource(adapted(folder))
-    patch, *_ = checkpoint_patches(source.positions(), source.columns())
-    with pytest.raises(Exception, match="out-of-range indices, or duplicate indices"):
-        load([patch._replace(indices=torch.zeros_like(patch.indices))])
-
-
 def test_patches_of_its_engine_for_nccl(folder):
     from vllm.distributed.weight_transfer.sparse_nccl_engine import (
         SparseNCCLTrainerWeightTransferEngine,

@@ -1,7 +1,6 @@
 """`pacatune train --task grpo` whose answers come from vLLM."""
 
 import json
-from functools import partial
 
 from tests.vllm.conftest import grpo_words, save_small_model
 
@@ -11,12 +10,9 @@ def varied(completions, **kwargs):
 """
 
 
-def test_grpo_run(model_path, tmp_path, monkeypatch):
-    from trl.generation import vllm_generation
-
+def test_grpo_run(model_path, tmp_path, monkeypatch, eager):
     from pacatune.cli import main
 
-    monkeypatch.setattr(vllm_generation, "LLM", partial(vllm_generation.LLM, enforce_eager=True))
     (tmp_path / "my_rewards.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     save_small_model(model_path, tmp_path / "model")

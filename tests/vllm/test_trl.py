@@ -1,10 +1,8 @@
 """TRL's GRPO with a real vLLM, in the trainer's process and as a server."""
 
-from functools import partial
-
 import pytest
 
-from tests.vllm.conftest import PROMPTS, serve, served_digests, trained_digests, weights_of
+from tests.vllm.conftest import PROMPTS, serve, served_digests, stop, trained_digests, weights_of
 
 
 def reward(completions, **kwargs):
@@ -18,37 +16,24 @@ def options(folder, **more):
     return options | more
 
 
-def make(kind, path, args):
+def online(kind, config, path, folder, **more):
     from datasets import Dataset
 
     from pacatune import PacaConfig
     from pacatune.integrations.trl import column_sync
 
-    rows = Dataset.from_dict({"prompt": PROMPTS * 4})
-    config = PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM")
-    with column_sync():
-        return kind(path, reward_funcs=reward, args=args, train_dataset=rows, peft_config=config)
-
-
-def online(kind, config, path, folder, **more):
     more |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
     args = config(**options(folder, **more), model_init_kwargs={"dtype": "bfloat16"})
-    return make(kind, path, args)
+    rows = Dataset.from_dict({"prompt": PROMPTS * 4})
+    paca = PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM")
+    with column_sync():
+        return kind(path, reward_funcs=reward, args=args, train_dataset=rows, peft_config=paca)
 
 
 def sampling_gaps(trainer):
     """How far the sampler's log-probabilities are from the trainer's, by logged step."""
     name = "sampling/sampling_logp_difference/mean"
     return [row[name] for row in trainer.state.log_history if name in row]
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """TRL would compile the model, which takes minutes on a CPU."""
-    from trl.generation import vllm_generation
-
-    llm = partial(vllm_generation.LLM, enforce_eager=True)
-    monkeypatch.setattr(vllm_generation, "LLM", llm)
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
@@ -80,15 +65,11 @@ def test_colocate(kind, model_path, tmp_path, monkeypatch, eager):
         assert max(gaps) < 0.1, gaps
 
     generation.sync_weights()
-    check_and_end(generation.llm, trainer.model, base, monkeypatch)
-
-
-def check_and_end(llm, model, base, monkeypatch):
-    served = served_digests(llm)
+    served = served_digests(generation.llm)
     monkeypatch.undo()
-    assert served == trained_digests(model)
+    assert served == trained_digests(trainer.model)
     assert served != base
-    llm.llm_engine.engine_core.shutdown()
+    stop(generation.llm)
 
 
 @pytest.fixture
