@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from pacatune import PacaConfig
 from pacatune.format.patterns import PATTERN_OPTIONS, check_patterns, matching_key
 
 _NAMES = ["q_proj", "layers.0.q_proj", "model.layers.10.mlp.q_proj", "xq_proj", "0", ""]
@@ -69,3 +70,9 @@ def test_what_could_be_tried_for_ever_is_refused(pattern, option):
     value = {pattern: [1]} if option.endswith("pattern") else [pattern, "q_proj"]
     with pytest.raises(ValueError, match=rf"^`{option}` \(.*\) could be tried in more ways than"):
         check_patterns({option: value})
+
+
+def test_a_configuration_refuses_it_whoever_reads_it():
+    """PEFT would match it with the names of all modules."""
+    with pytest.raises(ValueError, match=r"`target_modules` \('\(\.\*\.\*\)\*x'\) could be tried"):
+        PacaConfig(target_modules="(.*.*)*x")
