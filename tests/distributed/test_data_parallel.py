@@ -31,21 +31,16 @@ def writes():
 
 
 def test_replicas_write_no_weight_and_give_the_gradients(replicate, writes):
-    model, one = net.adapt(), net.adapt()
-    before = net.frozen(model)
-    optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
-    losses = []
-    for batch in net.batches():
+    def loss_of(model, batch):
         parts = zip(replicate(model), batch.chunk(2), strict=True)
-        loss = sum(net.loss_of(replica, ids) for replica, ids in parts) / 2
-        loss.backward()
-        assert not writes
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert net.is_unchanged(model, before)
-    expected = (net.train(one), net.adapter_of(one))
-    net.assert_equal_to_one([(losses, net.adapter_of(model))], expected)
+        return sum(net.loss_of(replica, ids) for replica, ids in parts) / 2
+
+    model = net.adapt()
+    before = net.frozen(model)
+    losses = net.train(model, loss_of=loss_of)
+    assert not writes
+    result = losses, net.adapter_of(model), net.is_unchanged(model, before)
+    net.assert_equal_to_one([result])
 
 
 def test_replicas_of_a_model_whose_columns_are_written(replicate, writes):

@@ -34,6 +34,8 @@ def test_losses_adapter_and_base(pair, options):
 
 
 def two_forwards_before_one_backward():
+    """The indices are buffers, and sent again in each forward: autograd must not mind."""
+
     def loss_of(wrapped, batch):
         return sum(net.loss_of(wrapped, net.half(ids)) for ids in batch.chunk(2)) / 2
 
@@ -41,12 +43,8 @@ def two_forwards_before_one_backward():
     return net.train(DistributedDataParallel(model), loss_of=loss_of), net.adapter_of(model)
 
 
-def test_two_forwards_before_one_backward(pair):
-    # The indices are buffers, and sent again in each forward: autograd must not mind.
-    net.assert_equal_to_one(pair.run(two_forwards_before_one_backward))
-
-
 def train_from_other_starts():
+    """The first process says where to start."""
     model = net.adapt()
     rank = torch.distributed.get_rank()
     with torch.no_grad():
@@ -57,5 +55,6 @@ def train_from_other_starts():
     return net.train(wrapped, part=net.half), net.adapter_of(model)
 
 
-def test_the_first_process_says_where_to_start(pair):
-    net.assert_equal_to_one(pair.run(train_from_other_starts))
+@pytest.mark.parametrize("train", [two_forwards_before_one_backward, train_from_other_starts])
+def test_trains_as_one_process(pair, train):
+    net.assert_equal_to_one(pair.run(train))

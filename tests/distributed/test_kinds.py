@@ -1,4 +1,4 @@
-"""Adapted experts, attention, embeddings and convolutions: two processes train what one does."""
+"""Adapted experts, embeddings and convolutions: two processes train what one does."""
 
 import functools
 
@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.distributed import net
-from tests.distributed.partition import train_partitioned
 from tests.distributed.ways import WRAPPINGS, train_copies, train_flat, train_shards
 from tests.tuner import moe
 
@@ -95,9 +94,3 @@ def train_one(kind):
 def test_losses_adapter_and_base(pair, train, kind, options):
     results = pair.run(train, adapt, kind=kind, **options)
     net.assert_equal_to_one(results, train_one(kind), atol=1e-5)
-
-
-def test_imitated_zero_3_of_convolutions():
-    """Weights and deltas are empty between their passes."""
-    results = [train_partitioned(adapt("convolutions"))]
-    net.assert_equal_to_one(results, train_one("convolutions"))

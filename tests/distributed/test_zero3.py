@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO where it can be built, and ZeRO-3 imitated everywhere."""
+"""DeepSpeed ZeRO, where it can be built."""
 
 import os
 import sys
@@ -7,9 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.distributed import net, zero
+from tests.distributed import net, test_kinds, zero
 from tests.distributed.pair import Pair
-from tests.distributed.partition import gather, partition, train_partitioned
 
 
 @pytest.fixture(scope="module")
@@ -79,24 +78,44 @@ def whole_adapter_and_base(model):
         return net.adapter_of(model), net.frozen(model)
 
 
-def train_zero(stage, accumulation=1, reentrant=None):
-    model = net.adapt("float32")
+def build(kind):
+    return net.adapt("float32") if kind == "llama" else test_kinds.adapt(kind).float()
+
+
+def train_zero(stage, kind, accumulation=1, reentrant=None, is_used=False):
+    model = build(kind)
     before = net.frozen(model)
     if reentrant is not None:
         net.checkpoint(model, use_reentrant=reentrant)
-    _, losses = train_engine(model, configure(stage, accumulation))
+    if is_used:  # with columns in the weights
+        net.loss_of(model, net.batches()[0]).backward()
+        model.zero_grad()
+    with net.counted_writes() as writes:
+        _, losses = train_engine(model, configure(stage, accumulation))
+    is_left_alone = stage < 3 or is_used or not writes
     adapter, after = whole_adapter_and_base(model)
-    return losses, adapter, all(torch.equal(before[name], after[name]) for name in before)
+    is_same = all(torch.equal(before[name], after[name]) for name in before)
+    return losses, adapter, is_same, is_left_alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "accumulation", "reentrant"),
-    [(1, 2, None), (2, 1, None), (3, 1, None), (3, 2, None), (3, 1, True), (3, 1, False)],
+    ("stage", "kind", "options"),
+    [
+        (1, "llama", {"accumulation": 2}),
+        (2, "llama", {}),
+        (3, "llama", {}),
+        (3, "llama", {"accumulation": 2}),
+        (3, "llama", {"reentrant": True}),
+        (3, "llama", {"reentrant": False}),
+        (3, "llama", {"is_used": True}),
+        (3, "convolutions", {}),
+    ],
 )
-def test_losses_and_adapter(pair, stage, accumulation, reentrant):
-    results = pair.run(train_zero, stage, accumulation, reentrant)
-    net.assert_equal_to_one(results, net.one_process("float32"), atol=1e-5)
+def test_losses_and_adapter(pair, stage, kind, options):
+    model = build(kind)
+    one = net.train(model), net.adapter_of(model)
+    net.assert_equal_to_one(pair.run(train_zero, stage, kind, **options), one, atol=1e-5)
 
 
 @torch.no_grad()
@@ -170,28 +189,10 @@ def test_columns_for_a_server(pair, stage):
     assert pair.run(sync_columns, stage) == [True, True]
 
 
-@pytest.mark.parametrize("how", ["", "checkpointed", "after use"])
-def test_imitated_partition(how):
-    model = net.adapt()
-    if how == "checkpointed":
-        net.checkpoint(model, use_reentrant=True)
-    if how == "after use":  # with columns in the weights
-        net.loss_of(model, net.batches()[0]).backward()
-        model.zero_grad()
-    net.assert_equal_to_one([train_partitioned(model)])
-
-
 def test_empty_adapter_is_not_saved(tmp_path):
-    model = partition(net.adapt())
+    model = net.adapt()
+    for delta in net.trained(model):
+        delta.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"q_proj.paca_delta.* is empty.*GatheredParameters"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    gather(model.parameters())
-    model.save_pretrained(tmp_path)
-
-
-def test_nothing_writes_to_partitioned_weights(monkeypatch):
-    from pacatune.residency import put as residency
-
-    monkeypatch.setattr(residency, "put_columns_", None)
-    train_partitioned(net.adapt())
