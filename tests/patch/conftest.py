@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pacatune import patch
-from pacatune.files.checkpoint import Checkpoint
 from pacatune.ops.columns import bits
 from tests.adapters.fixtures import adapter_dir, save_adapter
 from tests.conftest import build_model
@@ -21,13 +20,6 @@ def contents(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".pacatune-lock"
     }
-
-
-def assert_same_tensors(one, other):
-    one, other = Checkpoint.open(one), Checkpoint.open(other)
-    assert one.entries.keys() == other.entries.keys()
-    for name in one.entries:
-        assert torch.equal(bits(one.tensor(name)), bits(other.tensor(name))), name
 
 
 def assert_same_edits(one, other):

@@ -12,33 +12,35 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.ops.columns import bits
 from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter
 from tests.conftest import build_model
-from tests.patch.conftest import assert_same_tensors, contents
+from tests.patch.conftest import contents
 
 
 def test_a_copy_is_patched_and_the_base_left_alone(base, bf16_patch, tmp_path):
     before = contents(base)
     result = patch.apply_to_folder(base, bf16_patch, tmp_path / "out")
     assert contents(base) == before
-    assert (result.num_tensors, result.num_columns, result.notes) == (6, 24, [])
-    assert result.column_bytes == bf16_patch.num_bytes < result.page_bytes
+    assert result.notes == []
+    assert bf16_patch.num_bytes < result.page_bytes
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     patch.apply(model, bf16_patch)
     model.save_pretrained(tmp_path / "expected")
-    assert_same_tensors(tmp_path / "out", tmp_path / "expected")
+    found, expected = (Checkpoint.open(tmp_path / name) for name in ("out", "expected"))
+    assert found.entries.keys() == expected.entries.keys()
+    for name in found.entries:
+        assert torch.equal(bits(found.tensor(name)), bits(expected.tensor(name))), name
     patch.apply_to_folder(tmp_path / "out", bf16_patch, tmp_path / "back", revert=True)
     assert contents(tmp_path / "back") == before
 
 
-@pytest.mark.parametrize("header", [b"{}", b'{"__metadata__":{"a":"b"}}'])
-def test_files_whose_tensors_are_not_aligned(tmp_path, header):
+def test_files_whose_tensors_are_not_aligned(tmp_path):
     """Other writers than safetensors' own do not pad the header."""
     weight = torch.arange(24.0).view(4, 6)
-    text = json.loads(header) | {"w": {"dtype": "F32", "shape": [4, 6], "data_offsets": [0, 96]}}
-    raw = json.dumps(text).encode()
+    raw = json.dumps({"w": {"dtype": "F32", "shape": [4, 6], "data_offsets": [0, 96]}}).encode()
     raw += b" " * (1 - len(raw) % 2)  # an odd length
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + weight.numpy().tobytes())

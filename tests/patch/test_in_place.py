@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -24,6 +22,7 @@ from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
 from tests.adapters.fixtures import edit_tensors
+from tests.forks import run_python
 from tests.full_disk import limited_files
 from tests.patch.conftest import contents
 
@@ -56,7 +55,6 @@ def test_only_pages_with_columns_are_written(tmp_path):
     edit = edit_of("w", 1, weight, torch.arange(16), torch.ones(8, 16, dtype=torch.bfloat16))
     result = patch.apply_in_place(tmp_path, Patch(edits={"w": edit}))
     assert result.page_bytes == 8 * 4096
-    assert result.column_bytes == 8 * 16 * 2
     rows = edit_of("w", 0, weight, torch.tensor([3]), torch.ones(1, 32768, dtype=torch.bfloat16))
     page_bytes = folder_module._page_bytes(Checkpoint.open(tmp_path), Patch(edits={"w": rows}))
     assert page_bytes in (16 * 4096, 17 * 4096)
@@ -99,9 +97,8 @@ patch.apply_in_place(sys.argv[1], made)
 def test_a_kill_while_the_journal_is_written_leaves_nothing(single, bf16_patch, tmp_path):
     before = contents(single)
     patch.save(bf16_patch, tmp_path / "p.safetensors")
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    words = [sys.executable, "-c", _TOO_LARGE, str(single), str(tmp_path / "p.safetensors")]
-    assert subprocess.run(words, env=env, check=False).returncode == -signal.SIGXFSZ
+    killed = run_python(_TOO_LARGE, single, tmp_path / "p.safetensors")
+    assert killed.returncode == -signal.SIGXFSZ
     assert len(contents(single)) == len(before) + 1  # what safetensors calls .tmp and letters
     assert patch.recover(single) == []
     assert contents(single) == before
@@ -163,7 +160,6 @@ def test_what_cannot_be_written_is_left_alone(unchanged, bf16_patch, monkeypatch
         patch.apply_in_place(unchanged, bf16_patch)
 
 
-ROOT = Path(__file__).parents[2]
 # Forks children that kill themselves at the n-th change of the file system, or in the midst of
 # writing columns. Each leaves a folder behind; the last one ends by itself.
 _DRIVER = """
@@ -172,7 +168,6 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from pacatune import patch
-from pacatune.patch import folder as f
 
 base, patch_path, out, action = sys.argv[1:5]
 made = patch.load(patch_path)
@@ -226,11 +221,7 @@ print(number)
 def killed_folders(base, patch_path, out, action):
     """Folders of an action that was killed at every moment, and one of the action itself."""
     out.mkdir()
-    words = [str(base), str(patch_path), str(out), action]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run(
-        [sys.executable, "-c", _DRIVER, *words], capture_output=True, text=True, env=env, cwd=ROOT
-    )
+    done = run_python(_DRIVER, base, patch_path, out, action)
     assert done.returncode == 0, done.stderr
     *killed, whole = sorted(out.iterdir())
     assert int(done.stdout) == len(killed) + 1

@@ -296,12 +296,12 @@ def test_what_is_refused(base, start, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="this end writes"):
         writer.receive()
     writer.close()
-    message = r"proj.weight' is \(.*\) in torch.bfloat16 in the base, and the columns are .*float32"
+    message = r"proj.weight' is \(.*\) in torch.bfloat16, but the columns are for .*float32"
     with pytest.raises(ValueError, match=message):
         ColumnSource(adapt()).send(writer)
     save_file({"model.embed_tokens.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     experts = adapt(base=kinds.build("mixtral"), **kinds.EXPERTS)
-    with pytest.raises(ValueError, match="experts that its files split cannot be targets"):
+    with pytest.raises(ValueError, match="Experts that the base's files split cannot be targets"):
         ColumnSource(experts).send(start(tmp_path))
     with pytest.raises(FileNotFoundError, match="only models that are saved as safetensors"):
         start(tmp_path / "none")

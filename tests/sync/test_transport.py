@@ -80,14 +80,14 @@ def test_files_in_order(model, server, source, receiver, tmp_path):
 
 
 def test_a_late_reader_begins_with_the_last_complete_sync(model, server, source, reader, tmp_path):
-    sender = File(tmp_path, keep=1)
+    sender = File(tmp_path)
     for number in range(3):
         source.forget()
         step(model, seed=number)
         source.send(sender)
     change(model)
     source.send(sender)
-    assert names_in(tmp_path) == [f"00000{n}.safetensors" for n in (1, 3, 5, 6, 7)]
+    assert names_in(tmp_path) == [f"00000{n}.safetensors" for n in (1, 3, 4, 5, 6, 7)]
     receiver = ColumnReceiver(server)
     assert [receiver.receive(reader).number for _ in range(2)] == [3, 4]
     assert_bits(server, merged(model))
@@ -134,8 +134,6 @@ def test_other_files_are_refused(reader, tmp_path, write, message):
     write(tmp_path / "000001.safetensors")
     with pytest.raises(ValueError, match=message):
         reader.receive()
-    with pytest.raises(ValueError, match=r"`keep` \(0\) must be at least 1"):
-        File(tmp_path, keep=0)
 
 
 def test_a_disk_that_runs_full_keeps_what_was_sent(

@@ -81,8 +81,8 @@ class _Target:
             result = apply_to_folder(find_folder(model), patch, self.output, **settings)
         size = format_bytes(result.checkpoint_bytes)
         print(
-            f"{'reverted' if revert else 'applied':<9} {result.num_columns} columns of "
-            f"{result.num_tensors} tensors: {format_bytes(result.column_bytes)} of {size}, in disk "
+            f"{'reverted' if revert else 'applied':<9} {patch.num_columns} columns of "
+            f"{len(patch.edits)} tensors: {format_bytes(patch.num_bytes)} of {size}, in disk "
             f"pages of {format_bytes(result.page_bytes)}"
         )
         after = "" if self.in_place else ", and those written"

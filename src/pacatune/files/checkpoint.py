@@ -49,6 +49,10 @@ class Entry:
     num_bytes: int
     """Its size in the file."""
 
+    def window(self, memory: mmap.mmap) -> Tensor:
+        """Return its bytes in its mapped file."""
+        return torch.frombuffer(memory, dtype=torch.uint8, count=self.num_bytes, offset=self.start)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -117,11 +121,8 @@ class Checkpoint:
     ) -> None:
         """Write columns, in the tensor's dtype, into its mapped file; nothing else changes."""
         entry = self.entries[name]
-        flat = torch.frombuffer(
-            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
-        )
         new = columns.contiguous().view(torch.uint8).view(*columns.shape, -1)
-        flat.view(*entry.shape, -1).index_copy_(dim, indices, new)
+        entry.window(memory).view(*entry.shape, -1).index_copy_(dim, indices, new)
 
     def touched(self, name: str, dim: int, indices: Tensor, step: int) -> Tensor:
         """Return places in the file where columns lie, one at least in any `step` bytes of them."""

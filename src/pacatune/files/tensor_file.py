@@ -20,7 +20,13 @@ _LENGTH_BYTES = 8
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a file onto the CPU; refuse a damaged or too large one, and odd names."""
-    check_names(read_layout(path).tensors, source=str(path))
+    for name in read_layout(path).tensors:
+        # No paths, and nothing that a terminal would not print as it is.
+        if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{path} holds a tensor named {name[:80]!a}; a name must be words of letters, "
+                f"digits, `_` and `-` joined by dots, at most {MAX_NAME_LENGTH} characters."
+            )
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (KeyError, AttributeError) as error:  # a dtype that this torch does not know
@@ -63,16 +69,6 @@ def read_layout(path: Path, max_bytes: int | None = MAX_FILE_BYTES) -> FileLayou
         header = parse_json_object(file.read(header_bytes), source=f"the header of {path}")
     metadata = header.pop("__metadata__", None)
     return FileLayout(header, metadata or {}, _LENGTH_BYTES + header_bytes)
-
-
-def check_names(names: dict[str, Any], *, source: str) -> None:
-    """Refuse tensor names that are paths, or that a terminal would not print as they are."""
-    for name in names:
-        if len(name) > MAX_NAME_LENGTH or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{source} holds a tensor named {name[:80]!a}; a name must be words of letters, "
-                f"digits, `_` and `-` joined by dots, at most {MAX_NAME_LENGTH} characters."
-            )
 
 
 def write_tensors(

@@ -78,10 +78,7 @@ class PackedCheckpoint(Checkpoint, ABC):
             super().put_columns_(memory, name, dim, indices, columns)
             return
         entry = self.entries[name]
-        flat = torch.frombuffer(
-            memory, dtype=torch.uint8, count=entry.num_bytes, offset=entry.start
-        )
-        grid.put_codes_(flat.view(entry.shape[0], -1), indices, columns)
+        grid.put_codes_(entry.window(memory).view(entry.shape[0], -1), indices, columns)
 
     def touched(self, name: str, dim: int, indices: Tensor, step: int) -> Tensor:
         """Return the places of all bytes in the file that columns lie in."""

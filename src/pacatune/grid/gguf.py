@@ -77,11 +77,6 @@ class GgufCheckpoint(PackedCheckpoint):
         """The file, for messages."""
         return str(self.folder / self.files[0])
 
-    @property
-    def path(self) -> Path:
-        """The file, under the name that it has now."""
-        return file_path(self.folder, self.files[0])
-
     def tensor(self, name: str) -> Tensor:
         """Return a tensor of plain numbers."""
         entry = self.entries[name]
@@ -121,7 +116,7 @@ class GgufCheckpoint(PackedCheckpoint):
 
     def _bytes(self, entry: Entry) -> Tensor:
         if entry.file not in self._opened:
-            path = self.path
+            path = file_path(self.folder, entry.file)
             self._opened[entry.file] = torch.from_file(
                 str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8
             )

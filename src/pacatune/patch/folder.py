@@ -54,14 +54,8 @@ class FolderResult:
 
     folder: Path
     """The model folder."""
-    num_tensors: int
-    """Tensors that were changed."""
-    num_columns: int
-    """Columns of them."""
-    column_bytes: int
-    """Bytes of these columns."""
     page_bytes: int
-    """Bytes of the 4 KiB pages that they lie in: what a disk writes at least."""
+    """Bytes of the 4 KiB pages that the columns lie in: what a disk writes at least."""
     checkpoint_bytes: int
     """Size of all files with tensors."""
     notes: list[str] = field(default_factory=list)
@@ -319,9 +313,6 @@ def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
 def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]) -> FolderResult:
     return FolderResult(
         folder=folder,
-        num_tensors=len(patch.edits),
-        num_columns=patch.num_columns,
-        column_bytes=patch.num_bytes,
         page_bytes=_page_bytes(checkpoint, patch),
         checkpoint_bytes=checkpoint.num_bytes,
         notes=notes,

@@ -24,14 +24,18 @@ from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
 from pacatune.files.folder import staged_folder
 from pacatune.files.tensor_file import read_layout, write_tensors
 from pacatune.installation import require_extra
-from pacatune.names import nearest
 from pacatune.ops.columns import bits
 from pacatune.patch.edit import put_bits_
+from pacatune.patch.memory import check_form, refuse_missing
 from pacatune.precision import dtype_name
 from pacatune.sync.message import Columns, ColumnSet, Positions
 
 _Part = tuple[ColumnSet, Tensor]
 """Columns of one tensor: where they are, and what is in them."""
+_FIX = (
+    "Give the base that is trained, and make the source with its dtype: `ColumnSource(model, "
+    "dtype)`. Experts that the base's files split cannot be targets."
+)
 
 
 class DeltaFolder:
@@ -81,7 +85,9 @@ class DeltaFolder:
         """
         if isinstance(message, Positions):
             for one in message.sets:
-                self._check(one)
+                entry = self._entry(one.name)
+                found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
+                check_form(one.name, found, (one.shape, one.dtype), _FIX)
             self._positions, self._number = message, 0
             return
         parts = self._received(message)
@@ -115,25 +121,9 @@ class DeltaFolder:
 
     def _entry(self, name: str) -> Entry:
         """Return where a tensor of the base is."""
-        entries = self._base.entries
-        if name not in entries:
-            raise ValueError(
-                f"{self._base.folder} has no tensor {name!r}; the nearest is "
-                f"{nearest(name, entries, cutoff=0)!r}. Give the base that is trained; experts "
-                "that its files split cannot be targets."
-            )
-        return entries[name]
-
-    def _check(self, one: ColumnSet) -> None:
-        """Refuse columns that are not of the base's tensor."""
-        entry = self._entry(one.name)
-        dtype = DTYPES.get(entry.dtype)
-        if (entry.shape, dtype) != (one.shape, one.dtype):
-            raise ValueError(
-                f"{one.name!r} is {entry.shape} in {dtype or entry.dtype} in the base, and the "
-                f"columns are of {one.shape} in {one.dtype}; give the base that is trained, and "
-                "make the source with its dtype: `ColumnSource(model, dtype)`."
-            )
+        if name not in self._base.entries:
+            refuse_missing([name], self._base.entries, _FIX)
+        return self._base.entries[name]
 
     def _received(self, columns: Columns) -> dict[str, _Part]:
         """Return the columns that a sync brings."""

@@ -24,6 +24,7 @@ from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 Message = Positions | Columns
 _KEY = "pacatune_sync"
 _POLL_S = 0.05
+_KEPT = 2
 _NAME = re.compile(r"(\d{6,18})\.safetensors")
 
 
@@ -90,20 +91,16 @@ class File:
     """A folder that trainer and servers see, on one disk or a shared one.
 
     Each message is a file, `000001.safetensors` and so on; it gets its name when it is complete.
-    A reader that comes late, or is slow, begins with the last complete sync.
+    A reader that comes late, or is slow, begins with the last complete sync; older columns than the
+    one before it are removed.
 
     Args:
         folder: Made if it is missing. A trainer that was restarted goes on in it.
-        keep: Syncs that stay in the folder at least; older ones are removed where a later one is
-            complete.
         timeout: Seconds that a reader waits, where a call gives none.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, timeout: float = 60.0) -> None:
-        if keep < 1:
-            raise ValueError(f"`keep` ({keep}) must be at least 1.")
-        self.folder, self.keep = Path(folder), keep
-        self.timeout = timeout
+    def __init__(self, folder: str | Path, *, timeout: float = 60.0) -> None:
+        self.folder, self.timeout = Path(folder), timeout
         self._last_read = 0
         self._last_written: int | None = None
 
@@ -191,5 +188,5 @@ class File:
     def _remove_old(self) -> None:
         """Remove columns that nobody needs: before the last complete ones, but for a few."""
         columns = [n for n in self._numbers() if self._words(n).get("kind") == "columns"]
-        for number in columns[: -self.keep]:
+        for number in columns[:-_KEPT]:
             self._path(number).unlink(missing_ok=True)
