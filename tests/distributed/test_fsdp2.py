@@ -237,6 +237,7 @@ def test_merging_shards_is_refused_and_changes_nothing(pair):
 
 
 def train_deltas_alone(which):
+    """Sharded deltas over whole weights."""
     from torch.distributed.fsdp import fully_shard
 
     model = net.adapt()
@@ -246,11 +247,6 @@ def train_deltas_alone(which):
         for layer in net.layers_of(model):
             fully_shard(layer.paca_delta["default"])
     return net.train(model, part=net.half), full_adapter_of(model)
-
-
-@pytest.mark.parametrize("which", ["ignored weights", "holders"])
-def test_sharded_deltas_over_whole_weights(pair, which):
-    net.assert_equal_to_one(pair.run(train_deltas_alone, which))
 
 
 def train_whole_deltas():
@@ -276,9 +272,15 @@ def train_whole_deltas():
     return net.train(model, optimizer, part=net.half), net.adapter_of(model)
 
 
-WAYS = [train_under_checkpoint_wrappers, train_with_reference_pass, train_whole_deltas]
-
-
-@pytest.mark.parametrize("train", WAYS)
-def test_trains_as_one_process(pair, train):
-    net.assert_equal_to_one(pair.run(train))
+@pytest.mark.parametrize(
+    ("train", "options"),
+    [
+        (train_under_checkpoint_wrappers, []),
+        (train_with_reference_pass, []),
+        (train_deltas_alone, ["ignored weights"]),
+        (train_deltas_alone, ["holders"]),
+        (train_whole_deltas, []),
+    ],
+)
+def test_trains_as_one_process(pair, train, options):
+    net.assert_equal_to_one(pair.run(train, *options))

@@ -1,7 +1,6 @@
 """Nothing of a user's is lost, whatever lies where a command writes, and whenever it is killed."""
 
-import json
-import shutil
+from pathlib import Path
 
 import pytest
 
@@ -24,55 +23,28 @@ def test_fifty_random_folders():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.fixture
-def project(tmp_path, tiny_model_dir, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    row = json.dumps({"prompt": "What is 1?", "completion": "It is 7."}) + "\n"
-    (tmp_path / "data.jsonl").write_text(row)
-    return tmp_path
-
-
-def write(folder, *names):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x: 1\n")
-
-
 def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture
-def refused(project, capsys):
-    """Run `train`, which is refused and leaves all files as they are; return what it says."""
-
-    def run(model, *words):
-        before = contents(project)
-        command = ["train", "--model.path", str(model), "--data.path", "data.jsonl"]
-        assert main([*command, "--training.max_steps", "3", *words]) == 2
-        assert contents(project) == before
-        return capsys.readouterr().err
-
-    return run
-
-
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])
-def test_places_that_are_the_users(project, tiny_model_dir, refused, flag):
-    # Files of the names of ours.
-    names = ("config.yaml", "README.md", "vocab.txt", "runs/mine/e")
-    write(project / "own", *names)
-    said = refused(tiny_model_dir, "--training.output_dir", "own", *flag)
-    assert f"did not write, or that were changed since ({', '.join(sorted(names))})" in said
-    # The current folder.
-    write(project, "config.yaml", "tokenizer_train.py", "tokenizers/mine.py", "completions/d.txt")
-    said = refused(tiny_model_dir, "--training.output_dir", ".", *flag)
-    assert "`data.path`" in said
-    assert "lies in the output folder ., which this run writes; choose another" in said
-    # The folder of the model.
-    shutil.copytree(tiny_model_dir, project / "t5")
-    write(project / "t5", "config.yaml")
-    said = refused("t5", "--training.output_dir", "t5", *flag)
-    assert "`model.path`" in said
-    assert "lies in the output folder t5" in said
-    assert "--overwrite" not in said
+def test_files_of_the_names_of_ours(flag, tiny_model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 7."}\n')
+    names = ("README.md", "config.yaml", "runs/mine/e", "vocab.txt")
+    Path("own/runs/mine").mkdir(parents=True)
+    for name in names:
+        Path("own", name).write_text("x: 1\n")
+    before = contents(tmp_path)
+    words = ["--model.path", str(tiny_model_dir), "--data.path", "data.jsonl"]
+    assert main(["train", *words, "--training.output_dir", "own", *flag]) == 2
+    assert contents(tmp_path) == before
+    said = f"did not write, or that were changed since ({', '.join(names)})"
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_are_new_files(tmp_path, capsys):
+    (tmp_path / "a.png").write_text("mine")
+    assert main(["estimate", "llama3-8b", "--plot", str(tmp_path / "a.png")]) == 2
+    assert "a.png exists; remove it, or name another file" in capsys.readouterr().err
+    assert (tmp_path / "a.png").read_text() == "mine"
