@@ -118,6 +118,12 @@ def loss_of(model, ids):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def step(model, optimizer, ids):
+    loss_of(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train(
     model, optimizer=None, *, accumulation=1, part=whole, no_sync=nullcontext, loss_of=loss_of
 ):

@@ -20,19 +20,13 @@ def build(kind):
     return model, torch.optim.AdamW(net.trained(model), lr=1e-2)
 
 
-def part_of(kind, ids):
-    return net.half(ids) if kind == "shards" else ids
-
-
 def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def step(model, optimizer, kind, batches):
-    for batch in batches:
-        net.loss_of(model, part_of(kind, batch)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def train(model, optimizer, kind, batches):
+    for ids in batches:
+        net.step(model, optimizer, net.half(ids) if kind == "shards" else ids)
 
 
 def tensors_of(model, optimizer):
@@ -50,10 +44,10 @@ def tensors_of(model, optimizer):
 def save(kind, folder):
     """Save after three steps; return the state then and two steps later."""
     model, optimizer = build(kind)
-    step(model, optimizer, kind, net.batches()[:3])
+    train(model, optimizer, kind, net.batches()[:3])
     RECIPE["save"](model, optimizer, folder)
     saved = tensors_of(model, optimizer)
-    step(model, optimizer, kind, net.batches()[3:])
+    train(model, optimizer, kind, net.batches()[3:])
     return saved, tensors_of(model, optimizer)
 
 
@@ -61,7 +55,7 @@ def go_on(kind, folder):
     model, optimizer = build(kind)
     RECIPE["load"](model, optimizer, folder)
     loaded = tensors_of(model, optimizer)
-    step(model, optimizer, kind, net.batches()[3:])
+    train(model, optimizer, kind, net.batches()[3:])
     return loaded, tensors_of(model, optimizer)
 
 

@@ -10,6 +10,8 @@ from pacatune.patch import Patch, edit_of, stack
 
 WEIGHT = torch.arange(24.0).view(4, 6)
 NOTHING = torch.zeros(4, 0)
+# Without a hash of their scales, under which they are numbers.
+CODES = {"grid": "Q4_0", **dict.fromkeys(("original", "new"), torch.zeros(4, 2).byte())}
 
 
 def make_edit(columns, *, weight=None, name="a.weight", dim=1, seed=0, dtype=torch.bfloat16):
@@ -36,17 +38,14 @@ def make_patch(*columns, fingerprint=None, **options):
         ({"indices": torch.tensor([1])}, r"`original` must be \(4, 1\) to fit 1 columns"),
         ({"new": torch.zeros(4, 3)}, r"`new` must be \(4, 2\) .* got \(4, 3\)"),
         ({"new": torch.zeros(4, 2)}, "`original` is torch.bfloat16 and `new` is torch.float32"),
+        ({**CODES, "grid": "Q9"}, "the format 'Q9', or its codes, are not known here; formats are"),
+        ({**CODES, "new": 16 + CODES["new"]}, "Q4_0 has codes below 16 alone"),
+        (CODES, "the edit of 'a.weight': codes need `scales`"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(make_edit([1, 3]), **change)
-
-
-def test_codes_without_a_hash_of_their_scales_are_refused():
-    """They are other numbers under other scales."""
-    with pytest.raises(ValueError, match=r"the edit of 'a.weight': codes need `scales`"):
-        replace(make_edit([1, 3], dtype=torch.uint8), grid="Q8_0")
 
 
 def test_patches_of_nothing_and_of_other_names_are_refused():

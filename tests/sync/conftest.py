@@ -44,9 +44,7 @@ def served(dtype=torch.float32):
 def step(model, optimizer=None, seed=0):
     optimizer = optimizer or torch.optim.AdamW(net.trained(model), lr=1e-2)
     ids = torch.randint(3, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(seed))
-    net.loss_of(model, ids).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    net.step(model, optimizer, ids)
     return model
 
 

@@ -16,6 +16,7 @@ from pacatune.sync.message import from_wire, to_wire
 from tests.distributed import net
 from tests.grid.test_folder import KINDS, folder
 from tests.releases import needs
+from tests.sync.conftest import step
 
 __all__ = ["folder"]
 
@@ -27,13 +28,6 @@ def adapted(folder, dtype="bfloat16", **options):
     options = {"r": 4, "paca_alpha": 8, "target_modules": "all-linear", **options}
     base = load_base(str(folder), task_type="CAUSAL_LM", dtype=dtype)
     return get_peft_model(base, PacaConfig(**options, task_type="CAUSAL_LM"))
-
-
-def train(model, optimizer, seed):
-    ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(seed))
-    net.loss_of(model, ids).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def bits_of(tensors):
@@ -56,7 +50,7 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
     ids = torch.arange(3, 60)[None]
     for seed in range(3):
         with torch.enable_grad():
-            train(model, optimizer, seed)
+            step(model, optimizer, seed)
             trained = model.train()(ids).logits
         assert receiver.apply(from_wire(*to_wire(source.columns())))
         save_file(server, folder / "model.safetensors", {"format": "pt"})
@@ -75,7 +69,7 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
     reached = [one.delta + one.rest for one in steps._trained]
     assert any(one.rest.any() for one in steps._trained)
     with torch.enable_grad():
-        train(model, optimizer, 3)
+        step(model, optimizer, 3)
     for one, before in zip(steps._trained, reached, strict=True):
         assert (one.delta + one.rest - before).abs().max() < 4e-3
     source.forget()
@@ -94,16 +88,16 @@ def test_steps_go_on_from_an_adapter_that_is_loaded_after(folder, tmp_path, rand
     optimizer = torch.optim.AdamW(net.trained(model), lr=3e-3)
     GridSteps(model, checkpoint, optimizer)
     for seed in range(3):
-        train(model, optimizer, seed)
+        step(model, optimizer, seed)
     model.save_pretrained(tmp_path)
 
     resumed = adapted(folder)
     optimizer = torch.optim.AdamW(net.trained(resumed), lr=0.0)
     steps = GridSteps(resumed, checkpoint, optimizer)
-    train(resumed, optimizer, 0)
+    step(resumed, optimizer, 0)
     load(resumed, tmp_path)
     for seed in range(2):
-        train(resumed, optimizer, seed)
+        step(resumed, optimizer, seed)
         for one, layer in zip(steps._trained, net.layers_of(model), strict=True):
             assert torch.equal(one.delta, layer.delta_of("default"))
             assert torch.equal(one.indices, layer.paca_indices["default"])
@@ -114,7 +108,7 @@ def test_a_step_that_raises_leaves_the_columns_at_codes(folder):
     model = adapted(folder)
     optimizer = torch.optim.AdamW(net.trained(model), lr=3e-3)
     steps = GridSteps(model, open_packed(folder), optimizer)
-    train(model, optimizer, 0)
+    step(model, optimizer, 0)
     assert any(one.rest.any() for one in steps._trained)
     before = [delta.detach().clone() for delta in net.trained(model)]
 
@@ -187,7 +181,7 @@ def test_a_weight_of_plain_numbers_is_trained_and_sent_as_ever(folder):
     assert len(steps._trained) == 13
     source, receiver = ColumnSource(model, codes=checkpoint), ColumnReceiver(server)
     receiver.expect(source.positions())
-    train(model, optimizer, 0)
+    step(model, optimizer, 0)
     receiver.apply(source.columns())
     dtypes = {server[f"{name}.weight"].dtype for name in (module, module.replace("up", "down"))}
     assert dtypes == {torch.bfloat16, torch.float8_e4m3fn}

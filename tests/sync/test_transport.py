@@ -173,9 +173,7 @@ def train_shards(how):
     base, source, receiver = clone(server), ColumnSource(model, dtype), ColumnReceiver(server)
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     for number in range(2):
-        net.loss_of(model, net.half(net.batches()[number])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        net.step(model, optimizer, net.half(net.batches()[number]))
         with torch.no_grad():
             model(input_ids=net.batches()[2])  # leaves what it gathered, perhaps
         bring(source, receiver)
