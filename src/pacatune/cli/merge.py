@@ -93,7 +93,7 @@ class Merge(ModelOptions):
             how["measure"] = HeldOut(Path(self.adapter).expanduser()).loss
         how["warn"] = lambda text: print(f"warning: {text}", file=sys.stderr)
         result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
-        print(f"base      {result.base}")
+        print(f"base      {model}")
         formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())
         print(f"merged    {formats}: {rounding_note(result.rounding)}")
         if (verified := result.verified) is None:

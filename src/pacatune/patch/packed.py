@@ -72,8 +72,6 @@ class PackedResult:
 
     output: Path
     """The file or folder."""
-    base: str
-    """What was trained in."""
     formats: dict[str, int]
     """How many tensors of each format have other codes, or other numbers."""
     num_bytes: int
@@ -202,7 +200,6 @@ def merge_packed(
             publish(written, output)
     return PackedResult(
         output=output,
-        base=str(model),
         formats=dict(Counter(checkpoint.entries[name].dtype for name in patch.edits)),
         num_bytes=num_bytes,
         rounding=rounding,
