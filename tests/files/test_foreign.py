@@ -6,6 +6,7 @@ import pytest
 
 from pacatune.cli import main
 from tests.forks import run_python
+from tests.patch.conftest import contents
 from tests.releases import needs
 
 pytestmark = [needs("trl"), needs("matplotlib")]  # commands of more than the core
@@ -21,10 +22,6 @@ sys.exit(bool(try_folders(50)))
 def test_fifty_random_folders():
     done = run_python(FOLDERS)
     assert done.returncode == 0, done.stdout
-
-
-def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--auto_resume"]])

@@ -144,16 +144,17 @@ def test_links_are_never_followed(ours, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "a.json").write_text('{\n "a": 1\n}\n')
+    (outside / "report.md").write_text("first")  # what ours holds
     (ours.path / "inner" / "a.json").unlink()
     (ours.path / "inner").rmdir()
     (ours.path / "inner").symlink_to(outside)
     (ours.path / "report.md").unlink()
-    (ours.path / "report.md").symlink_to(outside / "a.json")
+    (ours.path / "report.md").symlink_to(outside / "report.md")
     assert ours.foreign() == ["inner", "report.md"]
     with pytest.raises(FileExistsError, match="inner is not of a probe"):
         ours.write("inner/b.json", "x")
     ours.clear()
-    assert contents(outside) == {"a.json": b'{\n "a": 1\n}\n'}
+    assert contents(outside) == {"a.json": b'{\n "a": 1\n}\n', "report.md": b"first"}
     assert (ours.path / "report.md").is_symlink()
 
 

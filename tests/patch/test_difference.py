@@ -41,7 +41,6 @@ def test_two_models_give_the_adapters_patch(bf16_dir, bf16_adapter, bf16_patch, 
     assert len(result.changed) == 6
     assert_same_edits(bf16_patch, result.patch)
     assert_gives(bf16_dir, result.patch, tmp_path / "merged", tmp_path / "out")
-    assert patch.diff(bf16_dir, bf16_dir).refusal() == "they are equal"
 
 
 def test_rows_and_whole_vectors(bf16_dir, changed, tmp_path):
