@@ -36,7 +36,7 @@ def test_small_steps_are_few_bytes(dtype, most):
         is_complete = number in (5, 9)
         assert words["compressed"] == (not is_complete)
         assert words["since"] == (0 if is_complete else number - 1)
-        share = buffer.nbytes / source.positions().num_bytes
+        share = buffer.nbytes / columns.num_bytes
         assert (share == 1) == is_complete
         assert is_complete or share < most
         plain, same = to_wire(columns, compress=False)

@@ -46,7 +46,6 @@ def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype):
         step(model, optimizer, number)
         columns = source.columns()
         assert columns.number == number
-        assert source.positions().num_bytes == num_bytes
         assert (columns.num_bytes, columns.since) == (num_bytes, 0)
         assert receiver.apply(columns)
         assert_bits(server, merged(model, dtype))

@@ -38,8 +38,7 @@ def test_ten_syncs_then_the_merged_folder_and_back(
     before = base[0]
     for _ in range(10):
         trainer.step()
-        columns = source.send(transport)
-        assert columns.num_bytes == source.positions().num_bytes
+        source.send(transport)
         served = served_digests(llm)
         assert served == trained_digests(trainer.model)
         assert served != before

@@ -72,11 +72,6 @@ class Positions:
             digest.update(one.indices.numpy().data)
         object.__setattr__(self, "version", digest.hexdigest()[:_DIGEST_DIGITS])
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all columns: what a complete sync sends."""
-        return sum(one.num_bytes for one in self.sets)
-
     def layout(self, ordinals: Iterable[int]) -> "Places":
         """Return each of some sets with its number and where its columns begin in the buffer."""
         start, result = 0, []
