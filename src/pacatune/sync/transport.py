@@ -23,6 +23,7 @@ from pacatune.sync.message import Columns, Positions, from_wire, to_wire
 
 Message = Positions | Columns
 _KEY = "pacatune_sync"
+_ENDED = "the sender has closed; no more columns will come."
 _POLL_S = 0.05
 _KEPT = 2
 _NAME = re.compile(r"(\d{6,18})\.safetensors")
@@ -70,16 +71,14 @@ class InProcess:
 
     def receive(self, timeout: float | None = None) -> Message:
         """Take the next message."""
-        if self._is_closed:
-            raise EOFError("the sender has closed; no more columns will come.")
         seconds = self.timeout if timeout is None else timeout
         try:
-            message = self._queue.get(timeout=seconds)
+            message = None if self._is_closed else self._queue.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError(f"nothing was sent for {seconds:g} s.") from None
         if message is None:
             self._is_closed = True
-            raise EOFError("the sender has closed; no more columns will come.")
+            raise EOFError(_ENDED)
         return message
 
     def close(self) -> None:
@@ -125,7 +124,7 @@ class File:
                     words, buffer = self._read(number)
                     self._last_read = number
                     if words.get("kind") == "end":
-                        raise EOFError("the sender has closed; no more columns will come.")
+                        raise EOFError(_ENDED)
                     return from_wire(words, buffer)
                 continue
             if time.monotonic() > end:
