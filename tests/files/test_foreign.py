@@ -38,10 +38,3 @@ def test_files_of_the_names_of_ours(flag, tiny_model_dir, tmp_path, monkeypatch,
     assert contents(tmp_path) == before
     said = f"did not write, or that were changed since ({', '.join(names)})"
     assert said in capsys.readouterr().err
-
-
-def test_pictures_are_new_files(tmp_path, capsys):
-    (tmp_path / "a.png").write_text("mine")
-    assert main(["estimate", "llama3-8b", "--plot", str(tmp_path / "a.png")]) == 2
-    assert "a.png exists; remove it, or name another file" in capsys.readouterr().err
-    assert (tmp_path / "a.png").read_text() == "mine"
