@@ -9,21 +9,17 @@ def reward(completions, **kwargs):
     return [float(len(set(text))) for text in completions]
 
 
-def options(folder, **more):
-    options = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no"}
-    options |= {"max_steps": 2, "learning_rate": 5e-3, "per_device_train_batch_size": 4}
-    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
-    return options | more
-
-
 def online(kind, config, path, folder, **more):
     from datasets import Dataset
 
     from pacatune import PacaConfig
     from pacatune.integrations.trl import column_sync
 
-    more |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
-    args = config(**options(folder, **more), model_init_kwargs={"dtype": "bfloat16"})
+    options = {"output_dir": str(folder), "report_to": "none", "save_strategy": "no"}
+    options |= {"max_steps": 2, "learning_rate": 5e-3, "per_device_train_batch_size": 4}
+    options |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    options |= {"num_generations": 4, "max_completion_length": 12, "use_vllm": True}
+    args = config(**options, **more, model_init_kwargs={"dtype": "bfloat16"})
     rows = Dataset.from_dict({"prompt": PROMPTS * 4})
     paca = PacaConfig(r=16, paca_alpha=16, task_type="CAUSAL_LM")
     with column_sync():
