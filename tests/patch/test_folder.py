@@ -29,10 +29,10 @@ def test_a_copy_is_patched_and_the_base_left_alone(base, bf16_patch, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     patch.apply(model, bf16_patch)
     model.save_pretrained(tmp_path / "expected")
-    found, expected = (Checkpoint.open(tmp_path / name) for name in ("out", "expected"))
-    assert found.entries.keys() == expected.entries.keys()
-    for name in found.entries:
-        assert torch.equal(bits(found.tensor(name)), bits(expected.tensor(name))), name
+    patched, expected = (Checkpoint.open(tmp_path / name) for name in ("out", "expected"))
+    assert patched.entries.keys() == expected.entries.keys()
+    for name in patched.entries:
+        assert torch.equal(bits(patched.tensor(name)), bits(expected.tensor(name))), name
     patch.apply_to_folder(tmp_path / "out", bf16_patch, tmp_path / "back", revert=True)
     assert contents(tmp_path / "back") == before
 

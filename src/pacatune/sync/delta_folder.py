@@ -86,8 +86,8 @@ class DeltaFolder:
         if isinstance(message, Positions):
             for one in message.sets:
                 entry = self._entry(one.name)
-                found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-                check_form(one.name, found, (one.shape, one.dtype), _FIX)
+                form = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
+                check_form(one.name, form, (one.shape, one.dtype), _FIX)
             self._positions, self._number = message, 0
             return
         parts = self._received(message)

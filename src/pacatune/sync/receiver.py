@@ -93,7 +93,7 @@ class ColumnReceiver:
             ValueError: If the columns do not fit, or an earlier sync is missing; nothing was
                 written then.
         """
-        plan = self._known()
+        plan = self._expected_plan()
         columns.check(plan.positions)
         is_new = self._written is not plan
         number = 0 if is_new else self.number
@@ -153,7 +153,7 @@ class ColumnReceiver:
         Raises:
             ValueError: If a column differs.
         """
-        plan = self._known()
+        plan = self._expected_plan()
         values = self._values(columns, plan)
         if self._written is plan:
             found = plan.originals
@@ -174,7 +174,7 @@ class ColumnReceiver:
                 "trainer's base in the trained columns; serve the base that is trained."
             )
 
-    def _known(self) -> "_Plan":
+    def _expected_plan(self) -> "_Plan":
         """Return where the columns that come belong."""
         if self._expected is None:
             raise ValueError(
