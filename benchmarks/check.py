@@ -54,8 +54,8 @@ def parts(name: str, everything: bool) -> Iterator[tuple[Callable[[], list[Row]]
     if name in QUICK:
         yield QUICK[name], read(name)
     for one in EXPERIMENTS.values() if name == "estimate" else ():
-        found = read_results(one.name, "small")
-        for job in one.jobs("small"):
+        found = read_results(one.name)
+        for job in one.jobs():
             if job.key.startswith(_ESTIMATES if everything else _QUICK_ESTIMATES):
                 nothing = Finished(rows=[], provenance={"versions": {}})
                 yield partial(job.run, Path("unused")), found.get(job.key, nothing)

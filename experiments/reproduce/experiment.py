@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.paper import METHOD_TITLES
 from experiments.paper import Table as PaperTable
@@ -13,9 +13,8 @@ from pacatune.reports.figures import save_figure
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Finished, Job, Row, Table, number_text, plot, table
 
-Scale = Literal["small", "full"]
 RESULTS = Path(__file__).parents[1] / "results"
-"""`NAME-SCALE.json` of each experiment that was run: what `results.json` in its folder held."""
+"""`NAME-small.json` of each experiment: what `results.json` in its folder held."""
 NATS = "nats per token"
 """Unit of losses, of which less is better; of all other scores more is."""
 
@@ -52,11 +51,9 @@ class Experiment:
     """The paper's model whose lines stand beside those of a smaller one of ours."""
     scores: frozenset[str] = frozenset()
     """Quantities of which differences are compared, and not shares."""
-    jobs: Callable[[Scale], list[Job]]
+    jobs: Callable[[], list[Job]]
     notes: tuple[str, ...] = ()
     """What limits the comparison."""
-    judge_key: str = ""
-    """Environment variable with the key of a judge that the full scale asks; empty without one."""
 
 
 def of_table(table: PaperTable, **ours: Any) -> Experiment:
@@ -163,7 +160,7 @@ def _signed(row: Row, *, is_score: bool) -> str:
     return f"{row.value:+.3g}{ends}"
 
 
-def make_page(experiment: Experiment, found: Mapping[str, Finished], scale: Scale) -> str:
+def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
     """Return an experiment's page as Markdown: its table, the comparison, what made ours."""
     ours = [row for one in found.values() for row in one.rows]
     numbers = [row for row in (*experiment.paper, *ours) if row.unit != "ratio"]
@@ -175,7 +172,7 @@ def make_page(experiment: Experiment, found: Mapping[str, Finished], scale: Scal
     if compared is not None:
         parts += ["\n".join(compared.markdown()), RULE, f"![Paper and here]({picture(experiment)})"]
     notes = [*experiment.notes, *dict.fromkeys(r.note for r in experiment.paper if r.note)]
-    jobs = experiment.jobs(scale)
+    jobs = experiment.jobs()
     missing = [job.title or job.key for job in jobs if job.key not in found]
     failed = [f"{key}: {one.error}" for key, one in found.items() if one.error]
     for heading, texts in (("Notes", notes), ("Not run yet", missing), ("Failed", failed)):
@@ -198,16 +195,14 @@ def drawn(experiment: Experiment, ours: Iterable[Row]) -> list[Row]:
     return [replace(r, unit="share") if r.unit == "ratio" else r for r in (*theirs, *found)]
 
 
-def write_page(
-    experiment: Experiment, found: Mapping[str, Finished], scale: Scale, folder: OwnedFolder
-) -> Path:
+def write_page(experiment: Experiment, found: Mapping[str, Finished], folder: OwnedFolder) -> Path:
     """Write NAME.md and its picture into an open folder; return the page."""
     rows = drawn(experiment, [row for one in found.values() for row in one.rows])
     if rows:
         figure = plot(rows, ("method",), ("origin", "model", "setting"))
         with folder.staged() as staging:
             save_figure(figure, staging / picture(experiment))
-    folder.write(f"{experiment.name}.md", make_page(experiment, found, scale))
+    folder.write(f"{experiment.name}.md", make_page(experiment, found))
     return folder.path / f"{experiment.name}.md"
 
 
@@ -221,9 +216,9 @@ def write_results(found: Mapping[str, Finished], folder: OwnedFolder) -> None:
     folder.write_json("results.json", values)
 
 
-def read_results(name: str, scale: Scale, folder: Path = RESULTS) -> dict[str, Finished]:
+def read_results(name: str, folder: Path = RESULTS) -> dict[str, Finished]:
     """Return the committed results of an experiment; nothing where there are none."""
-    path = folder / f"{name}-{scale}.json"
+    path = folder / f"{name}-small.json"
     if not path.is_file():
         return {}
     values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Tables 6 and 7: ViT-B/16 and EfficientNetV2-L on images, by the functions of examples/images.py.
 
 A real small model is trained on CIFAR-10, and steps of the paper's own models are measured with
-random weights. There is no full scale: the paper gives no settings for images.
+random weights. The paper gives no settings for images.
 """
 
 import copy
@@ -22,7 +22,7 @@ from examples.packaged import prepare
 from experiments.paper import Line, Table
 from experiments.paper.tables import TABLE_6, TABLE_7
 from experiments.reproduce.costs import RANK
-from experiments.reproduce.experiment import Experiment, Scale, of_table
+from experiments.reproduce.experiment import Experiment, of_table
 from experiments.reproduce.runs import Work, rate_note, row_of
 from pacatune.measure.counters import SavedBytes
 from pacatune.reports.provenance import num_cores
@@ -97,7 +97,7 @@ class _Images:
     def experiment(self, about: str, *notes: str) -> Experiment:
         """Return the experiment."""
         small = (
-            f"At the small scale {self.small_model} is trained for {self.num_steps} steps on "
+            f"Here {self.small_model} is trained for {self.num_steps} steps on "
             f"CIFAR-10's test images, and scored on {_NUM_TEST} others of them, which "
             "is not the usual accuracy on CIFAR-10; the learning rate is the best of three on "
             f"validation images. Steps are of {self.model} with random weights."
@@ -110,9 +110,7 @@ class _Images:
             notes=notes,
         )
 
-    def _jobs(self, scale: Scale) -> list[Job]:
-        if scale == "full":
-            return []
+    def _jobs(self) -> list[Job]:
         return [self._steps_job(), *map(self._small_job, self.table.lines)]
 
     def _small_job(self, line: Line) -> Job:
@@ -237,7 +235,7 @@ TABLE_6_EXPERIMENT = _Images(
     "PaCA, to show that PaCA is not for language alone.",
     "DINOv2-S has 22 M parameters and was fine-tuned for saliency by others.",
     "CIFAR-100, Oxford-IIIT Pets and Oxford-Flowers 102 cannot be had offline, so their columns "
-    "have no counterpart at the small scale.",
+    "have no counterpart.",
 )
 TABLE_7_EXPERIMENT = _Images(
     table=TABLE_7,
@@ -254,7 +252,7 @@ TABLE_7_EXPERIMENT = _Images(
     "trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a convolutional "
     "network, in full and by PaCA.",
     "EfficientNet-Lite0 has 3.4 M parameters, and weights of ImageNet.",
-    "CIFAR-100 cannot be had offline, so its column has no counterpart at the small scale.",
+    "CIFAR-100 cannot be had offline, so its column has no counterpart.",
     "The paper trained BatchNorm in a way that it does not state; here it stays in evaluation "
     "mode.",
 )

@@ -5,26 +5,20 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.packaged import default_cache, prepare
 from experiments.paper import Line, Table
-from experiments.paper.settings import Settings, of_line
-from pacatune.measure.presets import PRESETS
+from experiments.paper.settings import Settings
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Job, Row, spread_of_mean
 from pacatune.training import RunConfig
-from pacatune.training.config_file import to_values
 from pacatune.training.folder import REPORT_NAME
 from pacatune.training.recipe import start_or_resume
 
 if TYPE_CHECKING:
     from pacatune.adapters.loading import LoadedModel
-
-SEED = 42
-"""That of the authors' scripts for MMLU and for Oasst1 on the 8B model."""
 
 
 def text_run(
@@ -34,9 +28,8 @@ def text_run(
     model: str,
     data: Mapping[str, Any],
     rate: float,
-    dtype: str = "bfloat16",
-    seed: int = SEED,
-    selection: str = "random",
+    dtype: str,
+    seed: int,
     **training: Any,
 ) -> RunConfig:
     """Return a run of `pacatune train` with stated settings; `training` has further options."""
@@ -47,8 +40,6 @@ def text_run(
         adapter["paca"] = {
             "r": rank,
             "paca_alpha": alpha,
-            "selection": selection,
-            "selection_batches": 100,  # as the paper's
             "random_seed": seed,
         }
     elif METHODS[method].has_adapter:
@@ -122,98 +113,10 @@ def loaded(model: str, adapter: Path | None, **options: Any) -> Iterator["Loaded
         yield found
 
 
-def hub_id(line: Line) -> str:
-    """Return the hub's name of a line's model."""
-    return PRESETS[line.model].hub_id
-
-
 def row_of(table: Table, line: Line, key: str, value: float, **more: Any) -> Row:
     """Return a number of ours under the names of the paper's column and line."""
     options = {"unit": table.quantity(key).unit, "model": line.model, **more}
     return Row(what=table.quantity(key).title, method=line.title, value=value, **options)
-
-
-def cost_rows(table: Table, line: Line, report: Mapping[str, Any], **more: Any) -> list[Row]:
-    """Return memory and time of a run, as far as its report knows them, in the paper's units."""
-    rows = []
-    if "memory" in {one.key for one in table.quantities}:
-        rows.append(row_of(table, line, "memory", report["peak_memory_bytes"] / 1e9, **more))
-        if report["step_ms"] is not None:
-            unit = {"h": 3.6e6, "min": 6e4}[table.quantity("time").unit]
-            time = report["step_ms"] * report["num_steps"] / unit
-            rows.append(row_of(table, line, "time", time, **more))
-    return rows
-
-
-Score = Callable[[Work, Line, Path | None], list[Row]]
-"""Scores a line's adapter, or its model alone where there is none."""
-
-
-def full_jobs(
-    table: Table,
-    data: Mapping[str, Any],
-    score: Score,
-    inputs: Mapping[str, Any],
-    prepare_data: Callable[[], object] | None = None,
-) -> list[Job]:
-    """Return the jobs of a table at the paper's own size: trained at its rates, the best scored.
-
-    Each run's configuration is made here, so that what is wrong with it is known before any ends.
-    `prepare_data` makes a file of `data`, before the first run reads it.
-    """
-    jobs = []
-    for line in table.lines:
-        rates = of_line(table.name, line).learning_rates or ()
-        runs = {rate: _full_run(table, line, data, rate) for rate in rates if line.is_trained}
-        jobs.append(
-            Job(
-                key=f"full-{line.key}",
-                title=f"{line.title} on {line.model}: training and scoring",
-                inputs={
-                    "line": line.key,
-                    "runs": {f"{rate:g}": to_values(run.settled()) for rate, run in runs.items()},
-                    **inputs,
-                },
-                run=partial(_run_full, table, line, runs, score, prepare_data),
-            )
-        )
-    return jobs
-
-
-def _full_run(table: Table, line: Line, data: Mapping[str, Any], rate: float) -> RunConfig:
-    """Return the run of a line that trains; its variant says how columns are chosen."""
-    strategy, _, number = line.variant.partition("-")
-    return text_run(
-        of_line(table.name, line),
-        line.method,
-        model=hub_id(line),
-        data=data,
-        rate=rate,
-        seed=SEED + int(number or 1) - 1,
-        selection=strategy or "random",
-    )
-
-
-def _run_full(
-    table: Table,
-    line: Line,
-    runs: dict[float, RunConfig],
-    score: Score,
-    prepare_data: Callable[[], object] | None,
-    folder: Path,
-) -> list[Row]:
-    work = Work(folder)
-    if not runs:
-        return score(work, line, None)
-    if prepare_data is not None:
-        prepare_data()
-    done = {rate: work.train(run, f"rate-{rate:g}") for rate, run in runs.items()}
-    best, note = next(iter(done)), ""
-    if len(done) > 1:
-        best = min(done, key=lambda rate: float(done[rate][0]["eval_loss_after"]))
-        note = rate_note(line, best, runs)
-    report, adapter = done[best]
-    return [*cost_rows(table, line, report, note=note), *score(work, line, adapter)]
 
 
 def rate_note(line: Line, rate: float, rates: Sequence[float] | Mapping[float, Any]) -> str:

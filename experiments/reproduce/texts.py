@@ -1,6 +1,6 @@
 """Tables 1, 2, 3 and 5: language models on MMLU, and on Oasst1 scored by MT-Bench.
 
-At the small scale SmolLM2-135M is trained: to name the type of an answer (scored on others), and on
+SmolLM2-135M is trained: to name the type of an answer (scored on others), and on
 questions and answers. A judge of answers is not to be had offline, so there the loss on held-out
 answers stands beside the score.
 """
@@ -18,12 +18,10 @@ from experiments.paper import Line, Table
 from experiments.paper.settings import SCRIPTS, Settings, of_line
 from experiments.paper.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_5
 from experiments.reproduce.costs import MODEL, memory_jobs, step_jobs
-from experiments.reproduce.experiment import NATS, Experiment, Scale, of_table
+from experiments.reproduce.experiment import NATS, Experiment, of_table
 from experiments.reproduce.runs import (
     Work,
     arm_row,
-    full_jobs,
-    hub_id,
     loaded,
     rate_note,
     row_of,
@@ -41,34 +39,7 @@ def small_dtype() -> str:
     return "bfloat16" if bfloat16_is_fast(use_cpu=True) else "float32"
 
 
-# Table 1, at the paper's own size: MMLU.
-
-# The paper's columns -> groups of lm-eval.
-_CATEGORIES = {
-    "humanities": "mmlu_humanities",
-    "stem": "mmlu_stem",
-    "social": "mmlu_social_sciences",
-    "other": "mmlu_other",
-    "average": "mmlu",
-}
-# The training questions, in the words of the evaluation, loss on the answers.
-_MMLU_DATA = {"path": str(mmlu.TRAINING_FILE), "format": "prompt-completion"}
-
-
-def _score_mmlu(work: Work, line: Line, adapter: Path | None) -> list[Row]:
-    """Return five-shot accuracies by lm-eval, with two standard errors."""
-    with work.quiet("mmlu"), loaded(hub_id(line), adapter) as found:
-        scores = mmlu.lm_eval_results(found.model, found.tokenizer, ["mmlu"], num_fewshot=5)
-    rows = []
-    for key, group in _CATEGORIES.items():
-        score = scores["results"][group]
-        value, spread = 100 * score["acc,none"], 200 * score["acc_stderr,none"]
-        ends = {"low": value - spread, "high": value + spread}
-        rows.append(row_of(TABLE_1, line, key, value, setting="MMLU, 5-shot", **ends))
-    return rows
-
-
-# Table 1, small: the types of answers.
+# Table 1: the types of answers.
 
 _DATA = "type-choices"
 _STEPS, _BATCH = 16, 8
@@ -178,10 +149,7 @@ def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
     return [float(each["acc"]) for each in results["samples"][_DATA]]
 
 
-def _jobs_1(scale: Scale) -> list[Job]:
-    if scale == "full":
-        test = {"test": "mmlu, 5-shot"}
-        return full_jobs(TABLE_1, _MMLU_DATA, _score_mmlu, test, mmlu.write_training_file)
+def _jobs_1() -> list[Job]:
     lines = [line for line in TABLE_1.lines if line.model == MODEL]
     small = [_small_job_1(line) for line in lines]
     return [*memory_jobs(TABLE_1), *step_jobs(TABLE_1, tokens=1024, seq_len=512), *small]
@@ -191,7 +159,7 @@ TABLE_1_EXPERIMENT = of_table(
     TABLE_1,
     about="The paper fine-tunes three language models on the training questions of MMLU, a test of "
     "57 subjects with four answers to each question, and asks the test questions with five "
-    f"examples before each. At the small scale {_SMALL_MODEL} is trained for {_STEPS} steps of "
+    f"examples before each. Here {_SMALL_MODEL} is trained for {_STEPS} steps of "
     f"{_BATCH} questions to name the type of an answer (one of six; BIG-bench) and asked "
     f"{_NUM_QUESTIONS} others; the learning rate is the best of three by validation loss.",
     beside=MODEL,
@@ -203,52 +171,7 @@ TABLE_1_EXPERIMENT = of_table(
     ),
 )
 
-# Tables 2, 3 and 5, at the paper's own size: MT-Bench.
-
-# Oasst1 as the authors' scripts take it: its best paths as plain texts.
-_OASST1 = {
-    "path": "timdettmers/openassistant-guanaco",
-    "format": "text",
-    "eval_split": "test",
-}
-_JUDGE = {"judge_url": "https://api.openai.com/v1", "judge_model": "gpt-4o-mini"}
-_FILES = {
-    "questions": "question.jsonl",
-    "references": "gpt-4.jsonl",
-    "judge_prompts": "judge_prompts.jsonl",
-}
-
-
-def _judge(table: Table, work: Work, line: Line, adapter: Path | None) -> list[Row]:
-    """Return the mean of each category, and of all as the paper's average, with intervals.
-
-    MT-Bench goes on by itself with the answers and judgments that its folder holds.
-    """
-    from experiments.mt_bench import MtBench, run_mt_bench
-
-    held = {"quantization": "nf4"} if line.method in ("quantized", "qlora", "qpaca") else {}
-    folder = prepare("mt-bench")
-    files = {name: str(folder / file) for name, file in _FILES.items()}
-    options = MtBench(
-        output=work.folder / "mt-bench",
-        model=hub_id(line),
-        adapter=None if adapter is None else str(adapter),
-        **{**held, **files, **_JUDGE},
-    )
-    with work.quiet("mt-bench"):
-        scores = run_mt_bench(options)
-    titles = {one.key: one.title for one in table.quantities if one.is_score}
-    rows = []
-    for score in scores:
-        key = "average" if score["category"] == "all" else score["category"]
-        if key in titles:
-            mean, spread = score["mean"], score["spread"]
-            ends = {"low": mean - spread, "high": mean + spread, "setting": "MT-Bench"}
-            rows.append(row_of(table, line, key, mean, **ends))
-    return rows
-
-
-# Small: a study of one arm for each line.
+# Tables 2, 3 and 5: a study of one arm for each line.
 
 _STEPS_2 = 12
 # Columns of the largest gradients need smaller ones than others.
@@ -288,13 +211,7 @@ def _small_job_2(table: Table, line: Line) -> Job:
 def _experiment(table: Table, about: str, *notes: str) -> Experiment:
     has_costs = any(one.key == "memory" for one in table.quantities)
 
-    def jobs(scale: Scale) -> list[Job]:
-        if scale == "full":
-
-            def score(work: Work, line: Line, adapter: Path | None) -> list[Row]:
-                return _judge(table, work, line, adapter)
-
-            return full_jobs(table, _OASST1, score, {"test": "MT-Bench", **_JUDGE})
+    def jobs() -> list[Job]:
         found = memory_jobs(table, explain=True) if has_costs else []
         if has_costs:
             found += step_jobs(table, tokens=768, seq_len=768)
@@ -302,17 +219,12 @@ def _experiment(table: Table, about: str, *notes: str) -> Experiment:
         return [*found, *(_small_job_2(table, line) for line in small)]
 
     small = (
-        f"At the small scale {_SMALL_MODEL} is trained for {_STEPS_2} steps of 8 questions and "
+        f"Here {_SMALL_MODEL} is trained for {_STEPS_2} steps of 8 questions and "
         "answers, at the best of three learning rates on validation data."
     )
     scripts = [SCRIPTS[table.name]] if table.name in SCRIPTS else []
     return of_table(
-        table,
-        about=f"{about} {small}",
-        beside=MODEL,
-        jobs=jobs,
-        notes=(*scripts, *notes),
-        judge_key="OPENAI_API_KEY",
+        table, about=f"{about} {small}", beside=MODEL, jobs=jobs, notes=(*scripts, *notes)
     )
 
 

@@ -49,7 +49,7 @@ def test_every_committed_row_has_a_name_of_its_own_and_every_estimate_of_the_pap
             assert len(set(keys)) == len(keys) > 0
     compared = [one.provenance for _, one in check.parts("estimate", everything=True)]
     for name in EXPERIMENTS:
-        for key, job in read_results(name, "small").items():
+        for key, job in read_results(name).items():
             is_exact = bool(exact(job.rows)) and key not in ("bench", "steps")
             assert (job.provenance in compared) == is_exact, (name, key)
 

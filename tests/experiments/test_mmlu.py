@@ -98,27 +98,13 @@ def test_as_the_authors_trained(tokenizer, tmp_path):
     assert tokenizer.decode([label for label in row["labels"] if label != -100]) == " C"
 
 
-def test_the_file_is_written_once(tmp_path, monkeypatch):
-    asked = []
-
-    def load_hub(*words):
-        asked.append(words[:3])
-        return [BONE, SALE]
-
-    monkeypatch.setattr(mmlu, "load_hub", load_hub)
-    path = tmp_path / "cache" / "mmlu.jsonl"
-    for _ in range(2):
-        mmlu.write_training_file(path)
-    assert asked == [("cais/mmlu", "all", "auxiliary_train")]
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert rows == [mmlu.to_row(BONE), mmlu.to_row(SALE)]
-    assert [*path.parent.iterdir()] == [path]
-
-
-def test_nothing_is_overwritten(tmp_path, monkeypatch):
-    path = tmp_path / "mine.jsonl"
-    path.write_text("mine")
+def test_the_file_is_written_and_nothing_is_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mmlu, "load_hub", lambda *words: [BONE, SALE])
+    path = tmp_path / "new" / "mmlu.jsonl"
     monkeypatch.setattr("sys.argv", ["mmlu", str(path)])
-    with pytest.raises(SystemExit, match=r"mine.jsonl is there already; choose another name"):
+    assert mmlu.main() == 0
+    written = path.read_text(encoding="utf-8")
+    assert [*map(json.loads, written.splitlines())] == [mmlu.to_row(BONE), mmlu.to_row(SALE)]
+    with pytest.raises(SystemExit, match=r"mmlu.jsonl is there already; choose another name"):
         mmlu.main()
-    assert path.read_text() == "mine"
+    assert path.read_text(encoding="utf-8") == written

@@ -47,7 +47,7 @@ LOSSES = [row("LoRA", 3.2, **OF_LOSS), row("PaCA", 3.0, **OF_LOSS)]
 def experiment(*jobs, **more):
     options = {"paper": PAPER, "reference": "LoRA", "beside": "big", "scores": {"score"}, **more}
     options |= {"name": "one", "title": "A table", "place": "Table 1", "about": "About it."}
-    return Experiment(jobs=lambda scale: list(jobs), **options)
+    return Experiment(jobs=lambda: list(jobs), **options)
 
 
 def test_shares_of_costs_and_differences_of_scores():
@@ -136,7 +136,7 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
     folder = OwnedFolder(path=tmp_path, kind="a test")
     folder.begin()
     found = done(jobs[:2], folder)
-    page = make_page(one, found, "small")
+    page = make_page(one, found)
     for text in (
         "| big | PaCA | 3 | 5.2 | 1.6 |",
         "| time | PaCA / LoRA | 0.750 | 0.800 | same order |",
@@ -146,29 +146,27 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
         "2 jobs, ",
     ):
         assert text in page
-    assert write_page(one, found, "small", folder).is_file()
+    assert write_page(one, found, folder).is_file()
     assert (tmp_path / "one.png").is_file()
     assert not (tmp_path / "results.json").exists()  # pages of others lie in the same folder
     write_results(found, folder)
     (tmp_path / "results.json").rename(tmp_path / "one-small.json")
-    (kept,) = read_results("one", "small", tmp_path).values()
+    (kept,) = read_results("one", tmp_path).values()
     assert kept.rows == numbers
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, "memory"])
 def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
-    """Making the jobs of the full scale checks the configuration of each of its runs."""
     assert doc_table(name).startswith("| ")
     if name == "memory":
         return
     one = EXPERIMENTS[name]
-    keys = {scale: [job.key for job in one.jobs(scale)] for scale in ("full", "small")}
-    assert all(len(set(some)) == len(some) for some in keys.values())
-    assert keys["small"]
-    assert keys["full"] or name in ("table6", "table7")  # the paper gives no settings for images
-    json.dumps([job.inputs for scale in keys for job in one.jobs(scale)])
+    jobs = one.jobs()
+    keys = {job.key for job in jobs}
+    assert len(keys) == len(jobs) > 0
+    json.dumps([job.inputs for job in jobs])
     # Sweeps until memory ends were measured once: their rows stay.
-    assert read_results(name, "small").keys() >= {*keys["small"]}
+    assert read_results(name).keys() >= keys
     # Quantities, lines and models of the experiments are those of the paper's tables.
     assert one.beside in {r.model for r in one.paper}
     assert one.scores <= {r.what for r in one.paper}
@@ -177,7 +175,7 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
 
 
 def test_operations_are_counted_and_agree_with_the_text(tmp_path):
-    job = costs.FIGURE_2_EXPERIMENT.jobs("small")[0]
+    job = costs.FIGURE_2_EXPERIMENT.jobs()[0]
     compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path)).cells
     claims = {claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")}
     assert [line[4] for line in compared] == ["agrees"] * 3
@@ -235,22 +233,19 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert {name: made["provenance"][name] for name in here} == here
 
 
-def test_wrong_input_gives_one_line(tmp_path, capsys, monkeypatch):
+def test_wrong_input_gives_one_line(tmp_path, capsys):
     for path in ("file", "run/.pacatune/x", "other/fig2-small/fig2.md"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for words, said in (
         ("tabel5 new", "did you mean 'table5'?"),
         ("fig2 other", "stay as they are"),
         ("fig2 file", "file is a file"),
         ("fig2 run", "run holds the results of another command"),
-        ("table5 --scale full new", "export its key as OPENAI_API_KEY"),
-        ("all --scale full new", "table2 --scale full asks a judge"),
     ):
-        *options, name = words.split()
-        assert main([*options, "--output", str(tmp_path / name)]) == 2
+        name, folder = words.split()
+        assert main([name, "--output", str(tmp_path / folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
         assert said in line
