@@ -5,16 +5,12 @@ and defaults; every method that trains has torch's fused AdamW over its trainabl
 Adapters are in float32, as PEFT makes them; models in bfloat16 run under autocast, as Trainer's do.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.models import llama_values, make_model
-from benchmarks.models import make_batch as make_rows
 from benchmarks.swap import swap_layers
 from benchmarks.timing import Contender
 from pacatune.measure.methods import add_adapter
@@ -56,85 +52,47 @@ def make_contender(
     device: torch.device = CPU,
     **options: Any,
 ) -> Contender:
-    """Return a Llama with random weights made a contender of a method, quantised if that asks.
+    """Return a Llama with random weights made a contender of a method, in training mode.
 
-    `values` are those of its configuration, `options` those of `adapt`.
+    Args:
+        method: One of `METHODS`, or any of `pacatune.methods.METHODS`.
+        values: Those of its configuration.
+        dtype: Of its weights, which are quantised if the method asks.
+        seed: Of weights and adapter.
+        device: Where it is.
+        **options: `rank`, `alpha` (the rank), `dropout` (of methods that have one) and
+            `adapter_dtype` (PEFT's choice).
     """
     plain, changes = _FORMS.get(method, (method, {}))
+    row = ALL.get(plain)
     model = make_model(
         values,
         dtype,
         device,
         seed=seed,
-        quantization=ALL[plain].quantization if plain in ALL else None,
+        quantization=None if row is None else row.quantization,
         max_length=MAX_LENGTH,
-    )
-    options = {"rank": RANK, "dropout": DROPOUT, "seed": seed} | options | changes
-    contender = adapt(model, plain, **options)
-    if method == SWAP:
-        swap_layers(contender.model)
-    if method == "additive":
-        for layer in contender.model.modules():
-            if isinstance(layer, PacaLayer):
-                names = layer.active_adapters
-                layer.forward = partial(layer._additive_forward, names=names)
-    return replace(contender, method=method)
-
-
-def adapt(
-    model: nn.Module,
-    method: str,
-    *,
-    rank: int,
-    dropout: float = 0.0,
-    seed: int,
-    alpha: int | None = None,
-    adapter_dtype: torch.dtype | None = None,
-    targets: Collection[str] | str = (),
-    heads: Sequence[str] = (),
-) -> Contender:
-    """Make a model on its device a contender, in place and in training mode.
-
-    Args:
-        model: With its weights.
-        method: `frozen`, or one of `pacatune.methods.METHODS`.
-        rank: Of every adapter.
-        dropout: Of methods that have one.
-        seed: Of the adapter's random values.
-        alpha: The rank if None.
-        adapter_dtype: Of what is trained; PEFT's choice if None.
-        targets: Names of modules to adapt; by default the linear layers of the blocks.
-        heads: Modules that every method but `frozen` trains in full.
-    """
-    model.requires_grad_(method == "full")
-    row = ALL.get(method)
+    ).requires_grad_(method == "full")
     if row is not None and row.has_adapter:
-        model = add_adapter(
-            model,
-            row,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout if row.dropout is not None else 0.0,
-            targets=targets,
-            heads=heads,
-            seed=seed,
-        )
+        options = {"rank": RANK, "dropout": DROPOUT} | options | changes
+        adapter_dtype = options.pop("adapter_dtype", None)
+        options["dropout"] *= row.dropout is not None
+        model = add_adapter(model, row, seed=seed, **options)
         for parameter in model.parameters() if adapter_dtype is not None else ():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter_dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, fused=True) if trained else None
+    if method == SWAP:
+        swap_layers(model)
+    if method == "additive":
+        for layer in model.modules():
+            if isinstance(layer, PacaLayer):
+                names = layer.active_adapters
+                layer.forward = partial(layer._additive_forward, names=names)
     return Contender(method, model.train(), optimizer)
 
 
 def autocast_of(dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype of autocast for weights of a dtype; None: without."""
     return None if dtype == torch.float32 else dtype
-
-
-def make_batch(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
-    """Return (B, T) random tokens, in rows of up to `MAX_LENGTH`, all of equal length."""
-    num_rows = max(1, num_tokens // MAX_LENGTH)
-    if num_tokens > MAX_LENGTH and num_tokens % MAX_LENGTH:
-        raise ValueError(f"`tokens` ({num_tokens}), above {MAX_LENGTH}, must be a multiple of it.")
-    return make_rows(num_rows, num_tokens // num_rows, vocab_size, seed)

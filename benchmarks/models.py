@@ -3,7 +3,6 @@
 Everything is found out from the configuration; no code that comes with a model is ever executed.
 """
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -35,13 +34,6 @@ def llama_values(
     dims = (128, 64, 32, 16, 8)[hidden_size < _WIDE :]
     fitting = (hidden_size // dim for dim in dims if hidden_size % dim == 0)
     heads = num_heads or next(fitting, 1)
-    kv_heads = num_kv_heads or heads
-    if hidden_size % heads or hidden_size // heads % 2 or heads % kv_heads:
-        raise ValueError(
-            f"`num_heads` ({heads}) must divide `hidden_size` ({hidden_size}) into an even number "
-            f"of channels per head, and `num_kv_heads` ({kv_heads}) must divide `num_heads`; "
-            "choose other numbers of heads."
-        )
     mlp = -(-(8 * hidden_size) // (3 * _ROUND_MLP_TO)) * _ROUND_MLP_TO
     return {
         "model_type": "llama",
@@ -49,7 +41,7 @@ def llama_values(
         "intermediate_size": intermediate_size or mlp,
         "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": num_kv_heads or heads,
         "vocab_size": vocab_size or min(_TOKENS_PER_CHANNEL * hidden_size, _MAX_VOCAB),
         "tie_word_embeddings": False,
     }
@@ -132,17 +124,3 @@ def loss_of_graph(model: nn.Module, batch: Tensor) -> Tensor:
     embed: Any = cast(Any, model).get_input_embeddings()
     loss: Tensor = model(inputs_embeds=embed(batch), labels=batch).loss
     return loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Size of one micro-batch."""
-
-    num_rows: int
-    num_tokens: int
-    """Tokens of each row."""
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return f"{self.num_rows} x {self.num_tokens} tokens"

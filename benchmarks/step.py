@@ -18,8 +18,16 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.methods import OURS, RANK, USUAL, VALUES, autocast_of, make_batch, make_contender
-from benchmarks.models import loss_of, loss_of_graph
+from benchmarks.methods import (
+    MAX_LENGTH,
+    OURS,
+    RANK,
+    USUAL,
+    VALUES,
+    autocast_of,
+    make_contender,
+)
+from benchmarks.models import loss_of, loss_of_graph, make_batch
 from benchmarks.results import (
     DTYPES,
     at_least_1,
@@ -53,10 +61,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
         add(option, type=at_least_1, default=size, help="size of the Llama")
     args = parser.parse_args(options)
     for number in args.tokens or ():
-        try:
-            make_batch(number, args.vocab_size, args.seed)
-        except ValueError as error:
-            parser.error(str(error))
+        if number > MAX_LENGTH and number % MAX_LENGTH:
+            parser.error(f"`--tokens` ({number}), above {MAX_LENGTH}, must be a multiple of it.")
     args.methods = args.methods or list(COMPILED_METHODS if args.compiled else USUAL)
     args.values = VALUES | {name: getattr(args, name) for name in sizes}
     return args
@@ -75,10 +81,12 @@ def measure(num_tokens: int, accumulation: int, dtype: str, args: argparse.Names
     """Compare the methods in one setting."""
     times = "" if accumulation == 1 else f"{accumulation} x "
     names = {"setting": f"{times}{num_tokens} tokens, {dtype}", "model": title(args)}
+    num_rows = max(1, num_tokens // MAX_LENGTH)
+    batch = make_batch(num_rows, num_tokens // num_rows, args.vocab_size, args.seed)
     steps = {
         method: Step(
             contender=make_contender(method, args.values, DTYPES[dtype], args.seed),
-            batch=make_batch(num_tokens, args.vocab_size, args.seed),
+            batch=batch,
             loss=loss_of_graph if args.compiled else loss_of,
             autocast=autocast_of(DTYPES[dtype]),
             accumulation=accumulation,

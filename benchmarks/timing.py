@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import loss_of
-from pacatune.reports.provenance import cpu_name
 from pacatune.reports.rows import Row
 
 Times = list[float]
@@ -51,8 +50,6 @@ class Step:
     """Micro-batches per optimizer step."""
     autocast: torch.dtype | None = None
     """Dtype of the products, where adapters are finer than the weights."""
-    clock: Callable[[], float] = time.perf_counter
-    """What is read where the device notes no events, such as `time.process_time`."""
 
     def forward(self) -> Tensor:
         """Return the loss."""
@@ -66,7 +63,7 @@ class Step:
     def __call__(self) -> tuple[float, float, float]:
         """Make the step; return the seconds of forward, backward and optimizer."""
         optimizer = self.contender.optimizer
-        watch = Stopwatch(next(self.contender.model.parameters()).device, self.clock)
+        watch = Stopwatch(next(self.contender.model.parameters()).device)
         watch.mark()
         for _ in range(self.accumulation):
             loss = self.forward()
@@ -85,55 +82,29 @@ class Step:
         return sum(self())
 
 
-def device_name(device: torch.device) -> str:
-    """Return the name that the maker gave it."""
-    if device.type == "cpu":
-        return cpu_name()
-    get_name = getattr(torch.get_device_module(device), "get_device_name", str)
-    return str(get_name(device))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 class Stopwatch:
-    """Notes moments in a device's work.
+    """Notes moments in the work of a CPU, or of CUDA by events: nothing waits but `seconds`."""
 
-    On CUDA by events, which the device notes when it comes to them: nothing waits for it but
-    `seconds`. Elsewhere each mark waits for the device, and reads the clock.
-    """
-
-    def __init__(
-        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._device, self._clock = device, clock
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._marks: list[Any] = []
 
     def mark(self) -> None:
         """Note that everything given to the device so far is done."""
-        if has_events(self._device):
+        if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
             self._marks.append(event)
         else:
-            synchronize(self._device)
-            self._marks.append(self._clock())
+            self._marks.append(time.perf_counter())
 
     def seconds(self) -> tuple[float, ...]:
         """Wait for the last mark; return the time between each mark and the next."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
-        if not has_events(self._device):
+        if self._device.type != "cuda":
             return tuple(end - start for start, end in pairs)
         self._marks[-1].synchronize()
         return tuple(1e-3 * start.elapsed_time(end) for start, end in pairs)
-
-
-def has_events(device: torch.device) -> bool:
-    """Whether a device itself notes the time of its work."""
-    return device.type == "cuda"
 
 
 def order_of_round(num: int, round_: int) -> list[int]:

@@ -19,8 +19,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.results import CODE, write_json  # noqa: E402
-from benchmarks.timing import device_name  # noqa: E402
-from pacatune.reports.provenance import commit, versions  # noqa: E402
+from pacatune.reports.provenance import commit, cpu_name, versions  # noqa: E402
 
 _PACKAGES = ("bitsandbytes", "triton", "accelerate", "trl")
 
@@ -32,7 +31,7 @@ class Recorder:
         self.output, self.tests = output, dict[str, dict[str, Any]]()
         self.result = {
             "command": "python tools/gpu_check.py",
-            "device": device_name(device),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
             "cuda": torch.version.cuda,
             "versions": versions(*_PACKAGES),
             **commit(ROOT, *CODE),

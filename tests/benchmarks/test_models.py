@@ -20,18 +20,6 @@ def test_proportions_are_llamas(hidden_size, heads, mlp):
     assert values["vocab_size"] == min(8 * hidden_size, 32000)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"num_heads": 7}, r"`num_heads` \(7\) must divide `hidden_size` \(64\) into an even"),
-        ({"num_heads": 4, "num_kv_heads": 3}, r"`num_kv_heads` \(3\) must divide `num_heads`"),
-    ],
-)
-def test_sizes_that_cannot_be_are_refused(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        llama_values(**{"hidden_size": 64, "num_layers": 1, **sizes})
-
-
 def test_a_model_is_filled_as_transformers_does():
     from transformers import LlamaConfig, LlamaForCausalLM
 

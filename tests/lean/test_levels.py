@@ -87,13 +87,13 @@ def test_gradients_are_those_of_level_1(name, method, dtype):
 def test_units_at_the_proportions_of_llama3_8b(method, bounds, monkeypatch):
     monkeypatch.setattr(benchmark, "_NUM_COUNTED", 64)
     for level, bound in enumerate(bounds, 1):
-        row = count(method, f"level {level}", SHAPE, 0)
+        row = count(method, f"level {level}", SHAPE)
         assert row.value <= bound
         if method == "paca":
             assert row.value == pytest.approx(formula_units(SHAPE, level=level), abs=1e-6)
             assert formula_units(benchmark.LAYER, level=level) <= (23.1, 9.1, 6.1)[level - 1]
     # The float32 copy that down_proj's factors read: 4 bytes for each of 3.5 channels.
-    one, two = (count("lora", f"level {level}", SHAPE, 0).value for level in (1, 2))
+    one, two = (count("lora", f"level {level}", SHAPE).value for level in (1, 2))
     assert one - two >= 14 + 14
 
 
