@@ -30,15 +30,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.methods import adapt
 from benchmarks.results import at_least_1, mean_row, new_parser, record, write_json
 from pacatune.adapters.base import load_base
+from pacatune.measure.methods import add_adapter
+from pacatune.methods import method_of
 from pacatune.reports.rows import Row
 from pacatune.sync import ColumnReceiver, ColumnSource, InProcess
 from pacatune.sync.message import Columns, ColumnSet, Positions, to_wire
@@ -67,6 +68,11 @@ def load(path: str) -> Any:
     return load_base(path, task_type="CAUSAL_LM", dtype="bfloat16")
 
 
+def adapted(model: Any, method: str, seed: int) -> Any:
+    """Return a model with the adapter of a method."""
+    return add_adapter(model, method_of(method), rank=RANK, seed=seed)
+
+
 def logps_of(model: Any, ids: Tensor) -> Tensor:
     """Return (B, T - 1) log-probabilities of tokens, in one pass."""
     logits = model(input_ids=ids).logits[:, :-1].float()
@@ -90,8 +96,9 @@ class Trainer:
     """A model that one method trains."""
 
     def __init__(self, method: str, path: str, seed: int) -> None:
-        contender = adapt(load(path), method.partition("-")[0], rank=RANK, seed=seed)
-        self.model, self.optimizer = cast(Any, contender.model), cast(Any, contender.optimizer)
+        self.model = adapted(load(path), method.partition("-")[0], seed)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, fused=True)
 
     def step(self, loss: Tensor, rate: float) -> None:
         """Take a step."""
@@ -121,7 +128,7 @@ class Transformers:
         self.model = load(path).eval()
         self.receiver, self.transport = ColumnReceiver(self.model), InProcess()
         if method == "lora-adapter":
-            self.model = adapt(self.model, "lora", rank=RANK, seed=0).model.eval()
+            self.model = adapted(self.model, "lora", seed=0).eval()
 
     def send(self, source: ColumnSource) -> Columns:
         """Send columns; return them."""
