@@ -53,8 +53,8 @@ def parts(name: str, everything: bool) -> Iterator[tuple[Callable[[], list[Row]]
     """Yield what computes rows of a name anew, and the committed ones, each of its own versions."""
     if name in QUICK:
         yield QUICK[name], read(name)
-    for one in EXPERIMENTS.values() if name == "estimate" else ():
-        found = read_results(one.name)
+    for title, one in EXPERIMENTS.items() if name == "estimate" else ():
+        found = read_results(title)
         for job in one.jobs():
             if job.key.startswith(_ESTIMATES if everything else _QUICK_ESTIMATES):
                 nothing = Finished(rows=[], provenance={"versions": {}})

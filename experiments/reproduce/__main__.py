@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if options.list:
-        for one in EXPERIMENTS.values():
-            jobs = len(one.jobs())
-            console.print(f"{one.name:<7} {jobs:>3} jobs  {one.title} ({one.place})")
+        for name, one in EXPERIMENTS.items():
+            about = f"{one.paper.title} ({one.paper.place})"
+            console.print(f"{name:<7} {len(one.jobs()):>3} jobs  {about}")
         return 0
     if not options.name or options.output is None:
         parser.error("give a NAME and --output DIR (--list shows the names)")
@@ -79,8 +79,8 @@ def _check(output: Path) -> None:
 
 def _reproduce(experiment: Experiment, output: Path, console: Console) -> int:
     """Do the jobs that are missing, and write the page; return how many failed."""
-    folder = OwnedFolder(path=output / f"{experiment.name}-small", kind="a reproduction")
-    console.print(experiment.title)
+    folder = OwnedFolder(path=output / f"{experiment.paper.name}-small", kind="a reproduction")
+    console.print(experiment.paper.title)
     with folder.going_on("*.md", "*.png", "results.json"):
         jobs = experiment.jobs()
         found = done(jobs, folder, tell=console.print, packages=_PACKAGES, code=_CODE)

@@ -5,7 +5,7 @@ from experiments.reproduce.experiment import Experiment, comparison, read_result
 from pacatune.reports.rows import table
 
 EXPERIMENTS: dict[str, Experiment] = {
-    one.name: one
+    one.paper.name: one
     for one in (
         texts.TABLE_1_EXPERIMENT,
         texts.TABLE_2_EXPERIMENT,
@@ -35,7 +35,7 @@ def doc_table(name: str) -> str:
         papers = [
             row
             for one in names
-            for row in EXPERIMENTS[one].paper
+            for row in EXPERIMENTS[one].paper.rows
             if row.what == "memory" and (row.model, row.method) in simulated
         ]
         notes = [f"- {row.note}" for row in rows if row.note]

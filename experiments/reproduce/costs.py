@@ -16,10 +16,8 @@ import torch
 from benchmarks.methods import make_contender
 from benchmarks.models import llama_values, make_batch
 from benchmarks.timing import Step, alternate, ratio_row, time_row
-from experiments.paper import METHOD_TITLES, Line, Table, fig2, fig3
-from experiments.paper.settings import of_line
-from experiments.paper.tables import GPU, TABLE_4
-from experiments.reproduce.experiment import Experiment, of_table
+from experiments.paper import METHOD_TITLES, PAPER, Line, Printed
+from experiments.reproduce.experiment import Experiment
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.setting import Setting
@@ -33,6 +31,7 @@ MODEL = "llama3-8b"
 RANK = 8
 """Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion."""
 GB = 10**9
+GPU = "a100-80g"
 # Hidden size and layers of the Llama whose steps are timed, and for how long.
 _SHAPE, _SECONDS = (512, 8), 30.0
 # Two lengths between which a line is drawn.
@@ -45,22 +44,22 @@ def make_setting(method: str, model: str = MODEL, **sizes: Any) -> Setting:
     return Setting(model=model, method=method, **usual, **sizes)
 
 
-def setting_of(table: str, line: Line) -> Setting:
+def setting_of(line: Line) -> Setting:
     """Return what is simulated for a line that is trained of Table 1, 2, 3 or 4."""
-    stated = of_line(table, line)
-    micro_batches = stated.micro_batches or 1
+    stated = line.settings
+    micro_batches = stated.get("micro_batches", 1)
     return make_setting(
         line.method,
         line.model,
-        rank=line.rank or 8,
-        dropout=stated.dropout or 0.0,
-        batch_size=(stated.batch_size or 1) // micro_batches,
+        rank=line.rank,
+        dropout=stated.get("dropout", 0.0),
+        batch_size=stated["batch_size"] // micro_batches,
         gradient_accumulation=micro_batches,
-        seq_len=stated.seq_len or 512,
+        seq_len=stated.get("seq_len", 512),
     )
 
 
-def memory_jobs(table: Table, *, explain: bool = False) -> list[Job]:
+def memory_jobs(table: Printed, *, explain: bool = False) -> list[Job]:
     """Return the jobs that simulate the memory of Table 1, 2 or 3 at the paper's sizes.
 
     With `explain` they also say how many tokens would take the paper's memory, where it names the
@@ -70,17 +69,17 @@ def memory_jobs(table: Table, *, explain: bool = False) -> list[Job]:
         Job(
             key=f"memory-{line.key}",
             title=f"simulating {line.title} on {line.model}",
-            inputs={**asdict(setting_of(table.name, line)), "explain": explain},
-            run=partial(_simulate_memory, table, line, explain),
+            inputs={**asdict(setting_of(line)), "explain": explain},
+            run=partial(_simulate_memory, line, explain),
         )
         for line in table.trained
     ]
 
 
-def _simulate_memory(table: Table, line: Line, explain: bool, work: Path) -> list[Row]:
+def _simulate_memory(line: Line, explain: bool, work: Path) -> list[Row]:
     from pacatune.measure.estimate import estimate_memory
 
-    setting = setting_of(table.name, line)
+    setting = setting_of(line)
     found, note = estimate_memory(setting), ""
     if explain:
         number = _tokens_for(setting, line.values["memory"] * GB)
@@ -165,7 +164,7 @@ def _measure(methods: Sequence[str], tokens: int, seq_len: int, title: str) -> l
     return rows
 
 
-def step_jobs(table: Table, *, tokens: int, seq_len: int) -> list[Job]:
+def step_jobs(table: Printed, *, tokens: int, seq_len: int) -> list[Job]:
     """Return the job that measures steps of a small Llama beside Table 1, 2 or 3."""
     lines: dict[str, Line] = {}
     for line in table.trained:
@@ -201,8 +200,8 @@ _OTHERWISE = {"dropout": {"dropout": 0.1}, "lean activations": {"lean": "auto", 
 
 def _jobs_4() -> list[Job]:
     jobs = []
-    for line in TABLE_4.lines:
-        setting = setting_of(TABLE_4.name, line)
+    for line in PAPER["table4"].lines:
+        setting = setting_of(line)
         variants = {"": setting}
         for name, options in _OTHERWISE.items():
             if (line.method == "paca") == (name != "dropout") or line.method == "lora":
@@ -236,8 +235,8 @@ def _simulate_length(line: Line, setting: Setting, how: str, work: Path) -> list
     ]
 
 
-TABLE_4_EXPERIMENT = of_table(
-    TABLE_4,
+TABLE_4_EXPERIMENT = Experiment(
+    paper=PAPER["table4"],
     about="How long may one text be before the memory of an NVIDIA A100 (80 GB) is full? Memory "
     "grows with every token, by what a method keeps for the backward pass: LoRA the whole input of "
     "every adapted layer, PaCA the few channels that it trains. The longest text that surely fits "
@@ -257,6 +256,13 @@ TABLE_4_EXPERIMENT = of_table(
 
 _TOKENS, _ROWS = 512, 2
 _PHASES = ("forward", "backward")
+_NAMES = {
+    "step": "of a step",
+    "forward": "of the forward pass",
+    "backward": "of the backward pass",
+    "backward / forward": "of the backward pass, as a share of the forward pass's",
+}
+_METHODS_2, _METHODS_3 = ("full", "lora", "paca"), ("lora", "dora", "moslora", "paca")
 
 
 def _jobs_fig2() -> list[Job]:
@@ -264,7 +270,7 @@ def _jobs_fig2() -> list[Job]:
     count = Job(
         key="operations",
         title=f"counting the operations of a step of {MODEL}",
-        inputs={"model": MODEL, "methods": list(fig2.METHODS), "rank": RANK, "tokens": tokens},
+        inputs={"model": MODEL, "methods": list(_METHODS_2), "rank": RANK, "tokens": tokens},
         run=_count_operations,
     )
 
@@ -273,14 +279,14 @@ def _jobs_fig2() -> list[Job]:
         shown = [_named(row, METHOD_TITLES) for row in rows if row.what in phases]
         return _phase_shares("time", [replace(row, setting="") for row in shown])
 
-    return [count, bench_job(fig2.METHODS, _ROWS * _TOKENS, _TOKENS, read)]
+    return [count, bench_job(_METHODS_2, _ROWS * _TOKENS, _TOKENS, read)]
 
 
 def _count_operations(work: Path) -> list[Row]:
     from pacatune.measure.simulate import FakeTraining
 
     rows = []
-    for method in fig2.METHODS:
+    for method in _METHODS_2:
         setting = make_setting(method, rank=RANK, batch_size=_ROWS, seq_len=_TOKENS)
         counts = FakeTraining(setting).count_operations(_ROWS, _TOKENS)
         numbers = {phase: counts[phase] / 1e12 for phase in _PHASES}
@@ -299,14 +305,14 @@ def _count_operations(work: Path) -> list[Row]:
 
 def _phase_shares(quantity: str, rows: list[Row]) -> list[Row]:
     """Return rows of phases under the paper's names, with every share that its text states."""
-    kept = [replace(row, what=f"{quantity} {fig2.PHASES[row.what]}") for row in rows]
+    kept = [replace(row, what=f"{quantity} {_NAMES[row.what]}") for row in rows]
     numbers = {(row.what, row.method): row for row in rows}
     have = {(row.what, row.method) for row in kept}
-    for claim in fig2.CLAIMS:
+    for claim in PAPER["fig2"].claims:
         if not claim.what.startswith(quantity) or (claim.what, claim.method) in have:
             continue
         if " / " in claim.method:
-            phase = next(p for p, of in fig2.PHASES.items() if claim.what == f"{quantity} {of}")
+            phase = next(p for p, of in _NAMES.items() if claim.what == f"{quantity} {of}")
             pair = [numbers.get((phase, method)) for method in claim.method.split(" / ")]
         else:
             pair = [numbers.get((phase, claim.method)) for phase in ("backward", "forward")]
@@ -318,14 +324,11 @@ def _phase_shares(quantity: str, rows: list[Row]) -> list[Row]:
 
 
 FIGURE_2_EXPERIMENT = Experiment(
-    name="fig2",
-    title=fig2.TITLE,
-    place=fig2.PLACE,
+    paper=PAPER["fig2"],
     about="The paper counts the operations of the forward and the backward pass, and measures "
     "their times. LoRA computes a third less than full fine-tuning and yet takes as long, since "
     "its small matrices are steps of their own in every layer; PaCA has no such steps. Operations "
     "are counted here at the paper's own size, 2 x 512 tokens of LLaMA3-8B, which is exact.",
-    paper=fig2.CLAIMS,
     beside=MODEL,
     jobs=_jobs_fig2,
 )
@@ -335,7 +338,7 @@ FIGURE_2_EXPERIMENT = Experiment(
 
 def _jobs_fig3() -> list[Job]:
     jobs = []
-    for method in fig3.METHODS:
+    for method in _METHODS_3:
         setting = make_setting(method, rank=RANK, seq_len=_TOKENS)
         jobs.append(
             Job(
@@ -354,7 +357,7 @@ def _simulate_batch(method: str, setting: Setting, work: Path) -> list[Row]:
     largest, _ = find_max(setting, "batch_size", gpu_bytes(GPU))
     return [
         Row(
-            what=fig3.BATCH,
+            what="largest batch of 512 tokens",
             method=METHOD_TITLES[method],
             value=largest,
             model=MODEL,
@@ -364,20 +367,11 @@ def _simulate_batch(method: str, setting: Setting, work: Path) -> list[Row]:
 
 
 FIGURE_3_EXPERIMENT = Experiment(
-    name="fig3",
-    title=fig3.TITLE,
-    place=fig3.PLACE,
+    paper=PAPER["fig3"],
     about="A GPU works best on many texts at once, and memory decides how many. The paper raises "
     "the batch until memory ends, on an NVIDIA A100 and an Intel Gaudi2, and counts sentences of "
     "512 tokens per second. The largest batch on an A100 (80 GB) is simulated here; throughput was "
     "measured once, of a small Llama (commit 9606675fd).",
-    paper=fig3.CLAIMS,
-    reference="LoRA",
     beside=MODEL,
     jobs=_jobs_fig3,
-    notes=(
-        "The largest batches of the authors: "
-        + ", ".join(f"{method} {number}" for method, number in fig3.AUTHORS.items())
-        + f" ({fig3.AUTHORS_SOURCE}).",
-    ),
 )

@@ -4,10 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from experiments.paper import METHOD_TITLES
-from experiments.paper import Table as PaperTable
+from experiments.paper import METHOD_TITLES, Printed
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.figures import save_figure
 from pacatune.reports.provenance import commit_text, versions_text
@@ -35,41 +33,17 @@ RULE = (
 class Experiment:
     """What of the paper is put beside ours."""
 
-    name: str
-    """On the command line."""
-    title: str
-    place: str
-    """Where in the paper, and where its settings are."""
+    paper: Printed
     about: str
     """For somebody who knows neither the paper nor us."""
-    paper: tuple[Row, ...]
-    """Numbers as printed; those of the text are ratios already."""
-    reference: str | None = None
-    """Line with which the others are compared: the first whose title begins so; None where
-    shares alone are stated."""
     beside: str
     """The paper's model whose lines stand beside those of a smaller one of ours."""
-    scores: frozenset[str] = frozenset()
-    """Quantities of which differences are compared, and not shares."""
     jobs: Callable[[], list[Job]]
     notes: tuple[str, ...] = ()
     """What limits the comparison."""
 
 
-def of_table(table: PaperTable, **ours: Any) -> Experiment:
-    """Return the experiment of one of the paper's tables; `ours` are the other fields."""
-    return Experiment(
-        name=table.name,
-        title=table.title,
-        place=table.place,
-        paper=tuple(table.rows()),
-        reference=METHOD_TITLES[table.reference],
-        scores=frozenset(one.title for one in table.quantities if one.is_score),
-        **ours,
-    )
-
-
-def shares(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
+def shares(paper: Printed, rows: Iterable[Row]) -> Iterator[Row]:
     """Yield what is compared: shares of the reference's number, and differences of scores."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -78,14 +52,14 @@ def shares(experiment: Experiment, rows: Iterable[Row]) -> Iterator[Row]:
         else:
             key = (row.what, row.model, row.setting, row.origin)
             groups.setdefault(key, []).append(row)
-    if (reference := experiment.reference) is None:
+    if (reference := paper.reference) is None:
         return
     for group in groups.values():
         of = next((row for row in group if row.method.startswith(reference)), None)
         for row in group:
             if of is None or row is of or not of.value or row.method in _UNTRAINED:
                 continue
-            if row.what not in experiment.scores:
+            if row.what not in paper.scores:
                 yield _share(row, of)
             elif row.unit == NATS:
                 yield replace(of.minus(row), method=f"{row.method} - {of.method}")
@@ -122,17 +96,16 @@ def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
 
 def comparison(experiment: Experiment, ours: Sequence[Row]) -> Table | None:
     """Return each of our shares beside the paper's; None where there is none."""
-    models = {row.model for row in experiment.paper}
-    stated = {
-        (row.what, row.method, row.model): row for row in shares(experiment, experiment.paper)
-    }
+    printed = experiment.paper
+    models = {row.model for row in printed.rows}
+    stated = {(row.what, row.method, row.model): row for row in shares(printed, printed.rows)}
     lines = []
-    for row in shares(experiment, ours):
+    for row in shares(printed, ours):
         model = row.model if row.model in models else experiment.beside
         paper = stated.get((row.what, row.method, model))
         if paper is None:
             continue
-        is_score = row.what in experiment.scores
+        is_score = row.what in printed.scores
         how = ", ".join(filter(None, (row.model, row.setting, row.origin)))
         unit = "" if row.unit == "ratio" else f" {row.unit}"
         lines.append(
@@ -163,15 +136,17 @@ def _signed(row: Row, *, is_score: bool) -> str:
 def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
     """Return an experiment's page as Markdown: its table, the comparison, what made ours."""
     ours = [row for one in found.values() for row in one.rows]
-    numbers = [row for row in (*experiment.paper, *ours) if row.unit != "ratio"]
-    parts = [f"# {experiment.title}", f"{experiment.place}. {experiment.about}"]
+    printed = experiment.paper
+    numbers = [row for row in (*printed.rows, *ours) if row.unit != "ratio"]
+    parts = [f"# {printed.title}", f"{printed.place}. {experiment.about}"]
     if numbers:
         shown = table(numbers, ("model", "method"), ("what", "setting", "origin"))
         parts += ["\n".join(shown.markdown()), *shown.notes]
     compared = comparison(experiment, ours)
     if compared is not None:
         parts += ["\n".join(compared.markdown()), RULE, f"![Paper and here]({picture(experiment)})"]
-    notes = [*experiment.notes, *dict.fromkeys(r.note for r in experiment.paper if r.note)]
+    notes = [printed.note, *experiment.notes, *(row.note for row in printed.claims)]
+    notes = [text for text in notes if text]
     jobs = experiment.jobs()
     missing = [job.title or job.key for job in jobs if job.key not in found]
     failed = [f"{key}: {one.error}" for key, one in found.items() if one.error]
@@ -183,14 +158,15 @@ def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
 
 def picture(experiment: Experiment) -> str:
     """Return the name of an experiment's picture."""
-    return f"{experiment.name}.png"
+    return f"{experiment.paper.name}.png"
 
 
 def drawn(experiment: Experiment, ours: Iterable[Row]) -> list[Row]:
     """Return the shares and differences of a picture: the paper's, then ours."""
-    found = list(shares(experiment, ours))
+    printed = experiment.paper
+    found = list(shares(printed, ours))
     quantities = {row.what for row in found}
-    theirs = [row for row in shares(experiment, experiment.paper) if row.what in quantities]
+    theirs = [row for row in shares(printed, printed.rows) if row.what in quantities]
     # The unit stands at the axis.
     return [replace(r, unit="share") if r.unit == "ratio" else r for r in (*theirs, *found)]
 
@@ -202,8 +178,8 @@ def write_page(experiment: Experiment, found: Mapping[str, Finished], folder: Ow
         figure = plot(rows, ("method",), ("origin", "model", "setting"))
         with folder.staged() as staging:
             save_figure(figure, staging / picture(experiment))
-    folder.write(f"{experiment.name}.md", make_page(experiment, found))
-    return folder.path / f"{experiment.name}.md"
+    folder.write(f"{experiment.paper.name}.md", make_page(experiment, found))
+    return folder.path / f"{experiment.paper.name}.md"
 
 
 def write_results(found: Mapping[str, Finished], folder: OwnedFolder) -> None:

@@ -19,10 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.timing import alternate, ratio_row
 from examples.images import MODELS, adapt, load_images, make_trainer
 from examples.packaged import prepare
-from experiments.paper import Line, Table
-from experiments.paper.tables import TABLE_6, TABLE_7
+from experiments.paper import PAPER, Line, Printed
 from experiments.reproduce.costs import RANK
-from experiments.reproduce.experiment import Experiment, of_table
+from experiments.reproduce.experiment import Experiment
 from experiments.reproduce.runs import Work, rate_note, row_of
 from pacatune.measure.counters import SavedBytes
 from pacatune.reports.provenance import num_cores
@@ -79,7 +78,7 @@ def _make_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], float
 class _Images:
     """What distinguishes Table 6 from Table 7."""
 
-    table: Table
+    table: Printed
     learning_rates: dict[str, list[float]]
     """Method -> grid."""
     example: str
@@ -102,8 +101,8 @@ class _Images:
             "is not the usual accuracy on CIFAR-10; the learning rate is the best of three on "
             f"validation images. Steps are of {self.model} with random weights."
         )
-        return of_table(
-            self.table,
+        return Experiment(
+            paper=self.table,
             about=f"{about} {small}",
             beside=self.table.lines[0].model,
             jobs=self._jobs,
@@ -159,7 +158,7 @@ class _Images:
             row_of(
                 self.table,
                 line,
-                "cifar10",
+                "CIFAR-10",
                 mean,
                 low=mean - spread,
                 high=mean + spread,
@@ -221,7 +220,7 @@ class _Images:
 
 
 TABLE_6_EXPERIMENT = _Images(
-    table=TABLE_6,
+    table=PAPER["table6"],
     learning_rates={"lora": [1e-3, 3e-3, 9e-3], "paca": [1e-3, 3e-3, 9e-3]},
     example="dinov2-small",
     small_model="DINOv2-S",
@@ -238,7 +237,7 @@ TABLE_6_EXPERIMENT = _Images(
     "have no counterpart.",
 )
 TABLE_7_EXPERIMENT = _Images(
-    table=TABLE_7,
+    table=PAPER["table7"],
     learning_rates={"full": [3e-4, 1e-3, 3e-3], "paca": [2e-3, 6e-3, 1.8e-2]},
     example="efficientnet-lite0",
     small_model="EfficientNet-Lite0",

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from examples.packaged import default_cache, prepare
-from experiments.paper import Line, Table
-from experiments.paper.settings import Settings
+from experiments.paper import Line, Printed
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Job, Row, spread_of_mean
 from pacatune.training import RunConfig
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def text_run(
-    stated: Settings,
+    stated: Mapping[str, Any],
     method: str,
     *,
     model: str,
@@ -33,8 +32,8 @@ def text_run(
     **training: Any,
 ) -> RunConfig:
     """Return a run of `pacatune train` with stated settings; `training` has further options."""
-    rank, micro_batches = stated.rank or 1, stated.micro_batches or 1
-    alpha = float(rank) if stated.alpha is None else stated.alpha
+    rank, micro_batches = stated["rank"], stated["micro_batches"]
+    alpha = stated["alpha"]
     adapter: dict[str, Any] = {}
     if METHODS[method].is_paca:
         adapter["paca"] = {
@@ -43,18 +42,16 @@ def text_run(
             "random_seed": seed,
         }
     elif METHODS[method].has_adapter:
-        dropout = stated.dropout or 0.0
-        adapter["lora"] = {"r": rank, "lora_alpha": int(alpha), "lora_dropout": dropout}
-    length: dict[str, Any] = {"num_train_epochs": stated.epochs or 1.0}
-    if stated.steps is not None:
-        length = {"max_steps": stated.steps}
+        dropout = stated.get("dropout", 0.0)
+        adapter["lora"] = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
     options = {
+        "max_steps": stated["steps"],
         "learning_rate": rate,
-        "lr_scheduler_type": stated.scheduler or "linear",
-        "warmup_steps": stated.warmup or 0.0,
-        "per_device_train_batch_size": (stated.batch_size or 1) // micro_batches,
+        "lr_scheduler_type": stated["scheduler"],
+        "warmup_steps": stated["warmup"],
+        "per_device_train_batch_size": stated["batch_size"] // micro_batches,
         "gradient_accumulation_steps": micro_batches,
-        "max_length": stated.seq_len,
+        "max_length": stated["seq_len"],
         "bf16": dtype == "bfloat16",
         "seed": seed,
         "report_to": "none",
@@ -63,7 +60,7 @@ def text_run(
         method=method,
         model={"path": model, "dtype": dtype},
         data=dict(data),
-        training=options | length | training,
+        training=options | training,
         # As the paper's code computes; its memory and times are without lean layers.
         lean="off",
         **adapter,
@@ -113,10 +110,10 @@ def loaded(model: str, adapter: Path | None, **options: Any) -> Iterator["Loaded
         yield found
 
 
-def row_of(table: Table, line: Line, key: str, value: float, **more: Any) -> Row:
+def row_of(table: Printed, line: Line, key: str, value: float, **more: Any) -> Row:
     """Return a number of ours under the names of the paper's column and line."""
-    options = {"unit": table.quantity(key).unit, "model": line.model, **more}
-    return Row(what=table.quantity(key).title, method=line.title, value=value, **options)
+    options = {"unit": table.units[key], "model": line.model, **more}
+    return Row(what=key, method=line.title, value=value, **options)
 
 
 def rate_note(line: Line, rate: float, rates: Sequence[float] | Mapping[float, Any]) -> str:
@@ -127,7 +124,7 @@ def rate_note(line: Line, rate: float, rates: Sequence[float] | Mapping[float, A
 
 
 def arm_row(
-    table: Table,
+    table: Printed,
     line: Line,
     key: str,
     found: Any,

@@ -8,17 +8,15 @@ answers stands beside the score.
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from examples.packaged import prepare
 from experiments import mmlu
-from experiments.paper import Line, Table
-from experiments.paper.settings import SCRIPTS, Settings, of_line
-from experiments.paper.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_5
+from experiments.paper import PAPER, Line, Printed
 from experiments.reproduce.costs import MODEL, memory_jobs, step_jobs
-from experiments.reproduce.experiment import NATS, Experiment, of_table
+from experiments.reproduce.experiment import NATS, Experiment
 from experiments.reproduce.runs import (
     Work,
     arm_row,
@@ -41,6 +39,7 @@ def small_dtype() -> str:
 
 # Table 1: the types of answers.
 
+TABLE_1 = PAPER["table1"]
 _DATA = "type-choices"
 _STEPS, _BATCH = 16, 8
 # alpha / rank is 4 in Table 9 and multiplies the rate.
@@ -48,17 +47,10 @@ _RATES_1, _SEEDS = (1e-3, 2e-3, 4e-3), (0, 1)
 _NUM_QUESTIONS = 300
 
 
-def small_stated(line: Line) -> Settings:
+def small_stated(line: Line) -> dict[str, Any]:
     """Return the settings of a line's small runs: Table 9's, but for what two cores cannot do."""
-    return replace(
-        of_line(TABLE_1.name, line),
-        batch_size=_BATCH,
-        micro_batches=1,
-        warmup=0.1,
-        epochs=None,
-        steps=_STEPS,
-        learning_rates=_RATES_1,
-    )
+    ours = {"batch_size": _BATCH, "micro_batches": 1, "warmup": 0.1, "steps": _STEPS}
+    return {**line.settings, **ours, "learning_rates": _RATES_1}
 
 
 def _small_job_1(line: Line) -> Job:
@@ -68,7 +60,7 @@ def _small_job_1(line: Line) -> Job:
         title=f"{_SMALL_MODEL} on types of answers: {line.title}",
         inputs={
             "method": line.method,
-            "settings": asdict(small_stated(line)) if line.is_trained else {},
+            "settings": small_stated(line) if line in TABLE_1.trained else {},
             "model": _SMALL_MODEL,
             "data": _DATA,
             "seeds": list(_SEEDS),
@@ -83,7 +75,7 @@ def _run_small_1(line: Line, folder: Path) -> list[Row]:
     model, data = prepare("smollm2"), prepare(_DATA)
     work, note = Work(folder), ""
     adapters: list[Path | None] = [None]
-    if line.is_trained:
+    if line in TABLE_1.trained:
 
         def trained(rate: float, seed: int) -> tuple[dict[str, Any], Path]:
             given = {"path": str(data / "train.jsonl"), "format": "prompt-completion"}
@@ -155,8 +147,8 @@ def _jobs_1() -> list[Job]:
     return [*memory_jobs(TABLE_1), *step_jobs(TABLE_1, tokens=1024, seq_len=512), *small]
 
 
-TABLE_1_EXPERIMENT = of_table(
-    TABLE_1,
+TABLE_1_EXPERIMENT = Experiment(
+    paper=TABLE_1,
     about="The paper fine-tunes three language models on the training questions of MMLU, a test of "
     "57 subjects with four answers to each question, and asks the test questions with five "
     f"examples before each. Here {_SMALL_MODEL} is trained for {_STEPS} steps of "
@@ -165,7 +157,6 @@ TABLE_1_EXPERIMENT = of_table(
     beside=MODEL,
     jobs=_jobs_1,
     notes=(
-        SCRIPTS["table1"],
         "In the paper LoRA, DoRA and MosLoRA have dropout 0.1, which takes time and memory. Steps "
         "of the small model are measured without it, all three alike, which favours them.",
     ),
@@ -180,7 +171,7 @@ _RATES_2 = (5e-4, 1.5e-3, 4e-3)
 _VALIDATION = 0.05
 
 
-def _small_job_2(table: Table, line: Line) -> Job:
+def _small_job_2(table: Printed, line: Line) -> Job:
     """Return the study of one line, whose first seed chooses the rate."""
     options: dict[str, Any] = {
         "model": {"dtype": small_dtype()},
@@ -208,8 +199,8 @@ def _small_job_2(table: Table, line: Line) -> Job:
     )
 
 
-def _experiment(table: Table, about: str, *notes: str) -> Experiment:
-    has_costs = any(one.key == "memory" for one in table.quantities)
+def _experiment(table: Printed, about: str, *notes: str) -> Experiment:
+    has_costs = "memory" in table.units
 
     def jobs() -> list[Job]:
         found = memory_jobs(table, explain=True) if has_costs else []
@@ -222,10 +213,7 @@ def _experiment(table: Table, about: str, *notes: str) -> Experiment:
         f"Here {_SMALL_MODEL} is trained for {_STEPS_2} steps of 8 questions and "
         "answers, at the best of three learning rates on validation data."
     )
-    scripts = [SCRIPTS[table.name]] if table.name in SCRIPTS else []
-    return of_table(
-        table, about=f"{about} {small}", beside=MODEL, jobs=jobs, notes=(*scripts, *notes)
-    )
+    return Experiment(paper=table, about=f"{about} {small}", beside=MODEL, jobs=jobs, notes=notes)
 
 
 _LENGTHS = (
@@ -233,14 +221,14 @@ _LENGTHS = (
     "many tokens would explain the paper's memory."
 )
 TABLE_2_EXPERIMENT = _experiment(
-    TABLE_2,
+    PAPER["table2"],
     "The paper trains LLaMA3-8B to follow instructions, on conversations of Oasst1, and lets "
     "GPT4o-mini grade its answers to the 80 questions of MT-Bench from 1 to 10.",
     f"{_LENGTHS} Every line would need more tokens than the settings allow: what else the paper's "
     "memory holds is not explained.",
 )
 TABLE_3_EXPERIMENT = _experiment(
-    TABLE_3,
+    PAPER["table3"],
     "A model of 70 billion weights does not fit on one GPU in 16 bits. QLoRA and QPaCA hold the "
     "frozen weights in 4 bits (NF4) and train LoRA's matrices, or PaCA's columns, in 16.",
     f"{_LENGTHS} For the same data these are 366 tokens per text for QLoRA on 8B, and 138 on 70B: "
@@ -249,7 +237,7 @@ TABLE_3_EXPERIMENT = _experiment(
     "table says the opposite, and the table is taken.",
 )
 TABLE_5_EXPERIMENT = _experiment(
-    TABLE_5,
+    PAPER["table5"],
     "PaCA trains a few columns of each weight. Which ones? The paper compares columns at random "
     "(with two seeds), those of the largest norm, and those that had the largest gradients in 100 "
     "batches, and finds no noticeable difference.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper import TABLES, fig2
+from experiments.paper import PAPER, Printed
 from experiments.reproduce import costs, texts
 from experiments.reproduce.__main__ import main
 from experiments.reproduce.catalogue import EXPERIMENTS, doc_table
@@ -33,7 +33,7 @@ def row(method, value, **more):
     return Row(method=method, value=value, **values)
 
 
-PAPER = (
+CLAIMS = (
     row("LoRA", 4.0),
     row("PaCA", 3.0),
     row("No tuning", 1.0, what="score", unit="points"),
@@ -44,25 +44,34 @@ OF_LOSS = {"what": "score", "unit": NATS, "model": "small", "origin": "measured"
 LOSSES = [row("LoRA", 3.2, **OF_LOSS), row("PaCA", 3.0, **OF_LOSS)]
 
 
+PRINTED = Printed(
+    name="one",
+    title="A table",
+    place="Table 1",
+    reference="LoRA",
+    units={"score": "points"},
+    claims=CLAIMS,
+)
+
+
 def experiment(*jobs, **more):
-    options = {"paper": PAPER, "reference": "LoRA", "beside": "big", "scores": {"score"}, **more}
-    options |= {"name": "one", "title": "A table", "place": "Table 1", "about": "About it."}
-    return Experiment(jobs=lambda: list(jobs), **options)
+    options = {"paper": PRINTED, "about": "About it.", "beside": "big"}
+    return Experiment(jobs=lambda: list(jobs), **options, **more)
 
 
 def test_shares_of_costs_and_differences_of_scores():
-    found = {(one.what, one.method): one for one in shares(experiment(), PAPER)}
+    found = {(one.what, one.method): one for one in shares(PRINTED, CLAIMS)}
     assert found.keys() == {("time", "PaCA / LoRA"), ("score", "PaCA - LoRA")}
     assert found["time", "PaCA / LoRA"].value == 0.75
     assert found["score", "PaCA - LoRA"].value == pytest.approx(0.2)
     # The sign of a loss must not read like that of a score: 3.0 is better than 3.2.
-    (found,) = shares(experiment(), LOSSES)
+    (found,) = shares(PRINTED, LOSSES)
     assert (found.method, found.value) == ("PaCA - LoRA", pytest.approx(0.2))
     # Without a reference only stated shares are compared, untrained models with nothing.
-    rows = [*PAPER, row("LoRA / Full-FT", 0.9, unit="ratio")]
-    assert list(shares(experiment(reference=None), rows)) == rows[-1:]
+    rows = [*CLAIMS, row("LoRA / Full-FT", 0.9, unit="ratio")]
+    assert list(shares(replace(PRINTED, reference=None), rows)) == rows[-1:]
     rows = [row(m, 4.0, what="score") for m in ("LoRA", "No tuning", "Quantized, no tuning")]
-    assert list(shares(experiment(), rows)) == []
+    assert list(shares(PRINTED, rows)) == []
 
 
 def test_shares_of_estimates_divide_like_ends():
@@ -71,9 +80,9 @@ def test_shares_of_estimates_divide_like_ends():
         row("LoRA", 10.0, low=10.0, high=20.0, origin="simulated"),
         row("PaCA", 8.0, low=8.0, high=15.0, origin="simulated"),
     ]
-    (found,) = shares(experiment(), sizes)
+    (found,) = shares(PRINTED, sizes)
     assert (found.low, found.value, found.high) == (0.75, 0.8, 0.8)
-    (found,) = shares(experiment(), [replace(one, origin="measured") for one in sizes])
+    (found,) = shares(PRINTED, [replace(one, origin="measured") for one in sizes])
     assert (found.low, found.high) == (8.0 / 20.0, 15.0 / 10.0)
 
 
@@ -167,17 +176,13 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
     json.dumps([job.inputs for job in jobs])
     # Sweeps until memory ends were measured once: their rows stay.
     assert read_results(name).keys() >= keys
-    # Quantities, lines and models of the experiments are those of the paper's tables.
-    assert one.beside in {r.model for r in one.paper}
-    assert one.scores <= {r.what for r in one.paper}
-    if name in TABLES:
-        assert any(r.method.startswith(one.reference) for r in one.paper)
+    assert one.beside in {r.model for r in one.paper.rows}
 
 
 def test_operations_are_counted_and_agree_with_the_text(tmp_path):
     job = costs.FIGURE_2_EXPERIMENT.jobs()[0]
     compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path)).cells
-    claims = {claim.what for claim in fig2.CLAIMS if claim.what.startswith("operations")}
+    claims = {claim.what for claim in PAPER["fig2"].claims if claim.what.startswith("operations")}
     assert [line[4] for line in compared] == ["agrees"] * 3
     assert {line[0] for line in compared} == claims
 
