@@ -156,20 +156,19 @@ def compare(
     steps: Mapping[str, list[float]],
     seed: int,
     pairs: Iterable[tuple[str, str]] | None = None,
+    what: str = "step",
     **names: str,
 ) -> list[Row]:
     """Return rows of the steps of methods, in seconds by round, and of their ratios.
 
     `pairs` are by default ours with each other one; `names` are `model` and `setting` of the rows.
     """
-    rows = [time_row(one, what="step", method=m, **names) for m, one in steps.items()]
+    rows = [time_row(times, what=what, method=m, **names) for m, times in steps.items()]
     if pairs is None:
         pairs = [(OURS, other) for other in steps if OURS in steps and other != OURS]
     for ours, other in pairs:
-        title = f"{ours} / {other}"
-        rows.append(
-            ratio_row(steps[ours], steps[other], seed=seed, what="step", method=title, **names)
-        )
+        both, title = (steps[ours], steps[other]), f"{ours} / {other}"
+        rows.append(ratio_row(*both, seed=seed, what=what, method=title, **names))
     return rows
 
 

@@ -5,9 +5,10 @@ the authors' repository (commit be9a806) computes: weights and adapters in 16 bi
 gradient checkpointing. Times are measured of a small Llama.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import torch
 
 from benchmarks.methods import make_contender
 from benchmarks.models import llama_values, make_batch
-from benchmarks.timing import Step, alternate, ratio_row, time_row
+from benchmarks.results import compare, counted
+from benchmarks.timing import Step, alternate
 from experiments.paper import METHOD_TITLES, PAPER, Line, Printed
 from experiments.reproduce.experiment import Experiment
 from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import gpu_bytes
+from pacatune.measure.estimate import Quantity, estimate_memory, find_max
 from pacatune.measure.setting import Setting
+from pacatune.measure.simulate import FakeTraining
 from pacatune.methods import METHODS
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import num_cores
@@ -32,8 +36,9 @@ RANK = 8
 """Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion."""
 GB = 10**9
 GPU = "a100-80g"
-# Hidden size and layers of the Llama whose steps are timed, and for how long.
+# Hidden size and layers of the Llama whose steps are timed, and for how long steps are.
 _SHAPE, _SECONDS = (512, 8), 30.0
+KEPT = "kept for backward"
 # Two lengths between which a line is drawn.
 _LENGTHS = (256, 512)
 
@@ -77,8 +82,6 @@ def memory_jobs(table: Printed, *, explain: bool = False) -> list[Job]:
 
 
 def _simulate_memory(line: Line, explain: bool, work: Path) -> list[Row]:
-    from pacatune.measure.estimate import estimate_memory
-
     setting = setting_of(line)
     found, note = estimate_memory(setting), ""
     if explain:
@@ -89,25 +92,13 @@ def _simulate_memory(line: Line, explain: bool, work: Path) -> list[Row]:
             f"paper's memory; its settings allow {most:,} at the most."
         )
     low, value, high = (n / GB for n in (found.low_bytes, found.peak_bytes, found.high_bytes))
-    return [
-        Row(
-            what="memory",
-            method=line.title,
-            value=value,
-            low=min(low, value),
-            high=high,
-            unit="GB",
-            model=line.model,
-            origin="simulated",
-            note=note,
-        )
-    ]
+    names: dict[str, Any] = {"what": "memory", "method": line.title, "model": line.model}
+    ends = {"low": min(low, value), "high": high}
+    return [Row(value=value, unit="GB", origin="simulated", note=note, **names, **ends)]
 
 
 def _tokens_for(setting: Setting, num_bytes: float) -> int:
     """Return the tokens of a micro-batch that take so much, by the line through two lengths."""
-    from pacatune.measure.estimate import estimate_memory
-
     short, long = (
         estimate_memory(setting.but(batch_size=1, seq_len=length)).peak_bytes for length in _LENGTHS
     )
@@ -115,82 +106,84 @@ def _tokens_for(setting: Setting, num_bytes: float) -> int:
     return round(_LENGTHS[0] + (num_bytes - short) / per_token)
 
 
-def bench_job(
-    methods: Sequence[str], tokens: int, seq_len: int, read: Callable[[list[Row]], list[Row]]
-) -> Job:
-    """Return a job that measures steps of a small Llama; `read` names rows as the paper does."""
-    title = f"Llama {_SHAPE[0]}x{_SHAPE[1]}"
-    sizes = {"methods": list(methods), "tokens": tokens, "seq_len": seq_len, "rank": RANK}
+def _largest_job(key: str, simulated: Setting, quantity: Quantity, **names: Any) -> Job:
+    """Return the job that finds the largest length or batch that surely fits on the GPU."""
 
     def run(work: Path) -> list[Row]:
-        groups = [[m for m in methods if m.startswith("q") == is_4bit] for is_4bit in (False, True)]
-        rows = [_measure(group, tokens, seq_len, title) for group in groups if group]
-        return read([row for group in rows for row in group])
+        largest, _ = find_max(simulated, quantity, gpu_bytes(GPU))
+        return [Row(value=largest, model=MODEL, origin="simulated", **names)]
 
-    return Job(key="bench", title=f"measuring {title}", inputs={"model": title, **sizes}, run=run)
+    how = ", ".join(filter(None, (names["method"], names.get("setting"))))
+    title, inputs = f"simulating the {names['what']}: {how}", {**asdict(simulated), "gpu": GPU}
+    return Job(key=key, title=title, inputs=inputs, run=run)
 
 
-def _measure(methods: Sequence[str], tokens: int, seq_len: int, title: str) -> list[Row]:
-    """Let methods on equal bases take turns, in the number format that is fast here."""
-    dtype = torch.bfloat16 if bfloat16_is_fast(use_cpu=True) else torch.float32
-    torch.set_num_threads(num_cores())
-    values, rows = llama_values(*_SHAPE), list[Row]()
-    batch = make_batch(max(1, tokens // seq_len), min(tokens, seq_len), values["vocab_size"], 0)
-    options = {"rank": RANK, "alpha": RANK, "adapter_dtype": dtype}
-    steps = {
-        method: Step(contender=make_contender(method, values, dtype, **options), batch=batch)
-        for method in methods
-    }
+def measured(steps: Mapping[str, Step], model: str) -> list[Row]:
+    """Count what contenders keep for backward, and time whole steps and their passes in turns.
+
+    Shares are of the first one.
+    """
+    rows = []
     for method, step in steps.items():
         with SavedBytes(step.contender.model) as saved:
             loss = step.forward()
         del loss
-        size: dict[str, Any] = {"value": saved.num_bytes, "unit": "bytes", "origin": "counted"}
-        rows.append(Row(what="kept for backward", method=method, model=title, **size))
+        rows.append(counted(KEPT, method, saved.num_bytes, "bytes", model=model))
     rounds = alternate(dict(steps), seconds=_SECONDS, min_rounds=5, num_warmup=2)
-    times = {method: [sum(phases) for phases in each] for method, each in rounds.items()}
-    series = {"step": times}
-    for place, phase in enumerate(_PHASES):
-        series[phase] = {
-            method: [phases[place] for phases in each] for method, each in rounds.items()
-        }
-    ours = next((method for method in methods if METHODS[method].is_paca), methods[0])
-    for what, seconds in series.items():
-        names: dict[str, Any] = {"what": what, "model": title}
-        rows += [time_row(each, method=method, **names) for method, each in seconds.items()]
-        for other in (method for method in methods if method != ours):
-            both = seconds[ours], seconds[other]
-            rows.append(ratio_row(*both, seed=0, method=f"{ours} / {other}", **names))
+    first, *others = steps
+    pairs = [(first, other) for other in others]
+    parts = {"step": sum, "forward": itemgetter(0), "backward": itemgetter(1)}
+    for what, part in parts.items():
+        times = {method: [part(phases) for phases in each] for method, each in rounds.items()}
+        rows += compare(times, 0, pairs, what=what, model=model)
     return rows
 
 
-def step_jobs(table: Printed, *, tokens: int, seq_len: int) -> list[Job]:
+def as_costs(rows: list[Row], titles: Mapping[str, str], how: str) -> list[Row]:
+    """Return kept bytes, and shares of whole steps, under the names of the paper's tables."""
+    costs = {KEPT: ("memory", KEPT), "step": ("training time", "a step")}
+    named = []
+    for row in rows:
+        if row.what == KEPT or (row.what == "step" and row.unit == "ratio"):
+            what, title = costs[row.what]
+            named.append(replace(titled(row, titles), what=what, setting=f"{title}, {how}"))
+    return named
+
+
+def titled(row: Row, titles: Mapping[str, str]) -> Row:
+    """Return a row under the names that the paper has for its methods."""
+    return replace(row, method=" / ".join(titles[part] for part in row.method.split(" / ")))
+
+
+def bench_job(
+    titles: Mapping[str, str], tokens: int, seq_len: int, read: Callable[[list[Row]], list[Row]]
+) -> Job:
+    """Return a job that measures steps of a small Llama by some methods, ours first."""
+    model = f"Llama {_SHAPE[0]}x{_SHAPE[1]}"
+    methods = sorted(titles, key=lambda method: not METHODS[method].is_paca)
+    sizes = {"methods": methods, "tokens": tokens, "seq_len": seq_len, "rank": RANK}
+
+    def run(work: Path) -> list[Row]:
+        torch.set_num_threads(num_cores())
+        dtype = torch.bfloat16 if bfloat16_is_fast(use_cpu=True) else torch.float32
+        values = llama_values(*_SHAPE)
+        batch = make_batch(tokens // seq_len, seq_len, values["vocab_size"], 0)
+        options = {"rank": RANK, "alpha": RANK, "adapter_dtype": dtype}
+        contenders = [make_contender(name, values, dtype, **options) for name in methods]
+        steps = {each.method: Step(contender=each, batch=batch) for each in contenders}
+        return read(measured(steps, model))
+
+    return Job(key="bench", title=f"measuring {model}", inputs={"model": model, **sizes}, run=run)
+
+
+def step_job(table: Printed, *, tokens: int, seq_len: int) -> Job:
     """Return the job that measures steps of a small Llama beside Table 1, 2 or 3."""
-    lines: dict[str, Line] = {}
+    titles = dict[str, str]()
     for line in table.trained:
         if line.model == MODEL:
-            lines.setdefault(line.method, line)  # that of the smallest rank
-    titles = {method: line.title for method, line in lines.items()}
-
-    def read(rows: list[Row]) -> list[Row]:
-        titled = {"step": "training time", "kept for backward": "memory"}
-        return [
-            replace(_named(row, titles), what=titled[row.what], setting=_how(row.what))
-            for row in rows
-            if row.what in titled and (row.unit == "ratio" or row.what != "step")
-        ]
-
-    return [bench_job(list(titles), tokens, seq_len, read)]
-
-
-def _how(what: str) -> str:
-    return {"step": "a step"}.get(what, what) + f", rank {RANK}"
-
-
-def _named(row: Row, titles: dict[str, str]) -> Row:
-    """Return a row of `bench` under the names that the paper has for its methods."""
-    names = [titles[part] for part in row.method.split(" / ")]
-    return replace(row, method=" / ".join(names))
+            titles.setdefault(line.method, line.title)  # that of the smallest rank
+    how = f"rank {RANK}"
+    return bench_job(titles, tokens, seq_len, lambda rows: as_costs(rows, titles, how))
 
 
 # Table 4: the longest sequence that one A100 trains.
@@ -207,32 +200,10 @@ def _jobs_4() -> list[Job]:
             if (line.method == "paca") == (name != "dropout") or line.method == "lora":
                 variants[name] = setting.but(**options)
         for name, variant in variants.items():
-            jobs.append(
-                Job(
-                    key="-".join(filter(None, ("length", line.key, name.partition(" ")[0]))),
-                    title=f"simulating the longest sequence of {line.title}, {name or 'as stated'}",
-                    inputs={**asdict(variant), "gpu": GPU},
-                    run=partial(_simulate_length, line, variant, name),
-                )
-            )
+            key = "-".join(filter(None, ("length", line.key, name.partition(" ")[0])))
+            names = {"what": "longest sequence", "method": line.title, "setting": name}
+            jobs.append(_largest_job(key, variant, "seq_len", unit="tokens", **names))
     return jobs
-
-
-def _simulate_length(line: Line, setting: Setting, how: str, work: Path) -> list[Row]:
-    from pacatune.measure.estimate import find_max
-
-    longest, _ = find_max(setting, "seq_len", gpu_bytes(GPU))
-    return [
-        Row(
-            what="longest sequence",
-            method=line.title,
-            value=longest,
-            unit="tokens",
-            model=line.model,
-            setting=how,
-            origin="simulated",
-        )
-    ]
 
 
 TABLE_4_EXPERIMENT = Experiment(
@@ -255,72 +226,52 @@ TABLE_4_EXPERIMENT = Experiment(
 # Figure 2: operations and time of a step.
 
 _TOKENS, _ROWS = 512, 2
-_PHASES = ("forward", "backward")
-_NAMES = {
-    "step": "of a step",
+_TITLES_2 = {method: METHOD_TITLES[method] for method in ("full", "lora", "paca")}
+_PHASES = {
     "forward": "of the forward pass",
     "backward": "of the backward pass",
-    "backward / forward": "of the backward pass, as a share of the forward pass's",
+    "step": "of a step",
 }
-_METHODS_2, _METHODS_3 = ("full", "lora", "paca"), ("lora", "dora", "moslora", "paca")
 
 
 def _jobs_fig2() -> list[Job]:
-    tokens = [_ROWS, _TOKENS]
-    count = Job(
-        key="operations",
-        title=f"counting the operations of a step of {MODEL}",
-        inputs={"model": MODEL, "methods": list(_METHODS_2), "rank": RANK, "tokens": tokens},
-        run=_count_operations,
-    )
+    inputs = {"model": MODEL, "methods": [*_TITLES_2], "rank": RANK, "tokens": [_ROWS, _TOKENS]}
+    title = f"counting the operations of a step of {MODEL}"
+    count = Job(key="operations", title=title, inputs=inputs, run=_count_operations)
 
     def read(rows: list[Row]) -> list[Row]:
-        phases = {"step", *_PHASES}
-        shown = [_named(row, METHOD_TITLES) for row in rows if row.what in phases]
-        return _phase_shares("time", [replace(row, setting="") for row in shown])
+        times = [titled(row, _TITLES_2) for row in rows if row.what in _PHASES]
+        return with_stated_shares("time", times)
 
-    return [count, bench_job(_METHODS_2, _ROWS * _TOKENS, _TOKENS, read)]
+    return [count, bench_job(_TITLES_2, _ROWS * _TOKENS, _TOKENS, read)]
 
 
 def _count_operations(work: Path) -> list[Row]:
-    from pacatune.measure.simulate import FakeTraining
-
-    rows = []
-    for method in _METHODS_2:
+    rows, names = [], {"unit": "TFLOP", "model": MODEL, "origin": "counted"}
+    for method, title in _TITLES_2.items():
         setting = make_setting(method, rank=RANK, batch_size=_ROWS, seq_len=_TOKENS)
         counts = FakeTraining(setting).count_operations(_ROWS, _TOKENS)
-        numbers = {phase: counts[phase] / 1e12 for phase in _PHASES}
-        for phase, value in {**numbers, "step": sum(numbers.values())}.items():
-            row = Row(
-                what=phase,
-                method=METHOD_TITLES[method],
-                value=value,
-                unit="TFLOP",
-                model=MODEL,
-                origin="counted",
-            )
-            rows.append(row)
-    return _phase_shares("operations", rows)
+        numbers = {phase: counts[phase] / 1e12 for phase in ("forward", "backward")}
+        numbers["step"] = sum(numbers.values())
+        rows += [Row(what=phase, method=title, value=n, **names) for phase, n in numbers.items()]
+    return with_stated_shares("operations", rows)
 
 
-def _phase_shares(quantity: str, rows: list[Row]) -> list[Row]:
+def with_stated_shares(quantity: str, rows: list[Row]) -> list[Row]:
     """Return rows of phases under the paper's names, with every share that its text states."""
-    kept = [replace(row, what=f"{quantity} {_NAMES[row.what]}") for row in rows]
+    rows = [replace(row, what=f"{quantity} {_PHASES[row.what]}") for row in rows]
     numbers = {(row.what, row.method): row for row in rows}
-    have = {(row.what, row.method) for row in kept}
     for claim in PAPER["fig2"].claims:
-        if not claim.what.startswith(quantity) or (claim.what, claim.method) in have:
-            continue
-        if " / " in claim.method:
-            phase = next(p for p, of in _NAMES.items() if claim.what == f"{quantity} {of}")
-            pair = [numbers.get((phase, method)) for method in claim.method.split(" / ")]
-        else:
-            pair = [numbers.get((phase, claim.method)) for phase in ("backward", "forward")]
-        if pair[0] is not None and pair[1] is not None:
-            share = replace(pair[0].over(pair[1]), what=claim.what, method=claim.method)
+        what, _, is_of_forward = claim.what.partition(", as a share")
+        pair = [(what, method) for method in claim.method.split(" / ")]
+        if is_of_forward:
+            pair.append((what.replace("backward", "forward"), claim.method))
+        if (claim.what, claim.method) not in numbers and numbers.keys() >= {*pair}:
+            share = numbers[pair[0]].over(numbers[pair[1]])
+            share = replace(share, what=claim.what, method=claim.method)
             # Times that did not take turns have quartiles, which say nothing of their share.
-            kept.append(share if share.is_exact else replace(share, low=None, high=None))
-    return kept
+            rows.append(share if share.is_exact else replace(share, low=None, high=None))
+    return rows
 
 
 FIGURE_2_EXPERIMENT = Experiment(
@@ -338,32 +289,11 @@ FIGURE_2_EXPERIMENT = Experiment(
 
 def _jobs_fig3() -> list[Job]:
     jobs = []
-    for method in _METHODS_3:
+    for method in ("lora", "dora", "moslora", "paca"):
         setting = make_setting(method, rank=RANK, seq_len=_TOKENS)
-        jobs.append(
-            Job(
-                key=f"batch-{method}",
-                title=f"simulating the largest batch of {METHOD_TITLES[method]} on {MODEL}",
-                inputs={**asdict(setting), "gpu": GPU},
-                run=partial(_simulate_batch, method, setting),
-            )
-        )
+        names = {"what": f"largest batch of {_TOKENS} tokens", "method": METHOD_TITLES[method]}
+        jobs.append(_largest_job(f"batch-{method}", setting, "batch_size", **names))
     return jobs
-
-
-def _simulate_batch(method: str, setting: Setting, work: Path) -> list[Row]:
-    from pacatune.measure.estimate import find_max
-
-    largest, _ = find_max(setting, "batch_size", gpu_bytes(GPU))
-    return [
-        Row(
-            what="largest batch of 512 tokens",
-            method=METHOD_TITLES[method],
-            value=largest,
-            model=MODEL,
-            origin="simulated",
-        )
-    ]
 
 
 FIGURE_3_EXPERIMENT = Experiment(

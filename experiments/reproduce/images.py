@@ -5,31 +5,29 @@ random weights. The paper gives no settings for images.
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.timing import alternate, ratio_row
+from benchmarks.results import mean_row
+from benchmarks.timing import Contender, Step
 from examples.images import MODELS, adapt, load_images, make_trainer
 from examples.packaged import prepare
 from experiments.paper import PAPER, Line, Printed
-from experiments.reproduce.costs import RANK
+from experiments.reproduce.costs import RANK, as_costs, measured
 from experiments.reproduce.experiment import Experiment
-from experiments.reproduce.runs import Work, rate_note, row_of
-from pacatune.measure.counters import SavedBytes
+from experiments.reproduce.runs import at_best_rate, quiet, rate_note
 from pacatune.reports.provenance import num_cores
-from pacatune.reports.rows import Job, Row, spread_of_mean
+from pacatune.reports.rows import Job, Row
 
 _NUM_VALIDATION, _NUM_TEST, _SEEDS = 200, 500, (0, 1)
 _NUM_CLASSES = 100
-_SECONDS = 30.0
 # Full fine-tuning, which has none, stands under the same setting.
 _ADAPTERS = f"adapters of rank {RANK}"
 
@@ -59,28 +57,13 @@ def build_efficientnet() -> nn.Module:
     return model
 
 
-def _make_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], float]:
-    """Return what makes a step of a model on a batch, and returns its seconds."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def step() -> float:
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return step
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Images:
     """What distinguishes Table 6 from Table 7."""
 
     table: Printed
     learning_rates: dict[str, list[float]]
-    """Method -> grid."""
+    """Method -> grid; ours first."""
     example: str
     """Name of the small model in the example."""
     small_model: str
@@ -105,29 +88,18 @@ class _Images:
             paper=self.table,
             about=f"{about} {small}",
             beside=self.table.lines[0].model,
-            jobs=self._jobs,
+            jobs=lambda: [self._steps_job(), *map(self._small_job, self.table.lines)],
             notes=notes,
         )
 
-    def _jobs(self) -> list[Job]:
-        return [self._steps_job(), *map(self._small_job, self.table.lines)]
-
     def _small_job(self, line: Line) -> Job:
         rates = self.learning_rates[line.method]
-        sizes = {"rank": RANK, "num_validation": _NUM_VALIDATION, "num_test": _NUM_TEST}
-        return Job(
-            key=f"small-{line.key}",
-            title=f"{self.small_model} on CIFAR-10: {line.title}",
-            inputs={
-                "model": self.example,
-                "method": line.method,
-                "learning_rates": rates,
-                "steps": self.num_steps,
-                "seeds": [*_SEEDS],
-                **sizes,
-            },
-            run=partial(self._train, line, rates),
-        )
+        inputs = {"model": self.example, "method": line.method, "learning_rates": rates}
+        inputs |= {"steps": self.num_steps, "seeds": [*_SEEDS], "rank": RANK}
+        inputs |= {"num_validation": _NUM_VALIDATION, "num_test": _NUM_TEST}
+        title = f"{self.small_model} on CIFAR-10: {line.title}"
+        run = partial(self._train, line, rates)
+        return Job(key=f"small-{line.key}", title=title, inputs=inputs, run=run)
 
     def _train(self, line: Line, rates: list[float], folder: Path) -> list[Row]:
         """Score on test images at the rate that is best on validation images with one seed."""
@@ -139,89 +111,60 @@ class _Images:
             test=test.train_test_split(_NUM_TEST, stratify_by_column="label", seed=0)["test"],
         )
 
-        def score(rate: float, seed: int) -> dict[str, float]:
+        def scores(rate: float, seed: int) -> dict[str, float]:
             how = (folder, RANK, rate, self.num_steps)
             images = split["train"], held_out
-            with Work(folder).quiet("training"):
+            with quiet(folder):
                 trainer = make_trainer(path, line.method, images, *how, seed=seed, size=size)
                 trainer.train()
-                found: dict[str, float] = trainer.evaluate()
-            return found
+                reached: dict[str, float] = trainer.evaluate()
+            return reached
 
-        first, *others = _SEEDS
-        tried = {rate: score(rate, first) for rate in rates}
-        best = max(rates, key=lambda rate: tried[rate]["eval_validation_accuracy"])
-        scores = {first: tried[best], **{seed: score(best, seed) for seed in others}}
-        each = {str(seed): 100 * found["eval_test_accuracy"] for seed, found in scores.items()}
-        mean, spread = statistics.mean(each.values()), spread_of_mean([*each.values()])
-        return [
-            row_of(
-                self.table,
-                line,
-                "CIFAR-10",
-                mean,
-                low=mean - spread,
-                high=mean + spread,
-                n=len(each),
-                each=each,
-                note=rate_note(line, best, rates),
-                model=self.small_model,
-                setting=_ADAPTERS,
-            )
-        ]
+        best, of_seeds = at_best_rate(
+            rates, _SEEDS, scores, lambda reached: -reached["eval_validation_accuracy"]
+        )
+        each = {
+            str(seed): 100 * reached["eval_test_accuracy"]
+            for seed, reached in zip(_SEEDS, of_seeds, strict=True)
+        }
+        names = {"unit": "%", "model": self.small_model, "setting": _ADAPTERS}
+        return [mean_row("CIFAR-10", line.title, each, rate_note(line, best, rates), **names)]
 
     def _steps_job(self) -> Job:
         """Return the job that measures time and kept bytes of the paper's own model."""
-        methods = ["paca", *(m for m in self.learning_rates if m != "paca")]
-        sizes = {"rank": RANK, "num_images": self.num_images, "image_size": self.image_size}
-        return Job(
-            key="steps",
-            title=f"measuring steps of {self.model} with random weights",
-            inputs={"model": self.model, "methods": methods, **sizes, "seconds": _SECONDS},
-            run=lambda folder: self._measure(methods),
-        )
+        inputs: dict[str, Any] = {"model": self.model, "methods": [*self.learning_rates]}
+        inputs |= {"rank": RANK, "num_images": self.num_images, "image_size": self.image_size}
+        title = f"measuring steps of {self.model} with random weights"
+        return Job(key="steps", title=title, inputs=inputs, run=self._measure)
 
-    def _measure(self, methods: list[str]) -> list[Row]:
-        """Let methods, ours first, take turns at steps in float32; count what they keep."""
+    def _measure(self, folder: Path) -> list[Row]:
+        """Let methods take turns at steps in float32; count what they keep."""
         torch.set_num_threads(num_cores())
         torch.manual_seed(0)
         base = self.build()
         images = torch.randn(self.num_images, 3, self.image_size, self.image_size)
         labels = torch.randint(_NUM_CLASSES, (self.num_images,))
         batch = {"pixel_values": images, "labels": labels}
-        names = {"model": f"{self.model}, random weights"}
-        how = f"{self.num_images} images of {self.image_size} px, {_ADAPTERS}"
-        titles = {line.method: line.title for line in self.table.lines}
-        steps, rows = {}, []
-        for method in methods:
+        steps = {}
+        for method in self.learning_rates:
             model, _ = adapt(copy.deepcopy(base), method, RANK)
-            steps[method] = _make_step(model.train(), batch)
-            with SavedBytes(model) as saved:
-                loss = model(**batch).loss
-            del loss
-            rows.append(
-                Row(
-                    what="memory",
-                    method=titles[method],
-                    value=saved.num_bytes,
-                    unit="bytes",
-                    setting=f"kept for backward, {how}",
-                    origin="counted",
-                    **names,
-                )
-            )
-        times = alternate(steps, seconds=_SECONDS, min_rounds=5, num_warmup=1)
-        ours, *others = methods
-        for other in others:
-            both, title = (times[ours], times[other]), f"{titles[ours]} / {titles[other]}"
-            names |= {"what": "training time", "setting": f"a step, {how}"}
-            rows.append(ratio_row(*both, seed=0, method=title, **names))
-        return rows
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+            contender = Contender(method, model.train(), optimizer)
+            steps[method] = Step(contender=contender, batch=batch, loss=_loss)
+        titles = {line.method: line.title for line in self.table.lines}
+        how = f"{self.num_images} images of {self.image_size} px, {_ADAPTERS}"
+        return as_costs(measured(steps, f"{self.model}, random weights"), titles, how)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss
 
 
 TABLE_6_EXPERIMENT = _Images(
     table=PAPER["table6"],
-    learning_rates={"lora": [1e-3, 3e-3, 9e-3], "paca": [1e-3, 3e-3, 9e-3]},
+    learning_rates={"paca": [1e-3, 3e-3, 9e-3], "lora": [1e-3, 3e-3, 9e-3]},
     example="dinov2-small",
     small_model="DINOv2-S",
     num_steps=30,
@@ -238,7 +181,7 @@ TABLE_6_EXPERIMENT = _Images(
 )
 TABLE_7_EXPERIMENT = _Images(
     table=PAPER["table7"],
-    learning_rates={"full": [3e-4, 1e-3, 3e-3], "paca": [2e-3, 6e-3, 1.8e-2]},
+    learning_rates={"paca": [2e-3, 6e-3, 1.8e-2], "full": [3e-4, 1e-3, 3e-3]},
     example="efficientnet-lite0",
     small_model="EfficientNet-Lite0",
     num_steps=40,

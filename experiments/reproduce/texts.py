@@ -8,26 +8,25 @@ answers stands beside the score.
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from examples.packaged import prepare
+from benchmarks.results import mean_row
+from examples.packaged import default_cache, prepare
 from experiments import mmlu
 from experiments.paper import PAPER, Line, Printed
-from experiments.reproduce.costs import MODEL, memory_jobs, step_jobs
+from experiments.reproduce.costs import MODEL, memory_jobs, step_job
 from experiments.reproduce.experiment import NATS, Experiment
-from experiments.reproduce.runs import (
-    Work,
-    arm_row,
-    loaded,
-    rate_note,
-    row_of,
-    study_job,
-    text_run,
-)
+from experiments.reproduce.runs import at_best_rate, quiet, rate_note
+from experiments.study.config import Arm, StudyConfig
+from experiments.study.runner import run_study
+from pacatune import resident
+from pacatune.adapters.loading import load_language_model
+from pacatune.methods import METHODS, size_options
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.rows import Job, Row, spread_of_mean
+from pacatune.training import RunConfig, train
 
 _SMALL_MODEL = "SmolLM2-135M-Instruct"
 
@@ -47,12 +46,6 @@ _RATES_1, _SEEDS = (1e-3, 2e-3, 4e-3), (0, 1)
 _NUM_QUESTIONS = 300
 
 
-def small_stated(line: Line) -> dict[str, Any]:
-    """Return the settings of a line's small runs: Table 9's, but for what two cores cannot do."""
-    ours = {"batch_size": _BATCH, "micro_batches": 1, "warmup": 0.1, "steps": _STEPS}
-    return {**line.settings, **ours, "learning_rates": _RATES_1}
-
-
 def _small_job_1(line: Line) -> Job:
     """Return the job of one line: the best rate of a grid by validation loss, then all seeds."""
     return Job(
@@ -60,7 +53,9 @@ def _small_job_1(line: Line) -> Job:
         title=f"{_SMALL_MODEL} on types of answers: {line.title}",
         inputs={
             "method": line.method,
-            "settings": small_stated(line) if line in TABLE_1.trained else {},
+            "settings": dict(line.settings) if line in TABLE_1.trained else {},
+            "steps": [_STEPS, _BATCH],
+            "learning_rates": list(_RATES_1),
             "model": _SMALL_MODEL,
             "data": _DATA,
             "seeds": list(_SEEDS),
@@ -73,33 +68,53 @@ def _small_job_1(line: Line) -> Job:
 
 def _run_small_1(line: Line, folder: Path) -> list[Row]:
     model, data = prepare("smollm2"), prepare(_DATA)
-    work, note = Work(folder), ""
-    adapters: list[Path | None] = [None]
+    adapters, note = list[Path | None]([None]), ""
     if line in TABLE_1.trained:
 
-        def trained(rate: float, seed: int) -> tuple[dict[str, Any], Path]:
-            given = {"path": str(data / "train.jsonl"), "format": "prompt-completion"}
-            run = text_run(
-                small_stated(line),
-                line.method,
-                model=str(model),
-                data=given | {"eval_fraction": 0.03},
-                rate=rate,
-                dtype=small_dtype(),
-                seed=seed,
-                eval_steps=_STEPS + 1,  # before and after alone
-                save_strategy="no",
-            )
-            return work.train(run, f"rate{rate:g}-seed{seed}")
+        def trained(rate: float, seed: int) -> tuple[float, Path]:
+            output = folder / f"rate{rate:g}-seed{seed}"
+            run = _run_of(line, model, data / "train.jsonl", rate, seed, output)
+            with quiet(folder):
+                return float(train(run, overwrite=True).eval_loss_after or 0.0), output
 
-        losses = {r: float(trained(r, _SEEDS[0])[0]["eval_loss_after"]) for r in _RATES_1}
-        best = min(losses, key=lambda rate: losses[rate])
-        adapters = [trained(best, seed)[1] for seed in _SEEDS]
-        note = rate_note(line, best, _RATES_1)
+        best, runs = at_best_rate(_RATES_1, _SEEDS, trained, lambda run: run[0])
+        adapters, note = [output for _, output in runs], rate_note(line, best, _RATES_1)
     right = [_ask(model, adapter, data / "test.jsonl") for adapter in adapters]
-    value = 100 * statistics.mean(statistics.mean(one) for one in right)
-    row = row_of(TABLE_1, line, "average", value, model=_SMALL_MODEL, note=note)
-    return [accuracy_row(row, right)]
+    value = 100 * statistics.mean(statistics.mean(answers) for answers in right)
+    names = {"unit": "%", "model": _SMALL_MODEL, "note": note}
+    return [accuracy_row(Row(what="average", method=line.title, value=value, **names), right)]
+
+
+def _run_of(line: Line, model: Path, data: Path, rate: float, seed: int, output: Path) -> RunConfig:
+    """Return a run of `pacatune train` by Table 9, but for what two cores cannot do."""
+    stated, method = line.settings, METHODS[line.method]
+    dropout = 0.0 if method.is_paca else stated["dropout"]
+    adapter = size_options(method, stated["rank"], stated["alpha"], dropout)
+    if method.is_paca:
+        adapter["random_seed"] = seed
+    options = {
+        "output_dir": str(output),
+        "max_steps": _STEPS,
+        "learning_rate": rate,
+        "lr_scheduler_type": stated["scheduler"],
+        "warmup_steps": 0.1,
+        "per_device_train_batch_size": _BATCH,
+        "max_length": stated["seq_len"],
+        "bf16": small_dtype() == "bfloat16",
+        "seed": seed,
+        "report_to": "none",
+        "eval_steps": _STEPS + 1,  # before and after alone
+        "save_strategy": "no",
+    }
+    return RunConfig(
+        method=line.method,
+        model={"path": str(model), "dtype": small_dtype()},
+        data={"path": str(data), "format": "prompt-completion", "eval_fraction": 0.03},
+        training=options,
+        # As the paper's code computes.
+        lean="off",
+        **{method.sections[0]: adapter},
+    )
 
 
 def accuracy_row(row: Row, right: Sequence[Sequence[float]]) -> Row:
@@ -134,9 +149,10 @@ def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
     }
-    with loaded(str(model), adapter, dtype=small_dtype(), device="cpu") as found:
+    loaded = load_language_model(str(model), adapter, dtype=small_dtype(), device="cpu")
+    with resident(loaded.model):
         results = mmlu.lm_eval_results(
-            found.model, found.tokenizer, [task], batch_size=16, limit=_NUM_QUESTIONS
+            loaded.model, loaded.tokenizer, [task], batch_size=16, limit=_NUM_QUESTIONS
         )
     return [float(each["acc"]) for each in results["samples"][_DATA]]
 
@@ -144,7 +160,7 @@ def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
 def _jobs_1() -> list[Job]:
     lines = [line for line in TABLE_1.lines if line.model == MODEL]
     small = [_small_job_1(line) for line in lines]
-    return [*memory_jobs(TABLE_1), *step_jobs(TABLE_1, tokens=1024, seq_len=512), *small]
+    return [*memory_jobs(TABLE_1), step_job(TABLE_1, tokens=1024, seq_len=512), *small]
 
 
 TABLE_1_EXPERIMENT = Experiment(
@@ -171,7 +187,7 @@ _RATES_2 = (5e-4, 1.5e-3, 4e-3)
 _VALIDATION = 0.05
 
 
-def _small_job_2(table: Printed, line: Line) -> Job:
+def _small_job_2(line: Line) -> Job:
     """Return the study of one line, whose first seed chooses the rate."""
     options: dict[str, Any] = {
         "model": {"dtype": small_dtype()},
@@ -180,34 +196,41 @@ def _small_job_2(table: Printed, line: Line) -> Job:
     if line.method.endswith("paca"):
         strategy = line.variant.partition("-")[0] or "random"
         options["paca"] = {"selection": strategy, "selection_batches": 8}
-
-    def read(found: Any) -> list[Row]:
-        how = {"unit": NATS, "model": _SMALL_MODEL, "setting": "loss on held-out answers"}
-        return [arm_row(table, line, "average", found, _RATES_2, **how)]
-
     # alpha = rank: the update is not scaled, and the grid of rates is the same for every rank.
-    return study_job(
-        line,
-        f"{_SMALL_MODEL} on questions and answers: {line.title}",
-        "smollm2-chat",
-        read,
-        {"rank": line.rank, "learning_rates": list(_RATES_2)},
+    arm = Arm(method=line.method, rank=line.rank, learning_rates=list(_RATES_2))
+    config = StudyConfig(
+        task=str(default_cache() / "smollm2-chat.yaml"),
+        arms={line.method: arm},
         options=options,
         # Other ones for other columns.
         seeds=[2, 3] if line.variant.endswith("-2") else [0, 1],
         validation_fraction=_VALIDATION,
+        forgetting_tokens=0,
     )
+    title = f"{_SMALL_MODEL} on questions and answers: {line.title}"
+
+    def run(folder: Path) -> list[Row]:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prepare("smollm2-chat")
+        (reached,) = run_study(config, folder).values()
+        if reached.learning_rate is None:
+            raise RuntimeError(f"no run of {line.title} ended well: {' '.join(reached.failures)}")
+        each = {str(seed): value for seed, value in reached.values.items()}
+        note = rate_note(line, reached.learning_rate, _RATES_2)
+        names = {"unit": NATS, "model": _SMALL_MODEL, "setting": "loss on held-out answers"}
+        return [mean_row("average", line.title, each, note, **names)]
+
+    return Job(key=f"small-{line.key}", title=title, inputs=asdict(config), run=run)
 
 
 def _experiment(table: Printed, about: str, *notes: str) -> Experiment:
     has_costs = "memory" in table.units
 
     def jobs() -> list[Job]:
-        found = memory_jobs(table, explain=True) if has_costs else []
+        jobs = memory_jobs(table, explain=True) if has_costs else []
         if has_costs:
-            found += step_jobs(table, tokens=768, seq_len=768)
-        small = [line for line in table.trained if line.model == MODEL]
-        return [*found, *(_small_job_2(table, line) for line in small)]
+            jobs.append(step_job(table, tokens=768, seq_len=768))
+        return jobs + [_small_job_2(line) for line in table.trained if line.model == MODEL]
 
     small = (
         f"Here {_SMALL_MODEL} is trained for {_STEPS_2} steps of 8 questions and "

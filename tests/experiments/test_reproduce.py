@@ -196,7 +196,9 @@ def test_shares_of_times_that_took_no_turns_have_no_interval():
     times = [timed("LoRA", 9.0), timed("Full-FT", 10.0)]
     times += [timed("PaCA", 6.0, what="backward"), timed("PaCA", 5.0, what="forward")]
     turns = row("PaCA / LoRA", 0.8, what="step", unit="ratio", low=0.7, high=0.9)
-    found = [one for one in costs._phase_shares("time", [*times, turns]) if one.unit == "ratio"]
+    found = [
+        one for one in costs.with_stated_shares("time", [*times, turns]) if one.unit == "ratio"
+    ]
     assert {(one.method, one.value, one.has_interval) for one in found} == {
         ("PaCA / LoRA", 0.8, True),
         ("LoRA / Full-FT", 0.9, False),
