@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments.moslora import add_method
 from experiments.reproduce.catalogue import EXPERIMENTS
-from experiments.reproduce.experiment import Experiment, comparison, write_page, write_results
+from experiments.reproduce.experiment import Experiment, comparison, make_page, write_results
 from pacatune.cli.options import quiet_libraries
 from pacatune.files.owned_folder import OURS, OwnedFolder
 from pacatune.names import choose
@@ -81,15 +81,16 @@ def _reproduce(experiment: Experiment, output: Path, console: Console) -> int:
     """Do the jobs that are missing, and write the page; return how many failed."""
     folder = OwnedFolder(path=output / f"{experiment.paper.name}-small", kind="a reproduction")
     console.print(experiment.paper.title)
-    with folder.going_on("*.md", "*.png", "results.json"):
+    page = f"{experiment.paper.name}.md"
+    with folder.going_on("*.md", "results.json"):
         jobs = experiment.jobs()
         found = done(jobs, folder, tell=console.print, packages=_PACKAGES, code=_CODE)
-        page = write_page(experiment, found, folder)
+        folder.write(page, make_page(experiment, found))
         write_results(found, folder)
     compared = comparison(experiment, [row for one in found.values() for row in one.rows])
     for line in compared.plain() if compared is not None else ():
         console.print(line)
-    console.print(f"The page is {page}.\n")
+    console.print(f"The page is {folder.path / page}.\n")
     return sum(one.error is not None for one in found.values())
 
 

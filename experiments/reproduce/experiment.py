@@ -7,9 +7,8 @@ from pathlib import Path
 
 from experiments.paper import METHOD_TITLES, Printed
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.reports.figures import save_figure
 from pacatune.reports.provenance import commit_text, versions_text
-from pacatune.reports.rows import Finished, Job, Row, Table, number_text, plot, table
+from pacatune.reports.rows import Finished, Job, Row, Table, number_text, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 """`NAME-small.json` of each experiment: what `results.json` in its folder held."""
@@ -144,7 +143,7 @@ def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
         parts += ["\n".join(shown.markdown()), *shown.notes]
     compared = comparison(experiment, ours)
     if compared is not None:
-        parts += ["\n".join(compared.markdown()), RULE, f"![Paper and here]({picture(experiment)})"]
+        parts += ["\n".join(compared.markdown()), RULE]
     notes = [printed.note, *experiment.notes, *(row.note for row in printed.claims)]
     notes = [text for text in notes if text]
     jobs = experiment.jobs()
@@ -154,32 +153,6 @@ def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
         if texts:
             parts.append(f"{heading}:\n\n" + "\n".join(f"- {text}" for text in texts))
     return "\n\n".join([*parts, *sources(found)]) + "\n"
-
-
-def picture(experiment: Experiment) -> str:
-    """Return the name of an experiment's picture."""
-    return f"{experiment.paper.name}.png"
-
-
-def drawn(experiment: Experiment, ours: Iterable[Row]) -> list[Row]:
-    """Return the shares and differences of a picture: the paper's, then ours."""
-    printed = experiment.paper
-    found = list(shares(printed, ours))
-    quantities = {row.what for row in found}
-    theirs = [row for row in shares(printed, printed.rows) if row.what in quantities]
-    # The unit stands at the axis.
-    return [replace(r, unit="share") if r.unit == "ratio" else r for r in (*theirs, *found)]
-
-
-def write_page(experiment: Experiment, found: Mapping[str, Finished], folder: OwnedFolder) -> Path:
-    """Write NAME.md and its picture into an open folder; return the page."""
-    rows = drawn(experiment, [row for one in found.values() for row in one.rows])
-    if rows:
-        figure = plot(rows, ("method",), ("origin", "model", "setting"))
-        with folder.staged() as staging:
-            save_figure(figure, staging / picture(experiment))
-    folder.write(f"{experiment.paper.name}.md", make_page(experiment, found))
-    return folder.path / f"{experiment.paper.name}.md"
 
 
 def write_results(found: Mapping[str, Finished], folder: OwnedFolder) -> None:
