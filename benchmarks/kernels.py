@@ -17,6 +17,7 @@ The exit status is 1 if PaCA runs more than is promised here.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -69,6 +70,9 @@ PROMISED_PER_STEP = {
     "look at the base in all": 3,
     "optimizer in all": 2,
 }
+
+# What comes on top of steady passes -> the passes that show it.
+_PER_STEP = {"write of columns": "written", "look at the base": "look"}
 
 Launches = dict[str, int]
 """Phase of a training run, or name of a count -> kernels."""
@@ -138,8 +142,7 @@ def _drop_gradients(model: nn.Module) -> None:
 
 def count_layer(
     method: str,
-    *,
-    is_lean: bool = False,
+    setting: str = "eager",
     device: torch.device = CPU,
     count: Callable[[Contender], Launches] = count_steps,
 ) -> Launches:
@@ -147,20 +150,19 @@ def count_layer(
 
     def of_model(num_layers: int) -> Launches:
         contender = make(method, num_layers, device)
-        if is_lean:
+        if setting == "lean":
             lean.enable(contender.model, mode="require")
+        if setting == "sharded":
+            contender = sharded(contender)
         return _summary(count(contender))
 
-    layer, more = _of_layer(of_model)
-    names = ("write of columns", "look at the base", "optimizer")
-    in_all = {f"{name} in all": more[name] for name in names}
+    with two_processes() if setting == "sharded" else nullcontext():
+        fewer, more = of_model(_NUM_LAYERS - 1), of_model(_NUM_LAYERS)
+    layer = {name: number - fewer[name] for name, number in more.items()}
+    if setting == "sharded":
+        return {name: layer[name] for name in (FORWARD, BACKWARD)}
+    in_all = {f"{name} in all": more[name] for name in (*_PER_STEP, "optimizer")}
     return {name: number for name, number in layer.items() if name != "optimizer"} | in_all
-
-
-def _of_layer(count: Callable[[int], Launches]) -> tuple[Launches, Launches]:
-    """Return what one layer has of the counts of models of so many, and those of the largest."""
-    fewer, more = count(_NUM_LAYERS - 1), count(_NUM_LAYERS)
-    return {name: number - fewer[name] for name, number in more.items()}, more
 
 
 def _summary(launches: Launches) -> Launches:
@@ -171,46 +173,40 @@ def _summary(launches: Launches) -> Launches:
         FORWARD: launches["forward:steady"],
         BACKWARD: launches["backward:steady"],
         ACCUMULATING: launches["backward:accumulating"],
-        "write of columns": both("written") - both("steady"),
-        "look at the base": both("look") - both("steady"),
+        **{name: both(kind) - both("steady") for name, kind in _PER_STEP.items()},
         "optimizer": launches["optimizer"],
     }
 
 
-def count_sharded(method: str) -> Launches:
-    """Return what one decoder layer launches in a process group of its own, sharded by FSDP2."""
+def sharded(contender: Contender) -> Contender:
+    """Shard a contender by FSDP2, block by block, in the process group of the moment."""
+    for module in reversed(list(contender.model.modules())):  # blocks before the model
+        if isinstance(module, GradientCheckpointingLayer) or module is contender.model:
+            fully_shard(module)
+    # FSDP2 has put other parameters in the place of those that the optimizer knows.
+    return replace(contender, optimizer=None)
 
-    def of_model(num_layers: int) -> Launches:
-        contender = make(method, num_layers)
-        for module in reversed(list(contender.model.modules())):  # blocks before the model
-            if isinstance(module, GradientCheckpointingLayer) or module is contender.model:
-                fully_shard(module)
-        # FSDP2 has put other parameters in the place of those that the optimizer knows.
-        return _summary(count_steps(replace(contender, optimizer=None)))
 
+@contextmanager
+def two_processes() -> Iterator[None]:
+    """Let this process be one of two, of which the other does nothing."""
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        layer, _ = _of_layer(of_model)
+        yield
     finally:
         distributed.destroy_process_group()
-    return {name: layer[name] for name in (FORWARD, BACKWARD)}
 
 
-COUNTERS: dict[str, tuple[Callable[[str], Launches], Iterable[str]]] = {
-    "eager": (count_layer, COUNTED),
-    "lean": (partial(count_layer, is_lean=True), COUNTED),
-    "sharded": (count_sharded, (*HELD, "lora", "lora_bf16")),
-}
-"""Setting -> what counts a method in it, and which are counted."""
+SETTINGS = {"eager": COUNTED, "lean": COUNTED, "sharded": (*HELD, "lora", "lora_bf16")}
+"""Setting -> the methods that are counted in it."""
 
 
 def count(*settings: str, methods: Iterable[str] = ()) -> list[Row]:
     """Return the rows of some settings, of all their methods unless given."""
     rows = []
     for setting in settings:
-        counter, usual = COUNTERS[setting]
-        for method in methods or usual:
-            rows += rows_of(setting, method, counter(method))
+        for method in methods or SETTINGS[setting]:
+            rows += rows_of(setting, method, count_layer(method, setting))
     return rows
 
 
@@ -240,7 +236,7 @@ def main(options: list[str] | None = None) -> int:
         f"in float32, under autocast, alpha / r = {SCALING}: counted, not timed, on a CPU that "
         "takes a GPU's branches"
     )
-    run = partial(count, *COUNTERS)
+    run = partial(count, *SETTINGS)
     problems = exceeded(record("kernels", how, run, args, options, COUNTED))
     for problem in problems:
         print(problem, file=sys.stderr)

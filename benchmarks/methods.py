@@ -65,14 +65,9 @@ def make_contender(
     """
     plain, changes = _FORMS.get(method, (method, {}))
     row = ALL.get(plain)
-    model = make_model(
-        values,
-        dtype,
-        device,
-        seed=seed,
-        quantization=None if row is None else row.quantization,
-        max_length=MAX_LENGTH,
-    ).requires_grad_(method == "full")
+    quantization = None if row is None else row.quantization
+    model = make_model(values, dtype, device, seed=seed, quantization=quantization)
+    model.requires_grad_(method == "full")
     if row is not None and row.has_adapter:
         options = {"rank": RANK, "dropout": DROPOUT} | options | changes
         adapter_dtype = options.pop("adapter_dtype", None)

@@ -1,15 +1,12 @@
-"""Small language models with random weights, and batches and losses of them.
-
-Everything is found out from the configuration; no code that comes with a model is ever executed.
-"""
+"""Small Llamas with random weights, and batches and losses of them."""
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pacatune.measure.models import is_4bit, make_skeleton, quantize_
+from pacatune.measure.models import is_4bit, quantize_
 
 # Llama's proportions: the MLP is 8/3 as wide as the model, rounded up; 2-7B has 7.8 tokens per
 # channel.
@@ -47,14 +44,6 @@ def llama_values(
     }
 
 
-def make_config(values: dict[str, Any], max_length: int = 0) -> PreTrainedConfig:
-    """Return the configuration with these values, without a cache, for rows up to `max_length`."""
-    config: PreTrainedConfig = AutoConfig.for_model(**(values | {"use_cache": False}))
-    if getattr(config, "max_position_embeddings", max_length) < max_length:
-        config.max_position_embeddings = max_length
-    return config
-
-
 def make_model(
     values: dict[str, Any],
     dtype: torch.dtype,
@@ -62,45 +51,29 @@ def make_model(
     *,
     seed: int,
     quantization: str | None = None,
-    max_length: int = 0,
 ) -> nn.Module:
-    """Return a causal language model whose embeddings ask for a gradient, in every method alike.
+    """Return a Llama whose embeddings ask for a gradient, in every method alike.
 
     Input gradients then flow through every layer: what a method does is exactly what the frozen
-    model does and something more. Weights are random; with `quantization` (nf4 or fp4) no more
-    than one layer is ever there unquantised. `max_length` is the length of the longest row.
+    model does and something more. Weights are random, and quantised to nf4 or fp4 if asked.
     """
-    model: Any = make_skeleton(make_config(values, max_length), values["model_type"], dtype)
-    if quantization is not None:
-        quantize_(model, quantization, dtype)
     torch.manual_seed(seed)
-    for module in model.modules():
-        if is_4bit(module):
-            _fill_quantized(model, module, dtype, device)
-        elif any(tensor.is_meta for tensor in _own_tensors(module)):
-            module.to_empty(device=device, recurse=False)
-            with torch.no_grad():
-                for tensor in _own_tensors(module):
-                    tensor.zero_()  # in case the model's own rule forgets one
-                model._init_weights(module)
-    model.tie_weights()
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(
+            LlamaConfig(**values | {"use_cache": False}), dtype=dtype, attn_implementation="sdpa"
+        )
+    if quantization is not None:
+        from bitsandbytes.nn.modules import Params4bit
+
+        make: Any = Params4bit
+        weights = dict(model.named_parameters())
+        quantize_(model, quantization, dtype)
+        for name, layer in model.named_modules():
+            if is_4bit(layer):
+                weight = weights[f"{name}.weight"].detach()
+                layer.weight = make(weight, **vars(layer.weight)).to(device)
     model.enable_input_require_grads()
     return cast(nn.Module, model)
-
-
-def _fill_quantized(model: Any, layer: Any, dtype: torch.dtype, device: torch.device) -> None:
-    from bitsandbytes.nn.modules import Params4bit
-
-    std = getattr(model.config, "initializer_range", 0.02)
-    weight = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=device)
-    make: Any = Params4bit
-    layer.weight = make(weight.normal_(std=std), **vars(layer.weight)).to(device)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=dtype, device=device))
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def make_batch(num_rows: int, num_tokens: int, vocab_size: int, seed: int) -> Tensor:

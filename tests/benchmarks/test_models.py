@@ -41,19 +41,10 @@ def test_a_model_is_filled_as_transformers_does():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_weights_are_quantised_layer_by_layer(monkeypatch):
-    sizes, empty = [], torch.empty
-
-    def watch(*shape, **options):
-        tensor = empty(*shape, **options)
-        sizes.append(tensor.numel() if tensor.device.type == "cpu" else 0)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", watch)
+def test_weights_are_quantised():
     model = make_model(VALUES, torch.float32, CPU, seed=0, quantization="nf4")
     layers = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     assert len(layers) == 14
-    assert max(sizes) <= max(p.numel() for p in nn.ModuleList(layers).parameters()) * 2
     assert {layer.weight.dtype for layer in layers} == {torch.uint8}
     assert all(layer.weight.quant_state.state2 is not None for layer in layers)
     assert type(model.lm_head) is nn.Linear
