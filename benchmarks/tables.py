@@ -80,50 +80,21 @@ def _words(rows: Iterable[Row]) -> set[str]:
 
 
 _STEPS: dict[str, Any] = {"shown": ("step; paca; *", "step; paca / *"), "columns": ("method",)}
-_BOTH = ("method", "setting")
-_BY_METHOD: dict[str, Any] = {"index": ("method",)}
-_GAP = "sampling_logp_difference, mean; *"
 VIEWS = {
     "step": View(file="step", **_STEPS),
     "step-compiled": View(file="step-compiled", **_STEPS),
     "kernels": View(
         file="kernels",
         shown=("forward; *", "backward; *", "with accumulation; *"),
+        index=("method",),
         columns=("setting", "what"),
         floor="frozen",
-        **_BY_METHOD,
     ),
     "lean-units": View(file="lean", shown=("kept per token and layer; *",), columns=("method",)),
-    "lean-times": View(
-        file="lean", shown=("* / level 1; *",), index=("what",), columns=_BOTH, is_first=False
-    ),
-    "lengths": View(file="lengths", shown=("*; llama3-8b",), index=_BOTH),
-    "small-lengths": View(
-        file="lengths",
-        hidden=("*; llama3-8b",),
-        index=("model",),
-        columns=("setting",),
-        is_first=False,
-    ),
-    "rl-served": View(
-        file="rl_sync", shown=("largest diff*", "changed elements*"), index=_BOTH, is_first=False
-    ),
-    "rl-drawn": View(
-        file="rl_sync",
-        shown=("rollout_probs_diff, mean; *", "sampling_logp*", "k3_kl; *", "ratios beyond *"),
-        **_BY_METHOD,
-    ),
-    "rl-run": View(file="rl_run", shown=("reward*", "sent*", _GAP, "k3*"), **_BY_METHOD),
-    "rl-codes": View(
-        file="rl_codes", shown=("loss*", "largest*", "sent*", _GAP, "k3*"), **_BY_METHOD
-    ),
-    "rl-sync": View(
-        file="rl_sync",
-        shown=("sent per sync; *", "complete sync; *", "sync; *", "token / base; *"),
-        hidden=("*; lora-bf16; *",),
-        columns=("what", "model", "setting"),
-        is_first=False,
-        **_BY_METHOD,
+    "rl-run": View(
+        file="rl_run",
+        shown=("reward*", "sent*", "sampling_logp_difference, mean; *", "k3*"),
+        index=("method",),
     ),
     "packed": View(
         file="packed",
@@ -136,19 +107,9 @@ VIEWS = {
         shown=tuple(
             f"first seed*; {name}; *reversed*" for name in ("paca", "paca, on the grid", "lora")
         ),
-        index=_BOTH,
+        index=("method", "setting"),
         is_first=False,
     ),
-    "packed-costs": View(
-        file="packed",
-        shown=("file; *", "speed; *", "time per token; *", "patch applied or taken out; *"),
-        columns=("what", "method"),
-        is_first=False,
-    ),
-    "packed-after": View(
-        file="packed", shown=("*after; *",), index=("setting", "method"), is_first=False
-    ),
-    "patch": View(file="patch", **_BY_METHOD),
     "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
 """Name of a block -> what it shows."""
@@ -174,62 +135,59 @@ def _first(results: Path) -> str:
     kept = {(row.setting, row.method): row.value for row in read("lean", results).rows}
     eager = [row for row in read("kernels", results).rows if row.setting == "eager"]
     kernels = {(row.what, row.method): row.value for row in eager}
+    studies = [verdict.steps_of(task, results) for task in ("minilm", "dinov2", "smollm2-words")]
 
     def share(name: str) -> str:
-        shares = [row.value for row in steps.rows if row.method == f"paca / {name}"]
-        return f"{min(shares):.2f} to {max(shares):.2f}" if shares else "-"
+        return _range([row.value for row in steps.rows if row.method == f"paca / {name}"])
+
+    def beside(lora: str) -> str:
+        return _range([times["paca16"] / times[lora] for times in studies])
 
     def beyond(name: str) -> str:
         ways = ("forward", "backward")
         return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
 
-    def beside(lora: str) -> str:
-        times = [verdict.steps_of(task, results) for task in ("minilm", "dinov2", "smollm2-words")]
-        shares = [one["paca16"] / one[lora] for one in times]
-        return f"{min(shares):.2f} to {max(shares):.2f}"
-
     model, device = steps.rows[0].model.partition(", ")[2], steps.provenance["device"]
     loras = ("paca", "lora", "lora_bf16")
-    cells = [
-        [
-            f"PaCA's step time as a share of theirs, r = 16: small Llama ({model}), 16 to 2,048 "
-            f"tokens, {device}",
-            *map(share, loras),
-        ],
-        [
-            "the same on three small models",
-            "-",
-            beside("lora16"),
-            "-",
-            beside("rslora16"),
-        ],
-        [
-            "kept for backward, r = 16, bytes per token, layer and channel of LLaMA3-8B; with "
-            "lean activations, level 1; counted",
-            *(f"{kept['plain', name]:.0f}; {kept['level 1', name]:.0f}" for name in loras),
-        ],
-        ["kernels beyond a frozen decoder layer, forward + backward; counted", *map(beyond, loras)],
-    ]
-    for title, paca, lora, rslora in verdict.first_rows(results):
-        cells.append([title, paca, lora, "-", rslora])
-    title = (
+    timed = (
+        f"PaCA's step time as a share of theirs, r = 16: small Llama ({model}), 16 to 2,048 "
+        f"tokens, {device}"
+    )
+    bytes_kept = (
+        "kept for backward, r = 16, bytes per token, layer and channel of LLaMA3-8B; with lean "
+        "activations, level 1; counted"
+    )
+    launched = "kernels beyond a frozen decoder layer, forward + backward; counted"
+    served = (
         "tuned in a 4-bit GGUF and written into it (LoRA: quantised again), SmolLM2-135M, words "
         "reversed; sorted: exact answers served, % (as trained)"
     )
-    cells.append([title, *("; ".join(_served(results, arm)) for arm in ("paca", "lora"))])
+    cells = [
+        [timed, "-", *map(share, loras[1:]), "-"],
+        ["the same on three small models", "-", beside("lora16"), "-", beside("rslora16")],
+        [bytes_kept, *(f"{kept['plain', n]:.0f}; {kept['level 1', n]:.0f}" for n in loras), "-"],
+        [launched, *map(beyond, loras), "-"],
+    ]
+    for title, paca, lora, rslora in verdict.first_rows(results):
+        cells.append([title, paca, lora, "-", rslora])
+    cells.append([served, *(_served(results, arm) for arm in ("paca", "lora")), "-", "-"])
     trainer = "LoRA as Trainer runs it (autocast, float32 adapters)"
     header = ["", "PaCA", trainer, "LoRA, adapters in bfloat16", "rsLoRA"]
-    return "\n".join(Table(header=header, cells=[[*c, "-", "-"][:5] for c in cells]).markdown())
+    return "\n".join(Table(header=header, cells=cells).markdown())
 
 
-def _served(results: Path, arm: str) -> list[str]:
+def _range(shares: list[float]) -> str:
+    return f"{min(shares):.2f} to {max(shares):.2f}"
+
+
+def _served(results: Path, arm: str) -> str:
     """Return the scores of an arm in the first format of files of few bits, by task."""
     rows = {(r.setting, r.what): r for r in read("packed", results).rows if r.method == arm}
     settings = [f"Q4_1, words {task}" for task in ("reversed", "sorted")]
-    return [
+    return "; ".join(
         f"{rows[setting, 'score'].value:.1f} ({rows[setting, 'score as trained'].value:.1f})"
         for setting in settings
-    ]
+    )
 
 
 def _demo(results: Path) -> str:
@@ -253,16 +211,11 @@ _COMBINATIONS = {
 def _compat(results: Path) -> str:
     """Return the table of what passed beside which releases."""
     result = json.loads((results / "compat.json").read_text(encoding="utf-8"))
-    shown = ("torch", "transformers", "peft", "accelerate")
-    cells = [
-        [
-            title,
-            *(result[name]["versions"][package].partition("+")[0] for package in shown),
-            *(_passed(result[name].get(half)) for half in ("core", "conformance")),
-        ]
-        for name, title in _COMBINATIONS.items()
-        if name in result
-    ]
+    shown, cells = ("torch", "transformers", "peft", "accelerate"), []
+    for name in filter(result.get, _COMBINATIONS):
+        versions = [result[name]["versions"][package].partition("+")[0] for package in shown]
+        passed = [_passed(result[name].get(half)) for half in ("core", "conformance")]
+        cells.append([_COMBINATIONS[name], *versions, *passed])
     header = ["", "torch", "transformers", "PEFT", "accelerate", "core's tests", "PEFT's own tests"]
     remark = "`python tools/compat.py --json benchmarks/results/compat.json` counted them."
     return "\n".join([*Table(header=header, cells=cells).markdown(), "", remark])
