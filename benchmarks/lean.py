@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.methods import METHODS, OURS, RANK, make_contender
-from benchmarks.models import llama_values, loss_of, make_batch
+from benchmarks.models import llama_values, make_batch
 from benchmarks.results import counted, new_parser, record
+from benchmarks.timing import Step
 from pacatune import lean
-from pacatune.measure.counters import SavedBytes
 from pacatune.measure.models import checkpoint_blocks
 from pacatune.reports.rows import Row
 
@@ -57,12 +57,10 @@ def count(method: str, variant: str, values: dict[str, Any]) -> Row:
     units = 0.0
     for num_layers, sign in ((2, 1), (1, -1)):
         sized = values | {"num_hidden_layers": num_layers}
-        model = make_contender(method, sized, torch.bfloat16).model
-        apply_variant(model, variant)
-        with torch.autocast("cpu", torch.bfloat16), SavedBytes(model) as saved:
-            loss = loss_of(model, batch)
-        del loss
-        units += sign * saved.num_bytes / batch.numel() / values["hidden_size"]
+        contender = make_contender(method, sized, torch.bfloat16)
+        apply_variant(contender.model, variant)
+        step = Step(contender=contender, batch=batch, autocast=torch.bfloat16)
+        units += sign * step.kept_bytes() / batch.numel() / values["hidden_size"]
     if method == OURS and variant in LEVELS:
         formula = formula_units(values, VARIANTS[variant][1])
         if abs(units - formula) > 1e-6:

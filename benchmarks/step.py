@@ -38,7 +38,6 @@ from benchmarks.results import (
     timed_parser,
 )
 from benchmarks.timing import Step
-from pacatune.measure.counters import SavedBytes
 from pacatune.reports.rows import Row
 from pacatune.residency import put as residency
 from pacatune.tuner.layer import PacaLayer
@@ -110,12 +109,9 @@ def count(step: Step, is_compiled: bool, names: dict[str, str]) -> list[Row]:
     """Return what is exact about a method: parameters, bytes kept for backward, column writes."""
     contender = step.contender
     method, model = contender.method, contender.model
-    with SavedBytes(model) as saved:
-        loss = step.forward()
-    del loss
     rows = [
         counted("trained parameters", method, contender.num_trainable_parameters, **names),
-        counted("kept for backward", method, saved.num_bytes, "bytes", **names),
+        counted("kept for backward", method, step.kept_bytes(), "bytes", **names),
     ]
     if method == OURS and not is_compiled:
         num_layers = sum(isinstance(module, PacaLayer) for module in model.modules())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import loss_of
+from pacatune.measure.counters import SavedBytes
 from pacatune.reports.rows import Row
 
 Times = list[float]
@@ -59,6 +60,13 @@ class Step:
             precision = torch.autocast(device, self.autocast)
         with precision:
             return self.loss(self.contender.model, self.batch)
+
+    def kept_bytes(self) -> int:
+        """Return the bytes that autograd keeps of a forward pass, parameters and buffers aside."""
+        with SavedBytes(self.contender.model) as saved:
+            loss = self.forward()  # what it keeps goes with it
+        del loss
+        return saved.num_bytes
 
     def __call__(self) -> tuple[float, float, float]:
         """Make the step; return the seconds of forward, backward and optimizer."""

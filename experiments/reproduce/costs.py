@@ -20,7 +20,6 @@ from benchmarks.results import compare, counted
 from benchmarks.timing import Step, alternate
 from experiments.paper import METHOD_TITLES, PAPER, Line, Printed
 from experiments.reproduce.experiment import Experiment
-from pacatune.measure.counters import SavedBytes
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import Quantity, estimate_memory, find_max
 from pacatune.measure.setting import Setting
@@ -123,12 +122,7 @@ def measured(steps: Mapping[str, Step], model: str) -> list[Row]:
 
     Shares are of the first one.
     """
-    rows = []
-    for method, step in steps.items():
-        with SavedBytes(step.contender.model) as saved:
-            loss = step.forward()
-        del loss
-        rows.append(counted(KEPT, method, saved.num_bytes, "bytes", model=model))
+    rows = [counted(KEPT, m, step.kept_bytes(), "bytes", model=model) for m, step in steps.items()]
     rounds = alternate(dict(steps), seconds=_SECONDS, min_rounds=5, num_warmup=2)
     first, *others = steps
     pairs = [(first, other) for other in others]
