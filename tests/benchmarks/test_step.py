@@ -104,14 +104,9 @@ def test_swapping_columns_is_the_same_map(dtype, error):
     assert torch.equal(base.weight, before)
 
 
-def test_given_settings_are_combined(capsys):
-    options = "--tokens 8 512 --accumulation 1 2 --dtypes float32"
-    settings = step.choose_settings(step.parse(options.split()))
-    assert settings == [(n, k, "float32") for n in (8, 512) for k in (1, 2)]
-    usual = step.parse(["--dtypes", "float32", "bfloat16"])
-    assert len(step.choose_settings(usual)) == 2 * len(step.SETTINGS)
-    assert usual.methods == list(USUAL)
-    assert step.parse(["--compiled"]).methods == ["paca", "lora", "lora_bf16"]
+def test_tokens_fill_rows_of_equal_length(capsys):
+    settings = step.choose_settings(step.parse(["--tokens", "8", "1024", "--dtypes", "float32"]))
+    assert settings == [(8, 1, "float32"), (1024, 1, "float32")]
     with pytest.raises(SystemExit):
         step.parse(["--tokens", "16", "700"])
     message = "`--tokens` (700), above 512, must be a multiple of it."

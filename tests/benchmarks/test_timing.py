@@ -1,17 +1,16 @@
 """How contenders take turns and what is made of the times."""
 
 import gc
+import time
 from collections import Counter
-from dataclasses import replace
 from itertools import pairwise, permutations
 
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.methods import make_contender
 from benchmarks.models import llama_values, make_batch
-from benchmarks.timing import Step, Stopwatch, alternate, order_of_round, ratio_row, time_row
+from benchmarks.timing import Step, alternate, order_of_round, ratio_row, time_row
 
 NAMES = {"what": "step", "method": "paca"}
 
@@ -54,57 +53,18 @@ def test_rows_have_a_median_and_quartiles_or_an_interval_that_draws_whole_rounds
     assert noisy == ratio_row(*both, seed=0, **NAMES)
 
 
-class Event:
-    """A CUDA event: noted when recorded, reached by the device when it is waited for."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self, stream):
-        self.time = next(stream)
-
-    def synchronize(self):
-        Event.reached = self.time
-
-    def elapsed_time(self, end):
-        assert Event.reached >= end.time
-        return end.time - self.time
-
-
-def test_a_stopwatch_waits_for_cuda_when_it_is_read(monkeypatch):
-    times = iter([100, 350, 400])
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: times)
-    watch = Stopwatch(torch.device("cuda", 0))
-    for _ in range(3):
-        watch.mark()
-    assert watch.seconds() == pytest.approx((0.25, 0.05))
-
-
-def test_a_step_waits_for_the_device_at_its_end_alone(monkeypatch):
-    events = []
-
-    class Watch:
-        """A clock that tells what the device would be waited for."""
-
-        def __init__(self, device):
-            self.num_marks = 0
-
-        def mark(self):
-            events.append("mark")
-            self.num_marks += 1
-
-        def seconds(self):
-            events.append("wait")
-            return tuple(float(number) for number in range(1, self.num_marks))
-
-    monkeypatch.setattr(timing, "Stopwatch", Watch)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda *args: pytest.fail("waited"))
+def test_phases_of_a_step_are_timed_and_the_step_is_made():
     values = llama_values(32, 2, num_heads=2, vocab_size=64)
     contender = make_contender("paca", values, torch.float32, rank=4)
-    step = Step(contender=contender, batch=make_batch(2, 6, 64, seed=0))
-    assert step() == (1.0, 2.0, 3.0)
-    assert events == ["mark"] * 4 + ["wait"]
-    # Forward and backward of two micro-batches take turns.
-    assert replace(step, accumulation=2)() == (1.0 + 3.0, 2.0 + 4.0, 5.0)
-    assert step.seconds() == 6.0
+    trained = [p for p in contender.model.parameters() if p.requires_grad]
+    before = [parameter.clone() for parameter in trained]
+    step = Step(contender=contender, batch=make_batch(2, 6, 64, seed=0), accumulation=3)
+    start = time.perf_counter()
+    phases = step()
+    elapsed = time.perf_counter() - start
+    assert len(phases) == 3
+    assert min(phases) > 0
+    assert sum(phases) <= elapsed
+    assert not any(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+    assert step.kept_bytes() > 0
+    assert step.seconds() > 0

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from examples.packaged.table import TASKS as PACKAGED_TASKS
 from experiments.study.__main__ import main
-from experiments.study.config import Arm, StudyConfig, merged, read_study
+from experiments.study.config import Arm, StudyConfig, read_study
 from experiments.study.runner import run_study
 from experiments.study.statistics import best_rate, compared, holm, rate_beyond, read_runs
 from experiments.study.tasks import StudyTask, exact_match
@@ -83,14 +83,6 @@ def test_the_committed_studies_name_packaged_tasks_and_options_that_there_are(na
     task = StudyTask(study)
     for arm in study.arms.values():
         assert task.make_run(arm, 1e-3, 0, tmp_path).method == arm.method
-
-
-def test_sections_are_merged_and_values_replaced():
-    base = {"paca": {"r": 1, "rank_pattern": {"a": 1}}, "method": "paca"}
-    over = {"paca": {"rank_pattern": {"b": 2}}, "lean": "off"}
-    paca = {"r": 1, "rank_pattern": {"b": 2}}
-    assert merged(base, over) == {"paca": paca, "method": "paca", "lean": "off"}
-    assert base["paca"]["rank_pattern"] == {"a": 1}
 
 
 def test_runs_have_what_the_arm_says(text_options, tmp_path):
