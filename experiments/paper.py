@@ -17,6 +17,8 @@ from typing import Any
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Row
 
+MODEL = "llama3-8b"
+"""The model of most tables and of both figures."""
 METHOD_TITLES = {
     "none": "No tuning",
     "quantized": "Quantized, no tuning",
@@ -115,7 +117,7 @@ def _read(name: str, values: dict[str, Any]) -> Printed:
         )
         for model, method, variant, rank, numbers, *own in values.pop("lines", ())
     ]
-    claims = [Row(model="llama3-8b", origin="paper", **claim) for claim in values.pop("claims", ())]
+    claims = [Row(model=MODEL, origin="paper", **claim) for claim in values.pop("claims", ())]
     return Printed(name=name, lines=tuple(lines), claims=tuple(claims), **values)
 
 

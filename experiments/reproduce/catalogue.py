@@ -1,22 +1,24 @@
 """Every table and figure of the paper, and the tables of the documentation made of our results."""
 
+from functools import partial
+
+from experiments.paper import PAPER
 from experiments.reproduce import costs, images, texts
 from experiments.reproduce.experiment import Experiment, comparison, read_results, sources
 from pacatune.reports.rows import table
 
-EXPERIMENTS: dict[str, Experiment] = {
-    one.paper.name: one
-    for one in (
-        texts.TABLE_1_EXPERIMENT,
-        texts.TABLE_2_EXPERIMENT,
-        texts.TABLE_3_EXPERIMENT,
-        costs.TABLE_4_EXPERIMENT,
-        texts.TABLE_5_EXPERIMENT,
-        images.TABLE_6_EXPERIMENT,
-        images.TABLE_7_EXPERIMENT,
-        costs.FIGURE_2_EXPERIMENT,
-        costs.FIGURE_3_EXPERIMENT,
-    )
+EXPERIMENTS = {
+    "table1": Experiment(paper=PAPER["table1"], jobs=texts.table_1_jobs),
+    "table2": Experiment(paper=PAPER["table2"], jobs=partial(texts.table_jobs, "table2")),
+    "table3": Experiment(paper=PAPER["table3"], jobs=partial(texts.table_jobs, "table3")),
+    "table4": Experiment(paper=PAPER["table4"], jobs=costs.table_4_jobs),
+    "table5": Experiment(paper=PAPER["table5"], jobs=partial(texts.table_jobs, "table5")),
+    "table6": Experiment(paper=PAPER["table6"], jobs=images.TABLE_6.jobs, beside="vit-b16"),
+    "table7": Experiment(
+        paper=PAPER["table7"], jobs=images.TABLE_7.jobs, beside="efficientnetv2-l"
+    ),
+    "fig2": Experiment(paper=PAPER["fig2"], jobs=costs.figure_2_jobs),
+    "fig3": Experiment(paper=PAPER["fig3"], jobs=costs.figure_3_jobs),
 }
 
 

@@ -18,8 +18,7 @@ from benchmarks.methods import make_contender
 from benchmarks.models import llama_values, make_batch
 from benchmarks.results import compare, counted
 from benchmarks.timing import Step, alternate
-from experiments.paper import METHOD_TITLES, PAPER, Line, Printed
-from experiments.reproduce.experiment import Experiment
+from experiments.paper import METHOD_TITLES, MODEL, PAPER, Line, Printed
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import Quantity, estimate_memory, find_max
 from pacatune.measure.setting import Setting
@@ -29,8 +28,6 @@ from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
 
-MODEL = "llama3-8b"
-"""The model of the paper whose lines numbers of a small one stand beside."""
 RANK = 8
 """Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion."""
 GB = 10**9
@@ -185,7 +182,8 @@ def step_job(table: Printed, *, tokens: int, seq_len: int) -> Job:
 _OTHERWISE = {"dropout": {"dropout": 0.1}, "lean activations": {"lean": "auto", "loss": "auto"}}
 
 
-def _jobs_4() -> list[Job]:
+def table_4_jobs() -> list[Job]:
+    """Return the jobs of Table 4, as stated and otherwise."""
     jobs = []
     for line in PAPER["table4"].lines:
         setting = setting_of(line)
@@ -200,23 +198,6 @@ def _jobs_4() -> list[Job]:
     return jobs
 
 
-TABLE_4_EXPERIMENT = Experiment(
-    paper=PAPER["table4"],
-    about="How long may one text be before the memory of an NVIDIA A100 (80 GB) is full? Memory "
-    "grows with every token, by what a method keeps for the backward pass: LoRA the whole input of "
-    "every adapted layer, PaCA the few channels that it trains. The longest text that surely fits "
-    "is found by bisection of simulated steps, with the largest CUDA context and the largest gaps "
-    "between blocks that `pacatune estimate` allows for.",
-    beside=MODEL,
-    jobs=_jobs_4,
-    notes=(
-        "The paper leaves open whether LoRA and its relatives had dropout here. Without it every "
-        "method comes near the paper's length; with dropout 0.1 they would not.",
-        "The paper used transformers 4.43, which kept repeated heads of keys and values; the "
-        "version here does not, so that every method reaches some per cent more.",
-    ),
-)
-
 # Figure 2: operations and time of a step.
 
 _TOKENS, _ROWS = 512, 2
@@ -228,7 +209,8 @@ _PHASES = {
 }
 
 
-def _jobs_fig2() -> list[Job]:
+def figure_2_jobs() -> list[Job]:
+    """Return the jobs of Figure 2: operations at the paper's size, times of a small Llama."""
     inputs = {"model": MODEL, "methods": [*_TITLES_2], "rank": RANK, "tokens": [_ROWS, _TOKENS]}
     title = f"counting the operations of a step of {MODEL}"
     count = Job(key="operations", title=title, inputs=inputs, run=_count_operations)
@@ -268,34 +250,14 @@ def with_stated_shares(quantity: str, rows: list[Row]) -> list[Row]:
     return rows
 
 
-FIGURE_2_EXPERIMENT = Experiment(
-    paper=PAPER["fig2"],
-    about="The paper counts the operations of the forward and the backward pass, and measures "
-    "their times. LoRA computes a third less than full fine-tuning and yet takes as long, since "
-    "its small matrices are steps of their own in every layer; PaCA has no such steps. Operations "
-    "are counted here at the paper's own size, 2 x 512 tokens of LLaMA3-8B, which is exact.",
-    beside=MODEL,
-    jobs=_jobs_fig2,
-)
-
 # Figure 3: throughput over the batch.
 
 
-def _jobs_fig3() -> list[Job]:
+def figure_3_jobs() -> list[Job]:
+    """Return the jobs of Figure 3: the largest batches."""
     jobs = []
     for method in ("lora", "dora", "moslora", "paca"):
         setting = make_setting(method, rank=RANK, seq_len=_TOKENS)
         names = {"what": f"largest batch of {_TOKENS} tokens", "method": METHOD_TITLES[method]}
         jobs.append(_largest_job(f"batch-{method}", setting, "batch_size", **names))
     return jobs
-
-
-FIGURE_3_EXPERIMENT = Experiment(
-    paper=PAPER["fig3"],
-    about="A GPU works best on many texts at once, and memory decides how many. The paper raises "
-    "the batch until memory ends, on an NVIDIA A100 and an Intel Gaudi2, and counts sentences of "
-    "512 tokens per second. The largest batch on an A100 (80 GB) is simulated here; throughput was "
-    "measured once, of a small Llama (commit 9606675fd).",
-    beside=MODEL,
-    jobs=_jobs_fig3,
-)

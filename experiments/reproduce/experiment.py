@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.paper import METHOD_TITLES, Printed
+from experiments.paper import METHOD_TITLES, MODEL, Printed
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.provenance import commit_text, versions_text
 from pacatune.reports.rows import Finished, Job, Row, Table, number_text, table
@@ -17,14 +17,9 @@ NATS = "nats per token"
 
 _UNTRAINED = (METHOD_TITLES["none"], METHOD_TITLES["quantized"])
 TOLERANCE = 0.05
-RULE = (
-    "`agrees`: our interval holds the paper's share, or ours is within "
-    f"{TOLERANCE:.0%} of it. `same order` and `other order`: it does not, and our whole interval "
-    "lies on one side of being equal. `not told apart`: our interval holds being equal, or the "
-    "paper's numbers are equal and so have no order. `one run`: no spread is known, so nothing can "
-    "be said. Of scores the differences are compared, in points of the same score alone; a loss "
-    "stands beside a score for its order, which is all that can agree, and its sign is turned so "
-    "that more is better."
+# The words of `agreement` are explained there.
+_ABOUT = (
+    "docs/quality.md in the checkout says what stands beside what, what the words mean, and more."
 )
 
 
@@ -33,13 +28,9 @@ class Experiment:
     """What of the paper is put beside ours."""
 
     paper: Printed
-    about: str
-    """For somebody who knows neither the paper nor us."""
-    beside: str
+    beside: str = MODEL
     """The paper's model whose lines stand beside those of a smaller one of ours."""
     jobs: Callable[[], list[Job]]
-    notes: tuple[str, ...] = ()
-    """What limits the comparison."""
 
 
 def shares(paper: Printed, rows: Iterable[Row]) -> Iterator[Row]:
@@ -76,7 +67,7 @@ def _share(row: Row, of: Row) -> Row:
 
 
 def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
-    """Return what our share or difference says of the paper's; `RULE` has the words."""
+    """Return what our share or difference says of the paper's; docs/quality.md has the words."""
     even = 0.0 if is_score else 1.0
     low, high = (ours.low, ours.high) if ours.low is not None else (ours.value, ours.value)
     assert low is not None
@@ -137,15 +128,14 @@ def make_page(experiment: Experiment, found: Mapping[str, Finished]) -> str:
     ours = [row for one in found.values() for row in one.rows]
     printed = experiment.paper
     numbers = [row for row in (*printed.rows, *ours) if row.unit != "ratio"]
-    parts = [f"# {printed.title}", f"{printed.place}. {experiment.about}"]
+    parts = [f"# {printed.title}", f"{printed.place}. {_ABOUT}"]
     if numbers:
         shown = table(numbers, ("model", "method"), ("what", "setting", "origin"))
         parts += ["\n".join(shown.markdown()), *shown.notes]
     compared = comparison(experiment, ours)
     if compared is not None:
-        parts += ["\n".join(compared.markdown()), RULE]
-    notes = [printed.note, *experiment.notes, *(row.note for row in printed.claims)]
-    notes = [text for text in notes if text]
+        parts += ["\n".join(compared.markdown())]
+    notes = [note for note in (printed.note, *(row.note for row in printed.claims)) if note]
     jobs = experiment.jobs()
     missing = [job.title or job.key for job in jobs if job.key not in found]
     failed = [f"{key}: {one.error}" for key, one in found.items() if one.error]

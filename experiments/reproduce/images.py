@@ -21,7 +21,6 @@ from examples.images import MODELS, adapt, load_images, make_trainer
 from examples.packaged import prepare
 from experiments.paper import PAPER, Line, Printed
 from experiments.reproduce.costs import RANK, as_costs, measured
-from experiments.reproduce.experiment import Experiment
 from experiments.reproduce.runs import at_best_rate, quiet, rate_note
 from pacatune.reports.provenance import num_cores
 from pacatune.reports.rows import Job, Row
@@ -76,21 +75,9 @@ class _Images:
     image_size: int
     """Pixels of the images in the steps that are timed."""
 
-    def experiment(self, about: str, *notes: str) -> Experiment:
-        """Return the experiment."""
-        small = (
-            f"Here {self.small_model} is trained for {self.num_steps} steps on "
-            f"CIFAR-10's test images, and scored on {_NUM_TEST} others of them, which "
-            "is not the usual accuracy on CIFAR-10; the learning rate is the best of three on "
-            f"validation images. Steps are of {self.model} with random weights."
-        )
-        return Experiment(
-            paper=self.table,
-            about=f"{about} {small}",
-            beside=self.table.lines[0].model,
-            jobs=lambda: [self._steps_job(), *map(self._small_job, self.table.lines)],
-            notes=notes,
-        )
+    def jobs(self) -> list[Job]:
+        """Return the steps of the paper's model, and the training of the small one."""
+        return [self._steps_job(), *map(self._small_job, self.table.lines)]
 
     def _small_job(self, line: Line) -> Job:
         rates = self.learning_rates[line.method]
@@ -162,7 +149,7 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-TABLE_6_EXPERIMENT = _Images(
+TABLE_6 = _Images(
     table=PAPER["table6"],
     learning_rates={"paca": [1e-3, 3e-3, 9e-3], "lora": [1e-3, 3e-3, 9e-3]},
     example="dinov2-small",
@@ -172,14 +159,8 @@ TABLE_6_EXPERIMENT = _Images(
     model="ViT-B/16",
     num_images=4,
     image_size=224,
-).experiment(
-    "The paper fine-tunes ViT-B/16, a transformer for images, on four data sets, by LoRA and by "
-    "PaCA, to show that PaCA is not for language alone.",
-    "DINOv2-S has 22 M parameters and was fine-tuned for saliency by others.",
-    "CIFAR-100, Oxford-IIIT Pets and Oxford-Flowers 102 cannot be had offline, so their columns "
-    "have no counterpart.",
 )
-TABLE_7_EXPERIMENT = _Images(
+TABLE_7 = _Images(
     table=PAPER["table7"],
     learning_rates={"paca": [2e-3, 6e-3, 1.8e-2], "full": [3e-4, 1e-3, 3e-3]},
     example="efficientnet-lite0",
@@ -189,12 +170,4 @@ TABLE_7_EXPERIMENT = _Images(
     model="EfficientNetV2-L",
     num_images=2,
     image_size=192,
-).experiment(
-    "LoRA's matrices are linear layers and do not merge into every kind of convolution; PaCA "
-    "trains some input channels of any. The paper fine-tunes EfficientNetV2-L, a convolutional "
-    "network, in full and by PaCA.",
-    "EfficientNet-Lite0 has 3.4 M parameters, and weights of ImageNet.",
-    "CIFAR-100 cannot be had offline, so its column has no counterpart.",
-    "The paper trained BatchNorm in a way that it does not state; here it stays in evaluation "
-    "mode.",
 )

@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.results import mean_row
 from examples.packaged import default_cache, prepare
 from experiments import mmlu
-from experiments.paper import PAPER, Line, Printed
-from experiments.reproduce.costs import MODEL, memory_jobs, step_job
-from experiments.reproduce.experiment import NATS, Experiment
+from experiments.paper import MODEL, PAPER, Line
+from experiments.reproduce.costs import memory_jobs, step_job
+from experiments.reproduce.experiment import NATS
 from experiments.reproduce.runs import at_best_rate, quiet, rate_note
 from experiments.study.config import Arm, StudyConfig
 from experiments.study.runner import run_study
@@ -157,26 +157,12 @@ def _ask(model: Path, adapter: Path | None, heldout: Path) -> list[float]:
     return [float(each["acc"]) for each in results["samples"][_DATA]]
 
 
-def _jobs_1() -> list[Job]:
+def table_1_jobs() -> list[Job]:
+    """Return the jobs of Table 1."""
     lines = [line for line in TABLE_1.lines if line.model == MODEL]
     small = [_small_job_1(line) for line in lines]
     return [*memory_jobs(TABLE_1), step_job(TABLE_1, tokens=1024, seq_len=512), *small]
 
-
-TABLE_1_EXPERIMENT = Experiment(
-    paper=TABLE_1,
-    about="The paper fine-tunes three language models on the training questions of MMLU, a test of "
-    "57 subjects with four answers to each question, and asks the test questions with five "
-    f"examples before each. Here {_SMALL_MODEL} is trained for {_STEPS} steps of "
-    f"{_BATCH} questions to name the type of an answer (one of six; BIG-bench) and asked "
-    f"{_NUM_QUESTIONS} others; the learning rate is the best of three by validation loss.",
-    beside=MODEL,
-    jobs=_jobs_1,
-    notes=(
-        "In the paper LoRA, DoRA and MosLoRA have dropout 0.1, which takes time and memory. Steps "
-        "of the small model are measured without it, all three alike, which favours them.",
-    ),
-)
 
 # Tables 2, 3 and 5: a study of one arm for each line.
 
@@ -223,45 +209,9 @@ def _small_job_2(line: Line) -> Job:
     return Job(key=f"small-{line.key}", title=title, inputs=asdict(config), run=run)
 
 
-def _experiment(table: Printed, about: str, *notes: str) -> Experiment:
-    has_costs = "memory" in table.units
-
-    def jobs() -> list[Job]:
-        jobs = memory_jobs(table, explain=True) if has_costs else []
-        if has_costs:
-            jobs.append(step_job(table, tokens=768, seq_len=768))
-        return jobs + [_small_job_2(line) for line in table.trained if line.model == MODEL]
-
-    small = (
-        f"Here {_SMALL_MODEL} is trained for {_STEPS_2} steps of 8 questions and "
-        "answers, at the best of three learning rates on validation data."
-    )
-    return Experiment(paper=table, about=f"{about} {small}", beside=MODEL, jobs=jobs, notes=notes)
-
-
-_LENGTHS = (
-    "The settings name the longest text (768 tokens), not the usual one. The notes above say how "
-    "many tokens would explain the paper's memory."
-)
-TABLE_2_EXPERIMENT = _experiment(
-    PAPER["table2"],
-    "The paper trains LLaMA3-8B to follow instructions, on conversations of Oasst1, and lets "
-    "GPT4o-mini grade its answers to the 80 questions of MT-Bench from 1 to 10.",
-    f"{_LENGTHS} Every line would need more tokens than the settings allow: what else the paper's "
-    "memory holds is not explained.",
-)
-TABLE_3_EXPERIMENT = _experiment(
-    PAPER["table3"],
-    "A model of 70 billion weights does not fit on one GPU in 16 bits. QLoRA and QPaCA hold the "
-    "frozen weights in 4 bits (NF4) and train LoRA's matrices, or PaCA's columns, in 16.",
-    f"{_LENGTHS} For the same data these are 366 tokens per text for QLoRA on 8B, and 138 on 70B: "
-    "the length of the texts alone does not explain the paper's memory, and nothing here does.",
-    "The paper's text says that QLoRA saves 11 % of memory and 12 % of time against QPaCA; its "
-    "table says the opposite, and the table is taken.",
-)
-TABLE_5_EXPERIMENT = _experiment(
-    PAPER["table5"],
-    "PaCA trains a few columns of each weight. Which ones? The paper compares columns at random "
-    "(with two seeds), those of the largest norm, and those that had the largest gradients in 100 "
-    "batches, and finds no noticeable difference.",
-)
+def table_jobs(name: str) -> list[Job]:
+    """Return the jobs of Table 2, 3 or 5."""
+    table, jobs = PAPER[name], list[Job]()
+    if "memory" in table.units:
+        jobs = [*memory_jobs(table, explain=True), step_job(table, tokens=768, seq_len=768)]
+    return jobs + [_small_job_2(line) for line in table.trained if line.model == MODEL]

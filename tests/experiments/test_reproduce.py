@@ -53,9 +53,8 @@ PRINTED = Printed(
 )
 
 
-def experiment(*jobs, **more):
-    options = {"paper": PRINTED, "about": "About it.", "beside": "big"}
-    return Experiment(jobs=lambda: list(jobs), **options, **more)
+def experiment(*jobs):
+    return Experiment(paper=PRINTED, beside="big", jobs=lambda: list(jobs))
 
 
 def test_shares_of_costs_and_differences_of_scores():
@@ -140,7 +139,7 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
         Job(key="b", inputs={}, run=fail, title="asking the judge"),
         Job(key="c", inputs={}, run=fail, title="never begun"),
     ]
-    one = experiment(*jobs, notes=("A note.",))
+    one = experiment(*jobs)
     folder = OwnedFolder(path=tmp_path, kind="a test")
     folder.begin()
     found = done(jobs[:2], folder)
@@ -150,7 +149,6 @@ def test_pages_say_what_is_missing_and_what_failed(tmp_path):
         "| time | PaCA / LoRA | 0.750 | 0.800 | same order |",
         "Not run yet:\n\n- never begun",
         "Failed:\n\n- b: OSError: no judge",
-        "- A note.",
         "2 jobs, ",
     ):
         assert text in page
@@ -176,8 +174,8 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
 
 
 def test_operations_are_counted_and_agree_with_the_text(tmp_path):
-    job = costs.FIGURE_2_EXPERIMENT.jobs()[0]
-    compared = comparison(costs.FIGURE_2_EXPERIMENT, job.run(tmp_path)).cells
+    job = EXPERIMENTS["fig2"].jobs()[0]
+    compared = comparison(EXPERIMENTS["fig2"], job.run(tmp_path)).cells
     claims = {claim.what for claim in PAPER["fig2"].claims if claim.what.startswith("operations")}
     assert [line[4] for line in compared] == ["agrees"] * 3
     assert {line[0] for line in compared} == claims
