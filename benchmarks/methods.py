@@ -86,8 +86,3 @@ def make_contender(
                 names = layer.active_adapters
                 layer.forward = partial(layer._additive_forward, names=names)
     return Contender(method, model.train(), optimizer)
-
-
-def autocast_of(dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype of autocast for weights of a dtype; None: without."""
-    return None if dtype == torch.float32 else dtype

@@ -17,7 +17,6 @@ import torch
 from benchmarks.methods import METHODS, OURS
 from benchmarks.timing import alternate, ratio_row, time_row
 from pacatune.cli.options import quiet_libraries
-from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
 from pacatune.reports.rows import Finished, Row, spread_of_mean, table
 
@@ -25,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("src", "benchmarks/*.py")
 """What a result is a result of; changes there are noted."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def record(
@@ -105,24 +103,6 @@ def new_parser(description: str | None, *, is_timed: bool = False) -> argparse.A
     if is_timed:
         add("--threads", type=at_least_1, default=num_cores(), help="torch's threads")
         add("--seed", type=int, default=0)
-    return parser
-
-
-def timed_parser(
-    description: str | None, *, seconds: float, methods: Iterable[str] = METHODS
-) -> argparse.ArgumentParser:
-    """Return a parser with the options of methods that take turns."""
-    parser = new_parser(description, is_timed=True)
-    add = parser.add_argument
-    usual = "None: the usual ones"
-    add("--methods", nargs="+", choices=list(methods), metavar="NAME", help=usual)
-    fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
-    hardware = "by default those that this processor multiplies in hardware"
-    add("--dtypes", nargs="+", default=fast, choices=list(DTYPES), help=hardware)
-    add("--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual")
-    add("--seconds", type=float, default=seconds, help="time for each setting, warm-up excluded")
-    add("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
-    add("--warmup", type=int, default=2, help="rounds before, not counted")
     return parser
 
 

@@ -20,37 +20,47 @@ import torch
 
 from benchmarks.methods import (
     MAX_LENGTH,
+    METHODS,
     OURS,
     RANK,
     USUAL,
     VALUES,
-    autocast_of,
     make_contender,
 )
 from benchmarks.models import loss_of, loss_of_graph, make_batch
 from benchmarks.results import (
-    DTYPES,
     at_least_1,
     compare,
     counted,
+    new_parser,
     record,
     take_turns,
-    timed_parser,
 )
 from benchmarks.timing import Step
+from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.rows import Row
 from pacatune.residency import put as residency
 from pacatune.tuner.layer import PacaLayer
 
 # Tokens per micro-batch and micro-batches per optimizer step, unless options say otherwise.
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILED_METHODS = (OURS, "lora", "lora_bf16")
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = timed_parser(__doc__, seconds=40.0)
+    parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
+    usual = "None: the usual ones"
+    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=usual)
+    fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
+    hardware = "by default those that this processor multiplies in hardware"
+    add("--dtypes", nargs="+", default=fast, choices=list(DTYPES), help=hardware)
+    add("--tokens", nargs="+", type=at_least_1, metavar="N", help="per micro-batch; None: as usual")
+    add("--seconds", type=float, default=40.0, help="time for each setting, warm-up excluded")
+    add("--min-rounds", type=at_least_1, default=5, help="rounds at the least")
+    add("--warmup", type=int, default=2, help="rounds before, not counted")
     add("--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step")
     compiled = "compare under torch.compile; needs a C++ compiler"
     add("--compiled", action="store_true", help=compiled)
@@ -87,7 +97,7 @@ def measure(num_tokens: int, accumulation: int, dtype: str, args: argparse.Names
             contender=make_contender(method, args.values, DTYPES[dtype], args.seed),
             batch=batch,
             loss=loss_of_graph if args.compiled else loss_of,
-            autocast=autocast_of(DTYPES[dtype]),
+            autocast=None if dtype == "float32" else DTYPES[dtype],
             accumulation=accumulation,
         )
         for method in args.methods

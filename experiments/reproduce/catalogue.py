@@ -7,19 +7,18 @@ from experiments.reproduce import costs, images, texts
 from experiments.reproduce.experiment import Experiment, comparison, read_results, sources
 from pacatune.reports.rows import table
 
-EXPERIMENTS = {
-    "table1": Experiment(paper=PAPER["table1"], jobs=texts.table_1_jobs),
-    "table2": Experiment(paper=PAPER["table2"], jobs=partial(texts.table_jobs, "table2")),
-    "table3": Experiment(paper=PAPER["table3"], jobs=partial(texts.table_jobs, "table3")),
-    "table4": Experiment(paper=PAPER["table4"], jobs=costs.table_4_jobs),
-    "table5": Experiment(paper=PAPER["table5"], jobs=partial(texts.table_jobs, "table5")),
-    "table6": Experiment(paper=PAPER["table6"], jobs=images.TABLE_6.jobs, beside="vit-b16"),
-    "table7": Experiment(
-        paper=PAPER["table7"], jobs=images.TABLE_7.jobs, beside="efficientnetv2-l"
-    ),
-    "fig2": Experiment(paper=PAPER["fig2"], jobs=costs.figure_2_jobs),
-    "fig3": Experiment(paper=PAPER["fig3"], jobs=costs.figure_3_jobs),
+_JOBS = {
+    "table1": texts.table_1_jobs,
+    "table2": partial(texts.table_jobs, "table2"),
+    "table3": partial(texts.table_jobs, "table3"),
+    "table4": costs.table_4_jobs,
+    "table5": partial(texts.table_jobs, "table5"),
+    "table6": images.TABLE_6.jobs,
+    "table7": images.TABLE_7.jobs,
+    "fig2": costs.figure_2_jobs,
+    "fig3": costs.figure_3_jobs,
 }
+EXPERIMENTS = {name: Experiment(paper=PAPER[name], jobs=jobs) for name, jobs in _JOBS.items()}
 
 
 def doc_table(name: str) -> str:

@@ -17,10 +17,7 @@ NATS = "nats per token"
 
 _UNTRAINED = (METHOD_TITLES["none"], METHOD_TITLES["quantized"])
 TOLERANCE = 0.05
-# The words of `agreement` are explained there.
-_ABOUT = (
-    "docs/quality.md in the checkout says what stands beside what, what the words mean, and more."
-)
+_ABOUT = "docs/quality.md in the checkout says what stands beside what, and what the words mean."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +25,6 @@ class Experiment:
     """What of the paper is put beside ours."""
 
     paper: Printed
-    beside: str = MODEL
-    """The paper's model whose lines stand beside those of a smaller one of ours."""
     jobs: Callable[[], list[Job]]
 
 
@@ -87,11 +82,12 @@ def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
 def comparison(experiment: Experiment, ours: Sequence[Row]) -> Table | None:
     """Return each of our shares beside the paper's; None where there is none."""
     printed = experiment.paper
-    models = {row.model for row in printed.rows}
+    models = [row.model for row in printed.rows]
+    beside = MODEL if MODEL in models else models[0]  # lines of a smaller model of ours
     stated = {(row.what, row.method, row.model): row for row in shares(printed, printed.rows)}
     lines = []
     for row in shares(printed, ours):
-        model = row.model if row.model in models else experiment.beside
+        model = row.model if row.model in models else beside
         paper = stated.get((row.what, row.method, model))
         if paper is None:
             continue

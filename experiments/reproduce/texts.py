@@ -75,7 +75,9 @@ def _run_small_1(line: Line, folder: Path) -> list[Row]:
             output = folder / f"rate{rate:g}-seed{seed}"
             run = _run_of(line, model, data / "train.jsonl", rate, seed, output)
             with quiet(folder):
-                return float(train(run, overwrite=True).eval_loss_after or 0.0), output
+                loss = train(run, overwrite=True).eval_loss_after
+            assert loss is not None, "a part of the data is held out"
+            return loss, output
 
         best, runs = at_best_rate(_RATES_1, _SEEDS, trained, lambda run: run[0])
         adapters, note = [output for _, output in runs], rate_note(line, best, _RATES_1)

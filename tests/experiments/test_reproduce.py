@@ -54,7 +54,7 @@ PRINTED = Printed(
 
 
 def experiment(*jobs):
-    return Experiment(paper=PRINTED, beside="big", jobs=lambda: list(jobs))
+    return Experiment(paper=PRINTED, jobs=lambda: list(jobs))
 
 
 def test_shares_of_costs_and_differences_of_scores():
@@ -170,7 +170,6 @@ def test_jobs_have_keys_of_their_own_plain_inputs_and_committed_results(name):
     json.dumps([job.inputs for job in jobs])
     # Sweeps until memory ends were measured once: their rows stay.
     assert read_results(name).keys() >= keys
-    assert one.beside in {r.model for r in one.paper.rows}
 
 
 def test_operations_are_counted_and_agree_with_the_text(tmp_path):
