@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from benchmarks.kernel_counter import KernelCounter, branches_of_gpu, num_of_multi_tensor
-from pacatune.lean.gated import ACTIVATIONS, apply_gated_product
 from pacatune.ops import products
 
 
@@ -91,26 +90,6 @@ def launched(counter, function):
     before = counter.launches.total()
     function()
     return counter.launches.total() - before
-
-
-@pytest.mark.parametrize("scaling", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradient_of_delta_is_one_product(counter, scaling, dtype):
-    gy, x = (empty(200, n, requires_grad=False) for n in (48, 8))
-    assert launched(counter, lambda: products.grad_delta(gy, x, scaling, dtype)) == 1
-
-
-def test_what_lean_modules_fuse_is_one(counter):
-    gate, up = empty(5, 8), empty(5, 8)
-    gradient = torch.empty_like(gate)
-
-    def step():
-        apply_gated_product(gate, up, ACTIVATIONS["silu"]).backward(gradient)
-
-    assert launched(counter, step) == 2
-    columns = torch.zeros(2, dtype=torch.int64)
-    product = ACTIVATIONS["silu"].product_columns
-    assert launched(counter, lambda: product(gate.detach(), up.detach(), columns)) == 1
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

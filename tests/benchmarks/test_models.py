@@ -20,25 +20,13 @@ def test_proportions_are_llamas(hidden_size, heads, mlp):
     assert values["vocab_size"] == min(8 * hidden_size, 32000)
 
 
-def test_a_model_is_filled_as_transformers_does():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = make_model(VALUES, torch.float32, CPU, seed=0)
-    twin = LlamaForCausalLM(LlamaConfig(**VALUES)).eval()
-    theirs = dict(twin.named_parameters())
-    for name, ours in model.named_parameters():
-        assert ours.shape == theirs[name].shape
-        if name.endswith("norm.weight"):
-            assert torch.equal(ours, theirs[name])
-        else:
-            assert ours.std().item() == pytest.approx(theirs[name].std().item(), rel=0.2)
-    twin.load_state_dict(model.state_dict())
-    batch = make_batch(2, 7, VALUES["vocab_size"], seed=0)
-    # Rotary frequencies are in no state dict.
-    assert torch.equal(model.eval()(input_ids=batch).logits, twin(input_ids=batch).logits)
-    model = make_model(VALUES | {"tie_word_embeddings": True}, torch.bfloat16, CPU, seed=0)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+def test_weights_are_drawn_by_the_seed_and_embeddings_ask_for_a_gradient():
+    model, twin, other = (make_model(VALUES, torch.bfloat16, CPU, seed=n) for n in (0, 0, 1))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.lm_head.weight, twin.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+    model.requires_grad_(False)
+    assert model(input_ids=make_batch(2, 7, VALUES["vocab_size"], seed=0)).logits.requires_grad
 
 
 def test_weights_are_quantised():
