@@ -13,7 +13,3 @@ def test_figures_are_saved_without_pyplot(tmp_path):
     assert data.startswith(b"\x89PNG")
     assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (360, 240)
     assert sys.modules.get("matplotlib.pyplot") is before
-
-
-def test_dollars_are_no_mathematics():
-    assert figures.plain_text("$5 or $6") == r"\$5 or \$6"

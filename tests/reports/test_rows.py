@@ -1,4 +1,4 @@
-"""Rows: what a number keeps, the store of jobs, the pivot and the picture."""
+"""Rows: what a number keeps, the store of jobs, the pivot."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.reports.rows import Job, Row, done, number_text, plot, table
+from pacatune.reports.rows import Job, Row, done, number_text, table
 
 
 def row(method="paca", value=2.0, **more):
@@ -174,19 +174,3 @@ def test_the_pivot():
     found = table(rows, ("method",), ("what", "origin"))
     assert found.markdown()[0] == "| method | step, paper, % | step, measured, % |"
     assert found.cells == [["paca", "22.00", "3.14"]]
-
-
-def test_plot_draws_what_the_table_says():
-    rows = [
-        row("lora", 4.0, unit="ms", origin="paper"),
-        row("lora", 5.0, unit="ms", low=4.5, high=6.0),
-        row("paca", 2.0, unit="ms"),
-        row("paca", 7.0, what="kept", unit="bytes"),
-    ]
-    figure = plot(rows, ("method",), ("origin",))
-    steps, kept = figure.axes
-    assert [text.get_text() for text in steps.get_yticklabels()] == ["lora", "paca"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["paper", "measured"]
-    assert [patch.get_width() for patch in steps.patches] == [4.0, 5.0, 2.0]
-    assert [patch.get_width() for patch in kept.patches] == [7.0]
-    assert kept.get_xlabel() == "kept, bytes"

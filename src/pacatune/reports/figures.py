@@ -21,8 +21,3 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure; the ending decides the format, and the folder is made where missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def plain_text(text: str) -> str:
-    """Keep matplotlib from reading a text as mathematics."""
-    return text.replace("$", r"\$")

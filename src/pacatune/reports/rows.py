@@ -1,7 +1,7 @@
 """Numbers and where they come from: rows, the work that makes them, the tables that show them.
 
 Whatever is measured, simulated, trained or printed in a paper is a `Row`. `done` is the only store
-of rows, `table` their only pivot, `plot` its twin for pictures. A number is formatted once, here.
+of rows, `table` their only pivot. A number is formatted once, here.
 """
 
 import datetime
@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from pacatune.files.folder import format_bytes
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.reports.figures import new_figure, plain_text
 from pacatune.reports.provenance import commit, machine, versions
 
 Origin = Literal["paper", "measured", "counted", "simulated"]
@@ -31,8 +30,6 @@ _JOBS = "jobs"
 # The 97.5 % quantiles of Student's t, of one degree of freedom and more.
 _T_95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _RULES = {"l": "---", "r": "--:"}
-_INCHES_PER_BAR = 0.22
-_INCHES_PER_LETTER = 0.085
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,54 +352,3 @@ def _title(column: tuple[str, ...], units: list[str]) -> str:
     title = ", ".join(filter(None, column))
     shown = units[0] if len(units) == 1 and units[0] not in ("bytes", "ratio", "") else ""
     return f"{title}, {shown}" if shown else title
-
-
-def plot(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> Any:
-    """Draw rows as `table` lays them out: a panel for each quantity, in it bars in groups.
-
-    Intervals are drawn. Returns a figure of matplotlib; see `reports.figures.save_figure`.
-    """
-    from matplotlib.patches import Patch
-
-    panels: dict[tuple[str, str], dict[tuple[str, ...], list[Row]]] = {}
-    colors: dict[tuple[str, ...], str] = {}
-    for row in rows:
-        panels.setdefault((row.what, row.unit), {}).setdefault(_key(row, index), []).append(row)
-        colors.setdefault(_key(row, columns), f"C{len(colors)}")
-    labels = [plain_text(", ".join(filter(None, one))) for one in colors]
-    names = {", ".join(line) for panel in panels.values() for line in panel}
-    width = (2.7 + _INCHES_PER_LETTER * max(map(len, names))) * len(panels)
-    num_beside = int(width / (0.6 + _INCHES_PER_LETTER * max(map(len, labels)))) or 1
-    tallest = max(sum(len(group) + 1 for group in panel.values()) for panel in panels.values())
-    num_lines = tallest + math.ceil(len(labels) / num_beside)
-    figure = new_figure(width, 1 + _INCHES_PER_BAR * num_lines)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, ((what, unit), groups) in zip(grid, panels.items(), strict=True):
-        middles, top = list[float](), 0
-        for group in groups.values():
-            middles.append(top + (len(group) - 1) / 2)
-            _draw(axes, top, group, [colors[_key(row, columns)] for row in group])
-            top += len(group) + 1
-        axes.set_xlabel(plain_text(", ".join(filter(None, (what, unit)))))
-        axes.set_yticks(middles, [plain_text(", ".join(line)) for line in groups])
-        axes.set_ylim(tallest - 0.9, -1.1)
-        axes.margins(x=0.3)
-        if unit == "bytes":
-            axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
-            axes.locator_params(axis="x", nbins=4)
-    if len(colors) > 1:
-        both = zip(colors.values(), labels, strict=True)
-        bars = [Patch(color=color, label=label) for color, label in both]
-        place = {"loc": "outside upper left", "ncols": num_beside}
-        figure.legend(handles=bars, fontsize="small", **place)
-    return figure
-
-
-def _draw(axes: Any, top: int, rows: list[Row], colors: list[str]) -> None:
-    lows = [0.0 if row.low is None else row.value - row.low for row in rows]
-    highs = [0.0 if row.high is None else row.high - row.value for row in rows]
-    values = [row.value for row in rows]
-    places = range(top, top + len(rows))
-    bars = axes.barh(places, values, 0.9, xerr=[lows, highs], color=colors)
-    texts = [number_text(row.value, row.unit) for row in rows]
-    axes.bar_label(bars, texts, fontsize="x-small", padding=2)
