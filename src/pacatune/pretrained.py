@@ -295,7 +295,9 @@ def readable_weights(owner: str) -> Iterator[None]:
             f"the weights of {owner} cannot be read ({error}); copy them again."
         ) from error
     except RuntimeError as error:  # of transformers, after a table of what it means
-        if "mismatched" not in str(error) and "conversion of the weights" not in str(error):
+        # In the words of transformers 5, and of torch, which older ones let through.
+        words = "mismatched", "conversion of the weights", "size mismatch"
+        if not any(one in str(error) for one in words):
             raise
         raise ValueError(_OTHER_SHAPES.format(owner)) from error
 

@@ -12,6 +12,7 @@ from pacatune.adapters.merge import merge
 from tests.adapters.fixtures import log_likelihood, save_adapter
 from tests.data.conftest import write_lines
 from tests.docs.blocks import ROOT, run
+from tests.releases import needs
 
 QUESTION, CHOICES = "What is 1 and 1?", ["2", "3", "11"]
 TASK = """
@@ -36,6 +37,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@needs("lm_eval")
 @pytest.mark.slow
 def test_the_commands_of_the_page_score_the_adapted_model(folder, tiny_model_dir, tokenizer):
     adapted = save_adapter(tiny_model_dir, folder / "my-run")

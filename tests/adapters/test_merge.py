@@ -11,7 +11,8 @@ from pacatune.tuner import PacaLayer
 from tests.adapters.fixtures import edit_json, logits_of, save_adapter, scale
 from tests.conftest import build_model
 
-ROPE = {"rope_type": "default", "rope_theta": 999.0}
+THETA = {"rope_type": "default", "rope_theta": 999.0}
+ROPE = {"rope_parameters": THETA, **THETA}  # transformers 5, and 4
 
 
 def test_the_merged_folder_needs_nothing_of_ours(tiny_model_dir, adapter_dir, tmp_path):
@@ -160,7 +161,7 @@ def flip_a_bit(place):
         (flip_a_bit((-1, 2)), r"1 tensors .*'model\.norm\.weight'"),
         (flip_a_bit((-5000, 2)), r"1 tensors of the written model, first 'model\."),
         (lambda folder: build_model(300).save_pretrained(folder), r"\d+ tensors of the written"),
-        (lambda f: edit_json(f / "config.json", rope_parameters=ROPE), "2 tensors .*inv_freq'"),
+        (lambda f: edit_json(f / "config.json", **ROPE), r"\d tensors .*inv_freq'"),
     ],
     ids=["the last bit", "a bit of a column", "another model", "another rotary base"],
 )

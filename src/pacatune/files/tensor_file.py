@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +29,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"digits, `_` and `-` joined by dots, at most {MAX_NAME_LENGTH} characters."
             )
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with torch.device("cpu"):  # old safetensors takes the default device
+            tensors: dict[str, Tensor] = load_file(path)
     except (KeyError, AttributeError) as error:  # a dtype that this torch does not know
         raise ValueError(f"{path} holds tensors of the type {error}, which torch lacks.") from error
     return tensors
