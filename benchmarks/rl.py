@@ -265,7 +265,8 @@ class Matrices:
     """LoRA's matrices on the wire, as columns are there: compressed where a sync follows one."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.last = model, dict[str, Tensor]()
+        self.model, self.number = model, 0
+        self.last: Tensor | None = None
         sets = tuple(
             ColumnSet(
                 name=name,
@@ -278,21 +279,15 @@ class Matrices:
             for name, matrix in matrices_of(model).items()
         )
         self.positions = Positions(sets=sets, shapes={}, run="lora")
-        self.places = self.positions.layout(range(len(sets)))
 
     def columns(self) -> Columns:
         """Return a sync."""
-        now, last = matrices_of(self.model), self.last
-        parts = [now[place.name].view(torch.uint8).view(-1) for _, place, _ in self.places]
-        self.last = now
-        return Columns(
-            version=self.positions.version,
-            number=1,
-            since=0,
-            ordinals=tuple(range(len(now))),
-            buffer=torch.cat(parts),
-            follows=(self.places, last) if last else None,
+        now = matrices_of(self.model)
+        buffer = torch.cat(
+            [now[item.name].view(torch.uint8).view(-1) for item in self.positions.sets]
         )
+        self.number, last, self.last = self.number + 1, self.last, buffer
+        return Columns(positions=self.positions, number=self.number, buffer=buffer, last=last)
 
 
 class Sync:

@@ -87,10 +87,10 @@ def test_its_checkpoint_has_the_bits_of_a_merge(base, tmp_path):
     # The second adapter has other columns; its trainer, and the one after it, were started anew.
     for model in (adapt(), other := adapt(r=3, target_modules=["q_proj", "down_proj"]), other):
         source, writer = ColumnSource(model), DeltaFolder(folder, base=base)
-        assert sync(source, writer).since == 0
+        assert sync(source, writer).last is None
         for seed in range(2):
             nudge(model, seed)
-            assert sync(source, writer).follows
+            assert sync(source, writer).last is not None
         assert sync(source, writer).num_bytes == 0
     assert writer.version == 12
 

@@ -61,10 +61,9 @@ def nudge(model, seed, by=1e-5):
             parameter.add_(by * torch.randn(parameter.shape, generator=generator))
 
 
-def bring(source, receiver, **options):
-    """Bring the columns over, and where they are, without a transport."""
-    receiver.expect(source.positions())
-    receiver.apply(source.columns(**options))
+def bring(source, receiver):
+    """Bring the columns over, without a transport."""
+    receiver.apply(source.columns())
 
 
 def merged(model, dtype=None):
@@ -101,16 +100,13 @@ def source(model):
 
 
 @pytest.fixture
-def receiver(server, source):
-    """Knows where the columns are."""
-    receiver = ColumnReceiver(server)
-    receiver.expect(source.positions())
-    return receiver
+def receiver(server):
+    return ColumnReceiver(server)
 
 
 @pytest.fixture
 def sync(model, server, source, receiver):
-    """Brings what has changed over; the server then has the bits of a merge."""
+    """Brings the columns over; the server then has the bits of a merge."""
 
     def check():
         receiver.apply(source.columns())

@@ -12,7 +12,7 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.loading import hotswap_adapter
 from pacatune.patch.packed import merge_packed, open_packed
 from pacatune.sync import ColumnReceiver, ColumnSource, GridSteps
-from pacatune.sync.message import from_wire, to_wire
+from pacatune.sync.message import Reader, to_wire
 from tests.distributed import net
 from tests.grid.test_folder import KINDS, folder
 from tests.releases import needs
@@ -44,15 +44,15 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
     steps = GridSteps(model, checkpoint, optimizer)
     source = ColumnSource(model, codes=checkpoint)
     receiver = ColumnReceiver(server, is_partial=False)
-    receiver.expect(from_wire(*to_wire(source.positions())))
-    receiver.apply(source.columns())
+    reader = Reader()
+    receiver.apply(reader.read(*to_wire(source.columns())))
     assert bits_of(server).keys() == plain.keys()
     ids = torch.arange(3, 60)[None]
     for seed in range(3):
         with torch.enable_grad():
             step(model, optimizer, seed)
             trained = model.train()(ids).logits
-        assert receiver.apply(from_wire(*to_wire(source.columns())))
+        assert receiver.apply(reader.read(*to_wire(source.columns())))
         save_file(server, folder / "model.safetensors", {"format": "pt"})
         served = load_base(str(folder), task_type="CAUSAL_LM", dtype="bfloat16")
         assert torch.equal(served(ids).logits, trained)
@@ -72,7 +72,6 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
         step(model, optimizer, 3)
     for one, before in zip(steps._trained, reached, strict=True):
         assert (one.delta + one.rest - before).abs().max() < 4e-3
-    source.forget()
     receiver.apply(source.base_columns())
     receiver.revert()
     assert all(torch.equal(one, bits_of(plain)[name]) for name, one in bits_of(server).items())
@@ -130,7 +129,6 @@ def test_without_its_steps_the_nearest_codes_are_sent(folder):
     model, checkpoint = adapted(folder), open_packed(folder)
     server = load_file(folder / "model.safetensors")
     source, receiver = ColumnSource(model, codes=checkpoint), ColumnReceiver(server)
-    receiver.expect(source.positions())
     receiver.check_base(source.base_columns())
     for layer in net.layers_of(model):
         layer.delta_of("default").normal_(std=0.0005)
@@ -180,7 +178,6 @@ def test_a_weight_of_plain_numbers_is_trained_and_sent_as_ever(folder):
     steps = GridSteps(model, checkpoint, optimizer)
     assert len(steps._trained) == 13
     source, receiver = ColumnSource(model, codes=checkpoint), ColumnReceiver(server)
-    receiver.expect(source.positions())
     step(model, optimizer, 0)
     receiver.apply(source.columns())
     dtypes = {server[f"{name}.weight"].dtype for name in (module, module.replace("up", "down"))}

@@ -9,8 +9,8 @@ import torch
 
 from pacatune.ops.columns import bits
 from pacatune.sync import ColumnReceiver, ColumnSource, message
-from pacatune.sync.message import from_wire, to_wire
-from tests.sync.conftest import adapt, assert_bits, bring, change, clone, merged, nudge, served
+from pacatune.sync.message import Reader, to_wire
+from tests.sync.conftest import adapt, assert_bits, clone, merged, nudge, served
 
 G = torch.Generator().manual_seed(0)
 
@@ -26,21 +26,21 @@ def packed(size):
 def test_small_steps_are_few_bytes(dtype, most):
     model, server = adapt(dtype), served(dtype)
     source, receiver = ColumnSource(model, complete_every=4), ColumnReceiver(server)
-    bring(source, receiver)
+    reader = Reader()
+    receiver.apply(reader.read(*to_wire(source.columns())))
     for number in range(2, 10):
         nudge(model, number)
         columns = source.columns()
         words, buffer = to_wire(columns)
-        assert receiver.apply(from_wire(json.loads(json.dumps(words)), buffer.clone()))
+        assert receiver.apply(reader.read(json.loads(json.dumps(words)), buffer.clone()))
         assert_bits(server, merged(model))
         is_complete = number in (5, 9)
-        assert words["compressed"] == (not is_complete)
         assert words["since"] == (0 if is_complete else number - 1)
         share = buffer.nbytes / columns.num_bytes
         assert (share == 1) == is_complete
         assert is_complete or share < most
         plain, same = to_wire(columns, compress=False)
-        assert (plain["since"], plain["compressed"]) == (0, False)
+        assert plain["since"] == 0
         assert same is columns.buffer
     receiver.revert()
     assert_bits(server, served(dtype).state_dict())
@@ -64,15 +64,11 @@ def test_any_bits_to_any_bits(dtype):
 
 
 def test_what_would_grow_is_sent_as_it_is():
-    source = ColumnSource(adapt(torch.bfloat16))
-    source.columns()
-    columns = source.columns(everything=True)
-    places = source.positions().layout(columns.ordinals)
+    columns = ColumnSource(adapt(torch.bfloat16)).columns()
     noise = [torch.randint(256, columns.buffer.shape, generator=G).byte() for _ in range(2)]
-    last = {one.name: message.view_of(noise[0], one, start) for _, one, start in places}
-    words, buffer = to_wire(replace(columns, buffer=noise[1], follows=(places, last)))
+    words, buffer = to_wire(replace(columns, buffer=noise[1], last=noise[0]))
     assert buffer is noise[1]
-    assert (words["compressed"], words["since"]) == (False, 0)
+    assert words["since"] == 0
 
 
 @pytest.mark.parametrize(
@@ -89,29 +85,18 @@ def test_what_would_grow_is_sent_as_it_is():
 )
 def test_damaged_changes(damage, why):
     model, server = adapt(torch.bfloat16), served(torch.bfloat16)
-    source, receiver = ColumnSource(model), ColumnReceiver(server)
-    bring(source, receiver)
+    source, receiver, reader = ColumnSource(model), ColumnReceiver(server), Reader()
+    receiver.apply(reader.read(*to_wire(source.columns())))
     held = clone(server)
     nudge(model, 0)
     words, buffer = to_wire(source.columns())
     with pytest.raises(ValueError, match=why):
-        receiver.apply(from_wire(words, damage(buffer)))
+        receiver.apply(reader.read(words, damage(buffer)))
     assert_bits(server, held)
-    receiver.apply(from_wire(words, buffer))
+    receiver.apply(reader.read(words, buffer))
     assert_bits(server, merged(model))
 
 
-def test_every_so_often_a_sync_is_complete():
-    """Also where only some of the tensors are trained."""
-    source, receiver = ColumnSource(model := adapt(), complete_every=3), ColumnReceiver(served())
-    bring(source, receiver)
-    found = []
-    for _ in range(5):
-        change(model)
-        found.append(columns := source.columns())
-        receiver.apply(columns)
-    assert [columns.since for columns in found] == [1, 2, 0, 4, 5]
-    assert [len(columns.ordinals) for columns in found] == [1, 1, 14, 1, 1]
-    assert_bits(receiver.model, merged(model))
+def test_an_interval_of_no_syncs():
     with pytest.raises(ValueError, match=r"`complete_every` \(0\) must be at least 1"):
         ColumnSource(adapt(), complete_every=0)

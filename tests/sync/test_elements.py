@@ -11,9 +11,9 @@ from pacatune.sync.message import Columns, ColumnSet, Positions
 from tests.sync.conftest import adapt, assert_bits, change, clone, merged, nudge, served
 
 
-def take(server, source, columns):
+def take(server, columns):
     """Write a sync's elements into plain tensors; return how many there are."""
-    state, patches = server.state_dict(), element_patches(source.positions(), columns)
+    state, patches = server.state_dict(), element_patches(columns)
     for one in patches:
         tensor = state[one.name]
         assert (one.shape, one.dtype) == (tensor.shape, tensor.dtype)
@@ -30,32 +30,28 @@ def test_elements_are_those_that_were_changed():
     model, server = adapt(torch.bfloat16), served(torch.bfloat16)
     source = ColumnSource(model, complete_every=4)
     total = sum(math.prod(one.columns_shape) for one in source.positions().sets)
-    assert take(server, source, source.columns()) == total
+    assert take(server, source.columns()) == total
     assert_bits(server, merged(model))
     for number in range(2, 7):
         nudge(model, number)
         before, columns = clone(server), source.columns()
-        num_taken = take(server, source, columns)
+        num_taken = take(server, columns)
         state = server.state_dict()
         num_changed = sum(int((bits(before[k]) != bits(state[k])).sum()) for k in before)
         assert 0 < num_changed < total / 2
-        assert num_taken == (num_changed if columns.follows else total)
-        assert bool(columns.follows) == (number != 5)
+        assert num_taken == (total if columns.last is None else num_changed)
+        assert (columns.last is not None) == (number != 5)
         assert_bits(server, merged(model))
     change(model, 3, by=1e-3)
     columns = source.columns()
-    assert [one.name for one in element_patches(source.positions(), columns)] == [
-        source.positions().sets[3].name
-    ]
-    take(server, source, columns)
+    names = [item.name for item in element_patches(columns)]
+    assert names == [columns.positions.sets[3].name]
+    take(server, columns)
     assert_bits(server, merged(model))
-    assert element_patches(source.positions(), source.columns()) == []
+    assert element_patches(source.columns()) == []
 
 
-def test_what_is_refused():
-    source, other = ColumnSource(adapt()), ColumnSource(adapt(r=2))
-    with pytest.raises(ValueError, match="the columns belong to positions"):
-        element_patches(source.positions(), other.columns())
+def test_a_tensor_that_is_too_large():
     one = ColumnSet(
         name="large",
         parameter="large",
@@ -66,6 +62,6 @@ def test_what_is_refused():
     )
     positions = Positions(sets=(one,), shapes={}, run="")
     buffer = torch.zeros(one.num_bytes, dtype=torch.uint8)
-    columns = Columns(version=positions.version, number=1, since=0, ordinals=(0,), buffer=buffer)
+    columns = Columns(positions=positions, number=1, buffer=buffer)
     with pytest.raises(ValueError, match="'large' has 4294967296 elements, and int32 counts"):
-        element_patches(positions, columns)
+        element_patches(columns)

@@ -40,7 +40,6 @@ def test_ranks_of_vllm(size, targets):
         step(model, seed=seed)
         columns = source.columns()
         for receiver in receivers:
-            receiver.expect(source.positions())
             receiver.apply(columns)
     expected = merged(model)
     for rank, tensors in enumerate(ranks):
@@ -66,10 +65,10 @@ FUSIONS = {"qkv_proj": ("query", "q_proj"), "gate_up_proj": ("gate_proj", "up_pr
     ],
 )
 def test_a_wrong_rank_or_another_model_is_refused(sizes, rank_and_size, options, message):
-    positions = ColumnSource(adapt(base=build())).positions()
+    columns = ColumnSource(adapt(base=build())).columns()
     tensors = held_by(build(**sizes).state_dict(), *rank_and_size)
     with pytest.raises(ValueError, match=message):
-        ColumnReceiver(tensors, **options).expect(positions)
+        ColumnReceiver(tensors, **options).apply(columns)
 
 
 def test_rows_that_another_server_joins():
@@ -94,5 +93,5 @@ def test_experts_of_vllm(size):
     source, expected = ColumnSource(model), merged(model)
     for rank in range(size):
         tensors = experts_held_by(plain, rank, size)
-        bring(source, ColumnReceiver(tensors, tp_rank=rank, tp_size=size), everything=True)
+        bring(source, ColumnReceiver(tensors, tp_rank=rank, tp_size=size))
         assert_bits(tensors, experts_held_by(expected, rank, size))

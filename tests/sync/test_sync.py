@@ -10,7 +10,7 @@ import torch
 from pacatune import PacaConfig
 from pacatune.patch.memory import Place
 from pacatune.sync import ColumnReceiver, ColumnSource
-from pacatune.sync.message import from_wire, to_wire
+from pacatune.sync.message import Reader, to_wire
 from pacatune.tuner.quantized import dequantized
 from tests.conftest import build_model
 from tests.distributed import net
@@ -39,14 +39,13 @@ def test_server_has_the_bits_of_a_merge_after_every_step(trained, dtype):
     server = served(dtype or trained)
     before, held = clone(server), dict(server.named_parameters())
     source, receiver = ColumnSource(model, dtype), ColumnReceiver(server)
-    receiver.expect(source.positions())
     optimizer = torch.optim.AdamW(net.trained(model), lr=1e-2)
     num_bytes = 4 * sum(one.out_features for one in net.layers_of(model)) * server.dtype.itemsize
     for number in range(1, 4):
         step(model, optimizer, number)
         columns = source.columns()
         assert columns.number == number
-        assert (columns.num_bytes, columns.since) == (num_bytes, 0)
+        assert columns.num_bytes == num_bytes
         assert receiver.apply(columns)
         assert_bits(server, merged(model, dtype))
         assert not receiver.apply(columns)  # once is enough
@@ -81,29 +80,10 @@ def test_the_source_reads_the_columns_of_stale_weights(model, sync):
     sync()
 
 
-def test_only_what_was_changed_is_sent(model, server, source, receiver, sync):
+def test_another_scale_is_sent(model, source, receiver, sync):
     step(model)
     receiver.apply(source.columns())
-    nothing = source.columns()
-    assert (nothing.num_bytes, nothing.since) == (0, 1)
-    assert receiver.apply(nothing)
-    change(model, 3)
-    some = source.columns()
-    assert list(some.by_name(source.positions())) == [source.positions().sets[3].name]
-    assert receiver.apply(some)
-    assert_bits(server, merged(model))
     net.layers_of(model)[3].scaling["default"] *= 0.5
-    sync()
-
-
-def test_fused_optimizers_and_data_edits_are_noticed(model, source, receiver, sync):
-    receiver.apply(source.columns())
-    step(model, torch.optim.AdamW(net.trained(model), lr=1e-2, fused=True))
-    sync()
-    held = net.layers_of(model)[0].delta_of("default").data
-    held += 1
-    receiver.apply(source.columns())
-    held += 1
     sync()
 
 
@@ -125,7 +105,6 @@ def test_switched_off_adapters_send_the_base(model, server, source, receiver, sy
     with model.disable_adapter():
         receiver.apply(source.columns())
         assert_bits(server, before)
-        assert source.columns().num_bytes == 0
         receiver.check_base(source.base_columns())  # which is no sync that it would have missed
         assert receiver.apply(source.columns())
     sync()
@@ -134,36 +113,35 @@ def test_switched_off_adapters_send_the_base(model, server, source, receiver, sy
     sync()
 
 
-def test_a_missed_sync_is_refused_and_mended(model, server, source, receiver):
-    receiver.apply(source.columns())
+def test_a_missed_sync_is_refused_on_a_wire_and_mended(model, server, source, receiver):
+    reader = Reader()
+    receiver.apply(reader.read(*to_wire(source.columns())))
     nudge(model, 0)
-    missed, last = from_wire(*to_wire(source.columns())), source.columns()
-    before = clone(server)
-    with pytest.raises(ValueError, match=r"since sync 2, and the weights hold sync 1; ask for"):
-        receiver.apply(last)
-    with pytest.raises(ValueError, match=r"follows a sync which is not here; call `source\.forget"):
-        missed.by_name(source.positions())
+    source.columns()
+    nudge(model, 1)
+    columns, before = source.columns(), clone(server)
+    words, buffer = to_wire(columns)
+    for other in (reader, Reader()):
+        with pytest.raises(ValueError, match=r"sync 3 follows sync 2, which is not the last one h"):
+            other.read(words, buffer)
     assert_bits(server, before)
-    assert receiver.apply(source.columns(everything=True))
+    source.forget()
+    assert receiver.apply(reader.read(*to_wire(source.columns())))
     assert_bits(server, merged(model))
+    assert not receiver.apply(columns)  # it is older
 
 
 def test_another_adapter_and_other_columns(model, server, source, receiver):
     before = clone(server)
-    first = source.positions().version
     step(model)
     receiver.apply(source.columns())
     model.add_adapter("other", PacaConfig(r=3, random_seed=7, target_modules=["q_proj", "up_proj"]))
     model.set_adapter("other")
     step(model)
-    second = source.positions()
-    assert second.version != first
-    assert len(second.sets) == 4
-    with pytest.raises(ValueError, match=r"belong to positions .*; send `source.positions\(\)`"):
-        receiver.apply(source.columns())
-    receiver.expect(second)
-    assert receiver.number == 1  # still served
-    receiver.apply(source.columns(everything=True))
+    columns = source.columns()
+    assert len(columns.positions.sets) == 4
+    assert columns.last is None
+    receiver.apply(columns)
     assert_bits(server, merged(model))
     layer = net.layers_of(model)[0]
     layer.replace_update("other", torch.ones(layer.out_features, 3), torch.tensor([0, 5, 9]), 6.0)
@@ -175,7 +153,6 @@ def test_another_adapter_and_other_columns(model, server, source, receiver):
     expected = layer.get_base_layer().weight[:, [1, 5, 9]] + 2
     assert torch.equal(server.model.layers[0].self_attn.q_proj.weight[:, [1, 5, 9]], expected)
     model.set_adapter("default")
-    assert source.positions().version == first
     bring(source, receiver)
     assert_bits(server, merged(model))
     receiver.revert()
@@ -202,7 +179,6 @@ def test_the_base_is_compared(source, receiver):
     with torch.no_grad():
         other.get_parameter(one.name)[1, one.indices[1]] += 1
     receiver = ColumnReceiver(other)
-    receiver.expect(source.positions())
     with pytest.raises(ValueError, match=rf"1 of 14 tensors, first '{one.name}', are not"):
         receiver.check_base(source.base_columns())
 
@@ -234,34 +210,30 @@ def test_an_interrupted_sync_is_taken_back(model, server, source, receiver, monk
 
 
 INFINITE = float("inf")
-SET = {"name": "a", "parameter": "a", "dim": 1, "num_columns": 1, "dtype": "float32"}
-
-
-def whole(buffer):
-    return buffer
+SET = {"name": "a", "parameter": "a", "dim": 1, "indices": [3, 7], "dtype": "float32"}
+SET |= {"shape": [2, 9]}
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "damage", "message"),
+    ("changes", "message"),
     [
-        ("columns", {"ordinals": [14]}, whole, "beyond the 14 known"),
-        ("columns", {"ordinals": [0, 0]}, whole, "or one twice"),
-        ("columns", {"ordinals": [0], "since": 0}, whole, "are of 1 tensors, not of all 14"),
-        ("columns", {}, lambda buffer: buffer[:-1], r"must be \d+ bytes, got .* is damaged"),
-        ("positions", {"kind": "columns"}, whole, "no message of a ColumnSource .KeyError"),
-        ("positions", {"sets": [{**SET, "shape": [INFINITE]}]}, whole, "Source .Overflow"),
-        ("positions", {"sets": []}, lambda buffer: buffer[:0], "`sets` is empty"),
-        ("positions", {"shapes": {"a": [-1]}}, whole, "`shapes` has a negative size"),
-        ("positions", {}, lambda buffer: buffer.view(torch.int64), "buffer is .* of torch.int64"),
-        ("positions", {}, lambda buffer: buffer[:-8], "has 55 column numbers, and names 56"),
-        ("positions", {}, lambda buffer: buffer.repeat(2), "has 112 column numbers, and names 56"),
-        ("positions", {}, lambda buffer: buffer.flip(0), "`indices` holds .* must be sorted"),
+        ({"sets": [SET]}, r"must be 16 bytes, got .* is damaged"),
+        ({"sets": None}, "no message of a ColumnSource .TypeError"),
+        ({"sets": [{"name": "a"}]}, "no message of a ColumnSource .KeyError"),
+        ({"sets": [{**SET, "shape": [INFINITE]}]}, "Source .Overflow"),
+        ({"sets": []}, "`sets` is empty"),
+        ({"sets": [SET, SET]}, "`sets` has 'a' twice"),
+        ({"shapes": {"a": [-1]}}, "`shapes` has a negative size"),
+        ({"sets": [{**SET, "indices": [7, 3]}]}, "`indices` holds .* must be sorted"),
+        ({"sets": [{**SET, "indices": [3, 9]}]}, "`indices` holds columns up to 9|holds .*9"),
     ],
 )
-def test_messages_of_strangers(source, kind, changes, damage, message):
-    words, buffer = to_wire(source.positions() if kind == "positions" else source.columns())
+def test_messages_of_strangers(source, changes, message):
+    words, buffer = to_wire(source.columns())
     with pytest.raises(ValueError, match=message):
-        from_wire(words | changes, damage(buffer)).by_name(source.positions())
+        Reader().read(words | {"positions": words["positions"] | changes}, buffer)
+    with pytest.raises(ValueError, match=r"must be \d+ bytes, got .* of torch.int32"):
+        Reader().read(words, buffer.view(torch.int32))
 
 
 # Models that cannot send or receive.
@@ -309,9 +281,8 @@ def test_a_trainer_in_4_bits_beside_a_sampler_in_16():
         own.weight.data = dequantized(layer.quantization_backend, layer.base_layer, torch.bfloat16)
         own.bias.data = layer.base_layer.bias.data.bfloat16()
     before, source, receiver = clone(sampler), ColumnSource(trainer), ColumnReceiver(sampler)
-    receiver.expect(source.positions())
     receiver.check_base(source.base_columns())
-    bring(source, receiver, everything=True)
+    bring(source, receiver)
     x = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(trainer(x), sampler(x))
     change(trainer, by=0.5)
@@ -344,7 +315,7 @@ def test_columns_that_are_not_finite_are_not_sent(model):
     change(model, by=1e5)
     message = r"1 of 14 tensors, .*q_proj.* not finite in torch.float16"
     with pytest.raises(ValueError, match=message):
-        source.columns(everything=True)
+        source.columns()
     change(model, by=-1e5)
     assert receiver.apply(source.columns())
 
@@ -370,18 +341,16 @@ def test_receivers_refuse_other_models(source, server, change, message):
     tensors = dict(server.state_dict())
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        ColumnReceiver(tensors).expect(source.positions())
+        ColumnReceiver(tensors).apply(source.columns())
 
 
 def test_receivers_of_a_part(source, server):
     part = {name: tensor for name, tensor in server.state_dict().items() if name != DOWN}
-    ColumnReceiver(part, is_partial=True).expect(source.positions())
+    assert ColumnReceiver(part, is_partial=True).apply(source.columns())
     with pytest.raises(ValueError, match="none of the trainer's tensors"):
-        ColumnReceiver({}, is_partial=True).expect(source.positions())
+        ColumnReceiver({}, is_partial=True).apply(source.columns())
     with pytest.raises(ValueError, match=r"`tp_rank` \(2\) must be in \[0, tp_size=2\)"):
         ColumnReceiver(part, tp_rank=2, tp_size=2)
-    with pytest.raises(ValueError, match="no positions are known"):
-        ColumnReceiver(part).apply(source.columns())
 
 
 def test_names_without_the_prefix_and_other_names(model, source):
@@ -393,7 +362,7 @@ def test_names_without_the_prefix_and_other_names(model, source):
     assert_bits(found, {name: expected[name] for name in expected if name != "lm_head.weight"})
     tensors = {f"engine.{name}": tensor for name, tensor in served().state_dict().items()}
     receiver = ColumnReceiver(tensors, rename=lambda name: f"engine.{name}")
-    bring(source, receiver, everything=True)
+    bring(source, receiver)
     assert_bits(tensors, {f"engine.{name}": tensor for name, tensor in expected.items()})
 
 

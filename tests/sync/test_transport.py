@@ -21,12 +21,12 @@ on_cpu = needs("torch", "2.7")
 
 
 def test_in_process(model, server, source, receiver):
-    transport = InProcess(capacity=2, timeout=0.05)
+    transport = InProcess(capacity=1, timeout=0.05)
     source.send(transport)
     assert receiver.receive(transport).number == 1
     change(model)
     source.send(transport)
-    assert receiver.receive(transport).since == 1
+    assert receiver.receive(transport).number == 2
     assert_bits(server, merged(model))
     with pytest.raises(TimeoutError, match=r"nothing was sent for 0.05 s"):
         receiver.receive(transport)
@@ -41,13 +41,13 @@ def test_in_process(model, server, source, receiver):
 
 
 def test_a_receiver_that_is_gone_loses_nothing(model, server, source):
-    transport, other = InProcess(capacity=2, timeout=0.02), InProcess(timeout=30)
+    transport, other = InProcess(capacity=1, timeout=0.02), InProcess(timeout=30)
     source.send(transport)
     change(model)
-    with pytest.raises(TimeoutError, match=r"2 messages wait, .* is it still there"):
+    with pytest.raises(TimeoutError, match=r"1 syncs wait, .* is it still there"):
         source.send(transport)
     source.send(other)  # of another server
-    assert ColumnReceiver(server).receive(other).since == 0
+    assert ColumnReceiver(server).receive(other).last is None
     assert_bits(server, merged(model))
 
 
@@ -87,7 +87,7 @@ def test_a_late_reader_begins_with_the_last_complete_sync(model, server, source,
         source.send(sender)
     change(model)
     source.send(sender)
-    assert names_in(tmp_path) == [f"00000{n}.safetensors" for n in (1, 3, 4, 5, 6, 7)]
+    assert names_in(tmp_path) == [f"00000{n}.safetensors" for n in (2, 3, 4)]
     receiver = ColumnReceiver(server)
     assert [receiver.receive(reader).number for _ in range(2)] == [3, 4]
     assert_bits(server, merged(model))
@@ -117,14 +117,14 @@ def test_a_trainer_that_was_faster_keeps_its_message(source, tmp_path, monkeypat
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-POSITIONS = {"pacatune_sync": json.dumps({"kind": "positions"})}
+WORDS = {"pacatune_sync": json.dumps({"kind": "columns"})}
 
 
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: save_file({"buffer": torch.zeros(3)}, path), "use a folder for syncs alone"),
-        (lambda path: save_file({"other": torch.zeros(3)}, path, POSITIONS), "it has no buffer"),
+        (lambda path: save_file({"other": torch.zeros(3)}, path, WORDS), "it has no buffer"),
         (lambda path: path.write_bytes(b"12345678"), "truncated or no safetensors file"),
         (lambda path: path.symlink_to(__file__), "is a link to .*, outside of the folder"),
         (os.mkfifo, "is not a regular file"),
@@ -143,7 +143,7 @@ def test_a_disk_that_runs_full_keeps_what_was_sent(
     source.send(sender)
     before = names_in(tmp_path)
     step(model)
-    full = pytest.raises(ValueError, match=r"could not write '.*000003.safetensors' .*nothing was")
+    full = pytest.raises(ValueError, match=r"could not write '.*000002.safetensors' .*nothing was")
     with limited_files(), full:
         source.send(sender)
     assert names_in(tmp_path) == before

@@ -106,7 +106,7 @@ def test_columns_by_other_ways(way, llm, trainer, source, tmp_path, free_port):
         trainer.step()
         source.send(transport)
         assert served_digests(llm) == trained_digests(trainer.model)
-    assert len(list(tmp_path.glob("*.safetensors"))) == (3 if way == "file" else 0)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (2 if way == "file" else 0)
     transport.close()
 
 

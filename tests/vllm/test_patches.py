@@ -49,13 +49,13 @@ def test_its_loader_serves_the_bits_of_a_merge(llm, load, folder):
     source = ColumnSource(model)
     for number in range(3):
         columns = source.columns()
-        assert bool(columns.follows) == (number > 0)
-        load(checkpoint_patches(source.positions(), columns))
+        assert (columns.last is not None) == (number > 0)
+        load(checkpoint_patches(columns))
         assert served_digests(llm) == trained_digests(model)
         assert served_digests(llm) != base
         nudge(model, number)
-    assert load(checkpoint_patches(source.positions(), source.columns()))
-    load(checkpoint_patches(source.positions(), source.base_columns()))
+    assert load(checkpoint_patches(source.columns()))
+    load(checkpoint_patches(source.base_columns()))
     assert served_digests(llm) == base
 
 
@@ -66,9 +66,9 @@ def test_patches_of_its_engine_for_nccl(folder):
 
     source = ColumnSource(adapted(folder))
     columns = source.columns()
-    patches = sparse_patches(source.positions(), columns)
+    patches = sparse_patches(columns)
     assert len(patches) == len(source.positions().sets)
-    others = checkpoint_patches(source.positions(), columns)
+    others = checkpoint_patches(columns)
     for one, other in zip(patches, others, strict=True):
         SparseNCCLTrainerWeightTransferEngine._validate_patch(one)
         assert (one.name, one.full_shape) == (other.name, other.shape)

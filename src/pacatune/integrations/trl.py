@@ -113,9 +113,7 @@ class _Sender:
             self.transport.revert()  # what a run that was killed has left in a server
             self.transport.check_base(source)
             return
-        source.positions()
         source.base_columns()
-        source.forget()
 
     def _served_dtype(self) -> torch.dtype:
         if self._owner.mode == "colocate":

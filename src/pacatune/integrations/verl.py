@@ -18,9 +18,9 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 from pacatune.format.tensors import plain_name
 from pacatune.integrations.broadcast import BACKEND, Broadcast
 from pacatune.precision import torch_dtype
-from pacatune.sync import ColumnReceiver, ColumnSource, Positions
+from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.adapted import base_of
-from pacatune.sync.message import from_wire, to_wire
+from pacatune.sync.message import Reader, to_wire
 from pacatune.tuner.layer import PacaLayer
 
 
@@ -43,6 +43,7 @@ class ColumnCheckpointEngine(CheckpointEngine):
         self._group: Broadcast | None = None
         self._source: ColumnSource | None = None
         self._receiver: ColumnReceiver | None = None
+        self._reader = Reader()
         self._served: dict[str, Tensor] = {}
         _hand_over_the_model()
 
@@ -88,21 +89,20 @@ class ColumnCheckpointEngine(CheckpointEngine):
             )
         if self._source is None:
             self._source = ColumnSource(weights, self.dtype)
-        positions = self._source.positions()
         if self._is_whole:
-            names = {one.parameter: one.name for one in positions.sets}
+            self._source.forget()
+            names = {one.parameter: one.name for one in self._source.positions().sets}
             for name, tensor in base_of(weights).state_dict().items():
                 if (known := names.get(plain_name(name))) is not None:
                     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                     self._send({"name": known, "shape": whole.shape}, whole.to(self.dtype))
-        columns = self._source.columns(everything=self._is_whole)
+        columns = self._source.columns()
         if self._group is None:  # another rank sends
             return {"sync/num_bytes": 0}
-        messages = [to_wire(message) for message in (positions, columns)]
-        for words, buffer in messages:
-            self._send({"message": words}, buffer)
+        words, buffer = to_wire(columns)
+        self._send({"message": words}, buffer)
         self._send({"is_last": True}, torch.empty(0, device="cpu"))
-        return {"sync/num_bytes": messages[-1][1].nbytes}
+        return {"sync/num_bytes": buffer.nbytes}
 
     def _send(self, words: dict[str, Any], tensor: Tensor) -> None:
         if self._group is not None:
@@ -127,11 +127,7 @@ class ColumnCheckpointEngine(CheckpointEngine):
                 receiver = None
                 continue
             receiver = receiver or ColumnReceiver(self._served)
-            message = from_wire(words["message"], buffer)
-            if isinstance(message, Positions):
-                receiver.expect(message)
-            else:
-                receiver.apply(message)
+            receiver.apply(self._reader.read(words["message"], buffer))
         self._receiver = receiver
         for name, tensor in self._served.items():
             yield name, tensor

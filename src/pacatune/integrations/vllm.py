@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pacatune.integrations.broadcast import BACKEND, Broadcast, weight_transfer
 from pacatune.sync.elements import element_patches
-from pacatune.sync.message import Columns, Positions, to_wire
+from pacatune.sync.message import Columns, to_wire
 from pacatune.sync.transport import File
 
 
@@ -95,22 +95,20 @@ class VllmTransport:
         self._group = Broadcast(host, port, 0, size, device, self.timeout)
         request.result()
 
-    def send(self, message: Positions | Columns, timeout: float | None = None) -> None:
-        """Send one message; see `pacatune.sync.Transport`."""
-        self._update(message, "positions" if isinstance(message, Positions) else "columns")
+    def send(self, columns: Columns, timeout: float | None = None) -> None:
+        """Send one sync; see `pacatune.sync.Transport`."""
+        self._update(columns, "columns")
 
     def check_base(self, source: Any) -> None:
         """Compare the base that is served with the trainer's, in the trained columns.
 
         Args:
-            source: The `ColumnSource`; its next sync has all columns.
+            source: The `ColumnSource`.
 
         Raises:
             RuntimeError: If a column differs.
         """
-        self.send(source.positions())
         self._update(source.base_columns(), "base")
-        source.forget()
 
     def revert(self) -> None:
         """Have the server take all columns back: its weights are the base's, bit for bit.
@@ -119,7 +117,7 @@ class VllmTransport:
         """
         self._request({"kind": "revert"}, "base")
 
-    def receive(self, timeout: float | None = None) -> Positions | Columns:
+    def receive(self, timeout: float | None = None) -> Columns:
         """Refuse: this end sends."""
         raise ValueError("this end sends; vLLM's workers receive.")
 
@@ -128,19 +126,17 @@ class VllmTransport:
         self._is_broken = self._group is not None
         self._group = None
 
-    def _update(self, message: Positions | Columns, kind: str) -> None:
+    def _update(self, columns: Columns, kind: str) -> None:
         if self._is_broken:
             raise ConnectionError("this transport was closed, or a broadcast failed; make another.")
-        version = None
-        if isinstance(message, Columns) and kind == "columns":
-            version = f"{message.version}-{message.number}"
+        version = f"{columns.positions.run}-{columns.number}" if kind == "columns" else None
         if self._files is not None and kind != "base":
-            self._files.send(message)
+            self._files.send(columns)
             self._request({"kind": kind, "is_filed": True}, version)
             return
         is_far = isinstance(self.client, _Server) and self._group is None
-        words, buffer = to_wire(message, compress=is_far)
-        if self._group is not None and buffer.nbytes:
+        words, buffer = to_wire(columns, compress=is_far)
+        if self._group is not None:
             update = {"kind": kind, "words": words, "num_bytes": buffer.nbytes}
             self._broadcast(self._group, buffer, _in_background(self._request, update, version))
         else:
@@ -176,32 +172,30 @@ class VllmTransport:
             getattr(self.client, "reset_prefix_cache", lambda: None)()
 
 
-def checkpoint_patches(positions: Positions, columns: Columns) -> list[Any]:
+def checkpoint_patches(columns: Columns) -> list[Any]:
     """Return a sync for vLLM's function `load_checkpoint_weight_patches`.
 
     vLLM lays each out over a tensor of the checkpoint's size. It keeps nothing to go back to, does
     not notice a missed sync, and must be restarted after an error.
 
     Args:
-        positions: Those that the columns are at.
         columns: See `pacatune.sync.element_patches`.
     """
     from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
 
-    return [CheckpointWeightPatch(**one._asdict()) for one in element_patches(positions, columns)]
+    return [CheckpointWeightPatch(**one._asdict()) for one in element_patches(columns)]
 
 
-def sparse_patches(positions: Positions, columns: Columns) -> list[Any]:
+def sparse_patches(columns: Columns) -> list[Any]:
     """Return a sync for the trainer's side of vLLM's engine `sparse_nccl`.
 
     Its workers take each as one of `checkpoint_patches`.
 
     Args:
-        positions: Those that the columns are at.
         columns: See `pacatune.sync.element_patches`.
     """
     make = weight_transfer(".sparse_nccl_engine").SparseWeightPatch
-    patches = element_patches(positions, columns)
+    patches = element_patches(columns)
     return [make(one.name, one.indices, one.values, one.shape) for one in patches]
 
 

@@ -16,7 +16,7 @@ from vllm.distributed import (
 from vllm.platforms import current_platform
 
 from pacatune.integrations.broadcast import BACKEND, Broadcast, weight_transfer
-from pacatune.sync.message import Columns, Positions, from_wire
+from pacatune.sync.message import Columns, Positions, Reader
 from pacatune.sync.placement import FUSIONS
 from pacatune.sync.receiver import ColumnReceiver
 from pacatune.sync.transport import File
@@ -41,7 +41,7 @@ class UpdateInfo(_base.WeightTransferUpdateInfo):
     """One message of a `VllmTransport`."""
 
     kind: str
-    """positions, columns, base or revert"""
+    """columns, base or revert"""
     words: dict[str, Any] = field(default_factory=dict)
     buffer: Any = None
     """base64, bytes, or a tensor of this process"""
@@ -71,6 +71,8 @@ class ColumnEngine(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
             rename=_rename(model),
             is_partial=self.parallel_config.pipeline_parallel_size > 1,
         )
+        self._reader = Reader()
+        self._reachable: Positions | None = None  # those that `refuse_unreachable` let pass
         self._files: File | None = None
         self._group: Broadcast | None = None
 
@@ -99,24 +101,24 @@ class ColumnEngine(_base.WeightTransferEngine[InitInfo, UpdateInfo]):
         if update_info.kind == "revert":
             self.receiver.revert()
             return
-        message = self._message(update_info)
-        if isinstance(message, Positions):
-            refuse_unreachable(self.model, message, self.receiver.tp_size)
-            self.receiver.expect(message)
-        elif update_info.kind == "base":
-            self.receiver.check_base(message)
+        columns = self._columns(update_info)
+        if columns.positions is not self._reachable:
+            refuse_unreachable(self.model, columns.positions, self.receiver.tp_size)
+            self._reachable = columns.positions
+        if update_info.kind == "base":
+            self.receiver.check_base(columns)
         else:
-            self.receiver.apply(message)
+            self.receiver.apply(columns)
 
-    def _message(self, info: UpdateInfo) -> Positions | Columns:
+    def _columns(self, info: UpdateInfo) -> Columns:
         if info.is_filed:
             assert self._files is not None, "init_transfer_engine was given the folder"
             return self._files.receive()
-        if info.buffer is None and info.num_bytes and self._group is not None:
+        if info.buffer is None and self._group is not None:
             device = self._group.device
             empty = torch.empty(info.num_bytes, dtype=torch.uint8, device=device)
-            return from_wire(info.words, self._group.broadcast(empty))
-        return from_wire(info.words, _unpacked(info.buffer))
+            return self._reader.read(info.words, self._group.broadcast(empty))
+        return self._reader.read(info.words, _unpacked(info.buffer))
 
     def shutdown(self) -> None:
         """Leave the group."""

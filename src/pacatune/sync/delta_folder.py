@@ -12,7 +12,6 @@ all of it: O(OI), not O(OR). Only columns are kept in memory.
 import json
 import zlib
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,8 +61,7 @@ class DeltaFolder:
     def __init__(self, folder: str | Path, *, base: str | Path) -> None:
         require_extra(type(self).__name__, "delta", self._packages)
         self.folder, self._base = Path(folder), Checkpoint.open(base)
-        self._positions: Positions | None = None
-        self._number = 0  # of the last sync
+        self._positions: Positions | None = None  # of the last sync
         self._parts: dict[str, _Part] = {}  # what the last version changes of the base
         self._earlier: dict[str, list[Path]] = {}  # or where, if another trainer wrote it
         self.version = 0
@@ -75,29 +73,28 @@ class DeltaFolder:
                     self._entry(name)
                     self._earlier.setdefault(name, []).append(shard)
 
-    def send(self, message: Positions | Columns, timeout: float | None = None) -> None:
-        """Write a sync as the next version, or learn where the next columns belong.
+    def send(self, columns: Columns, timeout: float | None = None) -> None:
+        """Write a sync as the next version.
 
         Raises:
-            ValueError: If the base lacks a tensor or has it in another dtype, an earlier sync is
-                missing, or the disk is full; nothing was written then.
+            ValueError: If the base lacks a tensor or has it in another dtype, or the disk is full;
+                nothing was written then.
             FileExistsError: If another trainer has written this version.
         """
-        if isinstance(message, Positions):
-            for one in message.sets:
-                entry = self._entry(one.name)
+        positions = columns.positions
+        if positions is not self._positions:
+            for item in positions.sets:
+                entry = self._entry(item.name)
                 form = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-                check_form(one.name, form, (one.shape, one.dtype), _FIX)
-            self._positions, self._number = message, 0
-            return
-        parts = self._received(message)
-        if message.since:
-            parts = self._parts | parts
+                check_form(item.name, form, (item.shape, item.dtype), _FIX)
+            self._positions = positions
+        values = positions.by_name(columns.buffer.cpu())
+        parts = {item.name: (item, values[item.name]) for item in positions.sets}
         names = dict.fromkeys([*self._earlier, *self._parts, *parts])
         changes = [self._change(name, parts.get(name)) for name in names]
         self._write([one for one in changes if one is not None])
         self.version += 1
-        self._parts, self._number, self._earlier = parts, message.number, {}
+        self._parts, self._earlier = parts, {}
 
     def receive(self, timeout: float | None = None) -> NoReturn:
         """Refuse: engines read the folder."""
@@ -125,21 +122,6 @@ class DeltaFolder:
             refuse_missing([name], self._base.entries, _FIX)
         return self._base.entries[name]
 
-    def _received(self, columns: Columns) -> dict[str, _Part]:
-        """Return the columns that a sync brings."""
-        if self._positions is None:
-            raise ValueError("no positions are known; `source.send` sends them first.")
-        if columns.since not in (0, self._number):
-            raise ValueError(
-                f"sync {columns.number} has the columns changed since sync {columns.since}, and "
-                f"sync {self._number} was written last; call `source.forget()` before the next "
-                "`send`."
-            )
-        sets = {one.name: one for one in self._positions.sets}
-        last = {name: part for name, (_, part) in self._parts.items()}
-        values = replace(columns, buffer=columns.buffer.cpu()).by_name(self._positions, last)
-        return {name: (sets[name], part) for name, part in values.items()}
-
     def _change(self, name: str, part: _Part | None) -> tuple[dict[str, Any], Tensor] | None:
         """Return what the next version says of a tensor, None if it stays as it is.
 
@@ -148,10 +130,11 @@ class DeltaFolder:
         """
         import zstandard
 
-        if part is self._parts.get(name) and name not in self._earlier:
+        before = self._parts.get(name)
+        if name not in self._earlier and _are_equal(before, part):
             return None
         plain = self._base.tensor(name)
-        old, new = _with_part(plain, self._parts.get(name)), _with_part(plain, part)
+        old, new = _with_part(plain, before), _with_part(plain, part)
         if name in self._earlier:
             self._read_back_(name, old)
         difference = bits(old) ^ bits(new)
@@ -239,6 +222,12 @@ class SkyrlDeltaFolder(DeltaFolder):
             "total_compressed_num_bytes": sum(one["compressed_num_bytes"] for one in tensors),
             "payload_files": [self._shard] if tensors else [],
         }
+
+
+def _are_equal(before: _Part | None, after: _Part | None) -> bool:
+    if before is None or after is None or before[0] is not after[0]:
+        return before is after
+    return torch.equal(bits(before[1]), bits(after[1]))
 
 
 def _with_part(tensor: Tensor, part: _Part | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pacatune.ops.columns import bits
-from pacatune.sync.message import Columns, ColumnSet, Positions
+from pacatune.sync.message import Columns, ColumnSet
 
 _MAX_ELEMENTS = 2**31
 
@@ -31,29 +31,28 @@ class ElementPatch(NamedTuple):
     """(N,) contiguous."""
 
 
-def element_patches(positions: Positions, columns: Columns) -> list[ElementPatch]:
-    """Return what a sync brings as elements: those that were changed if the sync says which.
+def element_patches(columns: Columns) -> list[ElementPatch]:
+    """Return what a sync brings as elements: those that were changed, if it follows one.
 
-    A complete sync has all elements of the columns. Nothing here takes columns back that leave the
+    Another sync has all elements of the columns. Nothing here takes columns back that leave the
     selection: patch with `source.base_columns()` before the adapter or its columns change.
 
     Args:
-        positions: Those that the columns are at.
-        columns: The sync, as the source gave it; one that follows another knows what was changed.
+        columns: The sync, as the source gave it.
 
     Raises:
-        ValueError: If the columns belong to other positions, or a tensor has 2**31 elements.
+        ValueError: If a tensor has 2**31 elements.
     """
-    sets, patches = {one.name: one for one in positions.sets}, []
-    _, last = columns.follows or ([], {})
-    for name, new in columns.by_name(positions).items():
-        one, values = sets[name], new.flatten()
-        places = _places(one, values.device)
-        if (old := last.get(name)) is not None:
+    patches, new = [], columns.by_name()
+    last = {} if columns.last is None else columns.positions.by_name(columns.last)
+    for item in columns.positions.sets:
+        values = new[item.name].flatten()
+        places = _places(item, values.device)
+        if (old := last.get(item.name)) is not None:
             is_changed = bits(values) != bits(old.flatten())
             places, values = places[is_changed], values[is_changed]
         if len(values):
-            patches.append(ElementPatch(name, one.shape, one.dtype, places, values))
+            patches.append(ElementPatch(item.name, item.shape, item.dtype, places, values))
     return patches
 
 

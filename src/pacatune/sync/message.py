@@ -1,16 +1,14 @@
-"""What a trainer sends: where the columns are, once, then what is in them, after each step.
+"""What a trainer sends after each step: where the columns are, and what is in them.
 
-Both are a few words (JSON) and one flat buffer of bytes, which is all that a transport carries.
-Columns are in the buffer one tensor after the other, those of the widest dtype first, so that each
-begins where its dtype can be read. Where a sync follows one, and bytes count, it is compressed: by
-how many representable numbers each element has moved, which are few, and of most elements none.
+A wire carries a few words (JSON) and one flat buffer of bytes. Columns are in the buffer one tensor
+after the other, those of the widest dtype first, so that each begins where its dtype can be read.
+Where bytes count, a sync that follows one is compressed: by how many representable numbers each
+element has moved, which are few, and of most elements none.
 """
 
-import hashlib
-import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor
 from pacatune.patch.edit import ColumnPlace
 from pacatune.precision import dtype_name, torch_dtype
 
-_DIGEST_DIGITS = 16
 _CODES = torch.float8_e4m3fn
 
 
@@ -42,114 +39,93 @@ class ColumnSet(ColumnPlace):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Positions:
-    """Where all columns of an adapter are; sent before its first columns."""
+    """Where all columns of an adapter are: one object for all syncs that have the same ones."""
 
     sets: tuple[ColumnSet, ...] = field(repr=False)
-    """In the order in which their columns are sent, without columns that were not changed."""
+    """Of each tensor, its columns."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     """Shapes of the parameters beside the trained ones, which a server may have joined to them."""
     run: str
     """Tells one source from another, whose counting begins again."""
-    version: str = field(init=False)
-    """Differs where anything of this does."""
 
     def __post_init__(self) -> None:
-        """Refuse sets that do not fit; compute the version."""
+        """Refuse sets that do not fit."""
         if not self.sets:
             raise ValueError("`sets` is empty; a trainer has columns of at least one tensor.")
-        for name, shape in (*self.shapes.items(), *((one.name, one.shape) for one in self.sets)):
+        for name, shape in (*self.shapes.items(), *((item.name, item.shape) for item in self.sets)):
             if any(size < 0 for size in shape):
                 raise ValueError(f"`shapes` has a negative size of {name!r}: {shape}.")
-        names = [one.name for one in self.sets]
+        names = [item.name for item in self.sets]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
-        for one in self.sets:
-            one.check(repr(one.name))
-            _served_dtype(dtype_name(one.dtype), f"dtype of {one.name}")
-        digest = hashlib.sha256(json.dumps(_describe(self), sort_keys=True).encode())
-        for one in self.sets:
-            digest.update(one.indices.numpy().data)
-        object.__setattr__(self, "version", digest.hexdigest()[:_DIGEST_DIGITS])
+        for item in self.sets:
+            item.check(repr(item.name))
+            _served_dtype(dtype_name(item.dtype), f"dtype of {item.name}")
 
-    def layout(self, ordinals: Iterable[int]) -> "Places":
-        """Return each of some sets with its number and where its columns begin in the buffer."""
-        start, result = 0, []
-        widest_first = sorted(ordinals, key=lambda number: -self.sets[number].dtype.itemsize)
-        for number in widest_first:
-            result.append((number, self.sets[number], start))
-            start += self.sets[number].num_bytes
-        return result
+    @cached_property
+    def num_bytes(self) -> int:
+        """Size of all columns."""
+        return sum(item.num_bytes for item in self.sets)
+
+    @cached_property
+    def words(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {
+            "run": self.run,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "sets": [
+                {
+                    "name": item.name,
+                    "parameter": item.parameter,
+                    "dim": item.dim,
+                    "shape": list(item.shape),
+                    "dtype": dtype_name(item.dtype),
+                    "indices": item.indices.tolist(),
+                }
+                for item in self.sets
+            ],
+        }
+
+    def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the columns in a (num_bytes,) uint8 buffer, by their tensors' names, as views."""
+        start, views = 0, {}
+        for item in sorted(self.sets, key=lambda item: -item.dtype.itemsize):
+            part = buffer[start : start + item.num_bytes]
+            views[item.name] = part.view(item.dtype).view(item.columns_shape)
+            start += item.num_bytes
+        return views
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Columns:
-    """What is in the columns after a step: all of them, or those that were changed."""
+    """A sync: all columns after a step."""
 
-    version: str
-    """Version of the positions that the columns are at."""
+    positions: Positions = field(repr=False)
     number: int
     """Counts the source's syncs from 1 on."""
-    since: int
-    """0: all columns are here. Otherwise what is not is as in the sync of that number."""
-    ordinals: tuple[int, ...] = field(repr=False)
-    """Which of the positions' sets are here."""
     buffer: Tensor = field(repr=False)
     """(num_bytes,) uint8."""
-    compressed: bool = False
-    """Whether the buffer is what the wire has of a change."""
-    follows: "tuple[Places, Mapping[str, Tensor]] | None" = field(default=None, repr=False)
-    """Where the columns are in the buffer, and the last sync's by name; where these are known."""
+    last: Tensor | None = field(default=None, repr=False)
+    """The buffer of the sync that this follows; None: a wire carries this one as it is."""
+
+    def __post_init__(self) -> None:
+        """Refuse a buffer of another size."""
+        expected = self.positions.num_bytes
+        if self.buffer.dtype != torch.uint8 or self.buffer.shape != (expected,):
+            raise ValueError(
+                f"the columns must be {expected} bytes, got {tuple(self.buffer.shape)} of "
+                f"{self.buffer.dtype}; the message is damaged, send it again."
+            )
 
     @property
     def num_bytes(self) -> int:
         """Size of the buffer; what `to_wire` makes of it may be smaller."""
         return self.buffer.nbytes
 
-    def check(self, positions: Positions) -> None:
-        """Refuse columns of other positions, or of tensors that these do not have."""
-        if self.version != positions.version:
-            raise ValueError(
-                f"the columns belong to positions {self.version}, not to {positions.version}; send "
-                "`source.positions()` whenever they change, as `source.send` does."
-            )
-        known, given = len(positions.sets), {*self.ordinals}
-        if not given <= {*range(known)} or len(given) < len(self.ordinals):
-            raise ValueError(f"the columns name tensors beyond the {known} known, or one twice.")
-        if self.since == 0 and (self.compressed or len(given) < known):
-            raise ValueError(f"the columns are of {len(given)} tensors, not of all {known}.")
-
-    def by_name(
-        self, positions: Positions, last: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Return the columns by their tensors' names, mostly as views of the buffer.
-
-        Args:
-            positions: Those that the columns are at.
-            last: Columns of the sync that this follows, by name.
-
-        Raises:
-            ValueError: If they belong to other positions, or the buffer has another size.
-        """
-        self.check(positions)
-        places = positions.layout(self.ordinals)
-        buffer = _restored(self.buffer, places, last or {}) if self.compressed else self.buffer
-        expected = sum(one.num_bytes for _, one, _ in places)
-        if buffer.dtype != torch.uint8 or buffer.shape != (expected,):
-            raise ValueError(
-                f"the columns must be {expected} bytes, got {tuple(buffer.shape)} of "
-                f"{buffer.dtype}; the message is damaged, send it again."
-            )
-        return {one.name: view_of(buffer, one, start) for _, one, start in places}
-
-
-def view_of(buffer: Tensor, one: ColumnSet, start: int) -> Tensor:
-    """Return the columns of one tensor as a view of the buffer."""
-    return buffer[start : start + one.num_bytes].view(one.dtype).view(one.columns_shape)
-
-
-Places = list[tuple[int, ColumnSet, int]]
-"""What `Positions.layout` returns."""
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the columns by their tensors' names, as views of the buffer."""
+        return self.positions.by_name(self.buffer)
 
 
 def _moved(new: Tensor, old: Tensor) -> Tensor:
@@ -178,127 +154,101 @@ def _ordered(numbers: Tensor) -> Tensor:
     return whole ^ ((whole >> 8 * whole.itemsize - 1) & torch.iinfo(whole.dtype).max)
 
 
-def _compressed(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
+def _compressed(columns: Columns, last: Tensor) -> Tensor:
     """Return (B,) uint8, what has changed of columns since the last sync."""
-    moved = torch.cat([_moved(view_of(buffer, one, at), last[one.name]) for _, one, at in places])
+    before = columns.positions.by_name(last)
+    moved = torch.cat([_moved(new, before[name]) for name, new in columns.by_name().items()])
     # Runs of zeros and the frequencies of bytes are all that there is to find.
     compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    found = compressor.compress(moved.cpu().numpy().data) + compressor.flush()
-    return torch.frombuffer(bytearray(found), dtype=torch.uint8)
+    compressed = compressor.compress(moved.cpu().numpy().data) + compressor.flush()
+    return torch.frombuffer(bytearray(compressed), dtype=torch.uint8)
 
 
-def _restored(buffer: Tensor, places: Places, last: Mapping[str, Tensor]) -> Tensor:
-    """Return (B,) uint8, the columns."""
-    size, reader = sum(one.num_bytes for _, one, _ in places), zlib.decompressobj()
-    if missing := [one.name for _, one, _ in places if one.name not in last]:
-        raise ValueError(
-            f"what was sent of {missing[0]!r} follows a sync which is not here; call "
-            "`source.forget()` before the next `send`."
-        )
+def _restored(buffer: Tensor, last: Columns) -> Tensor:
+    """Return (num_bytes,) uint8, the columns after the last ones."""
+    size, reader = last.num_bytes, zlib.decompressobj()
     try:
-        found = reader.decompress(buffer.cpu().contiguous().numpy().data, size + 1)
-    except (zlib.error, TypeError, RuntimeError) as error:
+        data = reader.decompress(buffer.cpu().contiguous().numpy().data, size + 1)
+    except zlib.error as error:
         raise ValueError(f"the message is damaged: {error}.") from error
-    if len(found) != size or not reader.eof or reader.unused_data:
+    if len(data) != size or not reader.eof or reader.unused_data:
         raise ValueError(f"the message is damaged: it does not have {size} bytes.")
-    moved = torch.frombuffer(bytearray(found), dtype=torch.uint8).to(buffer.device)
-    return torch.cat(
-        [
-            _moved_to(moved[at : at + one.num_bytes], last[one.name].to(buffer.device))
-            for _, one, at in places
-        ]
-    )
+    moved = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(last.buffer.device)
+    parts, start = [], 0
+    for old in last.by_name().values():
+        parts.append(_moved_to(moved[start : start + old.nbytes], old))
+        start += old.nbytes
+    return torch.cat(parts)
 
 
-def to_wire(
-    message: Positions | Columns, *, compress: bool = True
-) -> tuple[dict[str, Any], Tensor]:
-    """Return a message as words that JSON can hold and (B,) uint8.
+def to_wire(columns: Columns, *, compress: bool = True) -> tuple[dict[str, Any], Tensor]:
+    """Return a sync as words that JSON can hold and (B,) uint8.
 
     Args:
-        message: What a `ColumnSource` gives.
+        columns: What a `ColumnSource` gives.
         compress: Make a sync that follows one as small as it can be, on the CPU. Where the wire
             carries some hundred MB a second, that takes longer than sending.
     """
-    if isinstance(message, Columns):
-        since, buffer = message.since, message.buffer
-        small = _compressed(buffer, *message.follows) if compress and message.follows else None
-        if is_small := small is not None and small.nbytes < buffer.nbytes:
-            since, buffer = message.number - 1, small
-        words = {
-            "kind": "columns",
-            "version": message.version,
-            "number": message.number,
-            "since": since,
-            "ordinals": list(message.ordinals),
-            "compressed": message.compressed or is_small,
-        }
-        return words, buffer
-    buffer = torch.cat([one.indices for one in message.sets])
-    return {"kind": "positions", **_describe(message)}, buffer.view(torch.uint8)
+    words: dict[str, Any] = {"kind": "columns", "number": columns.number}
+    if compress and columns.last is not None:
+        small = _compressed(columns, columns.last)
+        if small.nbytes < columns.num_bytes:
+            return words | {"since": columns.number - 1, "run": columns.positions.run}, small
+    return words | {"since": 0, "positions": columns.positions.words}, columns.buffer
 
 
-def from_wire(words: Mapping[str, Any], buffer: Tensor) -> Positions | Columns:
-    """Return the message of `to_wire`; whoever reads it checks that it fits the positions.
+class Reader:
+    """Turns what a wire carries, in order, into syncs."""
 
-    Raises:
-        ValueError: If a part is missing or has another type.
-    """
-    try:
-        if words["kind"] == "columns":
-            return Columns(
-                version=str(words["version"]),
-                number=int(words["number"]),
-                since=int(words["since"]),
-                ordinals=tuple(int(number) for number in words["ordinals"]),
-                compressed=bool(words["compressed"]),
-                buffer=buffer,
-            )
-        if buffer.dtype != torch.uint8 or buffer.dim() != 1:
-            raise TypeError(f"its buffer is {tuple(buffer.shape)} of {buffer.dtype}")
-        sets, start = [], 0
-        indices = buffer.cpu().view(torch.int64)
-        for entry in words["sets"]:
-            end = start + int(entry["num_columns"])
-            sets.append(
-                ColumnSet(
-                    name=str(entry["name"]),
-                    parameter=str(entry["parameter"]),
-                    dim=int(entry["dim"]),
-                    shape=tuple(int(size) for size in entry["shape"]),
-                    dtype=_served_dtype(entry["dtype"], "dtype"),
-                    indices=indices[start:end],
-                )
-            )
-            start = end
-        if start != len(indices):
-            raise TypeError(f"it has {len(indices)} column numbers, and names {start}")
-        shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
-        return Positions(sets=tuple(sets), shapes=shapes, run=str(words["run"]))
-    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(
-            f"this is no message of a ColumnSource ({type(error).__name__}: {error})."
-        ) from error
+    def __init__(self) -> None:
+        self._last: Columns | None = None
+
+    def read(self, words: Mapping[str, Any], buffer: Tensor) -> Columns:
+        """Return the sync of `to_wire`; its positions are the last one's where they are the same.
+
+        Raises:
+            ValueError: If a part is missing or has another type, or the sync follows another than
+                the last one that was read.
+        """
+        last = self._last
+        try:
+            number, since = int(words["number"]), int(words["since"])
+            if since:
+                if last is None or (words["run"], since) != (last.positions.run, last.number):
+                    raise ValueError(
+                        f"sync {number} follows sync {since}, which is not the last one here; call "
+                        "`source.forget()` before the next `send`."
+                    )
+                positions, buffer = last.positions, _restored(buffer, last)
+            elif last is not None and words["positions"] == last.positions.words:
+                positions = last.positions
+            else:
+                positions = _positions(words["positions"])
+            columns = Columns(positions=positions, number=number, buffer=buffer)
+        except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise ValueError(
+                f"this is no message of a ColumnSource ({type(error).__name__}: {error})."
+            ) from error
+        self._last = columns
+        return columns
+
+
+def _positions(words: Mapping[str, Any]) -> Positions:
+    sets = tuple(
+        ColumnSet(
+            name=str(entry["name"]),
+            parameter=str(entry["parameter"]),
+            dim=int(entry["dim"]),
+            shape=tuple(int(size) for size in entry["shape"]),
+            dtype=_served_dtype(entry["dtype"], "dtype"),
+            indices=torch.tensor(entry["indices"], dtype=torch.int64, device="cpu"),
+        )
+        for entry in words["sets"]
+    )
+    shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
+    return Positions(sets=sets, shapes=shapes, run=str(words["run"]))
 
 
 def _served_dtype(name: str, option: str) -> torch.dtype:
     """Return a dtype whose elements are bytes of their own."""
     return _CODES if name == dtype_name(_CODES) else torch_dtype(name, option=option)
-
-
-def _describe(positions: Positions) -> dict[str, Any]:
-    return {
-        "run": positions.run,
-        "shapes": {name: list(shape) for name, shape in positions.shapes.items()},
-        "sets": [
-            {
-                "name": one.name,
-                "parameter": one.parameter,
-                "dim": one.dim,
-                "shape": list(one.shape),
-                "dtype": dtype_name(one.dtype),
-                "num_columns": one.rank,
-            }
-            for one in positions.sets
-        ],
-    }

@@ -1,11 +1,11 @@
 """The server's side: writes a trainer's columns into weights that may be joined and split.
 
-It keeps what its own base holds there, so it can take everything back, and the last columns, of
-which the next sync changes elements: each R/I of the weights, 44 MB for LLaMA3-8B with 16 columns.
+It keeps what its own base holds there, so it can take everything back: R/I of the weights, 44 MB
+for LLaMA3-8B with 16 columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -67,54 +67,33 @@ class ColumnReceiver:
         self.rename, self.is_partial = rename, is_partial
         self.number = 0
         """Number of the sync that the weights hold; 0: the base."""
-        self._expected: _Plan | None = None  # what columns will come for
+        self._last_plan: _Plan | None = None
         self._written: _Plan | None = None  # whose columns are in the weights
-
-    def expect(self, positions: Positions) -> None:
-        """Learn where the next columns belong; the weights stay as they are until these come.
-
-        Raises:
-            ValueError: If the model lacks a tensor, holds it in another shape or dtype, quantised,
-                adapted or distributed, or two of the names are one tensor.
-        """
-        if self._expected is None or self._expected.positions.version != positions.version:
-            self._expected = self._plan(positions)
 
     def apply(self, columns: Columns) -> bool:
         """Write a sync's columns.
 
-        Args:
-            columns: For the positions expected.
-
         Returns:
-            Whether anything was written: False for a sync that the weights hold already.
+            Whether anything was written: False for a sync that the weights hold already, or one
+            before it.
 
         Raises:
-            ValueError: If the columns do not fit, or an earlier sync is missing; nothing was
-                written then.
+            ValueError: If the model lacks a tensor, holds it in another shape or dtype, quantised,
+                adapted or distributed, or two of the names are one tensor. Nothing was written
+                then.
         """
-        plan = self._expected_plan()
-        columns.check(plan.positions)
-        is_new = self._written is not plan
-        number = 0 if is_new else self.number
-        if columns.number <= number:
+        plan, written = self._plan(columns.positions), self._written
+        is_same_run = written is not None and written.positions.run == columns.positions.run
+        if is_same_run and columns.number <= self.number:
             return False
-        if columns.since not in (0, number):
-            raise ValueError(
-                f"sync {columns.number} has the columns changed since sync {columns.since}, and "
-                f"the weights hold sync {number}; ask for `source.columns(everything=True)`, or "
-                "call `source.forget()` before the next `send`."
-            )
-        values = self._values(columns, plan)
+        values = _values(columns, plan)
         tensors = self._checked(plan)
         with transaction() as put:
-            if is_new:
+            if written is not plan:
                 self._put_back(put, tensors)
                 plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
-                if (new := values.get(write.one.name)) is not None:
-                    put(write.place(tensors), write.part_of(new))
-        plan.last = values if columns.since == 0 else plan.last | values
+                put(write.place(tensors), write.part_of(values[write.one.name]))
         self._written, self.number = plan, columns.number
         return True
 
@@ -126,17 +105,14 @@ class ColumnReceiver:
 
         Raises:
             TimeoutError, ConnectionError, EOFError: If nothing came; the weights stay.
-            ValueError: As for `expect` and `apply`.
+            ValueError: As for `apply`.
         """
-        while True:
-            message = transport.receive(timeout)
-            if isinstance(message, Columns):
-                self.apply(message)
-                return message
-            self.expect(message)
+        columns = transport.receive(timeout)
+        self.apply(columns)
+        return columns
 
     def revert(self) -> None:
-        """Write the base's columns back, bit for bit; the next sync must be a complete one."""
+        """Write the base's columns back, bit for bit."""
         if self._written is None:
             return
         tensors = self._checked(self._written)
@@ -153,8 +129,8 @@ class ColumnReceiver:
         Raises:
             ValueError: If a column differs.
         """
-        plan = self._expected_plan()
-        values = self._values(columns, plan)
+        plan = self._plan(columns.positions)
+        values = _values(columns, plan)
         if self._written is plan:
             found = plan.originals
         elif self._written is not None:
@@ -165,29 +141,15 @@ class ColumnReceiver:
         wrong = [
             write.one.name
             for write, own in zip(plan.writes, found, strict=True)
-            if (theirs := values.get(write.one.name)) is not None
-            and not torch.equal(bits(write.part_of(theirs).to(own.device)), bits(own))
+            if not torch.equal(
+                bits(write.part_of(values[write.one.name]).to(own.device)), bits(own)
+            )
         ]
         if wrong:
             raise ValueError(
                 f"{len(wrong)} of {len(plan.writes)} tensors, first {wrong[0]!r}, are not the "
                 "trainer's base in the trained columns; serve the base that is trained."
             )
-
-    def _expected_plan(self) -> "_Plan":
-        """Return where the columns that come belong."""
-        if self._expected is None:
-            raise ValueError(
-                "no positions are known; give `source.positions()` to `expect` first, as "
-                "`source.send` and `receive` do."
-            )
-        return self._expected
-
-    def _values(self, columns: Columns, plan: "_Plan") -> dict[str, Tensor]:
-        """Return the columns by name, where most of them are written."""
-        device = plan.writes[0].indices.device if plan.writes else columns.buffer.device
-        moved = replace(columns, buffer=columns.buffer.to(device))
-        return moved.by_name(plan.positions, plan.last)
 
     def _put_back(self, put: Callable[..., None], tensors: Mapping[str, Tensor]) -> None:
         """Write the base's columns where those of a sync are."""
@@ -196,6 +158,12 @@ class ColumnReceiver:
                 put(write.place(tensors), old)
 
     def _plan(self, positions: Positions) -> "_Plan":
+        """Return where columns at these positions belong."""
+        if self._last_plan is None or self._last_plan.positions is not positions:
+            self._last_plan = self._new_plan(positions)
+        return self._last_plan
+
+    def _new_plan(self, positions: Positions) -> "_Plan":
         tensors, prefix = tensors_of(self.model)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         writes: list[_Write] = []
@@ -286,5 +254,11 @@ class _Plan:
     positions: Positions
     writes: list[_Write]
     originals: list[Tensor] = field(default_factory=list)
-    last: dict[str, Tensor] = field(default_factory=dict)
-    """Columns of the last sync."""
+
+
+def _values(columns: Columns, plan: _Plan) -> dict[str, Tensor]:
+    """Return the columns by name, where most of them are written."""
+    buffer = columns.buffer
+    if plan.writes:
+        buffer = buffer.to(plan.writes[0].indices.device)
+    return columns.positions.by_name(buffer)

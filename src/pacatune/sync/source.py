@@ -11,7 +11,6 @@ are rounded to the dtype that is served once, after that.
 """
 
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,8 +19,6 @@ from torch import Tensor, nn
 from pacatune.grid.checkpoint import PackedCheckpoint
 from pacatune.grid.columns import CodedColumns
 from pacatune.ops.whole import is_shared_out, whole_shape
-from pacatune.residency.watching import is_tracked
-from pacatune.residency.weight import Written
 from pacatune.sync.adapted import (
     base_of,
     checkpoint_name,
@@ -30,7 +27,7 @@ from pacatune.sync.adapted import (
     refuse_weight,
     shapes_beside,
 )
-from pacatune.sync.message import Columns, ColumnSet, Positions, view_of
+from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.sync.spread import (
     columns_of,
     gathered,
@@ -56,8 +53,8 @@ class ColumnSource:
         model: A PEFT model with a PaCA adapter, perhaps compiled, sharded or wrapped for DDP.
         dtype: In which the model is served; None: that of each weight.
         adapter: Name of the adapter; None: the one that is active when columns are asked for.
-        complete_every: One in so many syncs does not follow the one before, so that a receiver may
-            begin with it.
+        complete_every: One in so many syncs does not follow the one before, so that a receiver of
+            compressed ones may begin with it.
         codes: The FP8 checkpoint whose codes are served, if the model was dequantised from one:
             codes are sent then, those nearest to the columns. `GridSteps` lets the trainer compute
             with just these.
@@ -83,12 +80,12 @@ class ColumnSource:
             )
         self.model, self.dtype, self.adapter = model, dtype, adapter
         self.complete_every, self.codes = complete_every, codes
-        self._num_partial = 0
+        self._num_following = 0  # since the last complete sync
+        self._last: Tensor | None = None  # buffer of the last sync
         self.number = 0  # of the last sync
         self._run = secrets.token_hex(8)
         self._weights: list[_Weight] = []
         self._positions: Positions | None = None
-        self._sent_version = ""
         self.positions()
 
     def positions(self) -> Positions:
@@ -111,27 +108,28 @@ class ColumnSource:
             shapes=shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
             run=self._run,
         )
+        self.forget()
         return self._positions
 
-    def columns(self, *, everything: bool = False) -> Columns:
-        """Return what was changed of the columns since the last sync, of which this is the next.
+    def columns(self) -> Columns:
+        """Return the columns as they are now: the next sync.
 
         They are those that the model computes with: while its adapters are disabled, the base's.
-
-        Args:
-            everything: Return all columns, changed or not.
 
         Raises:
             ValueError: If a column is not finite, or an adapter is merged into the weights.
         """
-        return self._collect(everything=everything, is_base=False)
+        return self._collect(is_base=False)
 
     def base_columns(self) -> Columns:
-        """Return the base's columns, all of them; the sync that comes next is complete."""
-        return self._collect(everything=True, is_base=True)
+        """Return the base's columns; the sync that comes next follows none."""
+        self.forget()
+        columns = self._collect(is_base=True)
+        self.forget()
+        return columns
 
     def send(self, transport: "Transport | None", *, timeout: float | None = None) -> Columns:
-        """Send the columns, and before them the positions if the receiver does not know these.
+        """Send the columns.
 
         Args:
             transport: Transport of the process that sends; None on the trainer's other processes.
@@ -142,81 +140,50 @@ class ColumnSource:
 
         Raises:
             TimeoutError, ConnectionError: If the receiver is gone. Nothing is lost: the next send,
-                over this transport or another one, sends the positions and all columns.
+                over this transport or another one, follows none.
         """
         columns = self.columns()
-        positions = cast(Positions, self._positions)
         if transport is not None:
             try:
-                if self._sent_version != columns.version:
-                    transport.send(positions, timeout)
                 transport.send(columns, timeout)
             except BaseException:
                 self.forget()
                 raise
-        self._sent_version = columns.version
         return columns
 
     def forget(self) -> None:
-        """Have the next sync send everything: a receiver was lost, or a new one has come."""
-        self._sent_version = ""
-        for weight in self._weights:
-            weight.sent = weight.last = None
+        """Have the next sync follow none: a receiver was lost, or a new one has come."""
+        self._last = None
 
     @torch.no_grad()
-    def _collect(self, *, everything: bool, is_base: bool) -> Columns:
+    def _collect(self, *, is_base: bool) -> Columns:
         reshard(self.model)
         positions = self.positions()
-        states = [weight.state(is_base) for weight in self._weights]
-        changed = [
-            number
-            for number, (weight, state) in enumerate(zip(self._weights, states, strict=True))
-            if everything or state is None or not state.is_same(weight.sent)
-        ]
-        if changed and self._num_partial + 1 >= self.complete_every:
-            everything, changed = True, list(range(len(states)))
-        size = sum(positions.sets[number].num_bytes for number in changed)
-        device = self._weights[0].device
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        places = positions.layout(changed)
-        for number, one, start in places:
-            view_of(buffer, one, start).copy_(self._weights[number].values(is_base))
-        self._refuse_infinite(positions, changed, buffer)
-        last = {one.name: self._weights[number].last for number, one, _ in places}
-        is_complete = len(changed) == len(states)
-        follows = None
-        if places and not everything and None not in last.values():
-            follows = places, cast("dict[str, Tensor]", last)
-        self._num_partial = 0 if is_complete and follows is None else self._num_partial + 1
-        for number, one, start in places:
-            self._weights[number].last = None if is_base else view_of(buffer, one, start)
-        for weight, state in zip(self._weights, states, strict=True):
-            # Whether a receiver wrote the base's or compared it, the next sync is complete.
-            weight.sent = None if is_base else state
+        buffer = torch.empty(positions.num_bytes, dtype=torch.uint8, device=self._weights[0].device)
+        views = positions.by_name(buffer)
+        for weight in self._weights:
+            views[weight.columns.name].copy_(weight.values(is_base))
+        _refuse_infinite(views, buffer)
+        if self._num_following + 1 >= self.complete_every:
+            self.forget()
+        last, self._last = self._last, buffer
+        self._num_following = 0 if last is None else self._num_following + 1
         self.number += 1
-        return Columns(
-            version=positions.version,
-            number=self.number,
-            since=0 if is_complete else self.number - 1,
-            ordinals=tuple(changed),
-            buffer=buffer,
-            follows=follows,
-        )
+        return Columns(positions=positions, number=self.number, buffer=buffer, last=last)
 
-    def _refuse_infinite(self, positions: Positions, changed: list[int], buffer: Tensor) -> None:
-        places = positions.layout(changed)
-        if not places or _is_finite(buffer, {one.dtype for _, one, _ in places}):
-            return
-        finite = [_plain(view_of(buffer, one, start)).isfinite().all() for _, one, start in places]
-        is_finite = torch.stack(finite).tolist()
-        wrong = [one.name for (_, one, _), ok in zip(places, is_finite, strict=True) if not ok]
-        if wrong:
-            raise ValueError(
-                f"{len(wrong)} of {len(places)} tensors, first {wrong[0]!r}, have columns that are "
-                f"not finite in {positions.sets[changed[0]].dtype}; nothing was sent. Training has "
-                "diverged (go back to a checkpoint), or the dtype is too narrow: serve bfloat16 or "
-                "float32."
-            )
+
+def _refuse_infinite(views: dict[str, Tensor], buffer: Tensor) -> None:
+    """Refuse columns that are not finite; `views` are those in the buffer, by name."""
+    if _is_finite(buffer, {view.dtype for view in views.values()}):
+        return
+    is_finite = torch.stack([_plain(view).isfinite().all() for view in views.values()]).tolist()
+    wrong = [name for name, ok in zip(views, is_finite, strict=True) if not ok]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(views)} tensors, first {wrong[0]!r}, have columns that are "
+            f"not finite in {views[wrong[0]].dtype}; nothing was sent. Training has diverged (go "
+            "back to a checkpoint), or the dtype is too narrow: serve bfloat16 or float32."
+        )
 
 
 def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
@@ -231,22 +198,6 @@ def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
 def _plain(values: Tensor) -> Tensor:
     """Return numbers that torch can compare; FP8's it cannot."""
     return values.float() if values.itemsize == 1 else values
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """What columns are of: equal ones mean the same bits."""
-
-    written: Written | None
-    """None: of the base."""
-    base: tuple[Any, ...]
-
-    def is_same(self, other: "_State | None") -> bool:
-        if other is None or self.base != other.base:
-            return False
-        if self.written is None or other.written is None:
-            return self.written is other.written
-        return other.written.is_of(self.written.update)
 
 
 class _Weight:
@@ -264,8 +215,6 @@ class _Weight:
         self.layer, self.adapter = layer, adapter
         self.indices = layer.paca_indices[adapter]
         self.indices_version = self.indices._version
-        self.sent: _State | None = None
-        self.last: Tensor | None = None  # columns of the last sync
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
         refuse_weight(layer, parameter, weight)
@@ -329,35 +278,14 @@ class _Weight:
         """Whether the base's columns are asked for."""
         return is_base or self.layer._disable_adapters
 
-    def state(self, is_base: bool) -> _State | None:
-        """Return what the columns are of now; None where not every change would be noticed."""
+    def values(self, is_base: bool) -> Tensor:
+        """Return the columns as they are sent, but for the last rounding."""
         layer: Any = self.layer
         if layer.merged_adapters:
             raise ValueError(
                 f"adapters {layer.merged_adapters} are merged into {self.columns.name!r}; columns "
                 "are sent unmerged: call `model.unmerge_adapter()` first."
             )
-        base = self._base_state()
-        if base is None:
-            return None
-        if self.is_off(is_base):
-            return _State(None, base)
-        delta = layer.delta_of(self.adapter)
-        if not is_tracked(delta):
-            return None
-        return _State(Written.now(layer.update_of(self.adapter)), base)
-
-    def _base_state(self) -> tuple[Any, ...] | None:
-        weight, residency = self._weight(), self.layer.residency
-        if is_shared_out(weight):
-            return None
-        if residency is not None and residency.find_weight() is not None:
-            return residency.base()
-        return weight._version, weight.data_ptr()
-
-    def values(self, is_base: bool) -> Tensor:
-        """Return the columns as they are sent, but for the last rounding."""
-        layer: Any = self.layer
         with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
             delta, scaling = None, layer.scaling[self.adapter]
             if not self.is_off(is_base):

@@ -1,7 +1,7 @@
-"""How messages get from a trainer to those who serve the model.
+"""How syncs get from a trainer to those who serve the model.
 
 InProcess      a queue; tensors are handed over as they are
-File           a folder with one safetensors file per message, complete when it has its name
+File           a folder with one safetensors file per sync, complete when it has its name
 """
 
 import json
@@ -19,9 +19,8 @@ from pacatune.files.folder import explained_failure, whole_file
 from pacatune.files.json_file import parse_json_object
 from pacatune.files.plain import find_file
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
-from pacatune.sync.message import Columns, Positions, from_wire, to_wire
+from pacatune.sync.message import Columns, Reader, to_wire
 
-Message = Positions | Columns
 _KEY = "pacatune_sync"
 _ENDED = "the sender has closed; no more columns will come."
 _POLL_S = 0.05
@@ -30,12 +29,12 @@ _NAME = re.compile(r"(\d{6,18})\.safetensors")
 
 
 class Transport(Protocol):
-    """Brings messages, in order."""
+    """Brings syncs, in order."""
 
-    def send(self, message: Message, timeout: float | None = None) -> None:
+    def send(self, columns: Columns, timeout: float | None = None) -> None:
         """Send one; TimeoutError or ConnectionError if nobody takes it."""
 
-    def receive(self, timeout: float | None = None) -> Message:
+    def receive(self, timeout: float | None = None) -> Columns:
         """Wait for the next one; EOFError after the sender has closed."""
 
     def close(self) -> None:
@@ -46,40 +45,40 @@ class InProcess:
     """Between threads, or steps, of one process.
 
     Args:
-        capacity: Messages that may wait; a sender then waits for the receiver.
+        capacity: Syncs that may wait; a sender then waits for the receiver.
         timeout: Seconds to wait, where a call gives none.
     """
 
     def __init__(self, *, capacity: int = 8, timeout: float = 60.0) -> None:
         self.timeout = timeout
-        self._queue: queue.Queue[Message | None] = queue.Queue(capacity)
+        self._queue: queue.Queue[Columns | None] = queue.Queue(capacity)
         self._is_closed = False
 
-    def send(self, message: Message, timeout: float | None = None) -> None:
-        """Put a message into the queue."""
-        self._put(message, timeout)
+    def send(self, columns: Columns, timeout: float | None = None) -> None:
+        """Put a sync into the queue."""
+        self._put(columns, timeout)
 
-    def _put(self, message: Message | None, timeout: float | None) -> None:
+    def _put(self, item: Columns | None, timeout: float | None) -> None:
         seconds = self.timeout if timeout is None else timeout
         try:
-            self._queue.put(message, timeout=seconds)
+            self._queue.put(item, timeout=seconds)
         except queue.Full:
             raise TimeoutError(
-                f"{self._queue.maxsize} messages wait, and the receiver has taken none for "
+                f"{self._queue.maxsize} syncs wait, and the receiver has taken none for "
                 f"{seconds:g} s; is it still there?"
             ) from None
 
-    def receive(self, timeout: float | None = None) -> Message:
-        """Take the next message."""
+    def receive(self, timeout: float | None = None) -> Columns:
+        """Take the next sync."""
         seconds = self.timeout if timeout is None else timeout
         try:
-            message = None if self._is_closed else self._queue.get(timeout=seconds)
+            item = None if self._is_closed else self._queue.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError(f"nothing was sent for {seconds:g} s.") from None
-        if message is None:
+        if item is None:
             self._is_closed = True
             raise EOFError(_ENDED)
-        return message
+        return item
 
     def close(self) -> None:
         """Tell the receiver that nothing more will come."""
@@ -89,9 +88,9 @@ class InProcess:
 class File:
     """A folder that trainer and servers see, on one disk or a shared one.
 
-    Each message is a file, `000001.safetensors` and so on; it gets its name when it is complete.
-    A reader that comes late, or is slow, begins with the last complete sync; older columns than the
-    one before it are removed.
+    Each sync is a file, `000001.safetensors` and so on; it gets its name when it is complete.
+    A reader that comes late, or is slow, begins with the last one that follows none. Whenever such
+    a one is written, files before the last but one are removed.
 
     Args:
         folder: Made if it is missing. A trainer that was restarted goes on in it.
@@ -100,12 +99,12 @@ class File:
 
     def __init__(self, folder: str | Path, *, timeout: float = 60.0) -> None:
         self.folder, self.timeout = Path(folder), timeout
-        self._last_read = 0
+        self._last_read, self._reader = 0, Reader()
         self._last_written: int | None = None
 
-    def send(self, message: Message, timeout: float | None = None) -> None:
-        """Write a message; a file needs nobody to take it, so nothing is waited for."""
-        words, buffer = to_wire(message)
+    def send(self, columns: Columns, timeout: float | None = None) -> None:
+        """Write a sync; a file needs nobody to take it, so nothing is waited for."""
+        words, buffer = to_wire(columns)
         self._write(words, buffer)
         if words.get("since") == 0:
             self._remove_old()
@@ -114,8 +113,8 @@ class File:
         """Tell readers that nothing more will come."""
         self._write({"kind": "end"}, torch.empty(0, dtype=torch.uint8, device="cpu"))
 
-    def receive(self, timeout: float | None = None) -> Message:
-        """Return the next message, or the last complete one if that is later."""
+    def receive(self, timeout: float | None = None) -> Columns:
+        """Return the next sync, or the last one that follows none if that is later."""
         seconds = self.timeout if timeout is None else timeout
         end = time.monotonic() + seconds
         while True:
@@ -125,7 +124,7 @@ class File:
                     self._last_read = number
                     if words.get("kind") == "end":
                         raise EOFError(_ENDED)
-                    return from_wire(words, buffer)
+                    return self._reader.read(words, buffer)
                 continue
             if time.monotonic() > end:
                 raise TimeoutError(
@@ -142,19 +141,16 @@ class File:
         return self.folder / f"{number:06}.safetensors"
 
     def _next(self) -> int | None:
-        """Return the message to read: positions in order, then the last complete columns."""
+        """Return the file to read: the last that follows none, or else the next."""
         if not self.folder.is_dir():
             return None
-        waiting = [number for number in self._numbers() if number > self._last_read]
-        kinds = {}
-        for number in waiting:
+        waiting = {}
+        for number in self._numbers():
             with suppress(FileNotFoundError):
-                kinds[number] = self._words(number)
-        positions = [number for number, words in kinds.items() if words.get("kind") == "positions"]
-        if positions and self._last_read < positions[-1]:
-            return positions[-1]  # columns before it are of other positions
-        complete = [number for number, words in kinds.items() if words.get("since") == 0]
-        return complete[-1] if complete else next(iter(kinds), None)
+                if number > self._last_read:
+                    waiting[number] = self._words(number)
+        complete = [number for number, words in waiting.items() if words.get("since") == 0]
+        return complete[-1] if complete else next(iter(waiting), None)
 
     def _words(self, number: int) -> dict[str, Any]:
         path = find_file(self.folder, self._path(number).name)
@@ -185,7 +181,6 @@ class File:
         self._last_written = last + 1
 
     def _remove_old(self) -> None:
-        """Remove columns that nobody needs: before the last complete ones, but for a few."""
-        columns = [n for n in self._numbers() if self._words(n).get("kind") == "columns"]
-        for number in columns[:-_KEPT]:
+        """Remove files that nobody needs, before the last sync, which follows none; but for one."""
+        for number in self._numbers()[:-_KEPT]:
             self._path(number).unlink(missing_ok=True)
