@@ -18,6 +18,7 @@ from benchmarks import kernels
 from benchmarks.methods import OURS, make_contender
 from benchmarks.models import llama_values, loss_of, loss_of_graph, make_batch
 from pacatune import lean
+from pacatune.grid.formats import GRIDS
 from pacatune.lean import fused
 from pacatune.measure.estimate import estimate_memory
 from pacatune.measure.models import checkpoint_blocks, load_config
@@ -346,3 +347,16 @@ def test_mixed_precision_is_not_forced_onto_fp16(cuda):
     from pacatune.training import TrainingConfig
 
     assert TrainingConfig(fp16=True).resolved().bf16 is False
+
+
+@pytest.mark.parametrize("grid", [GRIDS["Q4_1"], GRIDS["F8_E4M3"]], ids=lambda grid: grid.name)
+def test_codes_are_searched_where_the_weight_is(device, grid):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randint(grid.num_codes, (64, 8), generator=generator).to(torch.uint8)
+    scale = torch.rand(64, 8, generator=generator)
+    change = 3 * scale * torch.randn(64, 8, generator=generator)
+    here = grid.moved(before, scale, change)
+    there = grid.moved(*(part.to(device) for part in (before, scale, change)))
+    assert there.after.device.type == device.type
+    assert torch.equal(there.after.cpu(), here.after)
+    assert there.num_clipped.item() == here.num_clipped.item()

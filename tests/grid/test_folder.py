@@ -118,7 +118,8 @@ def test_it_is_trained_written_and_taken_out(folder, tmp_path, capsys):
         assert torch.equal(new[:, is_free], old[:, is_free])
         name = checkpoint.name_of(f"{module}.weight", 2)
         grid, (scale, _) = checkpoint.grid(name), checkpoint.scales(name, update.indices)
-        levels = grid._levels[~grid._levels.isnan()] * scale[..., None]
+        levels = grid._levels_on(scale.device)
+        levels = levels[~levels.isnan()] * scale[..., None]
         least = (levels - wanted[:, update.indices, None]).abs().amin(-1)
         error = (new - wanted)[:, update.indices].abs()
         assert (error <= least + 0.005 * wanted.abs().max()).all()

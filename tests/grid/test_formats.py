@@ -79,7 +79,7 @@ def test_a_change_moves_codes_to_the_nearest(grid):
     moved = grid.moved(before, scale, change)
     grid.put_codes_(rows, columns, moved.after)
     error = (values_of(grid, rows, columns) - values - change).abs()
-    every = scale[..., None] * grid._levels + minimum[..., None]
+    every = scale[..., None] * grid._levels_on(scale.device) + minimum[..., None]
     least = (every - (values + change)[..., None]).abs().amin(-1)
     assert (error <= least + 1e-5 * every.abs().amax(-1)).all()
     assert (moved.after != moved.before).any()

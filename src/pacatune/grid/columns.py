@@ -10,7 +10,7 @@ from pacatune.grid.formats import Moved
 
 
 class CodedColumns:
-    """Trained columns of one weight as codes.
+    """Trained columns of one weight as codes, which are searched where `order` is.
 
     Args:
         checkpoint: The file or folder.
@@ -25,9 +25,9 @@ class CodedColumns:
         grid = checkpoint.grid(name)
         assert grid is not None, "plain numbers are columns by themselves"
         self.name, self.grid, self.order = name, grid, order
-        self.before = checkpoint.columns(name, 1, indices)
+        parts = checkpoint.columns(name, 1, indices), *checkpoint.scales(name, indices)
+        self.before, self._scale, self._minimum = (part.to(order.device) for part in parts)
         """(O, R) uint8, the base's, in the file's order of rows."""
-        self._scale, self._minimum = checkpoint.scales(name, indices)
 
     @classmethod
     def of(
@@ -38,8 +38,9 @@ class CodedColumns:
         Raises:
             ValueError: If the file does not hold these columns.
         """
-        indices, columns = indices.cpu(), columns.detach().cpu()
-        order = row_order(checkpoint.values(name, indices), columns, heads_of(config), name)
+        indices = indices.cpu()
+        values = checkpoint.values(name, indices).to(columns.device)
+        order = row_order(values, columns.detach(), heads_of(config), name)
         return cls(checkpoint, name, indices, order)
 
     def moved(self, change: Tensor) -> Moved:
@@ -48,7 +49,7 @@ class CodedColumns:
         Raises:
             ValueError: If a change is not finite.
         """
-        change = change.detach().float().cpu()[self.order]
+        change = change.detach().to(self.order.device).float()[self.order]
         if not change.isfinite().all():
             raise ValueError(
                 f"the columns of {self.name!r} are not finite: training has diverged; go back to a "
@@ -58,6 +59,5 @@ class CodedColumns:
 
     def values(self, codes: Tensor) -> Tensor:
         """Return what codes are to the model, (O, R) float32 in its order of rows."""
-        found = torch.empty(codes.shape, device="cpu")
-        found[self.order] = self.grid.values(codes, self._scale, self._minimum)
-        return found
+        values = self.grid.values(codes, self._scale, self._minimum)
+        return torch.empty_like(values).index_copy_(0, self.order, values)

@@ -102,12 +102,11 @@ class Grid:
 
     def values(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
         """Return the (O, R) float32 values of codes."""
-        return scale * self._levels[codes.long()] + minimum
+        return scale * self._levels_on(codes.device)[codes.long()] + minimum
 
-    @property
-    def _levels(self) -> Tensor:
+    def _levels_on(self, device: torch.device) -> Tensor:
         levels = self.levels or range(-self.zero, self.num_codes - self.zero)
-        return torch.tensor(levels, dtype=torch.float32, device="cpu")
+        return torch.tensor(levels, dtype=torch.float32, device=device)
 
     def moved(self, before: Tensor, scale: Tensor, change: Tensor) -> "Moved":
         """Return the codes nearest to the values of (O, R) codes plus an (O, R) change.
@@ -116,19 +115,21 @@ class Grid:
         number (NaN). Where the nearest code would lie beyond the block's range it is clipped.
         """
         steps = torch.where(scale == 0, 0.0, change.float() / torch.where(scale == 0, 1.0, scale))
-        levels, places = self._levels.sort(stable=True)  # NaN at the end
+        of_codes = self._levels_on(before.device)
+        levels, places = of_codes.sort(stable=True)  # NaN at the end
         levels = levels[~levels.isnan()]
-        wanted = self._levels[before.long()] + steps
+        start = of_codes[before.long()]
+        wanted = start + steps
         right = torch.searchsorted(levels, wanted.contiguous()).clamp(1, len(levels) - 1)
         is_left = wanted - levels[right - 1] <= levels[right] - wanted
         nearest = torch.where(is_left, right - 1, right)
         after = places[nearest].to(torch.uint8)
         # Of two codes as near, and of the two zeros of floating point, the old one stays.
         distance = (wanted - levels[nearest]).abs()
-        stays = (wanted - self._levels[before.long()]).abs() <= distance
+        stays = (wanted - start).abs() <= distance
         stays |= wanted.isnan()
         low, high = levels[0] * 1.5 - levels[1] / 2, levels[-1] * 1.5 - levels[-2] / 2
-        num_clipped = int(((wanted < low) | (wanted > high)).sum())
+        num_clipped = ((wanted < low) | (wanted > high)).sum()
         return Moved(before, torch.where(stays, before, after), num_clipped)
 
 
@@ -138,8 +139,8 @@ class Moved(NamedTuple):
     before: Tensor
     """(O, R) uint8."""
     after: Tensor
-    num_clipped: int
-    """Elements that would lie beyond their block's range."""
+    num_clipped: Tensor
+    """How many elements would lie beyond their block's range, ()."""
 
 
 def _float16(blocks: Tensor, start: int) -> Tensor:

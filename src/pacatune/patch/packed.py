@@ -292,7 +292,7 @@ def _edit(
         before, after, num_clipped = coded.moved(scaling * delta)
         rounding.num_codes += after.numel()
         rounding.num_moved += int((before != after).sum())
-        rounding.num_clipped += num_clipped
+        rounding.num_clipped += int(num_clipped)
     return ColumnEdit(
         name=name,
         dim=1,

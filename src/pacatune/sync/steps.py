@@ -25,7 +25,7 @@ class _Trained(NamedTuple):
     delta: nn.Parameter
     coded: CodedColumns
     columns: Tensor
-    """(O, R), the base's, on the CPU."""
+    """(O, R), the base's."""
     scaling: float
     rest: Tensor
     """(O, R), by which what the optimiser has reached is more than delta."""
@@ -43,8 +43,8 @@ class GridSteps:
 
     What a step adds that codes cannot hold is kept for the next one; gradients are those at the
     codes' values. Checkpoints hold these values and not the rest, so a resumed run begins at them.
-    An adapter may be loaded at any time: the next step is one from it. Codes are searched on the
-    CPU, for every trained element twice a step.
+    An adapter may be loaded at any time: the next step is one from it. Codes are searched where the
+    weights are, for every trained element twice a step.
 
     Args:
         model: A PEFT model with a PaCA adapter, whose base was dequantised from the checkpoint into
@@ -112,7 +112,7 @@ def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
                 f"{where} has alpha / r = {scaling:g}, by which values of codes would be rounded; "
                 "give a power of two."
             )
-        columns = weight.detach().index_select(1, indices).cpu()
+        columns = weight.detach().index_select(1, indices)
         coded = CodedColumns.of(checkpoint, name, columns, indices, config)
         rest, version = torch.zeros_like(delta, requires_grad=False), indices._version
         yield _Trained(layer, adapter, delta, coded, columns, scaling, rest, indices, version)
