@@ -72,5 +72,5 @@ class PackedFolder(PackedCheckpoint):
                 f"divide the weight, {shape}, evenly; leave it out of the targets."
             )
         by_column = scale[:, indices // (shape[1] // scale.shape[1])]
-        found = by_column.repeat_interleave(shape[0] // scale.shape[0], dim=0)
-        return found, torch.zeros_like(found)
+        scales = by_column.repeat_interleave(shape[0] // scale.shape[0], dim=0)
+        return scales, torch.zeros_like(scales)

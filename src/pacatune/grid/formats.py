@@ -67,18 +67,18 @@ class Grid:
     def byte_places(self, indices: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return for each plane the byte in the row, and the bit in it, of (R,) columns."""
         starts, elements = indices // self.block * self.block_bytes, indices % self.block
-        found = []
+        places = []
         for plane in self.planes:
             byte, bit = torch.tensor(plane.places, device=indices.device)[elements].unbind(1)
-            found.append((starts + byte, bit))
-        return found
+            places.append((starts + byte, bit))
+        return places
 
     def codes(self, rows: Tensor, indices: Tensor) -> Tensor:
         """Return the (O, R) uint8 codes of columns of (O, bytes) rows."""
         codes, low = torch.zeros(len(rows), len(indices), dtype=torch.uint8, device=rows.device), 0
         for plane, (byte, bit) in zip(self.planes, self.byte_places(indices), strict=True):
-            found = rows[:, byte] >> bit.to(torch.uint8) & (1 << plane.width) - 1
-            codes |= found << low
+            part = rows[:, byte] >> bit.to(torch.uint8) & (1 << plane.width) - 1
+            codes |= part << low
             low += plane.width
         return codes ^ self.flipped
 
@@ -164,7 +164,7 @@ def _of_32(blocks: Tensor, elements: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=-1)
     minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=-1)
     part = (elements // 32).expand(blocks.shape[:-1])[..., None]
-    scale, minimum = (one.gather(-1, part)[..., 0].float() for one in (scales, minima))
+    scale, minimum = (numbers.gather(-1, part)[..., 0].float() for numbers in (scales, minima))
     return _float16(blocks, 0) * scale, -(_float16(blocks, 2) * minimum)
 
 

@@ -95,11 +95,11 @@ def _edits(
 ) -> tuple[Any, dict[str, ColumnEdit]]:
     """Return the edits of a checkpoint, and the base with the weights that they are of."""
     targets = {module: target_of_module(base, module) for module in checked.modules}
-    parameters = {module: found.full_name(module) for module, found in targets.items()}
+    parameters = {module: target.full_name(module) for module, target in targets.items()}
     _refuse_tied(base, set(parameters.values()))
     _refuse_extra(checked, checkpoint, base.base_model_prefix)
     names = stored_names(base, targets, checkpoint)
-    dtypes = {checkpoint.entries[one].dtype for one in names.values()}
+    dtypes = {checkpoint.entries[stored].dtype for stored in names.values()}
     if getattr(base.config, "quantization_config", None) or not dtypes <= DTYPES.keys():
         raise ValueError(
             f"base model {name!r} is saved quantised: its numbers are packed, and columns of them "
@@ -107,14 +107,14 @@ def _edits(
         )
     edits: dict[str, ColumnEdit] = {}
     if map_weights_(base, checkpoint, names) == len(targets):
-        for module, one in names.items():
-            edits[one] = _edit(one, targets[module], checked, module)
+        for module, stored in names.items():
+            edits[stored] = _edit(stored, targets[module], checked, module)
     else:
         base = load_base(name, task_type=checked.config.task_type)
         for module, parameter in parameters.items():
-            found = target_of_module(base, module)
-            edit = _edit(parameter, found, checked, module)
-            edits |= _converted(base, checkpoint, found.weight, edit)
+            target = target_of_module(base, module)
+            edit = _edit(parameter, target, checked, module)
+            edits |= _converted(base, checkpoint, target.weight, edit)
     return base, edits
 
 
@@ -174,16 +174,16 @@ def _refuse_tied(base: Any, parameters: set[str]) -> None:
             )
 
 
-def _edit(name: str, found: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
+def _edit(name: str, target: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
     """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
-    weight, layout = found.weight, found.layout
+    weight, layout = target.weight, target.layout
     if layout.why_no_columns is not None:
         raise ValueError(
             f"{adapter.folder}: module {module!r} is {layout.why_no_columns}, whose trained "
             f"channels are no columns of its kernel. {_BY_MERGE}"
         )
     indices = adapter.modules[module].indices
-    new = adapted_target_columns(found, adapter, module, read_target_columns(found, indices))
+    new = adapted_target_columns(target, adapter, module, read_target_columns(target, indices))
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
@@ -198,7 +198,7 @@ def _converted(
     """Return the edits in a checkpoint's tensors of a weight that transformers holds otherwise."""
     patched = weight.clone()
     put_bits_(patched, edit.dim, edit.indices, edit.new)
-    before, after = (as_saved(base, {edit.name: one}) for one in (weight, patched))
+    before, after = (as_saved(base, {edit.name: tensor}) for tensor in (weight, patched))
     edits = {}
     for name, tensor in before.items():
         if not _is_stored(checkpoint, name, tensor):

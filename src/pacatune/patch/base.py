@@ -31,12 +31,12 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 
 def find_folder(name: str, *, option: str = "model") -> Path:
     """Return a model's folder or file: the one given, or the hub's, whose files are fetched."""
-    found = pretrained.find_model(name, option=option)
-    if Path(found).exists():
-        return Path(found)
+    source = pretrained.find_model(name, option=option)
+    if Path(source).exists():
+        return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(found, allow_patterns=_HUB_FILES))
+    return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
 
 
 def open_checkpoint(model: str | Path, *, half_edited: bool = False) -> Checkpoint:
@@ -75,8 +75,8 @@ def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
         fix = f"{_other_base(checkpoint, patch)}."
         if (entry := checkpoint.entries.get(name)) is None:
             refuse_missing([name], checkpoint.entries, fix)
-        found = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-        check_form(name, found, (edit.shape, edit.form), fix)
+        form = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
+        check_form(name, form, (edit.shape, edit.form), fix)
 
 
 def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
@@ -124,9 +124,9 @@ def check_base(
         raise ValueError(f"{notes[0]} {_ALLOW}")
     num_equal, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
-        found = _hashes(checkpoint, name, patch.edits[name].dim, [*hashes])
+        hashes_here = _hashes(checkpoint, name, patch.edits[name].dim, [*hashes])
         num_compared += len(hashes)
-        num_equal += sum(found[column] == value for column, value in hashes.items())
+        num_equal += sum(hashes_here[column] == value for column, value in hashes.items())
     sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
     if 2 * num_equal < num_compared and not allow_other_base:
         raise ValueError(

@@ -64,12 +64,12 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     first, second = Checkpoint.open(a), Checkpoint.open(b)
     edits: dict[str, ColumnEdit] = {}
     changed: dict[str, float] = {}
-    one, other = (
+    forms, other_forms = (
         {name: (entry.shape, entry.dtype) for name, entry in folder.entries.items()}
         for folder in (first, second)
     )
-    shared = [name for name in one if name in other]
-    other_form = [name for name in shared if one[name] != other[name]]
+    shared = [name for name in forms if name in other_forms]
+    other_form = [name for name in shared if forms[name] != other_forms[name]]
     whole = []
     for name in (name for name in shared if name not in other_form):
         before, after = first.tensor(name), second.tensor(name)
@@ -83,7 +83,10 @@ def diff(a: str | Path, b: str | Path) -> Difference:
             edits[name] = edit_of(name, dim, before, columns, after.index_select(dim, columns))
         else:
             whole.append(name)
-    only_a, only_b = sorted(one.keys() - other.keys()), sorted(other.keys() - one.keys())
+    only_a, only_b = (
+        sorted(forms.keys() - other_forms.keys()),
+        sorted(other_forms.keys() - forms.keys()),
+    )
     patch = None
     if edits and not (only_a or only_b or other_form or whole):
         base = Path(a).resolve().name

@@ -80,10 +80,10 @@ class ColumnEdit(ColumnPlace):
         where = f"the edit of {self.name!r}"
         self.check(where)
         for part in ("original", "new"):
-            if (given := tuple(getattr(self, part).shape)) != self.columns_shape:
+            if (shape := tuple(getattr(self, part).shape)) != self.columns_shape:
                 raise ValueError(
                     f"{where}: `{part}` must be {self.columns_shape} to fit {self.rank} columns "
-                    f"along dimension {self.dim} of {self.shape}, got {given}."
+                    f"along dimension {self.dim} of {self.shape}, got {shape}."
                 )
         if self.original.dtype != self.new.dtype:
             raise ValueError(
@@ -231,10 +231,10 @@ def stack(patches: Sequence[Patch]) -> Patch:
     fingerprint: dict[str, dict[int, str]] = {}
     for name, edit in edits.items():
         changed = set(edit.indices.tolist())
-        known = fingerprint.setdefault(name, {})
+        joined = fingerprint.setdefault(name, {})
         for patch in patches:
             for column, value in patch.fingerprint.get(name, {}).items():
-                if column not in changed and known.setdefault(column, value) != value:
+                if column not in changed and joined.setdefault(column, value) != value:
                     raise ValueError(
                         f"the patches are of different bases: they disagree about column {column} "
                         f"of {name!r}, which none of them changes."

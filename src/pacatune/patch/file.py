@@ -82,8 +82,8 @@ def load(path: str | Path) -> Patch:
     # The adapter's own texts have lines; they are checked when it is written.
     check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
     tensors = read_tensors(path)
-    found = metadata.pop("digest", None)
-    if found != _digest(tensors, metadata):
+    digest = metadata.pop("digest", None)
+    if digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its checksum does not fit. Copy it again.")
     try:
         return _unpack(tensors, metadata)
@@ -118,7 +118,7 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
         },
     }
     if patch.adapter is not None:
-        tensors |= {f"{_ADAPTER}{name}": one for name, one in patch.adapter.tensors.items()}
+        tensors |= {f"{_ADAPTER}{name}": tensor for name, tensor in patch.adapter.tensors.items()}
         metadata["adapter"] = {"config": patch.adapter.config, "sidecar": patch.adapter.sidecar}
     return tensors, metadata
 

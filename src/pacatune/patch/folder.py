@@ -298,13 +298,13 @@ def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
         inner = path.relative_to(root)
         if any(part.startswith(".") for part in inner.parts) or not path.is_file():
             continue
-        found = find_file(root, str(inner))
+        source = find_file(root, str(inner))
         is_models = str(inner) in checkpoint.files
         if not is_models and inner.suffix in (".safetensors", *_OTHER_WEIGHTS):
             left_out.append(str(inner))
         else:
             (staging / inner).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, staging / inner)
+            shutil.copyfile(source, staging / inner)
     if not left_out:
         return []
     return [f"left out, as they hold the base's weights unpatched: {', '.join(left_out)}."]

@@ -151,23 +151,23 @@ def find_tensor(
     return tensor
 
 
-def refuse_missing(names: Sequence[str], known: Mapping[str, object], fix: str) -> NoReturn:
+def refuse_missing(names: Sequence[str], tensors: Mapping[str, object], fix: str) -> NoReturn:
     """Refuse a model that has no tensor of any of these names; `fix` says what to do."""
     for name in names:
         owner, _, last = name.rpartition(".")
-        if f"{owner}.base_layer.{last}" in known:
+        if f"{owner}.base_layer.{last}" in tensors:
             raise ValueError(
                 f"{owner!r} has an adapter, which keeps columns of its own in the weight or beside "
                 "it; unload the adapter first (`model.unload()`), or take the plain model."
             )
-    near = nearest(names[0], list(known), cutoff=0)
+    near = nearest(names[0], list(tensors), cutoff=0)
     raise ValueError(f"the model has no tensor {names[0]!r}; the nearest is {near!r}. {fix}")
 
 
-def check_form(name: str, found: tuple[Any, ...], expected: tuple[Any, ...], fix: str) -> None:
+def check_form(name: str, form: tuple[Any, ...], expected: tuple[Any, ...], fix: str) -> None:
     """Refuse a tensor of another shape or dtype than its columns are for."""
-    if found != expected:
+    if form != expected:
         raise ValueError(
-            f"{name!r} is {found[0]} in {found[1]}, but the columns are for {expected[0]} in "
+            f"{name!r} is {form[0]} in {form[1]}, but the columns are for {expected[0]} in "
             f"{expected[1]}. {fix}"
         )

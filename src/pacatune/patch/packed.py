@@ -234,7 +234,7 @@ def _verify(
 ) -> Verified:
     """Compare what was written; refuse it if more than half of what was trained is lost."""
     plain, expected, written = outputs
-    error, effect = (float((expected - one).square().mean().sqrt()) for one in (written, plain))
+    error, effect = (float((expected - other).square().mean().sqrt()) for other in (written, plain))
     lost, gained, what = error, effect, "changed the outputs"
     # Outputs on any text say less than the loss on the data, if there is one that fell.
     if has_gain := bool(losses) and losses[0] > losses[1]:

@@ -37,7 +37,7 @@ def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Paca
             continue
         num_layers += 1
         names = [adapter] if adapter else list(module.active_adapters)
-        names = [one for one in names if one in module.paca_delta]
+        names = [adapter_name for adapter_name in names if adapter_name in module.paca_delta]
         if len(names) > 1:
             raise ValueError(
                 f"{len(names)} adapters are active ({', '.join(names)}), whose columns may "
@@ -121,9 +121,9 @@ def shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[
         return name.rpartition(".")[0].rpartition(".")[0]
 
     owners = {owner(name) for name in parameters}
-    found = {}
+    shapes = {}
     for name, parameter in base.named_parameters():
         plain, shape = plain_name(name), whole_shape(parameter)
         if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
-            found[plain] = shape
-    return found
+            shapes[plain] = shape
+    return shapes

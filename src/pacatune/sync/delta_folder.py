@@ -92,7 +92,7 @@ class DeltaFolder:
         parts = {item.name: (item, values[item.name]) for item in positions.sets}
         names = dict.fromkeys([*self._earlier, *self._parts, *parts])
         changes = [self._change(name, parts.get(name)) for name in names]
-        self._write([one for one in changes if one is not None])
+        self._write([change for change in changes if change is not None])
         self.version += 1
         self._parts, self._earlier = parts, {}
 
@@ -106,10 +106,10 @@ class DeltaFolder:
     def _find_versions(self) -> list[Path]:
         """Return the versions that are there; refuse gaps and whatever else is there."""
         paths = self.folder.iterdir() if self.folder.exists() else ()
-        found = {path for path in paths if not path.name.startswith(".")}  # those are unfinished
-        numbers = range(1, 1 + len(found))
+        present = {path for path in paths if not path.name.startswith(".")}  # those are unfinished
+        numbers = range(1, 1 + len(present))
         versions = [self.folder / self._version.format(number) for number in numbers]
-        if wrong := found - {path for path in versions if (path / self._index).is_file()}:
+        if wrong := present - {path for path in versions if (path / self._index).is_file()}:
             raise ValueError(
                 f"{min(wrong)} is none of the complete versions {self._version.format(1)!r}, ... "
                 "that may be there, without a gap; choose a folder for the versions of one run."
@@ -196,7 +196,10 @@ class DeltaFolder:
             "compression_format": "zstd",
             "checksum_format": "adler32",
         }
-        return {"metadata": metadata, "weight_map": {one["name"]: self._shard for one in tensors}}
+        return {
+            "metadata": metadata,
+            "weight_map": {entry["name"]: self._shard for entry in tensors},
+        }
 
 
 class SkyrlDeltaFolder(DeltaFolder):
@@ -217,9 +220,11 @@ class SkyrlDeltaFolder(DeltaFolder):
         return {
             "version": version,
             "base_version": version - 1,
-            "tensors": [{**one, **same, "payload_key": one["name"]} for one in tensors],
-            "total_uncompressed_num_bytes": sum(one["uncompressed_num_bytes"] for one in tensors),
-            "total_compressed_num_bytes": sum(one["compressed_num_bytes"] for one in tensors),
+            "tensors": [{**entry, **same, "payload_key": entry["name"]} for entry in tensors],
+            "total_uncompressed_num_bytes": sum(
+                entry["uncompressed_num_bytes"] for entry in tensors
+            ),
+            "total_compressed_num_bytes": sum(entry["compressed_num_bytes"] for entry in tensors),
             "payload_files": [self._shard] if tensors else [],
         }
 
@@ -234,8 +239,8 @@ def _with_part(tensor: Tensor, part: _Part | None) -> Tensor:
     """Return a copy of a tensor with other columns."""
     tensor = tensor.clone()
     if part is not None:
-        one, columns = part
-        put_bits_(tensor, one.dim, one.indices, columns)
+        place, columns = part
+        put_bits_(tensor, place.dim, place.indices, columns)
     return tensor
 
 

@@ -56,14 +56,17 @@ def element_patches(columns: Columns) -> list[ElementPatch]:
     return patches
 
 
-def _places(one: ColumnSet, device: torch.device) -> Tensor:
+def _places(column_set: ColumnSet, device: torch.device) -> Tensor:
     """Return where each element of columns is in the flattened tensor, in the columns' order."""
-    if (size := math.prod(one.shape)) > _MAX_ELEMENTS:
+    if (size := math.prod(column_set.shape)) > _MAX_ELEMENTS:
         raise ValueError(
-            f"{one.name!r} has {size} elements, and int32 counts {_MAX_ELEMENTS}; leave it out of "
-            "the targets, or send columns."
+            f"{column_set.name!r} has {size} elements, and int32 counts {_MAX_ELEMENTS}; "
+            "leave it out of the targets, or send columns."
         )
-    inner = math.prod(one.shape[one.dim + 1 :])
-    first = torch.arange(math.prod(one.shape[: one.dim]), device=device) * one.shape[one.dim]
-    columns = first[:, None, None] + one.indices.to(device)[:, None]
+    inner = math.prod(column_set.shape[column_set.dim + 1 :])
+    first = (
+        torch.arange(math.prod(column_set.shape[: column_set.dim]), device=device)
+        * column_set.shape[column_set.dim]
+    )
+    columns = first[:, None, None] + column_set.indices.to(device)[:, None]
     return (columns * inner + torch.arange(inner, device=device)).flatten().int()

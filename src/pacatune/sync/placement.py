@@ -50,7 +50,7 @@ class Piece(NamedTuple):
 
 
 def place(
-    one: ColumnSet,
+    column_set: ColumnSet,
     targets: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
     names: Sequence[str],
@@ -62,7 +62,7 @@ def place(
     """Return where a server holds a tensor; empty if it has none of these names.
 
     Args:
-        one: The columns.
+        column_set: The columns.
         targets: Shapes of the server's tensors, of this rank's part.
         shapes: Shapes of the trainer's parameters beside the columns' own, by name.
         names: Under which the server may know the tensor.
@@ -75,14 +75,14 @@ def place(
     """
     for name in names:
         if name in targets:
-            return _split(one, name, targets[name], 1, tp_rank, tp_size)
+            return _split(column_set, name, targets[name], 1, tp_rank, tp_size)
     for name in names:
-        if found := _fused(one, name, targets, shapes, fusions, tp_rank, tp_size):
-            return found
+        if pieces := _fused(column_set, name, targets, shapes, fusions, tp_rank, tp_size):
+            return pieces
         for ending, (other, num_parts) in _EXPERTS.items():
             for target in _experts_of(name, ending, other):
                 if target in targets:
-                    return _split(one, target, targets[target], num_parts, tp_rank, tp_size)
+                    return _split(column_set, target, targets[target], num_parts, tp_rank, tp_size)
     return []
 
 
@@ -92,17 +92,17 @@ def _experts_of(name: str, ending: str, other: str) -> list[str]:
         return []
     owner = name.removesuffix(ending)
     owners = (owner, f"{owner.removesuffix('mlp.')}block_sparse_moe.")
-    return [f"{one}{module}.{other}" for one in owners for module in _EXPERT_MODULES]
+    return [f"{prefix}{module}.{other}" for prefix in owners for module in _EXPERT_MODULES]
 
 
 def _split(
-    one: ColumnSet, target: str, shape: tuple[int, ...], num_parts: int, rank: int, size: int
+    column_set: ColumnSet, target: str, shape: tuple[int, ...], num_parts: int, rank: int, size: int
 ) -> list[Piece]:
     """Return the pieces of a tensor that is split, or of each of its equal parts of rows."""
-    if shape == one.shape and (size == 1 or num_parts == 1):
-        return [Piece(target, None, 0, 0, one.shape[one.dim])]
-    if len(shape) == len(one.shape) >= 2 and one.dim == len(shape) - 1:
-        (*outer, rows, columns), (*own_outer, own_rows, own_columns) = one.shape, shape
+    if shape == column_set.shape and (size == 1 or num_parts == 1):
+        return [Piece(target, None, 0, 0, column_set.shape[column_set.dim])]
+    if len(shape) == len(column_set.shape) >= 2 and column_set.dim == len(shape) - 1:
+        (*outer, rows, columns), (*own_outer, own_rows, own_columns) = column_set.shape, shape
         if outer == own_outer and own_columns == columns:
             if own_rows * size == rows and rows % (num_parts * size) == 0:
                 part, own = rows // num_parts, own_rows // num_parts
@@ -116,14 +116,14 @@ def _split(
         if outer == own_outer and own_rows == rows and own_columns * size == columns:
             return [Piece(target, (0, rows), 0, rank * own_columns, own_columns)]
     raise ValueError(
-        f"{one.name!r} is {one.shape} in the trainer, and the server's {target!r} is {shape}, "
-        f"which is neither that nor the part of rank {rank} of {size}; serve the same base, and "
-        "give the server's `tp_rank` and `tp_size`."
+        f"{column_set.name!r} is {column_set.shape} in the trainer, and the server's {target!r} is "
+        f"{shape}, which is neither that nor the part of rank {rank} of {size}; serve the same "
+        "base, and give the server's `tp_rank` and `tp_size`."
     )
 
 
 def _fused(
-    one: ColumnSet,
+    column_set: ColumnSet,
     name: str,
     targets: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
@@ -133,7 +133,7 @@ def _fused(
 ) -> list[Piece]:
     owner, _, last = name.rpartition(".")
     owner, _, module = owner.rpartition(".")
-    beside, _, _ = one.parameter.rpartition(".")[0].rpartition(".")
+    beside, _, _ = column_set.parameter.rpartition(".")[0].rpartition(".")
     for joined, parts in fusions.items():
         target = ".".join(filter(None, (owner, joined, last)))
         if module not in parts or target not in targets:
@@ -141,7 +141,7 @@ def _fused(
         rows = []
         for part in parts:
             sibling = ".".join(filter(None, (beside, part, last)))
-            shape = one.shape if part == module else shapes.get(sibling)
+            shape = column_set.shape if part == module else shapes.get(sibling)
             if not shape:
                 near = nearest(sibling, list(shapes), cutoff=0)
                 raise ValueError(
@@ -151,16 +151,16 @@ def _fused(
             rows.append(shape[0])
         own = targets[target]
         split = _rows_of_rank(rows, own[0], rank, size)
-        if split is None or one.dim != 1 or own[1:] != one.shape[1:]:
+        if split is None or column_set.dim != 1 or own[1:] != column_set.shape[1:]:
             raise ValueError(
                 f"the server's {target!r} is {own}, which does not hold the part of rank {rank} of "
-                f"{size} of {', '.join(parts)} with {rows} rows of {one.shape[1:]}; serve the same "
-                "base, and give the server's `tp_rank` and `tp_size`."
+                f"{size} of {', '.join(parts)} with {rows} rows of {column_set.shape[1:]}; "
+                "serve the same base, and give the server's `tp_rank` and `tp_size`."
             )
         number = list(parts).index(module)
         start, count = split[number]
         before = sum(count for _, count in split[:number])
-        return [Piece(target, (start, start + count), before, 0, one.shape[1])]
+        return [Piece(target, (start, start + count), before, 0, column_set.shape[1])]
     return []
 
 

@@ -93,7 +93,7 @@ class ColumnReceiver:
                 self._put_back(put, tensors)
                 plan.originals = [write.place(tensors).read() for write in plan.writes]
             for write in plan.writes:
-                put(write.place(tensors), write.part_of(values[write.one.name]))
+                put(write.place(tensors), write.part_of(values[write.column_set.name]))
         self._written, self.number = plan, columns.number
         return True
 
@@ -132,17 +132,17 @@ class ColumnReceiver:
         plan = self._plan(columns.positions)
         values = _values(columns, plan)
         if self._written is plan:
-            found = plan.originals
+            held = plan.originals
         elif self._written is not None:
             raise ValueError("the weights hold columns of another adapter; call `revert` first.")
         else:
             tensors = self._checked(plan)
-            found = [write.place(tensors).read() for write in plan.writes]
+            held = [write.place(tensors).read() for write in plan.writes]
         wrong = [
-            write.one.name
-            for write, own in zip(plan.writes, found, strict=True)
+            write.column_set.name
+            for write, own in zip(plan.writes, held, strict=True)
             if not torch.equal(
-                bits(write.part_of(values[write.one.name]).to(own.device)), bits(own)
+                bits(write.part_of(values[write.column_set.name]).to(own.device)), bits(own)
             )
         ]
         if wrong:
@@ -167,10 +167,10 @@ class ColumnReceiver:
         tensors, prefix = tensors_of(self.model)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         writes: list[_Write] = []
-        for one in positions.sets:
-            names = self._names(one, prefix)
+        for column_set in positions.sets:
+            names = self._names(column_set, prefix)
             pieces = place(
-                one,
+                column_set,
                 shapes,
                 positions.shapes,
                 names,
@@ -180,7 +180,7 @@ class ColumnReceiver:
             )
             if not pieces and not self.is_partial:
                 refuse_missing(names, tensors, _FIX)
-            writes += (_Write.of(one, piece, tensors[piece.target]) for piece in pieces)
+            writes += (_Write.of(column_set, piece, tensors[piece.target]) for piece in pieces)
         plan = _Plan(positions, [write for write in writes if write.num_values])
         if not writes:
             raise ValueError(
@@ -188,28 +188,28 @@ class ColumnReceiver:
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
         self._checked(plan)
-        places = ((write.one.name, write.place(tensors).tensor) for write in plan.writes)
+        places = ((write.column_set.name, write.place(tensors).tensor) for write in plan.writes)
         refuse_aliases(places, "the trainer")
         return plan
 
-    def _names(self, one: ColumnSet, prefix: str) -> list[str]:
+    def _names(self, column_set: ColumnSet, prefix: str) -> list[str]:
         """Return the names under which the model may know a tensor."""
-        own = (one.name, one.parameter)
+        own = (column_set.name, column_set.parameter)
         renamed = own if self.rename is None else map(self.rename, own)
-        return [found for name in renamed for found in names_of(name, prefix)]
+        return [alias for name in renamed for alias in names_of(name, prefix)]
 
     def _checked(self, plan: "_Plan") -> Mapping[str, Tensor]:
         """Return the model's tensors, seen to be what the plan is for."""
         tensors = tensors_of(self.model)[0]
         for write in plan.writes:
-            find_tensor(tensors, [write.piece.target], write.shape, write.one.dtype, _FIX)
+            find_tensor(tensors, [write.piece.target], write.shape, write.column_set.dtype, _FIX)
         return tensors
 
 
 class _Write(NamedTuple):
     """Columns of one tensor that one place of the model holds."""
 
-    one: ColumnSet
+    column_set: ColumnSet
     piece: Piece
     shape: tuple[int, ...]
     """Shape of the piece's target."""
@@ -219,11 +219,11 @@ class _Write(NamedTuple):
     """and where, along their dimension of the target."""
 
     @classmethod
-    def of(cls, one: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
+    def of(cls, column_set: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
         first, last = piece.first_column, piece.first_column + piece.num_columns
-        places = ((one.indices >= first) & (one.indices < last)).nonzero().flatten()
-        indices = (one.indices[places] - first).to(tensor.device)
-        return cls(one, piece, tuple(tensor.shape), places.to(tensor.device), indices)
+        places = ((column_set.indices >= first) & (column_set.indices < last)).nonzero().flatten()
+        indices = (column_set.indices[places] - first).to(tensor.device)
+        return cls(column_set, piece, tuple(tensor.shape), places.to(tensor.device), indices)
 
     @property
     def num_values(self) -> int:
@@ -237,15 +237,15 @@ class _Write(NamedTuple):
         if self.piece.source_rows is not None:
             first, last = self.piece.source_rows
             tensor = tensor.narrow(-2, self.piece.target_row, last - first)
-        return Place(tensor, self.one.dim, self.indices)
+        return Place(tensor, self.column_set.dim, self.indices)
 
     def part_of(self, columns: Tensor) -> Tensor:
         """Return what is written here of a tensor's columns."""
         if self.piece.source_rows is not None:
             first, last = self.piece.source_rows
             columns = columns.narrow(-2, first, last - first)
-        if len(self.places) < columns.shape[self.one.dim]:
-            columns = columns.index_select(self.one.dim, self.places.to(columns.device))
+        if len(self.places) < columns.shape[self.column_set.dim]:
+            columns = columns.index_select(self.column_set.dim, self.places.to(columns.device))
         return columns
 
 

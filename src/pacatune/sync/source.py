@@ -90,10 +90,10 @@ class ColumnSource:
 
     def positions(self) -> Positions:
         """Return where the columns are now; another version after another adapter or selection."""
-        found = list(layers_of(self.model, self.adapter))
-        is_known = len(found) == len(self._weights) and all(
+        adapted = list(layers_of(self.model, self.adapter))
+        is_known = len(adapted) == len(self._weights) and all(
             weight.is_of(layer, name)
-            for (_, layer, name), weight in zip(found, self._weights, strict=True)
+            for (_, layer, name), weight in zip(adapted, self._weights, strict=True)
         )
         if is_known and self._positions is not None:
             return self._positions
@@ -101,7 +101,7 @@ class ColumnSource:
         base = base_of(self.model)
         self._weights = [
             _Weight(base, parameter, layer, name, self.dtype, self.codes)
-            for parameter, layer, name in found
+            for parameter, layer, name in adapted
         ]
         self._positions = Positions(
             sets=tuple(weight.columns for weight in self._weights),
@@ -311,7 +311,7 @@ class _Weight:
             return self.kept[1]
         if not weight.numel():
             refuse_empty(self.columns.name)
-        found = None if residency is None else residency.originals(self.indices)
-        if found is not None:
-            return found
+        originals = None if residency is None else residency.originals(self.indices)
+        if originals is not None:
+            return originals
         return columns_of(weight, self.wire_indices, self.columns)

@@ -28,26 +28,26 @@ def identity_of(weight: Any) -> tuple[Any, ...]:
 
 def gathered(*parameters: Any) -> AbstractContextManager[Any]:
     """Let DeepSpeed gather what it has partitioned."""
-    found = [one for one in parameters if hasattr(one, "ds_id")]
-    if not found:
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
         return nullcontext()
     deepspeed = importlib.import_module("deepspeed")
-    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(found))
+    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(partitioned))
 
 
 def whole(parameter: Any, name: str) -> Tensor:
     """Return all values of a parameter that may be spread; ZeRO-3's must be `gathered`."""
-    found = parameter.detach()
-    if hasattr(found, "full_tensor"):
-        return cast(Tensor, found.full_tensor())
-    if not found.numel():
+    values = parameter.detach()
+    if hasattr(values, "full_tensor"):
+        return cast(Tensor, values.full_tensor())
+    if not values.numel():
         refuse_empty(name)
-    return cast(Tensor, found)
+    return cast(Tensor, values)
 
 
-def columns_of(weight: Any, indices: Tensor, one: ColumnSet) -> Tensor:
+def columns_of(weight: Any, indices: Tensor, column_set: ColumnSet) -> Tensor:
     """Return columns of a weight; one that is spread is whole for this moment."""
-    return read_columns(whole(weight, one.name), indices, dim=one.dim)
+    return read_columns(whole(weight, column_set.name), indices, dim=column_set.dim)
 
 
 def refuse_empty(name: str) -> NoReturn:

@@ -67,30 +67,32 @@ class GridSteps:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if any(one.is_loaded() for one in self._trained):
+        if any(trained.is_loaded() for trained in self._trained):
             self._trained = list(_trained(self._model, self._checkpoint))
-        for one in self._trained:
-            reached = one.delta + one.rest
-            one.delta.copy_(_on_codes(one, reached))
-            torch.sub(reached, one.delta, out=one.rest)
+        for trained in self._trained:
+            reached = trained.delta + trained.rest
+            trained.delta.copy_(_on_codes(trained, reached))
+            torch.sub(reached, trained.delta, out=trained.rest)
 
 
-def _on_codes(one: _Trained, reached: Tensor) -> Tensor:
+def _on_codes(trained: _Trained, reached: Tensor) -> Tensor:
     """Return the (O, R) delta by which columns have just the values of their nearest codes."""
 
     def nearest(delta: Tensor) -> Tensor:
-        codes = one.coded.moved(one.scaling * delta).after
-        return one.coded.values(codes).to(one.columns.dtype)
+        codes = trained.coded.moved(trained.scaling * delta).after
+        return trained.coded.values(codes).to(trained.columns.dtype)
 
     # Values are rounded to 16 bits, codes are counted from the file's: far from there, near to
     # zero, another code may be the nearest each time. Such an element ends at the base's.
     values = nearest(reached)
     for _ in range(_TRIES):
-        delta = (values.float() - one.columns) / one.scaling
+        delta = (values.float() - trained.columns) / trained.scaling
         previous, values = values, nearest(delta)
         if torch.equal(previous, values):
             break
-    is_exact = (previous == values) & (adapted_columns(one.columns, delta, one.scaling) == values)
+    is_exact = (previous == values) & (
+        adapted_columns(trained.columns, delta, trained.scaling) == values
+    )
     return torch.where(is_exact, delta, 0.0)
 
 

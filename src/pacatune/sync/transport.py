@@ -167,8 +167,8 @@ class File:
 
     def _write(self, words: dict[str, Any], buffer: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = self._numbers()
-        last = known[-1] if known else 0
+        numbers = self._numbers()
+        last = numbers[-1] if numbers else 0
         other = f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
         if self._last_written is not None and last > self._last_written:
             raise FileExistsError(other)
