@@ -39,9 +39,9 @@ def require(package: str, least: str, feature: str) -> None:
     Raises:
         ValueError: Names feature and versions.
     """
-    found = version(package.lower())
-    if Version(found).release < Version(least).release:
+    installed = version(package.lower())
+    if Version(installed).release < Version(least).release:
         raise ValueError(
-            f"{feature} needs {package} {least} or newer, and this is {found}; "
+            f"{feature} needs {package} {least} or newer, and this is {installed}; "
             f"pip install -U {package.lower()}."
         )

@@ -23,9 +23,9 @@ def import_later(
     def find(name: str) -> Any:
         if name in names:
             for home in homes:
-                found = getattr(import_module(home, package), name, None)
-                if not isinstance(found, ModuleType | None):  # a module of the same name is not it
-                    return found
+                value = getattr(import_module(home, package), name, None)
+                if not isinstance(value, ModuleType | None):  # a module of the same name is not it
+                    return value
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     def names_of_package() -> list[str]:

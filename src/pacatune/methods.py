@@ -254,12 +254,12 @@ def config_class(method: Method) -> Any:
 
     if not isinstance(method.config, str):
         return method.config
-    found = getattr(pacatune, method.config, None) or getattr(peft, method.config, None)
-    if found is None:
+    cls = getattr(pacatune, method.config, None) or getattr(peft, method.config, None)
+    if cls is None:
         raise ValueError(
             f"{method.title} needs a newer PEFT than {peft.__version__}; pip install -U peft."
         )
-    return found
+    return cls
 
 
 def adapter_config(method: Method, **options: Any) -> "PeftConfig":
@@ -273,14 +273,14 @@ def adapter_config(method: Method, **options: Any) -> "PeftConfig":
     Raises:
         ValueError: If an option says something, and the class does not have it; if PEFT is too old.
     """
-    found = config_class(method)
-    known = {one.name for one in fields(found)}
-    if "alpha" in known and "lora_alpha" in options:
+    cls = config_class(method)
+    names = {field.name for field in fields(cls)}
+    if "alpha" in names and "lora_alpha" in options:
         options["alpha"] = options.pop("lora_alpha")
-    if "oft_block_size" in known:  # its own r is the number of blocks
+    if "oft_block_size" in names:  # its own r is the number of blocks
         options |= {"r": 0, "oft_block_size": options.get("r")}
     for name, value in options.items():
-        if value and name not in {*known, "lora_alpha"}:
+        if value and name not in {*names, "lora_alpha"}:
             raise ValueError(f"`{name}` ({value!r}): {method.title} has no such option; drop it.")
-    taken = {name: value for name, value in options.items() if name in known}
-    return cast("PeftConfig", found(**taken, **method.options))
+    taken = {name: value for name, value in options.items() if name in names}
+    return cast("PeftConfig", cls(**taken, **method.options))

@@ -25,15 +25,15 @@ def spell(words: Iterable[str]) -> list[str]:
     return [_OPTION.sub(lambda name: name[0].replace("-", "_"), word) for word in words]
 
 
-def nearest(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str | None:
+def nearest(name: str, candidates: Iterable[str], *, cutoff: float = _NEAR) -> str | None:
     """Return the known name most like a wrong one, None where none is; capitals may be wrong too.
 
     With a `cutoff` of 0 there is always one.
     """
-    known = list(known)
-    found = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    found = found or difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    candidates = list(candidates)
+    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+    matches = matches or difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 def names_of(name: str, prefix: str) -> list[str]:
@@ -45,20 +45,20 @@ def names_of(name: str, prefix: str) -> list[str]:
     return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
 
 
-def find_name(names: Iterable[str], known: Container[str]) -> str | None:
+def find_name(names: Iterable[str], candidates: Container[str]) -> str | None:
     """Return the first of several names that is known, None if none is."""
-    return next((name for name in names if name in known), None)
+    return next((name for name in names if name in candidates), None)
 
 
-def guess(name: str, known: Iterable[str], *, cutoff: float = _NEAR) -> str:
+def guess(name: str, candidates: Iterable[str], *, cutoff: float = _NEAR) -> str:
     """Return the question whether the nearest name is meant, and a space; nothing without one."""
-    near = nearest(name, known, cutoff=cutoff)
+    near = nearest(name, candidates, cutoff=cutoff)
     return "" if near is None else f"did you mean {near!r}? "
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, candidates: Collection[str]) -> str:
     """Return a sentence that names the name nearest to a wrong one, or all where none is near."""
-    return guess(name, known).strip() or f"choose from {', '.join(known)}."
+    return guess(name, candidates).strip() or f"choose from {', '.join(candidates)}."
 
 
 def full_name(name: str) -> str:
@@ -66,15 +66,15 @@ def full_name(name: str) -> str:
     return _NUMBER_FORMATS.get(name, name)
 
 
-def choose(name: str, known: Collection[str], *, option: str) -> str:
+def choose(name: str, candidates: Collection[str], *, option: str) -> str:
     """Return the one of several names that is meant (`-` and `_` are the same); refuse others."""
-    names = {one.replace("-", "_"): one for one in known}
+    names = {candidate.replace("-", "_"): candidate for candidate in candidates}
     wanted = full_name(str(name).replace("-", "_"))
     if wanted in names:
         return names[wanted]
     near = nearest(wanted, names)
     hint = "." if near is None else f"; did you mean {names[near]!r}?"
-    raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(known)}{hint}")
+    raise ValueError(f"`{option}` ({name!r}) must be one of {', '.join(candidates)}{hint}")
 
 
 def choices_of(annotation: Any) -> tuple[Any, ...]:
@@ -95,15 +95,15 @@ def check_choices(config: Any, section: str = "") -> None:
             object.__setattr__(config, field.name, meant)
 
 
-def suggest(key: str, known: Collection[str]) -> str:
+def suggest(key: str, candidates: Collection[str]) -> str:
     """Say which known key is nearest to `key`, in whole or in its last part, and where all are.
 
     A key of a section that there is stays in it, unless another one has its last part.
     """
     section, _, last = key.rpartition(".")
     last = _SHORT.get(last.lstrip("-"), last)
-    inside = [name for name in known if section and name.startswith(f"{section}.")]
-    named_so = [name for name in known if name.rpartition(".")[2] == last]
+    inside = [name for name in candidates if section and name.startswith(f"{section}.")]
+    named_so = [name for name in candidates if name.rpartition(".")[2] == last]
 
     def similarity(name: str) -> float:
         pairs = [(last, name.rpartition(".")[2])]
@@ -114,8 +114,8 @@ def suggest(key: str, known: Collection[str]) -> str:
     def rank(name: str) -> tuple[float, float]:
         return similarity(name), difflib.SequenceMatcher(None, key, name).ratio()
 
-    near = max(sorted(named_so or inside or known), key=rank)
-    keys = sorted(inside or known)
+    near = max(sorted(named_so or inside or candidates), key=rank)
+    keys = sorted(inside or candidates)
     all_keys = (
         f"There are {', '.join(keys)}."
         if len(keys) <= _MAX_LISTED

@@ -24,19 +24,21 @@ def choose_device(name: str) -> "torch.device":
     """Return a device of this machine by its name, such as `cuda:1`; `auto`: any accelerator."""
     import torch
 
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
     if name == "auto":
-        return found or torch.device("cpu")
-    there = "cpu" if found is None else f"cpu, {found.type}"
+        return accelerator or torch.device("cpu")
+    there = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
             f"`device` ({name!r}) is unknown to torch; choose {there} or auto."
         ) from error
-    count = torch.accelerator.device_count() if found is not None else 0
+    count = torch.accelerator.device_count() if accelerator is not None else 0
     if device.type != "cpu" and (
-        found is None or device.type != found.type or (device.index or 0) >= count
+        accelerator is None or device.type != accelerator.type or (device.index or 0) >= count
     ):
         raise ValueError(f"`device` ({name!r}) is not on this machine; choose {there} or auto.")
     return device

@@ -198,13 +198,13 @@ def load_processor(path: str, *, revision: str | None = None) -> Any:
     from transformers import AutoProcessor, ProcessorMixin
 
     with no_remote_code(path):
-        found = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    if not isinstance(found, ProcessorMixin) or not hasattr(found, "image_processor"):
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ValueError(
             f"the data has images, and the model {path} takes texts alone; use a vision-language "
             "model, or take the images out."
         )
-    return found
+    return processor
 
 
 def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
@@ -257,8 +257,8 @@ def load_weights(
             **_source(path), revision=revision, dtype=dtype, trust_remote_code=False, **options
         )
         if looks:
-            loaded, found = loaded
-            names = [name for name, *_ in found["mismatched_keys"]]
+            loaded, info = loaded
+            names = [name for name, *_ in info["mismatched_keys"]]
             if any(name.startswith(f"{loaded.base_model_prefix}.") for name in names):
                 raise ValueError(_OTHER_SHAPES.format(path))
     if is_short or is_gguf(path):
@@ -297,7 +297,7 @@ def readable_weights(owner: str) -> Iterator[None]:
     except RuntimeError as error:  # of transformers, after a table of what it means
         # In the words of transformers 5, and of torch, which older ones let through.
         words = "mismatched", "conversion of the weights", "size mismatch"
-        if not any(one in str(error) for one in words):
+        if not any(word in str(error) for word in words):
             raise
         raise ValueError(_OTHER_SHAPES.format(owner)) from error
 

@@ -219,6 +219,6 @@ def _norms(weight: Tensor) -> Tensor:
     return norms
 
 
-_register_scores("weight_norm", "weight", lambda weight, found: _norms(weight))
-_register_scores("weight_norm_smallest", "weight", lambda weight, found: -_norms(weight))
-_register_scores("gradient", "gradient", lambda weight, found: found["gradient"])
+_register_scores("weight_norm", "weight", lambda weight, statistics: _norms(weight))
+_register_scores("weight_norm_smallest", "weight", lambda weight, statistics: -_norms(weight))
+_register_scores("gradient", "gradient", lambda weight, statistics: statistics["gradient"])

@@ -198,9 +198,9 @@ def labels_of(adapter: Adapter | LoraAdapter, num_labels: int) -> dict[str, Any]
         )
     id2label = {number: names[str(number)] for number in range(len(names))}
     label2id = {name: number for number, name in id2label.items()}
-    found = {"id2label": id2label, "label2id": label2id, "pad_token_id": padding}
-    found["problem_type"] = problem  # the base's may be another
-    return {key: value for key, value in found.items() if value is not None}
+    labels = {"id2label": id2label, "label2id": label2id, "pad_token_id": padding}
+    labels["problem_type"] = problem  # the base's may be another
+    return {key: value for key, value in labels.items() if value is not None}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:

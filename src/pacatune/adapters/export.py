@@ -105,24 +105,24 @@ def export_lora(
             f"{opened.folder} is no PaCA adapter; only these become LoRA, and what is LoRA already "
             "needs no export."
         )
-    found, notes = _without_copies(opened)
-    if found.extra and not keep_extra:
+    trained, notes = _without_copies(opened)
+    if trained.extra and not keep_extra:
         raise ValueError(
-            f"{found.folder} also holds {len(found.extra)} tensors that are not PaCA's, first "
-            f"{next(iter(found.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
+            f"{trained.folder} also holds {len(trained.extra)} tensors that are not PaCA's, first "
+            f"{next(iter(trained.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
             "`keep_extra` (--keep_extra) to carry them over for PEFT, or merge the adapter instead."
         )
-    name, base = named_base(model, found)
-    notes += check_base(found, base, allow_other_base=allow_other_base)
-    tensors, rounding = _lora_tensors(found, base, torch_dtype(dtype))
-    config = lora_config(found, base, name, keep_extra=keep_extra)
+    name, base = named_base(model, trained)
+    notes += check_base(trained, base, allow_other_base=allow_other_base)
+    tensors, rounding = _lora_tensors(trained, base, torch_dtype(dtype))
+    config = lora_config(trained, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
-    notes += [*_pattern_notes(found), *convolution_notes(tensors), *_quantization_notes(found)]
+    notes += [*_pattern_notes(trained), *convolution_notes(tensors), *_quantization_notes(trained)]
     num_bytes = _write(output, {CONFIG_NAME: config}, tensors)
     return ExportResult(
         output=output,
         base=name,
-        num_modules=len(found.modules),
+        num_modules=len(trained.modules),
         num_bytes=num_bytes,
         rounding=rounding,
         notes=notes,

@@ -54,19 +54,19 @@ def lora_factors(
 
     They are exact: in float64, the update multiplied by `times`, filled up to the rank.
     """
-    found = target_of_module(base, name)
-    layout = found.layout
+    target = target_of_module(base, name)
+    layout = target.layout
     delta, indices = adapter.modules[name]
     update = delta.double() * times
     if isinstance(layout, ConvolutionLayout):
-        refuse_inexpressible(found.module, f"{adapter.folder}: module {name!r}")
+        refuse_inexpressible(target.module, f"{adapter.folder}: module {name!r}")
         factors = convolution_factors(update, indices, layout.in_features, layout.groups)
         return _named(name, *factors)
     selector = column_selector(indices, layout.in_features, rank).to(update.dtype)
     filled = update.new_zeros(len(update), rank, *update.shape[2:])
     filled[:, : len(indices)] = update
     if isinstance(layout, ExpertsLayout):
-        return _experts_factors(adapter, found.module, name, selector, filled)
+        return _experts_factors(adapter, target.module, name, selector, filled)
     if isinstance(layout, EmbeddingLayout):
         return {f"{name}.lora_embedding_A": filled.t(), f"{name}.lora_embedding_B": selector.t()}
     return _named(name, selector, filled)

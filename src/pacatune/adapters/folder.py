@@ -102,10 +102,10 @@ def read_lora_config(path: Path) -> "PeftConfig":
             f"{', '.join(names)} can be loaded."
         )
     found_class = config_class(names[method])
-    known = {field.name for field in fields(found_class)} - {"runtime_config"}
+    settable = {field.name for field in fields(found_class)} - {"runtime_config"}
     for key, value in config.items():
-        if key not in known and value:
-            raise ValueError(_unknown_key(key, known, path))
+        if key not in settable and value:
+            raise ValueError(_unknown_key(key, settable, path))
     if config.get("megatron_config"):
         raise ValueError(
             f"{path} sets `megatron_config`, which makes PEFT import a module that the file names; "
@@ -113,14 +113,14 @@ def read_lora_config(path: Path) -> "PeftConfig":
         )
     try:
         check_patterns(config)
-        found: PeftConfig = found_class(**{k: v for k, v in config.items() if k in known})
-        return found
+        lora_config: PeftConfig = found_class(**{k: v for k, v in config.items() if k in settable})
+        return lora_config
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _unknown_key(key: str, known: set[str], path: Path) -> str:
-    near = nearest(key, known, cutoff=0)
+def _unknown_key(key: str, names: set[str], path: Path) -> str:
+    near = nearest(key, names, cutoff=0)
     return (
         f"{path} holds the unknown key {key[:80]!r}; the nearest known one is {near!r}. "
         "Correct or remove it; if a newer version of pacatune or PEFT wrote it, upgrade."
@@ -233,8 +233,8 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 def locate_folder(folder: str | Path) -> Path:
     """Return a local folder; for a hub id, the one that its files are fetched into."""
-    if (found := find_adapter(folder)) is not None:
-        return found
+    if (path := find_adapter(folder)) is not None:
+        return path
     from huggingface_hub import snapshot_download
 
     try:

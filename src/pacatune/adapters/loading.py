@@ -177,11 +177,11 @@ def _compare(adapter: Adapter, model: nn.Module) -> tuple[str, list[str]]:
 def _compare_names(adapter: Adapter, model: nn.Module) -> str:
     expected = adapter.config.base_model_name_or_path
     config = getattr(model, "config", None)
-    given = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
-    if not expected or not given or _last_part(expected) == _last_part(given):
+    source = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    if not expected or not source or _last_part(expected) == _last_part(source):
         return ""
     return (
-        f"it names the base {expected!r} but this one is {given!r}, and it has no fingerprint to "
+        f"it names the base {expected!r} but this one is {source!r}, and it has no fingerprint to "
         "tell them apart"
     )
 

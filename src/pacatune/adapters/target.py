@@ -54,11 +54,11 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
     if module is not None:
         layout = layout_of(module, parameter_name)
     if layout is None:
-        found = dict(model.named_modules())
-        problem = "adaptable layer" if name in found else "module"
+        modules = dict(model.named_modules())
+        problem = "adaptable layer" if name in modules else "module"
         raise ValueError(
             f"the base ({type(model).__name__}) has no {problem} {name!r}; the nearest name is "
-            f"{nearest(name, found, cutoff=0)!r}. The adapter belongs to another base."
+            f"{nearest(name, modules, cutoff=0)!r}. The adapter belongs to another base."
         )
     return BaseWeight(module, parameter_name, layout)
 

@@ -125,17 +125,17 @@ class OwnedFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"output {self.path} is a file; choose another: {self.option}.")
-        found = self._found_kind
-        if found not in (None, self.kind):
+        kind = self._found_kind
+        if kind not in (None, self.kind):
             raise FileExistsError(
-                f"output folder {self.path} holds {found}, not {self.kind}; choose another: "
+                f"output folder {self.path} holds {kind}, not {self.kind}; choose another: "
                 f"{self.option}."
             )
-        wanted = ("*",) if found is None else tuple(outputs)
+        wanted = ("*",) if kind is None else tuple(outputs)
         foreign = [
             name
             for name in self.foreign()
-            if any(fnmatchcase(name.partition("/")[0], one) for one in wanted)
+            if any(fnmatchcase(name.partition("/")[0], pattern) for pattern in wanted)
         ]
         if foreign:
             more = f" and {len(foreign) - 10} more" if len(foreign) > 10 else ""
@@ -277,8 +277,8 @@ class OwnedFolder:
 
     def _files(self) -> list[str]:
         """Return the names of all files and links, but those in the folder `.pacatune`."""
-        found = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = (path.relative_to(self.path).as_posix() for path in found)
+        paths = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = (path.relative_to(self.path).as_posix() for path in paths)
         return sorted(name for name in names if not name.startswith(f"{OURS}/"))
 
     def _ours(self, names: Iterable[str]) -> list[str]:

@@ -53,7 +53,7 @@ def check_patterns(options: Mapping[str, Any], section: str = "") -> None:
 
 def matching_key(patterns: Iterable[str], name: str) -> str | None:
     """Return the first pattern that fits the end of a module's name, as PEFT's get_pattern_key."""
-    return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", name)), None)
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), None)
 
 
 def _patterns(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

@@ -68,14 +68,16 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
         if (split := split_tensor_name(name)) is not None:
             module, kind = split
             parts.setdefault(module, {})[kind] = tensor
-    for module, found in parts.items():
+    for module, by_kind in parts.items():
         for kind, other in ((DELTA, INDICES), (INDICES, DELTA)):
-            if kind not in found:
+            if kind not in by_kind:
                 raise ValueError(
                     f"{source}: module {module!r} has `{other}` but no `{kind}`; each adapted "
                     "module needs both. The file is incomplete: save the adapter again."
                 )
-    return {module: ColumnUpdate(found[DELTA], found[INDICES]) for module, found in parts.items()}
+    return {
+        module: ColumnUpdate(by_kind[DELTA], by_kind[INDICES]) for module, by_kind in parts.items()
+    }
 
 
 def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:

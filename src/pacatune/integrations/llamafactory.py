@@ -50,11 +50,11 @@ def lora_config(
     that PaCA would not keep is a ValueError.
     """
     refuse_options(options, _REFUSED, "LLaMA-Factory's PaCA")
-    given = {name: value for name, value in options.items() if name not in _REFUSED}
-    given["paca_alpha"] = given.pop("lora_alpha", None)
-    theirs = {name: given.pop(ours, None) for name, ours in _NAMES.items()}
+    passed = {name: value for name, value in options.items() if name not in _REFUSED}
+    passed["paca_alpha"] = passed.pop("lora_alpha", None)
+    theirs = {name: passed.pop(ours, None) for name, ours in _NAMES.items()}
     joined = join_options(theirs, _NAMES, {} if paca is None else paca, "paca")
-    return PacaConfig(task_type=task_type, inference_mode=inference_mode, **joined, **given)
+    return PacaConfig(task_type=task_type, inference_mode=inference_mode, **joined, **passed)
 
 
 def main() -> None:
@@ -94,8 +94,8 @@ def main() -> None:
         )
     plain = tuner.get_train_args
 
-    def parse_and_check(given: Any = None) -> Any:
-        parsed = plain(given)
+    def parse_and_check(args: Any = None) -> Any:
+        parsed = plain(args)
         _check(*parsed, paca=paca)
         return parsed
 

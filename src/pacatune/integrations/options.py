@@ -26,10 +26,10 @@ def join_options(
     """
     if not isinstance(ours, Mapping):
         raise ValueError(f"`{section}` ({ours!r}) must be a table of PacaConfig's options.")
-    known = sorted({f.name for f in fields(PacaConfig)} - {f.name for f in fields(PeftConfig)})
+    own = sorted({f.name for f in fields(PacaConfig)} - {f.name for f in fields(PeftConfig)})
     for name in ours:
-        if name not in known:
-            raise ValueError(f"`{section}.{name}` does not exist; {did_you_mean(name, known)}")
+        if name not in own:
+            raise ValueError(f"`{section}.{name}` does not exist; {did_you_mean(name, own)}")
     options = {name: value for name, value in ours.items() if value is not None}
     for their_name, name in names.items():
         value = theirs.get(their_name)

@@ -118,12 +118,12 @@ class _Sender:
     def _served_dtype(self) -> torch.dtype:
         if self._owner.mode == "colocate":
             return self._owner.llm.llm_engine.vllm_config.model_config.dtype
-        found = [None]
+        dtypes = [None]
         if self._owner.accelerator.is_main_process:
-            found = [self._owner.vllm_client.get_server_info()["model_config"]["dtype"]]
+            dtypes = [self._owner.vllm_client.get_server_info()["model_config"]["dtype"]]
         if self._owner.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        return getattr(torch, str(found[0]).removeprefix("torch."))
+            torch.distributed.broadcast_object_list(dtypes, src=0)
+        return getattr(torch, str(dtypes[0]).removeprefix("torch."))
 
 
 def _sends_columns(model: Any, sleeps: bool) -> bool:

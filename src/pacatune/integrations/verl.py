@@ -62,7 +62,7 @@ class ColumnCheckpointEngine(CheckpointEngine):
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
         """Return the arguments of `init_process_group` for the workers of both groups."""
-        is_whole = not all(one["has_weights"] for one in metadata[actor_wg_world_size:])
+        is_whole = not all(worker["has_weights"] for worker in metadata[actor_wg_world_size:])
         same = {**metadata[0], "size": 1 + rollout_world_size, "is_whole": is_whole}
         ranks = [0] + [-1] * (actor_wg_world_size - 1), [*range(1, 1 + rollout_world_size)]
         a, b = ({"rank": r, **{k: [v] * len(r) for k, v in same.items()}} for r in ranks)
@@ -91,11 +91,14 @@ class ColumnCheckpointEngine(CheckpointEngine):
             self._source = ColumnSource(weights, self.dtype)
         if self._is_whole:
             self._source.forget()
-            names = {one.parameter: one.name for one in self._source.positions().sets}
+            names = {
+                column_set.parameter: column_set.name
+                for column_set in self._source.positions().sets
+            }
             for name, tensor in base_of(weights).state_dict().items():
-                if (known := names.get(plain_name(name))) is not None:
+                if (served_as := names.get(plain_name(name))) is not None:
                     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                    self._send({"name": known, "shape": whole.shape}, whole.to(self.dtype))
+                    self._send({"name": served_as, "shape": whole.shape}, whole.to(self.dtype))
         columns = self._source.columns()
         if self._group is None:  # another rank sends
             return {"sync/num_bytes": 0}
@@ -114,8 +117,8 @@ class ColumnCheckpointEngine(CheckpointEngine):
     def _receive(self) -> tuple[dict[str, Any], Tensor]:
         assert self._group is not None, "verl calls init_process_group first"
         sizes = self._group.broadcast(torch.empty(2, dtype=torch.int64, device="cpu")).tolist()
-        found = self._group.broadcast(torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"))
-        return json.loads(found[: sizes[0]].numpy().tobytes()), found[sizes[0] :].clone()
+        message = self._group.broadcast(torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"))
+        return json.loads(message[: sizes[0]].numpy().tobytes()), message[sizes[0] :].clone()
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[Any]:
         """Yield the adapted weights with the columns of this sync."""
@@ -143,7 +146,7 @@ def _hand_over_the_model() -> None:
 
     @functools.wraps(plain)
     def get_per_tensor_param(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        is_ours = any(isinstance(one, PacaLayer) for one in self.module.modules())
+        is_ours = any(isinstance(module, PacaLayer) for module in self.module.modules())
         return (self.module, None) if is_ours else plain(self, *args, **kwargs)
 
     engine.get_per_tensor_param = get_per_tensor_param

@@ -183,7 +183,7 @@ def checkpoint_patches(columns: Columns) -> list[Any]:
     """
     from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
 
-    return [CheckpointWeightPatch(**one._asdict()) for one in element_patches(columns)]
+    return [CheckpointWeightPatch(**patch._asdict()) for patch in element_patches(columns)]
 
 
 def sparse_patches(columns: Columns) -> list[Any]:
@@ -196,7 +196,7 @@ def sparse_patches(columns: Columns) -> list[Any]:
     """
     make = weight_transfer(".sparse_nccl_engine").SparseWeightPatch
     patches = element_patches(columns)
-    return [make(one.name, one.indices, one.values, one.shape) for one in patches]
+    return [make(patch.name, patch.indices, patch.values, patch.shape) for patch in patches]
 
 
 def _in_background(function: Any, *args: Any) -> "Future[None]":

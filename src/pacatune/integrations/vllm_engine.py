@@ -130,27 +130,27 @@ def refuse_unreachable(model: torch.nn.Module, positions: Positions, tp_size: in
     rename = _rename(model) or (lambda name: name)
     joined = {name for name, parts in _packed(model).items() if list(parts) == [name]}
     tied = _tied(model)
-    for one in positions.sets:
-        name = rename(one.name)
+    for place in positions.sets:
+        name = rename(place.name)
         module = name.rpartition(".")[0].rpartition(".")[2]
         if module == "kv_b_proj":
             raise ValueError(
-                f"{one.name!r}: vLLM's latent attention keeps products of this weight, which "
+                f"{place.name!r}: vLLM's latent attention keeps products of this weight, which "
                 "columns would not reach; leave it out of the targets."
             )
-        if len(one.shape) > 2 and current_platform.is_cpu():
+        if len(place.shape) > 2 and current_platform.is_cpu():
             raise ValueError(
-                f"{one.name!r}: vLLM packs the weights of experts for CPUs, and columns cannot be "
-                "written there; leave them out of the targets, or serve on a GPU."
+                f"{place.name!r}: vLLM packs the weights of experts for CPUs, and columns cannot "
+                "be written there; leave them out of the targets, or serve on a GPU."
             )
         if module in joined and tp_size > 1:
             raise ValueError(
-                f"{one.name!r} is joined in the checkpoint, and tensor parallelism splits each of "
-                "its parts, which is not supported; serve with tensor_parallel_size=1."
+                f"{place.name!r} is joined in the checkpoint, and tensor parallelism splits each "
+                "of its parts, which is not supported; serve with tensor_parallel_size=1."
             )
         if name in tied:
             raise ValueError(
-                f"{one.name!r}: vLLM has one tensor for {' and '.join(tied[name])}, since they "
+                f"{place.name!r}: vLLM has one tensor for {' and '.join(tied[name])}, since they "
                 "were equal when it loaded them, and the trainer changes one of them; leave it out "
                 "of the targets."
             )

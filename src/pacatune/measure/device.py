@@ -36,8 +36,8 @@ def peak_process_bytes() -> int:
     # Not getrusage on Linux: it counts what the parent held when it started this process.
     status = Path("/proc/self/status")
     text = status.read_text(encoding="utf-8") if status.is_file() else ""
-    if found := re.search(r"^VmHWM:\s+(\d+)", text, re.MULTILINE):
-        return int(found[1]) * 1024
+    if match := re.search(r"^VmHWM:\s+(\d+)", text, re.MULTILINE):
+        return int(match[1]) * 1024
     import resource  # not on every system
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

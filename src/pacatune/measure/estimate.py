@@ -56,8 +56,8 @@ def find_max(
     def room(number: int) -> int:
         return available_bytes - estimate(number).high_bytes
 
-    found = _last_with_room(room, low, high)
-    return (found, estimate(found)) if found else (0, None)
+    largest = _last_with_room(room, low, high)
+    return (largest, estimate(largest)) if largest else (0, None)
 
 
 def _last_with_room(room: Callable[[int], int], low: int, high: int) -> int:

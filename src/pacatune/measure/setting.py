@@ -83,10 +83,10 @@ class Setting:
     """Names of the adapted modules; by default the linear layers of the blocks."""
 
     def __post_init__(self) -> None:
-        given = method_of(self.method, TEXT_METHODS)
-        object.__setattr__(self, "method", given.variant_of or given.name)
-        object.__setattr__(self, "quantization", self.quantization or given.quantization)
-        object.__setattr__(self, "dropout", self.dropout or given.dropout or 0.0)
+        method = method_of(self.method, TEXT_METHODS)
+        object.__setattr__(self, "method", method.variant_of or method.name)
+        object.__setattr__(self, "quantization", self.quantization or method.quantization)
+        object.__setattr__(self, "dropout", self.dropout or method.dropout or 0.0)
         check_choices(self)
         for name in _SIZES:
             size = getattr(self, name)

@@ -193,7 +193,11 @@ class FakeTraining:
         notes = []
         if self._positions is not None and seq_len > self._positions:
             notes.append(f"the model was made for {self._positions} tokens, not {seq_len}.")
-        parts = {one: tracker.by_category[one] for one in CATEGORIES if tracker.by_category[one]}
+        parts = {
+            category: tracker.by_category[category]
+            for category in CATEGORIES
+            if tracker.by_category[category]
+        }
         setting, peak = self.setting.but(batch_size=batch_size, seq_len=seq_len), tracker.peak_bytes
         if self._by_size is not None:
             less, dequantized = self._by_size

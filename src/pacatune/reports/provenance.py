@@ -22,16 +22,14 @@ def package_version(name: str) -> str | None:
 
 def versions(*more: str) -> dict[str, str]:
     """Return the releases of Python, of what decides the numbers, and of more if installed."""
-    found = {"python": platform.python_version()}
+    own = {"python": platform.python_version()}
     # Run from a checkout, our own is not installed.
-    return found | {
-        name: number for name in (*_PACKAGES, *more) if (number := package_version(name))
-    }
+    return own | {name: number for name in (*_PACKAGES, *more) if (number := package_version(name))}
 
 
-def versions_text(found: Mapping[str, str]) -> str:
+def versions_text(releases: Mapping[str, str]) -> str:
     """Return releases as a sentence's part: `torch 2.13.0, peft 0.21.2`."""
-    return ", ".join(f"{name} {number}" for name, number in found.items())
+    return ", ".join(f"{name} {number}" for name, number in releases.items())
 
 
 def commit(folder: Path = _PACKAGE_FOLDER, *paths: str) -> dict[str, Any]:
@@ -98,8 +96,8 @@ def machine() -> dict[str, Any]:
     """Return the processor as `cpu` does, and the name of the accelerator, None without one."""
     import torch
 
-    found = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.accelerator.current_accelerator(check_available=True)
     name = None
-    if found is not None:
-        name = getattr(torch.get_device_module(found), "get_device_name", str)(found)
+    if device is not None:
+        name = getattr(torch.get_device_module(device), "get_device_name", str)(device)
     return {**cpu(), "accelerator": name}

@@ -116,7 +116,11 @@ class Row:
         low = high = None
         value = self.value - other.value
         are_paired = self.each.keys() == other.each.keys()
-        each = {key: one - other.each[key] for key, one in self.each.items()} if are_paired else {}
+        each = (
+            {key: number - other.each[key] for key, number in self.each.items()}
+            if are_paired
+            else {}
+        )
         if len(each) > 1:
             spread = spread_of_mean([*each.values()])
             low, high = value - spread, value + spread
@@ -205,7 +209,7 @@ def done(
         packages: Whose versions are recorded, beside those of every result.
         code: Returns the `commit` and `is_modified` that are recorded; by default the package's.
     """
-    found: dict[str, Finished] = {}
+    finished: dict[str, Finished] = {}
     jobs = list(jobs)
     for number, job in enumerate(jobs, 1):
         kept = _read(job, folder)
@@ -214,8 +218,8 @@ def done(
             kept = _run(job, folder, packages, code)
             if kept.error is not None:
                 tell(f"  failed: {kept.error}")
-        found[job.key] = kept
-    return found
+        finished[job.key] = kept
+    return finished
 
 
 def _run(
@@ -319,11 +323,11 @@ def table(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> 
     Raises:
         ValueError: If two numbers fall into one cell: name a field that tells them apart.
     """
-    found: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
+    lines: dict[tuple[str, ...], dict[tuple[str, ...], Row]] = {}
     units: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
         line, column = (_key(row, names) for names in (index, columns))
-        cells = found.setdefault(line, {})
+        cells = lines.setdefault(line, {})
         if column in cells:
             raise ValueError(
                 f"two numbers stand for {', '.join((*line, *column))}; tell them apart by another "
@@ -334,11 +338,11 @@ def table(rows: Iterable[Row], index: Sequence[str], columns: Sequence[str]) -> 
     return Table(
         header=[*index, *(_title(column, list(of)) for column, of in units.items())],
         cells=[
-            [*line, *(cells[one].text() if one in cells else _MISSING for one in units)]
-            for line, cells in found.items()
+            [*line, *(cells[column].text() if column in cells else _MISSING for column in units)]
+            for line, cells in lines.items()
         ],
         notes=list(
-            dict.fromkeys(r.note for cells in found.values() for r in cells.values() if r.note)
+            dict.fromkeys(r.note for cells in lines.values() for r in cells.values() if r.note)
         ),
         num_index=len(index),
     )
