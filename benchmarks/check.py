@@ -19,11 +19,12 @@ from typing import Any
 
 from benchmarks import kernels, step
 from benchmarks.results import prepare, read
+from experiments.jobs import Finished
 from experiments.moslora import add_method
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
 from pacatune.reports.provenance import package_version
-from pacatune.reports.rows import Finished, Row
+from pacatune.reports.rows import Row
 
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes")
 """What exact numbers depend on, beside the code."""

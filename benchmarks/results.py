@@ -16,9 +16,10 @@ import torch
 
 from benchmarks.methods import METHODS, OURS
 from benchmarks.timing import alternate, ratio_row, time_row
+from experiments.jobs import Finished
 from pacatune.cli.options import quiet_libraries
 from pacatune.reports.provenance import commit, cpu, cpu_name, num_cores, versions
-from pacatune.reports.rows import Finished, Row, spread_of_mean, table
+from pacatune.reports.rows import Row, spread_of_mean, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

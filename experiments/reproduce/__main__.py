@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from experiments.jobs import done
 from experiments.moslora import add_method
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import Experiment, comparison, make_page, write_results
@@ -24,7 +25,6 @@ from pacatune.cli.options import quiet_libraries
 from pacatune.files.owned_folder import OURS, OwnedFolder
 from pacatune.names import choose
 from pacatune.reports.provenance import commit
-from pacatune.reports.rows import done
 
 ALL = "all"
 _PACKAGES = ("trl", "bitsandbytes", "timm")

@@ -18,6 +18,7 @@ from benchmarks.methods import make_contender
 from benchmarks.models import llama_values, make_batch
 from benchmarks.results import compare, counted
 from benchmarks.timing import Step, alternate
+from experiments.jobs import Job
 from experiments.paper import METHOD_TITLES, MODEL, PAPER, Line, Printed
 from pacatune.measure.device import gpu_bytes
 from pacatune.measure.estimate import Quantity, estimate_memory, find_max
@@ -26,7 +27,7 @@ from pacatune.measure.simulate import FakeTraining
 from pacatune.methods import METHODS
 from pacatune.precision import bfloat16_is_fast
 from pacatune.reports.provenance import num_cores
-from pacatune.reports.rows import Job, Row
+from pacatune.reports.rows import Row
 
 RANK = 8
 """Rank of all that is measured: the paper's 8, and its 64 of 4,096 channels in proportion."""

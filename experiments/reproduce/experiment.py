@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from experiments.jobs import Finished, Job
 from experiments.paper import METHOD_TITLES, MODEL, Printed
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.provenance import commit_text, versions_text
-from pacatune.reports.rows import Finished, Job, Row, Table, number_text, table
+from pacatune.reports.rows import Row, Table, number_text, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 """`NAME-small.json` of each experiment: what `results.json` in its folder held."""

@@ -19,11 +19,12 @@ from benchmarks.results import mean_row
 from benchmarks.timing import Contender, Step
 from examples.images import MODELS, adapt, load_images, make_trainer
 from examples.packaged import prepare
+from experiments.jobs import Job
 from experiments.paper import PAPER, Line, Printed
 from experiments.reproduce.costs import RANK, as_costs, measured
 from experiments.reproduce.runs import at_best_rate, quiet, rate_note
 from pacatune.reports.provenance import num_cores
-from pacatune.reports.rows import Job, Row
+from pacatune.reports.rows import Row
 
 _NUM_VALIDATION, _NUM_TEST, _SEEDS = 200, 500, (0, 1)
 _NUM_CLASSES = 100

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.results import mean_row
 from examples.packaged import default_cache, prepare
 from experiments import mmlu
+from experiments.jobs import Job
 from experiments.paper import MODEL, PAPER, Line
 from experiments.reproduce.costs import memory_jobs, step_job
 from experiments.reproduce.experiment import NATS
@@ -25,7 +26,7 @@ from pacatune import resident
 from pacatune.adapters.loading import load_language_model
 from pacatune.methods import METHODS, size_options
 from pacatune.precision import bfloat16_is_fast
-from pacatune.reports.rows import Job, Row, spread_of_mean
+from pacatune.reports.rows import Row, spread_of_mean
 from pacatune.training import RunConfig, train
 
 _SMALL_MODEL = "SmolLM2-135M-Instruct"

@@ -9,11 +9,12 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
+from experiments.jobs import Finished, Job, done
 from experiments.study.config import StudyConfig
 from experiments.study.statistics import Run, best_rate, chosen, compared, rate_beyond
 from experiments.study.tasks import StudyTask
 from pacatune.files.owned_folder import OwnedFolder
-from pacatune.reports.rows import Finished, Job, Row, Table, done, spread_of_mean
+from pacatune.reports.rows import Row, Table, spread_of_mean
 from pacatune.training.config_file import to_values
 
 RUNS, REPORT = "runs.csv", "report.md"

@@ -6,9 +6,10 @@ import pytest
 
 from benchmarks import check
 from benchmarks.results import read
+from experiments.jobs import Finished
 from experiments.reproduce.catalogue import EXPERIMENTS
 from experiments.reproduce.experiment import read_results
-from pacatune.reports.rows import Finished, Row
+from pacatune.reports.rows import Row
 
 ONE_STEP = ("--tokens", "16", "--methods", "frozen", "paca", "dora", "--dtypes", "float32")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.jobs import Job, done
 from experiments.paper import PAPER, Printed
 from experiments.reproduce import costs, texts
 from experiments.reproduce.__main__ import main
@@ -22,7 +23,7 @@ from experiments.reproduce.experiment import (
 )
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.provenance import commit
-from pacatune.reports.rows import Job, Row, done
+from pacatune.reports.rows import Row
 
 ROOT = Path(__file__).parents[2]
 
