@@ -142,5 +142,5 @@ def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):
     changed.write_text(pairs_path.read_text().replace("No idea.", "None."))
     for task in ("dpo", "kto", "reward"):
         configs = [make_task_config(task, data={"path": str(p)}) for p in (pairs_path, changed)]
-        one, two = (task_of(config).fingerprint for config in configs)
+        one, two = (task_of(config).trained_on.fingerprint for config in configs)
         assert one != two

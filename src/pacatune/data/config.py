@@ -93,9 +93,6 @@ class DataSection:
             value = getattr(self, option.name)
             if int in get_args(option.type) and value is not None and value < 1:
                 raise ValueError(f"`data.{option.name}` ({value}) must be at least 1, or null.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no data."""
         if not (self.path or getattr(self, "datasets", None)):
             raise ValueError(
                 f"`data.path` is {self.path!r}; give a file, a folder or a hub data set id."

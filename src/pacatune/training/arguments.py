@@ -16,7 +16,8 @@ from pacatune.training.tasks import TASKS, load
 class SharedDefaults:
     """Put before transformers' or TRL's class of arguments, whose defaults these replace.
 
-    An object holds the options as they are set; `resolved` makes a trainer's arguments of them.
+    An object holds the options as they are set; `resolved` makes a trainer's arguments of them,
+    for which transformers sets up the process.
     """
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -86,7 +87,7 @@ class SharedDefaults:
     save_total_limit: int | None = 2
     """Number of checkpoints kept."""
 
-    def check_options(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse options that the task does not offer, or that need a GPU."""
         for option in fields(self):
             value = getattr(self, option.name)
@@ -97,30 +98,23 @@ class SharedDefaults:
             if self.use_cpu and getattr(self, name, False):
                 raise ValueError(f"`training.{name}` (True) needs a GPU; drop it on a CPU.")
 
-    def __post_init__(self) -> None:
-        self.check_options()  # what else transformers and TRL do, `resolved` asks for
-
     def pin_bf16(self) -> None:
         """Say whether to use bfloat16, so that a saved configuration gives the same elsewhere."""
-        import torch
-
         if self.bf16 is None:
-            use_cpu = self.use_cpu or not torch.accelerator.is_available()
-            self.bf16 = not vars(self).get("fp16") and bfloat16_is_fast(use_cpu=use_cpu)
+            self.bf16 = not vars(self).get("fp16") and bfloat16_is_fast(use_cpu=self.use_cpu)
 
     def resolved(self) -> Any:
         """Return a copy as a trainer takes it: filled in and checked by transformers and TRL."""
         import torch
 
-        made = copy.deepcopy(self)
+        arguments = copy.deepcopy(self)
         if not torch.accelerator.is_available():
             # Unless it is said, transformers takes no bf16, and accelerate takes each of several
             # processes for the only one.
-            made.use_cpu = True
-        made.check_options()
-        made.pin_bf16()
-        super(SharedDefaults, made).__post_init__()  # type: ignore[misc]
-        return made
+            arguments.use_cpu = True
+        arguments.pin_bf16()
+        super(SharedDefaults, arguments).__post_init__()  # type: ignore[misc]
+        return arguments
 
 
 @dataclass

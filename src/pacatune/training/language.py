@@ -30,10 +30,9 @@ from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import to_values
+from pacatune.training.output import TrainedOn
 from pacatune.training.progress import main_console, show_warnings
 from pacatune.training.report import Report
-from pacatune.training.start import settle
 from pacatune.training.task import (
     Plan,
     TaskData,
@@ -42,7 +41,7 @@ from pacatune.training.task import (
     make_trainable,
     reset_heads,
 )
-from pacatune.training.tasks import TaskSpec, load
+from pacatune.training.tasks import load
 from pacatune.training.trainer import RunTrainer
 
 
@@ -64,11 +63,9 @@ class Task:
         prepare: Callable[[RunConfig, PreTrainedTokenizerBase], TaskData],
         tags: tuple[str, ...] = (),
     ) -> None:
-        self.config = settle(config)
-        self.values = to_values(self.config)
-        """What config.yaml says of the run."""
-        self.config.training = self.config.training.resolved()
-        self.spec: TaskSpec = self.config.spec
+        self.config, self.spec = config, config.spec
+        self.arguments = config.training.resolved()
+        """The options of `training` as a trainer takes them."""
         self.trainer_class, self.tags, self._prepare_data = trainer, tags, prepare
 
     @cached_property
@@ -92,10 +89,14 @@ class Task:
         return self.data.examples.evaluation
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Digest of the data, by which a resumed run knows that it is the same."""
+    def trained_on(self) -> TrainedOn:
+        """What checkpoints say of the run, by which it is continued."""
         parts = [part for part in (self.train, self.evaluation) if part is not None]
-        return fingerprint(parts, self.data.columns)
+        sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        return TrainedOn(
+            fingerprint=fingerprint(parts, self.data.columns),
+            split=[getattr(self.arguments, name) for name in sizes],
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -358,7 +359,7 @@ def load_model_config(config: RunConfig) -> Any:
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
     task = task_of(config)
-    console = main_console(task.config, console)
+    console = main_console(task.arguments, console)
     data = task.data.examples
     task.show(data.train, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

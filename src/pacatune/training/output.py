@@ -22,6 +22,7 @@ from pacatune.training.config_file import (
     changed_keys,
     config_text,
     read_values,
+    to_values,
 )
 from pacatune.training.folder import run_folder
 from pacatune.training.progress import say
@@ -53,13 +54,6 @@ class TrainedOn:
     """What an optimizer step takes: processes, examples of each in one pass, passes."""
     launched_by: str = ""
     """What decides the form of its states."""
-
-    @classmethod
-    def of(cls, fingerprint: str, training: Any) -> "TrainedOn":
-        """Return what a run is trained on."""
-        accumulation = training.gradient_accumulation_steps
-        split = [training.world_size, training.per_device_train_batch_size, accumulation]
-        return cls(fingerprint=fingerprint, split=split)
 
     @property
     def num_examples(self) -> int:
@@ -127,22 +121,23 @@ def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -
 
 def open_folder(
     config: RunConfig,
-    values: dict[str, Any],
     now: TrainedOn,
     checkpoint: Path | None,
+    arguments: Any,
     console: Console,
 ) -> None:
     """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
-    if config.training.process_index == 0:
-        output = run_folder(str(config.training.output_dir))
+    if arguments.process_index == 0:
+        output = run_folder(arguments.output_dir)
         if checkpoint is None:
             if old := sorted({name.partition("/")[0] for name in output.owned()}):
                 say(console, f"deleting from {output.path}: {', '.join(old)}")
             output.start_anew()
-            output.write(CONFIG_NAME, config_text(values, config.repeat_command(CONFIG_NAME)))
+            command = config.repeat_command(CONFIG_NAME)
+            output.write(CONFIG_NAME, config_text(to_values(config), command))
         else:
             said = f"resuming after step {checkpoint.name.rpartition('-')[2]}: {checkpoint}"
             before = trained_on(checkpoint)

@@ -26,7 +26,7 @@ from pacatune.pretrained import refuse_no_weights
 from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import CONFIG_NAME, without_folders
+from pacatune.training.config_file import CONFIG_NAME, to_values, without_folders
 from pacatune.training.folder import (
     REPORT_NAME,
     check_folder,
@@ -36,7 +36,6 @@ from pacatune.training.folder import (
 )
 from pacatune.training.language import Task, model_path, task_of, weights_dtype
 from pacatune.training.output import (
-    TrainedOn,
     check_same_options,
     find_checkpoint,
     last_checkpoint,
@@ -124,102 +123,85 @@ def train(
         ConnectionError: If the hub cannot be written to.
     """
     task = task_of(config)
-    console = main_console(task.config, console)
-    return _train(task, console, resume, overwrite, push_to_hub, push_config)
-
-
-def _train(
-    task: Task,
-    console: Console,
-    resume: bool,
-    overwrite: bool,
-    push_to_hub: str | None,
-    push_config: bool,
-) -> Report:
-    config, folder = task.config, Path(str(task.config.training.output_dir))
+    arguments, console = task.arguments, main_console(task.arguments, console)
+    folder, checkpoint, repository = Path(arguments.output_dir), None, None
     check_folder(config, resume=resume, overwrite=overwrite)
     refuse_no_weights(config.model.path)
     if resume:
-        check_same_options(task.values, folder)
-    repository = None
-    if push_to_hub is not None and config.training.process_index == 0:
-        repository = open_repository(push_to_hub, config.training)
+        check_same_options(to_values(config), folder)
+    if push_to_hub is not None and arguments.process_index == 0:
+        repository = open_repository(push_to_hub, arguments)
     show_plan(task, console)
-    now, checkpoint = TrainedOn.of(task.fingerprint, config.training), None
     if resume:
-        fixed = task.data.fixed_split or why_fixed(config.training)
-        checkpoint = find_checkpoint(now, folder, fixed=fixed)
+        fixed = task.data.fixed_split or why_fixed(arguments)
+        checkpoint = find_checkpoint(task.trained_on, folder, fixed=fixed)
     trainer = make_trainer(task, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
-    open_folder(config, task.values, now, checkpoint, console)
+    open_folder(config, task.trained_on, checkpoint, arguments, console)
     run_trainer(trainer, task, checkpoint, console)
     save_weights(trainer, folder)
     report = save_report(task, trainer, folder)
     show_result(report, folder, console)
     if repository is not None:
-        where = push_result(folder, repository, config.training, with_config=push_config)
+        where = push_result(folder, repository, arguments, with_config=push_config)
         say(console, f"uploaded to {where}")
     return report
 
 
 def start_or_resume(
-    config: RunConfig,
-    *,
-    push_to_hub: str | None = None,
-    push_config: bool = False,
-    console: Console | None = None,
+    config: RunConfig, *, console: Console | None = None, **options: Any
 ) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
     For launchers that repeat a command when a process has died; None if the run was finished.
+    `options` are those of `train`.
     """
-    task = task_of(config)
-    console = main_console(task.config, console)
-    folder = Path(str(task.config.training.output_dir))
+    arguments = config.training.resolved()
+    console, folder = main_console(arguments, console), Path(arguments.output_dir)
     begun, checkpoint = is_begun(folder), last_checkpoint(folder)
-    found = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
-    others = set(gather_object([found]))
-    if len(others) > 1:
+    state = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
+    states = set(gather_object([state]))
+    if len(states) > 1:
         raise ValueError(
-            f"the processes see different things in {folder} ({', '.join(sorted(others))}); put "
+            f"the processes see different things in {folder} ({', '.join(sorted(states))}); put "
             "`training.output_dir` on a disk that all nodes share."
         )
     if begun:
-        check_same_options(task.values, folder)
+        check_same_options(to_values(config), folder)
     if begun and is_finished(folder):
         say(console, f"the run in {folder} is finished")
         return None
     resume = begun and checkpoint is not None
     # Without a checkpoint, what was begun is lost anyway.
-    return _train(task, console, resume, begun and not resume, push_to_hub, push_config)
+    return train(config, resume=resume, overwrite=begun and not resume, console=console, **options)
 
 
 def show_plan(task: Task, console: Console) -> None:
     """Look at everything but the weights, and say what is trained."""
-    config = task.config
-    check_environment(config)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
+    config, plan = task.config, task.plan
+    check_environment(task)
+    check_selection(plan.adapter, task.arguments)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and task.arguments.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    plan = task.plan
-    check_selection(config, plan.adapter)
     everything = "the head" if config.method == "head" else "every weight"
-    for line in (
-        f"data: {task.about_data()}",
+    say(console, f"data: {task.about_data()}")
+    say(
+        console,
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
-    ):
-        say(console, line)
+    )
     show_warnings(task.warnings(), console)
 
 
-def check_environment(config: RunConfig) -> None:
+def check_environment(task: Task) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
-    training, plugin = config.training, config.training.deepspeed_plugin
-    if training.n_gpu > 1:
+    arguments, plugin = task.arguments, task.arguments.deepspeed_plugin
+    method = METHODS[task.config.method]
+    if arguments.n_gpu > 1:
         raise ValueError(
-            f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            f"`torchrun --nproc_per_node {training.n_gpu} YOUR_SCRIPT`, or set "
+            f"{arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
+            f"`torchrun --nproc_per_node {arguments.n_gpu} YOUR_SCRIPT`, or set "
             "CUDA_VISIBLE_DEVICES=0 to train on one."
         )
     used = {name for name, value in os.environ.items() if value == "true"}
@@ -229,35 +211,33 @@ def check_environment(config: RunConfig) -> None:
     for name, needed, reason in _SETTINGS:
         switch = "FSDP" if name.startswith("FSDP") else "PARALLELISM_CONFIG"
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else needed).lower()
-        matters = METHODS[config.method].is_paca or reason is not _NOT_SENT
+        matters = method.is_paca or reason is not _NOT_SENT
         if f"ACCELERATE_USE_{switch}" in used and value != needed and matters:
             raise ValueError(
                 f"`{name.lower()}` ({value}) in the configuration of accelerate must be {needed}: "
                 f"{reason}."
             )
     saves_none = plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model
-    if saves_none and not METHODS[config.method].has_adapter:
+    if saves_none and not method.has_adapter:
         raise ValueError(
             "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
-            f"otherwise no process has the result of `method` ({config.method!r}) to save it."
+            f"otherwise no process has the result of `method` ({method.name!r}) to save it."
         )
 
 
 def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     """Load the weights, choose columns where data decides about them, and return the trainer."""
-    config = task.config
-    arguments = _adjusted_arguments(
-        config, has_evaluation=task.evaluation is not None, checkpoint=checkpoint
-    )
+    config, arguments = task.config, _adjusted_arguments(task, checkpoint)
     set_seed(arguments.seed)
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if start is not None:
         show_warnings(check_base(start, model), console)
     collate = partial(task.collate, task.train)
-    batches = share_of_batches(len(task.train), config, collate)
+    number = config.paca.selection_batches
+    batches = share_of_batches(len(task.train), number, arguments, collate)
     adapter_config = choose_from_data(
-        config, task.plan.adapter, model, batches, checkpoint, console, loss_fn=task.data.loss
+        model, task.plan.adapter, batches, number, arguments, checkpoint, console, task.data.loss
     )
     trainer = task.make_trainer(
         model,
@@ -267,7 +247,7 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
         eval_dataset=task.evaluation,
         callbacks=[],
     )
-    trainer.trained_on = TrainedOn.of(task.fingerprint, arguments)
+    trainer.trained_on = task.trained_on
     trainer.has_new_head = task.data.new_head is not None
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
@@ -283,9 +263,9 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     return trainer
 
 
-def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: Path | None) -> Any:
+def _adjusted_arguments(task: Task, checkpoint: Path | None) -> Any:
     """Return a copy of the training arguments that fits the data and the checkpoint to continue."""
-    arguments = copy.copy(config.training)
+    arguments, has_evaluation = copy.copy(task.arguments), task.evaluation is not None
     if not has_evaluation:
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
         arguments.do_eval = False
@@ -312,7 +292,6 @@ def _add_callbacks(trainer: Any, config: RunConfig, checkpoint: Path | None) -> 
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
-    config = task.config
     said = "saving a checkpoint, then stopping; again to stop at once"
     stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
     progress = ProgressReporter(console, trainer.meter)
@@ -331,16 +310,16 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
             "length of the examples, or set `training.gradient_checkpointing` to true."
         ) from error
     except RewardError as error:
-        kept = last_checkpoint(Path(str(config.training.output_dir)))
+        kept = last_checkpoint(Path(trainer.args.output_dir))
         go_on = "start again" if kept is None else f"continue from {kept} with --resume"
         raise RewardError(f"{error} Mend the function, then {go_on}.") from error
     finally:
         progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        path = Path(str(config.training.output_dir)) / CONFIG_NAME
+        path = Path(trainer.args.output_dir) / CONFIG_NAME
         raise TrainingInterrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; continue "
-            f"with `{config.repeat_command(path)} --resume`"
+            f"with `{task.config.repeat_command(path)} --resume`"
         )
 
 

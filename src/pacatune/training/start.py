@@ -1,5 +1,6 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,36 +20,28 @@ from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.selection import load_columns
 from pacatune.strategies import strategies
-from pacatune.training.config import RunConfig
-from pacatune.training.sections import check_selection_file
+from pacatune.training.config import RunConfig, changed
 
 
-def settle(config: RunConfig) -> RunConfig:
-    """Return a complete run: settled, and with the options of the adapter that it starts from."""
-    config = config.settled()
-    config.refuse_missing()
-    if METHODS[config.method].is_paca and config.paca.from_file:
-        check_selection_file(str(config.paca.selection))
-    if config.adapter is not None:
-        _take_options(config)
-    return config
+def take_options(config: RunConfig, typed: Mapping[str, Collection[str]]) -> None:
+    """Fill a run's sections with its adapter's options; refuse those that contradict it.
 
-
-def _take_options(config: RunConfig) -> None:
-    """Fill the sections with the adapter's options; refuse those that contradict it."""
+    `typed` has the options of each section that are set, be it to their defaults.
+    """
     saved = read_start(config)
     for name in METHODS[config.method].sections:
-        section, typed = getattr(config, name), config.typed(name)
+        section = getattr(config, name)
         for option in fields(section):
             # How many batches choose columns, no adapter says.
             kept = _in_order(getattr(saved, option.name, option.default))
             if option.name == "selection" and kept not in strategies():
                 kept = option.default  # "fixed", or a strategy that left; the columns are there
-            given = typed.get(option.name)
+            value = _in_order(getattr(section, option.name))
+            is_set = option.name in typed[name] or option.name in changed(section)
             # A saved run names no patterns where the default was fitted to narrow weights.
-            if _in_order(given) not in (None, {}, kept):
+            if is_set and value not in (None, {}, kept):
                 raise ValueError(
-                    f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "
+                    f"`{name}.{option.name}` ({value!r}) contradicts `adapter` ({config.adapter}), "
                     f"which has {kept!r} and is trained as it is; drop the option, or start "
                     "without the adapter."
                 )
