@@ -83,7 +83,7 @@ class EstimateCommand(Setting):
             sizes += " and the rank that `pacatune train` has by default"
         return sizes
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         quiet_libraries()
 

@@ -26,7 +26,7 @@ class Inspect:
     json: bool = False
     """Print everything as JSON."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         from pacatune.patch.file import is_patch
 

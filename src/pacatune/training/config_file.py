@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
-from jsonargparse import ArgumentParser, set_loader
+from jsonargparse import set_loader
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from pacatune.names import suggest
-from pacatune.training.tasks import TASKS
 
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
@@ -140,18 +139,6 @@ def load_yaml(text: str) -> Any:
 
 
 set_loader(PARSER_MODE, load_yaml, exceptions=(YAMLError,))
-
-
-def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
-    """Add an option for each field of a task's runs and of their sections; return the sections."""
-    from pacatune.training.config import RunConfig, sections_of
-
-    sections = sections_of(task)
-    parser.add_class_arguments(RunConfig, skip={*sections, *TASKS[task].lacks})
-    for name, section in sections.items():
-        parser.add_class_arguments(section, name)
-    parser.set_defaults({"task": task})
-    return sections.keys()
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
