@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from pacatune.adapters.base import find_tokenizer
 from pacatune.adapters.folder import read_adapter
 from pacatune.training import preview, train
-from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options, task_of
+from pacatune.training.language import load_tokenizer, quantization_options, task_of
 from tests.adapters.fixtures import edit_json, model_copy
 from tests.data.conftest import talk
 from tests.training.runs import QUIET, assert_close, read_json, refused, write_rows
@@ -87,15 +87,13 @@ def test_storage_is_set_for_sharding(make_config, monkeypatch):
 
 def test_stop_ids_are_those_of_generation_and_of_the_run(make_config, model_copy):
     config = make_config(model={"path": str(model_copy)})
-    tokenizer = load_tokenizer(config)
     edit_json(model_copy / "generation_config.json", eos_token_id=[2, 5])
-    assert find_stop_ids(config, tokenizer) == {2, 5}
+    assert task_of(config).stop_ids == {2, 5}
     (model_copy / "generation_config.json").unlink()
-    assert find_stop_ids(config, tokenizer) == {2}
-    config = make_config(training={"eos_token": "<|user|>"})
-    tokenizer = load_tokenizer(config)
-    assert tokenizer.eos_token == "<|user|>"
-    assert find_stop_ids(config, tokenizer) == {2, tokenizer.eos_token_id}
+    assert task_of(config).stop_ids == {2}
+    task = task_of(make_config(training={"eos_token": "<|user|>"}))
+    assert task.tokenizer.eos_token == "<|user|>"
+    assert task.stop_ids == {2, task.tokenizer.eos_token_id}
 
 
 MODES = "{{ bos_token }}{{ mode }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"

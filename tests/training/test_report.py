@@ -92,7 +92,7 @@ def test_a_loss_that_ends_above_its_start(held_out, losses, said):
 )
 def test_card(make_config, tmp_path, method, library, contains):
     task, report = task_of(make_config(method)), make_report(method=method, warnings=["Look out."])
-    assert task.data.kind.pipeline_tag == "text-generation"  # looks at the model
+    assert task.kind.pipeline_tag == "text-generation"  # looks at the model
     task.config.model.path = report.model
     write_card(task, report, tmp_path)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)

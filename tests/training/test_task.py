@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from pacatune.training.language import task_of, weights_dtype
+from pacatune.training.language import task_of
 from pacatune.training.task import count_trainable, make_adapter_config
 
 
@@ -25,7 +25,8 @@ def test_options_reach_peft_and_transformers(make_config):
     assert (dora.use_dora, dora.r, dora.lora_dropout) == (True, 4, 0.5)
     assert make_adapter_config(make_config("full")) is None
     config = make_config(model={"dtype": "bfloat16"})
-    assert weights_dtype(config) == task_of(config).load_model().dtype == torch.bfloat16
+    task = task_of(config)
+    assert task.dtype == task.load_model().dtype == torch.bfloat16
     config = make_config(training={"model_init_kwargs": {"no_such_argument": 1}})
     with pytest.raises(TypeError, match="no_such_argument"):
         task_of(config).load_model()

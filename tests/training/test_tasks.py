@@ -28,12 +28,13 @@ ORPO = TaskSpec(
 )
 
 
-def prepare_orpo(config, tokenizer):
+def prepare_orpo(task):
+    config = task.config
     rows = load_dataset("json", data_files=config.data.path, split="train")
     rows = rows.add_column("row", list(range(len(rows))))
     parts = rows.train_test_split(config.data.eval_fraction, seed=config.data.seed)
     examples = PreparedData(parts["train"], parts["test"], 0, [])
-    return TaskData(examples=examples, tokenizer=tokenizer, kind=ORPO.kind, columns=("row",))
+    return TaskData(examples=examples, columns=("row",))
 
 
 def orpo(config):

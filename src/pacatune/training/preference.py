@@ -10,16 +10,13 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
-from pacatune.training.config import RunConfig
-from pacatune.training.language import Task, find_stop_ids, pad_id
+from pacatune.training.language import Task, pad_id
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import READER, WRITER
 from pacatune.training.trainer import RunTrainer
 
 
@@ -30,40 +27,34 @@ class PreparedTrainer(RunTrainer):
         return dataset
 
 
-def prepare_dpo(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_dpo(task: Task) -> TaskData:
     """Encode pairs of answers."""
     return TaskData(
-        examples=prepare_pairs(*_encoding(config, tokenizer)),
-        tokenizer=tokenizer,
-        kind=WRITER,
+        examples=prepare_pairs(*_encoding(task)),
         columns=("prompt_ids", "chosen_ids", "rejected_ids"),
     )
 
 
-def prepare_kto(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_kto(task: Task) -> TaskData:
     """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
-    training, data = config.training, prepare_judged(*_encoding(config, tokenizer))
+    training, data = task.config.training, prepare_judged(*_encoding(task))
     if training.loss_type != "apo_zero_unpaired":
         size, held_out = training.per_device_train_batch_size, data.evaluation
         held_out = None if held_out is None else with_neighbours(held_out, size)
         data = replace(data, train=with_neighbours(data.train, size), evaluation=held_out)
     return TaskData(
         examples=data,
-        tokenizer=tokenizer,
-        kind=WRITER,
         columns=("prompt_ids", "completion_ids", "label"),
         fixed_split="KTO compares an answer with its neighbour in the batch of a process",
     )
 
 
-def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_reward(task: Task) -> TaskData:
     """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
     return TaskData(
-        examples=prepare_pairs(*_encoding(config, tokenizer, learn_all=True)),
-        tokenizer=tokenizer,
-        kind=READER,
+        examples=prepare_pairs(*_encoding(task, learn_all=True)),
         columns=("chosen_ids", "rejected_ids"),
-        collator=DataCollatorForPreference(pad_token_id=pad_id(tokenizer)),
+        collator=DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer)),
         loss=loss_of_scores,
         model_options={"num_labels": 1},
     )
@@ -95,18 +86,16 @@ def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return -logsigmoid(chosen - rejected).mean()
 
 
-def _encoding(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, learn_all: bool = False
-) -> tuple[Any, Encoder, int | None]:
+def _encoding(task: Task, learn_all: bool = False) -> tuple[Any, Encoder, int | None]:
     """Return what the preparation of the data takes."""
-    training = config.training
+    training = task.config.training
     encoder = Encoder(
-        tokenizer=tokenizer,
-        stop_ids=find_stop_ids(config, tokenizer),
+        tokenizer=task.tokenizer,
+        stop_ids=task.stop_ids,
         max_length=training.max_length,
         learn_all=learn_all,
     )
-    return config.data, encoder, training.dataset_num_proc
+    return task.config.data, encoder, training.dataset_num_proc
 
 
 def with_neighbours(data: Dataset, batch_size: int) -> Dataset:

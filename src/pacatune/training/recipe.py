@@ -34,7 +34,7 @@ from pacatune.training.folder import (
     is_finished,
     run_folder,
 )
-from pacatune.training.language import Task, model_path, task_of, weights_dtype
+from pacatune.training.language import Task, task_of
 from pacatune.training.output import (
     check_same_options,
     find_checkpoint,
@@ -258,8 +258,8 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
     _add_callbacks(trainer, config, checkpoint)
-    if METHODS[config.method].is_paca and is_packed(model_path(config)):
-        trainer.add_callback(CodeWatch(trainer.model, model_path(config), console))
+    if METHODS[config.method].is_paca and is_packed(task.model_path):
+        trainer.add_callback(CodeWatch(trainer.model, task.model_path, console))
     return trainer
 
 
@@ -328,7 +328,7 @@ def _make_report(task: Task, trainer: Any) -> Report:
     train_losses, train_loss = train_curve(log)
     eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
-    dtype = dtype_name(weights_dtype(config))
+    dtype = dtype_name(task.dtype)
     known = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
@@ -345,7 +345,7 @@ def _make_report(task: Task, trainer: Any) -> Report:
         "saved_activation_bytes": trainer.saved_activation_bytes,
         "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "method": config.method,
-        "model": model_path(config),
+        "model": task.model_path,
         "adapter": config.adapter,
         "targets": list(task.plan.targets),
         "columns": describe_columns(trainer.model),

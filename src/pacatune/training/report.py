@@ -195,7 +195,7 @@ def card_front(task: "Task", model: str) -> str:
     front = {
         "base_model": model,
         "library_name": "peft" if method.has_adapter else "transformers",
-        "pipeline_tag": task.data.kind.pipeline_tag,
+        "pipeline_tag": task.kind.pipeline_tag,
         "tags": sorted({task.config.method, "pacatune", *task.tags}),
     }
     if Path(task.config.model.path).expanduser().exists():

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -22,11 +21,9 @@ from pacatune.data.config import PromptDataConfig
 from pacatune.data.formats import row_variables
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
-from pacatune.training.config import RunConfig
 from pacatune.training.language import Task
 from pacatune.training.rewards import load_rewards
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import WRITER
 from pacatune.training.trainer import RunTrainer
 
 
@@ -155,16 +152,14 @@ class SamplingTrainer(RunTrainer):
             logs["eval_reward"] = math.nan
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare(task: Task) -> TaskData:
     """Read the prompts, and find the rewards."""
-    length = config.training.max_completion_length or 0
-    section = cast(PromptDataConfig, config.data)
-    data = prepare_prompts(section, tokenizer, num_new_tokens=length)
-    rewards = load_rewards(config.reward, section)
+    length = task.config.training.max_completion_length or 0
+    section = cast(PromptDataConfig, task.config.data)
+    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
+    rewards = load_rewards(task.config.reward, section)
     return TaskData(
         examples=data,
-        tokenizer=tokenizer,
-        kind=WRITER,
         columns=("row",),
         trainer_options={"reward_funcs": rewards},
         fixed_split="each process samples answers of its own",

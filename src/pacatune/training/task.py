@@ -8,7 +8,6 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
 from pacatune.data.prepare import PreparedData
@@ -50,8 +49,8 @@ class TaskData:
     """What a task on a language model makes of its data, and what that asks of the others."""
 
     examples: PreparedData
-    tokenizer: PreTrainedTokenizerBase
-    kind: ModelKind
+    kind: ModelKind | None = None
+    """What the model does, where that is not what the task's table says."""
     columns: tuple[str, ...] = ("input_ids", "labels")
     """Those by which a resumed run knows the data again."""
     collator: Callable[[list[Any]], Any] | None = None
