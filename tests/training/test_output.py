@@ -6,9 +6,9 @@ import pytest
 from accelerate.utils import DeepSpeedPlugin
 from safetensors.numpy import save_file
 
-from pacatune.training.folder import check_folder
 from pacatune.training.output import (
     TrainedOn,
+    check_folder,
     find_checkpoint,
     last_checkpoint,
     refuse_missing_weights,

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -47,37 +47,23 @@ class PreparedData:
 
 def prepare_data(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
+    encoder: Encoder,
     num_processes: int | None = None,
     load_processor: Callable[[], Any] | None = None,
 ) -> PreparedData:
     """Read, encode, split and check the data of a run.
 
-    Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
-    generation. `load_processor` is asked for the model's processor where chats have images.
+    `load_processor` is asked for the model's processor where chats have images.
     """
-    convert = partial(to_examples, has_template=bool(tokenizer.chat_template))
-    sources, held_out = find_examples(config, convert)
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        max_length=max_length,
-        learn_all=config.loss == "all",
-        special_tokens=config.special_tokens,
-    )
+    convert = partial(to_examples, has_template=bool(encoder.tokenizer.chat_template))
     try:
-        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
+        parts, data = make_tables(config, encoder, convert, num_processes)
     except ImagesFound:
         if load_processor is None or encoder.learn_all:
             raise
-        processor = load_processor()
-        encoder = replace(encoder, processor=processor)
-        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
-        found = replace(found, processor=processor)
-    return replace(found, train=_mixed(parts, config))
+        encoder = replace(encoder, processor=load_processor())
+        parts, data = make_tables(config, encoder, convert, num_processes)
+    return replace(data, train=_mixed(parts, config), processor=encoder.processor)
 
 
 @dataclass
@@ -178,12 +164,12 @@ def find_examples(
 def make_tables(
     config: DataSection,
     encoder: Encoder,
-    sources: list[Examples],
-    held_out: Examples | None,
+    convert: Callable[[Iterable[Row], str], Iterator[Any]],
     num_processes: int | None,
     encode: Encode | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
-    """Encode, split and check data sets; return each for training, and all in one."""
+    """Read, encode, split and check data sets; return each for training, and all in one."""
+    sources, held_out = find_examples(config, convert)
     warnings: list[str] = []
     parts, evaluation, limit = [], [], encoder.max_length
     for one in sources:
@@ -193,13 +179,13 @@ def make_tables(
         what = f"{one.source.path} training" if len(sources) > 1 else "training"
         parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
-    found = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
-    if found is not None:
-        found = keep_learnable(found, "evaluation", limit, warnings)
-        if "images" not in found.column_names:  # other images may have the same tokens
-            warnings += [warning for part in parts for warning in find_overlap(part, found)]
+    other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
+    if other is not None:
+        other = keep_learnable(other, "evaluation", limit, warnings)
+        if "images" not in other.column_names:  # other images may have the same tokens
+            warnings += [warning for part in parts for warning in find_overlap(part, other)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
-    return parts, PreparedData(_joined(parts), found, min(longest, limit or longest), warnings)
+    return parts, PreparedData(_joined(parts), other, min(longest, limit or longest), warnings)
 
 
 def hold_out(keys: Iterable[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:

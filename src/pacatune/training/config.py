@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pacatune.data.config import REASONING_GYM, DataSection
 from pacatune.measure.setting import check_lean_level
@@ -17,18 +17,6 @@ from pacatune.training.sections import (
     PacaSection,
 )
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from pacatune.training.arguments import SharedDefaults
-
-    class TrainingOptions(SharedDefaults, TrainingArguments):
-        """Options of every task; those of TRL's class of one task, too."""
-
-        def __getattr__(self, name: str) -> Any: ...
-else:
-    TrainingOptions = Any
 
 _EMPTY: Any = dict  # of which a section is made
 HEAD_RATE = 3e-3
@@ -99,7 +87,7 @@ class RunConfig:
     """Options of the methods lora, lora_dropout, dora, shira, gralora, miss, oft and
     qlora: a `LoraSection`."""
 
-    training: TrainingOptions = field(default_factory=_EMPTY)
+    training: Any = field(default_factory=_EMPTY)
     """Every option of the trainer's class of arguments; of SFTConfig: a `TrainingConfig`."""
 
     lean: Literal["auto", "off", "require"] = "auto"

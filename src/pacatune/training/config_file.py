@@ -34,7 +34,7 @@ _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # Where data lies, whose digest the checkpoint has, and where results go and how they are shown:
 # free to change when a run is resumed.
 _FREE_ON_RESUME = (
-    *("data.path", "data.eval_path"),
+    *("data.path", "data.eval_path", "data.datasets.path"),
     "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
@@ -143,28 +143,19 @@ set_loader(PARSER_MODE, load_yaml, exceptions=(YAMLError,))
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = _comparable(old), _comparable(new)
+    flat_old, flat_new = _dotted(old), _dotted(new)
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
-        if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
+        if re.sub(r"\[\d+\]", "", key) not in _FREE_ON_RESUME
+        and flat_old.get(key) != flat_new.get(key)
     ]
-
-
-def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run by their dotted names, without where several data sets lie."""
-    found = _dotted(values)
-    if sources := found.get("data.datasets"):
-        found["data.datasets"] = [{**source, "path": None} for source in sources]
-    return found
 
 
 def local_paths(config: "RunConfig") -> dict[str, str]:
     """Return the options that name what a run reads here, by their dotted names."""
-    given = _dotted({**to_values(config), "training": {}})
-    for number, source in enumerate(given.pop("data.datasets", None) or ()):
-        given[f"data.datasets[{number}].path"] = source["path"]
-    return {k: v for k, v in given.items() if isinstance(v, str) and Path(v).is_absolute()}
+    values = _dotted({**to_values(config), "training": {}})
+    return {k: v for k, v in values.items() if isinstance(v, str) and Path(v).is_absolute()}
 
 
 def without_folders(value: T, config: "RunConfig") -> T:
@@ -199,9 +190,11 @@ def _absolute(value: str) -> str:
 
 
 def _dotted(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run by their dotted names."""
-    found: dict[str, Any] = {}
+    """Return the options of a run by their dotted names, those of several data sets by number."""
+    dotted: dict[str, Any] = {}
     for name, value in values.items():
         is_section = isinstance(value, dict)
-        found |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
-    return found
+        dotted |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
+    for number, source in enumerate(dotted.pop("data.datasets", None) or ()):
+        dotted |= {f"data.datasets[{number}].{key}": value for key, value in source.items()}
+    return dotted

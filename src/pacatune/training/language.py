@@ -22,7 +22,7 @@ from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
 from pacatune.data.checks import fingerprint
-from pacatune.data.encode import reads_variable, with_defaults
+from pacatune.data.encode import Encoder, reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
@@ -106,6 +106,18 @@ class Task:
                 stops = generation.eos_token_id
                 ids |= set(stops if isinstance(stops, list) else [stops])
         return ids - {None}
+
+    def encoder(self, **options: Any) -> Encoder:
+        """Return what makes tokens of the task's examples; `options` are its own."""
+        limit = self.config.training.max_length
+        return Encoder(
+            **{
+                "tokenizer": self.tokenizer,
+                "stop_ids": self.stop_ids,
+                "max_length": limit,
+                **options,
+            }
+        )
 
     @cached_property
     def dtype(self) -> torch.dtype:

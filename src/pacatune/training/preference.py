@@ -13,7 +13,6 @@ from torch.nn.functional import logsigmoid
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
 from pacatune.training.language import Task, pad_id
 from pacatune.training.task import TaskData
@@ -29,15 +28,17 @@ class PreparedTrainer(RunTrainer):
 
 def prepare_dpo(task: Task) -> TaskData:
     """Encode pairs of answers."""
+    number = task.config.training.dataset_num_proc
     return TaskData(
-        examples=prepare_pairs(*_encoding(task)),
+        examples=prepare_pairs(task.config.data, task.encoder(), number),
         columns=("prompt_ids", "chosen_ids", "rejected_ids"),
     )
 
 
 def prepare_kto(task: Task) -> TaskData:
     """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
-    training, data = task.config.training, prepare_judged(*_encoding(task))
+    training = task.config.training
+    data = prepare_judged(task.config.data, task.encoder(), training.dataset_num_proc)
     if training.loss_type != "apo_zero_unpaired":
         size, held_out = training.per_device_train_batch_size, data.evaluation
         held_out = None if held_out is None else with_neighbours(held_out, size)
@@ -51,8 +52,9 @@ def prepare_kto(task: Task) -> TaskData:
 
 def prepare_reward(task: Task) -> TaskData:
     """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
+    number = task.config.training.dataset_num_proc
     return TaskData(
-        examples=prepare_pairs(*_encoding(task, learn_all=True)),
+        examples=prepare_pairs(task.config.data, task.encoder(learn_all=True), number),
         columns=("chosen_ids", "rejected_ids"),
         collator=DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer)),
         loss=loss_of_scores,
@@ -84,18 +86,6 @@ def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """
     chosen, rejected = model(**batch).logits.squeeze(-1).chunk(2)
     return -logsigmoid(chosen - rejected).mean()
-
-
-def _encoding(task: Task, learn_all: bool = False) -> tuple[Any, Encoder, int | None]:
-    """Return what the preparation of the data takes."""
-    training = task.config.training
-    encoder = Encoder(
-        tokenizer=task.tokenizer,
-        stop_ids=task.stop_ids,
-        max_length=training.max_length,
-        learn_all=learn_all,
-    )
-    return task.config.data, encoder, training.dataset_num_proc
 
 
 def with_neighbours(data: Dataset, batch_size: int) -> Dataset:

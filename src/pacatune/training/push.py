@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from pacatune.adapters.folder import CONFIG_NAME as ADAPTER_CONFIG
 from pacatune.training.config_file import CONFIG_NAME
-from pacatune.training.folder import run_folder
+from pacatune.training.output import run_folder
 
 # What a run keeps in its folder to go on, and its log.
 _KEPT_HERE = ("checkpoint-*", "runs/*")

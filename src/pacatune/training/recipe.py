@@ -27,21 +27,19 @@ from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, to_values, without_folders
-from pacatune.training.folder import (
-    REPORT_NAME,
-    check_folder,
-    is_begun,
-    is_finished,
-    run_folder,
-)
 from pacatune.training.language import Task, task_of
 from pacatune.training.output import (
+    REPORT_NAME,
+    check_folder,
     check_same_options,
     find_checkpoint,
+    is_begun,
+    is_finished,
     last_checkpoint,
     open_folder,
     read_state,
     refuse_missing_weights,
+    run_folder,
     what_is_intact,
     why_fixed,
 )

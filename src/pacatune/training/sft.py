@@ -35,14 +35,13 @@ def prepare(task: Task) -> TaskData:
             "or 'bfd_split'."
         )
     splits = training.packing and training.packing_strategy == "bfd_split"
-    data = prepare_data(
-        cast(DataConfig, task.config.data),
-        task.tokenizer,
+    config = cast(DataConfig, task.config.data)
+    encoder = task.encoder(
         max_length=None if splits else training.max_length,
-        stop_ids=task.stop_ids,
-        num_processes=training.dataset_num_proc,
-        load_processor=partial(_load_processor, task),
+        learn_all=config.loss == "all",
+        special_tokens=config.special_tokens,
     )
+    data = prepare_data(config, encoder, training.dataset_num_proc, partial(_load_processor, task))
     if data.processor is None:
         return TaskData(examples=data)
     if training.packing or training.padding_free:

@@ -26,12 +26,12 @@ from pacatune.files.owned_folder import to_json
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_weights, readable_weights
-from pacatune.training.folder import run_folder
 from pacatune.training.output import (
     STATE_NAME,
     TrainedOn,
     last_checkpoint,
     refuse_missing_weights,
+    run_folder,
     trained_on,
     what_is_intact,
 )
