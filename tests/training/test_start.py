@@ -112,8 +112,8 @@ def test_contradictions(
     assert main(["train", "--config", str(path)]) == 2  # given, if only as the default
     assert "`paca.r` (16) contradicts `adapter`" in capsys.readouterr().err
 
-    config = make_task_config("reward", adapter=str(paca))
-    refused("is for the task type CAUSAL_LM, and this run", config)
+    with pytest.raises(ValueError, match="is for the task type CAUSAL_LM, and this run"):
+        make_task_config("reward", adapter=str(paca))
     model = shutil.copytree(tiny_model_dir, tmp_path / "other")
     edit_tensors(model / "model.safetensors", lambda one: [x.add_(1) for x in one.values()])
     config = make_config(adapter=str(paca), model={"path": str(model)})

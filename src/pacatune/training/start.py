@@ -52,14 +52,14 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | list) else value
 
 
-def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
+def read_start(config: RunConfig) -> PeftConfig:
     """Return the checked configuration of the adapter that a run starts from, ready to train."""
     path = find_file(locate_folder(str(config.adapter)), CONFIG_NAME)
-    found, method = read_json_object(path), METHODS[config.method]
-    kind = {
-        **dict.fromkeys(FILE_TYPES, "paca"),
-        "LORA": "dora" if found.get("use_dora") else "lora",
-    }.get(str(found.get("peft_type")), str(found.get("peft_type")).lower())
+    values, method = read_json_object(path), METHODS[config.method]
+    peft_type = str(values.get("peft_type"))
+    kind = "paca" if peft_type in FILE_TYPES else peft_type.lower()
+    if kind == "lora" and values.get("use_dora"):
+        kind = "dora"
     if kind not in (method.name, method.variant_of):
         raise ValueError(
             f"`adapter` ({config.adapter}) is of the kind {kind!r}, and `method` ({method.name!r}) "
@@ -73,7 +73,8 @@ def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
         saved = adapter_config(method, **options)
     else:
         saved = read_lora_config(path)
-    if task_type is not None and saved.task_type not in (None, task_type):
+    task_type = config.spec.kind.task_type
+    if saved.task_type not in (None, task_type):
         raise ValueError(
             f"`adapter` ({config.adapter}) is for the task type {saved.task_type}, and this run "
             f"trains {task_type}; give an adapter that such a run made."
@@ -88,8 +89,8 @@ def check_quantization(adapter: Adapter | LoraAdapter, fresh: PeftConfig) -> Non
     before = getattr(adapter.config, "base_quantization", None)
     here = getattr(fresh, "base_quantization", None)
     if before not in (None, here):
-        found = repr(format_quantization(here)) if here else "not quantised"
+        now = repr(format_quantization(here)) if here else "not quantised"
         raise ValueError(
             f"{adapter.folder} was trained on a base quantised as {format_quantization(before)!r}, "
-            f"and here it is {found}; set `model.quantization` to what it was."
+            f"and here it is {now}; set `model.quantization` to what it was."
         )

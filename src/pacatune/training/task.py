@@ -84,7 +84,7 @@ def make_adapter_config(
     if not method.has_adapter:
         return None
     if config.adapter is not None:
-        adapter = read_start(config, options.get("task_type"))
+        adapter = read_start(config)
     else:
         adapter = adapter_config(method, **{**config.adapter_options(), **options})
     if model is not None:
