@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics, load_columns
 from pacatune.training import train
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.selecting import share_of_batches
 from tests.training.runs import CHECKPOINTING, QUIET, read_json
 
@@ -40,7 +40,7 @@ def test_a_run_chooses_as_is_done_by_hand(
     assert train(config, console=console).columns == "gradient, num_batches 2"
     assert "columns chosen by gradient from 2 batches (" in console.file.getvalue()
     saved = read_json(tmp_path / "out/adapter_config.json")
-    task = task_of(config)
+    task = Task(config)
     data = task.train
     batches = share_of_batches(len(data), 2, task.arguments, lambda at: task.collate(data, at))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

@@ -53,7 +53,10 @@ def prepare(task: Task) -> TaskData:
     )
 
 
-classifier = partial(Task, trainer=RunTrainer, prepare=prepare)
+class ClassTrainer(RunTrainer):
+    """transformers' trainer."""
+
+    prepare = staticmethod(prepare)
 
 
 def choose_classes(model_config: Any, classes: list[str]) -> tuple[list[str], str | None]:

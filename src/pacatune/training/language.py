@@ -2,7 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -48,32 +47,19 @@ from pacatune.training.trainer import RunTrainer
 
 
 class Task:
-    """One run, whose methods may be called in any order: what they need is found out by then.
+    """One run, whose methods may be called in any order: what they need is found out by then."""
 
-    Args:
-        config: The run.
-        trainer: A `RunTrainer`, mostly put before TRL's class.
-        prepare: Reads and encodes the data of a run.
-        tags: Tags of the model card, beside the method's.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        trainer: type[RunTrainer],
-        prepare: Callable[["Task"], TaskData],
-        tags: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.config, self.spec = config, config.spec
+        self.trainer_class: type[RunTrainer] = load(self.spec.trainer)
         self.arguments = config.training.resolved()
         """The options of `training` as a trainer takes them."""
-        self.trainer_class, self.tags, self._prepare_data = trainer, tags, prepare
 
     @cached_property
     def data(self) -> TaskData:
         """The data, read when it is first asked for."""
-        return self._prepare_data(self)
+        data: TaskData = self.trainer_class.prepare(self)
+        return data
 
     @property
     def kind(self) -> ModelKind:
@@ -300,12 +286,6 @@ class Task:
         )
 
 
-def task_of(config: RunConfig) -> Task:
-    """Return the `Task` of a run."""
-    task: Task = load(config.spec.run)(config)
-    return task
-
-
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the token that pads: the tokenizer's own, or the one that ends."""
     padding = tokenizer.pad_token_id
@@ -376,7 +356,7 @@ def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any
 
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
-    task = task_of(config)
+    task = Task(config)
     console = main_console(task.arguments, console)
     data = task.data.examples
     task.show(data.train, num_examples, console)

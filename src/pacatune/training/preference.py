@@ -4,7 +4,6 @@ The reference of DPO and KTO is the model itself with the adapter off; no second
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -65,18 +64,19 @@ def prepare_reward(task: Task) -> TaskData:
 class PairTrainer(PreparedTrainer, DPOTrainer):
     """TRL's for DPO."""
 
+    prepare = staticmethod(prepare_dpo)
+
 
 class JudgedTrainer(PreparedTrainer, KTOTrainer):
     """TRL's for KTO."""
+
+    prepare = staticmethod(prepare_kto)
 
 
 class ScoreTrainer(PreparedTrainer, RewardTrainer):
     """TRL's for reward models."""
 
-
-dpo = partial(Task, trainer=PairTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
-kto = partial(Task, trainer=JudgedTrainer, prepare=prepare_kto, tags=("kto", "trl"))
-reward = partial(Task, trainer=ScoreTrainer, prepare=prepare_reward, tags=("reward-trainer", "trl"))
+    prepare = staticmethod(prepare_reward)
 
 
 def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:

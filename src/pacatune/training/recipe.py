@@ -27,7 +27,7 @@ from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, to_values, without_folders
-from pacatune.training.language import Task, task_of
+from pacatune.training.language import Task
 from pacatune.training.output import (
     REPORT_NAME,
     check_folder,
@@ -120,7 +120,7 @@ def train(
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
         ConnectionError: If the hub cannot be written to.
     """
-    task = task_of(config)
+    task = Task(config)
     arguments, console = task.arguments, main_console(task.arguments, console)
     folder, checkpoint, repository = Path(arguments.output_dir), None, None
     check_folder(config, resume=resume, overwrite=overwrite)

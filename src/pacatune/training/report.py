@@ -191,12 +191,12 @@ def write_report(report: Report, folder: Path) -> None:
 
 def card_front(task: "Task", model: str) -> str:
     """Return what the hub reads of a card; a model in a folder is left out, as none of its."""
-    method = METHODS[task.config.method]
+    method, tags = METHODS[task.config.method], getattr(task.trainer_class, "_tag_names", ())
     front = {
         "base_model": model,
         "library_name": "peft" if method.has_adapter else "transformers",
         "pipeline_tag": task.kind.pipeline_tag,
-        "tags": sorted({task.config.method, "pacatune", *task.tags}),
+        "tags": sorted({task.config.method, "pacatune", *tags}),
     }
     if Path(task.config.model.path).expanduser().exists():
         del front["base_model"]

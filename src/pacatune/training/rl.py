@@ -27,12 +27,29 @@ from pacatune.training.task import TaskData
 from pacatune.training.trainer import RunTrainer
 
 
+def prepare(task: Task) -> TaskData:
+    """Read the prompts, and find the rewards."""
+    length = task.config.training.max_completion_length or 0
+    section = cast(PromptDataConfig, task.config.data)
+    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
+    rewards = load_rewards(task.config.reward, section)
+    return TaskData(
+        examples=data,
+        columns=("row",),
+        trainer_options={"reward_funcs": rewards},
+        fixed_split="each process samples answers of its own",
+        length_option="`training.max_completion_length`, or shorten the prompts",
+    )
+
+
 class SamplingTrainer(RunTrainer):
     """Put before a trainer of TRL that samples answers: GRPOTrainer or RLOOTrainer.
 
     Answers are sampled from the very weights that are trained. Where they serve several steps, a
     checkpoint waits for the last of these: from there a resumed run samples what this one does.
     """
+
+    prepare = staticmethod(prepare)
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         self._sampled: list[Tensor] = []
@@ -152,28 +169,9 @@ class SamplingTrainer(RunTrainer):
             logs["eval_reward"] = math.nan
 
 
-def prepare(task: Task) -> TaskData:
-    """Read the prompts, and find the rewards."""
-    length = task.config.training.max_completion_length or 0
-    section = cast(PromptDataConfig, task.config.data)
-    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
-    rewards = load_rewards(task.config.reward, section)
-    return TaskData(
-        examples=data,
-        columns=("row",),
-        trainer_options={"reward_funcs": rewards},
-        fixed_split="each process samples answers of its own",
-        length_option="`training.max_completion_length`, or shorten the prompts",
-    )
-
-
-class GroupTrainer(SamplingTrainer, GRPOTrainer):
+class GRPOSamplingTrainer(SamplingTrainer, GRPOTrainer):
     """TRL's for GRPO."""
 
 
-class LeaveOneOutTrainer(SamplingTrainer, RLOOTrainer):
+class RLOOSamplingTrainer(SamplingTrainer, RLOOTrainer):
     """TRL's for RLOO."""
-
-
-grpo = partial(Task, trainer=GroupTrainer, prepare=prepare, tags=("grpo", "trl"))
-rloo = partial(Task, trainer=LeaveOneOutTrainer, prepare=prepare, tags=("rloo", "trl"))

@@ -86,6 +86,8 @@ def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any
 class TextTrainer(RunTrainer, SFTTrainer):
     """TRL's on data that is prepared; it packs where that is safe."""
 
+    prepare = staticmethod(prepare)
+
     def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
         if packs(args, model):
             check_packing(model)
@@ -126,9 +128,6 @@ class TextTrainer(RunTrainer, SFTTrainer):
         if learned := int((labels[:, 1:] != IGNORED).sum()) * (number > 0):
             self._evaluated += torch.tensor([float(loss.detach()) * learned, learned], device="cpu")
         return result
-
-
-sft = partial(Task, trainer=TextTrainer, prepare=prepare, tags=("sft", "trl"))
 
 
 def packs(training: Any, model: Any) -> bool:

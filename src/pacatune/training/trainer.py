@@ -36,7 +36,7 @@ from pacatune.training.output import (
     what_is_intact,
 )
 from pacatune.training.progress import Meter
-from pacatune.training.task import find_heads
+from pacatune.training.task import TaskData, find_heads
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,6 +62,8 @@ class RunTrainer(Trainer):
     trained_on: TrainedOn
     """What each checkpoint says of itself; how it was launched is added."""
     lean_report: LeanReport | None = None
+    prepare: Callable[[Any], TaskData]
+    """Reads and encodes the data of a task, and says what that asks of the model."""
     has_new_head = False
     """Whether the model's head learns at `head_learning_rate`, and not as the rest."""
 
