@@ -3,7 +3,7 @@ import torch
 from peft import get_peft_model
 
 from pacatune.training.language import Task
-from pacatune.training.task import count_trainable, make_adapter_config
+from pacatune.training.task import count_trainable
 
 
 @pytest.mark.parametrize("method", ["paca", "dora", "full"])
@@ -19,11 +19,11 @@ def test_plan_is_what_is_trained(make_config, method):
 
 def test_options_reach_peft_and_transformers(make_config):
     section = {"r": 4, "paca_alpha": 8, "random_seed": 7, "rank_pattern": {"q_proj": 2}}
-    paca = make_adapter_config(make_config(paca=section))
+    paca = Task(make_config(paca=section)).plan.adapter
     assert {name: getattr(paca, name) for name in section} == section
-    dora = make_adapter_config(make_config("dora", lora={"r": 4, "lora_dropout": 0.5}))
+    dora = Task(make_config("dora", lora={"r": 4, "lora_dropout": 0.5})).plan.adapter
     assert (dora.use_dora, dora.r, dora.lora_dropout) == (True, 4, 0.5)
-    assert make_adapter_config(make_config("full")) is None
+    assert Task(make_config("full")).plan.adapter is None
     config = make_config(model={"dtype": "bfloat16"})
     task = Task(config)
     assert task.dtype == task.load_model().dtype == torch.bfloat16

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
@@ -39,7 +38,6 @@ from pacatune.training.task import (
     TaskData,
     make_adapter_config,
     make_plan,
-    make_trainable,
     reset_heads,
 )
 from pacatune.training.tasks import ModelKind, load
@@ -150,7 +148,7 @@ class Task:
             model_config,
             attn_implementation=config.model.attn_implementation,
         )
-        adapter = make_adapter_config(config, model, task_type=self.kind.task_type)
+        adapter = make_adapter_config(config, model, self.kind.task_type)
         return make_plan(model, adapter, config)
 
     def about_data(self) -> str:
@@ -215,20 +213,6 @@ class Task:
         if data.new_head is not None:  # of other classes, it may have the same size
             reset_heads(model)
         return model
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> Any:
-        """Return the trainer with ours before it; TRL's put the adapter on the model."""
-        if self.spec.is_of_trl:
-            options["peft_config"] = adapter_config
-        else:
-            model = make_trainable(model, adapter_config, self.config.method)
-        return self.trainer_class(
-            model=model,
-            processing_class=self.data.examples.processor or self.tokenizer,
-            **{**options, **self.data.trainer_options},
-        )
 
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""

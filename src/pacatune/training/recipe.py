@@ -2,7 +2,6 @@
 
 import copy
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,9 @@ from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
     describe_columns,
-    share_of_batches,
 )
 from pacatune.training.start import check_quantization
-from pacatune.training.task import count_trainable
+from pacatune.training.task import count_trainable, make_trainable
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.residency_report import residency_report
 
@@ -231,19 +229,18 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     model = task.load_model()
     if start is not None:
         show_warnings(check_base(start, model), console)
-    collate = partial(task.collate, task.train)
-    number = config.paca.selection_batches
-    batches = share_of_batches(len(task.train), number, arguments, collate)
-    adapter_config = choose_from_data(
-        model, task.plan.adapter, batches, number, arguments, checkpoint, console, task.data.loss
-    )
-    trainer = task.make_trainer(
-        model,
-        adapter_config,
+    adapter_config = choose_from_data(task, model, checkpoint, console)
+    options: dict[str, Any] = {"peft_config": adapter_config} if task.spec.is_of_trl else {}
+    if not task.spec.is_of_trl:
+        model = make_trainable(model, adapter_config, config.method)
+    trainer = task.trainer_class(
+        model=model,
         args=arguments,
         train_dataset=task.train,
         eval_dataset=task.evaluation,
-        callbacks=[],
+        processing_class=task.data.examples.processor or task.tokenizer,
+        **options,
+        **task.data.trainer_options,
     )
     trainer.trained_on = task.trained_on
     trainer.has_new_head = task.data.new_head is not None
@@ -255,7 +252,13 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    _add_callbacks(trainer, config, checkpoint)
+    for display in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(display)
+    if config.early_stopping_patience is not None:
+        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
+        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
+        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
+        trainer.add_callback(callback)
     if METHODS[config.method].is_paca and is_packed(task.model_path):
         trainer.add_callback(CodeWatch(trainer.model, task.model_path, console))
     return trainer
@@ -275,17 +278,6 @@ def _adjusted_arguments(task: Task, checkpoint: Path | None) -> Any:
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(arguments, name, state.get(name, getattr(arguments, name)))
     return arguments
-
-
-def _add_callbacks(trainer: Any, config: RunConfig, checkpoint: Path | None) -> None:
-    """Take out the trainer's display of progress, and add what the options ask for."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    if config.early_stopping_patience is not None:
-        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
-        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
-        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
-        trainer.add_callback(callback)
 
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:

@@ -3,7 +3,8 @@
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from pacatune.training.language import Task
 from pacatune.training.progress import say
 
 
@@ -36,21 +38,14 @@ def check_selection(adapter_config: PeftConfig | None, arguments: Any) -> None:
 
 
 def choose_from_data(
-    model: nn.Module,
-    adapter_config: PeftConfig | None,
-    batches: Iterable[Any],
-    num_batches: int,
-    arguments: Any,
-    checkpoint: Path | None,
-    console: Console,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    task: Task, model: nn.Module, checkpoint: Path | None, console: Console
 ) -> PeftConfig | None:
     """Return a copy of the adapter's configuration, with columns where data decides about them.
 
-    The batches, this process's share, are made only if they are needed; so is the model moved to
-    the run's device, if it is not quantised. A run that goes on from a checkpoint has its columns.
+    Only then is the model moved to the run's device, if it is not quantised. A run that goes on
+    from a checkpoint has its columns.
     """
-    adapter: Any = copy.deepcopy(adapter_config)
+    adapter: Any = copy.deepcopy(task.plan.adapter)
     if not _needs_gradients(adapter):
         return cast(PeftConfig | None, adapter)
     if checkpoint is not None:
@@ -62,6 +57,7 @@ def choose_from_data(
         return cast(PeftConfig, adapter)
     from pacatune.selection import choose_columns, collect_statistics
 
+    arguments, number = task.arguments, task.config.paca.selection_batches
     if not getattr(model, "is_quantized", False):
         model.to(arguments.device)
     was_training = model.training
@@ -72,8 +68,10 @@ def choose_from_data(
         enable(arguments.gradient_checkpointing_kwargs)
         model.train()  # transformers checkpoints in training only
     start = time.perf_counter()
-    shown = track(batches, "collecting gradients", num_batches, console=console, transient=True)
-    statistics = collect_statistics(model, shown, adapter, loss_fn=loss_fn)
+    collate = partial(task.collate, task.train)
+    batches = share_of_batches(len(task.train), number, arguments, collate)
+    shown = track(batches, "collecting gradients", number, console=console, transient=True)
+    statistics = collect_statistics(model, shown, adapter, loss_fn=task.data.loss)
     model.train(was_training)
     seconds = time.perf_counter() - start
     chosen = f"columns chosen by {adapter.selection}"

@@ -70,9 +70,9 @@ class TaskData:
 
 
 def make_adapter_config(
-    config: RunConfig, model: nn.Module | None = None, **options: Any
+    config: RunConfig, model: nn.Module, task_type: str | None
 ) -> PeftConfig | None:
-    """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
+    """Return the PEFT configuration of a run on a model; None without an adapter.
 
     Targets that are not set become the model's default, the same for every method.
     """
@@ -86,14 +86,13 @@ def make_adapter_config(
     if config.adapter is not None:
         adapter = read_start(config)
     else:
-        adapter = adapter_config(method, **{**config.adapter_options(), **options})
-    if model is not None:
-        if adapter.target_modules is None:
-            adapter.target_modules = default_targets(model)
-        if config.adapter is None:
-            refuse_idle_layers(adapter)
-            if method.is_paca:
-                fit_ranks(model, adapter)
+        adapter = adapter_config(method, **config.adapter_options(), task_type=task_type)
+    if adapter.target_modules is None:
+        adapter.target_modules = default_targets(model)
+    if config.adapter is None:
+        refuse_idle_layers(adapter)
+        if method.is_paca:
+            fit_ranks(model, adapter)
     return adapter
 
 

@@ -399,7 +399,7 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = dict[int, Any]()
 
         def restore() -> None:
             for number, handler in before.items():
@@ -411,7 +411,7 @@ class StopOnSignal(TrainerCallback):
             self._notify()
 
         for number in _SIGNALS:
-            signal.signal(number, receive)
+            before[number] = signal.signal(number, receive)
         try:
             yield
         finally:
