@@ -139,7 +139,7 @@ def _run_command(words: list[str], debug: bool) -> int:
     if not hasattr(module, "SUBCOMMANDS"):
         command = module.command
     elif not argv or argv[0] in ("-h", "--help"):
-        texts = {key: one.__doc__.splitlines()[0] for key, one in module.SUBCOMMANDS.items()}
+        texts = {key: kind.__doc__.splitlines()[0] for key, kind in module.SUBCOMMANDS.items()}
         print(_usage(f"{name} COMMAND", texts, module.DESCRIPTION))
         return 0 if argv else EXIT_USER_ERROR
     else:
@@ -151,11 +151,11 @@ def _run_command(words: list[str], debug: bool) -> int:
     return int(from_words(name, command, argv).run())
 
 
-def _refuse_other(name: str, known: Collection[str], kind: str, prog: str) -> None:
-    if name not in known:
+def _refuse_other(name: str, names: Collection[str], kind: str, prog: str) -> None:
+    if name not in names:
         kind = "option" if name.startswith("-") else kind
         raise ValueError(
-            f"unknown {kind} {name!r}; {did_you_mean(name, known)} See `{prog} --help`."
+            f"unknown {kind} {name!r}; {did_you_mean(name, names)} See `{prog} --help`."
         )
 
 

@@ -57,9 +57,9 @@ class SectionParser(ArgumentParser):
 
     def _told(self, error: str) -> str:
         """Return what is wrong with a value in our words, if that is what the error says."""
-        if (found := _WRONG.search(error)) is None:
+        if (match := _WRONG.search(error)) is None:
             return error
-        name, value = found.groups()
+        name, value = match.groups()
         kinds = [getattr(a, "_typehint", None) for a in self._actions if a.dest == name]
         if kinds in ([], [None]):
             return error
@@ -87,7 +87,7 @@ class CommandParser(SectionParser):
             default = ",".join(map(str, arguments.get("default") or ())) or None
             shown = "A,B,..." if "str" in str(kind) else "N,M,..."
             changes = {"type": str, "metavar": shown, "default": default}
-        elif any(str(one).startswith("list") for one in kinds):
+        elif any(str(part).startswith("list") for part in kinds):
             changes = {"type": str, "nargs": "+"}
         if changes:
             kept = ("default", "help", "required")
@@ -124,7 +124,7 @@ def from_words(command: str, options: type[T], argv: list[str]) -> T:
 
 def build(options: type[T], values: Namespace) -> T:
     """Return a dataclass of parsed values."""
-    given = {}
+    arguments = {}
     for parameter in signature(options).parameters.values():
         name, kind = parameter.name.rstrip("_"), parameter.annotation  # `with_` is --with
         value = values.get(name)
@@ -134,8 +134,8 @@ def build(options: type[T], values: Namespace) -> T:
             value = _split(name, value, is_text="str" in str(kind))
         elif choices := choices_of(kind):
             value = choose(value, choices, option=name)
-        given[parameter.name] = value
-    return options(**given)
+        arguments[parameter.name] = value
+    return options(**arguments)
 
 
 def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:
@@ -146,24 +146,24 @@ def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:
     raise ValueError(f"`{name}` ({text!r}) must be {kind} with commas between.")
 
 
-def refuse_unknown(words: Sequence[str], known: Collection[str]) -> None:
+def refuse_unknown(words: Sequence[str], options: Collection[str]) -> None:
     """Refuse words that look like options and are none of those known, nor keys inside of them."""
     for word in takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0]
-        if not _OPTION.fullmatch(name) or name in known or name.rstrip("+") in known:
+        if not _OPTION.fullmatch(name) or name in options or name.rstrip("+") in options:
             continue
         # A key inside an option that holds a mapping, such as --paca.rank_pattern.q_proj.
-        if not any(name.startswith(f"{option}.") for option in known if "." in option):
-            named = [option for option in known if option.startswith("--")]
+        if not any(name.startswith(f"{option}.") for option in options if "." in option):
+            named = [option for option in options if option.startswith("--")]
             raise ValueError(f"unknown option {name}; {suggest(name, named)}")
 
 
 def give_one(*, needed: bool = False, **options: Any) -> None:
     """Refuse several of some options, and with `needed` none of them."""
-    given = [name for name, value in options.items() if value]
-    if len(given) > 1 or (needed and not given):
+    names = [name for name, value in options.items() if value]
+    if len(names) > 1 or (needed and not names):
         flags = ", ".join(f"--{name}" for name in options)
-        raise ValueError(f"give {'only ' if given else ''}one of {flags}.")
+        raise ValueError(f"give {'only ' if names else ''}one of {flags}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,9 +183,9 @@ def _check_names(task: str, argv: list[str]) -> None:
     sections = {name: [f.name for f in fields(own)] for name, own in own_sections(task).items()}
     kind = TASKS[task].arguments.rpartition(".")[2]
     sections["training"] = ["output_dir", *fields_in_source(kind)]
-    known = {f.name for f in fields(RunConfig)} - {*TASKS[task].lacks, *sections}
+    keys = {f.name for f in fields(RunConfig)} - {*TASKS[task].lacks, *sections}
     for section, names in sections.items():
-        known |= {f"{section}.{name}" for name in names}
+        keys |= {f"{section}.{name}" for name in names}
         for value in values_of(argv, section):
             if not value.startswith("{"):
                 raise ValueError(
@@ -193,12 +193,12 @@ def _check_names(task: str, argv: list[str]) -> None:
                     f"--{section}.{names[0]}?"
                 )
     others = ("help", "config", "print_config", *_FLAGS, *sections)
-    refuse_unknown(argv, [f"--{name}" for name in (*known, *others)])
+    refuse_unknown(argv, [f"--{name}" for name in (*keys, *others)])
     for path in values_of(argv, "config"):
         values = read_values(Path(path))
         for flag in set(_FLAGS) & values.keys():
             raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
-        check_keys(values, known, path)
+        check_keys(values, keys, path)
 
 
 def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -226,18 +226,18 @@ def fields_in_source(name: str) -> set[str]:
         folder = Path(str(getattr(find_spec(package), "origin", ""))).parent
         for path in (file for pattern in _SOURCES for file in folder.glob(pattern)):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            for found in tree.body:
-                if isinstance(found, ast.ClassDef) and found.name == name:
-                    return _declared(found)
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and node.name == name:
+                    return _declared(node)
     return set()
 
 
-def _declared(found: ast.ClassDef) -> set[str]:
+def _declared(node: ast.ClassDef) -> set[str]:
     """Return the fields that a class declares, and those of its bases."""
-    lines = [line for line in found.body if isinstance(line, ast.AnnAssign)]
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
     fields = [line.target for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
     own = {field.id for field in fields if isinstance(field, ast.Name)}
-    bases = (base.id for base in found.bases if isinstance(base, ast.Name))
+    bases = (base.id for base in node.bases if isinstance(base, ast.Name))
     names = own.union(*map(fields_in_source, bases))
     return {name for name in names if not name.startswith("_")}
 

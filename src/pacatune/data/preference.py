@@ -69,8 +69,8 @@ def to_judged(rows: Iterable[Row], format: str = "") -> Iterator[tuple[Example, 
             check_columns(row.values, "prompt", "completion", "label")
             label = _LABELS.get(str(row.values["label"]).strip().lower())
             if label is None:
-                found = f"'label' is {row.values['label']!r:.80}"
-                raise ValueError(f"{found}; it must be true (desirable) or false.")
+                rule = f"'label' is {row.values['label']!r:.80}"
+                raise ValueError(f"{rule}; it must be true (desirable) or false.")
             yield to_answer(row.place, row.values, "completion"), label
 
 

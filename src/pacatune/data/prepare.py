@@ -94,7 +94,7 @@ class Examples:
             table = load_hub(source.path, source.name, source.split, self.option)
             size = table.info.dataset_size or 0
             digest.update(f"{source.path} {source.split} {table._fingerprint}".encode())
-        for image in (image for one in self for image in one.images) if with_images else ():
+        for image in (image for example in self for image in example.images) if with_images else ():
             if not image.startswith("data:"):
                 digest.update(str(Path(image).stat().st_mtime_ns).encode())
         return digest.hexdigest(), size > _LARGE
@@ -109,12 +109,12 @@ class Examples:
 
         digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        made = [self.source.format, self.convert, encode, code]
-        key = Hasher.hash([digest, made, version("transformers"), version("tokenizers")])
+        work = [self.source.format, self.convert, encode, code]
+        key = Hasher.hash([digest, work, version("transformers"), version("tokenizers")])
         number = sum(1 for _ in self) if (num_processes or 1) > 1 else sys.maxsize
         size = -(-number // (num_processes or 1))
         starts = list(range(0, number, size))
-        given = {"starts": starts, "size": size, "examples": self, "encode": encode}
+        arguments = {"starts": starts, "size": size, "examples": self, "encode": encode}
         shows_bars = not datasets.are_progress_bars_disabled()
         if not is_large:
             datasets.disable_progress_bars()
@@ -122,7 +122,7 @@ class Examples:
             return datasets.Dataset.from_generator(
                 _encode,
                 features=_features(encode(next(iter(self)))),
-                gen_kwargs=given,
+                gen_kwargs=arguments,
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
             )
@@ -156,7 +156,7 @@ def find_examples(
     config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]]
 ) -> tuple[list[Examples], Examples | None]:
     """Return the data sets of training, and that of evaluation if it is not a part of them."""
-    sources = [Examples(*one, convert) for one in config.sources()]
+    sources = [Examples(*source, convert) for source in config.sources()]
     held_out = config.evaluation_source()
     return sources, None if held_out is None else Examples(*held_out, convert)
 
@@ -172,11 +172,11 @@ def make_tables(
     sources, held_out = find_examples(config, convert)
     warnings: list[str] = []
     parts, evaluation, limit = [], [], encoder.max_length
-    for one in sources:
-        data = one.encoded(encode or encoder, num_processes)
+    for examples in sources:
+        data = examples.encoded(encode or encoder, num_processes)
         fraction = 0 if held_out else config.eval_fraction
         rest, others = map(sorted, hold_out(data["place"][:], fraction, config.seed))
-        what = f"{one.source.path} training" if len(sources) > 1 else "training"
+        what = f"{examples.source.path} training" if len(sources) > 1 else "training"
         parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
     other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)

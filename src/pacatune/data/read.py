@@ -85,8 +85,8 @@ def files_of(path: str) -> list[Path]:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
     held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
     if held_out and len(held_out) < len(names):
-        found = f"mixes training data with {held_out[0]}, which looks like evaluation data"
-        raise ValueError(f"{folder} {found}; give that as `data.eval_path`, apart.")
+        rule = f"mixes training data with {held_out[0]}, which looks like evaluation data"
+        raise ValueError(f"{folder} {rule}; give that as `data.eval_path`, apart.")
     return [folder / name for name in names]
 
 

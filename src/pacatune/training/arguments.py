@@ -145,12 +145,12 @@ def training_class(task: str) -> type[Any]:
     if issubclass(theirs, SharedDefaults):
         return theirs
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"
-    made = {
+    members = {
         "__doc__": f"Every option of {theirs.__name__}, with the defaults of ours.",
         "__module__": __name__,
         "elsewhere": {**SharedDefaults.elsewhere, **spec.refuse},
     }
-    return dataclass(type(name, (SharedDefaults, theirs), made))
+    return dataclass(type(name, (SharedDefaults, theirs), members))
 
 
 def __getattr__(name: str) -> type[Any]:

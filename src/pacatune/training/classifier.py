@@ -108,8 +108,8 @@ def _encode(
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on, with rows of every class, and what is held out."""
-    (found,), elsewhere = find_examples(config, to_texts)
-    whole, other = Dataset.from_list([*found]), elsewhere and Dataset.from_list([*elsewhere])
+    (examples,), elsewhere = find_examples(config, to_texts)
+    whole, other = Dataset.from_list([*examples]), elsewhere and Dataset.from_list([*elsewhere])
     fraction = 0 if other else config.eval_fraction
     rest, held_out = hold_out_of_classes(whole["label"][:], fraction, config.seed)
     labels, number = {*whole["label"]}, len(rest) if config.num_train is None else config.num_train

@@ -216,15 +216,15 @@ class RunConfig:
 
     def _fill_head_rate(self, training: Any) -> None:
         """Fill in the learning rate of a new head: the same one beside any method."""
-        given, rate = training.head_learning_rate, training.learning_rate
+        head_rate, rate = training.head_learning_rate, training.learning_rate
         is_alone = self.method == "head"
-        if is_alone and given not in (None, rate):
+        if is_alone and head_rate not in (None, rate):
             raise ValueError(
-                f"`training.head_learning_rate` ({given}) is another rate than "
+                f"`training.head_learning_rate` ({head_rate}) is another rate than "
                 f"`training.learning_rate` ({rate}), and `method` ('head') trains nothing else; "
                 "set one of them."
             )
-        if given is None:
+        if head_rate is None:
             training.head_learning_rate = rate if is_alone else HEAD_RATE
 
     def _check_evaluation(self) -> None:
@@ -293,27 +293,27 @@ def _refuse_nothing(training: Mapping[str, Any]) -> None:
 
 def default_rate(spec: TaskSpec, method: str) -> float:
     """Return the learning rate of a method where a run of a task says none."""
-    found = METHODS[method]
-    rate = found.text_rate if spec.methods is TEXT_METHODS else found.head_rate
+    row = METHODS[method]
+    rate = row.text_rate if spec.methods is TEXT_METHODS else row.head_rate
     assert rate is not None, "the method is offered"
     return rate * spec.rate_share
 
 
-def _section(name: str, given: Any, kind: type[Any]) -> Any:
+def _section(name: str, section: Any, kind: type[Any]) -> Any:
     """Return a section of the run's own, of a class."""
-    if isinstance(given, Mapping):
-        known = [option.name for option in fields(kind) if option.init]
-        for option in given:
-            if option not in known:
-                raise ValueError(f"unknown option {name}.{option}; {suggest(str(option), known)}")
-        return kind(**given)
-    if not isinstance(given, kind):
+    if isinstance(section, Mapping):
+        names = [option.name for option in fields(kind) if option.init]
+        for option in section:
+            if option not in names:
+                raise ValueError(f"unknown option {name}.{option}; {suggest(str(option), names)}")
+        return kind(**section)
+    if not isinstance(section, kind):
         raise TypeError(
-            f"`{name}` is a {type(given).__name__}; it must be a mapping of options, or a "
+            f"`{name}` is a {type(section).__name__}; it must be a mapping of options, or a "
             f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}."
         )
     # Anew: the caller's serves other runs.
-    return kind(**{o.name: getattr(given, o.name) for o in fields(kind) if o.init})
+    return kind(**{o.name: getattr(section, o.name) for o in fields(kind) if o.init})
 
 
 def reward_name(reward: Any) -> str:

@@ -83,8 +83,8 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
     }
     if "reward" in values:
-        given = values["reward"]
-        names = [given] if isinstance(given, str) or callable(given) else given
+        reward = values["reward"]
+        names = [reward] if isinstance(reward, str) or callable(reward) else reward
         values["reward"] = [*map(reward_name, names)]
     # In JSON choices are words, tuples lists, and keys words.
     values["training"] = json.loads(json.dumps(training, default=str))
@@ -120,14 +120,14 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse keys of nested values that are no dotted name in `known`; `source` is their file."""
-    sections = {name.partition(".")[0] for name in known if "." in name}
+def check_keys(values: dict[str, Any], names: Collection[str], source: str) -> None:
+    """Refuse keys of nested values that are no dotted name in `names`; `source` is their file."""
+    sections = {name.partition(".")[0] for name in names if "." in name}
     for key, value in values.items():
         inside = value if key in sections and isinstance(value, dict) else ()
         for name in (key, *(f"{key}.{option}" for option in inside)):
-            if name not in known and name not in sections:
-                nearest = suggest(name, {*known, *sections})
+            if name not in names and name not in sections:
+                nearest = suggest(name, {*names, *sections})
                 raise ValueError(f"{source}: unknown key {name!r}; {nearest}")
 
 

@@ -329,13 +329,13 @@ def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any
         return {}
     # FSDP shards weights of one dtype together, and floating ones only.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    made = pretrained.bitsandbytes_config(
+    quantization = pretrained.bitsandbytes_config(
         config.model.quantization,
         dtype,
         double=config.model.double_quantization,
         storage=dtype if is_sharded else None,
     )
-    return {"quantization_config": made}
+    return {"quantization_config": quantization}
 
 
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:

@@ -40,7 +40,7 @@ def push_result(folder: Path, repository: str, arguments: Any, *, with_config: b
     """
     left_out = [*_KEPT_HERE, *([] if with_config else [CONFIG_NAME])]
     owned = run_folder(folder).owned()
-    names = [name for name in owned if not any(fnmatchcase(name, one) for one in left_out)]
+    names = [name for name in owned if not any(fnmatchcase(name, pattern) for pattern in left_out)]
     contents: dict[str, Any] = {name: str(folder / name) for name in names}
     if ADAPTER_CONFIG in contents:
         contents[ADAPTER_CONFIG] = _public_config(folder / ADAPTER_CONFIG)

@@ -319,7 +319,7 @@ def _make_report(task: Task, trainer: Any) -> Report:
     eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
     dtype = dtype_name(task.dtype)
-    known = {
+    values = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
         "train_loss": train_loss,
@@ -353,8 +353,8 @@ def _make_report(task: Task, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    known |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
-    report = Report(**without_folders(known | _held_out(trainer), config))
+    values |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
+    report = Report(**without_folders(values | _held_out(trainer), config))
     report.warnings = [*report.warnings, *report.risen()]
     return report
 

@@ -237,8 +237,8 @@ def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
 
 def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     """Return what the trainer's log says of a metric, one value per step."""
-    found = {int(e["step"]): float(e[name]) for e in log if e.get(name) is not None}
-    return sorted(found.items())
+    curve = {int(e["step"]): float(e[name]) for e in log if e.get(name) is not None}
+    return sorted(curve.items())
 
 
 def metrics_of(log: list[dict[str, Any]], prefix: str = "") -> dict[str, Curve]:
@@ -260,11 +260,11 @@ def metrics_of(log: list[dict[str, Any]], prefix: str = "") -> dict[str, Curve]:
 def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
-    made = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
-    if made and report.get("level", 1) > 1:
-        made = f"level {report['level']}: {made}"
+    lean = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
+    if lean and report.get("level", 1) > 1:
+        lean = f"level {report['level']}: {lean}"
     left = "; ".join(f"not {names[0]}: {reason}" for reason, names in report["left"].items())
-    return "; ".join(filter(None, [made or "nothing to make lean", left]))
+    return "; ".join(filter(None, [lean or "nothing to make lean", left]))
 
 
 def four_digits(value: float | None) -> str:

@@ -86,8 +86,8 @@ class SamplingTrainer(RunTrainer):
             gap = (self._logps - inputs["sampled_logps"]).abs()[mask]
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name, of in (("mean", torch.mean), ("max", torch.max)):
-                found = of(self.accelerator.gather(of(gap)))
-                metrics[f"sampling/sampling_logp_difference/{name}"].append(found.item())
+                value = of(self.accelerator.gather(of(gap)))
+                metrics[f"sampling/sampling_logp_difference/{name}"].append(value.item())
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,8 +39,8 @@ class Plan:
         for name, shape in self.targets.items():
             shapes.setdefault(name.rpartition(".")[2], []).append(shape)
         return [
-            f"{len(found)} x {name}" + (f" ({found[0]})" if len(set(found)) == 1 else "")
-            for name, found in shapes.items()
+            f"{len(sizes)} x {name}" + (f" ({sizes[0]})" if len(set(sizes)) == 1 else "")
+            for name, sizes in shapes.items()
         ]
 
 
@@ -108,9 +108,13 @@ def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Mo
 def find_heads(model: Any) -> list[str]:
     """Return the names of the modules that turn features into classes."""
     body = getattr(model, model.base_model_prefix, None)
-    found = [child for child in model.children() if child is not body]
+    others = [child for child in model.children() if child is not body]
     modules = model.named_modules()
-    return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
+    return [
+        name
+        for name, module in modules
+        if module in others and any(True for _ in module.parameters())
+    ]
 
 
 def reset_heads(model: nn.Module) -> None:
