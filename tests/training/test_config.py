@@ -4,7 +4,8 @@ import pytest
 
 from pacatune import installation
 from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
-from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
+from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig, train
+from tests.training.runs import QUIET
 
 
 def run_config(**options):
@@ -83,6 +84,10 @@ def test_what_trains_nothing():
         message = rf"`training.{name}` \({value}\) must be above 0; raise"
         with pytest.raises(ValueError, match=message):
             run_config(training={name: value})
+        run = run_config()
+        setattr(run.training, name, value)  # which is checked when it is trained, before all else
+        with pytest.raises(ValueError, match=message):
+            train(run, console=QUIET)
 
 
 NO_EVALUATION = {"data": {"eval_fraction": 0}}

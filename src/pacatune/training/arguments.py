@@ -1,6 +1,7 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
 import copy
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -10,6 +11,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from pacatune.precision import bfloat16_is_fast
 from pacatune.training.tasks import TASKS, load
+
+_ABOVE_ZERO = (
+    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("logging_steps", "eval_steps", "save_steps"),
+)
 
 
 @dataclass
@@ -98,6 +105,15 @@ class SharedDefaults:
             if self.use_cpu and getattr(self, name, False):
                 raise ValueError(f"`training.{name}` (True) needs a GPU; drop it on a CPU.")
 
+    def refuse_nothing(self) -> None:
+        """Refuse numbers with which nothing is trained, which transformers takes or fails on."""
+        values = vars(self)
+        length = "num_train_epochs" if values["max_steps"] == -1 else "max_steps"
+        for name in (*_ABOVE_ZERO, length):
+            value = values.get(name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
+
     def pin_bf16(self) -> None:
         """Say whether to use bfloat16, so that a saved configuration gives the same elsewhere."""
         if self.bf16 is None:
@@ -112,6 +128,7 @@ class SharedDefaults:
             # Unless it is said, transformers takes no bf16, and accelerate takes each of several
             # processes for the only one.
             arguments.use_cpu = True
+        arguments.refuse_nothing()
         arguments.pin_bf16()
         super(SharedDefaults, arguments).__post_init__()  # type: ignore[misc]
         return arguments

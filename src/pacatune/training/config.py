@@ -1,6 +1,5 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -24,11 +23,6 @@ HEAD_RATE = 3e-3
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
-_ABOVE_ZERO = (
-    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("logging_steps", "eval_steps", "save_steps"),
-)
 
 
 def own_sections(task: str) -> dict[str, type[Any]]:
@@ -55,7 +49,8 @@ class RunConfig:
 
     Sections are given as mappings, as YAML has them, or as objects of their classes, which stay as
     they are. Made, a run is complete: what its options leave to others is filled in, those of an
-    `adapter` are read from its folder, and config.yaml says the same.
+    `adapter` are read from its folder, and config.yaml says the same. What is set on it afterwards
+    changes nothing else.
 
     Raises:
         ValueError: If options contradict each other, or have values that they cannot have.
@@ -207,7 +202,7 @@ class RunConfig:
             training.learning_rate = default_rate(spec, self.method)
         if hasattr(training, "head_learning_rate"):
             self._fill_head_rate(training)
-        _refuse_nothing(vars(training))
+        training.refuse_nothing()
         if self.early_stopping_patience is not None:
             training.load_best_model_at_end = True
         if training.load_best_model_at_end or training.save_strategy == "best":
@@ -280,15 +275,6 @@ class RunConfig:
             f"{wrong} with `task` ({self.task!r}): the reference is the model with the adapter "
             f"off, and must be the pretrained one, without a second copy in memory; {fix}."
         )
-
-
-def _refuse_nothing(training: Mapping[str, Any]) -> None:
-    """Refuse numbers with which nothing is trained, which transformers takes or fails on later."""
-    length = "num_train_epochs" if training["max_steps"] == -1 else "max_steps"
-    for name in (*_ABOVE_ZERO, length):
-        value = training.get(name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
 
 
 def default_rate(spec: TaskSpec, method: str) -> float:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Curve = list[tuple[int, float]]
 
 
+_OF_METRICS = ("train_metrics", "eval_metrics", "eval_metrics_after")
 # Entries of the trainer's log that are no metrics of the task.
 _NOT_METRICS = (
     "step",
@@ -88,7 +89,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     """What was found in the data, and whether the loss rose."""
 
-    tokens_per_second: float | None = None
+    tokens_per_second: float
     """Tokens that are not padding, of all processes, per second of steps."""
     train_metrics: dict[str, Curve] | None = None
     """Metric of training beside the loss, by the trainer's name -> (step, mean since the last
@@ -100,13 +101,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what report.json holds: nothing of what the task has not."""
-        left_out = {"task"}
-        if not self.spec.metrics:
-            left_out |= {"train_metrics", "eval_metrics", "eval_metrics_after"}
-        if self.tokens_per_second is None:
-            left_out.add("tokens_per_second")
-        values = asdict(self)
-        return {name: values[name] for name in values if name not in left_out}
+        of_metrics = () if self.spec.metrics else _OF_METRICS
+        return {k: v for k, v in asdict(self).items() if k not in ("task", *of_metrics)}
 
     @property
     def spec(self) -> TaskSpec:
@@ -122,13 +118,13 @@ class Report:
         """Return the results as pairs of text."""
         share = self.num_trainable_parameters / max(self.num_parameters, 1)
         step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
-        saved, speed = self.saved_activation_bytes, self.tokens_per_second
+        saved = self.saved_activation_bytes
         computed = f", computed in {self.compute_dtype}" * (self.compute_dtype != self.dtype)
         return [
             *self.outcome(),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
-            *([] if speed is None else [("tokens per second", f"{speed:,.0f}")]),
+            ("tokens per second", f"{self.tokens_per_second:,.0f}"),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("lean activations", _lean(self.lean)),
