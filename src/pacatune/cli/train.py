@@ -38,6 +38,8 @@ _SOURCES = (
     *("trainer/*_config.py", "experimental/*/*_config.py"),
     *("training_args.py", "training/arguments.py"),
 )
+_Files = dict[str, dict[str, Any]]
+"""Path of a config file -> what it says."""
 _FLAGS = (*_SWITCHES, "push_to_hub", "preview")
 _PRINT = "--print_config"
 # What most runs set, of each task what it has; the options of a method are beside.
@@ -92,11 +94,13 @@ def read(argv: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     What is wrong with them is a ValueError. Shows help or a config file instead where asked.
     """
     words, rewards = take_rewards(argv)
+    files = {path: read_values(Path(path)) for path in values_of(words, "config")}
     # Which says what options there are.
-    task = find_value(words, "task", TASKS) or DEFAULT_TASK
-    _check_names(task, words)
+    task = find_value("task", TASKS, words, files) or DEFAULT_TASK
+    _check_names(task, words, files)
     if {"-h", "--help"} & {*words}:
-        print(help_text(task, words))
+        method = find_value("method", TASKS[task].methods, words, files)
+        print(help_text(task, method, shows_all="all" in words))
         raise SystemExit(0)
     parser = parser_of_task(task)
     if _PRINT in words:
@@ -156,12 +160,12 @@ def parser_of_task(task: str) -> SectionParser:
     return parser
 
 
-def help_text(task: str, argv: list[str]) -> str:
+def help_text(task: str, method: str | None, *, shows_all: bool) -> str:
     """Return the help of all options, or of those that most runs set with this method."""
     parser, shown = parser_of_task(task), [*_COMMON, "paca.r", "paca.target_modules"]
-    if "all" in argv:
+    if shows_all:
         return parser.format_help()
-    if method := find_value(argv, "method", TASKS[task].methods):
+    if method is not None:
         starts = tuple(f"{section}." for section in METHODS[method].sections)
         shown = [*_COMMON, *(a.dest for a in parser._actions if a.dest.startswith(starts))]
     others = [action for action in parser._actions if action.dest not in shown]
@@ -178,7 +182,7 @@ def help_text(task: str, argv: list[str]) -> str:
     return parser.format_help()
 
 
-def _check_names(task: str, argv: list[str]) -> None:
+def _check_names(task: str, argv: list[str], files: _Files) -> None:
     """Refuse unknown options and unknown keys of config files, before TRL is imported."""
     sections = {name: [f.name for f in fields(own)] for name, own in own_sections(task).items()}
     kind = TASKS[task].arguments.rpartition(".")[2]
@@ -194,8 +198,7 @@ def _check_names(task: str, argv: list[str]) -> None:
                 )
     others = ("help", "config", "print_config", *_FLAGS, *sections)
     refuse_unknown(argv, [f"--{name}" for name in (*keys, *others)])
-    for path in values_of(argv, "config"):
-        values = read_values(Path(path))
+    for path, values in files.items():
         for flag in set(_FLAGS) & values.keys():
             raise ValueError(f"{path}: {flag!r} belongs on the command line, as --{flag}.")
         check_keys(values, keys, path)
@@ -242,12 +245,12 @@ def _declared(node: ast.ClassDef) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def find_value(argv: list[str], option: str, among: Collection[str]) -> str | None:
-    """Return the choice that the words make for an option, or else a config file that they name."""
+def find_value(option: str, among: Collection[str], argv: list[str], files: _Files) -> str | None:
+    """Return the choice that the words make for an option, or else a config file of theirs."""
     if words := [*values_of(argv, option)]:
         return choose(words[-1], among, option=f"--{option}")
-    for path in values_of(argv, "config"):
-        if (value := read_values(Path(path)).get(option)) is not None:
+    for path, values in files.items():
+        if (value := values.get(option)) is not None:
             return choose(str(value), among, option=f"{option} of {path}")
     return None
 
