@@ -4,11 +4,9 @@ import argparse
 import importlib
 from collections.abc import Iterator
 
-from jsonargparse import capture_parser
-
 from pacatune.cli.entry import COMMANDS
 from pacatune.cli.options import parser_of
-from pacatune.cli.run_options import RunOptions
+from pacatune.cli.train import parser_of_task
 from pacatune.reports.rows import Table
 from pacatune.training.tasks import DEFAULT_TASK
 
@@ -54,11 +52,9 @@ def find_parser(command: str, task: str = "") -> argparse.ArgumentParser:
         module = importlib.import_module(f"pacatune.cli.{first}")
         return parser_of(f"{first} {second}", module.SUBCOMMANDS[second])
     if command == "train":
-        return RunOptions(task or DEFAULT_TASK).parser
+        return parser_of_task(task or DEFAULT_TASK)
     module = importlib.import_module(f"pacatune.cli.{command}")
-    if hasattr(module, "command"):
-        return parser_of(command, module.command)
-    return capture_parser(module.run, [])
+    return parser_of(command, module.command)
 
 
 def _own_actions(section: str = "", task: str = "") -> list[argparse.Action]:

@@ -118,7 +118,7 @@ class _Runner:
 
     def _job(self, name: str, rate: float, seed: int) -> Job:
         run = self.task.make_run(self.config.arms[name], rate, seed, Path("unused"))
-        values = to_values(run.settled())
+        values = to_values(run)
         del values["training"]["output_dir"]
         inputs = {
             "run": values,

@@ -19,7 +19,7 @@ from pacatune.data.encode import IGNORED
 from pacatune.methods import METHODS, readers_of
 from pacatune.training import RunConfig
 from pacatune.training.config_file import read_values
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.recipe import make_trainer, run_trainer, show_plan
 from pacatune.training.report import train_curve
 from pacatune.training.sections import ADAPTER_SECTIONS
@@ -77,7 +77,7 @@ class StudyTask:
             test, others = _data(config, self.test_options), None
             if path := self.config.unrelated:
                 others = _data(config, {"eval_path": str(Path(path).expanduser())})
-            task = task_of(config)
+            task = Task(config)
             show_plan(task, _QUIET)
             trainer = make_trainer(task, None, _QUIET)
             trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
@@ -123,7 +123,7 @@ def _data(config: RunConfig, options: Values) -> Any:
     """Return what evaluation data that a run's options name are to its trainer."""
     changed = copy.copy(config)
     changed.data = replace(config.data, eval_fraction=0, **options)
-    return task_of(changed).evaluation
+    return Task(changed).evaluation
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import pytest
@@ -14,14 +15,23 @@ from pacatune.cli.entry import COMMANDS, main
 
 @pytest.fixture
 def inspect(monkeypatch):
-    """Make `inspect` a command that raises an error, or calls a function."""
+    """Make `inspect` a command that raises an error, or gives a status to its options."""
 
-    def install(run):
-        def fail(argv):
-            raise run
+    def install(result):
+        @dataclass
+        class Command:
+            """Do nothing."""
+
+            folder: str = ""
+            x: bool = False
+
+            def run(self):
+                if isinstance(result, BaseException):
+                    raise result
+                return result[self.folder, self.x]
 
         module = types.ModuleType("pacatune.cli.inspect")
-        module.run = fail if isinstance(run, BaseException) else run
+        module.command = Command
         monkeypatch.setitem(sys.modules, "pacatune.cli.inspect", module)
 
     return install
@@ -40,10 +50,8 @@ def test_help_lists_every_command(words, commands, capsys, shown):
 
 
 def test_a_command_gets_its_words_and_gives_the_status(inspect):
-    seen = []
-    inspect(lambda argv: seen.append(argv) or 7)
-    assert main(["inspect", "folder", "--x"]) == 7
-    assert seen == [["folder", "--x"]]
+    inspect({("a", True): 7})
+    assert main(["inspect", "--folder", "a", "--x"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import pytest
 import yaml
 
 from pacatune.cli import main
-from pacatune.cli.run_options import RunOptions, fields_in_source, find_value
-from pacatune.cli.train import take_rewards
-from pacatune.training import TASKS, RunConfig
+from pacatune.cli.train import fields_in_source, read, take_rewards
+from pacatune.training import TASKS
 from pacatune.training.arguments import training_class
 from tests.data.conftest import write_lines
 
@@ -171,10 +170,8 @@ def test_take_rewards():
 def test_template_is_a_config_file(task, tmp_path, shown):
     (tmp_path / "c.yaml").write_text(shown("train", "--task", task, "--print_config"))
     words = ["--config", str(tmp_path / "c.yaml")]
-    options = RunOptions(find_value(words, "task", TASKS))
-    assert options.task == task
     words += ["--model.path", "m", "--data.path", "d"]
     words += ["--training.use_cpu", "true"]
     if task in ("grpo", "rloo"):
-        words = take_rewards([*words, "--reward", "a:f"])[0]
-    assert RunConfig(**options.parse(words)[0]).task == task
+        words += ["--reward", "a:f"]
+    assert read(words)[0].task == task

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pacatune.data.config import DataConfig
+from pacatune.data.encode import Encoder
 from pacatune.data.prepare import prepare_data
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -32,7 +33,11 @@ def prepare(tokenizer, tmp_path):
     def run(rows=(), max_length=200, num_processes=None, **options):
         if rows:
             options["path"] = write_lines(tmp_path / "data.jsonl", rows)
-        limits = {"max_length": max_length, "stop_ids": {2}, "num_processes": num_processes}
-        return prepare_data(DataConfig(**options), tokenizer, **limits)
+        config = DataConfig(**options)
+        learn_all = config.loss == "all"
+        encoder = Encoder(
+            tokenizer=tokenizer, stop_ids={2}, max_length=max_length, learn_all=learn_all
+        )
+        return prepare_data(config, encoder, num_processes)
 
     return run

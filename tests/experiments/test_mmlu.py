@@ -9,6 +9,7 @@ import pytest
 
 from experiments import mmlu
 from pacatune.data.config import DataConfig
+from pacatune.data.encode import Encoder
 from pacatune.data.prepare import prepare_data
 from tests.adapters.fixtures import log_likelihood
 from tests.conftest import build_model
@@ -42,7 +43,9 @@ def tasks_dir(tmp_path_factory):
 
 def prepare(tokenizer, path, **options):
     config = DataConfig(path=str(path), eval_fraction=0, **options)
-    (row,) = prepare_data(config, tokenizer, max_length=None, stop_ids={2}).train
+    special_tokens = config.special_tokens
+    encoder = Encoder(tokenizer=tokenizer, stop_ids={2}, special_tokens=special_tokens)
+    (row,) = prepare_data(config, encoder).train
     return row
 
 

@@ -98,6 +98,7 @@ def test_other_layers_are_refused(layer):
 def test_it_is_a_row_of_methods():
     assert "moslora" in TEXT_METHODS
     assert "moslora" in CLASSIFIER_METHODS
-    run = RunConfig(method="moslora", data={"path": "d"}, lora={"lora_dropout": 0.1})
+    sections = {"model": {"path": "m"}, "data": {"path": "d"}, "lora": {"lora_dropout": 0.1}}
+    run = RunConfig(method="moslora", **sections)
     assert run.method == "moslora"
     assert isinstance(adapter_config(METHODS["moslora"], r=4, lora_dropout=0.1), MosLoraConfig)

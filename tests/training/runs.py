@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from pacatune.training import TrainingInterrupted, recipe, train
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.output import last_checkpoint
 from pacatune.training.trainer import RunTrainer
 
@@ -39,7 +39,7 @@ def read_json(*parts):
 
 
 def make_trainer(config):
-    task = task_of(config)
+    task = Task(config)
     return recipe.make_trainer(task, None, QUIET)
 
 

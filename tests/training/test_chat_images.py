@@ -23,7 +23,7 @@ from pacatune.cli import main
 from pacatune.data.formats import to_examples
 from pacatune.data.read import Row
 from pacatune.training import preview, train
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from tests.conftest import build_tokenizer
 from tests.training.runs import write_rows
 
@@ -112,7 +112,7 @@ def make_run(make_config, model_dir, images, tmp_path):
 
 
 def read(config):
-    task = task_of(config)
+    task = Task(config)
     return task, task.data.examples
 
 

@@ -19,7 +19,7 @@ from pacatune.data.config import TextClassConfig
 from pacatune.training import preview, train
 from pacatune.training.classifier import sort_labels, split_texts
 from pacatune.training.config import HEAD_RATE
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from tests.adapters.fixtures import edit_json
 from tests.training.runs import QUIET, make_trainer, read_json, write_rows
 
@@ -118,7 +118,7 @@ def test_rows_that_teach_no_classes(tmp_path, rows, options, message):
 def test_labels_that_are_not_trained(make_classifier, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [{"text": "pear", "label": "tree"}])
     with pytest.raises(ValueError, match=r"the labels \['tree'\] are not among those of the trai"):
-        _ = task_of(make_classifier(data={"eval_path": str(other)})).plan
+        _ = Task(make_classifier(data={"eval_path": str(other)})).plan
 
 
 @pytest.mark.parametrize("method", ["paca", "lora", "full"])
@@ -189,7 +189,7 @@ def test_a_head_of_the_same_classes_keeps_their_order(
     config = make_classifier(
         "full", data=data, model={"path": str(bert)}, training={"max_steps": 1}
     )
-    task = task_of(config)
+    task = Task(config)
     assert not task.data.new_head
     assert "new" not in task.about_data()
     own = AutoModelForSequenceClassification.from_pretrained(bert)
@@ -241,7 +241,7 @@ def test_a_head_of_other_classes_is_replaced(
         model={"path": str(bert)},
         training={"max_steps": 2, "learning_rate": 1e-4},
     )
-    task = task_of(config)
+    task = Task(config)
     assert task.data.new_head
     model = task.load_model()
     if own:
@@ -282,7 +282,7 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
     data = {**long_rows(tmp_path, 300), "max_length": asked}
     model, training = {"path": str(bert)}, {"eval_strategy": "no", "max_steps": 1}
     config = make_classifier(data=data, model=model, training=training)
-    task = task_of(config)
+    task = Task(config)
     assert max(map(len, task.train["input_ids"])) == expected
     (warning,) = task.warnings()
     assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
@@ -300,13 +300,13 @@ def class_table(path, numbers):
 
 def test_names_of_classes_in_a_table(make_classifier, tmp_path):
     path = class_table(tmp_path / "rows.parquet", [0, 1, 2] * 8)
-    task = task_of(make_classifier(data={"path": path}))
+    task = Task(make_classifier(data={"path": path}))
     assert task.data.model_options["id2label"] == {0: "world", 1: "sports", 2: "arts"}
     texts = task.tokenizer.batch_decode(task.train["input_ids"][:], skip_special_tokens=True)
     numbers = [int(text.removeprefix("It is ").removesuffix(".")) % 3 for text in texts]
     assert numbers == task.train["labels"][:]
     other = write_rows(tmp_path / "other.jsonl", [{"text": "a", "label": "sports"}])
-    task = task_of(make_classifier(data={"path": path, "eval_path": str(other)}))
+    task = Task(make_classifier(data={"path": path, "eval_path": str(other)}))
     assert task.evaluation["labels"][:] == [1]
     path = class_table(tmp_path / "test.parquet", [0, 1, -1])
     with pytest.raises(ValueError, match=r"test.parquet, row 3.*has no class \(label -1\); give"):

@@ -1,13 +1,11 @@
 import copy
-import os
-from unittest.mock import Mock
 
 import pytest
 
 from pacatune import installation
 from pacatune.methods import CLASSIFIER_METHODS, METHODS, TEXT_METHODS
-from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig
-from pacatune.training.start import settle
+from pacatune.training import DataConfig, LoraSection, ModelConfig, RunConfig, TrainingConfig, train
+from tests.training.runs import QUIET
 
 
 def run_config(**options):
@@ -19,55 +17,24 @@ def run_config(**options):
     return RunConfig(**options)
 
 
-def settled(**options):
-    return run_config(**options).settled()
-
-
 def test_an_old_trl_is_refused(monkeypatch):
     monkeypatch.setattr(installation, "version", lambda name: "1.15.0")
     with pytest.raises(ValueError, match=r"`pacatune train` needs TRL 1.16 or newer, and this is"):
         run_config()
 
 
-def test_nothing_is_looked_up(monkeypatch):
-    """A run is declared where its files are not."""
-    spies = [Mock(side_effect=os.stat), Mock(side_effect=os.lstat)]
-    for name, spy in zip(("stat", "lstat"), spies, strict=True):
-        monkeypatch.setattr(os, name, spy)
-    for options in ({"adapter": "a/m"}, {"paca": {"selection": "a/m"}}, {"task": "reward"}):
-        run = run_config(model={"path": "a/m"}, data={"path": "a/d"}, **options)
-        assert run.model.path == "a/m"
-    looked_at = {str(call.args[0]) for spy in spies for call in spy.call_args_list}
-    assert not [path for path in looked_at if path.endswith(("/m", "/d"))]
-    assert run.typed("paca") == {}
-
-
-def test_it_is_filled_in_any_order(tmp_path):
-    """Nothing that is set is lost, whenever and on whatever; what is missing is asked for last."""
+def test_it_is_complete(tmp_path):
+    """What is missing is asked for, and what was set on a section before is there."""
     training = TrainingConfig()
     training.max_steps, training.output_dir = 1, "a6"
     run = run_config(training=training)
     assert (run.training.max_steps, run.training.output_dir) == (1, "a6")
-    empty = RunConfig()
-    for name, message in (
-        ("model", "`model.path` is ''; give"),
-        ("data", "`data.path` is ''; giv"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            settle(empty)
-        getattr(empty, name).path = "x"
-    empty.method = "lora"
-    empty.lora.r, empty.training.max_steps = 3, 5
-    done = settle(empty)
-    assert (done.lora.r, done.training.max_steps) == (3, 5)
-    assert done.training.learning_rate == METHODS["lora"].text_rate  # of what it is now
-    assert empty.training.learning_rate is None
-    empty.method = "lorra"
-    with pytest.raises(ValueError, match=r"`method` \('lorra'\) must be one of .* mean 'lora'"):
-        settle(empty)
-    empty.method, empty.task = "lora", "dpo"
+    with pytest.raises(ValueError, match=r"`model.path` is ''; give"):
+        RunConfig()
+    with pytest.raises(ValueError, match=r"`data.path` is ''; giv"):
+        RunConfig(model={"path": "m"})
     with pytest.raises(TypeError, match=r"`data` is a DataConfig; .*PreferenceDataConfig"):
-        settle(empty)
+        run_config(task="dpo", data=DataConfig(path="d"))
 
 
 def test_sections_may_be_used_again():
@@ -79,28 +46,28 @@ def test_sections_may_be_used_again():
     }
     before = copy.deepcopy({name: vars(section) for name, section in sections.items()})
     for method in TEXT_METHODS:
-        run = RunConfig(method=method, **sections).settled()
+        run = RunConfig(method=method, **sections)
         assert run.training.learning_rate == METHODS[method].text_rate
         assert run.model.quantization == METHODS[method].quantization
         assert run.lora.lora_dropout == (METHODS[method].dropout or 0)
-    run = RunConfig(**sections, early_stopping_patience=2).settled()
+    run = RunConfig(**sections, early_stopping_patience=2)
     assert run.training.load_best_model_at_end
     assert {name: vars(section) for name, section in sections.items()} == before
 
 
 def test_what_is_filled_in():
     assert run_config(model={"dtype": "bf16"}).model.dtype == "bfloat16"
-    assert settled(training={"learning_rate": 0.1}).training.learning_rate == 0.1
-    assert settled(task="dpo").training.learning_rate == pytest.approx(5e-5)
-    assert settled(task="reward").training.learning_rate == 5e-4
+    assert run_config(training={"learning_rate": 0.1}).training.learning_rate == 0.1
+    assert run_config(task="dpo").training.learning_rate == pytest.approx(5e-5)
+    assert run_config(task="reward").training.learning_rate == 5e-4
     for method in CLASSIFIER_METHODS:
-        rate = settled(task="classifier", method=method).training.learning_rate
+        rate = run_config(task="classifier", method=method).training.learning_rate
         assert rate == METHODS[method].head_rate
-    assert settled(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
-    training = settled().training
+    assert run_config(method="qlora", model={"quantization": "fp4"}).model.quantization == "fp4"
+    training = run_config().training
     assert (training.report_to, training.resolved().report_to) == ("tensorboard", ["tensorboard"])
-    assert settled().data.eval_fraction == DataConfig(path="d").eval_fraction > 0
-    assert settled(training={"eval_strategy": "no"}).data.eval_fraction == 0
+    assert run_config().data.eval_fraction == DataConfig(path="d").eval_fraction > 0
+    assert run_config(training={"eval_strategy": "no"}).data.eval_fraction == 0
     assert training.bf16 is not None
     # What says no length, or is not read, may be anything.
     run_config(training={"num_train_epochs": 0, "max_steps": 3, "max_length": None})
@@ -117,6 +84,10 @@ def test_what_trains_nothing():
         message = rf"`training.{name}` \({value}\) must be above 0; raise"
         with pytest.raises(ValueError, match=message):
             run_config(training={name: value})
+        run = run_config()
+        setattr(run.training, name, value)  # which is checked when it is trained, before all else
+        with pytest.raises(ValueError, match=message):
+            train(run, console=QUIET)
 
 
 NO_EVALUATION = {"data": {"eval_fraction": 0}}
@@ -161,4 +132,4 @@ NEEDS_EVALUATION = "need evaluation data; set `data.eval_path` or"
 )
 def test_contradictions(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        settle(run_config(**options)).training.resolved()
+        run_config(**options).training.resolved()

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,7 @@ def test_sharded_checkpoints(make_config, data_path, tiny_model_dir, tmp_path):
 
     # A process that shards nothing cannot read the shards.
     config = configure(cut(tmp_path / "two", 4, "plain").name, 8)
-    config.adapter = str(tmp_path / "first")
+    config = replace(config, adapter=str(tmp_path / "first"))
     kind = "FSDP2 with fsdp_state_dict_type SHARDED_STATE_DICT and cannot be continued by a run"
     message = (
         f"checkpoint-4 was saved by {kind} without FSDP2 or DeepSpeed. Launch the run as before"

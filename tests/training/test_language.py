@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from pacatune.adapters.base import find_tokenizer
 from pacatune.adapters.folder import read_adapter
 from pacatune.training import preview, train
-from pacatune.training.language import find_stop_ids, load_tokenizer, quantization_options, task_of
+from pacatune.training.language import Task, load_tokenizer, quantization_options
 from tests.adapters.fixtures import edit_json, model_copy
 from tests.data.conftest import talk
 from tests.training.runs import QUIET, assert_close, read_json, refused, write_rows
@@ -67,7 +67,7 @@ def test_a_base_that_is_saved_quantised(make_config, tiny_model_dir, tmp_path):
     load(folder, load_in_4bit=True).save_pretrained(folder)
     model = {"path": str(folder), "quantization": "nf4"}
     with pytest.raises(ValueError, match=r"is saved quantised already; drop the option"):
-        _ = task_of(make_config(model=model)).plan
+        _ = Task(make_config(model=model)).plan
 
 
 def test_eight_bits_train_without_a_line_per_layer_and_pass(make_config, caplog):
@@ -87,15 +87,13 @@ def test_storage_is_set_for_sharding(make_config, monkeypatch):
 
 def test_stop_ids_are_those_of_generation_and_of_the_run(make_config, model_copy):
     config = make_config(model={"path": str(model_copy)})
-    tokenizer = load_tokenizer(config)
     edit_json(model_copy / "generation_config.json", eos_token_id=[2, 5])
-    assert find_stop_ids(config, tokenizer) == {2, 5}
+    assert Task(config).stop_ids == {2, 5}
     (model_copy / "generation_config.json").unlink()
-    assert find_stop_ids(config, tokenizer) == {2}
-    config = make_config(training={"eos_token": "<|user|>"})
-    tokenizer = load_tokenizer(config)
-    assert tokenizer.eos_token == "<|user|>"
-    assert find_stop_ids(config, tokenizer) == {2, tokenizer.eos_token_id}
+    assert Task(config).stop_ids == {2}
+    task = Task(make_config(training={"eos_token": "<|user|>"}))
+    assert task.tokenizer.eos_token == "<|user|>"
+    assert task.stop_ids == {2, task.tokenizer.eos_token_id}
 
 
 MODES = "{{ bos_token }}{{ mode }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -119,7 +117,7 @@ def test_variables_of_the_template(make_task_config, model_copy, tmp_path, conso
     preview(config, 20, console=console)
     said = console.file.getvalue()
     assert said.count("<s>slow") == said.count("<s>fast") > 0
-    trained = task_of(config)
+    trained = Task(config)
     batch = trained.collate(trained.train, [*range(len(trained.train))])
     texts = trained.tokenizer.batch_decode(batch["input_ids"])
     assert sum("slow" in text for text in texts) == sum("fast" in text for text in texts) > 0
@@ -145,19 +143,19 @@ def test_nothing_of_a_model_is_executed(make_config, model_copy, tmp_path):
     torch.save({}, model_copy / "pytorch_model.bin")
     (model_copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"cannot be read .*no file named model.safetensors"):
-        task_of(make_config(model=model)).load_model()
+        Task(make_config(model=model)).load_model()
     (model_copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     edit_json(model_copy / "config.json", model_type="evil", auto_map=code)
     with pytest.raises(ValueError, match="comes with code of its own, which is never executed"):
-        _ = task_of(make_config(model=model)).plan
+        _ = Task(make_config(model=model)).plan
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_batch_is_what_the_trainer_makes_of_it(make_config, tiny_tokenizer):
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "place": 1}]
     rows += [{"input_ids": [8], "labels": [8], "place": 2}]
-    task = task_of(make_config())
+    task = Task(make_config())
     task.tokenizer = tiny_tokenizer
     batch = task.collate(rows, [1, 0])
     padding = tiny_tokenizer.pad_token_id

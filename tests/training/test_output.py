@@ -1,13 +1,14 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from accelerate.utils import DeepSpeedPlugin
 from safetensors.numpy import save_file
 
-from pacatune.training.folder import check_folder
 from pacatune.training.output import (
     TrainedOn,
+    check_folder,
     find_checkpoint,
     last_checkpoint,
     refuse_missing_weights,
@@ -15,6 +16,9 @@ from pacatune.training.output import (
     what_is_intact,
     why_fixed,
 )
+from tests.adapters.fixtures import adapter_dir
+
+__all__ = ["adapter_dir"]
 
 
 def make_run(folder, *names):
@@ -94,14 +98,15 @@ def test_place_that_cannot_be_written(check, tmp_path, monkeypatch):
         check(tmp_path / "new" / "deep")
 
 
-def test_what_a_run_reads_is_not_in_its_output_folder(check, tmp_path):
+def test_what_a_run_reads_is_not_in_its_output_folder(check, adapter_dir, tmp_path):
     """Not even where the files are those of an earlier run."""
     folder = tmp_path / "out"
     make_run(folder, "report.json", "model/config.json", "columns.safetensors")
+    shutil.copytree(adapter_dir, folder / "adapter")
     for where, options in {
         "model": {"model": {"path": str(folder / "model")}},
         "data": {"data": {"path": str(folder / "report.json")}},
-        "adapter": {"adapter": str(folder)},
+        "adapter": {"adapter": str(folder / "adapter")},
         "selection": {"paca": {"selection": str(folder / "columns.safetensors")}},
     }.items():
         message = rf"{where}.* lies in the output folder .*out, which this run writes; choose"

@@ -22,7 +22,7 @@ def replaced():
     """Yield each private method of a trainer of ours, with the trainers that it is put before."""
     found = {}
     for spec in TASKS.values():
-        trainer = load(spec.run).keywords["trainer"]
+        trainer = load(spec.trainer)
         for kind in trainer.__mro__:
             if kind.__module__.startswith("pacatune."):
                 found.setdefault(kind, set()).add(trainer)

@@ -8,7 +8,7 @@ import transformers
 from peft import PeftModel
 
 from pacatune.training import train
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from tests.training.runs import QUIET, assert_close, make_trainer
 
 
@@ -58,7 +58,7 @@ def test_reward_model(make_task_config, tiny_model_dir, tmp_path, method):
         model = load(folder)
     else:
         model = PeftModel.from_pretrained(load(tiny_model_dir, num_labels=1), folder)
-    task = task_of(config)
+    task = Task(config)
     held_out = task.evaluation
     batch = task.collate(held_out, range(len(held_out)))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_the_reference_is_the_base_without_a_second_model(make_task_config, task
         base_class = type(trainer.model.get_base_model())
         assert sum(type(found) is base_class for found in gc.get_objects()) == 1
         # the same numbers by the base alone, in plain PyTorch
-        base = task_of(config).load_model()
+        base = Task(config).load_model()
         with torch.no_grad():
             logits = base(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         chosen = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]

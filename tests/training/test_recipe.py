@@ -14,7 +14,7 @@ from pacatune.adapters.loading import check_base
 from pacatune.cli import main
 from pacatune.training import train
 from pacatune.training.config_file import read_values
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.sft import TextTrainer
 from tests.data.conftest import talk
 from tests.training.runs import (
@@ -64,7 +64,7 @@ def test_run(
     assert min(report.step_ms, report.tokens_per_second, report.saved_activation_bytes) > 0
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    held_out = task_of(config).evaluation["place"]
+    held_out = Task(config).evaluation["place"]
     before = mean_loss(base, tiny_tokenizer, data_path, held_out)
     if method == "full":
         model = AutoModelForCausalLM.from_pretrained(out)

@@ -8,7 +8,7 @@ from accelerate.utils import DeepSpeedPlugin
 from pacatune import installation, pretrained
 from pacatune.training import recipe
 from pacatune.training.arguments import SharedDefaults
-from pacatune.training.language import Task, task_of
+from pacatune.training.language import Task
 from tests.training.runs import refused, write_rows
 
 WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
@@ -108,5 +108,5 @@ def test_what_the_machine_lacks(make_config, monkeypatch):
 def test_fsdp_that_accelerate_ignores_is_said(make_config, monkeypatch, console):
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
-    recipe.show_plan(task_of(make_config()), console)
+    recipe.show_plan(Task(make_config()), console)
     assert console.file.getvalue().count("warning: accelerate shards nothing on CPUs") == 1

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from pacatune.reports.provenance import versions
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.report import Report, curve_of, train_curve, write_card, write_report
 from tests.training.runs import read_json
 
@@ -91,8 +91,8 @@ def test_a_loss_that_ends_above_its_start(held_out, losses, said):
     ],
 )
 def test_card(make_config, tmp_path, method, library, contains):
-    task, report = task_of(make_config(method)), make_report(method=method, warnings=["Look out."])
-    assert task.data.kind.pipeline_tag == "text-generation"  # looks at the model
+    task, report = Task(make_config(method)), make_report(method=method, warnings=["Look out."])
+    assert task.kind.pipeline_tag == "text-generation"  # looks at the model
     task.config.model.path = report.model
     write_card(task, report, tmp_path)
     _, front, body = (tmp_path / "README.md").read_text().split("---\n", 2)

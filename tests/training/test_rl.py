@@ -203,7 +203,7 @@ def test_reasoning_gym(make_task_config, tmp_path):
     pytest.importorskip("reasoning_gym")
     data = {"path": "reasoning-gym:chain_sum", "size": 20, "eval_fraction": 0.2}
     config = make_task_config("grpo", data=data, reward=[], training={"max_steps": 2})
-    assert config.settled().reward == ["reasoning-gym:chain_sum"]
+    assert config.reward == ["reasoning-gym:chain_sum"]
     report = train(config, console=QUIET)
     assert "rewards/reasoning-gym.chain_sum/mean" in report.train_metrics
     text = (tmp_path / "out" / "config.yaml").read_text()

@@ -9,30 +9,26 @@ from transformers import AutoModelForCausalLM
 from pacatune import PacaConfig
 from pacatune.selection import choose_columns, collect_statistics, load_columns
 from pacatune.training import train
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.selecting import share_of_batches
 from tests.training.runs import CHECKPOINTING, QUIET, read_json
 
 GRADIENT = {"selection": "gradient", "selection_batches": 2}
 
 
-def run_of(seed=7, selection_batches=100, **options):
-    training = {"seed": seed, "per_device_train_batch_size": 4, "process_index": 0, "world_size": 1}
-    section = SimpleNamespace(selection_batches=selection_batches)
-    return SimpleNamespace(paca=section, training=SimpleNamespace(**training | options))
+def share(num_batches=100, **options):
+    training = {"seed": 7, "per_device_train_batch_size": 4, "process_index": 0, "world_size": 1}
+    return [*share_of_batches(23, num_batches, SimpleNamespace(**training | options), tuple)]
 
 
 def test_processes_share_the_batches_of_one():
-    one = list(share_of_batches(23, run_of(), tuple))
+    one = share()
     assert sorted(place for batch in one for place in batch) == list(range(23))
     assert [len(batch) for batch in one] == [4, 4, 4, 4, 4, 3]
-    shares = [
-        list(share_of_batches(23, run_of(process_index=rank, world_size=2), tuple))
-        for rank in range(2)
-    ]
+    shares = [share(process_index=rank, world_size=2) for rank in range(2)]
     assert shares == [one[0::2], one[1::2]]
-    assert list(share_of_batches(23, run_of(selection_batches=2), tuple)) == one[:2]
-    assert list(share_of_batches(23, run_of(seed=8), tuple)) != one
+    assert share(2) == one[:2]
+    assert share(seed=8) != one
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -44,9 +40,9 @@ def test_a_run_chooses_as_is_done_by_hand(
     assert train(config, console=console).columns == "gradient, num_batches 2"
     assert "columns chosen by gradient from 2 batches (" in console.file.getvalue()
     saved = read_json(tmp_path / "out/adapter_config.json")
-    task = task_of(config)
+    task = Task(config)
     data = task.train
-    batches = share_of_batches(len(data), task.config, lambda at: task.collate(data, at))
+    batches = share_of_batches(len(data), 2, task.arguments, lambda at: task.collate(data, at))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     options = PacaConfig(**{k: section[k] for k in section if k != "selection_batches"})
     expected = choose_columns(base, options, collect_statistics(base, batches, options))

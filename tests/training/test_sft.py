@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from pacatune import PacaConfig, lean
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 from pacatune.training.sft import check_packing, packs
 
 SIZES = {
@@ -98,4 +98,4 @@ def test_packing_that_cannot_be_tried(make_config, monkeypatch):
     monkeypatch.setattr("pacatune.training.sft.is_deepspeed_zero3_enabled", lambda: True)
     message = r"its weights are sharded \(ZeRO-3\), so that it cannot"
     with pytest.raises(ValueError, match=message):
-        check_packing(task_of(make_config()).load_model())
+        check_packing(Task(make_config()).load_model())

@@ -13,14 +13,14 @@ from pacatune.cli import main
 from pacatune.data.config import PreferenceDataConfig
 from pacatune.data.prepare import PreparedData
 from pacatune.training import TASKS, TaskSpec, preview, train
-from pacatune.training.language import Task, task_of
+from pacatune.training.language import Task
 from pacatune.training.task import TaskData
 from pacatune.training.trainer import RunTrainer
 from pacatune.tuner.defaults import default_targets
 from tests.training.runs import CHECKPOINTING, QUIET, write_rows
 
 ORPO = TaskSpec(
-    run="tests.training.test_tasks.orpo",
+    trainer="tests.training.test_tasks.OrpoTrainer",
     arguments="trl.experimental.orpo.ORPOConfig",
     data=PreferenceDataConfig,
     loss_per="pair",
@@ -28,21 +28,28 @@ ORPO = TaskSpec(
 )
 
 
-def prepare_orpo(config, tokenizer):
+def prepare_orpo(task):
+    config = task.config
     rows = load_dataset("json", data_files=config.data.path, split="train")
     rows = rows.add_column("row", list(range(len(rows))))
     parts = rows.train_test_split(config.data.eval_fraction, seed=config.data.seed)
     examples = PreparedData(parts["train"], parts["test"], 0, [])
-    return TaskData(examples=examples, tokenizer=tokenizer, kind=ORPO.kind, columns=("row",))
+    return TaskData(examples=examples, columns=("row",))
 
 
-def orpo(config):
+def __getattr__(name):
+    """Import TRL's experimental trainer, which warns, only where it is asked for."""
+    if name != "OrpoTrainer":
+        raise AttributeError(name)
+
     from trl.experimental.orpo import ORPOTrainer
 
-    class Trainer(RunTrainer, ORPOTrainer):
+    class OrpoTrainer(RunTrainer, ORPOTrainer):
         """As `TextTrainer` and others are made."""
 
-    return Task(config, trainer=Trainer, prepare=prepare_orpo, tags=("orpo", "trl"))
+        prepare = staticmethod(prepare_orpo)
+
+    return OrpoTrainer
 
 
 @pytest.mark.parametrize(
@@ -130,7 +137,7 @@ def test_preview(make_task_config, rewards_module, console, task, shown):
 
 def test_whose_split_is_fixed(make_task_config, rewards_module):
     reasons = {
-        name: task_of(make_task_config(name)).data.fixed_split
+        name: Task(make_task_config(name)).data.fixed_split
         for name in ("dpo", "kto", "reward", "grpo", "rloo")
     }
     assert {name for name, reason in reasons.items() if reason} == {"kto", "grpo", "rloo"}
@@ -142,5 +149,5 @@ def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):
     changed.write_text(pairs_path.read_text().replace("No idea.", "None."))
     for task in ("dpo", "kto", "reward"):
         configs = [make_task_config(task, data={"path": str(p)}) for p in (pairs_path, changed)]
-        one, two = (task_of(config).fingerprint for config in configs)
+        one, two = (Task(config).trained_on.fingerprint for config in configs)
         assert one != two

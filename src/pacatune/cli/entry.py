@@ -3,20 +3,17 @@
 import importlib.metadata
 import logging
 import os
-import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pacatune.installation import require_extra
 from pacatune.names import did_you_mean, spell
 
-# Each command is the module `pacatune.cli.NAME`. It has `command`, or `SUBCOMMANDS` by
-# their names: a function whose parameters are the options, or a dataclass with the method `run`.
-# What declares its options otherwise has `run(argv: list[str]) -> int`.
+# Each command is the module `pacatune.cli.NAME`. It has `command`, or `SUBCOMMANDS` by their names:
+# a dataclass whose fields are the options, with the method `run`. Alone `train` reads its words.
 COMMANDS = {
     "train": "fine-tune a model on your data",
     "generate": "stream text from a model, with or without an adapter",
@@ -25,11 +22,6 @@ COMMANDS = {
     "patch": "an adapter as an exact edit of a checkpoint: make, apply, revert, diff, stack",
     "estimate": "estimate the memory of training, without a GPU or weights",
     "inspect": "show what an adapter holds and what it fits",
-}
-
-# The extra of each command that needs more than the core (pyproject.toml).
-EXTRAS = {
-    **dict.fromkeys(("train", "estimate"), "train"),
 }
 
 # What these show needs neither torch nor PEFT, whose import takes many seconds.
@@ -130,51 +122,40 @@ def _hide_torch() -> None:
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.msg)
 
 
-def _module_of(name: str) -> Any:
-    """Import the module of a command."""
+def _run_command(words: list[str], debug: bool) -> int:
+    """Import and run a command."""
+    name, argv = words[0], words[1:]
     _refuse_other(name, COMMANDS, "command", "pacatune")
-    if name in EXTRAS:
-        require_extra(f"`pacatune {name}`", EXTRAS[name])
+    if name in ("train", "estimate"):
+        require_extra(f"`pacatune {name}`", "train")
     # Imported by PEFT where it is installed; says that it lacks kernels nobody here asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecations between the packages that we build on.
     for package in ("transformers", "trl", "peft", "accelerate", "datasets", "torch"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{package}\b")
-    return importlib.import_module(f"pacatune.cli.{name}")
-
-
-def _run_command(words: list[str], debug: bool) -> int:
-    """Import and run a command."""
-    name, argv = words[0], words[1:]
-    module = _module_of(name)
+    module = importlib.import_module(f"pacatune.cli.{name}")
     if name == "train":  # which starts itself again, on each GPU
         return int(module.run(argv, [*["--debug"] * debug, *words]))
-    called, words = getattr(module, "command", None), [name]
-    if hasattr(module, "SUBCOMMANDS"):
-        if not argv or argv[0] in ("-h", "--help"):
-            print(_usage(f"{name} COMMAND", texts_of(module.SUBCOMMANDS), module.DESCRIPTION))
-            return 0 if argv else EXIT_USER_ERROR
+    if not hasattr(module, "SUBCOMMANDS"):
+        command = module.command
+    elif not argv or argv[0] in ("-h", "--help"):
+        texts = {key: kind.__doc__.splitlines()[0] for key, kind in module.SUBCOMMANDS.items()}
+        print(_usage(f"{name} COMMAND", texts, module.DESCRIPTION))
+        return 0 if argv else EXIT_USER_ERROR
+    else:
         _refuse_other(argv[0], module.SUBCOMMANDS, f"command of {name}", f"pacatune {name}")
-        called, words, argv = module.SUBCOMMANDS[argv[0]], [name, argv[0]], argv[1:]
-    if called is None:
-        return int(module.run(argv) or 0)
+        command, name, argv = module.SUBCOMMANDS[argv[0]], f"{name} {argv[0]}", argv[1:]
 
     from pacatune.cli.options import from_words
 
-    done = from_words(" ".join(words), called, argv)
-    return int(done.run(shlex.join(["pacatune", *words, *argv])) if hasattr(done, "run") else done)
+    return int(from_words(name, command, argv).run())
 
 
-def texts_of(subcommands: Mapping[str, Any]) -> dict[str, str]:
-    """Return what each command of a command does: the first line of its docstring."""
-    return {name: called.__doc__.splitlines()[0] for name, called in subcommands.items()}
-
-
-def _refuse_other(name: str, known: Collection[str], kind: str, prog: str) -> None:
-    if name not in known:
+def _refuse_other(name: str, names: Collection[str], kind: str, prog: str) -> None:
+    if name not in names:
         kind = "option" if name.startswith("-") else kind
         raise ValueError(
-            f"unknown {kind} {name!r}; {did_you_mean(name, known)} See `{prog} --help`."
+            f"unknown {kind} {name!r}; {did_you_mean(name, names)} See `{prog} --help`."
         )
 
 

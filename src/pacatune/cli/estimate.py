@@ -83,7 +83,7 @@ class EstimateCommand(Setting):
             sizes += " and the rank that `pacatune train` has by default"
         return sizes
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         quiet_libraries()
 
@@ -101,16 +101,16 @@ class EstimateCommand(Setting):
         estimates: dict[str, Estimate] = {}
         values: dict[str, Values] = {name: {} for name in settings}
         for name, setting in settings.items():
-            one, estimate = values[name], None
+            facts, estimate = values[name], None
             if self.max is None or available is None:
                 estimate = estimate_memory(setting)
             else:
                 quantity = _QUANTITIES[self.max]
-                one[f"max_{quantity}"], estimate = find_max(setting, quantity, available)
-            one |= {"notes": []} if estimate is None else estimate.to_values()
+                facts[f"max_{quantity}"], estimate = find_max(setting, quantity, available)
+            facts |= {"notes": []} if estimate is None else estimate.to_values()
             if available is not None:
-                one["available_bytes"] = available
-                one["fits"] = "no" if estimate is None else estimate.fits(available)
+                facts["available_bytes"] = available
+                facts["fits"] = "no" if estimate is None else estimate.fits(available)
             if estimate is not None:
                 estimates[name] = estimate
         if self.json:
@@ -130,30 +130,30 @@ def _print_memory(
     from pacatune.reports.rows import table
 
     if estimates:
-        rows = [row for name, one in estimates.items() for row in one.rows(name)]
+        rows = [row for name, estimate in estimates.items() for row in estimate.rows(name)]
         lines = table(rows, ("setting",), ("method",)).plain()
         print(f"{model}: memory at the peak of a step, simulated; {sizes}", *lines, sep="\n")
         print(_NEEDS)
-    for name, one in values.items():
+    for name, facts in values.items():
         estimate = estimates.get(name)
         print(f"\n{name}{'' if estimate is None else f': {estimate.setting.about()}'}")
         for quantity in _QUANTITIES.values():
-            if f"max_{quantity}" in one:
-                print(f"  largest {quantity}: {one[f'max_{quantity}']:,}")
-        if "fits" in one:
-            print(f"  fits in {_gib(one['available_bytes'])} GiB: {_fits(one)}")
+            if f"max_{quantity}" in facts:
+                print(f"  largest {quantity}: {facts[f'max_{quantity}']:,}")
+        if "fits" in facts:
+            print(f"  fits in {_gib(facts['available_bytes'])} GiB: {_fits(facts)}")
         if estimate is not None:
             saved = estimate.saved_by_module.items()
             parts = ", ".join(f"{kind} {_gib(number)}" for kind, number in saved if number > 2**20)
             print(f"  keeps for backward, GiB: {parts or 'nothing'}")
-    print_notes(dict.fromkeys(note for one in values.values() for note in one["notes"]))
+    print_notes(dict.fromkeys(note for facts in values.values() for note in facts["notes"]))
 
 
-def _fits(one: Values) -> str:
-    fits, available = str(one["fits"]), one["available_bytes"]
-    if fits == "yes" or "device_bytes" not in one:
+def _fits(facts: Values) -> str:
+    fits, available = str(facts["fits"]), facts["available_bytes"]
+    if fits == "yes" or "device_bytes" not in facts:
         return fits
-    over = {end: _gib(number - available) for end, number in one["device_bytes"].items()}
+    over = {end: _gib(number - available) for end, number in facts["device_bytes"].items()}
     by = over["low"] if fits == "no" else f"up to {over['high']}"
     return f"{fits}, over by {by} GiB"
 

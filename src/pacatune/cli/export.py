@@ -25,7 +25,7 @@ class Export(BaseOptions):
     """Carry modules_to_save, biases and token embeddings over into the LoRA; PEFT loads them, most
     servers do not."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         self.check_base(self.output)
         quiet_libraries()

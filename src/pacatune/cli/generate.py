@@ -55,7 +55,7 @@ class Generate(ModelOptions):
         if self.seed < 0:
             raise ValueError(f"`seed` ({self.seed}) must be at least 0.")
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         give_one(without_adapter=self.without_adapter, compare=self.compare)
         if self.compare and self.adapter is None:

@@ -26,7 +26,7 @@ class Inspect:
     json: bool = False
     """Print everything as JSON."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         from pacatune.patch.file import is_patch
 
@@ -71,11 +71,11 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
         {
             "tensor": name,
             "changed": patch.edits[name].rank,
-            "shape": " x ".join(map(str, one["shape"])),
-            "dtype": one["dtype"],
-            "columns": one["columns"],
+            "shape": " x ".join(map(str, tensor["shape"])),
+            "dtype": tensor["dtype"],
+            "columns": tensor["columns"],
         }
-        for name, one in tensors.items()
+        for name, tensor in tensors.items()
     ]
     values = {"base": patch.base, "has_adapter": kept is not None, "tensors": tensors}
     return _page(options.adapter, facts, "tensors", rows, options), values

@@ -37,7 +37,7 @@ class Merge(ModelOptions):
     """Skip reading back what was written (saves a load; where codes are written, three passes over
     a text, too)."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         model = self.model or base_of(self.adapter)
         if model is not None and self.base is None and is_packed(model):

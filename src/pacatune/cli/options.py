@@ -3,7 +3,7 @@
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import takewhile
@@ -11,9 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import docstring_parser
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse.typing import PositiveInt
 
 from pacatune.names import choices_of, choose, spell, suggest
 from pacatune.training.config_file import PARSER_MODE
@@ -59,9 +57,9 @@ class SectionParser(ArgumentParser):
 
     def _told(self, error: str) -> str:
         """Return what is wrong with a value in our words, if that is what the error says."""
-        if (found := _WRONG.search(error)) is None:
+        if (match := _WRONG.search(error)) is None:
             return error
-        name, value = found.groups()
+        name, value = match.groups()
         kinds = [getattr(a, "_typehint", None) for a in self._actions if a.dest == name]
         if kinds in ([], [None]):
             return error
@@ -89,7 +87,7 @@ class CommandParser(SectionParser):
             default = ",".join(map(str, arguments.get("default") or ())) or None
             shown = "A,B,..." if "str" in str(kind) else "N,M,..."
             changes = {"type": str, "metavar": shown, "default": default}
-        elif any(str(one).startswith("list") for one in kinds):
+        elif any(str(part).startswith("list") for part in kinds):
             changes = {"type": str, "nargs": "+"}
         if changes:
             kept = ("default", "help", "required")
@@ -108,38 +106,36 @@ def _allowed(kind: Any) -> str:
     return _KINDS.get(origin or kind, str(getattr(kind, "__name__", kind)))
 
 
-def parser_of(command: str, called: Callable[..., Any]) -> CommandParser:
-    """Return a parser of a command's options: the parameters of a function or dataclass.
+def parser_of(command: str, options: type) -> CommandParser:
+    """Return a parser of a command's options, the fields of a dataclass.
 
     Its docstring is the help. What has no default and may be given by position is a word without
     a name.
     """
-    text = docstring_parser.parse(called.__doc__ or "")
-    parser = CommandParser(command, " ".join((text.description or "").split()))
-    add = parser.add_class_arguments if isinstance(called, type) else parser.add_function_arguments
-    add(called, as_group=False, as_positional=True)
+    parser = CommandParser(command, " ".join((options.__doc__ or "").split()))
+    parser.add_class_arguments(options, as_group=False, as_positional=True)
     return parser
 
 
-def from_words(command: str, called: Callable[..., T], argv: list[str]) -> T:
-    """Call a function or class with what words say of its parameters."""
-    return build(called, parser_of(command, called).parse_args(argv))
+def from_words(command: str, options: type[T], argv: list[str]) -> T:
+    """Return the dataclass of a command's options that words say."""
+    return build(options, parser_of(command, options).parse_args(argv))
 
 
-def build(called: Callable[..., T], options: Namespace) -> T:
-    """Call a function or class with the options that are its parameters."""
-    values = {}
-    for parameter in signature(called).parameters.values():
+def build(options: type[T], values: Namespace) -> T:
+    """Return a dataclass of parsed values."""
+    arguments = {}
+    for parameter in signature(options).parameters.values():
         name, kind = parameter.name.rstrip("_"), parameter.annotation  # `with_` is --with
-        value = options.get(name)
+        value = values.get(name)
         if value is None:
             continue  # which is the default then
         if "..." in str(kind):
             value = _split(name, value, is_text="str" in str(kind))
         elif choices := choices_of(kind):
             value = choose(value, choices, option=name)
-        values[parameter.name] = int(value) if isinstance(value, PositiveInt) else value
-    return called(**values)
+        arguments[parameter.name] = value
+    return options(**arguments)
 
 
 def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:
@@ -150,24 +146,24 @@ def _split(name: str, text: str, *, is_text: bool) -> tuple[Any, ...]:
     raise ValueError(f"`{name}` ({text!r}) must be {kind} with commas between.")
 
 
-def refuse_unknown(words: Sequence[str], known: Collection[str]) -> None:
+def refuse_unknown(words: Sequence[str], options: Collection[str]) -> None:
     """Refuse words that look like options and are none of those known, nor keys inside of them."""
     for word in takewhile(lambda word: word != "--", words):
         name = word.partition("=")[0]
-        if not _OPTION.fullmatch(name) or name in known or name.rstrip("+") in known:
+        if not _OPTION.fullmatch(name) or name in options or name.rstrip("+") in options:
             continue
         # A key inside an option that holds a mapping, such as --paca.rank_pattern.q_proj.
-        if not any(name.startswith(f"{option}.") for option in known if "." in option):
-            named = [option for option in known if option.startswith("--")]
+        if not any(name.startswith(f"{option}.") for option in options if "." in option):
+            named = [option for option in options if option.startswith("--")]
             raise ValueError(f"unknown option {name}; {suggest(name, named)}")
 
 
 def give_one(*, needed: bool = False, **options: Any) -> None:
     """Refuse several of some options, and with `needed` none of them."""
-    given = [name for name, value in options.items() if value]
-    if len(given) > 1 or (needed and not given):
+    names = [name for name, value in options.items() if value]
+    if len(names) > 1 or (needed and not names):
         flags = ", ".join(f"--{name}" for name in options)
-        raise ValueError(f"give {'only ' if given else ''}one of {flags}.")
+        raise ValueError(f"give {'only ' if names else ''}one of {flags}.")
 
 
 @dataclass(frozen=True, kw_only=True)

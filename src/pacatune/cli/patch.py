@@ -26,7 +26,7 @@ class Make(BaseOptions):
     no_adapter: bool = False
     """Leave the adapter's own tensors out: smaller, but `to-adapter` needs them."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         self.check_base()
         quiet_libraries()
@@ -103,7 +103,7 @@ class Apply(_Target):
 
     reverts: ClassVar[bool] = False
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         quiet_libraries()
 
@@ -118,36 +118,43 @@ class Revert(Apply):
     reverts = True
 
 
-def diff_models(*, model: str, with_: str, output: str | None = None) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Diff:
     """Compare two model folders bit by bit.
 
     Models that differ in few columns of each tensor give a patch, whoever trained them.
-
-    Args:
-        model: Folder or hub id of the base.
-        with_: Another one.
-        output: Write the patch from the first to the other.
     """
-    quiet_libraries()
 
-    from pacatune.patch import diff, save
-    from pacatune.patch.base import find_folder
-    from pacatune.patch.file import refuse_existing
+    model: str
+    """Folder or hub id of the base."""
+    with_: str
+    """Another one."""
+    output: str | None = None
+    """Write the patch from the first to the other."""
 
-    if output is not None:
-        refuse_existing(output)
-    result = diff(find_folder(model), find_folder(with_, option="with"))
-    _print_models(result)
-    if output is None:
+    def run(self) -> int:
+        """Do it."""
+        quiet_libraries()
+
+        from pacatune.patch import diff, save
+        from pacatune.patch.base import find_folder
+        from pacatune.patch.file import refuse_existing
+
+        if self.output is not None:
+            refuse_existing(self.output)
+        result = diff(find_folder(self.model), find_folder(self.with_, option="with"))
+        _print_models(result)
+        if self.output is None:
+            return 0
+        if result.patch is None:
+            raise ValueError(
+                f"{self.model} and {self.with_} give no patch: {result.refusal()}. Nothing was "
+                "written."
+            )
+        size = save(result.patch, self.output)
+        print(f"written   {self.output} ({format_bytes(size)})")
+        print_notes(["a patch of two models has no adapter in it."])
         return 0
-    if result.patch is None:
-        raise ValueError(
-            f"{model} and {with_} give no patch: {result.refusal()}. Nothing was written."
-        )
-    size = save(result.patch, output)
-    print(f"written   {output} ({format_bytes(size)})")
-    print_notes(["a patch of two models has no adapter in it."])
-    return 0
 
 
 def _print_models(result: "Difference") -> None:
@@ -181,7 +188,7 @@ class Stack(_Target):
     model: str | None = None
     """Folder or hub id of the base, to apply them to."""
 
-    def run(self, command: str) -> int:
+    def run(self) -> int:
         """Do it."""
         if self.in_place and self.model is None:
             raise ValueError("`--in_place` needs --model, the folder to change.")
@@ -205,45 +212,53 @@ class Stack(_Target):
         return 0
 
 
-def patch_to_adapter(*, patch: str, output: str) -> int:
-    """Write the adapter that a patch was made of: the same configuration and tensors.
+@dataclass(frozen=True, kw_only=True)
+class ToAdapter:
+    """Write the adapter that a patch was made of: the same configuration and tensors."""
 
-    Args:
-        patch: The patch.
-        output: Folder to write.
-    """
-    quiet_libraries()
+    patch: str
+    """The patch."""
+    output: str
+    """Folder to write."""
 
-    from pacatune.patch import load
+    def run(self) -> int:
+        """Do it."""
+        quiet_libraries()
 
-    loaded = load(patch)  # refuses a wrong one before PEFT is imported
+        from pacatune.patch import load
 
-    from pacatune.patch import to_adapter
+        patch = load(self.patch)  # refuses a wrong one before PEFT is imported
 
-    print(f"written   {to_adapter(loaded, output)}")
-    return 0
+        from pacatune.patch import to_adapter
+
+        print(f"written   {to_adapter(patch, self.output)}")
+        return 0
 
 
-def recover_folder(*, model: str, finish: bool = False) -> int:
-    """Bring a model folder back to what it was before a patching in place was interrupted.
+@dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Bring a model folder back to what it was before a patching in place was interrupted."""
 
-    Args:
-        model: The model folder.
-        finish: Complete what was begun instead of rolling it back.
-    """
-    from pacatune.patch import recover
+    model: str
+    """The model folder."""
+    finish: bool = False
+    """Complete what was begun instead of rolling it back."""
 
-    notes = recover(model, finish=finish)
-    print("\n".join(notes) or f"{model}: nothing was interrupted here.")
-    return 0
+    def run(self) -> int:
+        """Do it."""
+        from pacatune.patch import recover
+
+        notes = recover(self.model, finish=self.finish)
+        print("\n".join(notes) or f"{self.model}: nothing was interrupted here.")
+        return 0
 
 
 SUBCOMMANDS = {
     "make": Make,
     "apply": Apply,
     "revert": Revert,
-    "diff": diff_models,
+    "diff": Diff,
     "stack": Stack,
-    "to-adapter": patch_to_adapter,
-    "recover": recover_folder,
+    "to-adapter": ToAdapter,
+    "recover": Recover,
 }

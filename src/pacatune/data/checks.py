@@ -44,9 +44,9 @@ def keep_learnable(
         places["open"] = []  # where some end, the others may be meant so
     if what == "evaluation":
         places["plain"] = []  # said of the training examples
-    for note, found in places.items():
-        if found:
-            warnings.append(note_on(note, found, f"{len(data)} {what} examples", max_length))
+    for note, noted in places.items():
+        if noted:
+            warnings.append(note_on(note, noted, f"{len(data)} {what} examples", max_length))
     return data.select(kept).remove_columns("notes")
 
 
@@ -58,8 +58,8 @@ def note_on(note: str, places: Sequence[str], of: str, max_length: int | None = 
 def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
     """Return a warning if examples that measure are in the training data as well."""
     columns = [name for name in train.column_names if name.endswith(("_ids", "label", "labels"))]
-    known, asked = (row_digests(data, columns) for data in (train, evaluation))
-    return overlap_warning(known, asked, "evaluation examples", evaluation["place"][:])
+    trained, asked = (row_digests(data, columns) for data in (train, evaluation))
+    return overlap_warning(trained, asked, "evaluation examples", evaluation["place"][:])
 
 
 def overlap_warning(
@@ -69,8 +69,8 @@ def overlap_warning(
     places: Sequence[str] | None = None,
 ) -> list[str]:
     """Return a warning if any `what`, such as test images, are in the training data as well."""
-    known, examples = set(train), list(evaluation)
-    shared = [number for number, example in enumerate(examples) if example in known]
+    trained, examples = set(train), list(evaluation)
+    shared = [number for number, example in enumerate(examples) if example in trained]
     if not shared:
         return []
     where = "" if places is None else f" ({some([places[number] for number in shared])})"

@@ -93,9 +93,6 @@ class DataSection:
             value = getattr(self, option.name)
             if int in get_args(option.type) and value is not None and value < 1:
                 raise ValueError(f"`data.{option.name}` ({value}) must be at least 1, or null.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no data."""
         if not (self.path or getattr(self, "datasets", None)):
             raise ValueError(
                 f"`data.path` is {self.path!r}; give a file, a folder or a hub data set id."
@@ -111,8 +108,8 @@ class DataSection:
         return several or [(self._source(self.path, self.split), "data.path")]
 
     def _source(self, path: str, split: str) -> SourceConfig:
-        found: TextFormat = getattr(self, "format", "auto")
-        return SourceConfig(path=path, name=self.name, split=split, format=found)
+        text_format: TextFormat = getattr(self, "format", "auto")
+        return SourceConfig(path=path, name=self.name, split=split, format=text_format)
 
     def evaluation_source(self) -> tuple[SourceConfig, str] | None:
         """Return the data set of evaluation and the option that names it."""
@@ -172,26 +169,22 @@ class DataConfig(TextDataConfig):
     or `all`."""
 
     def __post_init__(self) -> None:
-        self.datasets = self.datasets and [SourceConfig.of(one) for one in self.datasets]
+        self.datasets = self.datasets and [*map(SourceConfig.of, self.datasets)]
         super().__post_init__()
-        several = self.datasets or []
-        weights = [one.weight for one in several if one.weight is not None]
+        weights = [source.weight for source in self.datasets or () if source.weight is not None]
         alone = ["path", "name", "split", "eval_split", *([] if self.eval_path else ["format"])]
-        changed = [name for name in alone if getattr(self, name) != getattr(DataConfig, name)]
-        repeats = self.mix_strategy != "first_exhausted"
-        problems = {
-            f"`data.{[*changed, 'path'][0]}` is for a single data set, and there are "
-            "`data.datasets`; set it for one of those": several and changed,
-            "some of `data.datasets` have a `weight` and others none; give all one, or none": (
-                0 < len(weights) < len(several)
-            ),
-            "`data.mix_strategy` is for `data.datasets` with weights; drop it": (
-                repeats and not weights
-            ),
-        }
-        for problem, is_found in problems.items():
-            if is_found:
-                raise ValueError(f"{problem}.")
+        for name in alone if self.datasets else ():
+            if getattr(self, name) != getattr(DataConfig, name):
+                raise ValueError(
+                    f"`data.{name}` is for a single data set, and there are `data.datasets`; set "
+                    "it for one of those."
+                )
+        if weights and len(weights) < len(self.datasets or ()):
+            raise ValueError(
+                "some of `data.datasets` have a `weight` and others none; give all one, or none."
+            )
+        if not weights and self.mix_strategy != "first_exhausted":
+            raise ValueError("`data.mix_strategy` is for `data.datasets` with weights; drop it.")
 
 
 @dataclass(kw_only=True)

@@ -74,8 +74,8 @@ class Encoder:
             ids, learned, moved = self._encode_chat(example)
         learned = [True] * len(ids) if self.learn_all else learned
         if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
-            found = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
-            raise ValueError(f"{found}; remove it from data or template.")
+            rule = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
+            raise ValueError(f"{rule}; remove it from data or template.")
         if not any(learned[1:]):  # The first token is never predicted.
             fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
             raise ValueError(f"nothing to learn, no token is an answer's; {fix}.")
@@ -91,8 +91,8 @@ class Encoder:
         elif ids[max(i for i, flag in enumerate(learned) if flag)] not in self.stop_ids:
             notes.append("open")
         if example.images and {"lost", "cut"} & set(notes):
-            found = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
-            raise ValueError(f"{found}; images cannot be cut: raise it.")
+            rule = f"has images and {len(ids)} tokens, more than `training.max_length` ({limit})"
+            raise ValueError(f"{rule}; images cannot be cut: raise it.")
         labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
         images = list(map(stored_image, example.images))
         return {
@@ -110,8 +110,8 @@ class Encoder:
             raise ValueError(f"{rule}, or train on one of them.")
 
         def tokenize(text: str) -> list[int]:
-            found = self.tokenizer(text, add_special_tokens=self.special_tokens)
-            return list(found["input_ids"])
+            encoding = self.tokenizer(text, add_special_tokens=self.special_tokens)
+            return list(encoding["input_ids"])
 
         prompt, text = str(example.prompt), f"{example.prompt}{example.completion}"
         end = (self.tokenizer.eos_token or "") if self.special_tokens else ""
@@ -175,16 +175,16 @@ class Encoder:
 
     def _hidden_calls(self, example: Example, text: str) -> list[str]:
         """Return what of tools and calls is not in the text of a chat."""
-        messages, found = example.messages, []
+        messages, hidden = example.messages, []
         if example.tools and self._has_text(text, replace(example, tools=None), messages):
-            found.append("tools")
+            hidden.append("tools")
         bare = [{k: m[k] for k in m.keys() - _CALLS} for m in messages]
         if bare != messages and self._has_text(text, example, bare):
-            found.append("tool_calls")
+            hidden.append("tool_calls")
         idle = _without_arguments(messages)
         if idle != messages and self._has_text(text, example, idle):
-            found.append("the arguments of tool_calls")
-        return found
+            hidden.append("the arguments of tool_calls")
+        return hidden
 
     def _has_text(self, text: str, example: Example, messages: list[Message]) -> bool:
         """Whether a chat of these messages, if its template takes them, has this text."""
@@ -311,8 +311,8 @@ class Encoder:
             return apply_template(self.tokenizer, messages, **options)
         options["processor_kwargs"] = {"add_special_tokens": False}
         messages = [as_parts(message) for message in messages]
-        made = apply_template(self.processor, messages, **options)
-        return {name: value[0] for name, value in made.items()} if tokenize else made
+        rendered = apply_template(self.processor, messages, **options)
+        return {name: value[0] for name, value in rendered.items()} if tokenize else rendered
 
 
 def apply_template(writer: Any, messages: list[Message], **options: Any) -> Any:
@@ -381,11 +381,13 @@ def _with_arguments(example: Example, *, as_text: bool) -> Example:
     for message in example.messages:
         for call in message.get("tool_calls", ()):
             function = _function(call)
-            found = function.get("arguments")
+            arguments = function.get("arguments")
             with contextlib.suppress(ValueError):
-                found = json.loads(found) if isinstance(found, str) else found
-            if isinstance(found, dict):
-                function["arguments"] = json.dumps(found, ensure_ascii=False) if as_text else found
+                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if isinstance(arguments, dict):
+                function["arguments"] = (
+                    json.dumps(arguments, ensure_ascii=False) if as_text else arguments
+                )
     return example
 
 
@@ -393,4 +395,4 @@ def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
     """Return the number of leading tokens that two sequences share."""
     pairs = enumerate(zip(ids, others, strict=False))
     shorter = min(len(ids), len(others))
-    return next((place for place, (one, other) in pairs if one != other), shorter)
+    return next((place for place, (token, other) in pairs if token != other), shorter)

@@ -136,8 +136,8 @@ def to_texts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, Any]]:
                     raise ValueError(f"has no class (label {label}); give it one, or remove it.")
                 label, number = classes[label], label
             if not isinstance(text, str) or not text.strip() or label == "":
-                found = f"text {str(text)[:40]!r} and label {label!r:.40}"
-                raise ValueError(f"has {found}; a classifier needs both.")
+                both = f"text {str(text)[:40]!r} and label {label!r:.40}"
+                raise ValueError(f"has {both}; a classifier needs both.")
         yield {"text": text, "label": str(label), "number": number, "place": row.place}
 
 
@@ -145,8 +145,8 @@ def check_columns(values: dict[str, Any], *needed: str) -> None:
     """Refuse a row that lacks a column."""
     present = present_columns(values)
     if missing := [column for column in needed if column not in present]:
-        found = f"field {missing[0]!r} is missing (columns {sorted(present)})"
-        raise ValueError(f"{found}; this task needs {', '.join(needed)}.")
+        rule = f"field {missing[0]!r} is missing (columns {sorted(present)})"
+        raise ValueError(f"{rule}; this task needs {', '.join(needed)}.")
 
 
 def present_columns(values: dict[str, Any]) -> set[str]:
@@ -178,11 +178,11 @@ def to_answer(
     messages = _messages(values, column, images)
     chat = [*context, *messages]
     if left := "".join(map(mark_image, images or ())):
-        asked = [one for one in chat if one["role"] == "user"]
+        asked = [message for message in chat if message["role"] == "user"]
         if not asked or references(asked):
             raise ValueError("'images' has more than the messages show as <image>.")
         asked[0]["content"] = left + asked[0]["content"]
-    skipped = [turn for turn, one in enumerate(chat) if one.pop("weight", None) == 0]
+    skipped = [turn for turn, message in enumerate(chat) if message.pop("weight", None) == 0]
     tools = values.get("tools")
     if isinstance(tools, str):  # as tables keep them
         tools = _parse_json(tools, "tools") if tools.strip() else None

@@ -11,37 +11,36 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from pacatune.data.config import TextDataConfig
+from pacatune.data.config import DataSection
 from pacatune.data.encode import IGNORED, Encoder, common_prefix
 from pacatune.data.formats import Example, check_columns, present_columns, to_answer
-from pacatune.data.prepare import PreparedData, find_examples, make_tables
+from pacatune.data.prepare import PreparedData, make_tables
 from pacatune.data.read import Row, named
 
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def prepare_pairs(
-    config: TextDataConfig, encoder: Encoder, num_processes: int | None = None
+    config: DataSection, encoder: Encoder, num_processes: int | None = None
 ) -> PreparedData:
     """Read, check and encode pairs: rows of `prompt_ids`, `chosen_ids` and `rejected_ids`.
 
     Where all is learned, for models that score, the prompt is in both, and nothing is cut.
     """
-    examples = find_examples(config, partial(to_pairs, needs_prompt=not encoder.learn_all))
+    convert = partial(to_pairs, needs_prompt=not encoder.learn_all)
     encode = partial(_encode_pair, encoder=encoder)
-    return make_tables(config, encoder, *examples, num_processes, encode)[1]
+    return make_tables(config, encoder, convert, num_processes, encode)[1]
 
 
 def prepare_judged(
-    config: TextDataConfig, encoder: Encoder, num_processes: int | None = None
+    config: DataSection, encoder: Encoder, num_processes: int | None = None
 ) -> PreparedData:
     """Read, check and encode answers: rows of `prompt_ids`, `completion_ids` and `label`."""
-    encode, examples = partial(_encode_judged, encoder=encoder), find_examples(config, to_judged)
-    _, found = make_tables(config, encoder, *examples, num_processes, encode)
-    train: Any = found.train
-    order = list(range(len(train)))  # KTO trains in the order of the data
+    encode = partial(_encode_judged, encoder=encoder)
+    _, data = make_tables(config, encoder, to_judged, num_processes, encode)
+    order = list(range(len(data.train)))  # KTO trains in the order of the data
     random.Random(config.seed).shuffle(order)
-    return replace(found, train=train.select(order))
+    return replace(data, train=data.train.select(order))
 
 
 def to_pairs(
@@ -70,8 +69,8 @@ def to_judged(rows: Iterable[Row], format: str = "") -> Iterator[tuple[Example, 
             check_columns(row.values, "prompt", "completion", "label")
             label = _LABELS.get(str(row.values["label"]).strip().lower())
             if label is None:
-                found = f"'label' is {row.values['label']!r:.80}"
-                raise ValueError(f"{found}; it must be true (desirable) or false.")
+                rule = f"'label' is {row.values['label']!r:.80}"
+                raise ValueError(f"{rule}; it must be true (desirable) or false.")
             yield to_answer(row.place, row.values, "completion"), label
 
 

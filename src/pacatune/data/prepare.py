@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -47,37 +47,23 @@ class PreparedData:
 
 def prepare_data(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int | None,
-    stop_ids: Collection[int],
+    encoder: Encoder,
     num_processes: int | None = None,
     load_processor: Callable[[], Any] | None = None,
 ) -> PreparedData:
     """Read, encode, split and check the data of a run.
 
-    Examples are cut at `max_length` tokens, if it is given. `stop_ids` are the tokens that end a
-    generation. `load_processor` is asked for the model's processor where chats have images.
+    `load_processor` is asked for the model's processor where chats have images.
     """
-    convert = partial(to_examples, has_template=bool(tokenizer.chat_template))
-    sources, held_out = find_examples(config, convert)
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        max_length=max_length,
-        learn_all=config.loss == "all",
-        special_tokens=config.special_tokens,
-    )
+    convert = partial(to_examples, has_template=bool(encoder.tokenizer.chat_template))
     try:
-        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
+        parts, data = make_tables(config, encoder, convert, num_processes)
     except ImagesFound:
         if load_processor is None or encoder.learn_all:
             raise
-        processor = load_processor()
-        encoder = replace(encoder, processor=processor)
-        parts, found = make_tables(config, encoder, sources, held_out, num_processes)
-        found = replace(found, processor=processor)
-    return replace(found, train=_mixed(parts, config))
+        encoder = replace(encoder, processor=load_processor())
+        parts, data = make_tables(config, encoder, convert, num_processes)
+    return replace(data, train=_mixed(parts, config), processor=encoder.processor)
 
 
 @dataclass
@@ -108,7 +94,7 @@ class Examples:
             table = load_hub(source.path, source.name, source.split, self.option)
             size = table.info.dataset_size or 0
             digest.update(f"{source.path} {source.split} {table._fingerprint}".encode())
-        for image in (image for one in self for image in one.images) if with_images else ():
+        for image in (image for example in self for image in example.images) if with_images else ():
             if not image.startswith("data:"):
                 digest.update(str(Path(image).stat().st_mtime_ns).encode())
         return digest.hexdigest(), size > _LARGE
@@ -123,12 +109,12 @@ class Examples:
 
         digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-        made = [self.source.format, self.convert, encode, code]
-        key = Hasher.hash([digest, made, version("transformers"), version("tokenizers")])
+        work = [self.source.format, self.convert, encode, code]
+        key = Hasher.hash([digest, work, version("transformers"), version("tokenizers")])
         number = sum(1 for _ in self) if (num_processes or 1) > 1 else sys.maxsize
         size = -(-number // (num_processes or 1))
         starts = list(range(0, number, size))
-        given = {"starts": starts, "size": size, "examples": self, "encode": encode}
+        arguments = {"starts": starts, "size": size, "examples": self, "encode": encode}
         shows_bars = not datasets.are_progress_bars_disabled()
         if not is_large:
             datasets.disable_progress_bars()
@@ -136,7 +122,7 @@ class Examples:
             return datasets.Dataset.from_generator(
                 _encode,
                 features=_features(encode(next(iter(self)))),
-                gen_kwargs=given,
+                gen_kwargs=arguments,
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
             )
@@ -170,7 +156,7 @@ def find_examples(
     config: DataSection, convert: Callable[[Iterable[Row], str], Iterator[Any]]
 ) -> tuple[list[Examples], Examples | None]:
     """Return the data sets of training, and that of evaluation if it is not a part of them."""
-    sources = [Examples(*one, convert) for one in config.sources()]
+    sources = [Examples(*source, convert) for source in config.sources()]
     held_out = config.evaluation_source()
     return sources, None if held_out is None else Examples(*held_out, convert)
 
@@ -178,28 +164,28 @@ def find_examples(
 def make_tables(
     config: DataSection,
     encoder: Encoder,
-    sources: list[Examples],
-    held_out: Examples | None,
+    convert: Callable[[Iterable[Row], str], Iterator[Any]],
     num_processes: int | None,
     encode: Encode | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
-    """Encode, split and check data sets; return each for training, and all in one."""
+    """Read, encode, split and check data sets; return each for training, and all in one."""
+    sources, held_out = find_examples(config, convert)
     warnings: list[str] = []
     parts, evaluation, limit = [], [], encoder.max_length
-    for one in sources:
-        data = one.encoded(encode or encoder, num_processes)
+    for examples in sources:
+        data = examples.encoded(encode or encoder, num_processes)
         fraction = 0 if held_out else config.eval_fraction
         rest, others = map(sorted, hold_out(data["place"][:], fraction, config.seed))
-        what = f"{one.source.path} training" if len(sources) > 1 else "training"
+        what = f"{examples.source.path} training" if len(sources) > 1 else "training"
         parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
-    found = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
-    if found is not None:
-        found = keep_learnable(found, "evaluation", limit, warnings)
-        if "images" not in found.column_names:  # other images may have the same tokens
-            warnings += [warning for part in parts for warning in find_overlap(part, found)]
+    other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
+    if other is not None:
+        other = keep_learnable(other, "evaluation", limit, warnings)
+        if "images" not in other.column_names:  # other images may have the same tokens
+            warnings += [warning for part in parts for warning in find_overlap(part, other)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
-    return parts, PreparedData(_joined(parts), found, min(longest, limit or longest), warnings)
+    return parts, PreparedData(_joined(parts), other, min(longest, limit or longest), warnings)
 
 
 def hold_out(keys: Iterable[Any], fraction: float, seed: int) -> tuple[list[int], list[int]]:

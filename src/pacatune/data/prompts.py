@@ -32,19 +32,19 @@ def prepare_prompts(
     """
     convert = partial(to_prompts, system_prompt=config.system_prompt)
     sources, other = find_examples(config, convert)
-    found: Any = sources[0]
+    examples: Any = sources[0]
     if config.is_generated:
-        found = convert(_generate(config, is_chat=bool(tokenizer.chat_template)))
-    train, held_out = _complete(found), _complete(other or ())
+        examples = convert(_generate(config, is_chat=bool(tokenizer.chat_template)))
+    train, held_out = _complete(examples), _complete(other or ())
     if other is None:  # What is generated twice is in one part.
         key = "prompt" if config.is_generated else "place"
         keys = [json.dumps(row[key]) for row in train]
         places = map(sorted, hold_out(keys, config.eval_fraction, config.seed))
         train, held_out = ([train[place] for place in part] for part in places)
     longest = max(len(prompt_ids(row, tokenizer)) for row in train)
-    known, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
+    seen, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
     where = [row["place"] for row in held_out]
-    warnings = overlap_warning(known, held, "evaluation prompts", where)
+    warnings = overlap_warning(seen, held, "evaluation prompts", where)
     for note in ("plain", "unread"):
         where = [row["place"] for row in train if note in _notes(row, tokenizer.chat_template)]
         warnings += [note_on(note, where, f"{len(train)} prompts")] if where else []
@@ -84,8 +84,8 @@ def reasoning_gym_data(config: PromptDataConfig) -> Any:
             name, size=size, seed=config.seed, **(config.options or {})
         )
     except (TypeError, AssertionError, ValueError) as error:
-        given = f"`data.options` ({config.options}), `data.size` ({size})"
-        raise ValueError(f"reasoning-gym does not make {name!r} with {given}: {error}.") from error
+        both = f"`data.options` ({config.options}), `data.size` ({size})"
+        raise ValueError(f"reasoning-gym does not make {name!r} with {both}: {error}.") from error
 
 
 def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
@@ -122,9 +122,9 @@ def to_prompts(
         yield {**row.values, "prompt": prompt, "place": row.place}
 
 
-def _complete(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _complete(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give all rows all columns, with None where one lacks them: rewards get every column."""
-    rows = list(found)
+    rows = list(examples)
     kinds = {type(row["prompt"]): row["place"] for row in reversed(rows)}
     if len(kinds) > 1:
         both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
@@ -138,8 +138,8 @@ def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
     from datasets import Dataset
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        found = [json.loads(text) for text in batch["row"]]
-        columns = {column: [row[column] for row in found] for column in found[0]}
+        rows = [json.loads(text) for text in batch["row"]]
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
         return {**columns, "place": batch["place"]}
 
     places = [row.pop("place") for row in rows]  # which may be others when a run is resumed

@@ -4,10 +4,9 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ACCEPTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _EVALUATION_NAME = re.compile(r"(^|[-_.])(test|eval|val|valid|validation|dev)([-_.]|$)")
 
-
-_Open = Callable[[], tuple[Iterable[Any], Mapping[str, Sequence[str]]]]
+_Classes = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +25,7 @@ class Row:
 
     place: str
     values: dict[str, Any]
-    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: _Classes = field(default_factory=dict)
     """Names of the classes whose numbers a column of a table has."""
 
 
@@ -49,15 +47,13 @@ def read_rows(
 
     `option` is where `path` is from, for messages.
     """
-    sources: Iterable[tuple[str, _Open]]
     if is_local(path, option, split, name):
-        sources = ((str(file), partial(_open, file)) for file in files_of(path))
+        sources = {str(file): _read(file) for file in files_of(path)}
     else:
-        table = load_hub(path, name, split, option)
-        sources = [(f"{path} ({split})", partial(_rows_of, table))]
+        sources = {f"{path} ({split})": _rows_of(load_hub(path, name, split, option))}
     row = None
-    for source, open_rows in sources:
-        for row in _numbered(source, open_rows):
+    for source, values in sources.items():
+        for row in _numbered(source, values):
             yield row
     if row is None:
         raise ValueError(f"{path} holds no rows; give data with at least one example.")
@@ -89,8 +85,8 @@ def files_of(path: str) -> list[Path]:
         raise ValueError(f"{folder} has no {_ACCEPTED} file; put the data there or name a file.")
     held_out = [n for n in names if any(_EVALUATION_NAME.search(part.lower()) for part in n.parts)]
     if held_out and len(held_out) < len(names):
-        found = f"mixes training data with {held_out[0]}, which looks like evaluation data"
-        raise ValueError(f"{folder} {found}; give that as `data.eval_path`, apart.")
+        rule = f"mixes training data with {held_out[0]}, which looks like evaluation data"
+        raise ValueError(f"{folder} {rule}; give that as `data.eval_path`, apart.")
     return [folder / name for name in names]
 
 
@@ -105,11 +101,10 @@ def read_template(template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _numbered(source: str, open_rows: _Open) -> Iterator[Row]:
+def _numbered(source: str, rows: Iterator[tuple[Any, _Classes]]) -> Iterator[Row]:
     number = 1
     try:
-        rows, classes = open_rows()
-        for values in rows:
+        for values, classes in rows:
             if isinstance(values, dict):
                 yield Row(f"{source}, row {number}", values, classes)
             elif values is not ...:
@@ -123,30 +118,27 @@ def _numbered(source: str, open_rows: _Open) -> Iterator[Row]:
         ) from error
 
 
-def _rows_of(table: Any) -> tuple[Iterable[Any], dict[str, list[str]]]:
-    """Return the rows of a table, and the names of the classes that its columns have."""
+def _rows_of(table: Any) -> Iterator[tuple[Any, _Classes]]:
+    """Yield the rows of a table with the names of the classes that its columns have."""
     kinds = table.features or {}
     classes = {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}
-    return map(_without_nulls, table), classes
+    for row in table:
+        yield _without_nulls(row), classes
 
 
-def _open(file: Path) -> tuple[Iterable[Any], dict[str, list[str]]]:
-    """Return the rows of a file, and the names of the classes that columns of a table have."""
-    if file.suffix.lower() != ".parquet":
-        return _read(file), {}
-    from datasets import load_dataset
-
-    name = glob.escape(str(file))  # or it would be a pattern, and find other files
-    return _rows_of(load_dataset("parquet", data_files=name, split="train", streaming=True))
-
-
-def _read(file: Path) -> Iterator[Any]:
-    """Yield the rows of a file of text, `...` for an empty line.
+def _read(file: Path) -> Iterator[tuple[Any, _Classes]]:
+    """Yield the rows of a file, `...` for an empty line.
 
     datasets would give the arguments of all tool calls in JSON the same fields, and count no lines.
     It reads CSV by pandas, which would make null of the text NA, and numbers.
     """
     suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        from datasets import load_dataset
+
+        name = glob.escape(str(file))  # or it would be a pattern, and find other files
+        yield from _rows_of(load_dataset("parquet", data_files=name, split="train", streaming=True))
+        return
     if suffix not in SUFFIXES:
         raise ValueError(f"the suffix {file.suffix!r} is unknown: data files are {_ACCEPTED}")
     with file.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else None) as lines:
@@ -155,15 +147,16 @@ def _read(file: Path) -> Iterator[Any]:
             for values in csv.DictReader(lines, strict=True):
                 if None in values:
                     raise csv.Error("more fields than columns; quote fields that hold commas")
-                yield values
+                yield values, {}
         elif suffix == ".jsonl":
             for line in lines:
-                yield json.loads(line) if line.strip() else ...
+                yield json.loads(line) if line.strip() else ..., {}
         else:
             rows = json.load(lines)
             if not isinstance(rows, list):
                 raise ValueError("no list of rows")
-            yield from rows
+            for values in rows:
+                yield values, {}
 
 
 def load_hub(path: str, name: str | None, split: str, option: str) -> Any:

@@ -1,6 +1,7 @@
 """The training options whose defaults are the same for every task, and what they may be."""
 
 import copy
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
@@ -11,12 +12,19 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from pacatune.precision import bfloat16_is_fast
 from pacatune.training.tasks import TASKS, load
 
+_ABOVE_ZERO = (
+    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("logging_steps", "eval_steps", "save_steps"),
+)
+
 
 @dataclass
 class SharedDefaults:
     """Put before transformers' or TRL's class of arguments, whose defaults these replace.
 
-    An object holds the options as they are set; `resolved` makes a trainer's arguments of them.
+    An object holds the options as they are set; `resolved` makes a trainer's arguments of them,
+    for which transformers sets up the process.
     """
 
     elsewhere: ClassVar[dict[str, str]] = {
@@ -86,7 +94,7 @@ class SharedDefaults:
     save_total_limit: int | None = 2
     """Number of checkpoints kept."""
 
-    def check_options(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse options that the task does not offer, or that need a GPU."""
         for option in fields(self):
             value = getattr(self, option.name)
@@ -97,30 +105,33 @@ class SharedDefaults:
             if self.use_cpu and getattr(self, name, False):
                 raise ValueError(f"`training.{name}` (True) needs a GPU; drop it on a CPU.")
 
-    def __post_init__(self) -> None:
-        self.check_options()  # what else transformers and TRL do, `resolved` asks for
+    def refuse_nothing(self) -> None:
+        """Refuse numbers with which nothing is trained, which transformers takes or fails on."""
+        values = vars(self)
+        length = "num_train_epochs" if values["max_steps"] == -1 else "max_steps"
+        for name in (*_ABOVE_ZERO, length):
+            value = values.get(name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
 
     def pin_bf16(self) -> None:
         """Say whether to use bfloat16, so that a saved configuration gives the same elsewhere."""
-        import torch
-
         if self.bf16 is None:
-            use_cpu = self.use_cpu or not torch.accelerator.is_available()
-            self.bf16 = not vars(self).get("fp16") and bfloat16_is_fast(use_cpu=use_cpu)
+            self.bf16 = not vars(self).get("fp16") and bfloat16_is_fast(use_cpu=self.use_cpu)
 
     def resolved(self) -> Any:
         """Return a copy as a trainer takes it: filled in and checked by transformers and TRL."""
         import torch
 
-        made = copy.deepcopy(self)
+        arguments = copy.deepcopy(self)
         if not torch.accelerator.is_available():
             # Unless it is said, transformers takes no bf16, and accelerate takes each of several
             # processes for the only one.
-            made.use_cpu = True
-        made.check_options()
-        made.pin_bf16()
-        super(SharedDefaults, made).__post_init__()  # type: ignore[misc]
-        return made
+            arguments.use_cpu = True
+        arguments.refuse_nothing()
+        arguments.pin_bf16()
+        super(SharedDefaults, arguments).__post_init__()  # type: ignore[misc]
+        return arguments
 
 
 @dataclass
@@ -151,12 +162,12 @@ def training_class(task: str) -> type[Any]:
     if issubclass(theirs, SharedDefaults):
         return theirs
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"
-    made = {
+    members = {
         "__doc__": f"Every option of {theirs.__name__}, with the defaults of ours.",
         "__module__": __name__,
         "elsewhere": {**SharedDefaults.elsewhere, **spec.refuse},
     }
-    return dataclass(type(name, (SharedDefaults, theirs), made))
+    return dataclass(type(name, (SharedDefaults, theirs), members))
 
 
 def __getattr__(name: str) -> type[Any]:

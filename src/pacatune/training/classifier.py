@@ -1,6 +1,5 @@
 """Fine-tuning of a model that tells texts of some classes apart."""
 
-import copy
 import re
 from collections import defaultdict
 from functools import partial
@@ -14,21 +13,19 @@ from pacatune.data.checks import overlap_warning, some
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
-from pacatune.training.config import RunConfig
-from pacatune.training.language import Task, load_model_config
+from pacatune.training.language import Task
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import READER
 from pacatune.training.trainer import RunTrainer, accuracy
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare(task: Task) -> TaskData:
     """Read and encode the texts; the model gets a head for their classes."""
+    tokenizer = task.tokenizer
     if tokenizer.pad_token is None:  # as Llama's
-        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token  # saved with the result
-    train, held_out = split_texts(cast(TextClassConfig, config.data))
-    classes, why_new = choose_classes(load_model_config(config), sort_labels(train))
-    limit = _limit(config, tokenizer)
+    train, held_out = split_texts(cast(TextClassConfig, task.config.data))
+    classes, why_new = choose_classes(task.model_config, sort_labels(train))
+    limit = _limit(task)
     encode = partial(_encode, limit, tokenizer, classes)
     (rows, cut), collator = encode(train), DataCollatorWithPadding(tokenizer)
     warnings = overlap_warning(train["text"][:], held_out["text"][:], "validation texts")
@@ -42,8 +39,6 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
             max(map(len, rows["input_ids"])),
             warnings,
         ),
-        tokenizer=tokenizer,
-        kind=READER,
         collator=collator,
         model_options={
             "num_labels": len(classes),
@@ -58,7 +53,10 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
 
 
-classifier = partial(Task, trainer=RunTrainer, prepare=prepare)
+class ClassTrainer(RunTrainer):
+    """transformers' trainer."""
+
+    prepare = staticmethod(prepare)
 
 
 def choose_classes(model_config: Any, classes: list[str]) -> tuple[list[str], str | None]:
@@ -84,14 +82,12 @@ def sort_labels(texts: Dataset) -> list[str]:
     return sorted(classes)
 
 
-def _limit(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _limit(task: Task) -> int | None:
     """Return the number of tokens that texts are cut at: as asked, or where the model ends."""
-    if config.data.max_length is not None:
-        return int(config.data.max_length)
-    if tokenizer.model_max_length < LARGE_INTEGER:  # what a tokenizer without a limit says
-        return int(tokenizer.model_max_length)
-    text_config = load_model_config(config).get_text_config()
-    return getattr(text_config, "max_position_embeddings", None)
+    asked, least = task.config.data.max_length, task.tokenizer.model_max_length
+    if asked is not None or least < LARGE_INTEGER:  # what a tokenizer without a limit says
+        return int(least if asked is None else asked)
+    return getattr(task.model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def _encode(
@@ -112,8 +108,8 @@ def _encode(
 
 def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     """Return what is trained on, with rows of every class, and what is held out."""
-    (found,), elsewhere = find_examples(config, to_texts)
-    whole, other = Dataset.from_list([*found]), elsewhere and Dataset.from_list([*elsewhere])
+    (examples,), elsewhere = find_examples(config, to_texts)
+    whole, other = Dataset.from_list([*examples]), elsewhere and Dataset.from_list([*elsewhere])
     fraction = 0 if other else config.eval_fraction
     rest, held_out = hold_out_of_classes(whole["label"][:], fraction, config.seed)
     labels, number = {*whole["label"]}, len(rest) if config.num_train is None else config.num_train

@@ -1,11 +1,9 @@
 """One run, declared once: the command line, YAML files and Python build the same object."""
 
-import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from pacatune.data.config import REASONING_GYM, DataSection
 from pacatune.measure.setting import check_lean_level
@@ -19,29 +17,12 @@ from pacatune.training.sections import (
 )
 from pacatune.training.tasks import DEFAULT_TASK, TASKS, TaskSpec
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from pacatune.training.arguments import SharedDefaults
-
-    class TrainingOptions(SharedDefaults, TrainingArguments):
-        """Options of every task; those of TRL's class of one task, too."""
-
-        def __getattr__(self, name: str) -> Any: ...
-else:
-    TrainingOptions = Any
-
 _EMPTY: Any = dict  # of which a section is made
 HEAD_RATE = 3e-3
 """Learning rate of a new head, beside any method."""
 
 # Options of `data` that say what to evaluate on.
 _EVALUATION = ("eval_path", "eval_split", "eval_fraction")
-_ABOVE_ZERO = (
-    *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("logging_steps", "eval_steps", "save_steps"),
-)
 
 
 def own_sections(task: str) -> dict[str, type[Any]]:
@@ -66,14 +47,15 @@ def sections_of(task: str) -> dict[str, type[Any]]:
 class RunConfig:
     """One fine-tuning run, of any task.
 
-    Sections are given as mappings, as YAML has them, or as objects of their classes. Options and
-    sections may be set afterwards, in any order: `train` does what they say when it is called, and
-    config.yaml says what it did. Making a run reads nothing and changes no section that it is
-    given.
+    Sections are given as mappings, as YAML has them, or as objects of their classes, which stay as
+    they are. Made, a run is complete: what its options leave to others is filled in, those of an
+    `adapter` are read from its folder, and config.yaml says the same. What is set on it afterwards
+    changes nothing else.
 
     Raises:
-        ValueError: If the options contradict each other.
+        ValueError: If options contradict each other, or have values that they cannot have.
         TypeError: If a section is of another task.
+        FileNotFoundError: If the adapter is not there.
     """
 
     task: str = DEFAULT_TASK
@@ -100,7 +82,7 @@ class RunConfig:
     """Options of the methods lora, lora_dropout, dora, shira, gralora, miss, oft and
     qlora: a `LoraSection`."""
 
-    training: TrainingOptions = field(default_factory=_EMPTY)
+    training: Any = field(default_factory=_EMPTY)
     """Every option of the trainer's class of arguments; of SFTConfig: a `TrainingConfig`."""
 
     lean: Literal["auto", "off", "require"] = "auto"
@@ -126,72 +108,43 @@ class RunConfig:
     Python also a function, or a list of functions, as TRL takes them."""
 
     def __post_init__(self) -> None:
-        """Make sections of mappings, and refuse options that contradict each other."""
-        choose(self.task, TASKS, option="task")
-        # What of these is set although it is the default, which no adapter may contradict either.
-        sections = {name: getattr(self, name) for name in ADAPTER_SECTIONS}
-        self._typed = {n: {*s} if isinstance(s, Mapping) else set() for n, s in sections.items()}
-        for name, kind in sections_of(self.task).items():
-            setattr(self, name, _section(name, getattr(self, name), kind))
-        self.settled()
-
-    def settled(self) -> "RunConfig":
-        """Return a copy, sections too, that says what it does on this machine.
-
-        What one option leaves to another is filled in.
-
-        Raises:
-            ValueError: If options contradict each other, or have values that they cannot have.
-            TypeError: If a section is of another task.
-        """
+        """Make sections of mappings, fill in what options leave to others, and check all of it."""
         from pacatune.installation import require
 
-        run, spec = copy.copy(self), TASKS[choose(self.task, TASKS, option="task")]
+        spec = TASKS[choose(self.task, TASKS, option="task")]
         if spec.is_of_trl:
             # 1.13 does not await a reward that is an object; without Triton, 1.15 has no loss.
             require("TRL", "1.16", "`pacatune train`")
-        method = method_of(run.method, spec.methods)
-        run.method = method.name
-        for name, kind in sections_of(run.task).items():
-            setattr(run, name, _section(name, getattr(run, name), kind))
-        run._refuse_options_of_others(spec)
-        check_lean_level(run.lean_level, run.lean)
-        if run.model.quantization is None:
-            run.model.quantization = cast(Any, method.quantization)
-        if method.dropout is not None and run.lora.lora_dropout == 0:
-            run.lora.lora_dropout = method.dropout
-        run._settle_training(spec)
-        run._settle_evaluation()
+        method = method_of(self.method, spec.methods)
+        self.method = method.name
+        # What of these is set although it is the default, which no adapter may contradict either.
+        sections = {name: getattr(self, name) for name in ADAPTER_SECTIONS}
+        typed = {name: {*s} if isinstance(s, Mapping) else set() for name, s in sections.items()}
+        for name, kind in sections_of(self.task).items():
+            setattr(self, name, _section(name, getattr(self, name), kind))
+        self._refuse_options_of_others(spec)
+        check_lean_level(self.lean_level, self.lean)
+        if self.model.quantization is None:
+            self.model.quantization = cast(Any, method.quantization)
+        if method.dropout is not None and self.lora.lora_dropout == 0:
+            self.lora.lora_dropout = method.dropout
+        self._fill_training(spec)
+        self._check_evaluation()
         if "reward" not in spec.lacks:
-            is_one = isinstance(run.reward, str) or callable(run.reward)
-            run.reward = [run.reward] if is_one else list(run.reward)
-            # Generated data has a verifier.
-            run.reward = run.reward or [run.data.path] * run.data.is_generated
-        if run.lora.lora_dropout and getattr(run.training, "disable_dropout", False):
+            self._fill_reward()
+        if self.lora.lora_dropout and getattr(self.training, "disable_dropout", False):
             raise ValueError(
-                f"`lora.lora_dropout` ({run.lora.lora_dropout:g}, of `method` {run.method!r}) is "
+                f"`lora.lora_dropout` ({self.lora.lora_dropout:g}, of `method` {self.method!r}) is "
                 "switched off by `training.disable_dropout` (True); set that to false, or take "
                 "the dropout out."
             )
         if spec.reference is not None:
-            run._check_reference(spec.reference)
-        run.training.pin_bf16()
-        return run
+            self._check_reference(spec.reference)
+        self.training.pin_bf16()
+        if self.adapter is not None:
+            from pacatune.training.start import take_options
 
-    def refuse_missing(self) -> None:
-        """Refuse a settled run that lacks a model, data or a reward."""
-        self.model.refuse_missing()
-        self.data.refuse_missing()
-        if "reward" not in self.spec.lacks and not self.reward:
-            raise ValueError(
-                "there is no reward; give one on the command line, as in `--reward "
-                "my_rewards:is_short` (a Python function by module and name)."
-            )
-
-    def typed(self, section: str) -> dict[str, Any]:
-        """Return the options of an adapter's section that are set, or have not their defaults."""
-        values, names = getattr(self, section), self._typed[section]
-        return {name: getattr(values, name) for name in {*names, *_changed(values)}}
+            take_options(self, typed)
 
     @property
     def spec(self) -> TaskSpec:
@@ -230,46 +183,46 @@ class RunConfig:
                 raise ValueError(f"the task {self.task} has no `{name}` ({value!r}); drop it.")
         for name in ADAPTER_SECTIONS:
             methods = readers_of(name)
-            for option, value in _changed(getattr(self, name)).items():
+            for option, value in changed(getattr(self, name)).items():
                 if self.method not in methods:
                     raise ValueError(
                         f"`{name}.{option}` ({value!r}) is an option of {', '.join(methods)}, and "
                         f"`method` ({self.method!r}) would ignore it; drop it or change `method`."
                     )
-        if not METHODS[self.method].has_scale and (alpha := _changed(self.lora).get("lora_alpha")):
+        if not METHODS[self.method].has_scale and (alpha := changed(self.lora).get("lora_alpha")):
             raise ValueError(
                 f"`lora.lora_alpha` ({alpha}): what `method` ({self.method!r}) trains is not "
                 "scaled; drop it."
             )
 
-    def _settle_training(self, spec: TaskSpec) -> None:
+    def _fill_training(self, spec: TaskSpec) -> None:
         """Fill in the learning rate, and what the best checkpoint is best in."""
         training = self.training
         if training.learning_rate is None:
             training.learning_rate = default_rate(spec, self.method)
         if hasattr(training, "head_learning_rate"):
-            self._settle_head_rate(training)
-        _refuse_nothing(vars(training))
+            self._fill_head_rate(training)
+        training.refuse_nothing()
         if self.early_stopping_patience is not None:
             training.load_best_model_at_end = True
         if training.load_best_model_at_end or training.save_strategy == "best":
             best = "eval_reward" if spec.is_rewarded else "eval_loss"
             training.metric_for_best_model = training.metric_for_best_model or best
 
-    def _settle_head_rate(self, training: Any) -> None:
+    def _fill_head_rate(self, training: Any) -> None:
         """Fill in the learning rate of a new head: the same one beside any method."""
-        given, rate = training.head_learning_rate, training.learning_rate
+        head_rate, rate = training.head_learning_rate, training.learning_rate
         is_alone = self.method == "head"
-        if is_alone and given not in (None, rate):
+        if is_alone and head_rate not in (None, rate):
             raise ValueError(
-                f"`training.head_learning_rate` ({given}) is another rate than "
+                f"`training.head_learning_rate` ({head_rate}) is another rate than "
                 f"`training.learning_rate` ({rate}), and `method` ('head') trains nothing else; "
                 "set one of them."
             )
-        if given is None:
+        if head_rate is None:
             training.head_learning_rate = rate if is_alone else HEAD_RATE
 
-    def _settle_evaluation(self) -> None:
+    def _check_evaluation(self) -> None:
         """Hold nothing out where nothing is evaluated; refuse what asks for it all the same."""
         data, training = self.data, self.training
         evaluates = training.eval_strategy != "no"
@@ -287,6 +240,17 @@ class RunConfig:
                 "`early_stopping_patience`, `training.load_best_model_at_end` and "
                 "`training.save_strategy` 'best' need evaluation data; set `data.eval_path` or "
                 "`data.eval_fraction`, and `training.eval_strategy` to steps or epoch."
+            )
+
+    def _fill_reward(self) -> None:
+        """Make a list of the rewards; generated data has a verifier."""
+        is_one = isinstance(self.reward, str) or callable(self.reward)
+        self.reward = [self.reward] if is_one else list(self.reward)
+        self.reward = self.reward or [self.data.path] * self.data.is_generated
+        if not self.reward:
+            raise ValueError(
+                "there is no reward; give one on the command line, as in `--reward "
+                "my_rewards:is_short` (a Python function by module and name)."
             )
 
     def _check_reference(self, option: str) -> None:
@@ -313,38 +277,29 @@ class RunConfig:
         )
 
 
-def _refuse_nothing(training: Mapping[str, Any]) -> None:
-    """Refuse numbers with which nothing is trained, which transformers takes or fails on later."""
-    length = "num_train_epochs" if training["max_steps"] == -1 else "max_steps"
-    for name in (*_ABOVE_ZERO, length):
-        value = training.get(name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`training.{name}` ({value}) must be above 0; raise it.")
-
-
 def default_rate(spec: TaskSpec, method: str) -> float:
     """Return the learning rate of a method where a run of a task says none."""
-    found = METHODS[method]
-    rate = found.text_rate if spec.methods is TEXT_METHODS else found.head_rate
+    row = METHODS[method]
+    rate = row.text_rate if spec.methods is TEXT_METHODS else row.head_rate
     assert rate is not None, "the method is offered"
     return rate * spec.rate_share
 
 
-def _section(name: str, given: Any, kind: type[Any]) -> Any:
+def _section(name: str, section: Any, kind: type[Any]) -> Any:
     """Return a section of the run's own, of a class."""
-    if isinstance(given, Mapping):
-        known = [option.name for option in fields(kind) if option.init]
-        for option in given:
-            if option not in known:
-                raise ValueError(f"unknown option {name}.{option}; {suggest(str(option), known)}")
-        return kind(**given)
-    if not isinstance(given, kind):
+    if isinstance(section, Mapping):
+        names = [option.name for option in fields(kind) if option.init]
+        for option in section:
+            if option not in names:
+                raise ValueError(f"unknown option {name}.{option}; {suggest(str(option), names)}")
+        return kind(**section)
+    if not isinstance(section, kind):
         raise TypeError(
-            f"`{name}` is a {type(given).__name__}; it must be a mapping of options, or a "
+            f"`{name}` is a {type(section).__name__}; it must be a mapping of options, or a "
             f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}."
         )
-    # Anew: what has been set since is checked, and the caller's serves other runs.
-    return kind(**{o.name: getattr(given, o.name) for o in fields(kind) if o.init})
+    # Anew: the caller's serves other runs.
+    return kind(**{o.name: getattr(section, o.name) for o in fields(kind) if o.init})
 
 
 def reward_name(reward: Any) -> str:
@@ -355,7 +310,7 @@ def reward_name(reward: Any) -> str:
     return f"{getattr(reward, '__module__', '?')}:{name}"
 
 
-def _changed(section: Any) -> dict[str, Any]:
+def changed(section: Any) -> dict[str, Any]:
     """Return the options of an adapter's section that have not their defaults."""
     default = type(section)()
     return {

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
-from jsonargparse import ArgumentParser, set_loader
+from jsonargparse import set_loader
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 
 from pacatune.names import suggest
-from pacatune.training.tasks import TASKS
 
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
@@ -35,7 +34,7 @@ _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # Where data lies, whose digest the checkpoint has, and where results go and how they are shown:
 # free to change when a run is resumed.
 _FREE_ON_RESUME = (
-    *("data.path", "data.eval_path"),
+    *("data.path", "data.eval_path", "data.datasets.path"),
     "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
@@ -84,8 +83,8 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
     }
     if "reward" in values:
-        given = values["reward"]
-        names = [given] if isinstance(given, str) or callable(given) else given
+        reward = values["reward"]
+        names = [reward] if isinstance(reward, str) or callable(reward) else reward
         values["reward"] = [*map(reward_name, names)]
     # In JSON choices are words, tuples lists, and keys words.
     values["training"] = json.loads(json.dumps(training, default=str))
@@ -121,14 +120,14 @@ def read_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_keys(values: dict[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse keys of nested values that are no dotted name in `known`; `source` is their file."""
-    sections = {name.partition(".")[0] for name in known if "." in name}
+def check_keys(values: dict[str, Any], names: Collection[str], source: str) -> None:
+    """Refuse keys of nested values that are no dotted name in `names`; `source` is their file."""
+    sections = {name.partition(".")[0] for name in names if "." in name}
     for key, value in values.items():
         inside = value if key in sections and isinstance(value, dict) else ()
         for name in (key, *(f"{key}.{option}" for option in inside)):
-            if name not in known and name not in sections:
-                nearest = suggest(name, {*known, *sections})
+            if name not in names and name not in sections:
+                nearest = suggest(name, {*names, *sections})
                 raise ValueError(f"{source}: unknown key {name!r}; {nearest}")
 
 
@@ -142,42 +141,21 @@ def load_yaml(text: str) -> Any:
 set_loader(PARSER_MODE, load_yaml, exceptions=(YAMLError,))
 
 
-def add_run_options(parser: ArgumentParser, task: str) -> Collection[str]:
-    """Add an option for each field of a task's runs and of their sections; return the sections."""
-    from pacatune.training.config import RunConfig, sections_of
-
-    sections = sections_of(task)
-    parser.add_class_arguments(RunConfig, skip={*sections, *TASKS[task].lacks})
-    for name, section in sections.items():
-        parser.add_class_arguments(section, name)
-    parser.set_defaults({"task": task})
-    return sections.keys()
-
-
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return a line per option that differs, without those that a resumed run may change."""
-    flat_old, flat_new = _comparable(old), _comparable(new)
+    flat_old, flat_new = _dotted(old), _dotted(new)
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted({*flat_old, *flat_new})
-        if key not in _FREE_ON_RESUME and flat_old.get(key) != flat_new.get(key)
+        if re.sub(r"\[\d+\]", "", key) not in _FREE_ON_RESUME
+        and flat_old.get(key) != flat_new.get(key)
     ]
-
-
-def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run by their dotted names, without where several data sets lie."""
-    found = _dotted(values)
-    if sources := found.get("data.datasets"):
-        found["data.datasets"] = [{**source, "path": None} for source in sources]
-    return found
 
 
 def local_paths(config: "RunConfig") -> dict[str, str]:
     """Return the options that name what a run reads here, by their dotted names."""
-    given = _dotted({**to_values(config), "training": {}})
-    for number, source in enumerate(given.pop("data.datasets", None) or ()):
-        given[f"data.datasets[{number}].path"] = source["path"]
-    return {k: v for k, v in given.items() if isinstance(v, str) and Path(v).is_absolute()}
+    values = _dotted({**to_values(config), "training": {}})
+    return {k: v for k, v in values.items() if isinstance(v, str) and Path(v).is_absolute()}
 
 
 def without_folders(value: T, config: "RunConfig") -> T:
@@ -212,9 +190,11 @@ def _absolute(value: str) -> str:
 
 
 def _dotted(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run by their dotted names."""
-    found: dict[str, Any] = {}
+    """Return the options of a run by their dotted names, those of several data sets by number."""
+    dotted: dict[str, Any] = {}
     for name, value in values.items():
         is_section = isinstance(value, dict)
-        found |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
-    return found
+        dotted |= {f"{name}.{k}": v for k, v in value.items()} if is_section else {name: value}
+    for number, source in enumerate(dotted.pop("data.datasets", None) or ()):
+        dotted |= {f"data.datasets[{number}].{key}": value for key, value in source.items()}
+    return dotted

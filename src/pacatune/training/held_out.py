@@ -9,7 +9,7 @@ from torch import nn
 
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, read_values
-from pacatune.training.language import task_of
+from pacatune.training.language import Task
 
 _BATCH_SIZE = 4
 _TASKS = ("sft", "classifier")
@@ -30,7 +30,7 @@ class HeldOut:
             raise ValueError(
                 f"{path}: a run of the task {task!r} has no held-out loss of one model."
             )
-        self._task = task_of(RunConfig(**values))
+        self._task = Task(RunConfig(**values))
         examples = self._task.evaluation
         if examples is None:
             raise ValueError(f"{path} holds out no data.")

@@ -1,14 +1,14 @@
 """Language models for training: tokenizer, plan, weights; and what all tasks on them share."""
 
+import copy
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
 from pacatune.data.checks import fingerprint
-from pacatune.data.encode import reads_variable, with_defaults
+from pacatune.data.encode import Encoder, reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
@@ -30,56 +30,90 @@ from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
 from pacatune.precision import choose_dtype
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import to_values
+from pacatune.training.output import TrainedOn
 from pacatune.training.progress import main_console, show_warnings
 from pacatune.training.report import Report
-from pacatune.training.start import settle
 from pacatune.training.task import (
     Plan,
     TaskData,
     make_adapter_config,
     make_plan,
-    make_trainable,
     reset_heads,
 )
-from pacatune.training.tasks import TaskSpec, load
+from pacatune.training.tasks import ModelKind, load
 from pacatune.training.trainer import RunTrainer
 
 
 class Task:
-    """One run, whose methods may be called in any order: what they need is found out by then.
+    """One run, whose methods may be called in any order: what they need is found out by then."""
 
-    Args:
-        config: The run.
-        trainer: A `RunTrainer`, mostly put before TRL's class.
-        prepare: Reads and encodes the data of a run, given its tokenizer.
-        tags: Tags of the model card, beside the method's.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        trainer: type[RunTrainer],
-        prepare: Callable[[RunConfig, PreTrainedTokenizerBase], TaskData],
-        tags: tuple[str, ...] = (),
-    ) -> None:
-        self.config = settle(config)
-        self.values = to_values(self.config)
-        """What config.yaml says of the run."""
-        self.config.training = self.config.training.resolved()
-        self.spec: TaskSpec = self.config.spec
-        self.trainer_class, self.tags, self._prepare_data = trainer, tags, prepare
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.spec = config, config.spec
+        self.trainer_class: type[RunTrainer] = load(self.spec.trainer)
+        self.arguments = config.training.resolved()
+        """The options of `training` as a trainer takes them."""
 
     @cached_property
     def data(self) -> TaskData:
         """The data, read when it is first asked for."""
-        return self._prepare_data(self.config, load_tokenizer(self.config))
+        data: TaskData = self.trainer_class.prepare(self)
+        return data
+
+    @property
+    def kind(self) -> ModelKind:
+        """What the model does, which images in the data may change."""
+        return self.data.kind or self.spec.kind
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer with the chat template and stop token of the run."""
-        return self.data.tokenizer
+        return load_tokenizer(self.config)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The configuration of the base."""
+        return pretrained.load_config(self.model_path, revision=self.config.model.revision)
+
+    @property
+    def model_path(self) -> str:
+        """The hub id of the base, or the absolute path of a local folder."""
+        return pretrained.find_model(self.config.model.path)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens at which a generation of this model ends."""
+        ids = {self.tokenizer.eos_token_id}
+        if not is_gguf(self.config.model.path):  # which has one such token, the tokenizer's
+            with suppress(OSError):  # Older models have no generation_config.json.
+                revision = self.config.model.revision
+                generation = GenerationConfig.from_pretrained(self.model_path, revision=revision)
+                stops = generation.eos_token_id
+                ids |= set(stops if isinstance(stops, list) else [stops])
+        return ids - {None}
+
+    def encoder(self, **options: Any) -> Encoder:
+        """Return what makes tokens of the task's examples; `options` are its own."""
+        limit = self.config.training.max_length
+        return Encoder(
+            **{
+                "tokenizer": self.tokenizer,
+                "stop_ids": self.stop_ids,
+                "max_length": limit,
+                **options,
+            }
+        )
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type in which the weights of the model are held."""
+        checkpoint = getattr(self.model_config, "dtype", None)
+        return choose_dtype(
+            self.config.model.dtype,
+            checkpoint if isinstance(checkpoint, torch.dtype) else None,
+            # A new head learns with the rest.
+            full=self.config.method == "full" or self.spec.methods is CLASSIFIER_METHODS,
+            use_cpu=self.arguments.use_cpu,
+        )
 
     @property
     def train(self) -> Any:
@@ -92,25 +126,29 @@ class Task:
         return self.data.examples.evaluation
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Digest of the data, by which a resumed run knows that it is the same."""
+    def trained_on(self) -> TrainedOn:
+        """What checkpoints say of the run, by which it is continued."""
         parts = [part for part in (self.train, self.evaluation) if part is not None]
-        return fingerprint(parts, self.data.columns)
+        sizes = ("world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+        return TrainedOn(
+            fingerprint=fingerprint(parts, self.data.columns),
+            split=[getattr(self.arguments, name) for name in sizes],
+        )
 
     @cached_property
     def plan(self) -> Plan:
         """What is trained, found out on a model without weights, as the data asks for it."""
-        config, model_config = self.config, load_model_config(self.config)
+        config, model_config = self.config, copy.deepcopy(self.model_config)
         model_config.update(dict(self.data.model_options))
         if (bits := config.model.quantization) is not None:
             path = config.model.path
             pretrained.check_quantizable(bits, model_config, path, option="model.quantization")
         model = pretrained.empty_model(
-            getattr(transformers, self.data.kind.auto_class),
+            getattr(transformers, self.kind.auto_class),
             model_config,
             attn_implementation=config.model.attn_implementation,
         )
-        adapter = make_adapter_config(config, model, task_type=self.data.kind.task_type)
+        adapter = make_adapter_config(config, model, self.kind.task_type)
         return make_plan(model, adapter, config)
 
     def about_data(self) -> str:
@@ -121,7 +159,7 @@ class Task:
 
     def warnings(self) -> list[str]:
         """Return what looks wrong with data or model."""
-        examples, text_config = self.data.examples, load_model_config(self.config).get_text_config()
+        examples, text_config = self.data.examples, self.model_config.get_text_config()
         longest, most = examples.longest, getattr(text_config, "max_position_embeddings", None)
         if most is None or longest <= most:
             return [*examples.warnings]
@@ -157,16 +195,16 @@ class Task:
 
     def load_model(self) -> nn.Module:
         """Load the weights in the type that the run asks for."""
-        config, dtype, data = self.config, weights_dtype(self.config), self.data
+        config, data = self.config, self.data
         options: dict[str, Any] = dict(getattr(config.training, "model_init_kwargs", None) or {})
-        options |= quantization_options(config, dtype) | dict(data.model_options)
+        options |= quantization_options(config, self.dtype) | dict(data.model_options)
         if "num_labels" in data.model_options:
             options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
         with suppress_seqcls_warning():  # that a head is new
             model: nn.Module = pretrained.load_weights(
-                getattr(transformers, data.kind.auto_class),
-                model_path(config),
-                dtype=dtype,
+                getattr(transformers, self.kind.auto_class),
+                self.model_path,
+                dtype=self.dtype,
                 revision=config.model.revision,
                 attn_implementation=config.model.attn_implementation,
                 use_safetensors=True,
@@ -175,20 +213,6 @@ class Task:
         if data.new_head is not None:  # of other classes, it may have the same size
             reset_heads(model)
         return model
-
-    def make_trainer(
-        self, model: nn.Module, adapter_config: PeftConfig | None, **options: Any
-    ) -> Any:
-        """Return the trainer with ours before it; TRL's put the adapter on the model."""
-        if self.spec.is_of_trl:
-            options["peft_config"] = adapter_config
-        else:
-            model = make_trainable(model, adapter_config, self.config.method)
-        return self.trainer_class(
-            model=model,
-            processing_class=self.data.examples.processor or self.tokenizer,
-            **{**options, **self.data.trainer_options},
-        )
 
     def show(self, data: Any, num_examples: int, console: Console) -> None:
         """Print the first examples of prepared data, and what is learned of them."""
@@ -210,7 +234,7 @@ class Task:
 
     def how_to_load(self, report: Report) -> str:
         """Return code that loads the model, or the adapter on its base, and pacatune's commands."""
-        method, (auto_class, task_type, _) = METHODS[self.config.method], self.data.kind
+        method, (auto_class, task_type, _) = METHODS[self.config.method], self.kind
         if not method.has_adapter:
             return (
                 f"```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
@@ -246,21 +270,10 @@ class Task:
         )
 
 
-def task_of(config: RunConfig) -> Task:
-    """Return the `Task` of a run."""
-    task: Task = load(config.spec.run)(config)
-    return task
-
-
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the token that pads: the tokenizer's own, or the one that ends."""
     padding = tokenizer.pad_token_id
     return tokenizer.eos_token_id if padding is None else padding
-
-
-def model_path(config: RunConfig) -> str:
-    """Return the hub id, or the absolute path of a local folder."""
-    return pretrained.find_model(config.model.path)
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -272,7 +285,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         None if config.adapter is None else base.load_tokenizer(str(locate_folder(config.adapter)))
     )
     if tokenizer is None:
-        tokenizer = pretrained.load_tokenizer(model_path(config), revision=config.model.revision)
+        tokenizer = pretrained.load_tokenizer(
+            pretrained.find_model(config.model.path), revision=config.model.revision
+        )
     if getattr(config.data, "chat_template", None) is not None:
         tokenizer.chat_template = read_template(config.data.chat_template)
     if isinstance(tokenizer.chat_template, dict):
@@ -308,57 +323,25 @@ def set_variables(writer: Any, config: RunConfig) -> None:
     writer.chat_template = with_defaults(writer.chat_template, variables)
 
 
-def find_stop_ids(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens at which a generation of this model ends."""
-    ids = {tokenizer.eos_token_id}
-    if is_gguf(config.model.path):  # which has one such token, the tokenizer's
-        return ids - {None}
-    try:
-        generation = GenerationConfig.from_pretrained(
-            model_path(config), revision=config.model.revision
-        )
-    except OSError:  # Older models have no generation_config.json.
-        return ids - {None}
-    stops = generation.eos_token_id
-    return ids | set(stops if isinstance(stops, list) else [stops]) - {None}
-
-
 def quantization_options(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return what from_pretrained needs to quantise the model, with products in `dtype`."""
     if config.model.quantization is None:
         return {}
     # FSDP shards weights of one dtype together, and floating ones only.
     is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    made = pretrained.bitsandbytes_config(
+    quantization = pretrained.bitsandbytes_config(
         config.model.quantization,
         dtype,
         double=config.model.double_quantization,
         storage=dtype if is_sharded else None,
     )
-    return {"quantization_config": made}
-
-
-def weights_dtype(config: RunConfig) -> torch.dtype:
-    """Return the type in which the weights of the run's model are held."""
-    checkpoint = getattr(load_model_config(config), "dtype", None)
-    return choose_dtype(
-        config.model.dtype,
-        checkpoint if isinstance(checkpoint, torch.dtype) else None,
-        # A new head learns with the rest.
-        full=config.method == "full" or config.spec.methods is CLASSIFIER_METHODS,
-        use_cpu=config.training.use_cpu,
-    )
-
-
-def load_model_config(config: RunConfig) -> Any:
-    """Return the configuration of the base."""
-    return pretrained.load_config(model_path(config), revision=config.model.revision)
+    return {"quantization_config": quantization}
 
 
 def preview(config: RunConfig, num_examples: int, *, console: Console | None = None) -> None:
     """Show the first training examples and what is learned of them, without loading weights."""
-    task = task_of(config)
-    console = main_console(task.config, console)
+    task = Task(config)
+    console = main_console(task.arguments, console)
     data = task.data.examples
     task.show(data.train, num_examples, console)
     show_warnings(data.warnings, console)  # after the examples, where they are seen

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import socket
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,26 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from pacatune.files.owned_folder import OwnedFolder
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import (
     CONFIG_NAME,
     changed_keys,
     config_text,
+    local_paths,
     read_values,
+    to_values,
 )
-from pacatune.training.folder import run_folder
 from pacatune.training.progress import say
 
 STATE_NAME = "trainer_state.json"
+# Written last: a run that has it is finished.
+REPORT_NAME = "report.json"
+# The names that a resumed run may write; its configuration it only reads.
+_RESUMED_OUTPUTS = (
+    *("checkpoint-*", "*.safetensors*", "*.json", "*.md", "*.png", "*.jinja", "*.tiktoken"),
+    *("tokenizer.*", "vocab.*", "merges.txt", "completions", "runs"),
+)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # What others write there for a run: TensorBoard's callback and TRL's table of completions.
@@ -54,13 +64,6 @@ class TrainedOn:
     launched_by: str = ""
     """What decides the form of its states."""
 
-    @classmethod
-    def of(cls, fingerprint: str, training: Any) -> "TrainedOn":
-        """Return what a run is trained on."""
-        accumulation = training.gradient_accumulation_steps
-        split = [training.world_size, training.per_device_train_batch_size, accumulation]
-        return cls(fingerprint=fingerprint, split=split)
-
     @property
     def num_examples(self) -> int:
         """Examples per optimizer step."""
@@ -74,6 +77,61 @@ class TrainedOn:
     def to_state(self) -> dict[str, Any]:
         """Return what stands in trainer_state.json, among the states of callbacks."""
         return {"args": asdict(self), "attributes": {}}
+
+
+def run_folder(folder: str | Path) -> OwnedFolder:
+    """Return the output folder of a run, which owns what runs wrote there."""
+    return OwnedFolder(
+        path=Path(folder).expanduser(), kind="a training run", option="`training.output_dir`"
+    )
+
+
+def check_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder in which this run would lose or mix something.
+
+    It must be possible to make and write it, and it may hold nothing but what is this run's.
+    """
+    output = run_folder(str(config.training.output_dir))
+    folder = output.path
+    for option, path in local_paths(config).items() if folder.is_dir() else ():
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`{option}` ({path}) lies in the output folder {folder}, which this run writes; "
+                "choose another `training.output_dir`."
+            )
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one of them.")
+    if resume and not is_begun(folder):
+        raise ValueError(f"{folder} holds no run to resume; start it without --resume.")
+    if resume and is_finished(folder):
+        raise ValueError(f"the run in {folder} is finished; there is nothing to resume.")
+    output.check(_RESUMED_OUTPUTS if resume else ("*",))
+    results = {name.partition("/")[0] for name in output.owned()} - {CONFIG_NAME, "runs"}
+    if results and not resume and not overwrite:
+        going_on = "" if is_finished(folder) else "continue with --resume, "
+        raise FileExistsError(
+            f"output folder {folder} holds another run ({', '.join(sorted(results)[:3])}); choose "
+            f"another `training.output_dir`, {going_on}or delete it with --overwrite."
+        )
+    above = (folder.absolute(), *folder.absolute().parents)
+    place = next(path for path in above if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # of no name, since others list the folder
+    except OSError as error:
+        raise PermissionError(
+            f"nothing can be written in {place} ({error.strerror}); choose another "
+            "`training.output_dir`."
+        ) from error
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds a run, of whatever options."""
+    return run_folder(folder).is_ours and (folder / CONFIG_NAME).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has its result."""
+    return (folder / REPORT_NAME).exists()
 
 
 def why_fixed(training: Any) -> str | None:
@@ -127,22 +185,23 @@ def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -
 
 def open_folder(
     config: RunConfig,
-    values: dict[str, Any],
     now: TrainedOn,
     checkpoint: Path | None,
+    arguments: Any,
     console: Console,
 ) -> None:
     """Delete what an older run left and write config.yaml, or say where an older run goes on."""
     from accelerate import PartialState
 
     PartialState().wait_for_everyone()  # until all have looked at the folder as it was
-    if config.training.process_index == 0:
-        output = run_folder(str(config.training.output_dir))
+    if arguments.process_index == 0:
+        output = run_folder(arguments.output_dir)
         if checkpoint is None:
             if old := sorted({name.partition("/")[0] for name in output.owned()}):
                 say(console, f"deleting from {output.path}: {', '.join(old)}")
             output.start_anew()
-            output.write(CONFIG_NAME, config_text(values, config.repeat_command(CONFIG_NAME)))
+            command = config.repeat_command(CONFIG_NAME)
+            output.write(CONFIG_NAME, config_text(to_values(config), command))
         else:
             said = f"resuming after step {checkpoint.name.rpartition('-')[2]}: {checkpoint}"
             before = trained_on(checkpoint)

@@ -4,22 +4,17 @@ The reference of DPO and KTO is the model itself with the adapter off; no second
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from pacatune.data.encode import Encoder
 from pacatune.data.preference import prepare_judged, prepare_pairs
-from pacatune.training.config import RunConfig
-from pacatune.training.language import Task, find_stop_ids, pad_id
+from pacatune.training.language import Task, pad_id
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import READER, WRITER
 from pacatune.training.trainer import RunTrainer
 
 
@@ -30,40 +25,37 @@ class PreparedTrainer(RunTrainer):
         return dataset
 
 
-def prepare_dpo(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_dpo(task: Task) -> TaskData:
     """Encode pairs of answers."""
+    number = task.config.training.dataset_num_proc
     return TaskData(
-        examples=prepare_pairs(*_encoding(config, tokenizer)),
-        tokenizer=tokenizer,
-        kind=WRITER,
+        examples=prepare_pairs(task.config.data, task.encoder(), number),
         columns=("prompt_ids", "chosen_ids", "rejected_ids"),
     )
 
 
-def prepare_kto(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_kto(task: Task) -> TaskData:
     """Encode judged answers, each beside the answer of its neighbour in the batch, if TRL asks."""
-    training, data = config.training, prepare_judged(*_encoding(config, tokenizer))
+    training = task.config.training
+    data = prepare_judged(task.config.data, task.encoder(), training.dataset_num_proc)
     if training.loss_type != "apo_zero_unpaired":
         size, held_out = training.per_device_train_batch_size, data.evaluation
         held_out = None if held_out is None else with_neighbours(held_out, size)
         data = replace(data, train=with_neighbours(data.train, size), evaluation=held_out)
     return TaskData(
         examples=data,
-        tokenizer=tokenizer,
-        kind=WRITER,
         columns=("prompt_ids", "completion_ids", "label"),
         fixed_split="KTO compares an answer with its neighbour in the batch of a process",
     )
 
 
-def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare_reward(task: Task) -> TaskData:
     """Encode pairs of whole texts; the model gets a new head, saved with the adapter."""
+    number = task.config.training.dataset_num_proc
     return TaskData(
-        examples=prepare_pairs(*_encoding(config, tokenizer, learn_all=True)),
-        tokenizer=tokenizer,
-        kind=READER,
+        examples=prepare_pairs(task.config.data, task.encoder(learn_all=True), number),
         columns=("chosen_ids", "rejected_ids"),
-        collator=DataCollatorForPreference(pad_token_id=pad_id(tokenizer)),
+        collator=DataCollatorForPreference(pad_token_id=pad_id(task.tokenizer)),
         loss=loss_of_scores,
         model_options={"num_labels": 1},
     )
@@ -72,18 +64,19 @@ def prepare_reward(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Tas
 class PairTrainer(PreparedTrainer, DPOTrainer):
     """TRL's for DPO."""
 
+    prepare = staticmethod(prepare_dpo)
+
 
 class JudgedTrainer(PreparedTrainer, KTOTrainer):
     """TRL's for KTO."""
+
+    prepare = staticmethod(prepare_kto)
 
 
 class ScoreTrainer(PreparedTrainer, RewardTrainer):
     """TRL's for reward models."""
 
-
-dpo = partial(Task, trainer=PairTrainer, prepare=prepare_dpo, tags=("dpo", "trl"))
-kto = partial(Task, trainer=JudgedTrainer, prepare=prepare_kto, tags=("kto", "trl"))
-reward = partial(Task, trainer=ScoreTrainer, prepare=prepare_reward, tags=("reward-trainer", "trl"))
+    prepare = staticmethod(prepare_reward)
 
 
 def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -93,20 +86,6 @@ def loss_of_scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """
     chosen, rejected = model(**batch).logits.squeeze(-1).chunk(2)
     return -logsigmoid(chosen - rejected).mean()
-
-
-def _encoding(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, learn_all: bool = False
-) -> tuple[Any, Encoder, int | None]:
-    """Return what the preparation of the data takes."""
-    training = config.training
-    encoder = Encoder(
-        tokenizer=tokenizer,
-        stop_ids=find_stop_ids(config, tokenizer),
-        max_length=training.max_length,
-        learn_all=learn_all,
-    )
-    return config.data, encoder, training.dataset_num_proc
 
 
 def with_neighbours(data: Dataset, batch_size: int) -> Dataset:

@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from pacatune.files.folder import format_bytes
 from pacatune.measure.device import peak_process_bytes
-from pacatune.training.config import RunConfig
 from pacatune.training.report import Report
 
 _NUM_LINES = 20
@@ -122,9 +121,9 @@ def peak_memory_bytes() -> tuple[int, str]:
     return peak_process_bytes(), "process_peak_resident"
 
 
-def main_console(config: RunConfig, console: Console | None) -> Console:
+def main_console(arguments: TrainingArguments, console: Console | None) -> Console:
     """Return the console of the main process; the others get one that prints nothing."""
-    if config.training.process_index != 0:
+    if arguments.process_index != 0:
         return Console(quiet=True)
     return console or Console()
 

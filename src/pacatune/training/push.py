@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from pacatune.adapters.folder import CONFIG_NAME as ADAPTER_CONFIG
 from pacatune.training.config_file import CONFIG_NAME
-from pacatune.training.folder import run_folder
+from pacatune.training.output import run_folder
 
 # What a run keeps in its folder to go on, and its log.
 _KEPT_HERE = ("checkpoint-*", "runs/*")
@@ -40,7 +40,7 @@ def push_result(folder: Path, repository: str, arguments: Any, *, with_config: b
     """
     left_out = [*_KEPT_HERE, *([] if with_config else [CONFIG_NAME])]
     owned = run_folder(folder).owned()
-    names = [name for name in owned if not any(fnmatchcase(name, one) for one in left_out)]
+    names = [name for name in owned if not any(fnmatchcase(name, pattern) for pattern in left_out)]
     contents: dict[str, Any] = {name: str(folder / name) for name in names}
     if ADAPTER_CONFIG in contents:
         contents[ADAPTER_CONFIG] = _public_config(folder / ADAPTER_CONFIG)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,20 @@ from pacatune.pretrained import refuse_no_weights
 from pacatune.reports.provenance import versions
 from pacatune.training.codes import CodeWatch
 from pacatune.training.config import RunConfig
-from pacatune.training.config_file import CONFIG_NAME, without_folders
-from pacatune.training.folder import (
+from pacatune.training.config_file import CONFIG_NAME, to_values, without_folders
+from pacatune.training.language import Task
+from pacatune.training.output import (
     REPORT_NAME,
     check_folder,
-    is_begun,
-    is_finished,
-    run_folder,
-)
-from pacatune.training.language import Task, model_path, task_of, weights_dtype
-from pacatune.training.output import (
-    TrainedOn,
     check_same_options,
     find_checkpoint,
+    is_begun,
+    is_finished,
     last_checkpoint,
     open_folder,
     read_state,
     refuse_missing_weights,
+    run_folder,
     what_is_intact,
     why_fixed,
 )
@@ -68,10 +64,9 @@ from pacatune.training.selecting import (
     check_selection,
     choose_from_data,
     describe_columns,
-    share_of_batches,
 )
 from pacatune.training.start import check_quantization
-from pacatune.training.task import count_trainable
+from pacatune.training.task import count_trainable, make_trainable
 from pacatune.training.trainer import StopOnSignal, TrainingDiverged, TrainingInterrupted
 from pacatune.tuner.residency_report import residency_report
 
@@ -123,103 +118,86 @@ def train(
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
         ConnectionError: If the hub cannot be written to.
     """
-    task = task_of(config)
-    console = main_console(task.config, console)
-    return _train(task, console, resume, overwrite, push_to_hub, push_config)
-
-
-def _train(
-    task: Task,
-    console: Console,
-    resume: bool,
-    overwrite: bool,
-    push_to_hub: str | None,
-    push_config: bool,
-) -> Report:
-    config, folder = task.config, Path(str(task.config.training.output_dir))
+    task = Task(config)
+    arguments, console = task.arguments, main_console(task.arguments, console)
+    folder, checkpoint, repository = Path(arguments.output_dir), None, None
     check_folder(config, resume=resume, overwrite=overwrite)
     refuse_no_weights(config.model.path)
     if resume:
-        check_same_options(task.values, folder)
-    repository = None
-    if push_to_hub is not None and config.training.process_index == 0:
-        repository = open_repository(push_to_hub, config.training)
+        check_same_options(to_values(config), folder)
+    if push_to_hub is not None and arguments.process_index == 0:
+        repository = open_repository(push_to_hub, arguments)
     show_plan(task, console)
-    now, checkpoint = TrainedOn.of(task.fingerprint, config.training), None
     if resume:
-        fixed = task.data.fixed_split or why_fixed(config.training)
-        checkpoint = find_checkpoint(now, folder, fixed=fixed)
+        fixed = task.data.fixed_split or why_fixed(arguments)
+        checkpoint = find_checkpoint(task.trained_on, folder, fixed=fixed)
     trainer = make_trainer(task, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
-    open_folder(config, task.values, now, checkpoint, console)
+    open_folder(config, task.trained_on, checkpoint, arguments, console)
     run_trainer(trainer, task, checkpoint, console)
     save_weights(trainer, folder)
     report = save_report(task, trainer, folder)
     show_result(report, folder, console)
     if repository is not None:
-        where = push_result(folder, repository, config.training, with_config=push_config)
+        where = push_result(folder, repository, arguments, with_config=push_config)
         say(console, f"uploaded to {where}")
     return report
 
 
 def start_or_resume(
-    config: RunConfig,
-    *,
-    push_to_hub: str | None = None,
-    push_config: bool = False,
-    console: Console | None = None,
+    config: RunConfig, *, console: Console | None = None, **options: Any
 ) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
     For launchers that repeat a command when a process has died; None if the run was finished.
+    `options` are those of `train`.
     """
-    task = task_of(config)
-    console = main_console(task.config, console)
-    folder = Path(str(task.config.training.output_dir))
+    arguments = config.training.resolved()
+    console, folder = main_console(arguments, console), Path(arguments.output_dir)
     begun, checkpoint = is_begun(folder), last_checkpoint(folder)
-    found = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
-    others = set(gather_object([found]))
-    if len(others) > 1:
+    state = "a finished run" if is_finished(folder) else str(checkpoint or "no checkpoint")
+    states = set(gather_object([state]))
+    if len(states) > 1:
         raise ValueError(
-            f"the processes see different things in {folder} ({', '.join(sorted(others))}); put "
+            f"the processes see different things in {folder} ({', '.join(sorted(states))}); put "
             "`training.output_dir` on a disk that all nodes share."
         )
     if begun:
-        check_same_options(task.values, folder)
+        check_same_options(to_values(config), folder)
     if begun and is_finished(folder):
         say(console, f"the run in {folder} is finished")
         return None
     resume = begun and checkpoint is not None
     # Without a checkpoint, what was begun is lost anyway.
-    return _train(task, console, resume, begun and not resume, push_to_hub, push_config)
+    return train(config, resume=resume, overwrite=begun and not resume, console=console, **options)
 
 
 def show_plan(task: Task, console: Console) -> None:
     """Look at everything but the weights, and say what is trained."""
-    config = task.config
-    check_environment(config)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and config.training.device.type == "cpu":
+    config, plan = task.config, task.plan
+    check_environment(task)
+    check_selection(plan.adapter, task.arguments)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and task.arguments.device.type == "cpu":
         # What `accelerate launch` was told; it ignores it on CPUs without a word.
         show_warnings(["accelerate shards nothing on CPUs: this run copies the model."], console)
-    plan = task.plan
-    check_selection(config, plan.adapter)
     everything = "the head" if config.method == "head" else "every weight"
-    for line in (
-        f"data: {task.about_data()}",
+    say(console, f"data: {task.about_data()}")
+    say(
+        console,
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
-    ):
-        say(console, line)
+    )
     show_warnings(task.warnings(), console)
 
 
-def check_environment(config: RunConfig) -> None:
+def check_environment(task: Task) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
-    training, plugin = config.training, config.training.deepspeed_plugin
-    if training.n_gpu > 1:
+    arguments, plugin = task.arguments, task.arguments.deepspeed_plugin
+    method = METHODS[task.config.method]
+    if arguments.n_gpu > 1:
         raise ValueError(
-            f"{training.n_gpu} GPUs are visible to one process; start one process per GPU with "
-            f"`torchrun --nproc_per_node {training.n_gpu} YOUR_SCRIPT`, or set "
+            f"{arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
+            f"`torchrun --nproc_per_node {arguments.n_gpu} YOUR_SCRIPT`, or set "
             "CUDA_VISIBLE_DEVICES=0 to train on one."
         )
     used = {name for name, value in os.environ.items() if value == "true"}
@@ -229,45 +207,42 @@ def check_environment(config: RunConfig) -> None:
     for name, needed, reason in _SETTINGS:
         switch = "FSDP" if name.startswith("FSDP") else "PARALLELISM_CONFIG"
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else needed).lower()
-        matters = METHODS[config.method].is_paca or reason is not _NOT_SENT
+        matters = method.is_paca or reason is not _NOT_SENT
         if f"ACCELERATE_USE_{switch}" in used and value != needed and matters:
             raise ValueError(
                 f"`{name.lower()}` ({value}) in the configuration of accelerate must be {needed}: "
                 f"{reason}."
             )
     saves_none = plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model
-    if saves_none and not METHODS[config.method].has_adapter:
+    if saves_none and not method.has_adapter:
         raise ValueError(
             "`zero3_save_16bit_model` (false) in the configuration of accelerate must be true: "
-            f"otherwise no process has the result of `method` ({config.method!r}) to save it."
+            f"otherwise no process has the result of `method` ({method.name!r}) to save it."
         )
 
 
 def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     """Load the weights, choose columns where data decides about them, and return the trainer."""
-    config = task.config
-    arguments = _adjusted_arguments(
-        config, has_evaluation=task.evaluation is not None, checkpoint=checkpoint
-    )
+    config, arguments = task.config, _adjusted_arguments(task, checkpoint)
     set_seed(arguments.seed)
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if start is not None:
         show_warnings(check_base(start, model), console)
-    collate = partial(task.collate, task.train)
-    batches = share_of_batches(len(task.train), config, collate)
-    adapter_config = choose_from_data(
-        config, task.plan.adapter, model, batches, checkpoint, console, loss_fn=task.data.loss
-    )
-    trainer = task.make_trainer(
-        model,
-        adapter_config,
+    adapter_config = choose_from_data(task, model, checkpoint, console)
+    options: dict[str, Any] = {"peft_config": adapter_config} if task.spec.is_of_trl else {}
+    if not task.spec.is_of_trl:
+        model = make_trainable(model, adapter_config, config.method)
+    trainer = task.trainer_class(
+        model=model,
         args=arguments,
         train_dataset=task.train,
         eval_dataset=task.evaluation,
-        callbacks=[],
+        processing_class=task.data.examples.processor or task.tokenizer,
+        **options,
+        **task.data.trainer_options,
     )
-    trainer.trained_on = TrainedOn.of(task.fingerprint, arguments)
+    trainer.trained_on = task.trained_on
     trainer.has_new_head = task.data.new_head is not None
     if start is not None and checkpoint is None:
         check_quantization(start, trainer.model.peft_config["default"])
@@ -277,15 +252,21 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    _add_callbacks(trainer, config, checkpoint)
-    if METHODS[config.method].is_paca and is_packed(model_path(config)):
-        trainer.add_callback(CodeWatch(trainer.model, model_path(config), console))
+    for display in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(display)
+    if config.early_stopping_patience is not None:
+        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
+        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
+        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
+        trainer.add_callback(callback)
+    if METHODS[config.method].is_paca and is_packed(task.model_path):
+        trainer.add_callback(CodeWatch(trainer.model, task.model_path, console))
     return trainer
 
 
-def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: Path | None) -> Any:
+def _adjusted_arguments(task: Task, checkpoint: Path | None) -> Any:
     """Return a copy of the training arguments that fits the data and the checkpoint to continue."""
-    arguments = copy.copy(config.training)
+    arguments, has_evaluation = copy.copy(task.arguments), task.evaluation is not None
     if not has_evaluation:
         arguments.eval_strategy = type(arguments.eval_strategy)("no")
         arguments.do_eval = False
@@ -299,20 +280,8 @@ def _adjusted_arguments(config: RunConfig, *, has_evaluation: bool, checkpoint: 
     return arguments
 
 
-def _add_callbacks(trainer: Any, config: RunConfig, checkpoint: Path | None) -> None:
-    """Take out the trainer's display of progress, and add what the options ask for."""
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    if config.early_stopping_patience is not None:
-        callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
-        states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
-        vars(callback).update(states.get("EarlyStoppingCallback", {}).get("attributes", {}))
-        trainer.add_callback(callback)
-
-
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
-    config = task.config
     said = "saving a checkpoint, then stopping; again to stop at once"
     stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
     progress = ProgressReporter(console, trainer.meter)
@@ -331,16 +300,16 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
             "length of the examples, or set `training.gradient_checkpointing` to true."
         ) from error
     except RewardError as error:
-        kept = last_checkpoint(Path(str(config.training.output_dir)))
+        kept = last_checkpoint(Path(trainer.args.output_dir))
         go_on = "start again" if kept is None else f"continue from {kept} with --resume"
         raise RewardError(f"{error} Mend the function, then {go_on}.") from error
     finally:
         progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        path = Path(str(config.training.output_dir)) / CONFIG_NAME
+        path = Path(trainer.args.output_dir) / CONFIG_NAME
         raise TrainingInterrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; continue "
-            f"with `{config.repeat_command(path)} --resume`"
+            f"with `{task.config.repeat_command(path)} --resume`"
         )
 
 
@@ -349,8 +318,8 @@ def _make_report(task: Task, trainer: Any) -> Report:
     train_losses, train_loss = train_curve(log)
     eval_losses = curve_of(log, "eval_loss")
     peak, peak_kind = peak_memory_bytes()
-    dtype = dtype_name(weights_dtype(config))
-    known = {
+    dtype = dtype_name(task.dtype)
+    values = {
         "task": config.task,
         "eval_loss_before": eval_losses[0][1] if eval_losses else None,
         "train_loss": train_loss,
@@ -366,7 +335,7 @@ def _make_report(task: Task, trainer: Any) -> Report:
         "saved_activation_bytes": trainer.saved_activation_bytes,
         "lean": None if trainer.lean_report is None else trainer.lean_report.to_dict(),
         "method": config.method,
-        "model": model_path(config),
+        "model": task.model_path,
         "adapter": config.adapter,
         "targets": list(task.plan.targets),
         "columns": describe_columns(trainer.model),
@@ -384,8 +353,8 @@ def _make_report(task: Task, trainer: Any) -> Report:
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
-    known |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
-    report = Report(**without_folders(known | _held_out(trainer), config))
+    values |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
+    report = Report(**without_folders(values | _held_out(trainer), config))
     report.warnings = [*report.warnings, *report.risen()]
     return report
 

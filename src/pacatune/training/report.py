@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Curve = list[tuple[int, float]]
 
 
+_OF_METRICS = ("train_metrics", "eval_metrics", "eval_metrics_after")
 # Entries of the trainer's log that are no metrics of the task.
 _NOT_METRICS = (
     "step",
@@ -88,7 +89,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     """What was found in the data, and whether the loss rose."""
 
-    tokens_per_second: float | None = None
+    tokens_per_second: float
     """Tokens that are not padding, of all processes, per second of steps."""
     train_metrics: dict[str, Curve] | None = None
     """Metric of training beside the loss, by the trainer's name -> (step, mean since the last
@@ -100,13 +101,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what report.json holds: nothing of what the task has not."""
-        left_out = {"task"}
-        if not self.spec.metrics:
-            left_out |= {"train_metrics", "eval_metrics", "eval_metrics_after"}
-        if self.tokens_per_second is None:
-            left_out.add("tokens_per_second")
-        values = asdict(self)
-        return {name: values[name] for name in values if name not in left_out}
+        of_metrics = () if self.spec.metrics else _OF_METRICS
+        return {k: v for k, v in asdict(self).items() if k not in ("task", *of_metrics)}
 
     @property
     def spec(self) -> TaskSpec:
@@ -122,13 +118,13 @@ class Report:
         """Return the results as pairs of text."""
         share = self.num_trainable_parameters / max(self.num_parameters, 1)
         step = "-" if self.step_ms is None else f"{self.step_ms:,.1f} ms"
-        saved, speed = self.saved_activation_bytes, self.tokens_per_second
+        saved = self.saved_activation_bytes
         computed = f", computed in {self.compute_dtype}" * (self.compute_dtype != self.dtype)
         return [
             *self.outcome(),
             ("trained parameters", f"{self.num_trainable_parameters:,} ({share:.3%})"),
             ("time per step (median)", step),
-            *([] if speed is None else [("tokens per second", f"{speed:,.0f}")]),
+            ("tokens per second", f"{self.tokens_per_second:,.0f}"),
             (f"peak memory ({self.peak_memory_kind})", format_bytes(self.peak_memory_bytes)),
             ("kept for backward", "-" if saved is None else format_bytes(saved)),
             ("lean activations", _lean(self.lean)),
@@ -191,12 +187,12 @@ def write_report(report: Report, folder: Path) -> None:
 
 def card_front(task: "Task", model: str) -> str:
     """Return what the hub reads of a card; a model in a folder is left out, as none of its."""
-    method = METHODS[task.config.method]
+    method, tags = METHODS[task.config.method], getattr(task.trainer_class, "_tag_names", ())
     front = {
         "base_model": model,
         "library_name": "peft" if method.has_adapter else "transformers",
-        "pipeline_tag": task.data.kind.pipeline_tag,
-        "tags": sorted({task.config.method, "pacatune", *task.tags}),
+        "pipeline_tag": task.kind.pipeline_tag,
+        "tags": sorted({task.config.method, "pacatune", *tags}),
     }
     if Path(task.config.model.path).expanduser().exists():
         del front["base_model"]
@@ -237,8 +233,8 @@ def train_curve(log: list[dict[str, Any]]) -> tuple[Curve, float | None]:
 
 def curve_of(log: list[dict[str, Any]], name: str) -> Curve:
     """Return what the trainer's log says of a metric, one value per step."""
-    found = {int(e["step"]): float(e[name]) for e in log if e.get(name) is not None}
-    return sorted(found.items())
+    curve = {int(e["step"]): float(e[name]) for e in log if e.get(name) is not None}
+    return sorted(curve.items())
 
 
 def metrics_of(log: list[dict[str, Any]], prefix: str = "") -> dict[str, Curve]:
@@ -260,11 +256,11 @@ def metrics_of(log: list[dict[str, Any]], prefix: str = "") -> dict[str, Curve]:
 def _lean(report: dict[str, Any] | None) -> str:
     if report is None:
         return "off"
-    made = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
-    if made and report.get("level", 1) > 1:
-        made = f"level {report['level']}: {made}"
+    lean = ", ".join(f"{len(names)} x {kind}" for kind, names in report["made"].items())
+    if lean and report.get("level", 1) > 1:
+        lean = f"level {report['level']}: {lean}"
     left = "; ".join(f"not {names[0]}: {reason}" for reason, names in report["left"].items())
-    return "; ".join(filter(None, [made or "nothing to make lean", left]))
+    return "; ".join(filter(None, [lean or "nothing to make lean", left]))
 
 
 def four_digits(value: float | None) -> str:

@@ -108,17 +108,17 @@ def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
     It looks at what stands between the last <answer> and </answer>, or at the whole text where
     there is none. What it cannot read scores 0.
     """
-    made = reasoning_gym_data(data)
+    dataset = reasoning_gym_data(data)
     from reasoning_gym.utils import extract_answer  # only now is it sure to be installed
 
-    entry_of = lru_cache(maxsize=1024)(made.__getitem__)
+    entry_of = lru_cache(maxsize=1024)(dataset.__getitem__)
 
     def score(completion: Any, index: int) -> float:
         text = completion if isinstance(completion, str) else completion[-1]["content"]
-        found = extract_answer(text)
-        answer = text.strip() if found is None else found
+        marked = extract_answer(text)
+        answer = text.strip() if marked is None else marked
         try:
-            return float(made.score_answer(answer, entry_of(index)))
+            return float(dataset.score_answer(answer, entry_of(index)))
         except Exception:
             # Verifiers parse what a model wrote, and some raise what they please.
             return 0.0

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -22,12 +21,25 @@ from pacatune.data.config import PromptDataConfig
 from pacatune.data.formats import row_variables
 from pacatune.data.prompts import prepare_prompts
 from pacatune.integrations.trl import column_sync
-from pacatune.training.config import RunConfig
 from pacatune.training.language import Task
 from pacatune.training.rewards import load_rewards
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import WRITER
 from pacatune.training.trainer import RunTrainer
+
+
+def prepare(task: Task) -> TaskData:
+    """Read the prompts, and find the rewards."""
+    length = task.config.training.max_completion_length or 0
+    section = cast(PromptDataConfig, task.config.data)
+    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
+    rewards = load_rewards(task.config.reward, section)
+    return TaskData(
+        examples=data,
+        columns=("row",),
+        trainer_options={"reward_funcs": rewards},
+        fixed_split="each process samples answers of its own",
+        length_option="`training.max_completion_length`, or shorten the prompts",
+    )
 
 
 class SamplingTrainer(RunTrainer):
@@ -36,6 +48,8 @@ class SamplingTrainer(RunTrainer):
     Answers are sampled from the very weights that are trained. Where they serve several steps, a
     checkpoint waits for the last of these: from there a resumed run samples what this one does.
     """
+
+    prepare = staticmethod(prepare)
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
         self._sampled: list[Tensor] = []
@@ -72,8 +86,8 @@ class SamplingTrainer(RunTrainer):
             gap = (self._logps - inputs["sampled_logps"]).abs()[mask]
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name, of in (("mean", torch.mean), ("max", torch.max)):
-                found = of(self.accelerator.gather(of(gap)))
-                metrics[f"sampling/sampling_logp_difference/{name}"].append(found.item())
+                value = of(self.accelerator.gather(of(gap)))
+                metrics[f"sampling/sampling_logp_difference/{name}"].append(value.item())
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,30 +169,9 @@ class SamplingTrainer(RunTrainer):
             logs["eval_reward"] = math.nan
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """Read the prompts, and find the rewards."""
-    length = config.training.max_completion_length or 0
-    section = cast(PromptDataConfig, config.data)
-    data = prepare_prompts(section, tokenizer, num_new_tokens=length)
-    rewards = load_rewards(config.reward, section)
-    return TaskData(
-        examples=data,
-        tokenizer=tokenizer,
-        kind=WRITER,
-        columns=("row",),
-        trainer_options={"reward_funcs": rewards},
-        fixed_split="each process samples answers of its own",
-        length_option="`training.max_completion_length`, or shorten the prompts",
-    )
-
-
-class GroupTrainer(SamplingTrainer, GRPOTrainer):
+class GRPOSamplingTrainer(SamplingTrainer, GRPOTrainer):
     """TRL's for GRPO."""
 
 
-class LeaveOneOutTrainer(SamplingTrainer, RLOOTrainer):
+class RLOOSamplingTrainer(SamplingTrainer, RLOOTrainer):
     """TRL's for RLOO."""
-
-
-grpo = partial(Task, trainer=GroupTrainer, prepare=prepare, tags=("grpo", "trl"))
-rloo = partial(Task, trainer=LeaveOneOutTrainer, prepare=prepare, tags=("rloo", "trl"))

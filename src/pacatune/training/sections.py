@@ -40,9 +40,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "model.")
-
-    def refuse_missing(self) -> None:
-        """Refuse a section that says no model."""
         if not self.path:
             raise ValueError(
                 f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
@@ -101,20 +98,16 @@ class PacaSection(PacaChoices):
         values = self._choices()
         if self.from_file:
             from pacatune.selection import load_columns
+            from pacatune.strategies import strategies
 
-            values["selection"] = load_columns(Path(str(self.selection)).expanduser())
+            path = Path(str(self.selection)).expanduser()
+            if not path.exists():
+                raise ValueError(
+                    f"`paca.selection` ({self.selection!r}) is no strategy, and no file or folder "
+                    f"of this name exists; {suggest(str(self.selection), strategies())}"
+                )
+            values["selection"] = load_columns(path)
         return copy.deepcopy(values)
-
-
-def check_selection_file(name: str) -> None:
-    """Refuse what is neither a strategy nor there to be read."""
-    from pacatune.strategies import strategies
-
-    if not Path(name).expanduser().exists():
-        raise ValueError(
-            f"`paca.selection` ({name!r}) is no strategy, and no file or folder of this name "
-            f"exists; {suggest(name, strategies())}"
-        )
 
 
 @dataclass(kw_only=True)

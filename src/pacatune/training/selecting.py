@@ -3,7 +3,8 @@
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +15,13 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from pacatune.training.config import RunConfig
+from pacatune.training.language import Task
 from pacatune.training.progress import say
 
 
-def check_selection(config: RunConfig, adapter_config: PeftConfig | None) -> None:
+def check_selection(adapter_config: PeftConfig | None, arguments: Any) -> None:
     """Refuse a choice from data where no process has the whole model."""
-    options, plugin = cast(Any, adapter_config), config.training.deepspeed_plugin
+    options, plugin = cast(Any, adapter_config), arguments.deepspeed_plugin
     if not _needs_gradients(options):
         return
     why = None
@@ -37,21 +38,14 @@ def check_selection(config: RunConfig, adapter_config: PeftConfig | None) -> Non
 
 
 def choose_from_data(
-    config: Any,
-    adapter_config: PeftConfig | None,
-    model: nn.Module,
-    batches: Iterable[Any],
-    checkpoint: Path | None,
-    console: Console,
-    *,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    task: Task, model: nn.Module, checkpoint: Path | None, console: Console
 ) -> PeftConfig | None:
     """Return a copy of the adapter's configuration, with columns where data decides about them.
 
-    The batches, this process's share, are made only if they are needed; so is the model moved to
-    the run's device, if it is not quantised. A run that goes on from a checkpoint has its columns.
+    Only then is the model moved to the run's device, if it is not quantised. A run that goes on
+    from a checkpoint has its columns.
     """
-    adapter: Any = copy.deepcopy(adapter_config)
+    adapter: Any = copy.deepcopy(task.plan.adapter)
     if not _needs_gradients(adapter):
         return cast(PeftConfig | None, adapter)
     if checkpoint is not None:
@@ -63,24 +57,21 @@ def choose_from_data(
         return cast(PeftConfig, adapter)
     from pacatune.selection import choose_columns, collect_statistics
 
+    arguments, number = task.arguments, task.config.paca.selection_batches
     if not getattr(model, "is_quantized", False):
-        model.to(config.training.device)
+        model.to(arguments.device)
     was_training = model.training
-    if config.training.gradient_checkpointing:
+    if arguments.gradient_checkpointing:
         # Renamed within version 5 of transformers.
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or cast(Any, model).gradient_checkpointing_enable
-        enable(config.training.gradient_checkpointing_kwargs)
+        enable(arguments.gradient_checkpointing_kwargs)
         model.train()  # transformers checkpoints in training only
     start = time.perf_counter()
-    shown = track(
-        batches,
-        "collecting gradients",
-        config.paca.selection_batches,
-        console=console,
-        transient=True,
-    )
-    statistics = collect_statistics(model, shown, adapter, loss_fn=loss_fn)
+    collate = partial(task.collate, task.train)
+    batches = share_of_batches(len(task.train), number, arguments, collate)
+    shown = track(batches, "collecting gradients", number, console=console, transient=True)
+    statistics = collect_statistics(model, shown, adapter, loss_fn=task.data.loss)
     model.train(was_training)
     seconds = time.perf_counter() - start
     chosen = f"columns chosen by {adapter.selection}"
@@ -89,17 +80,16 @@ def choose_from_data(
 
 
 def share_of_batches(
-    num_examples: int, config: Any, collate: Callable[[list[int]], Any]
+    num_examples: int, num_batches: int, arguments: Any, collate: Callable[[list[int]], Any]
 ) -> Iterator[Any]:
     """Yield this process's share of the batches, drawn from the data in a seeded order.
 
     All processes together see the batches that one process alone would see.
     """
-    training = config.training
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
     order = torch.randperm(num_examples, generator=generator, device="cpu")
-    parts = order.split(training.per_device_train_batch_size)[: config.paca.selection_batches]
-    for part in islice(parts, training.process_index, None, training.world_size):
+    parts = order.split(arguments.per_device_train_batch_size)[:num_batches]
+    for part in islice(parts, arguments.process_index, None, arguments.world_size):
         yield collate(part.tolist())
 
 

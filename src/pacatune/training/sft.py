@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import (
@@ -18,40 +17,33 @@ from pacatune.data.encode import IGNORED
 from pacatune.data.formats import open_image
 from pacatune.data.prepare import prepare_data
 from pacatune.pretrained import load_processor
-from pacatune.training.config import RunConfig
-from pacatune.training.language import (
-    Task,
-    find_stop_ids,
-    model_path,
-    set_variables,
-)
+from pacatune.training.language import Task, set_variables
 from pacatune.training.task import TaskData
-from pacatune.training.tasks import WRITER, ModelKind
+from pacatune.training.tasks import ModelKind
 from pacatune.training.trainer import RunTrainer
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers in which flash attention keeps packed examples apart."""
 
 
-def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+def prepare(task: Task) -> TaskData:
     """Read, encode and check texts or chats; the model is another one where they have images."""
-    training = config.training
+    training = task.config.training
     if training.packing and training.packing_strategy == "wrapped":
         raise ValueError(
             "`training.packing_strategy` ('wrapped') lets examples attend to each other; use 'bfd' "
             "or 'bfd_split'."
         )
     splits = training.packing and training.packing_strategy == "bfd_split"
-    data = prepare_data(
-        cast(DataConfig, config.data),
-        tokenizer,
+    config = cast(DataConfig, task.config.data)
+    encoder = task.encoder(
         max_length=None if splits else training.max_length,
-        stop_ids=find_stop_ids(config, tokenizer),
-        num_processes=training.dataset_num_proc,
-        load_processor=partial(_load_processor, config, tokenizer),
+        learn_all=config.loss == "all",
+        special_tokens=config.special_tokens,
     )
+    data = prepare_data(config, encoder, training.dataset_num_proc, partial(_load_processor, task))
     if data.processor is None:
-        return TaskData(examples=data, tokenizer=tokenizer, kind=WRITER)
+        return TaskData(examples=data)
     if training.packing or training.padding_free:
         raise ValueError(
             "`training.packing` and `training.padding_free` are for texts, and the data has "
@@ -62,17 +54,17 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskData:
     )
     return TaskData(
         examples=data,
-        tokenizer=tokenizer,
         kind=ModelKind("AutoModelForImageTextToText", None, "image-text-to-text"),
         collator=collator,
         trainer_options={"data_collator": collator},
     )
 
 
-def _load_processor(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Any:
-    processor = load_processor(model_path(config), revision=config.model.revision)
+def _load_processor(task: Task) -> Any:
+    config = task.config
+    processor = load_processor(task.model_path, revision=config.model.revision)
     if config.data.chat_template is not None:
-        processor.chat_template = tokenizer.chat_template
+        processor.chat_template = task.tokenizer.chat_template
     else:
         set_variables(processor, config)
     return processor
@@ -93,6 +85,8 @@ def collate_images(rows: list[dict[str, Any]], *, collate: Any) -> dict[str, Any
 
 class TextTrainer(RunTrainer, SFTTrainer):
     """TRL's on data that is prepared; it packs where that is safe."""
+
+    prepare = staticmethod(prepare)
 
     def __init__(self, *, model: Any, args: Any, **kwargs: Any) -> None:
         if packs(args, model):
@@ -134,9 +128,6 @@ class TextTrainer(RunTrainer, SFTTrainer):
         if learned := int((labels[:, 1:] != IGNORED).sum()) * (number > 0):
             self._evaluated += torch.tensor([float(loss.detach()) * learned, learned], device="cpu")
         return result
-
-
-sft = partial(Task, trainer=TextTrainer, prepare=prepare, tags=("sft", "trl"))
 
 
 def packs(training: Any, model: Any) -> bool:

@@ -1,5 +1,6 @@
 """Runs that start from a finished adapter: its columns and options stay, its values go on."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,36 +20,28 @@ from pacatune.format.options import FILE_TYPES, format_quantization
 from pacatune.methods import METHODS, adapter_config
 from pacatune.selection import load_columns
 from pacatune.strategies import strategies
-from pacatune.training.config import RunConfig
-from pacatune.training.sections import check_selection_file
+from pacatune.training.config import RunConfig, changed
 
 
-def settle(config: RunConfig) -> RunConfig:
-    """Return a complete run: settled, and with the options of the adapter that it starts from."""
-    config = config.settled()
-    config.refuse_missing()
-    if METHODS[config.method].is_paca and config.paca.from_file:
-        check_selection_file(str(config.paca.selection))
-    if config.adapter is not None:
-        _take_options(config)
-    return config
+def take_options(config: RunConfig, typed: Mapping[str, Collection[str]]) -> None:
+    """Fill a run's sections with its adapter's options; refuse those that contradict it.
 
-
-def _take_options(config: RunConfig) -> None:
-    """Fill the sections with the adapter's options; refuse those that contradict it."""
+    `typed` has the options of each section that are set, be it to their defaults.
+    """
     saved = read_start(config)
     for name in METHODS[config.method].sections:
-        section, typed = getattr(config, name), config.typed(name)
+        section = getattr(config, name)
         for option in fields(section):
             # How many batches choose columns, no adapter says.
             kept = _in_order(getattr(saved, option.name, option.default))
             if option.name == "selection" and kept not in strategies():
                 kept = option.default  # "fixed", or a strategy that left; the columns are there
-            given = typed.get(option.name)
+            value = _in_order(getattr(section, option.name))
+            is_set = option.name in typed[name] or option.name in changed(section)
             # A saved run names no patterns where the default was fitted to narrow weights.
-            if _in_order(given) not in (None, {}, kept):
+            if is_set and value not in (None, {}, kept):
                 raise ValueError(
-                    f"`{name}.{option.name}` ({given!r}) contradicts `adapter` ({config.adapter}), "
+                    f"`{name}.{option.name}` ({value!r}) contradicts `adapter` ({config.adapter}), "
                     f"which has {kept!r} and is trained as it is; drop the option, or start "
                     "without the adapter."
                 )
@@ -59,14 +52,14 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, set | list) else value
 
 
-def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
+def read_start(config: RunConfig) -> PeftConfig:
     """Return the checked configuration of the adapter that a run starts from, ready to train."""
     path = find_file(locate_folder(str(config.adapter)), CONFIG_NAME)
-    found, method = read_json_object(path), METHODS[config.method]
-    kind = {
-        **dict.fromkeys(FILE_TYPES, "paca"),
-        "LORA": "dora" if found.get("use_dora") else "lora",
-    }.get(str(found.get("peft_type")), str(found.get("peft_type")).lower())
+    values, method = read_json_object(path), METHODS[config.method]
+    peft_type = str(values.get("peft_type"))
+    kind = "paca" if peft_type in FILE_TYPES else peft_type.lower()
+    if kind == "lora" and values.get("use_dora"):
+        kind = "dora"
     if kind not in (method.name, method.variant_of):
         raise ValueError(
             f"`adapter` ({config.adapter}) is of the kind {kind!r}, and `method` ({method.name!r}) "
@@ -80,7 +73,8 @@ def read_start(config: RunConfig, task_type: str | None = None) -> PeftConfig:
         saved = adapter_config(method, **options)
     else:
         saved = read_lora_config(path)
-    if task_type is not None and saved.task_type not in (None, task_type):
+    task_type = config.spec.kind.task_type
+    if saved.task_type not in (None, task_type):
         raise ValueError(
             f"`adapter` ({config.adapter}) is for the task type {saved.task_type}, and this run "
             f"trains {task_type}; give an adapter that such a run made."
@@ -95,8 +89,8 @@ def check_quantization(adapter: Adapter | LoraAdapter, fresh: PeftConfig) -> Non
     before = getattr(adapter.config, "base_quantization", None)
     here = getattr(fresh, "base_quantization", None)
     if before not in (None, here):
-        found = repr(format_quantization(here)) if here else "not quantised"
+        now = repr(format_quantization(here)) if here else "not quantised"
         raise ValueError(
             f"{adapter.folder} was trained on a base quantised as {format_quantization(before)!r}, "
-            f"and here it is {found}; set `model.quantization` to what it was."
+            f"and here it is {now}; set `model.quantization` to what it was."
         )

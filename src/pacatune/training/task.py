@@ -8,7 +8,6 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from pacatune import lean
 from pacatune.data.prepare import PreparedData
@@ -40,8 +39,8 @@ class Plan:
         for name, shape in self.targets.items():
             shapes.setdefault(name.rpartition(".")[2], []).append(shape)
         return [
-            f"{len(found)} x {name}" + (f" ({found[0]})" if len(set(found)) == 1 else "")
-            for name, found in shapes.items()
+            f"{len(sizes)} x {name}" + (f" ({sizes[0]})" if len(set(sizes)) == 1 else "")
+            for name, sizes in shapes.items()
         ]
 
 
@@ -50,8 +49,8 @@ class TaskData:
     """What a task on a language model makes of its data, and what that asks of the others."""
 
     examples: PreparedData
-    tokenizer: PreTrainedTokenizerBase
-    kind: ModelKind
+    kind: ModelKind | None = None
+    """What the model does, where that is not what the task's table says."""
     columns: tuple[str, ...] = ("input_ids", "labels")
     """Those by which a resumed run knows the data again."""
     collator: Callable[[list[Any]], Any] | None = None
@@ -71,9 +70,9 @@ class TaskData:
 
 
 def make_adapter_config(
-    config: RunConfig, model: nn.Module | None = None, **options: Any
+    config: RunConfig, model: nn.Module, task_type: str | None
 ) -> PeftConfig | None:
-    """Return the PEFT configuration of a run, `options` over its own; None without an adapter.
+    """Return the PEFT configuration of a run on a model; None without an adapter.
 
     Targets that are not set become the model's default, the same for every method.
     """
@@ -85,16 +84,15 @@ def make_adapter_config(
     if not method.has_adapter:
         return None
     if config.adapter is not None:
-        adapter = read_start(config, options.get("task_type"))
+        adapter = read_start(config)
     else:
-        adapter = adapter_config(method, **{**config.adapter_options(), **options})
-    if model is not None:
-        if adapter.target_modules is None:
-            adapter.target_modules = default_targets(model)
-        if config.adapter is None:
-            refuse_idle_layers(adapter)
-            if method.is_paca:
-                fit_ranks(model, adapter)
+        adapter = adapter_config(method, **config.adapter_options(), task_type=task_type)
+    if adapter.target_modules is None:
+        adapter.target_modules = default_targets(model)
+    if config.adapter is None:
+        refuse_idle_layers(adapter)
+        if method.is_paca:
+            fit_ranks(model, adapter)
     return adapter
 
 
@@ -110,9 +108,13 @@ def make_trainable(model: Any, adapter: PeftConfig | None, method: str) -> nn.Mo
 def find_heads(model: Any) -> list[str]:
     """Return the names of the modules that turn features into classes."""
     body = getattr(model, model.base_model_prefix, None)
-    found = [child for child in model.children() if child is not body]
+    others = [child for child in model.children() if child is not body]
     modules = model.named_modules()
-    return [name for name, one in modules if one in found and any(True for _ in one.parameters())]
+    return [
+        name
+        for name, module in modules
+        if module in others and any(True for _ in module.parameters())
+    ]
 
 
 def reset_heads(model: nn.Module) -> None:

@@ -40,11 +40,11 @@ READER = ModelKind("AutoModelForSequenceClassification", "SEQ_CLS", "text-classi
 class TaskSpec:
     """What tells one task from another, known without torch.
 
-    `run` and `arguments` are named as `module.name`, since they import torch and TRL.
+    `trainer` and `arguments` are named as `module.name`, since they import torch and TRL.
     """
 
-    run: str
-    """Makes the `Task` of a `RunConfig`, with its trainer and what reads its data."""
+    trainer: str
+    """A `RunTrainer`, mostly put before TRL's class, whose `prepare` reads the data."""
     arguments: str
     """TRL's or transformers' class of arguments, or one of ours that begins with
     `SharedDefaults`."""
@@ -82,7 +82,7 @@ class TaskSpec:
 
 def _on_rewards(name: str) -> TaskSpec:
     return TaskSpec(
-        run=f"pacatune.training.rl.{name.lower()}",
+        trainer=f"pacatune.training.rl.{name}SamplingTrainer",
         arguments=f"trl.{name}Config",
         data=PromptDataConfig,
         rate_share=0.1,
@@ -103,7 +103,7 @@ def _on_rewards(name: str) -> TaskSpec:
 
 TASKS: dict[str, TaskSpec] = {
     "sft": TaskSpec(
-        run="pacatune.training.sft.sft",
+        trainer="pacatune.training.sft.TextTrainer",
         arguments="trl.SFTConfig",
         data=DataConfig,
         refuse=_TEMPLATE
@@ -116,7 +116,7 @@ TASKS: dict[str, TaskSpec] = {
         },
     ),
     "dpo": TaskSpec(
-        run="pacatune.training.preference.dpo",
+        trainer="pacatune.training.preference.PairTrainer",
         arguments="trl.DPOConfig",
         data=PreferenceDataConfig,
         rate_share=0.1,
@@ -129,7 +129,7 @@ TASKS: dict[str, TaskSpec] = {
         },
     ),
     "kto": TaskSpec(
-        run="pacatune.training.preference.kto",
+        trainer="pacatune.training.preference.JudgedTrainer",
         arguments="trl.KTOConfig",
         data=PreferenceDataConfig,
         rate_share=0.1,
@@ -139,7 +139,7 @@ TASKS: dict[str, TaskSpec] = {
         metrics={"rewards/margins": "held-out reward margin"},
     ),
     "reward": TaskSpec(
-        run="pacatune.training.preference.reward",
+        trainer="pacatune.training.preference.ScoreTrainer",
         arguments="trl.RewardConfig",
         data=PreferenceDataConfig,
         kind=READER,
@@ -150,7 +150,7 @@ TASKS: dict[str, TaskSpec] = {
     "grpo": _on_rewards("GRPO"),
     "rloo": _on_rewards("RLOO"),
     "classifier": TaskSpec(
-        run="pacatune.training.classifier.classifier",
+        trainer="pacatune.training.classifier.ClassTrainer",
         arguments="pacatune.training.arguments.ClassifierTrainingConfig",
         data=TextClassConfig,
         kind=READER,

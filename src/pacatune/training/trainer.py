@@ -26,17 +26,17 @@ from pacatune.files.owned_folder import to_json
 from pacatune.lean import LeanReport
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_weights, readable_weights
-from pacatune.training.folder import run_folder
 from pacatune.training.output import (
     STATE_NAME,
     TrainedOn,
     last_checkpoint,
     refuse_missing_weights,
+    run_folder,
     trained_on,
     what_is_intact,
 )
 from pacatune.training.progress import Meter
-from pacatune.training.task import find_heads
+from pacatune.training.task import TaskData, find_heads
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,6 +62,8 @@ class RunTrainer(Trainer):
     trained_on: TrainedOn
     """What each checkpoint says of itself; how it was launched is added."""
     lean_report: LeanReport | None = None
+    prepare: Callable[[Any], TaskData]
+    """Reads and encodes the data of a task, and says what that asks of the model."""
     has_new_head = False
     """Whether the model's head learns at `head_learning_rate`, and not as the rest."""
 
@@ -397,7 +399,7 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = dict[int, Any]()
 
         def restore() -> None:
             for number, handler in before.items():
@@ -409,7 +411,7 @@ class StopOnSignal(TrainerCallback):
             self._notify()
 
         for number in _SIGNALS:
-            signal.signal(number, receive)
+            before[number] = signal.signal(number, receive)
         try:
             yield
         finally:
