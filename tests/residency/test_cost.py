@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pacatune.residency import resident
+from tests.frames import frames_of_pacatune
 from tests.residency import net
 
 
@@ -68,3 +69,15 @@ def test_evaluation_writes_once_if_told_to(base, model, x, writes):
         assert len(writes) == len(net.layers(model))
         assert all(layer.residency.is_written for layer in net.layers(model))
     net.assert_base(base, model)
+
+
+def test_python_that_a_pass_runs_for_each_layer(model, x):
+    """Frames cost as much as kernels where tokens are few."""
+    model(x).sum().backward()
+    with frames_of_pacatune() as forward:
+        loss = model(x.requires_grad_()).sum()
+    with frames_of_pacatune() as backward:
+        loss.backward()
+    assert max(forward.values()) == max(backward.values()) == 2  # each function, in two layers
+    assert forward.total() <= 2 * 15 + 4
+    assert backward.total() <= 2 * 9

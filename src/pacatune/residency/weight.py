@@ -111,6 +111,7 @@ class Residency:
         self.weight: Tensor | None = None
         self.weight_version = -1
         self.address = 0
+        self.written_base = 0, 0
         self.is_on_gpu = False
         self.kept: Kept | None = None
         self.written: Written | None = None
@@ -219,6 +220,7 @@ class Residency:
         kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
+        self.written_base = self.base()
         self.is_on_gpu = is_on_gpu(self.weight)
         return kept
 
