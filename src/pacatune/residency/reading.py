@@ -88,7 +88,7 @@ def _open(residency: Residency, update: Update, writes: bool) -> tuple[Tensor, b
     del weight  # to a write it would look like somebody else's
     with LOCK:
         if not (writes and residency.write(update)):
-            residency.restore()
+            residency.restore_together(only_stale=True)
         # Asked again, since a signal handler may have looked in between.
         weight, epoch = residency.find_weight(), residency.epoch
         if weight is None:

@@ -343,6 +343,13 @@ class Residency:
                 self.refuse_changed()
             restore_all([self])
 
+    def restore_together(self, *, only_stale: bool = False) -> None:
+        """Restore all whose columns come and go with these, or are old as well, by one launch."""
+        with LOCK:
+            if self.is_written and (group := self._together()) is not None:
+                restore_all(m for m in group.members() if m.is_stale or not only_stale)
+            self.restore()
+
     def pretrained_weight(self) -> Tensor:
         """Return the (O, I) pretrained weight as a copy, for traced graphs: they must not write."""
         assert self.weight is not None
@@ -354,7 +361,7 @@ class Residency:
         with LOCK:
             group = self._together()
             if self.is_written and group is not None and group.looks_on():
-                restore_all(group.members())
+                self.restore_together()
             self.restore()
             if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
                 self.kept = None
