@@ -9,14 +9,14 @@ from typing import Any
 
 
 @contextmanager
-def frames_of_pacatune(*, and_others: bool = False) -> Iterator[Counter[str]]:
-    """Yield how often each function is called; named tuples are made by one, too."""
+def frames_of_pacatune(*others: str) -> Iterator[Counter[str]]:
+    """Yield how often each function is called, and those in other files; tuples are made by one."""
     calls: Counter[str] = Counter()
-    ours = ("/pacatune/", "<string>")
+    files = ("/pacatune/", "<string>", *others)
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and (and_others or any(name in code.co_filename for name in ours)):
+        if event == "call" and any(name in code.co_filename for name in files):
             calls[code.co_qualname] += 1
 
     before = sys.getprofile()
@@ -25,5 +25,3 @@ def frames_of_pacatune(*, and_others: bool = False) -> Iterator[Counter[str]]:
         yield calls
     finally:
         sys.setprofile(before)
-        calls.pop("_GeneratorContextManager.__exit__", None)  # of this one
-        calls.pop("frames_of_pacatune", None)

@@ -81,3 +81,16 @@ def test_python_that_a_pass_runs_for_each_layer(model, x):
     assert max(forward.values()) == max(backward.values()) == 2  # each function, in two layers
     assert forward.total() <= 2 * 15 + 4
     assert backward.total() <= 2 * 9
+
+
+def test_python_that_a_write_runs_for_each_layer(model, x, device):
+    optimizer = torch.optim.SGD(net.deltas(model), lr=0.1)
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+    first, second = (layer.residency for layer in net.layers(model))
+    with frames_of_pacatune() as calls:
+        assert first.write(first.last)
+    assert second.holds(second.last)
+    assert max(calls[name] for name in calls if name.startswith("Residency")) == 3
+    assert calls.total() <= {"cpu": 67, "gpu": 76}[device]  # as one after the other stands in

@@ -67,6 +67,7 @@ class Residency:
     # Where the weight's memory is: `weight.data = other` changes nothing else.
     _address_of: Callable[[Tensor], int] = staticmethod(Tensor.data_ptr)
     _check_columns: Callable[[Tensor, int, str], None] = staticmethod(check_columns)
+    tracks: Callable[[Tensor], bool] = staticmethod(is_tracked)
 
     def __init__(self, module: nn.Module) -> None:
         # Why nothing is ever written from now on, whatever else happens.
@@ -148,7 +149,7 @@ class Residency:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *(member._prepare(member.last) for member in others)]
+            moves = [first, *[member._prepare(member.last) for member in others]]
             put_all([move for move in moves if move is not None])
             return self.holds(update)
 
@@ -172,11 +173,12 @@ class Residency:
 
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
+        last = self.last
         return (
-            self.last is not None
-            and self.is_in_training()
-            and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
-            and not self.holds(self.last)
+            last is not None
+            and bool(last.delta.requires_grad)
+            and bool(last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
+            and not self.holds(last)
         )
 
     def _prepare(self, update: Update) -> "tuple[Residency, Put, Written] | None":
@@ -273,13 +275,7 @@ class Residency:
         """Return why columns can never be in what stands there, frozen or not."""
         return flaw_of(weight)
 
-    def tracks(self, delta: Tensor) -> bool:
-        """Whether every later change of delta will be noticed."""
-        return is_tracked(delta)
-
-    def obstacle(self, delta: Tensor) -> str | None:
-        """Return why the columns must not be written into W now; None if they may."""
-        return why_not_written(delta, self)
+    obstacle = why_not_written
 
     def forbid(self, reason: str) -> None:
         """Never write from now on; what is written stays until somebody reads it."""
