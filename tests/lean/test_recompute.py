@@ -9,6 +9,7 @@ from pacatune.lean.gated import ACTIVATIONS, overwriting
 from pacatune.lean.norm import Norm, apply_norm, source_of
 from pacatune.lean.recompute import recompute, state_of, why_not
 from pacatune.measure.counters import SavedBytes
+from tests.frames import frames_of_pacatune
 
 
 class Net(nn.Module):
@@ -128,6 +129,17 @@ def test_what_cannot_run_twice():
     assert state_of(net) is not None
     net.a.weight.register_hook(lambda grad: 2 * grad)
     assert state_of(net) is None
+
+
+def test_what_is_run_twice_is_looked_at_by_a_few_functions():
+    """Of any module: `modules()` would run three for each part, in each pass."""
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(9)))
+    with frames_of_pacatune("/nn/modules/module.py") as forward:
+        state = state_of(net)
+    with frames_of_pacatune("/nn/modules/module.py") as backward:
+        state.check()
+    assert len(state.versions) == 18
+    assert (forward.total(), backward.total()) == (5, 3)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def together(gate, up, delta, bias, activation="silu", is_resident=True):
     weight, indices = fixed(gate.dtype)
     if is_resident:
         weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
-    call = Call(SCALING, is_resident, activation=ACTIVATIONS[activation])
-    return apply_paca_linear(up, weight, delta, indices, bias, gate, call)
+    call = Call(SCALING, ACTIVATIONS[activation])
+    return apply_paca_linear(up, delta, indices, bias, gate, call, weight, is_resident)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])

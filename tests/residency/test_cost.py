@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pacatune.residency import resident
+from tests.frames import frames_of_pacatune
 from tests.residency import net
 
 
@@ -68,3 +69,28 @@ def test_evaluation_writes_once_if_told_to(base, model, x, writes):
         assert len(writes) == len(net.layers(model))
         assert all(layer.residency.is_written for layer in net.layers(model))
     net.assert_base(base, model)
+
+
+def test_python_that_a_pass_runs_for_each_layer(model, x):
+    """Frames cost as much as kernels where tokens are few."""
+    model(x).sum().backward()
+    with frames_of_pacatune() as forward:
+        loss = model(x.requires_grad_()).sum()
+    with frames_of_pacatune() as backward:
+        loss.backward()
+    assert max(forward.values()) == max(backward.values()) == 2  # each function, in two layers
+    assert forward.total() <= 2 * 15 + 4
+    assert backward.total() <= 2 * 9
+
+
+def test_python_that_a_write_runs_for_each_layer(model, x, device):
+    optimizer = torch.optim.SGD(net.deltas(model), lr=0.1)
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+    first, second = (layer.residency for layer in net.layers(model))
+    with frames_of_pacatune() as calls:
+        assert first.write(first.last)
+    assert second.holds(second.last)
+    assert max(calls[name] for name in calls if name.startswith("Residency")) == 3
+    assert calls.total() <= {"cpu": 67, "gpu": 76}[device]  # as one after the other stands in

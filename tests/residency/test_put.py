@@ -1,6 +1,7 @@
 """The kernel that puts all columns: on a GPU, or by Triton's interpreter (TRITON_INTERPRET=1)."""
 
 import os
+from collections import defaultdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pacatune.ops.columns import Update, adapted_columns, read_columns, with_col
 from pacatune.residency import put
 from pacatune.residency.put import Put, can_exchange, exchange, room_for
 from pacatune.strategies import random_columns
+from tests.frames import frames_of_pacatune
 from tests.residency.net import adapt, assert_base, deltas, layers
 from tests.residency.test_together import build, loss_of
 
@@ -161,3 +163,29 @@ def test_a_grid_ends_at_no_number_of_blocks_or_layers(monkeypatch) -> None:
     exchange([head])
     exchange(layers)
     assert grids == [(262_144 * 257 // 1024,), (2 * 70_000,)]
+
+
+def test_python_that_a_launch_runs_does_not_grow_with_its_weights(monkeypatch) -> None:
+    """Nor are addresses brought to the GPU again while they stay."""
+    launched = []
+
+    def launch(table, *args, **options):
+        launched.append(table)
+
+    monkeypatch.setattr(put, "_kernel", lambda: defaultdict(lambda: launch))
+    monkeypatch.setattr(put, "_triton_dtype", str)
+    totals = []
+    for number in (2, 20):
+        puts = []
+        for _ in range(number):
+            kept = room_for(torch.ones(4, 6), torch.tensor([1, 4]))
+            puts.append(Put(kept, Update(torch.ones(4, 2), kept.columns, 0.5)))
+        exchange(puts)
+        with frames_of_pacatune() as calls:
+            exchange(puts)
+        totals.append(calls.total())
+        assert launched[-1] is launched[-2]
+        puts[-1] = puts[-1]._replace(update=Update(torch.ones(4, 2), kept.columns, 0.5))
+        exchange(puts)
+        assert launched[-1] is not launched[-2]
+    assert totals[0] == totals[1]

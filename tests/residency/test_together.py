@@ -174,3 +174,30 @@ def test_a_model_that_is_gone_is_no_member(launches):
     launches.clear()
     loss_of(first, 1).backward()
     assert launches == [NUM_LAYERS]
+
+
+@pytest.mark.parametrize("what", ["disable", "set_adapter", "evaluation"])
+def test_what_restores_every_weight_is_one_launch(what, model, launches, writes):
+    """A preference loss without a reference model switches adapters off in each micro-batch.
+
+    PEFT's `disable_adapter` looks at all parameters before: two launches, see above.
+    """
+    base = weights(model)
+    optimizer = trained(model)
+    add_other(model)
+    for _ in range(2):
+        loss_of(model, 3).backward()
+        if what == "evaluation":  # of columns that a step has made old
+            optimizer.step()
+        launches.clear()
+        writes.clear()
+        with torch.no_grad():
+            if what == "disable":
+                model.base_model.disable_adapter_layers()
+            if what == "set_adapter":
+                model.set_adapter("other")
+            loss_of(model, 4)
+            assert all(map(torch.equal, weights(model), base))
+        assert (launches, len(writes)) == ([NUM_LAYERS], NUM_LAYERS)
+        model.base_model.enable_adapter_layers()
+        model.set_adapter("default")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from pacatune.lean.labels import Labels
 from pacatune.ops.tracing import NOT_LEAN, refuse_second_derivative
 
 Transform = Callable[[Tensor], Tensor]
@@ -66,9 +67,25 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device_type)
     loss_of = partial(_loss_of, transform, is_autocast, label_smoothing)
     rows = chunk_rows or _rows_per_chunk(len(weight))
-    call = ignore_index, reduction == "mean", rows, dtype, loss_of
+    places = _places_of(target, ignore_index)
+    call = places, reduction == "mean", rows, dtype, loss_of
     with torch.autocast(device_type, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, bias, target, call)
+        return _LinearCrossEntropy.apply(x, weight, bias, target.as_subclass(Tensor), call)
+
+
+def _places_of(target: Tensor, ignore_index: int) -> Tensor:
+    """Return the rows that count; their number is read by the host."""
+    copy = target.on_host() if isinstance(target, Labels) else None
+    if copy is None:
+        return _nonzero(target != ignore_index)
+    places = _nonzero(copy != ignore_index)
+    if target.is_cuda:
+        places = places.pin_memory()
+    return places.to(target.device, non_blocking=True)
+
+
+def _nonzero(counts: Tensor) -> Tensor:
+    return counts.nonzero().squeeze(1)
 
 
 def _loss_of(
@@ -97,9 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, call: Any
     ) -> Tensor:
-        ignore_index, is_mean, rows, dtype, loss_of = call
+        places, is_mean, rows, dtype, loss_of = call
         ctx.inputs = x.shape, x.dtype, weight.dtype, None if bias is None else bias.dtype
-        places = (target != ignore_index).nonzero().squeeze(1)
         chunks = _Chunks(weight, bias, dtype, loss_of, ctx.needs_input_grad)
         for of_chunk in places.split(rows):  # one without rows, if none counts
             chunks.add(of_chunk, x, target)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pacatune.lean.gated import Activation, apply_gated_product, overwriting
+from pacatune.lean.labels import is_away, with_copy
 from pacatune.lean.loss import LazyLogits
 from pacatune.lean.norm import Norm, apply_norm
 from pacatune.lean.recompute import NO_CUT, Cut, recompute, state_of
@@ -260,9 +261,12 @@ class LeanModel(LeanModule):
     """A model whose loss is computed from its head's `LazyLogits`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; tell its head if there are labels."""
-        if is_traced() or kwargs.get("labels") is None or not self.training or _has_own_loss(self):
+        """Run the model; tell its head if there are labels, which the host reads meanwhile."""
+        labels = kwargs.get("labels")
+        if is_traced() or labels is None or not self.training or _has_own_loss(self):
             return super().forward(*args, **kwargs)
+        if type(labels) is Tensor and is_away(labels):
+            kwargs["labels"] = with_copy(labels)
         token = _wants_loss.set(True)
         try:
             return super().forward(*args, **kwargs)

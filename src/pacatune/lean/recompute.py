@@ -62,18 +62,22 @@ class State(NamedTuple):
 
     module: nn.Module
     trained: tuple[nn.Parameter, ...]
-    versions: tuple[tuple["weakref.ref[Tensor]", tuple[int, int]], ...]
-    """All parameters, held weakly, since a weight that somebody holds is written no more."""
+    versions: tuple[tuple["weakref.ref[Tensor]", int, int], ...]
+    """All parameters, held weakly, since a weight that somebody holds is written no more.
+
+    Their versions, and their steps: fused optimisers count no versions, what PaCA trains does.
+    """
     adapters: tuple[Any, ...]
     """Which adapters are on, active and merged, and their factors, for each of PEFT's layers."""
 
     def check(self) -> None:
         """Refuse to run again what would be another function by now."""
-        for link, version in self.versions:
+        for link, version, num_steps in self.versions:
             parameter = link()
-            if parameter is None or _version_of(parameter) != version:
+            is_same = parameter is not None and parameter._version == version
+            if not (is_same and getattr(parameter, "num_steps", 0) == num_steps):
                 _refuse("of which a parameter was changed or replaced since its forward pass")
-        if _adapters(list(self.module.modules())) != self.adapters:
+        if _adapters(_parts_of(self.module)) != self.adapters:
             _refuse("whose adapters were switched, merged or scaled since its forward pass")
 
 
@@ -86,22 +90,31 @@ def _refuse(what: str) -> NoReturn:
 
 def state_of(module: nn.Module) -> State | None:
     """Return the state of a module; None if it cannot be run again, see `why_not`."""
-    parts = list(module.modules())
+    parts, versions, trained = _parts_of(module), [], {}
     if why_not(module, parts) is not None:
         return None
-    # Past the guard of adapted layers, which puts pretrained columns back for whoever looks.
-    found = (p for part in parts for p in dict.values(part.__dict__["_parameters"]))
-    parameters = [p for p in found if p is not None]
-    if any(p._backward_hooks for p in parameters):
-        return None  # they would see the gradient twice
-    trained = {id(p): p for p in parameters if p.requires_grad}
-    versions = tuple([(weakref.ref(p), _version_of(p)) for p in parameters])
-    return State(module, tuple(trained.values()), versions, _adapters(parts))
+    for part in parts:
+        # Past the guard of adapted layers, which puts pretrained columns back for whoever looks.
+        for p in dict.values(part.__dict__["_parameters"]):
+            if p is None:
+                continue
+            if p._backward_hooks:
+                return None  # they would see the gradient twice
+            versions.append((weakref.ref(p), p._version, getattr(p, "num_steps", 0)))
+            if p.requires_grad:
+                trained[id(p)] = p
+    return State(module, tuple(trained.values()), tuple(versions), _adapters(parts))
 
 
-def _version_of(parameter: Tensor) -> tuple[int, int]:
-    # Fused optimisers count no versions; what PaCA trains counts their steps.
-    return parameter._version, getattr(parameter, "num_steps", 0)
+def _parts_of(module: nn.Module) -> list[nn.Module]:
+    """Return what `modules()` does, which runs three functions for each; in another order."""
+    parts: list[nn.Module] = []
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        if (part := waiting.pop()) is not None:
+            parts.append(part)
+            waiting += part._modules.values()
+    return parts
 
 
 def _adapters(parts: list[nn.Module]) -> tuple[Any, ...]:
@@ -118,7 +131,7 @@ def _adapters(parts: list[nn.Module]) -> tuple[Any, ...]:
 
 def why_not(module: nn.Module, parts: list[nn.Module] | None = None) -> str | None:
     """Say why a module, and its parts, cannot be run twice; None if they can."""
-    for part in parts or module.modules():
+    for part in parts or _parts_of(module):
         values = part.__dict__
         if isinstance(part, _DropoutNd) and part.p > 0:
             return f"dropout ({part.p}) cannot be computed again"

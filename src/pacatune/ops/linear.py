@@ -14,7 +14,7 @@ The tests hold them to the same equations in plain autograd (tests/ops/reference
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,17 +25,6 @@ from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_produc
 from pacatune.ops.tracing import refuse_second_derivative
 
 Result = TypeVar("Result")
-
-
-class Source(Protocol):
-    """Where a backward pass finds its weight again, which its forward has therefore not saved."""
-
-    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
-        """Return compute(weight, is_resident) on the weight that the forward pass saw.
-
-        Args:
-            compute: Takes the (O, I) weight, and whether the adapted columns are in it now.
-        """
 
 
 class Elementwise(Protocol):
@@ -79,8 +68,8 @@ def paca_linear(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None =
     """
     _check_shapes(x, weight, update, bias)
     delta, indices, scaling = update
-    call = Call(scaling, is_resident=True)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, bias, None, call)
+    call = Call(scaling)
+    return _PacaLinear.apply(autocast(x), delta, indices, bias, None, call, weight, True)
 
 
 def paca_linear_additive(
@@ -109,8 +98,8 @@ def paca_linear_additive(
     """
     _check_shapes(x, weight, update, bias)
     delta, indices, scaling = update
-    call = Call(scaling, is_resident=False)
-    return _PacaLinear.apply(autocast(x), weight, delta, indices, bias, None, call)
+    call = Call(scaling)
+    return _PacaLinear.apply(autocast(x), delta, indices, bias, None, call, weight, False)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None) -> None:
@@ -155,20 +144,29 @@ def column_update(weight: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
     return torch.cat((cast(update.adapted(columns), dtype), cast(columns, dtype).neg()), 1)
 
 
-class Call(NamedTuple):
-    """What a pass is told beside its tensors."""
+class Call:
+    """What a pass is told beside its tensors; the weight of this one is saved and must stay.
 
-    scaling: float
-    is_resident: bool
-    """Whether the weight holds the adapted columns now."""
-    source: Source | None = None
-    """Has the weight in the backward pass; without one it is saved and must stay as it is."""
-    activation: Elementwise | None = None
-    """The layer is applied to act(gate) * x.
-
-    Of that nothing is kept: gate and x are kept by their product anyway, 2 I elements per token,
-    and two columns of them give one of it again.
+    Args:
+        scaling: alpha / R.
+        activation: The layer is applied to act(gate) * x. Of that nothing is kept: gate and x are
+            kept by their product anyway, 2 I elements per token, and two columns of them give one
+            of it again.
     """
+
+    __slots__ = ("activation", "scaling")
+    saves_weight = True
+
+    def __init__(self, scaling: float, activation: Elementwise | None = None) -> None:
+        self.scaling, self.activation = scaling, activation
+
+    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
+        """Return compute(weight, is_resident) on the weight of the forward pass, if not saved.
+
+        Args:
+            compute: Takes the (O, I) weight, and whether the adapted columns are in it now.
+        """
+        raise NotImplementedError
 
 
 class _PacaLinear(torch.autograd.Function):
@@ -178,16 +176,17 @@ class _PacaLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         delta: Tensor,
         indices: Tensor,
         bias: Tensor | None,
         gate: Tensor | None,
         call: Call,
+        weight: Tensor,
+        is_resident: bool,
     ) -> Tensor:
-        needs_x, _, needs_delta, _, _, needs_gate, _ = ctx.needs_input_grad
-        scaling, is_resident, source, activation = call
-        ctx.call = x.shape, call
+        needs_x, needs_delta, _, _, needs_gate, *_ = ctx.needs_input_grad
+        ctx.call = x.shape, call, is_resident
+        activation = call.activation
         kept = x_R = None
         if activation is not None and gate is not None:
             kept, x = x, activation.product(gate, x)
@@ -197,22 +196,25 @@ class _PacaLinear(torch.autograd.Function):
         # and backward then raises torch's own error instead of giving a mixed gradient.
         ctx.save_for_backward(
             x_R if kept is None and needs_delta else kept,
-            weight if (needs_x or needs_gate) and source is None else None,
+            weight if (needs_x or needs_gate) and call.saves_weight else None,
             delta,
             indices,
             gate,
         )
         y = owned(F.linear(x, weight, bias))
         if x_R is not None and not is_resident:
-            add_columns_(y, x_R, column_update(weight, Update(delta, indices, scaling), y.dtype))
+            update = Update(delta, indices, call.scaling)
+            add_columns_(y, x_R, column_update(weight, update, y.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("paca_linear")
-        needs_x, _, needs_delta, _, needs_bias, needs_gate, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # asked here: every layer's pass does
+            refuse_second_derivative("paca_linear")
+        needs_x, needs_delta, _, needs_bias, needs_gate, *_ = ctx.needs_input_grad
         kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
-        x_shape, (scaling, is_resident, source, activation) = ctx.call
+        x_shape, call, is_resident = ctx.call
+        scaling, activation = call.scaling, call.activation
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
         gx = gdelta = gbias = ggate = None
         if needs_delta:
@@ -223,17 +225,17 @@ class _PacaLinear(torch.autograd.Function):
                 x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
             gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
         if needs_x or needs_gate:
-            update = Update(delta_OR, indices_R, scaling)
-            if source is None:
+            update = delta_OR, indices_R, scaling
+            if call.saves_weight:
                 gx_NI = grad_x(gy_NO, update, weight_OI, is_resident)
             else:
-                gx_NI = source.backward(partial(grad_x, gy_NO, update))
+                gx_NI = call.backward(partial(grad_x, gy_NO, update))
             gx = gx_NI.view(x_shape)
             if activation is not None:
                 ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, None, gdelta, None, gbias, ggate, None
+        return gx, gdelta, None, gbias, ggate, None, None, None
 
 
 def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
@@ -258,12 +260,14 @@ def _inputs(x_R: Tensor, update: Tensor, y_NO: Tensor) -> Tensor:
     return torch.cat((x_NR, x_NR), 1) if update.shape[1] > x_NR.shape[1] else x_NR
 
 
-def grad_x(gy_NO: Tensor, update: Update, weight_OI: Tensor, is_resident: bool) -> Tensor:
-    """Return dy W' as (N, I), from a weight that holds the adapted columns or not (Eq. 8)."""
+def grad_x(
+    gy_NO: Tensor, update: tuple[Tensor, Tensor, float], weight_OI: Tensor, is_resident: bool
+) -> Tensor:
+    """Return dy W' as (N, I), from a weight that holds the columns of an update or not (Eq. 8)."""
     is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
     gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
-        columns_OR, indices_R = column_update(weight_OI, update, gy_NO.dtype), update.indices
+        columns_OR, indices_R = column_update(weight_OI, Update(*update), gy_NO.dtype), update[1]
         rank = indices_R.shape[0]
         if columns_OR.shape[1] == rank:
             gx_NI.index_add_(1, indices_R, thin_product(gy_NO, columns_OR))

@@ -44,9 +44,10 @@ def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) 
     On CPUs with many tokens for the rank computed as (x^T dy)^T, which is faster there. Compilers
     fuse what follows a product.
     """
-    if not _is_on_cpu(gy_NO) and not torch.compiler.is_compiling():
+    is_on_cpu = _is_on_cpu(gy_NO)
+    if not is_on_cpu and not torch.compiler.is_compiling():
         return _scaled_product(gy_NO.t(), x_NR, scaling, dtype)
-    if _is_on_cpu(gy_NO) and _is_faster_transposed(gy_NO, x_NR.shape[1]):
+    if is_on_cpu and _is_faster_transposed(gy_NO, x_NR.shape[1]):
         gdelta = x_NR.t().mm(gy_NO).t()
     else:
         gdelta = gy_NO.t().mm(x_NR)

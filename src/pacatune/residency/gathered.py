@@ -4,9 +4,8 @@ What stands in the module during a pass is a temporary copy of the whole weight.
 thing that is written, and it is thrown away with the columns; the shards are never written.
 """
 
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from pacatune.residency.obstacles import PLAIN
 from pacatune.residency.put import Put, put
@@ -25,6 +24,7 @@ class GatheredResidency(Residency):
     """Processes that have a part of the weight."""
     is_resharded = False
     """Whether FSDP2 cuts smaller parts from the temporary after a forward pass."""
+    tracks = staticmethod(partial(is_tracked, is_gathered=True))
 
     def _forget(self) -> None:
         self.present, self.is_stale = None, False  # the temporary is thrown away as it is
@@ -68,10 +68,6 @@ class GatheredResidency(Residency):
         """Return why columns can never be there."""
         # Between two passes its shards are there, which are no obstacle to the next one.
         return None if type(weight) in PLAIN else ""
-
-    def tracks(self, delta: Tensor) -> bool:
-        """Whether every later change of delta will be noticed."""
-        return is_tracked(delta, is_gathered=True)
 
     def base(self) -> tuple[int, int]:
         """Tell no weight from another: they come from shards that nobody here can watch."""

@@ -27,12 +27,12 @@ def flaw_of(weight: Any) -> str | None:
     return None if owns_its_memory(weight) else "its weight is a view into a larger buffer"
 
 
-def why_not_written(delta: Tensor, state: Any) -> str | None:
+def why_not_written(state: Any, delta: Tensor) -> str | None:
     """Return why the columns must not be written into W now; None if they may.
 
     Args:
-        delta: (O, R), whose every change will have to be noticed.
         state: The `Residency` of the weight.
+        delta: (O, R), whose every change will have to be noticed.
 
     Raises:
         RuntimeError: If somebody changed the weight in place while columns were in it.

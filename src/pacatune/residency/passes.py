@@ -19,35 +19,56 @@ from torch.optim.optimizer import (
 )
 
 from pacatune.ops.columns import Update
+from pacatune.ops.linear import Call, Elementwise
+from pacatune.residency.put import is_aside
 from pacatune.residency.reading import Result, in_order, read, read_pretrained
 from pacatune.residency.together import Group, restore_all
 from pacatune.residency.watching import LOCK, DeltaParameter, WeightParameter
 from pacatune.residency.weight import Residency
 
 
-class Pass:
+class Pass(Call):
     """One forward pass of a layer that may train, and how its backward finds the weight again.
 
     Args:
         residency: The residency of the layer's weight.
         update: What the pass is of.
         writes: Whether this pass trains at all.
+        activation: As `Call` takes it.
     """
 
     __slots__ = ("base", "epoch", "residency", "update", "version", "writes")
+    saves_weight = False
 
-    def __init__(self, residency: Residency, update: Update, writes: bool = True) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        update: Update,
+        writes: bool = True,
+        activation: Elementwise | None = None,
+    ) -> None:
+        self.scaling, self.activation = update.scaling, activation
         self.residency, self.update, self.writes = residency, update, writes
         self.version, self.base, self.epoch = update.delta._version, (0, 0), -1
+
+    # Columns are in the weight already, as a rule, and nobody touches it meanwhile: what both
+    # passes try first is the shortest way. They call next to nothing, since every layer does.
 
     def forward(self, compute: Callable[[Tensor, bool], Result]) -> Result | None:
         """Compute with the weight, as `read` does."""
         residency = self.residency
-        self.epoch = residency.epoch
+        epoch = self.epoch = residency.epoch
+        if residency.holds(self.update):
+            weight: Any = residency.weight
+            result = (in_order(compute) if is_aside(weight) else compute)(weight, True)
+            if residency.epoch == epoch:
+                self.base = residency.written_base
+                return result
+            del weight
         writes = self.writes and self.update.delta.requires_grad
-        result = read(residency, compute, self.update, writes=writes)
+        again = read(residency, compute, self.update, writes=writes)
         self.base = residency.base()
-        return result
+        return again
 
     def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
         """Compute with the weight in the state that the forward pass saw.
@@ -60,12 +81,12 @@ class Pass:
             RuntimeError: If the adapter is merged or the base weight was changed since.
         """
         residency, delta = self.residency, self.update.delta
-        # Columns that were there before the forward pass, and that nobody has touched since, are
-        # those of its delta, in its weight: the usual case, and the shortest way.
         if residency.epoch == self.epoch and residency.holds(self.update):
-            result = in_order(compute, residency.weight, True)  # type: ignore[arg-type]
+            weight: Any = residency.weight
+            result = (in_order(compute) if is_aside(weight) else compute)(weight, True)
             if residency.epoch == self.epoch:
                 return result
+            del weight
         if residency.is_merged:
             raise RuntimeError(
                 "Backward through a forward pass made before the adapter was merged: the weight "

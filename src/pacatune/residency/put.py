@@ -57,7 +57,8 @@ def in_turn(*memories: Tensor) -> Iterator[None]:
     Whoever is not on the default stream of a GPU waits for it, and lets it wait: that brings all
     into one order. What is recorded for a CUDA graph waits for nobody.
     """
-    devices = {memory.device for memory in memories if is_aside(memory)}
+    on_each = {memory.device: memory for memory in memories}
+    devices = {device for device, memory in on_each.items() if is_aside(memory)}
     if devices and torch.cuda.is_current_stream_capturing():
         devices.clear()
     for device in devices:
@@ -71,7 +72,7 @@ def in_turn(*memories: Tensor) -> Iterator[None]:
 
 def keep(rooms: Sequence[Kept]) -> None:
     """Copy aside what writes will overwrite."""
-    with in_turn(*(kept.memory for kept in rooms)):
+    with in_turn(*[kept.memory for kept in rooms]):
         if len(rooms) > 1 and all(can_exchange(kept.memory, kept.originals) for kept in rooms):
             exchange([Put(kept, None) for kept in rooms], takes=True)
             return
@@ -81,8 +82,8 @@ def keep(rooms: Sequence[Kept]) -> None:
 
 def put(puts: Sequence[Put]) -> None:
     """Write the columns of all, which are known to allow it."""
-    with in_turn(*(one.kept.memory for one in puts)):
-        if len(puts) > 1 and all(map(_has_kernel, puts)):
+    with in_turn(*[kept.memory for kept, _ in puts]):
+        if len(puts) > 1 and _have_kernel(puts):
             exchange(puts)
             return
         for kept, update in puts:
@@ -92,9 +93,11 @@ def put(puts: Sequence[Put]) -> None:
             put_columns_(kept.memory, kept.columns, values)
 
 
-def _has_kernel(one: Put) -> bool:
-    values = one.kept.originals if one.update is None else one.update.delta
-    return can_exchange(one.kept.memory, values)
+def _have_kernel(puts: Sequence[Put]) -> bool:
+    for kept, update in puts:
+        if not can_exchange(kept.memory, kept.originals if update is None else update.delta):
+            return False
+    return True
 
 
 def can_exchange(memory: Tensor, values: Tensor) -> bool:
@@ -165,13 +168,9 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
         dtypes = memory.dtype, None if update is None else update.delta.dtype
         kinds.setdefault((memory.device, *dtypes), []).append(one)
     for (device, dtype, delta_dtype), group in kinds.items():
-        values = [
-            one.kept.originals if one.update is None else one.update.delta.detach() for one in group
-        ]
-        rows = tuple(map(_row, group, values))
-        addresses, scalings = _table(device, rows, delta_dtype is not None)
+        addresses, scalings = _table(device, _rows(group), delta_dtype is not None)
         # One axis, since the others end at 65,535 blocks.
-        num_blocks = -(-max(one.kept.originals.numel() for one in group) // _BLOCK)
+        num_blocks = -(-max([kept.originals.numel() for kept, _ in group]) // _BLOCK)
         with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
             _kernel()[(len(group) * num_blocks,)](
                 addresses,
@@ -185,11 +184,15 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
             )
 
 
-def _row(put: Put, values: Tensor) -> tuple[int | float, ...]:
-    memory, originals, columns = put.kept.memory, put.kept.originals, put.kept.columns
-    pointers = (tensor.data_ptr() for tensor in (memory, columns, originals, values))
-    sizes = originals.numel(), originals.shape[1], memory.shape[1]
-    return (*pointers, *sizes, 0.0 if put.update is None else put.update.scaling)
+def _rows(puts: Sequence[Put]) -> tuple[tuple[int | float, ...], ...]:
+    """Return what the kernel is told of each weight; a function for each would cost as much."""
+    rows = []
+    for (memory, columns, originals), update in puts:
+        values = originals if update is None else update.delta
+        pointers = memory.data_ptr(), columns.data_ptr(), originals.data_ptr(), values.data_ptr()
+        sizes = originals.numel(), originals.shape[1], memory.shape[1]
+        rows.append((*pointers, *sizes, 0.0 if update is None else update.scaling))
+    return tuple(rows)
 
 
 @functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule

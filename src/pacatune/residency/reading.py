@@ -5,7 +5,7 @@ finds it grown computes again.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -41,28 +41,28 @@ def read(
     """
     while True:
         epoch = residency.epoch
-        if residency.holds(update):
-            result = in_order(compute, residency.weight, True)  # type: ignore[arg-type]
+        if is_resident := residency.holds(update):
+            weight: Any = residency.weight
+        elif (state := _open(residency, update, writes)) is None:
+            return None
         else:
-            state = _open(residency, update, writes)
-            if state is None:
-                return None
             weight, is_resident, epoch = state
-            result = in_order(compute, weight, is_resident)
+        run = in_order(compute) if is_aside(weight) else compute
+        result = run(weight, is_resident)
         if residency.epoch == epoch:
             return result
         # Another thread looks; he that looks again and again must not keep us from ending.
         writes = False
 
 
-def in_order(
-    compute: Callable[[Tensor, bool], Result], weight: Tensor, is_resident: bool
-) -> Result:
-    """Compute with a weight as it is for the host now, whatever streams others queue work on."""
-    if not is_aside(weight):
-        return compute(weight, is_resident)
-    with in_turn(weight):
-        return compute(weight, is_resident)
+def in_order(compute: Callable[[Tensor, bool], Result]) -> Callable[[Tensor, bool], Result]:
+    """Let a computation see a weight as it is for the host, whatever streams others work on."""
+
+    def compute_in_turn(weight: Tensor, is_resident: bool) -> Result:
+        with in_turn(weight):
+            return compute(weight, is_resident)
+
+    return compute_in_turn
 
 
 def read_pretrained(residency: Residency, compute: Callable[[Tensor, bool], Result]) -> Result:
@@ -72,7 +72,7 @@ def read_pretrained(residency: Residency, compute: Callable[[Tensor, bool], Resu
             residency.restore()
             weight, epoch = residency.find_weight(), residency.epoch
         assert weight is not None
-        result = in_order(compute, weight, False)
+        result = in_order(compute)(weight, False)
         if residency.epoch == epoch:
             return result
 
@@ -88,7 +88,7 @@ def _open(residency: Residency, update: Update, writes: bool) -> tuple[Tensor, b
     del weight  # to a write it would look like somebody else's
     with LOCK:
         if not (writes and residency.write(update)):
-            residency.restore()
+            residency.restore_together(only_stale=True)
         # Asked again, since a signal handler may have looked in between.
         weight, epoch = residency.find_weight(), residency.epoch
         if weight is None:

@@ -67,6 +67,7 @@ class Residency:
     # Where the weight's memory is: `weight.data = other` changes nothing else.
     _address_of: Callable[[Tensor], int] = staticmethod(Tensor.data_ptr)
     _check_columns: Callable[[Tensor, int, str], None] = staticmethod(check_columns)
+    tracks: Callable[[Tensor], bool] = staticmethod(is_tracked)
 
     def __init__(self, module: nn.Module) -> None:
         # Why nothing is ever written from now on, whatever else happens.
@@ -111,6 +112,7 @@ class Residency:
         self.weight: Tensor | None = None
         self.weight_version = -1
         self.address = 0
+        self.written_base = 0, 0
         self.is_on_gpu = False
         self.kept: Kept | None = None
         self.written: Written | None = None
@@ -147,7 +149,7 @@ class Residency:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *(member._prepare(member.last) for member in others)]
+            moves = [first, *[member._prepare(member.last) for member in others]]
             put_all([move for move in moves if move is not None])
             return self.holds(update)
 
@@ -171,11 +173,12 @@ class Residency:
 
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
+        last = self.last
         return (
-            self.last is not None
-            and self.is_in_training()
-            and bool(self.last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
-            and not self.holds(self.last)
+            last is not None
+            and bool(last.delta.requires_grad)
+            and bool(last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
+            and not self.holds(last)
         )
 
     def _prepare(self, update: Update) -> "tuple[Residency, Put, Written] | None":
@@ -219,6 +222,7 @@ class Residency:
         kept = room_for(alias_of(self.weight), self.columns[2])
         self._watch(self.weight)
         self.weight_version, self.address = self.weight._version, self._address_of(self.weight)
+        self.written_base = self.base()
         self.is_on_gpu = is_on_gpu(self.weight)
         return kept
 
@@ -271,13 +275,7 @@ class Residency:
         """Return why columns can never be in what stands there, frozen or not."""
         return flaw_of(weight)
 
-    def tracks(self, delta: Tensor) -> bool:
-        """Whether every later change of delta will be noticed."""
-        return is_tracked(delta)
-
-    def obstacle(self, delta: Tensor) -> str | None:
-        """Return why the columns must not be written into W now; None if they may."""
-        return why_not_written(delta, self)
+    obstacle = why_not_written
 
     def forbid(self, reason: str) -> None:
         """Never write from now on; what is written stays until somebody reads it."""
@@ -341,6 +339,13 @@ class Residency:
                 self.refuse_changed()
             restore_all([self])
 
+    def restore_together(self, *, only_stale: bool = False) -> None:
+        """Restore all whose columns come and go with these, or are old as well, by one launch."""
+        with LOCK:
+            if self.is_written and (group := self._together()) is not None:
+                restore_all(m for m in group.members() if m.is_stale or not only_stale)
+            self.restore()
+
     def pretrained_weight(self) -> Tensor:
         """Return the (O, I) pretrained weight as a copy, for traced graphs: they must not write."""
         assert self.weight is not None
@@ -352,7 +357,7 @@ class Residency:
         with LOCK:
             group = self._together()
             if self.is_written and group is not None and group.looks_on():
-                restore_all(group.members())
+                self.restore_together()
             self.restore()
             if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
                 self.kept = None

@@ -29,7 +29,7 @@ def handle_of(layer: Any) -> Tensor:
     """Return what graphs call a layer: () int64 on the CPU, as a number would be built into them.
 
     Args:
-        layer: Its `_prepare()` tells the active update and where its weight is.
+        layer: Its `_prepare()` is the active update, its `residency` has the weight.
     """
     _LAYERS[id(layer)] = layer
     with torch.utils._python_dispatch._disable_current_modes():
@@ -58,11 +58,10 @@ def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residenc
     layer = _LAYERS[int(handle)]
     if delta is None:
         return cast(Residency, layer.residency)
-    found = layer._prepare()
-    if found is None or not _is_same(found[0].delta, delta):
+    update = layer._prepare()
+    if update is None or not _is_same(update.delta, delta):
         return None
-    update, residency = found
-    return Pass(residency, update, trains)
+    return Pass(layer.residency, update, trains)
 
 
 def _is_same(own: Tensor, delta: Tensor) -> bool:
@@ -131,7 +130,7 @@ def _linear_grad(
         gy_NO = gy.reshape(-1, gy.shape[-1])
         if delta is None or indices is None:
             return gy_NO.mm(weight.to(gy.dtype))
-        return grad_x(gy_NO, Update(delta, indices, scaling), weight, is_resident)
+        return grad_x(gy_NO, (delta, indices, scaling), weight, is_resident)
 
     opened = _open(handle, delta, True)
     if isinstance(opened, Residency):

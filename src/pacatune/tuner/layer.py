@@ -236,9 +236,12 @@ class PacaLayer(nn.Module, TunerLayer):
         return f"columns are written into the weights of torch.nn.Linear, not {self.layout.title}"
 
     def restore(self) -> None:
-        """Put the pretrained columns back into the base weight, if adapted ones are there."""
+        """Put the pretrained columns back into the base weights, if adapted ones are there.
+
+        Adapters are switched in all layers, as a rule: one launch serves those of one optimizer.
+        """
         if self.residency is not None:
-            self.residency.restore()
+            self.residency.restore_together()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off; off leaves the pretrained weight in place at once."""

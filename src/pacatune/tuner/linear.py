@@ -51,14 +51,13 @@ class Linear(AdditiveLayer):
 
     def why_additive(self) -> str | None:
         """Say why the columns are not in the base weight in training; None if they are."""
-        found, residency = self._prepare(), self.residency
+        update, residency = self._prepare(), self.residency
         if residency is None or self.merged_adapters or self._disable_adapters:
             return super().why_additive()
-        if found is not None:
-            delta = found[0].delta
-            if not delta.requires_grad:
+        if update is not None:
+            if not update.delta.requires_grad:
                 return "its update is not trained"
-            return residency.obstacle(delta)
+            return residency.obstacle(update.delta)
         if has_hooks(self.base_layer.__dict__):
             return "its base layer has hooks, or another forward (offloading, patches)"
         if len(self.active_adapters) != 1:
@@ -91,10 +90,9 @@ class Linear(AdditiveLayer):
 
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         """Apply one adapter by the hand-written gradients; None where the base layer must run."""
-        found = self._prepare()
-        if found is None:
+        update, residency = self._prepare(), self.residency
+        if update is None or residency is None:
             return None
-        update, residency = found
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
         if not torch.is_grad_enabled():
             writes = residency.owner is not None and residency.owner == threading.get_ident()
@@ -106,14 +104,12 @@ class Linear(AdditiveLayer):
             x = autocast(x)
         return _train(residency, x, update, bias)
 
-    def _prepare(self) -> tuple[Update, Residency] | None:
-        """Return what the hand-written gradients need; None where they cannot serve."""
-        update, residency = self._single_update(), self.residency
-        if update is None or residency is None:
+    def _prepare(self) -> Update | None:
+        """Return what the hand-written gradients are of; None where they cannot serve."""
+        residency, base = self.residency, self._modules["base_layer"].__dict__
+        if residency is None or base["_parameters"] is not residency.parameters:
             return None
-        if self._modules["base_layer"].__dict__["_parameters"] is not residency.parameters:
-            return None
-        return update, residency
+        return self._single_update()
 
     def forward_of_product(
         self, gate: Tensor, up: Tensor, activation: Elementwise
@@ -126,10 +122,11 @@ class Linear(AdditiveLayer):
             return None
         if has_hooks(self.__dict__) or gate.dtype != up.dtype or autocast(up).dtype != up.dtype:
             return None
-        found = self._prepare()
-        if found is None or not torch.is_grad_enabled() or found[0].delta.is_inference():
+        update, residency = self._prepare(), self.residency
+        if update is None or residency is None:
             return None
-        update, residency = found
+        if not torch.is_grad_enabled() or update.delta.is_inference():
+            return None
         bias = dict.get(residency.parameters, "bias")  # type: ignore[arg-type]
         return _train(residency, up, update, bias, activation, gate)
 
@@ -188,17 +185,15 @@ def _train(
     gate: Tensor | None = None,
 ) -> Tensor | None:
     """Apply the layer by its hand-written gradients; None where there is no plain weight."""
-    source = Pass(residency, update) if residency.forbidden is None else None
     delta, indices, scaling = update
-
-    def apply(weight: Tensor, is_resident: bool) -> Tensor:
-        call = Call(scaling, is_resident, source, activation)
-        return apply_paca_linear(x, weight, delta, indices, bias, gate, call)
-
-    if source is not None:
-        return source.forward(apply)
+    if residency.forbidden is None:
+        own = Pass(residency, update, activation=activation)
+        return own.forward(partial(apply_paca_linear, x, delta, indices, bias, gate, own))
     weight = residency.find_weight()
-    return None if weight is None else apply(weight, False)
+    if weight is None:
+        return None
+    call = Call(scaling, activation)
+    return apply_paca_linear(x, delta, indices, bias, gate, call, weight, False)
 
 
 def _evaluate(
