@@ -56,8 +56,8 @@ def lora_factors(
     """
     target = target_of_module(base, name)
     layout = target.layout
-    delta, indices = adapter.modules[name]
-    update = delta.double() * times
+    own = adapter.modules[name]
+    indices, update = own.indices, own.dense().double() * times
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(target.module, f"{adapter.folder}: module {name!r}")
         factors = convolution_factors(update, indices, layout.in_features, layout.groups)

@@ -73,8 +73,8 @@ def adapted_target_columns(
     target: BaseWeight, adapter: Adapter, name: str, columns: Tensor
 ) -> Tensor:
     """Return what an adapter makes of the columns of a weight that it trains, in their dtype."""
-    delta, _ = adapter.modules[name]
-    update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
+    delta = adapter.modules[name].dense().float()
+    update = target.layout.from_file(delta).to(columns.device)  # as a layer holds it
     return target.layout.adapted(columns, update, adapter.scaling(name))
 
 

@@ -282,8 +282,8 @@ def _edit(
     compared = torch.arange(0, weight.shape[1], step, device="cpu")
     values = checkpoint.values(name, compared)
     order = row_order(values, weight[:, compared], heads_of(config), name)
-    delta, indices = adapter.modules[module]
-    delta, scaling, grid = delta.float(), adapter.scaling(module), checkpoint.grid(name)
+    delta, indices = adapter.modules[module].dense().float(), adapter.modules[module].indices
+    scaling, grid = adapter.scaling(module), checkpoint.grid(name)
     if grid is None:
         before = checkpoint.columns(name, 1, indices)
         after = adapted_columns(before, delta[order], scaling)

@@ -99,11 +99,16 @@ def _on_codes(trained: _Trained, reached: Tensor) -> Tensor:
 def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
     config = cast(Any, base_of(model)).config.get_text_config()
     for parameter, layer, adapter in layers_of(model, None):
-        delta, indices, scaling = layer.update_of(adapter)
+        delta, indices, scaling, mix = layer.update_of(adapter)
         weight, where = cast(Any, layer).get_base_layer().weight, f"{parameter!r}"
         name = checkpoint.name_of(parameter, config.num_hidden_layers)
         if checkpoint.grid(name) is None:  # plain numbers, which any step reaches
             continue
+        if mix is not None:
+            raise ValueError(
+                f"{where} has an update of low rank, which does not reach single codes; on codes, "
+                "train without `channels`."
+            )
         if weight.itemsize != 2 or delta.dtype != torch.float32:
             raise ValueError(
                 f"{where} is in {weight.dtype} and its delta in {delta.dtype}; on codes, load the "

@@ -97,7 +97,7 @@ def _share_moved(samples: list[_Sample], times: float) -> float:
     """Return the share of codes that move if updates are so many times as large as now."""
     num_codes = num_moved = 0
     for layer, adapter, places, coded in samples:
-        delta, _, scaling = layer.update_of(adapter)
+        delta, scaling = layer.delta_of(adapter), layer.scaling[adapter]
         if is_whole(delta, 2):
             update = delta.detach()[:, places.to(delta.device)]
             moved = coded.moved(times * scaling * update)

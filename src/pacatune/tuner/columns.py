@@ -95,7 +95,7 @@ def _choose(
 ) -> Any:
     selection, seed = str(config.selection), seed_for(config.random_seed, name)
     weight, values = _known(model, needs_of(selection), name, target, statistics)
-    kept = select_columns(selection, weight, target.rank, seed=seed, statistics=values)
+    kept = select_columns(selection, weight, target.num_trained, seed=seed, statistics=values)
     return kept.tolist()
 
 
@@ -171,11 +171,12 @@ def _matched(
         )
     given = {name: columns[key] for name, key in keys.items() if key is not None}
     for name, indices in given.items():
-        rank, num_columns = targets[name].rank, targets[name].num_columns
-        if len(indices) != rank:
+        num_trained, num_columns = targets[name].num_trained, targets[name].num_columns
+        if len(indices) != num_trained:
+            sizes = "`r` or `rank_pattern`" if config.channels is None else "`channels`"
             raise ValueError(
-                f"`columns` gives {len(indices)} columns for {name!r}, whose rank is {rank}; set "
-                "`r` or `rank_pattern` to the number of columns."
+                f"`columns` gives {len(indices)} columns for {name!r}, of which {num_trained} are "
+                f"trained; set {sizes} to the number of columns."
             )
         if indices[-1] >= num_columns:
             raise ValueError(

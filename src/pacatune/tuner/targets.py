@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pacatune.format.options import count_columns
 from pacatune.format.tensors import plain_name
 from pacatune.ops.whole import whole_shape
 from pacatune.tuner.config import PacaConfig, key_of_columns
@@ -61,7 +62,9 @@ class Target(NamedTuple):
     parameter_name: str
     """Its name there."""
     rank: int
-    """How many of its columns are trained."""
+    """R."""
+    num_trained: int
+    """How many of its columns are trained, C; R without `channels`."""
     layout: Layout
     """Where they are."""
 
@@ -94,7 +97,8 @@ def check_targets(
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, "weight")
             layout.check(rank, name)
-            targets[name] = Target(base, "weight", rank, layout)
+            num_trained = count_columns(layout.in_features, rank, config.channels)
+            targets[name] = Target(base, "weight", rank, num_trained, layout)
             names.append(name)
     refuse_unused_patterns(config, names)
     _refuse_split(model, targets)
@@ -133,7 +137,8 @@ def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target
     layout = layout_of(module, parameter_name)
     assert layout is not None, "_check_parameter has seen it"
     layout.check(rank, name)
-    return Target(module, parameter_name, rank, layout)
+    num_trained = count_columns(layout.in_features, rank, config.channels)
+    return Target(module, parameter_name, rank, num_trained, layout)
 
 
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
