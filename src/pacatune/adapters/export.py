@@ -197,7 +197,7 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    A module's rank is its number of columns. Alpha gives the scaling of the module with the largest
+    A module's rank is that of its update. Alpha gives the scaling of the module with the largest
     rank; if that is no whole number above 0, which some servers need, it is the rank.
     """
     config = adapter.config
@@ -238,9 +238,9 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
 def _linear_ranks(adapter: Adapter) -> dict[str, int]:
     """Return the ranks of all modules but convolutions."""
     return {
-        name: len(update.indices)
+        name: update.rank
         for name, update in adapter.modules.items()
-        if update.delta.ndim == 2 or is_parameter(adapter.config, name)
+        if update.dense_ndim == 2 or is_parameter(adapter.config, name)
     }
 
 

@@ -47,6 +47,11 @@ class ColumnUpdate(NamedTuple):
         """R."""
         return len(self.indices) if self.mix is None else self.delta.shape[1]
 
+    @property
+    def dense_ndim(self) -> int:
+        """Number of dimensions of `dense()`."""
+        return self.delta.ndim if self.mix is None else self.mix.ndim
+
     def dense(self) -> Tensor:
         """Return the update of all columns, (O, C), (O, C, *kernel) or, of experts, (O, C, E)."""
         if self.mix is None:
