@@ -257,19 +257,23 @@ def count_columns(num_columns: int, rank: int, channels: int | float | None) -> 
 def check_sizes(options: Any) -> None:
     """Refuse ranks and alphas, those of single modules too, that nothing can have."""
     _check_rank("r", options.r)
-    channels = getattr(options, "channels", None)
-    is_number = type(channels) is int and channels >= options.r
-    is_share = type(channels) is float and 0 < channels <= 1
-    if not (channels is None or is_number or is_share):
-        raise ValueError(
-            f"`channels` ({channels!r}) must be a number of columns, at least `r` ({options.r}), "
-            "or a share of them above 0.0 and up to 1.0; null trains `r` columns."
-        )
+    check_channels(getattr(options, "channels", None), options.r)
     _check_alpha("paca_alpha", options.paca_alpha)
     for name, rank in (options.rank_pattern or {}).items():
         _check_rank(f"rank_pattern[{name!r}]", rank)
     for name, alpha in (options.alpha_pattern or {}).items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+
+
+def check_channels(channels: Any, rank: int) -> None:
+    """Refuse what is neither a number of columns nor a share of them."""
+    is_number = type(channels) is int and channels >= rank
+    is_share = type(channels) is float and 0 < channels <= 1
+    if not (channels is None or is_number or is_share):
+        raise ValueError(
+            f"`channels` ({channels!r}) must be a number of columns, at least `r` ({rank}), or a "
+            "share of them above 0.0 and up to 1.0; null trains `r` columns."
+        )
 
 
 def format_quantization(quantization: Mapping[str, Any]) -> str:
