@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pacatune import PacaConfig
+from pacatune.ops.columns import Update
 from pacatune.patch.memory import Place
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import Reader, to_wire
@@ -144,7 +145,8 @@ def test_another_adapter_and_other_columns(model, server, source, receiver):
     receiver.apply(columns)
     assert_bits(server, merged(model))
     layer = net.layers_of(model)[0]
-    layer.replace_update("other", torch.ones(layer.out_features, 3), torch.tensor([0, 5, 9]), 6.0)
+    columns = torch.tensor([0, 5, 9])
+    layer.replace_update("other", Update(torch.ones(layer.out_features, 3), columns, 2.0), 3)
     bring(source, receiver)
     assert_bits(server, merged(model))
     with torch.no_grad():  # as load_state_dict does

@@ -16,6 +16,7 @@ from torch import nn
 from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.folder import read_adapter
+from pacatune.adapters.from_lora import adapter_from_lora
 from pacatune.ops.columns import Update, mixed
 from pacatune.residency import resident
 from tests.tuner.nets import evaluate, fill, layers
@@ -162,10 +163,7 @@ def test_the_file_says_that_pefts_paca_cannot_read_it(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda t: t.pop("base_model.model.up.paca_mix"),
-            "has no `paca_mix` but the configuration",
-        ),
+        (lambda t: t.pop("base_model.model.up.paca_mix"), r"`paca_indices` has shape \(12,\)"),
         (lambda t: _cut(t, "up.paca_mix", 0), r"`paca_mix` has shape \(3, 12\); it must be"),
         (lambda t: _cut(t, "up.paca_mix", 1), r"`paca_mix` has shape \(4, 11\); it must be"),
         (lambda t: t["base_model.model.up.paca_mix"].fill_(torch.nan), "paca_mix.* not finite"),
@@ -249,6 +247,44 @@ def test_all_columns_are_lora_without_its_layers():
             optimizer.zero_grad()
             losses.append(loss.detach())
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"modules_to_save": ["down"]}])
+def test_a_lora_is_trained_in_place_and_a_lora_again(options, tmp_path):
+    if "modules_to_save" in options:
+        options = {**options, "target_modules": ["up"]}
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": RANK, "lora_alpha": 6, "target_modules": ["up", "down"]} | options)
+    theirs = get_peft_model(Net(), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "lora")
+    num_modules = adapter_from_lora(tmp_path / "lora", tmp_path / "paca")
+    assert num_modules == len(config.target_modules)
+    ours = PeftModel.from_pretrained(Net(), tmp_path / "paca", is_trainable=True)
+    x = torch.randn(5, IN)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert layers(ours)["up"].residency.is_written
+    optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=0.1)
+    ours(x).square().sum().backward()
+    optimizer.step()
+    ours.save_pretrained(tmp_path / "trained")
+    keep = {"keep_extra": "modules_to_save" in options}
+    export_lora(Net(), tmp_path / "trained", tmp_path / "again", **keep)
+    again = PeftModel.from_pretrained(Net(), tmp_path / "again")
+    torch.testing.assert_close(evaluate(again, x), evaluate(ours, x))
+
+
+def test_a_lora_that_is_more_is_refused(tmp_path):
+    config = LoraConfig(r=RANK, target_modules=["up"], use_dora=True)
+    get_peft_model(Net(), config).save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="has `use_dora` = True, so it is more than B A"):
+        adapter_from_lora(tmp_path / "dora", tmp_path / "out")
+    adapt(Net()).save_pretrained(tmp_path / "paca")
+    with pytest.raises(ValueError, match="is no LoRA adapter"):
+        adapter_from_lora(tmp_path / "paca", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_update_says_what_it_adds():
