@@ -23,6 +23,7 @@ from pacatune.ops.whole import whole_shape
 from pacatune.tuner.config import PacaConfig, key_of_columns
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
+from pacatune.tuner.experts import ExpertParameter, Experts
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import (
@@ -37,7 +38,6 @@ from pacatune.tuner.layout import (
     supported_kinds,
 )
 from pacatune.tuner.linear import Linear
-from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
 LAYERS: dict[type[Layout], type[PacaLayer]] = {
     Layout: Linear,
@@ -89,7 +89,7 @@ def check_targets(
         if tuner._check_target_module_exists(config, name):
             _refuse_other_method(module, name)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            base = base.base_layer if isinstance(base, ParameterOwner) else base
+            base = base.base_layer if isinstance(base, Experts) else base
             kind = _kind_of(base, name, **kwargs)
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, "weight")
@@ -151,14 +151,14 @@ def _check_names(config: PacaConfig, model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name, except those that stand for an adapted parameter."""
-    return {n: m for n, m in model.named_modules() if not isinstance(m, ParameterLayer)}
+    return {n: m for n, m in model.named_modules() if not isinstance(m, ExpertParameter)}
 
 
 def available_targets(model: nn.Module) -> str:
     """Return a sentence that lists the names of all modules that can be adapted, with counts."""
     counts: Counter[str] = Counter()
     for name, module in _modules(model).items():
-        base = module.base_layer if isinstance(module, ParameterOwner) else module
+        base = module.base_layer if isinstance(module, Experts) else module
         is_target = has_layout(base) or isinstance(module, BaseTunerLayer)
         if is_target and not isinstance(base, TORCHS_ATTENTION) and ".base_layer" not in name:
             parts = [part for part in name.split(".") if not part.isdigit()]
