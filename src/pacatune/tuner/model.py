@@ -36,8 +36,8 @@ from pacatune.tuner.compat import (
     note_parameters,
     resolve_quantization_backend,
 )
-from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
-from pacatune.tuner.defaults import default_targets, leave_out_attention, log_targets
+from pacatune.tuner.config import PacaConfig, seeded
+from pacatune.tuner.defaults import settle_targets
 from pacatune.tuner.experts import ExpertParameter, Experts
 from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.layer import PacaLayer
@@ -172,18 +172,7 @@ class PacaModel(Tuner):
             hook.handle = model.register_forward_pre_hook(hook)
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
-        leave_out_attention(peft_config, self.model)
-        if peft_config.target_modules is None:
-            kwargs = get_quantization_kwargs(self)
-            try:
-                targets = default_targets(self.model, **kwargs)
-            except ValueError:
-                if not peft_config.target_parameters:
-                    raise
-                return peft_config
-            peft_config.target_modules = targets  # type: ignore[assignment]
-            refuse_idle_layers(peft_config)
-            log_targets(self.model, **kwargs)
+        settle_targets(peft_config, self.model, **get_quantization_kwargs(self))
         return peft_config
 
     def _prepare_model(self, peft_config: PacaConfig, model: nn.Module) -> None:
@@ -220,7 +209,7 @@ class PacaModel(Tuner):
         self, peft_config: PacaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         # Unlike PEFT's own: parameters that are adapted keep their names, whatever their order.
-        names = find_parameters(self, peft_config, model)
+        names = list(find_parameters(self, peft_config, model))
         for name in names:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_parameter(name, adapter_name, peft_config)
