@@ -127,7 +127,7 @@ def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanRepor
             make_plain(module)
             make_lean(module, lean_class, settings)
         if isinstance(module, LeanAttention):
-            attention.install(module)
+            attention.install()
     return report
 
 
@@ -138,8 +138,6 @@ def disable(model: nn.Module) -> None:
         model: Lean or not.
     """
     for module in model.modules():
-        if isinstance(module, LeanAttention):
-            attention.uninstall(module)
         make_plain(module)
 
 

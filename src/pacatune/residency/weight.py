@@ -173,10 +173,9 @@ class Residency:
 
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
-        last = self.last
+        last: Any = self.last
         return (
-            last is not None
-            and bool(last.delta.requires_grad)
+            self.is_in_training()
             and bool(last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
             and not self.holds(last)
         )

@@ -37,12 +37,10 @@ NoMatchingPeftModuleError: type[ValueError] = getattr(
 )
 
 
-resolve_quantization_backend, get_quantization_kwargs, quantization_extra_repr = (
-    getattr(_module("peft.utils.quantization_utils"), name, getattr(old_peft, name))
-    for name in (
-        *("resolve_quantization_backend", "get_quantization_kwargs", "quantization_extra_repr"),
-    )
-)
+_backends = _module("peft.utils.quantization_utils") or old_peft
+resolve_quantization_backend = _backends.resolve_quantization_backend
+get_quantization_kwargs = _backends.get_quantization_kwargs
+quantization_extra_repr = _backends.quantization_extra_repr
 
 TunerLayer: Any = old_peft.OldTunerLayer if _IS_OLD else tuners_utils.BaseTunerLayer
 Tuner: Any = old_peft.OldTuner if _IS_OLD else tuners_utils.BaseTuner
