@@ -17,7 +17,7 @@ from pacatune.ops.columns import Update, adapted_columns, check_columns, widened
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
-from pacatune.strategies import random_columns
+from pacatune.strategies import seed_for, select_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
@@ -184,8 +184,10 @@ class PacaLayer(nn.Module, TunerLayer):
             nn.init.normal_(delta.weight, std=0.1)
         self.paca_delta[adapter_name] = delta
         if columns is None or columns == IN_TENSORS:
-            seed = config.random_seed if columns is None else 0  # then only their number counts
-            indices = random_columns(num_columns, r, seed, name)
+            # Of columns that will be loaded, only their number counts.
+            seed = seed_for(0 if columns == IN_TENSORS else config.random_seed, name)
+            weight = torch.empty(1, num_columns, device="meta")
+            indices = select_columns("random", weight, r, seed=seed)
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices.fill_(-1) if columns == IN_TENSORS else indices
