@@ -66,7 +66,7 @@ def test_the_hub_is_asked_once(monkeypatch, tmp_path, kind, error, is_refused):
 
 
 def test_other_errors_are_not_ours():
-    with pytest.raises(ValueError, match=r"^something else$"), pretrained.no_remote_code("m"):
+    with pytest.raises(ValueError, match=r"^something else$"), pretrained.explained("m"):
         raise ValueError("something else")
 
 

@@ -125,7 +125,7 @@ def load_config(path: str, *, revision: str | None = None, option: str = "model.
     if not Path(find_model(path, option=option)).exists():
         refuse_absent(path, option=option, revision=revision)
     try:
-        with no_remote_code(path), readable_gguf(path):
+        with explained(path):
             config = transformers.AutoConfig.from_pretrained(
                 **_source(path), revision=revision, trust_remote_code=False
             )
@@ -153,20 +153,6 @@ def _source(path: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
-@contextmanager
-def readable_gguf(path: str) -> Iterator[None]:
-    """Raise a ValueError where a GGUF file cannot be read in this block."""
-    try:
-        yield
-    except Exception as error:
-        if not is_gguf(path) or isinstance(error, ImportError):
-            raise
-        raise ValueError(
-            f"{path} cannot be read as a GGUF file ({type(error).__name__}: {error}); copy it "
-            "again, or take one of an architecture that transformers reads."
-        ) from error
-
-
 def load_tokenizer(
     path: str, *, revision: str | None = None, option: str = "model.path"
 ) -> "PreTrainedTokenizerBase":
@@ -175,7 +161,7 @@ def load_tokenizer(
 
     if not Path(path).exists():
         refuse_absent(path, option=option, revision=revision)
-    with no_remote_code(path):
+    with explained(path):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 **_source(path), revision=revision, trust_remote_code=False
@@ -197,7 +183,7 @@ def load_processor(path: str, *, revision: str | None = None) -> Any:
     """Load the processor of a model that takes images."""
     from transformers import AutoProcessor, ProcessorMixin
 
-    with no_remote_code(path):
+    with explained(path):
         processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "image_processor"):
         raise ValueError(
@@ -219,7 +205,7 @@ def empty_model(model_class: Any, config: Any, **options: Any) -> Any:
         options["trust_remote_code"] = False
     path = str(getattr(config, "name_or_path", ""))
     # Under ZeRO-3 transformers would partition the weights among the processes, and fill them.
-    with no_remote_code(path), torch.device("meta"), set_zero3_state():
+    with explained(path), torch.device("meta"), set_zero3_state():
         return build(config, **options)
 
 
@@ -252,7 +238,7 @@ def load_weights(
     looks = bool(options.get("ignore_mismatched_sizes")) and "output_loading_info" not in options
     if looks:
         options = {**options, "output_loading_info": True}
-    with no_remote_code(path), readable_weights(path), readable_gguf(path):
+    with explained(path), readable_weights(path):
         loaded = model_class.from_pretrained(
             **_source(path), revision=revision, dtype=dtype, trust_remote_code=False, **options
         )
@@ -303,16 +289,21 @@ def readable_weights(owner: str) -> Iterator[None]:
 
 
 @contextmanager
-def no_remote_code(path: str) -> Iterator[None]:
-    """Say in our words that a model needs code of its own, where transformers asks to trust it."""
+def explained(path: str) -> Iterator[None]:
+    """Say in our words that a model needs code of its own, or that its GGUF file is damaged."""
     try:
         yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+    except Exception as error:
+        if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {path} comes with code of its own, which is never executed; use a version "
+                "of it that transformers supports."
+            ) from error
+        if not is_gguf(path) or isinstance(error, ImportError):
             raise
         raise ValueError(
-            f"model {path} comes with code of its own, which is never executed; use a version of "
-            "it that transformers supports."
+            f"{path} cannot be read as a GGUF file ({type(error).__name__}: {error}); copy it "
+            "again, or take one of an architecture that transformers reads."
         ) from error
 
 

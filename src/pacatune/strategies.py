@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FIXED",
     "Strategy",
-    "check_known",
     "needs_of",
-    "random_columns",
     "register_strategy",
     "seed_for",
     "select_columns",
@@ -107,24 +105,6 @@ def seed_for(random_seed: int | None, name: str) -> int:
     return (random_seed + zlib.crc32(name.encode())) % 2**63
 
 
-def random_columns(num_columns: int, rank: int, random_seed: int | None, name: str) -> Tensor:
-    """Choose a layer's columns at random.
-
-    Args:
-        num_columns: I, to choose from.
-        rank: Number of columns.
-        random_seed: `PacaConfig.random_seed`, drawn where it was None.
-        name: The module's name, as for `seed_for`.
-
-    Returns:
-        (rank,) int64 on the CPU, sorted, distinct.
-    """
-    import torch
-
-    weight = torch.empty(1, num_columns, device="meta")
-    return select_columns("random", weight, rank, seed=seed_for(random_seed, name))
-
-
 def select_columns(
     strategy: str,
     weight: Tensor,
@@ -152,7 +132,19 @@ def select_columns(
     import torch
 
     statistics = statistics or {}
-    check_known(f"`selection` ({strategy!r})", needs_of(strategy), weight, statistics)
+    needs = needs_of(strategy)
+    missing = [kind for kind in needs if kind != "weight" and kind not in statistics]
+    if missing:
+        raise ValueError(
+            f"`selection` ({strategy!r}) needs statistics of the kind {' and '.join(missing)}: "
+            "collect them with pacatune.selection.collect_statistics and choose with "
+            "choose_columns, before the adapter is made."
+        )
+    if "weight" in needs and weight.is_meta:
+        raise ValueError(
+            f"`selection` ({strategy!r}) looks at the weights, which are on the meta device: load "
+            "them first."
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         indices = _STRATEGIES[strategy][0](weight, statistics, rank, generator)
@@ -169,23 +161,6 @@ def select_columns(
             f"[0, in_features={in_features}), got {indices.tolist()}."
         )
     return indices
-
-
-def check_known(
-    option: str, needs: tuple[str, ...], weight: Tensor, statistics: Mapping[str, Tensor]
-) -> None:
-    """Refuse an option that looks at what is not there."""
-    missing = [kind for kind in needs if kind != "weight" and kind not in statistics]
-    if missing:
-        raise ValueError(
-            f"{option} needs statistics of the kind {' and '.join(missing)}: collect them with "
-            "pacatune.selection.collect_statistics and choose with choose_columns, before the "
-            "adapter is made."
-        )
-    if "weight" in needs and weight.is_meta:
-        raise ValueError(
-            f"{option} looks at the weights, which are on the meta device: load them first."
-        )
 
 
 @register_strategy("random")

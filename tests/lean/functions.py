@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.lean.attention import attend, repeat_heads
-from pacatune.lean.batch_norm import _FrozenBatchNorm
 from pacatune.lean.gated import ACTIVATIONS, apply_gated_product
 from pacatune.lean.loss import linear_cross_entropy
 from pacatune.lean.norm import Norm, apply_norm
@@ -25,13 +24,11 @@ class Case:
     function: Callable[..., Tensor]
     plain: Callable[..., Tensor]
     tensors: dict[str, Tensor | None]
-    frozen: tuple[str, ...] = ()
 
     @property
     def floating(self):
         """Names of the tensors that may be trained."""
-        found = {n for n, x in self.tensors.items() if x is not None and x.is_floating_point()}
-        return found - set(self.frozen)
+        return {n for n, x in self.tensors.items() if x is not None and x.is_floating_point()}
 
 
 def run(function, tensors, trained):
@@ -144,21 +141,6 @@ def layer(shape=(5, 8)):
     return Case(partial(apply_norm, norm=norm), plain_layer, tensors)
 
 
-STATISTICS = "running_mean", "running_var", "weight", "bias"
-
-
-def frozen_batch_norm(x, running_mean, running_var, weight, bias):
-    return _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, 1e-5)
-
-
-def batch_norm(shape, has_affine=True):
-    tensors = _normal(x=shape, **dict.fromkeys(STATISTICS, (6,)))
-    tensors["running_var"] = tensors["running_var"].square() + 0.1
-    if not has_affine:
-        tensors |= {"weight": None, "bias": None}
-    return Case(frozen_batch_norm, lambda x, **known: F.batch_norm(x, **known), tensors, STATISTICS)
-
-
 # ---------------------------------------------------------------------- the loss
 
 
@@ -192,10 +174,6 @@ CASES = {
     **{f"rms_norm, {form}, no weight": rms(form, has_weight=False) for form in FORMS},
     **{f"rms_norm of {shape}": rms("llama", shape) for shape in [(8,), (0, 8)]},
     **{f"layer_norm of {shape}": layer(shape) for shape in [(8,), (5, 8), (2, 3, 8), (0, 8)]},
-    "batch_norm, 0d": batch_norm((4, 6), has_affine=False),
-    "batch_norm, 1d": batch_norm((4, 6, 5)),
-    "batch_norm, 2d": batch_norm((4, 6, 5, 3)),
-    "batch_norm, 3d": batch_norm((2, 6, 3, 4, 2)),
     "loss": loss(),
     "loss, widened": loss(transform=widened),
     "loss, no bias": loss(has_bias=False),

@@ -52,7 +52,6 @@ def test_gradients_of_some_inputs(name):
     [
         *((f"rms_norm, {form}", "x") for form in FORMS),
         ("product, silu", "gate"),
-        ("batch_norm, 2d", "x"),
     ],
 )
 def test_two_dtypes(name, narrow):
@@ -89,7 +88,6 @@ HEADS, SUMS = B * T * D * 2, B * H * T * 4
         ("rms_norm, llama", {"x"}, ROWS + 8 * 2 + 6 * 4),
         ("rms_norm, llama", {"x", "weight"}, ROWS + 8 * 2 + 6 * 4),
         ("layer_norm of (2, 3, 8)", {"x"}, ROWS + 8 * 2 + 2 * 6 * 4),
-        ("batch_norm, 2d", {"x"}, 2 * 6 * 2),
         # The gradient of the rows that count, and their places.
         ("loss, no bias", {"x"}, 8 * 6 * 2 + 8 * 8),
         *((name, set(), 0) for name in FIRST),

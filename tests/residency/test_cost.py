@@ -90,7 +90,7 @@ def test_python_that_a_write_runs_for_each_layer(model, x, device):
         optimizer.step()
     first, second = (layer.residency for layer in net.layers(model))
     with frames_of_pacatune() as calls:
-        assert first.write(first.last)
-    assert second.holds(second.last)
+        assert first.write(first.written.update)
+    assert second.holds(second.written.update)
     assert max(calls[name] for name in calls if name.startswith("Residency")) == 3
     assert calls.total() <= {"cpu": 67, "gpu": 77}[device]  # as one after the other stands in

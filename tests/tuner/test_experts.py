@@ -91,7 +91,6 @@ def test_a_forward_that_passes_by_the_adapter_is_an_error() -> None:
     experts.forward = lambda hidden_states, *args: hidden_states
     with pytest.raises(RuntimeError, match="The forward of MixtralExperts has been replaced"):
         model(input_ids=ids())
-    assert experts.config._experts_implementation == "eager"
 
 
 # Dynamo itself instantiates autograd Functions while it traces them.

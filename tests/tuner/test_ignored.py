@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from pacatune import PacaConfig
-from pacatune.tuner.ignored import get_strict_peft_model
+from pacatune.tuner.ignored import put_adapter
 from tests.conftest import build_model
 
 
@@ -36,7 +36,7 @@ def test_patterns(model, kind, options, message):
     config = kind(r=4, target_modules=["q_proj", "v_proj"], **options)
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
-        (get_peft_model if kind is PacaConfig else get_strict_peft_model)(model, config)
+        (get_peft_model if kind is PacaConfig else put_adapter)(model, config)
     if kind is PacaConfig:
         assert [name for name, _ in model.named_modules()] == before
 
@@ -53,7 +53,7 @@ def test_patterns(model, kind, options, message):
 def test_names(model, options, message):
     options = {"target_modules": ["q_proj", "v_proj"], **options}
     with pytest.raises(ValueError, match=message):
-        get_strict_peft_model(model, LoraConfig(r=4, **options))
+        put_adapter(model, LoraConfig(r=4, **options))
 
 
 @pytest.mark.parametrize("kind", [PacaConfig, LoraConfig])
@@ -67,4 +67,4 @@ def test_what_matches_passes(model, kind):
         modules_to_save=["lm_head"],
         task_type="CAUSAL_LM",
     )
-    get_strict_peft_model(model, config)
+    put_adapter(model, config)

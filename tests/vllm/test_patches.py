@@ -3,10 +3,8 @@
 from functools import partial
 
 import pytest
-import torch
 
-from pacatune.integrations.vllm import checkpoint_patches, sparse_patches
-from pacatune.sync import ColumnSource
+from pacatune.sync import ColumnSource, element_patches
 from tests.sync.conftest import nudge
 from tests.vllm.conftest import (
     adapted,
@@ -37,11 +35,16 @@ def llm(folder):
 @pytest.fixture
 def load(llm):
     from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+        CheckpointWeightPatch,
         load_checkpoint_weight_patches,
     )
 
-    # A function that pickle knows, since the worker is another process.
-    return lambda patches: llm.apply_model(partial(load_checkpoint_weight_patches, patches=patches))
+    def load_columns(columns):
+        patches = [CheckpointWeightPatch(**patch._asdict()) for patch in element_patches(columns)]
+        # A function that pickle knows, since the worker is another process.
+        return llm.apply_model(partial(load_checkpoint_weight_patches, patches=patches))
+
+    return load_columns
 
 
 def test_its_loader_serves_the_bits_of_a_merge(llm, load, folder):
@@ -50,27 +53,10 @@ def test_its_loader_serves_the_bits_of_a_merge(llm, load, folder):
     for number in range(3):
         columns = source.columns()
         assert (columns.last is not None) == (number > 0)
-        load(checkpoint_patches(columns))
+        load(columns)
         assert served_digests(llm) == trained_digests(model)
         assert served_digests(llm) != base
         nudge(model, number)
-    assert load(checkpoint_patches(source.columns()))
-    load(checkpoint_patches(source.base_columns()))
+    assert load(source.columns())
+    load(source.base_columns())
     assert served_digests(llm) == base
-
-
-def test_patches_of_its_engine_for_nccl(folder):
-    from vllm.distributed.weight_transfer.sparse_nccl_engine import (
-        SparseNCCLTrainerWeightTransferEngine,
-    )
-
-    source = ColumnSource(adapted(folder))
-    columns = source.columns()
-    patches = sparse_patches(columns)
-    assert len(patches) == len(source.positions().sets)
-    others = checkpoint_patches(columns)
-    for one, other in zip(patches, others, strict=True):
-        SparseNCCLTrainerWeightTransferEngine._validate_patch(one)
-        assert (one.name, one.full_shape) == (other.name, other.shape)
-        assert torch.equal(one.indices, other.indices)
-        assert torch.equal(one.values, other.values)

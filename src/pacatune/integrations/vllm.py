@@ -7,8 +7,6 @@ a trainer that talks to a server needs none. docs/rl.md says how to use it.
     inline       the columns are part of the request
     File         a folder that both see
     broadcast    the request has sizes; a group of the trainer and all workers has the columns
-
-A vLLM without this engine takes a sync as patches, by its own loader.
 """
 
 import base64
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 
 from pacatune.integrations.broadcast import BACKEND, Broadcast, weight_transfer
-from pacatune.sync.elements import element_patches
 from pacatune.sync.message import Columns, to_wire
 from pacatune.sync.transport import File
 
@@ -170,33 +167,6 @@ class VllmTransport:
         self.client.finish_weight_update(version)
         if update["kind"] in ("columns", "revert"):
             getattr(self.client, "reset_prefix_cache", lambda: None)()
-
-
-def checkpoint_patches(columns: Columns) -> list[Any]:
-    """Return a sync for vLLM's function `load_checkpoint_weight_patches`.
-
-    vLLM lays each out over a tensor of the checkpoint's size. It keeps nothing to go back to, does
-    not notice a missed sync, and must be restarted after an error.
-
-    Args:
-        columns: See `pacatune.sync.element_patches`.
-    """
-    from vllm.model_executor.model_loader.checkpoint_weight_patch import CheckpointWeightPatch
-
-    return [CheckpointWeightPatch(**patch._asdict()) for patch in element_patches(columns)]
-
-
-def sparse_patches(columns: Columns) -> list[Any]:
-    """Return a sync for the trainer's side of vLLM's engine `sparse_nccl`.
-
-    Its workers take each as one of `checkpoint_patches`.
-
-    Args:
-        columns: See `pacatune.sync.element_patches`.
-    """
-    make = weight_transfer(".sparse_nccl_engine").SparseWeightPatch
-    patches = element_patches(columns)
-    return [make(patch.name, patch.indices, patch.values, patch.shape) for patch in patches]
 
 
 def _in_background(function: Any, *args: Any) -> "Future[None]":

@@ -9,7 +9,6 @@ dropout) is its own matter, which `recompute` leaves to it.
 """
 
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,13 +57,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, apply: Attend) -> Tensor:
 
 # Puts `attend` between transformers' attention modules and its function for SDPA.
 #
-# Modules look the function up in a registry, by the name of the implementation, at each call. While
-# something is lean, the entry `sdpa` is ours: it serves lean modules, and hands every other call
+# Modules look the function up in a registry, by the name of the implementation, at each call. Once
+# something was lean, the entry `sdpa` is ours: it serves lean modules, and hands every other call
 # on.
 
 
 ATTENTION = "sdpa"
-_attentions: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def find_registry() -> Any:
@@ -73,32 +71,11 @@ def find_registry() -> Any:
     return getattr(transformers, "ALL_ATTENTION_FUNCTIONS", None)
 
 
-def install(attention: nn.Module) -> None:
-    """Serve a lean module."""
+def install() -> None:
+    """Serve lean modules, from now on."""
     registry = find_registry()
-    if attention not in _attentions:
-        _attentions.add(attention)
-        weakref.finalize(attention, _leave).atexit = False
     if not isinstance(registry[ATTENTION], _Dispatch):
         registry[ATTENTION] = _Dispatch(registry[ATTENTION])
-
-
-def uninstall(attention: nn.Module) -> None:
-    """Serve a module no longer; leave the registry when nobody is left."""
-    _attentions.discard(attention)
-    _leave()
-
-
-def _leave() -> None:
-    """Restore the registry unless a lean module is alive; the set may not know that one died."""
-    registry = find_registry()
-    is_needed = any(True for _ in _attentions)
-    if registry is None or is_needed or not isinstance(registry[ATTENTION], _Dispatch):
-        return
-    plain = registry[ATTENTION].plain
-    del registry[ATTENTION]
-    if registry[ATTENTION] is not plain:  # somebody had put his own there before us
-        registry[ATTENTION] = plain
 
 
 class _Dispatch:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from pacatune.lean import attention, probe
-from pacatune.lean.batch_norm import LeanBatchNorm, find_batch_norm, is_frozen
 from pacatune.lean.modules import (
     LeanAttention,
     LeanGatedMLP,
@@ -118,7 +117,6 @@ def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanRepor
             if plan.reason:
                 report.left.setdefault(plan.reason, []).append(name)
     _add_losses(model, report, changes)
-    _add_batch_norms(model, report, changes)
     if mode == "require" and (report.left or not (report.made or report.already)):
         raise ValueError(
             "this model cannot be all lean, which 'require' asks for; 'auto' would do what can be "
@@ -129,7 +127,7 @@ def enable(model: nn.Module, mode: str = "auto", *, level: int = 1) -> LeanRepor
             make_plain(module)
             make_lean(module, lean_class, settings)
         if isinstance(module, LeanAttention):
-            attention.install(module)
+            attention.install()
     return report
 
 
@@ -140,8 +138,6 @@ def disable(model: nn.Module) -> None:
         model: Lean or not.
     """
     for module in model.modules():
-        if isinstance(module, LeanAttention):
-            attention.uninstall(module)
         make_plain(module)
 
 
@@ -256,17 +252,6 @@ def _add_losses(model: nn.Module, report: LeanReport, changes: _Changes) -> None
             continue
         if not reason.startswith("trl "):  # TRL's head is chunked as well
             report.left.setdefault(reason, []).append(name)
-
-
-def _add_batch_norms(model: nn.Module, report: LeanReport, changes: _Changes) -> None:
-    """Plan all layers, and count those that are frozen; others may be by the time of a pass."""
-    for name, module in model.named_modules():
-        has_activation = find_batch_norm(module)
-        if has_activation is None:
-            continue
-        changes.append((module, LeanBatchNorm, has_activation))
-        if is_frozen(module):
-            report.made.setdefault("batch_norm", []).append(name)
 
 
 def _head_of(module: nn.Module) -> nn.Module | None:

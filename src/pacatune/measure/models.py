@@ -38,7 +38,7 @@ def load_config(model: str) -> "PreTrainedConfig":
         )
     try:
         if file.is_file():
-            with pretrained.no_remote_code(model):
+            with pretrained.explained(model):
                 config = AutoConfig.from_pretrained(file, trust_remote_code=False)
         else:
             config = pretrained.load_config(model, option="model")

@@ -28,9 +28,9 @@ class GatheredResidency(Residency):
 
     def _forget(self) -> None:
         self.present, self.is_stale = None, False  # the temporary is thrown away as it is
-        last = self.last  # another gathered weight is as good
+        written = self.written  # another gathered weight is as good
         super()._forget()
-        self.last = last
+        self.written = written
 
     def replace(self, weight: Any) -> None:
         """Make way for a gathered weight, or for the shards."""

@@ -132,16 +132,12 @@ def _works(*kind: Any) -> bool:
                 return False
             _tried[kind] = False
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            _warn_once(
+            warnings.warn(
                 "Triton's kernel, which writes the columns of all layers at once, fails on "
-                f"{kind[0]} ({reason}); they are written layer by layer, with the same results."
+                f"{kind[0]} ({reason}); they are written layer by layer, with the same results.",
+                stacklevel=2,
             )
     return _tried[kind]
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> None:

@@ -72,8 +72,7 @@ class WeightParameter(_Watched):
     def _expose(self) -> None:
         residency = None if self.residency is None else self.residency()
         if residency is not None:
-            residency.is_data_used = True
-            residency.look()
+            residency.look(at_data=True)
 
 
 # Both go by exact types: optimisers on their fast (foreach and fused) paths, and make_fx.

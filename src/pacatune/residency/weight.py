@@ -103,8 +103,6 @@ class Residency:
         self.owner: int | None = None
         # Those that one optimiser changes together with this one.
         self.group: Group | None = None
-        # Somebody has used the weight's `.data`, and may have changed it by that.
-        self.is_data_used = False
         # The thread that looked last, and may hold what it saw.
         self.looker: int | None = None
         self.link = weakref.ref(self)
@@ -126,9 +124,8 @@ class Residency:
         self.written_base = 0, 0
         self.is_on_gpu = False
         self.kept: Kept | None = None
-        self.written: Written | None = None
         # What was written last, and will be again, as a rule.
-        self.last: Update | None = None
+        self.written: Written | None = None
 
     def holds(self, update: Update) -> bool:
         """Whether W holds W[:, indices] + scaling * delta for the current values of delta."""
@@ -160,7 +157,7 @@ class Residency:
                 return False
             group = self._together()
             others = [] if group is None else group.waiting(self)
-            moves = [first, *[member._prepare(member.last) for member in others]]
+            moves = [first, *[member._prepare(member.written.update) for member in others]]
             put_all([move for move in moves if move is not None])
             return self.holds(update)
 
@@ -180,14 +177,15 @@ class Residency:
 
     def is_in_training(self) -> bool:
         """Whether columns that are trained have been written here."""
-        return self.last is not None and bool(self.last.delta.requires_grad)
+        return self.written is not None and bool(self.written.update.delta.requires_grad)
 
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
-        last = self.last
+        if self.written is None:
+            return False
+        last = self.written.update
         return (
-            last is not None
-            and bool(last.delta.requires_grad)
+            bool(last.delta.requires_grad)
             and bool(last.delta.untyped_storage().nbytes())  # FSDP2 empties what it took away
             and not self.holds(last)
         )
@@ -220,7 +218,7 @@ class Residency:
             self.restore()
             return
         self.kept = kept
-        self.written, self.last = written, written.update
+        self.written = written
         written.update.delta.residency = self.link
         if written.update.mix is not None:
             written.update.mix.residency = self.link
@@ -364,16 +362,15 @@ class Residency:
         assert self.kept is not None
         return with_columns(self.weight, self.kept.columns, self.kept.originals)
 
-    def look(self) -> None:
-        """Restore for somebody who may change what he sees."""
+    def look(self, *, at_data: bool = False) -> None:
+        """Restore for somebody who may change what he sees, with `at_data` uncounted."""
         with LOCK:
             group = self._together()
             if self.is_written and group is not None and group.looks_on():
                 self.restore_together()
             self.restore()
-            if self.kept is not None and (self.is_data_used or _is_numpys(self.kept.memory)):
+            if self.kept is not None and (at_data or _is_numpys(self.kept.memory)):
                 self.kept = None
-            self.is_data_used = False
             self.looker = threading.get_ident()
 
     def is_over(self) -> bool:

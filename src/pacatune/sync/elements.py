@@ -1,7 +1,6 @@
 """A sync as elements at flat places of the checkpoint's tensors, for loaders that know no columns.
 
-`integrations.vllm` and `integrations.verl` turn them into what these frameworks take. Each element
-brings its place, in 4 bytes.
+Each element brings its place, in 4 bytes.
 """
 
 import math

@@ -20,13 +20,8 @@ from pacatune.format.patterns import matching_key
 from pacatune.format.tensors import INDICES, PEFT_PREFIX
 from pacatune.strategies import FIXED, needs_of, seed_for, select_columns
 from pacatune.tuner.compat import get_quantization_kwargs
-from pacatune.tuner.config import (
-    PacaConfig,
-    key_of_columns,
-    refuse_idle_layers,
-    seeded,
-)
-from pacatune.tuner.defaults import default_targets, leave_out_attention, log_once
+from pacatune.tuner.config import PacaConfig, key_of_columns, seeded
+from pacatune.tuner.defaults import log_once, settle_targets
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import weight_matrix
 from pacatune.tuner.targets import Target, check_targets, for_module
@@ -94,46 +89,28 @@ def _choose(
     statistics: "ColumnStatistics | None",
 ) -> Any:
     selection, seed = str(config.selection), seed_for(config.random_seed, name)
-    weight, values = _known(model, needs_of(selection), name, target, statistics)
-    kept = select_columns(selection, weight, target.num_trained, seed=seed, statistics=values)
-    return kept.tolist()
-
-
-def _known(
-    model: nn.Module,
-    needs: tuple[str, ...],
-    name: str,
-    target: Target,
-    statistics: "ColumnStatistics | None",
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return a target's weight, of a shape alone if it is not needed, and what was collected."""
-    weight = torch.empty(1, target.num_columns, device="meta")
+    needs = needs_of(selection)
+    weight = torch.empty(1, target.num_columns, device="meta")  # a shape alone, if it is not needed
     if "weight" in needs:
         kwargs = get_quantization_kwargs(model)
         weight = weight_matrix(target.module, target.parameter_name, **kwargs)
     is_read = statistics is not None and set(needs) - {"weight"}
     values = statistics.of(name) if statistics is not None and is_read else {}
-    for kind, one in values.items():
-        if len(one) != target.num_columns:
+    for kind, scores in values.items():
+        if len(scores) != target.num_columns:
             raise ValueError(
-                f"`statistics` has {len(one)} columns ({kind}) and the weight "
+                f"`statistics` has {len(scores)} columns ({kind}) and the weight "
                 f"{target.num_columns}; it is of another model."
             )
-    return weight, values
+    number = target.num_trained
+    return select_columns(selection, weight, number, seed=seed, statistics=values).tolist()
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
     """Return what a configuration adapts, by the names that files know."""
     kwargs = get_quantization_kwargs(model)
     config = copy.copy(config)
-    leave_out_attention(config, model)
-    if config.target_modules is None:
-        try:
-            config.target_modules = default_targets(model, **kwargs)  # type: ignore[assignment]
-            refuse_idle_layers(config)
-        except ValueError:
-            if not config.target_parameters:
-                raise
+    settle_targets(config, model, **kwargs)
     return check_targets(BaseTuner, config, model, **kwargs)
 
 

@@ -3,14 +3,13 @@
     PEFT 0.21         see `old_peft.py`
     PEFT 0.20         an error of its own where nothing matches
     PEFT 0.19         how transformers 5 renames the tensors of adapters
-    transformers 5    the interface of experts modules; the names of tied weights
+    transformers 5    the names of tied weights
 
 Where one has what we need, nothing here is used. What cannot be supplied names the version that
 has it.
 """
 
 import importlib
-from collections.abc import Callable
 from typing import Any, cast
 
 from peft.tuners import tuners_utils
@@ -38,12 +37,10 @@ NoMatchingPeftModuleError: type[ValueError] = getattr(
 )
 
 
-resolve_quantization_backend, get_quantization_kwargs, quantization_extra_repr = (
-    getattr(_module("peft.utils.quantization_utils"), name, getattr(old_peft, name))
-    for name in (
-        *("resolve_quantization_backend", "get_quantization_kwargs", "quantization_extra_repr"),
-    )
-)
+_backends = _module("peft.utils.quantization_utils") or old_peft
+resolve_quantization_backend = _backends.resolve_quantization_backend
+get_quantization_kwargs = _backends.get_quantization_kwargs
+quantization_extra_repr = _backends.quantization_extra_repr
 
 TunerLayer: Any = old_peft.OldTunerLayer if _IS_OLD else tuners_utils.BaseTunerLayer
 Tuner: Any = old_peft.OldTuner if _IS_OLD else tuners_utils.BaseTuner
@@ -105,10 +102,3 @@ def tied_weights(model: Any) -> dict[str, str]:
         return {}
     head, embedding = (f"{names[end]}.weight" for end in ends)
     return {head: embedding}
-
-
-def register_experts(name: str, forward: Callable[..., Tensor]) -> None:
-    """Make an implementation of experts modules known to transformers 5; 4 has no such modules."""
-    experts = _module("transformers.integrations.moe")
-    if experts is not None:
-        experts.ALL_EXPERTS_FUNCTIONS.register(name, forward)

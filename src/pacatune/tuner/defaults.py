@@ -25,9 +25,25 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _find_minimal_target_module
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from pacatune.tuner.config import refuse_idle_layers
 from pacatune.tuner.ignored import own_modules
 from pacatune.tuner.layout import Conv1DLayout, Layout, adaptable_kind
 from pacatune.tuner.targets import NEVER_CALLED, TORCHS_ATTENTION, available_targets
+
+
+def settle_targets(config: PeftConfig, model: nn.Module, **kwargs: Any) -> None:
+    """Say in a configuration, in place, which layers it adapts where it names none."""
+    _leave_out_attention(config, model)
+    if config.target_modules is not None:
+        return
+    try:
+        config.target_modules = default_targets(model, **kwargs)
+    except ValueError:
+        if not config.target_parameters:
+            raise
+        return
+    refuse_idle_layers(config)
+    log_targets(model, **kwargs)
 
 
 def default_targets(model: nn.Module, **kwargs: Any) -> set[str] | str:
@@ -62,7 +78,7 @@ def log_targets(model: nn.Module, **kwargs: Any) -> None:
     )
 
 
-def leave_out_attention(config: PeftConfig, model: nn.Module) -> None:
+def _leave_out_attention(config: PeftConfig, model: nn.Module) -> None:
     """Exclude from "all-linear" the layers that torch's attention never calls, and say so."""
     if str(config.target_modules).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return

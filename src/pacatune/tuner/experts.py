@@ -1,9 +1,14 @@
 """Adapted weights of mixtures of experts: the fused, three-dimensional parameters of transformers.
 
-Their columns are never written: all experts together are the largest tensors of a model, and each
-step uses a part of them. The tokens take the same steps as in transformers' own implementations
-(sort by expert, first product, the module's own gate, second product, weigh, sum), with our
-products in place of theirs.
+    Experts               in place of the experts module, which is its `base_layer`
+      gate_up_proj        an ExpertParameter, one for each adapted parameter
+      down_proj
+
+An adapted parameter is found and saved under the name that it has in the base model. The columns
+are never written: all experts together are the largest tensors of a model, and each step uses a
+part of them. The tokens take the same steps as in transformers' own implementations (sort by
+expert, first product, the module's own gate, second product, weigh, sum), with our products in
+place of theirs.
 """
 
 import functools
@@ -17,15 +22,9 @@ from torch import Tensor, nn
 from pacatune.ops.columns import Update
 from pacatune.ops.experts import experts_linear, paca_experts_linear, paca_experts_update
 from pacatune.tuner.additive import has_hooks
-from pacatune.tuner.compat import register_experts
-from pacatune.tuner.layer import Delta
+from pacatune.tuner.config import PacaConfig
+from pacatune.tuner.layer import Delta, PacaLayer
 from pacatune.tuner.layout import has_known_experts, is_transposed, takes_all_tokens
-from pacatune.tuner.parameter import (
-    ParameterLayer,
-    ParameterOwner,
-    in_place_of_forward,
-    names_to_apply,
-)
 
 
 class ExpertDelta(Delta):
@@ -48,13 +47,55 @@ class ExpertDelta(Delta):
         return paca_experts_linear(x, weight, update, offsets, **options)
 
 
-class ExpertParameter(ParameterLayer):
+class ExpertParameter(PacaLayer):
     """An adapted parameter of an experts module: (E, O, I), or (E, I, O) if that is transposed.
 
-    All experts train the same columns; delta is (E, O, R).
+    All experts train the same columns; delta is (E, O, R). It holds the deltas and is never called.
+    `base_layer` is the module. It is not registered here, since its other parameters share it.
     """
 
     delta_class = ExpertDelta
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        name: str,
+        config: PacaConfig,
+        **options: Any,
+    ) -> None:
+        self.parameter_name = name.rpartition(".")[2]
+        super().__init__(base_layer, adapter_name, name, config, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def get_base_weight(self) -> Tensor:
+        """Return the parameter's data."""
+        parameter: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        return parameter.data
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        weight = self.get_base_weight()
+        return weight.device, weight.dtype
+
+    def extra_repr(self) -> str:
+        """Give the shape of the parameter."""
+        return f"shape={tuple(self.get_base_weight().shape)}"
+
+    def names_to_apply(self) -> list[str]:
+        """Return the adapters to be added to the weight, in order.
+
+        A layer that is merged although it is disabled is unmerged.
+        """
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.paca_delta]
 
     def project(
         self, x: Tensor, weight: Tensor, offsets: Tensor, names: list[str], **options: Any
@@ -74,28 +115,53 @@ class ExpertParameter(ParameterLayer):
         return functools.reduce(torch.add, terms)
 
 
-class Experts(ParameterOwner):
-    """In place of an experts module, some of whose parameters are adapted."""
+class Experts(nn.Module):
+    """In place of an experts module, some of whose parameters are adapted.
 
-    layer_class = ExpertParameter
+    It runs the module's forward in our own words, because the module's own reads its parameters.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def adapt(
+        self, adapter_name: str, name: str, config: PacaConfig, **ranks: Any
+    ) -> ExpertParameter:
+        """Add an adapter to a parameter."""
+        parameter_name = name.rpartition(".")[2]
+        layer = self._modules.get(parameter_name)
+        if isinstance(layer, ExpertParameter):
+            layer.update_layer(adapter_name, name, config, **ranks)
+        else:
+            layer = ExpertParameter(self.base_layer, adapter_name, name, config, **ranks)
+            self.add_module(parameter_name, layer)
+        return layer
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without anything of ours, merged if asked for."""
+        for layer in self.children():
+            if merge and isinstance(layer, ExpertParameter):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.base_layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the experts module's: hidden states, chosen experts and their weights -> (N, I)."""
         layers: _Layers = {}
         for name, module in self._modules.items():
-            names = names_to_apply(module)
-            if names:
-                layers[name] = (cast(ExpertParameter, module), names)
-        experts: Any = self.base_layer
+            if isinstance(module, ExpertParameter) and (names := module.names_to_apply()):
+                layers[name] = (module, names)
         if not layers:
-            return experts(*args, **kwargs)
-        if not has_hooks(experts.__dict__):
-            if "has_gate" in experts.__dict__:
-                return _forward(experts, layers, *args, **kwargs)
-            if takes_all_tokens(experts):
-                return _forward_of_all(experts, layers, *args, **kwargs)
-        with _running_ours(experts, layers):
-            return experts(*args, **kwargs)
+            return cast(Tensor, self.base_layer(*args, **kwargs))
+        experts: Any = next(m for m in self.base_layer.modules() if has_known_experts(m))
+        run = _forward_of_all if takes_all_tokens(experts) else _forward
+        ours = functools.partial(run, experts, layers)
+        if experts is self.base_layer and not has_hooks(experts.__dict__):
+            return ours(*args, **kwargs)
+        with _in_place_of_forward(experts, ours):
+            return cast(Tensor, self.base_layer(*args, **kwargs))
 
 
 _Layers = dict[str, tuple[ExpertParameter, list[str]]]
@@ -162,47 +228,21 @@ def _sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return expert_ids, order, torch.searchsorted(expert_ids, next_experts, out_int32=True)
 
 
-_IMPLEMENTATION = "pacatune"
-
-
-class _Config:
-    """An experts module's configuration that asks for our forward, for one call."""
-
-    _experts_implementation = _IMPLEMENTATION
-
-    def __init__(self, config: Any, layers: _Layers) -> None:
-        self.config, self.layers, self.has_run = config, layers, False
-
-
-def _forward_from_config(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
-    ours: _Config = experts.config
-    ours.has_run, experts.config = True, ours.config
-    return _forward(experts, ours.layers, *args, **kwargs)
-
-
-register_experts(_IMPLEMENTATION, _forward_from_config)
-
-
 @contextmanager
-def _running_ours(module: nn.Module, layers: _Layers) -> Iterator[None]:
-    """Let whatever surrounds an experts module (hooks, offloading, FSDP) run, and then our forward.
-
-    transformers asks the module's configuration for the implementation.
-    """
-    experts: Any = next(m for m in module.modules() if has_known_experts(m))
-    if takes_all_tokens(experts):
-        with in_place_of_forward(experts, functools.partial(_forward_of_all, experts, layers)):
-            yield
-        return
-    original = experts.config
-    experts.config = ours = _Config(original, layers)
+def _in_place_of_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let whatever surrounds a module (hooks, offloading, FSDP) run, and then `forward`."""
+    if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
+        raise RuntimeError(
+            f"The forward of {type(module).__name__} has been replaced, and would pass by the "
+            "adapter. Adapt the model before, or leave the experts out of `target_parameters`."
+        )
+    original = module.__dict__.get("_old_forward")  # of accelerate's offloading
+    place = "forward" if original is None else "_old_forward"
+    module.__dict__[place] = forward
     try:
         yield
     finally:
-        experts.config = original
-    if not ours.has_run:
-        raise RuntimeError(
-            f"The forward of {type(experts).__name__} has been replaced by one that passes by "
-            "transformers' experts interface, and so by the adapter. Adapt the model before, or "
-            "leave the experts out of `target_parameters`."
-        )
+        if original is None:
+            del module.__dict__[place]
+        else:
+            module.__dict__[place] = original

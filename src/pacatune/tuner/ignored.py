@@ -5,7 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,17 +19,18 @@ from pacatune.names import guess
 _HEADS = ("classifier", "score")
 
 
-def get_strict_peft_model(model: Any, config: PeftConfig, **options: Any) -> PeftModel:
-    """Put an adapter of any PEFT method on a model, as `get_peft_model` does, ignoring no option.
+def put_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """Put an adapter of any PEFT method on a model, in place, to train or measure it.
 
-    Args:
-        model: The base; weights are not needed.
-        config: The adapter's configuration.
-        **options: As for `get_peft_model`.
-
-    Raises:
-        ValueError: If an option matches nothing; names option and value, and what there is.
+    The model may have no weights. An option that matches nothing is a ValueError.
     """
+    options: Any = copy.deepcopy(config)
+    is_empty = any(parameter.is_meta for parameter in model.parameters())
+    if is_empty and options.peft_type == "PACA":
+        options.columns_from = "dequantized"
+        if options.columns is None:
+            options.selection = "random"
+    base: Any = model
     with warnings.catch_warnings():
         # What PEFT warns of, and more, is refused below.
         for message in (
@@ -37,24 +38,12 @@ def get_strict_peft_model(model: Any, config: PeftConfig, **options: Any) -> Pef
             "You have passed exclude_modules",
         ):
             warnings.filterwarnings("ignore", message)
-        adapted: Any = get_peft_model(model, config, **options)
+        adapted: Any = get_peft_model(base, options, low_cpu_mem_usage=is_empty)
     _refuse_ignored(adapted)
-    return adapted
-
-
-def put_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """Put an adapter on a model, in place, to train or measure it; it may have no weights."""
-    options: Any = copy.deepcopy(config)
-    is_empty = any(parameter.is_meta for parameter in model.parameters())
-    if is_empty and options.peft_type == "PACA":
-        options.columns_from = "dequantized"
-        if options.columns is None:
-            options.selection = "random"
-    adapted: nn.Module = get_strict_peft_model(model, options, low_cpu_mem_usage=is_empty)
     for layer in adapted.modules():
         if isinstance(layer, _BatchNorm):  # saved for its statistics, if at all
             layer.requires_grad_(False)
-    return adapted
+    return cast(nn.Module, adapted)
 
 
 def _refuse_ignored(adapted: PeftModel) -> None:

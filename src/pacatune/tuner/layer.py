@@ -17,7 +17,7 @@ from pacatune.ops.columns import Update, adapted_columns, check_columns, mixed, 
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
-from pacatune.strategies import random_columns, seed_for
+from pacatune.strategies import seed_for, select_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
 from pacatune.tuner.layout import Layout, layout_of
@@ -209,8 +209,10 @@ class PacaLayer(nn.Module, TunerLayer):
                 delta.mix.copy_((2 * values - 1) * bound)
         self.paca_delta[adapter_name] = delta
         if columns is None or columns == IN_TENSORS:
-            seed = config.random_seed if columns is None else 0  # then only their number counts
-            indices = random_columns(num_columns, num_trained, seed, name)
+            # Of columns that will be loaded, only their number counts.
+            seed = seed_for(0 if columns == IN_TENSORS else config.random_seed, name)
+            weight = torch.empty(1, num_columns, device="meta")
+            indices = select_columns("random", weight, num_trained, seed=seed)
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices.fill_(-1) if columns == IN_TENSORS else indices

@@ -37,13 +37,12 @@ from pacatune.tuner.compat import (
     note_parameters,
     resolve_quantization_backend,
 )
-from pacatune.tuner.config import PacaConfig, refuse_idle_layers, seeded
-from pacatune.tuner.defaults import default_targets, leave_out_attention, log_targets
-from pacatune.tuner.experts import Experts
+from pacatune.tuner.config import PacaConfig, seeded
+from pacatune.tuner.defaults import settle_targets
+from pacatune.tuner.experts import ExpertParameter, Experts
 from pacatune.tuner.fast_path import allow_fast_path, forbid_fast_path
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import adaptable_kind
-from pacatune.tuner.parameter import ParameterLayer, ParameterOwner, put_in_place
 from pacatune.tuner.quantized import (
     QuantizedLinear,
     find_originals,
@@ -116,7 +115,7 @@ def is_foreign(module: nn.Module) -> bool:
 
 def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
     base = layer.get_base_layer()
-    if isinstance(layer, ParameterLayer):
+    if isinstance(layer, ExpertParameter):
         return type(base).__name__
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "TransformerEncoderLayer"
@@ -174,18 +173,7 @@ class PacaModel(Tuner):
             hook.handle = model.register_forward_pre_hook(hook)
 
     def _prepare_adapter_config(self, peft_config: PacaConfig, model_config: Any) -> PacaConfig:
-        leave_out_attention(peft_config, self.model)
-        if peft_config.target_modules is None:
-            kwargs = get_quantization_kwargs(self)
-            try:
-                targets = default_targets(self.model, **kwargs)
-            except ValueError:
-                if not peft_config.target_parameters:
-                    raise
-                return peft_config
-            peft_config.target_modules = targets  # type: ignore[assignment]
-            refuse_idle_layers(peft_config)
-            log_targets(self.model, **kwargs)
+        settle_targets(peft_config, self.model, **get_quantization_kwargs(self))
         return peft_config
 
     def _prepare_model(self, peft_config: PacaConfig, model: nn.Module) -> None:
@@ -203,7 +191,7 @@ class PacaModel(Tuner):
         parameter_name: str | None = None,
     ) -> None:
         ranks = ranks_of(peft_config, current_key)
-        if isinstance(target, ParameterLayer):
+        if isinstance(target, ExpertParameter):
             return  # no module of the base: `target_modules` does not mean it
         if isinstance(target, PacaLayer):
             target.update_layer(adapter_name, current_key, peft_config, **ranks)
@@ -222,24 +210,20 @@ class PacaModel(Tuner):
         self, peft_config: PacaConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         # Unlike PEFT's own: parameters that are adapted keep their names, whatever their order.
-        names = find_parameters(self, peft_config, model)
+        names = list(find_parameters(self, peft_config, model))
         for name in names:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                ranks = ranks_of(peft_config, name)
-                self._adapt_parameter(Experts, name, adapter_name, peft_config, ranks)
+                self._adapt_parameter(name, adapter_name, peft_config)
         note_parameters(self, names)
         return names
 
-    def _adapt_parameter(
-        self,
-        owner_class: type[ParameterOwner],
-        name: str,
-        adapter_name: str,
-        config: PacaConfig,
-        ranks: dict[str, Any],
-    ) -> None:
-        owner = put_in_place(owner_class, self.model, name.rpartition(".")[0])
-        layer = owner.adapt(adapter_name, name, config, **ranks)
+    def _adapt_parameter(self, name: str, adapter_name: str, config: PacaConfig) -> None:
+        module_name = name.rpartition(".")[0]
+        experts = self.model.get_submodule(module_name)
+        if not isinstance(experts, Experts):
+            experts = Experts(experts)
+            self.model.set_submodule(module_name, experts)
+        layer = experts.adapt(adapter_name, name, config, **ranks_of(config, name))
         if adapter_name not in self.active_adapters:
             layer.paca_delta[adapter_name].requires_grad_(False)
 

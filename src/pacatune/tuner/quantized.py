@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
+from pacatune.names import find_name, names_of
 from pacatune.ops.columns import read_columns
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.ops.whole import is_shared_out
@@ -103,14 +104,13 @@ class OriginalWeights:
         return columns
 
     def _find_key(self, name: str) -> str:
-        prefix = f"{self.prefix}."
-        for key in (name, prefix + name, name.removeprefix(prefix)):
-            if key in self.files:
-                return key
-        raise ValueError(
-            f"`columns_from` ('original'): {self.name} holds no {name!r} (transformers may have "
-            f"fused or renamed it on loading); {_FIX}"
-        )
+        key = find_name(names_of(name, self.prefix), self.files)
+        if key is None:
+            raise ValueError(
+                f"`columns_from` ('original'): {self.name} holds no {name!r} (transformers may "
+                f"have fused or renamed it on loading); {_FIX}"
+            )
+        return key
 
     def _find_files(self) -> dict[str, str]:
         """Map each tensor of the checkpoint to its file."""

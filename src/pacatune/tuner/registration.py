@@ -123,7 +123,7 @@ def _teach_base_names() -> None:
 
     It takes `base_layer` out of names only below the layers that it calls tuner layers.
     """
-    from pacatune.tuner.parameter import ParameterOwner  # needs the enum's member
+    from pacatune.tuner.experts import Experts  # needs the enum's member
 
     convert = getattr(save_and_load, "_peft_key_to_original_key", None)  # PEFT >= 0.20
     if convert is None or hasattr(convert, "knows_paca"):
@@ -133,7 +133,7 @@ def _teach_base_names() -> None:
     def convert_with_owners(model: Any, peft_key: str) -> str:
         parts, current = [], model.base_model.model
         for part in peft_key.split("."):
-            if part != "base_layer" or not isinstance(current, ParameterOwner):
+            if part != "base_layer" or not isinstance(current, Experts):
                 parts.append(part)
             current = getattr(current, part, None)
         return str(convert(model, ".".join(parts)))

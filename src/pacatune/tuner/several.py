@@ -15,7 +15,6 @@ from pacatune.strategies import FIXED
 from pacatune.tuner.compat import Tuner
 from pacatune.tuner.experts import ExpertParameter
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.parameter import ParameterLayer
 
 # Adds adapters up to a new one, exactly: its columns are the union of theirs.
 
@@ -135,7 +134,7 @@ def adapter_names_passed(
 
 
 def _check(layers: list[Any], adapter_names: list[str]) -> None:
-    if any(isinstance(layer, ParameterLayer) for layer in layers):
+    if any(isinstance(layer, ExpertParameter) for layer in layers):
         raise ValueError(
             "Cannot pass `adapter_names` to a model with adapted experts, which see single tokens "
             "and not the rows of the batch. Run the rows of each adapter by themselves."

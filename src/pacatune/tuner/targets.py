@@ -24,6 +24,7 @@ from pacatune.ops.whole import whole_shape
 from pacatune.tuner.config import PacaConfig, key_of_columns
 from pacatune.tuner.convolution import Conv
 from pacatune.tuner.embedding import Embedding
+from pacatune.tuner.experts import ExpertParameter, Experts
 from pacatune.tuner.ignored import refuse_unused_patterns
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.layout import (
@@ -38,7 +39,6 @@ from pacatune.tuner.layout import (
     supported_kinds,
 )
 from pacatune.tuner.linear import Linear
-from pacatune.tuner.parameter import ParameterLayer, ParameterOwner
 
 LAYERS: dict[type[Layout], type[PacaLayer]] = {
     Layout: Linear,
@@ -78,11 +78,9 @@ def check_targets(
     tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module, **kwargs: Any
 ) -> dict[str, Target]:
     """Find what is adapted, and refuse what cannot be as the configuration says."""
-    parameters = find_parameters(tuner, config, model)
-    targets = {name: _parameter_target(model, config, name) for name in parameters}
+    targets = find_parameters(tuner, config, model)
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     _check_names(config, model)
-    names = list(parameters)
     adapted: tuple[str, ...] = ()
     for name, module in _modules(model).items():
         if not name or name.startswith(adapted):
@@ -92,15 +90,14 @@ def check_targets(
         if tuner._check_target_module_exists(config, name):
             _refuse_other_method(module, name)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            base = base.base_layer if isinstance(base, ParameterOwner) else base
+            base = base.base_layer if isinstance(base, Experts) else base
             kind = _kind_of(base, name, **kwargs)
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, "weight")
             layout.check(rank, name)
             num_trained = count_columns(layout.in_features, rank, config.channels)
             targets[name] = Target(base, "weight", rank, num_trained, layout)
-            names.append(name)
-    refuse_unused_patterns(config, names)
+    refuse_unused_patterns(config, targets)
     _refuse_split(model, targets)
     return targets
 
@@ -130,17 +127,6 @@ def _refuse_other_method(module: nn.Module, name: str) -> None:
         )
 
 
-def _parameter_target(model: nn.Module, config: PacaConfig, name: str) -> Target:
-    parameter_name = name.rpartition(".")[2]
-    module = _bare_parameters(model)[name]
-    rank = for_module(config.rank_pattern, name, config.r)
-    layout = layout_of(module, parameter_name)
-    assert layout is not None, "_check_parameter has seen it"
-    layout.check(rank, name)
-    num_trained = count_columns(layout.in_features, rank, config.channels)
-    return Target(module, parameter_name, rank, num_trained, layout)
-
-
 def _check_names(config: PacaConfig, model: nn.Module) -> None:
     if not isinstance(config.target_modules, (list, set)):
         return
@@ -156,20 +142,25 @@ def _check_names(config: PacaConfig, model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name, except those that stand for an adapted parameter."""
-    return {n: m for n, m in model.named_modules() if not isinstance(m, ParameterLayer)}
+    return {n: m for n, m in model.named_modules() if not isinstance(m, ExpertParameter)}
 
 
 def available_targets(model: nn.Module) -> str:
     """Return a sentence that lists the names of all modules that can be adapted, with counts."""
-    counts: Counter[str] = Counter()
+    names = []
     for name, module in _modules(model).items():
-        base = module.base_layer if isinstance(module, ParameterOwner) else module
+        base = module.base_layer if isinstance(module, Experts) else module
         is_target = has_layout(base) or isinstance(module, BaseTunerLayer)
         if is_target and not isinstance(base, TORCHS_ATTENTION) and ".base_layer" not in name:
-            parts = [part for part in name.split(".") if not part.isdigit()]
-            counts[parts[-1] if parts else name] += 1
-    listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-    return f"It has these layers: {listed or 'none'}."
+            names.append(name)
+    return f"It has these layers: {_counted(names, 1)}."
+
+
+def _counted(names: list[str], num_parts: int) -> str:
+    """Return the last parts of names, without numbers of layers, and how often each occurs."""
+    words = {name: [part for part in name.split(".") if not part.isdigit()] for name in names}
+    counts = Counter(".".join(parts[-num_parts:]) or name for name, parts in words.items())
+    return ", ".join(f"{word} ({count})" for word, count in sorted(counts.items())) or "none"
 
 
 def _kind_of(base: nn.Module, name: str, **kwargs: Any) -> type[Layout]:
@@ -201,8 +192,8 @@ def _kind_of(base: nn.Module, name: str, **kwargs: Any) -> type[Layout]:
 
 def find_parameters(
     tuner: BaseTuner | type[BaseTuner], config: PacaConfig, model: nn.Module
-) -> list[str]:
-    """Return the names of the parameters to adapt, whose ends `target_parameters` names."""
+) -> dict[str, Target]:
+    """Return the parameters to adapt, whose names' ends are in `target_parameters`."""
     targets = config.target_parameters or []
     parameters = _bare_parameters(model) if targets else {}
     missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in parameters)]
@@ -213,13 +204,16 @@ def find_parameters(
         )
     config = copy.copy(config)
     config.target_modules = config.target_parameters
-    found = []
+    found: dict[str, Target] = {}
     for name, module in parameters.items():
-        owner = name.rpartition(".")[0]
+        owner, _, parameter_name = name.rpartition(".")
         is_excluded = isinstance(tuner._check_target_module_exists(config, owner), _ExcludedModule)
         if tuner._check_target_module_exists(config, name) and not is_excluded:
-            _check_parameter(name, module, config, parameters)
-            found.append(name)
+            layout = _layout_of_parameter(name, module, config, parameters)
+            rank = for_module(config.rank_pattern, name, config.r)
+            layout.check(rank, name)
+            num_trained = count_columns(layout.in_features, rank, config.channels)
+            found[name] = Target(module, parameter_name, rank, num_trained, layout)
     if targets and not found:
         raise ValueError(
             f"`target_parameters` ({targets}): every parameter of these names is left out by "
@@ -238,9 +232,10 @@ def _bare_parameters(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _check_parameter(
+def _layout_of_parameter(
     name: str, module: nn.Module, config: PacaConfig, parameters: dict[str, nn.Module]
-) -> None:
+) -> Layout:
+    """Return the layout of a parameter that can be adapted, or say why it cannot."""
     owner, _, parameter_name = name.rpartition(".")
     parameter: Any = getattr(module, parameter_name)
     shape = whole_shape(parameter)
@@ -250,7 +245,8 @@ def _check_parameter(
             f"weight of all experts. Layers are named in `target_modules`. "
             f"{_available_parameters(parameters)}"
         )
-    if not isinstance(layout_of(module, parameter_name), ExpertsLayout) or not owner:
+    layout = layout_of(module, parameter_name)
+    if not isinstance(layout, ExpertsLayout) or not owner:
         raise TypeError(
             f"Target parameter {name!r} ({type(module).__name__}) is not supported: PaCA adapts "
             "the weights of experts modules that run on the experts interface of transformers 5. "
@@ -268,16 +264,16 @@ def _check_parameter(
             f"`bias` ({config.bias!r}) must be 'none' with {name!r}: its experts have biases, "
             "which PEFT would train but not save."
         )
+    return layout
 
 
 def _available_parameters(parameters: dict[str, nn.Module]) -> str:
-    counts: Counter[str] = Counter()
-    for name, module in parameters.items():
-        if isinstance(layout_of(module, name.rpartition(".")[2]), ExpertsLayout):
-            parts = [part for part in name.split(".") if not part.isdigit()]
-            counts[".".join(parts[-2:])] += 1
-    listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-    return f"It has these expert parameters: {listed or 'none'}."
+    names = [
+        name
+        for name, module in parameters.items()
+        if isinstance(layout_of(module, name.rpartition(".")[2]), ExpertsLayout)
+    ]
+    return f"It has these expert parameters: {_counted(names, 2)}."
 
 
 @contextmanager
