@@ -27,12 +27,7 @@ _SWITCHES = {
     "auto_resume": "Continue the run in training.output_dir if it has a checkpoint, else start it; "
     "a finished one stays as it is. For launchers that repeat a command.",
     "overwrite": "Delete the files of another run in training.output_dir first.",
-    "push_config": "With --push_to_hub: upload config.yaml too, which names files of this machine.",
 }
-_PUSH = (
-    "Upload what the run wrote to this repository of the hub, which is created before training; "
-    "private with training.hub_private_repo."
-)
 # Where TRL, transformers and we have classes of training options.
 _SOURCES = (
     *("trainer/*_config.py", "experimental/*/*_config.py"),
@@ -40,7 +35,7 @@ _SOURCES = (
 )
 _Files = dict[str, dict[str, Any]]
 """Path of a config file -> what it says."""
-_FLAGS = (*_SWITCHES, "push_to_hub", "preview")
+_FLAGS = (*_SWITCHES, "preview")
 _PRINT = "--print_config"
 # What most runs set, of each task what it has; the options of a method are beside.
 _COMMON = (
@@ -76,8 +71,6 @@ def run(argv: list[str], words: list[str]) -> int:
     if "preview" in flags:
         preview(config, int(flags["preview"]))
         return 0
-    if "push_config" in flags and "push_to_hub" not in flags:
-        raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
     auto_resume = flags.pop("auto_resume", False)
     if auto_resume and flags.keys() & {"resume", "overwrite"}:
         raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
@@ -139,7 +132,6 @@ def parser_of_task(task: str) -> SectionParser:
     parser.add_argument("--config", action="config", help="YAML file with options.")
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=text)
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", default=SUPPRESS, help=_PUSH)
     parser.add_argument(
         "--preview",
         type=PositiveInt,

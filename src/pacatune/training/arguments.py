@@ -29,8 +29,8 @@ class SharedDefaults:
 
     elsewhere: ClassVar[dict[str, str]] = {
         "resume_from_checkpoint": "use --resume",
-        "push_to_hub": "give --push_to_hub ORGANISATION/NAME on the command line",
-        "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
+        "push_to_hub": "upload the finished folder by `hf upload`",
+        "hub_model_id": "upload the finished folder by `hf upload`",
         "fp16_full_eval": "it rounds the weights that are saved",
         "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",

@@ -50,7 +50,6 @@ from pacatune.training.progress import (
     show_result,
     show_warnings,
 )
-from pacatune.training.push import open_repository, push_result
 from pacatune.training.report import (
     Report,
     curve_of,
@@ -89,8 +88,6 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    push_to_hub: str | None = None,
-    push_config: bool = False,
     console: Console | None = None,
 ) -> Report:
     """Fine-tune a model as `config` says and write the result into its output folder.
@@ -103,9 +100,6 @@ def train(
         config: The run, of any task.
         resume: Continue the run in the output folder from its last checkpoint.
         overwrite: Delete another run's files in the output folder first.
-        push_to_hub: Repository of the hub to upload the result to, private if
-            `training.hub_private_repo` says so; it is created before training.
-        push_config: Upload config.yaml too, which names files and folders of this machine.
         console: Where to show progress; standard output when None.
 
     Returns:
@@ -116,17 +110,14 @@ def train(
         FileNotFoundError: If the model or the data are not there.
         FileExistsError: If the output folder holds another run.
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
-        ConnectionError: If the hub cannot be written to.
     """
     task = Task(config)
     arguments, console = task.arguments, main_console(task.arguments, console)
-    folder, checkpoint, repository = Path(arguments.output_dir), None, None
+    folder, checkpoint = Path(arguments.output_dir), None
     check_folder(config, resume=resume, overwrite=overwrite)
     refuse_no_weights(config.model.path)
     if resume:
         check_same_options(to_values(config), folder)
-    if push_to_hub is not None and arguments.process_index == 0:
-        repository = open_repository(push_to_hub, arguments)
     show_plan(task, console)
     if resume:
         fixed = task.data.fixed_split or why_fixed(arguments)
@@ -138,19 +129,13 @@ def train(
     save_weights(trainer, folder)
     report = save_report(task, trainer, folder)
     show_result(report, folder, console)
-    if repository is not None:
-        where = push_result(folder, repository, arguments, with_config=push_config)
-        say(console, f"uploaded to {where}")
     return report
 
 
-def start_or_resume(
-    config: RunConfig, *, console: Console | None = None, **options: Any
-) -> Report | None:
+def start_or_resume(config: RunConfig, *, console: Console | None = None) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
     For launchers that repeat a command when a process has died; None if the run was finished.
-    `options` are those of `train`.
     """
     arguments = config.training.resolved()
     console, folder = main_console(arguments, console), Path(arguments.output_dir)
@@ -169,7 +154,7 @@ def start_or_resume(
         return None
     resume = begun and checkpoint is not None
     # Without a checkpoint, what was begun is lost anyway.
-    return train(config, resume=resume, overwrite=begun and not resume, console=console, **options)
+    return train(config, resume=resume, overwrite=begun and not resume, console=console)
 
 
 def show_plan(task: Task, console: Console) -> None:
