@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
@@ -43,7 +42,6 @@ from pacatune.training.output import (
     why_fixed,
 )
 from pacatune.training.progress import (
-    ProgressReporter,
     main_console,
     peak_memory_bytes,
     say,
@@ -237,8 +235,6 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    for display in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(display)
     if config.early_stopping_patience is not None:
         callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
         states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
@@ -267,11 +263,9 @@ def _adjusted_arguments(task: Task, checkpoint: Path | None) -> Any:
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
-    said = "saving a checkpoint, then stopping; again to stop at once"
+    said = "\nsaving a checkpoint, then stopping; again to stop at once"
     stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
-    progress = ProgressReporter(console, trainer.meter)
-    for callback in (progress, stop):
-        trainer.add_callback(callback)
+    trainer.add_callback(stop)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     reset_peak_process_bytes()
@@ -289,7 +283,9 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         go_on = "start again" if kept is None else f"continue from {kept} with --resume"
         raise RewardError(f"{error} Mend the function, then {go_on}.") from error
     finally:
-        progress.close()
+        for callback in trainer.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()  # or an error would stand on its line
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         path = Path(trainer.args.output_dir) / CONFIG_NAME
         raise TrainingInterrupted(
