@@ -189,14 +189,3 @@ def test_answers_that_are_logged_are_those_of_this_run(make_task_config, tmp_pat
     train(make_task_config("grpo", training=training), console=QUIET, overwrite=True)
     names = {f"completions_0000{step}.parquet" for step in (0, 1, 2)}
     assert {path.name for path in folder.iterdir()} == names
-
-
-def test_reasoning_gym(make_task_config, tmp_path):
-    pytest.importorskip("reasoning_gym")
-    data = {"path": "reasoning-gym:chain_sum", "size": 20, "eval_fraction": 0.2}
-    config = make_task_config("grpo", data=data, reward=[], training={"max_steps": 2})
-    assert config.reward == ["reasoning-gym:chain_sum"]
-    report = train(config, console=QUIET)
-    assert "rewards/reasoning-gym.chain_sum/mean" in report.train_metrics
-    text = (tmp_path / "out" / "config.yaml").read_text()
-    assert text.startswith("# Repeat with: pacatune train --config config.yaml\n")

@@ -18,7 +18,7 @@ from pacatune.cli.entry import EXIT_USER_ERROR, speaks
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.training.config import RunConfig, own_sections, sections_of
+from pacatune.training.config import RunConfig, own_sections, reward_name, sections_of
 from pacatune.training.config_file import check_keys, load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS
 
@@ -107,7 +107,7 @@ def read(argv: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     options.pop("config", None)
     flags = {name: options.pop(name) for name in _FLAGS if name in options}
     config = RunConfig(**options)
-    for name in config.code():
+    for name in map(reward_name, config.reward):
         if name not in rewards:
             raise ValueError(
                 f"`reward` ({name!r}) is a Python function, and a config file runs no code by "

@@ -1,26 +1,19 @@
-"""Prompts that a model answers while it trains, from files or made by reasoning-gym."""
+"""Prompts that a model answers while it trains."""
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.checks import note_on, overlap_warning
-from pacatune.data.config import REASONING_GYM, PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.encode import apply_template, reads_variable
 from pacatune.data.formats import check_columns, row_variables, to_prompt
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
 from pacatune.data.read import Row, named
-from pacatune.installation import require_extra
-from pacatune.names import choose
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-INDEX = "reasoning_gym_index"
-"""Column with the number of an example among those that reasoning-gym has made."""
 
 
 def prepare_prompts(
@@ -30,16 +23,10 @@ def prepare_prompts(
 
     `longest` counts the tokens of the longest prompt and `num_new_tokens` behind it.
     """
-    convert = partial(to_prompts, system_prompt=config.system_prompt)
-    sources, other = find_examples(config, convert)
-    examples: Any = sources[0]
-    if config.is_generated:
-        examples = convert(_generate(config, is_chat=bool(tokenizer.chat_template)))
+    (examples,), other = find_examples(config, to_prompts)
     train, held_out = _complete(examples), _complete(other or ())
-    if other is None:  # What is generated twice is in one part.
-        key = "prompt" if config.is_generated else "place"
-        keys = [json.dumps(row[key]) for row in train]
-        places = map(sorted, hold_out(keys, config.eval_fraction, config.seed))
+    if other is None:
+        places = map(sorted, hold_out(range(len(train)), config.eval_fraction, config.seed))
         train, held_out = ([train[place] for place in part] for part in places)
     longest = max(len(prompt_ids(row, tokenizer)) for row in train)
     seen, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
@@ -69,42 +56,12 @@ def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> lis
         return list(apply_template(tokenizer, prompt, **options)["input_ids"])
 
 
-def reasoning_gym_data(config: PromptDataConfig) -> Any:
-    """Return the data set that reasoning-gym generates for a run: item i is always the same."""
-    require_extra(f"`data.path` ({config.path!r})", "rl", ("reasoning_gym",))
-    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
-        warnings.simplefilter("ignore", SyntaxWarning)
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-    name = choose(config.path.removeprefix(REASONING_GYM), sorted(DATASETS), option="data.path")
-    size = 1000 if config.size is None else config.size
-    try:
-        return reasoning_gym.create_dataset(
-            name, size=size, seed=config.seed, **(config.options or {})
-        )
-    except (TypeError, AssertionError, ValueError) as error:
-        both = f"`data.options` ({config.options}), `data.size` ({size})"
-        raise ValueError(f"reasoning-gym does not make {name!r} with {both}: {error}.") from error
-
-
-def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
-    data = reasoning_gym_data(config)
-    for index in range(len(data)):
-        question, answer = data[index]["question"], data[index]["answer"]
-        prompt: Any = [{"role": "user", "content": question}] if is_chat else question
-        values = {"prompt": prompt, "answer": answer, INDEX: index}
-        yield Row(f"{config.path}, item {index + 1}", values)
-
-
 # What reward functions get beside the columns of the data, and what the model would see.
 _TAKEN = {"place", "prompts", "completions", "completion", "completion_ids", "trainer_state"}
 _TAKEN |= {"log_extra", "log_metric", "environment", "environments", "image", "images"}
 
 
-def to_prompts(
-    rows: Iterable[Row], format: str = "", system_prompt: str | None = None
-) -> Iterator[dict[str, Any]]:
+def to_prompts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, Any]]:
     """Yield each row, checked, with its prompt and place."""
     for row in rows:
         with named(row.place):
@@ -115,10 +72,6 @@ def to_prompts(
                     "gets, as it gets all columns; rename it."
                 )
             prompt = to_prompt(row.values)
-        if system_prompt is not None:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            has_system = chat[0]["role"] == "system"
-            prompt = chat if has_system else [{"role": "system", "content": system_prompt}, *chat]
         yield {**row.values, "prompt": prompt, "place": row.place}
 
 

@@ -112,17 +112,11 @@ def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     whole, other = Dataset.from_list([*examples]), elsewhere and Dataset.from_list([*elsewhere])
     fraction = 0 if other else config.eval_fraction
     rest, held_out = hold_out_of_classes(whole["label"][:], fraction, config.seed)
-    labels, number = {*whole["label"]}, len(rest) if config.num_train is None else config.num_train
-    if len(labels) < 2:
+    if len(labels := {*whole["label"]}) < 2:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    if not len(labels) <= number <= len(rest):
-        rule = f"most {len(rest)}, the rows of {config.path} that are not held out"
-        if number < len(labels):
-            rule = f"least {len(labels)}, the classes of {config.path}"
-        raise ValueError(f"`data.num_train` ({number}) must be at {rule}.")
-    return whole.select(rest[:number]), other or whole.select(held_out)
+    return whole.select(rest), other or whole.select(held_out)
 
 
 def hold_out_of_classes(

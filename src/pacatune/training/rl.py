@@ -28,12 +28,10 @@ def prepare(task: Task) -> TaskData:
     """Read the prompts, and find the rewards."""
     length = task.config.training.max_completion_length or 0
     section = cast(PromptDataConfig, task.config.data)
-    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
-    rewards = load_rewards(task.config.reward, section)
     return TaskData(
-        examples=data,
+        examples=prepare_prompts(section, task.tokenizer, num_new_tokens=length),
         columns=("row",),
-        trainer_options={"reward_funcs": rewards},
+        trainer_options={"reward_funcs": load_rewards(task.config.reward)},
         fixed_split="each process samples answers of its own",
         length_option="`training.max_completion_length`, or shorten the prompts",
     )
