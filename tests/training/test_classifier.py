@@ -275,7 +275,7 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
     config = make_classifier(data=data, model=model, training=training)
     task = Task(config)
     assert max(map(len, task.train["input_ids"])) == expected
-    (warning,) = task.warnings()
+    (warning,) = task.warnings
     assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
     assert "rows.jsonl, row 5" in warning
     train(config, console=QUIET)

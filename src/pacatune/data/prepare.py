@@ -11,7 +11,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import find_overlap, keep_learnable
+from pacatune.data.checks import keep_learnable
 from pacatune.data.config import DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder, ImagesFound
 from pacatune.data.formats import to_examples
@@ -182,8 +182,6 @@ def make_tables(
     other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
     if other is not None:
         other = keep_learnable(other, "evaluation", limit, warnings)
-        if "images" not in other.column_names:  # other images may have the same tokens
-            warnings += [warning for part in parts for warning in find_overlap(part, other)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
     return parts, PreparedData(_joined(parts), other, min(longest, limit or longest), warnings)
 

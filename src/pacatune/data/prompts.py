@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import note_on, overlap_warning
+from pacatune.data.checks import note_on
 from pacatune.data.config import PromptDataConfig
 from pacatune.data.encode import apply_template, reads_variable
 from pacatune.data.formats import check_columns, row_variables, to_prompt
@@ -29,9 +29,7 @@ def prepare_prompts(
         places = map(sorted, hold_out(range(len(train)), config.eval_fraction, config.seed))
         train, held_out = ([train[place] for place in part] for part in places)
     longest = max(len(prompt_ids(row, tokenizer)) for row in train)
-    seen, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
-    where = [row["place"] for row in held_out]
-    warnings = overlap_warning(seen, held, "evaluation prompts", where)
+    warnings: list[str] = []
     for note in ("plain", "unread"):
         where = [row["place"] for row in train if note in _notes(row, tokenizer.chat_template)]
         warnings += [note_on(note, where, f"{len(train)} prompts")] if where else []

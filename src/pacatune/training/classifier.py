@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from pacatune.data.checks import overlap_warning, some
+from pacatune.data.checks import some
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
@@ -28,10 +28,8 @@ def prepare(task: Task) -> TaskData:
     limit = _limit(task)
     encode = partial(_encode, limit, tokenizer, classes)
     (rows, cut), collator = encode(train), DataCollatorWithPadding(tokenizer)
-    warnings = overlap_warning(train["text"][:], held_out["text"][:], "validation texts")
-    if cut:
-        said = f"{len(cut)} of {len(train)} training texts are cut at {limit} tokens"
-        warnings.append(f"{said} (`data.max_length`): {some(cut)}.")
+    said = f"{len(cut)} of {len(train)} training texts are cut at {limit} tokens"
+    warnings = [f"{said} (`data.max_length`): {some(cut)}."] if cut else []
     return TaskData(
         examples=PreparedData(
             rows,

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
-from pacatune.data.checks import fingerprint
+from pacatune.data.checks import fingerprint, overlap_warning
 from pacatune.data.encode import Encoder, reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
@@ -157,17 +157,21 @@ class Task:
         head = "" if self.data.new_head is None else f"; the head is new: {self.data.new_head}"
         return f"{len(self.train):,} examples, {held_out:,} held out{head}"
 
+    @cached_property
     def warnings(self) -> list[str]:
-        """Return what looks wrong with data or model."""
+        """What looks wrong with data or model."""
         examples, text_config = self.data.examples, self.model_config.get_text_config()
         longest, most = examples.longest, getattr(text_config, "max_position_embeddings", None)
-        if most is None or longest <= most:
-            return [*examples.warnings]
-        return [
-            *examples.warnings,
-            f"the longest training example has {longest} tokens, but the model was made for "
-            f"{most}; lower {self.data.length_option}.",
-        ]
+        warnings = [*examples.warnings]
+        # Other images may have the same tokens.
+        if examples.evaluation is not None and examples.processor is None:
+            warnings += overlap_warning(self.train, examples.evaluation, self.data.columns)
+        if most is not None and longest > most:
+            warnings.append(
+                f"the longest training example has {longest} tokens, but the model was made for "
+                f"{most}; lower {self.data.length_option}."
+            )
+        return warnings
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some rows as one padded batch with labels."""

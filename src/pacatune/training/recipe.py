@@ -170,7 +170,7 @@ def show_plan(task: Task, console: Console) -> None:
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
     )
-    show_warnings(task.warnings(), console)
+    show_warnings(task.warnings, console)
 
 
 def check_environment(task: Task) -> None:
@@ -329,7 +329,7 @@ def _make_report(task: Task, trainer: Any) -> Report:
         "learning_rate": config.training.learning_rate or 0.0,
         "seed": config.training.seed,
         "versions": versions("trl", "accelerate", "datasets"),
-        "warnings": task.warnings(),
+        "warnings": task.warnings,
     }
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
