@@ -36,7 +36,9 @@ def test_rows_come_back_as_they_are(prepare, tokenizer):
 
 def test_texts_that_are_answered_without_the_chat_template(prepare, tokenizer):
     (warning,) = prepare([{"prompt": "a"}, {"prompt": "b"}]).warnings
-    assert warning.startswith("2 of 2 prompts are texts that are trained without the chat template")
+    assert warning.startswith(
+        "2 of 2 training examples are texts that are trained without the chat template"
+    )
     assert prepare([{"prompt": chat("a")}]).warnings == []
     tokenizer.chat_template = None
     assert prepare([{"prompt": "a"}]).warnings == []
@@ -54,7 +56,10 @@ def test_a_row_sets_variables_of_the_template(prepare, tokenizer):
     assert longer.train[0]["chat_template_kwargs"] == {"more": "abc" * 9}
     assert longer.warnings == []
     (warning,) = prepare([{"prompt": asked, "chat_template_kwargs": {"less": 1}}]).warnings
-    assert "1 of 1 prompts set `chat_template_kwargs` that the chat template does not" in warning
+    assert (
+        "1 of 1 training examples set `chat_template_kwargs` that the chat template does not"
+        in warning
+    )
 
 
 REFUSES_B = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
@@ -82,5 +87,5 @@ def test_columns_of_tables_that_json_cannot_hold(tokenizer, tmp_path):
     path = str(tmp_path / "d.parquet")
     Dataset.from_list([{"prompt": "a", "on": date(2026, 1, 2)}]).to_parquet(path)
     config = PromptDataConfig(path=path, eval_fraction=0)
-    with pytest.raises(ValueError, match=r"a column .* is no JSON .*date.*; write it as"):
+    with pytest.raises(ValueError, match=r"row 1: a column is no JSON .*date.*; write it as"):
         prepare_prompts(config, tokenizer, num_new_tokens=1)

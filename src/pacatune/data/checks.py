@@ -43,15 +43,13 @@ def keep_learnable(
         places["open"] = []  # where some end, the others may be meant so
     if what == "evaluation":
         places["plain"] = []  # said of the training examples
-    for note, noted in places.items():
-        if noted:
-            warnings.append(note_on(note, noted, f"{len(data)} {what} examples", max_length))
+    warnings += [
+        f"{len(noted)} of {len(data)} {what} examples "
+        f"{_NOTES[note].format(max_length=max_length)}: {some(noted)}."
+        for note, noted in places.items()
+        if noted
+    ]
     return data.select(kept).remove_columns("notes")
-
-
-def note_on(note: str, places: Sequence[str], of: str, max_length: int | None = None) -> str:
-    """Return a note about the examples at some places, out of so many."""
-    return f"{len(places)} of {of} {_NOTES[note].format(max_length=max_length)}: {some(places)}."
 
 
 def overlap_warning(train: "Dataset", evaluation: "Dataset", columns: Sequence[str]) -> list[str]:

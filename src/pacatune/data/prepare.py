@@ -57,12 +57,12 @@ def prepare_data(
     """
     convert = partial(to_examples, has_template=bool(encoder.tokenizer.chat_template))
     try:
-        parts, data = make_tables(config, encoder, convert, num_processes)
+        parts, data = make_tables(config, encoder, convert, encoder.max_length, num_processes)
     except ImagesFound:
         if load_processor is None or encoder.learn_all:
             raise
         encoder = replace(encoder, processor=load_processor())
-        parts, data = make_tables(config, encoder, convert, num_processes)
+        parts, data = make_tables(config, encoder, convert, encoder.max_length, num_processes)
     return replace(data, train=_mixed(parts, config), processor=encoder.processor)
 
 
@@ -147,7 +147,7 @@ def _features(columns: Iterable[str]) -> "Features":
     from datasets import Features, Image, List, Value
 
     kinds = {"place": Value("string"), "text": Value("string"), "num_tokens": Value("int64")}
-    kinds |= {"label": Value("bool"), "notes": List(Value("string"))}
+    kinds |= {"row": Value("string"), "label": Value("bool"), "notes": List(Value("string"))}
     kinds |= {"images": List(Image(decode=False))}
     return Features({name: kinds.get(name, List(Value("int32"))) for name in columns})
 
@@ -163,23 +163,26 @@ def find_examples(
 
 def make_tables(
     config: DataSection,
-    encoder: Encoder,
+    encode: Encode,
     convert: Callable[[Iterable[Row], str], Iterator[Any]],
-    num_processes: int | None,
-    encode: Encode | None = None,
+    limit: int | None = None,
+    num_processes: int | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
-    """Read, encode, split and check data sets; return each for training, and all in one."""
+    """Read, encode, split and check data sets; return each for training, and all in one.
+
+    `limit` is the number of tokens that examples are cut to.
+    """
     sources, held_out = find_examples(config, convert)
     warnings: list[str] = []
-    parts, evaluation, limit = [], [], encoder.max_length
+    parts, evaluation = [], []
     for examples in sources:
-        data = examples.encoded(encode or encoder, num_processes)
+        data = examples.encoded(encode, num_processes)
         fraction = 0 if held_out else config.eval_fraction
         rest, others = map(sorted, hold_out(data["place"][:], fraction, config.seed))
         what = f"{examples.source.path} training" if len(sources) > 1 else "training"
         parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
-    other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
+    other = held_out.encoded(encode, num_processes) if held_out else _joined(evaluation)
     if other is not None:
         other = keep_learnable(other, "evaluation", limit, warnings)
     longest = max(max(part["num_tokens"][:]) for part in parts)

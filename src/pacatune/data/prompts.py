@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import note_on
 from pacatune.data.config import PromptDataConfig
 from pacatune.data.encode import apply_template, reads_variable
 from pacatune.data.formats import check_columns, row_variables, to_prompt
-from pacatune.data.prepare import PreparedData, find_examples, hold_out
+from pacatune.data.prepare import PreparedData, make_tables
 from pacatune.data.read import Row, named
 
 if TYPE_CHECKING:
@@ -23,25 +24,24 @@ def prepare_prompts(
 
     `longest` counts the tokens of the longest prompt and `num_new_tokens` behind it.
     """
-    (examples,), other = find_examples(config, to_prompts)
-    train, held_out = _complete(examples), _complete(other or ())
-    if other is None:
-        places = map(sorted, hold_out(range(len(train)), config.eval_fraction, config.seed))
-        train, held_out = ([train[place] for place in part] for part in places)
-    longest = max(len(prompt_ids(row, tokenizer)) for row in train)
-    warnings: list[str] = []
-    for note in ("plain", "unread"):
-        where = [row["place"] for row in train if note in _notes(row, tokenizer.chat_template)]
-        warnings += [note_on(note, where, f"{len(train)} prompts")] if where else []
-    evaluation = _dataset(held_out) if held_out else None
-    return PreparedData(_dataset(train), evaluation, longest + num_new_tokens, warnings)
+    _, data = make_tables(config, partial(_encode, tokenizer=tokenizer), to_prompts)
+    evaluation = None if data.evaluation is None else _decoded(data.evaluation)
+    longest = data.longest + num_new_tokens
+    return replace(data, train=_decoded(data.train), evaluation=evaluation, longest=longest)
 
 
-def _notes(row: dict[str, Any], template: Any) -> set[str]:
-    """Return what looks wrong with a prompt."""
-    is_plain = template and isinstance(row["prompt"], str)
-    is_read = all(reads_variable(str(template), name) for name in row_variables(row))
-    return ({"plain"} if is_plain else set()) | (set() if is_read else {"unread"})
+def _encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return a row as JSON, as a table would give objects the fields of all."""
+    template, place = tokenizer.chat_template, row["place"]
+    notes = ["plain"] if template and isinstance(row["prompt"], str) else []
+    if not all(reads_variable(str(template), name) for name in row_variables(row)):
+        notes.append("unread")
+    try:
+        text = json.dumps({column: value for column, value in row.items() if column != "place"})
+    except TypeError as error:
+        raise ValueError(f"{place}: a column is no JSON ({error}); write it as text.") from error
+    number = len(prompt_ids(row, tokenizer))
+    return {"place": place, "row": text, "num_tokens": number, "notes": notes}
 
 
 def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -73,31 +73,19 @@ def to_prompts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, Any]
         yield {**row.values, "prompt": prompt, "place": row.place}
 
 
-def _complete(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _decoded(data: "Dataset") -> "Dataset":
     """Give all rows all columns, with None where one lacks them: rewards get every column."""
-    rows = list(examples)
-    kinds = {type(row["prompt"]): row["place"] for row in reversed(rows)}
+    texts, places = data["row"][:], data["place"][:]
+    rows = list(map(json.loads, texts))
+    kinds = {type(row["prompt"]): place for row, place in zip(rows, places, strict=True)}
     if len(kinds) > 1:
         both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
         raise ValueError(f"{both}; convert one of them.")
     columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """Return rows as a data set of JSON, as a table would give objects the fields of all."""
-    from datasets import Dataset
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         rows = [json.loads(text) for text in batch["row"]]
-        columns = {column: [row[column] for row in rows] for column in rows[0]}
-        return {**columns, "place": batch["place"]}
+        decoded = {column: [row.get(column) for row in rows] for column in columns}
+        return {**decoded, "place": batch["place"]}
 
-    places = [row.pop("place") for row in rows]  # which may be others when a run is resumed
-    try:
-        texts = list(map(json.dumps, rows))
-    except TypeError as error:
-        raise ValueError(
-            f"a column of the prompts is no JSON ({error}); write it as text."
-        ) from error
-    return Dataset.from_dict({"row": texts, "place": places}).with_transform(decode)
+    return data.select_columns(["row", "place"]).with_transform(decode)
