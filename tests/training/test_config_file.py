@@ -87,6 +87,5 @@ def test_what_others_read_has_names_alone(make_config, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.jsonl").touch()
     config = make_config(data={"path": str(tmp_path / "d")})
-    texts = [f"{tmp_path}/d/a.jsonl, row 3", f"of `{tmp_path}/d`", f"{tmp_path}/d2", "a/d"]
-    found = without_folders({"a": (texts, 1)}, config)
-    assert found == {"a": (["d/a.jsonl, row 3", "of `d`", f"{tmp_path}/d2", "a/d"], 1)}
+    text = f"{tmp_path}/d/a.jsonl, row 3; of `{tmp_path}/d`; {tmp_path}/d2; a/d"
+    assert without_folders(text, config) == f"d/a.jsonl, row 3; of `d`; {tmp_path}/d2; a/d"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import set_loader
@@ -20,8 +20,6 @@ from pacatune.names import suggest
 
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
-
-T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
 PARSER_MODE = "yaml_1_2"
@@ -158,27 +156,18 @@ def local_paths(config: "RunConfig") -> dict[str, str]:
     return {k: v for k, v in values.items() if isinstance(v, str) and Path(v).is_absolute()}
 
 
-def without_folders(value: T, config: "RunConfig") -> T:
-    """Return a text, or values with texts, in which what a run reads here has its name alone."""
+def without_folders(text: str, config: "RunConfig") -> str:
+    """Return a text in which what a run reads here has its name alone."""
     data = config.data
     holders = (config, config.model, data, *(getattr(data, "datasets", None) or ()))
     typed = [getattr(holder, key, None) for holder in holders for key in _PATHS]
     typed += [config.paca.selection] if config.paca.from_file else []
     paths = {*local_paths(config).values()}
     paths |= {str(Path(path).expanduser().absolute()) for path in typed if isinstance(path, str)}
-    longest_first = sorted(paths, key=len, reverse=True)
-
-    def change(value: Any) -> Any:
-        if isinstance(value, str):
-            for path in longest_first:  # no part of a longer name
-                name = Path(path).name.replace("\\", r"\\")
-                value = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, value)
-            return value
-        if isinstance(value, dict):
-            return {key: change(inner) for key, inner in value.items()}
-        return type(value)(map(change, value)) if isinstance(value, list | tuple) else value
-
-    return cast(T, change(value))
+    for path in sorted(paths, key=len, reverse=True):  # no part of a longer name
+        name = Path(path).name.replace("\\", r"\\")
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, text)
+    return text
 
 
 def _absolute(value: str) -> str:

@@ -1,6 +1,7 @@
 """Fine-tune, whatever the task: configuration -> plan -> model -> trainer -> report."""
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,8 @@ def _make_report(task: Task, trainer: Any) -> Report:
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
     values |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
-    report = Report(**without_folders(values | _held_out(trainer), config))
+    text = without_folders(json.dumps(values | _held_out(trainer)), config)
+    report = Report(**json.loads(text))
     report.warnings = [*report.warnings, *report.risen()]
     return report
 
