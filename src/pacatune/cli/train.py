@@ -1,8 +1,8 @@
 """`pacatune train`: fine-tune a model on your data, by any of several tasks."""
 
-import ast
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Iterator
@@ -213,28 +213,19 @@ def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:
 
 @cache
 def fields_in_source(name: str) -> set[str]:
-    """Return the fields of a class of training options, read from its source.
+    """Return the fields of a class of training options and of its bases, read from their source.
 
     To import it takes seconds, which a wrong word need not wait for.
     """
+    head = re.compile(rf"^class {name}(?:\((.*)\))?:\n((?:    .*\n|\n)*)", re.MULTILINE)
     for package in ("trl", "transformers", "pacatune"):
         folder = Path(str(getattr(find_spec(package), "origin", ""))).parent
         for path in (file for pattern in _SOURCES for file in folder.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in tree.body:
-                if isinstance(node, ast.ClassDef) and node.name == name:
-                    return _declared(node)
+            if match := head.search(path.read_text(encoding="utf-8")):
+                bases, body = match.groups()
+                own = re.findall(r"^    ([a-z]\w*): (?!ClassVar)", body, re.MULTILINE)
+                return {*own}.union(*map(fields_in_source, re.findall(r"\w+", bases or "")))
     return set()
-
-
-def _declared(node: ast.ClassDef) -> set[str]:
-    """Return the fields that a class declares, and those of its bases."""
-    lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-    fields = [line.target for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
-    own = {field.id for field in fields if isinstance(field, ast.Name)}
-    bases = (base.id for base in node.bases if isinstance(base, ast.Name))
-    names = own.union(*map(fields_in_source, bases))
-    return {name for name in names if not name.startswith("_")}
 
 
 def find_value(option: str, among: Collection[str], argv: list[str], files: _Files) -> str | None:
