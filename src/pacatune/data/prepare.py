@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-_LARGE = 10_000_000  # bytes, that are seconds of work
-
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
 
@@ -81,33 +79,32 @@ class Examples:
         rows = read_rows(source.path, name=source.name, split=source.split, option=self.option)
         return self.convert(rows, source.format)
 
-    def digest(self, *, with_images: bool) -> tuple[str, bool]:
-        """Return what tells the data from other data, and whether it is large."""
-        source, digest, size = self.source, hashlib.blake2b(digest_size=16), 0
+    def digest(self, *, with_images: bool) -> str:
+        """Return what tells the data from other data."""
+        source, digest = self.source, hashlib.blake2b(digest_size=16)
         if is_local(source.path, self.option, source.split, source.name):
             for file in files_of(source.path):
-                size += file.stat().st_size
                 with file.open("rb") as content:
                     digest.update(hashlib.file_digest(content, "blake2b").digest())
                 digest.update(str(file).encode())
         else:
             table = load_hub(source.path, source.name, source.split, self.option)
-            size = table.info.dataset_size or 0
             digest.update(f"{source.path} {source.split} {table._fingerprint}".encode())
         for image in (image for example in self for image in example.images) if with_images else ():
             if not image.startswith("data:"):
                 digest.update(str(Path(image).stat().st_mtime_ns).encode())
-        return digest.hexdigest(), size > _LARGE
+        return digest.hexdigest()
 
     def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
         """Return what `encode` makes of each, from the cache of datasets, which has a lock.
 
         So of several processes one reads the rows, and the others what it has made of them.
         """
-        import datasets
+        from datasets import Dataset
+        from datasets.exceptions import DatasetGenerationError
         from datasets.fingerprint import Hasher
 
-        digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
+        digest = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
         work = [self.source.format, self.convert, encode, code]
         key = Hasher.hash([digest, work, version("transformers"), version("tokenizers")])
@@ -115,24 +112,18 @@ class Examples:
         size = -(-number // (num_processes or 1))
         starts = list(range(0, number, size))
         arguments = {"starts": starts, "size": size, "examples": self, "encode": encode}
-        shows_bars = not datasets.are_progress_bars_disabled()
-        if not is_large:
-            datasets.disable_progress_bars()
         try:
-            return datasets.Dataset.from_generator(
+            return Dataset.from_generator(
                 _encode,
                 features=_features(encode(next(iter(self)))),
                 gen_kwargs=arguments,
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
             )
-        except datasets.exceptions.DatasetGenerationError as error:
+        except DatasetGenerationError as error:
             if len(starts) > 1:
                 all(map(encode, self))  # which raises what another process was refused for
             raise error.__cause__ or error from None
-        finally:
-            if shows_bars:
-                datasets.enable_progress_bars()
 
 
 def _encode(

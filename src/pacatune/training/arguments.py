@@ -4,13 +4,14 @@ import copy
 import math
 from dataclasses import dataclass, fields
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-from pacatune.training.tasks import TASKS, load
+from pacatune.training.tasks import TASKS
 
 _ABOVE_ZERO = (
     *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
@@ -158,7 +159,7 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
 def training_class(task: str) -> type[Any]:
     """Return the class of a task's section `training`: the trainer's, with our defaults before."""
     spec = TASKS[task]
-    theirs: type[Any] = load(spec.arguments)
+    theirs: type[Any] = resolve_name(spec.arguments)
     if issubclass(theirs, SharedDefaults):
         return theirs
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"

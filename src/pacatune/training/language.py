@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from pacatune.training.task import (
     make_plan,
     reset_heads,
 )
-from pacatune.training.tasks import ModelKind, load
+from pacatune.training.tasks import ModelKind
 from pacatune.training.trainer import RunTrainer
 
 
@@ -49,7 +50,7 @@ class Task:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.spec = config, config.spec
-        self.trainer_class: type[RunTrainer] = load(self.spec.trainer)
+        self.trainer_class: type[RunTrainer] = resolve_name(self.spec.trainer)
         self.arguments = config.training.resolved()
         """The options of `training` as a trainer takes them."""
 
