@@ -34,13 +34,13 @@ from pacatune.training.output import (
     find_checkpoint,
     is_begun,
     is_finished,
+    is_split_fixed,
     last_checkpoint,
     open_folder,
     read_state,
     refuse_missing_weights,
     run_folder,
     what_is_intact,
-    why_fixed,
 )
 from pacatune.training.progress import (
     main_console,
@@ -119,8 +119,8 @@ def train(
         check_same_options(to_values(config), folder)
     show_plan(task, console)
     if resume:
-        fixed = task.data.fixed_split or why_fixed(arguments)
-        checkpoint = find_checkpoint(task.trained_on, folder, fixed=fixed)
+        is_fixed = task.data.is_split_fixed or is_split_fixed(arguments)
+        checkpoint = find_checkpoint(task.trained_on, folder, is_fixed=is_fixed)
     trainer = make_trainer(task, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, task.trained_on, checkpoint, arguments, console)

@@ -32,7 +32,7 @@ def prepare(task: Task) -> TaskData:
         examples=prepare_prompts(section, task.tokenizer, num_new_tokens=length),
         columns=("row",),
         trainer_options={"reward_funcs": load_rewards(task.config.reward)},
-        fixed_split="each process samples answers of its own",
+        is_split_fixed=True,  # each process samples answers of its own
         length_option="`training.max_completion_length`, or shorten the prompts",
     )
 
