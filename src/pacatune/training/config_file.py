@@ -33,7 +33,6 @@ _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # free to change when a run is resumed.
 _FREE_ON_RESUME = (
     *("data.path", "data.eval_path", "data.datasets.path"),
-    "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
     "training.run_name",
@@ -81,9 +80,7 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
     }
     if "reward" in values:
-        reward = values["reward"]
-        names = [reward] if isinstance(reward, str) or callable(reward) else reward
-        values["reward"] = [*map(reward_name, names)]
+        values["reward"] = [*map(reward_name, config.reward)]
     # In JSON choices are words, tuples lists, and keys words.
     values["training"] = json.loads(json.dumps(training, default=str))
     data = values["data"]
