@@ -73,7 +73,10 @@ def test_ways_to_shard(make_config, monkeypatch, environment, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paca": {"selection": "gradient"}}, r"\('gradient'\) .* whole model, which FSDP and ZeRO-3 sh"),
+        (
+            {"paca": {"selection": "gradient"}},
+            r"\('gradient'\) .* whole model, which FSDP and ZeRO-3 sh",
+        ),
         ({"method": "full"}, r"`zero3_save_16bit_model` \(false\) .* must be true: .* \('full'\)"),
     ],
 )

@@ -18,6 +18,10 @@ _ABOVE_ZERO = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "eval_steps", "save_steps"),
 )
+_HUB = (
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+    *("hub_always_push", "hub_revision"),
+)
 
 
 @dataclass
@@ -30,13 +34,12 @@ class SharedDefaults:
 
     elsewhere: ClassVar[dict[str, str]] = {
         "resume_from_checkpoint": "use --resume",
-        "push_to_hub": "upload the finished folder by `hf upload`",
-        "hub_model_id": "upload the finished folder by `hf upload`",
         "fp16_full_eval": "it rounds the weights that are saved",
         "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
         "trust_remote_code": "code of a model is never executed; use a converted model",
         "remove_unused_columns": "the data has the columns that training needs",
+        **dict.fromkeys(_HUB, "upload the finished folder by `hf upload`"),
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""
 

@@ -25,8 +25,6 @@ CONFIG_NAME = "config.yaml"
 PARSER_MODE = "yaml_1_2"
 """Name by which jsonargparse knows `load_yaml`."""
 
-# Never written: secrets, and what only this process knows.
-_UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
 _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # Where data lies, whose digest the checkpoint has, and where results go and how they are shown:
@@ -71,8 +69,6 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         for name, default in defaults.items()
         if (value := getattr(config.training, name)) != default or name in ours
     }
-    for name in _UNSAVED:
-        training.pop(name, None)
     values: dict[str, Any] = {
         f.name: getattr(config, f.name) for f in fields(config) if f.name not in config.spec.lacks
     }
