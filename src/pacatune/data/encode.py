@@ -187,16 +187,16 @@ class Encoder:
             ids = self._ids(example, messages)
         learned, ends = [False] * len(ids), [end for _, end in spans]
 
-        def share(messages: list[Message]) -> tuple[int, int]:
-            """Return how many tokens the first turns share with all of them, and how many they are.
+        def share(messages: list[Message], **options: Any) -> tuple[int, int]:
+            """Return how many tokens part of the chat shares with all of it, and how many it has.
 
-            Of the same text, they are the same up to the last, which may go on behind the turns.
+            Of the same text, they are the same up to the last, which may go on behind the part.
             """
-            part = str(self._render(example, messages, tokenize=False)) if spans else ""
+            part = str(self._render(example, messages, tokenize=False, **options)) if spans else ""
             if part and text.startswith(part):
                 number = bisect_right(ends, len(part))
                 return number, number + any(start < len(part) for start, _ in spans[number:][:1])
-            tokens = self._ids(example, messages)
+            tokens = self._ids(example, messages, **options)
             return common_prefix(tokens, ids), len(tokens)
 
         for turn in example.learned_turns:
@@ -210,11 +210,10 @@ class Encoder:
                     "so its tokens cannot be told apart; give a `data.chat_template` that does "
                     "not, or train on single answers (prompt-completion)."
                 )
-            cue = self._ids(example, messages[:turn], add_generation_prompt=True)
-            start = common_prefix(cue, ids)
+            start, num_cue = share(messages[:turn], add_generation_prompt=True)
             stop = self._end_of_answer(ids, start, end[0])
             learned[start:stop] = [True] * (stop - start)
-            moved |= start < len(cue)
+            moved |= start < num_cue
         return ids, learned, moved
 
     def _end_of_answer(self, ids: list[int], start: int, end: int) -> int:
