@@ -4,7 +4,6 @@ import contextlib
 import copy
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -65,7 +64,7 @@ class Encoder:
             ids, learned, moved = self._encode_text(example)
         else:
             example, text = self._check(example)
-            ids, learned, moved = self._encode_chat(example, text)
+            ids, learned, moved = self._encode_chat(example)
         learned = [True] * len(ids) if self.learn_all else learned
         if (bos := self.tokenizer.bos_token_id) is not None and ids[:2] == [bos, bos]:
             rule = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
@@ -178,42 +177,13 @@ class Encoder:
             return bool(self._render(example, messages, tokenize=False) == text)
         return False
 
-    def _encode_chat(self, example: Example, text: str) -> tuple[list[int], list[bool], bool]:
-        messages, moved, spans = example.messages, False, list[tuple[int, int]]()
-        if self.processor is None and self.tokenizer.is_fast:
-            whole = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids, spans = list(whole["input_ids"]), whole["offset_mapping"]
-        else:
-            ids = self._ids(example, messages)
-        learned, ends = [False] * len(ids), [end for _, end in spans]
-
-        def share(messages: list[Message], **options: Any) -> tuple[int, int]:
-            """Return how many tokens part of the chat shares with all of it, and how many it has.
-
-            Of the same text, they are the same up to the last, which may go on behind the part.
-            """
-            part = str(self._render(example, messages, tokenize=False, **options)) if spans else ""
-            if part and text.startswith(part):
-                number = bisect_right(ends, len(part))
-                return number, number + any(start < len(part) for start, _ in spans[number:][:1])
-            tokens = self._ids(example, messages, **options)
-            return common_prefix(tokens, ids), len(tokens)
-
+    def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
+        ids, moved = self._ids(example, example.messages), False
+        learned = [False] * len(ids)
         for turn in example.learned_turns:
-            if turn == 0:
-                rule = "the chat opens with an assistant turn, which answers nothing"
-                raise ValueError(f"{rule}; put a user or system turn before it.")
-            before, end = share(messages[:turn]), share(messages[: turn + 1])
-            if before[0] < before[1] - 1 or end[0] < end[1] - 1:
-                raise ValueError(
-                    f"the chat template renders turn {turn + 1} otherwise when more turns follow, "
-                    "so its tokens cannot be told apart; give a `data.chat_template` that does "
-                    "not, or train on single answers (prompt-completion)."
-                )
-            start, num_cue = share(messages[:turn], add_generation_prompt=True)
-            stop = self._end_of_answer(ids, start, end[0])
-            learned[start:stop] = [True] * (stop - start)
-            moved |= start < num_cue
+            start, end, cue_length = self._learned_span(ids, example, turn)
+            learned[start:end] = [True] * (end - start)
+            moved |= start < cue_length
         return ids, learned, moved
 
     def _end_of_answer(self, ids: list[int], start: int, end: int) -> int:
@@ -222,6 +192,32 @@ class Encoder:
         if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
             return stops[-1] + 1
         return end
+
+    def _learned_span(self, ids: list[int], example: Example, turn: int) -> tuple[int, int, int]:
+        """Return where what the model itself writes in a turn begins and ends, and its cue."""
+        if turn == 0:
+            rule = "the chat opens with an assistant turn, which answers nothing"
+            raise ValueError(f"{rule}; put a user or system turn before it.")
+        cue = self._ids(example, example.messages[:turn], add_generation_prompt=True)
+        _, end = self._find_turn(ids, example, turn)
+        start = common_prefix(cue, ids)
+        return start, self._end_of_answer(ids, start, end), len(cue)
+
+    def _find_turn(self, ids: list[int], example: Example, turn: int) -> tuple[int, int]:
+        """Return where the tokens of one turn begin and end."""
+        messages = example.messages
+        before = self._ids(example, messages[:turn]) if turn else []
+        is_last = turn == len(messages) - 1
+        after = ids if is_last else self._ids(example, messages[: turn + 1])
+        # The last token may merge with what follows; any more, and the template rewrites history.
+        start, end = common_prefix(before, ids), common_prefix(after, ids)
+        if start < len(before) - 1 or end < len(after) - 1:
+            raise ValueError(
+                f"the chat template renders turn {turn + 1} otherwise when more turns follow, so "
+                "its tokens cannot be told apart; give a `data.chat_template` that does not, or "
+                "train on single answers (prompt-completion)."
+            )
+        return start, end
 
     def _ids(self, example: Example, messages: list[Message], **options: Any) -> list[int]:
         return list(self._render(example, messages, **options)["input_ids"])
