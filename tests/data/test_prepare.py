@@ -120,6 +120,10 @@ def test_each_has_its_format_and_messages_name_it(prepare, paths):
 
 
 DOUBLED = [{"text": "a"}, {"text": "<s>b"}]
+NOTHING_MARKED = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'tool' %}"
+    "{% generation %}x{% endgeneration %}{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,7 @@ DOUBLED = [{"text": "a"}, {"text": "<s>b"}]
         ([*ROWS[:1], talk("Hi?", "")], {}, r"data.jsonl, row 2: messages\[1\]: the content is ''"),
         (DOUBLED, {}, "row 2: begins with '<s>' twice, once from the tokenizer; remove"),
         (ROWS, {"template": None}, r"row 1: the chat template cannot .*not set .*; give a `data"),
+        (ROWS, {"template": NOTHING_MARKED}, "row 1: nothing to learn, no token is .*; remove it"),
     ],
 )
 def test_what_is_refused(prepare, tokenizer, rows, options, message):

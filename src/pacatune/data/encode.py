@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from pacatune.data.formats import IMAGE, Example, Message, as_parts, stored_image
@@ -20,6 +21,7 @@ IGNORED = -100
 # What an assistant writes besides: needed where it is to be learned, else the template's choice.
 _WRITTEN = ("reasoning_content", "reasoning", "thinking")
 _CALLS = {"tool_calls", "function_call"}
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 _DEFAULTS = re.compile(r"\A(?:\{% set (\w+) = \1 if \1 is defined else .+ %\}\n)*")
 # What templates add and take away: white space, and the quoting of JSON.
 _UNREAD = re.compile(r'[\s\\"]+')
@@ -47,8 +49,13 @@ class Encoder:
 
     def __post_init__(self) -> None:
         writer = self.processor or self.tokenizer
-        self._training_template = _find_training_template(writer)
+        self._marked_template = _find_marked_template(writer)
         self._template = str(writer.chat_template or "")
+        self._cues: dict[str, list[int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is remembered: by the rest, datasets knows encoded data again."""
+        return vars(self) | {"_cues": {}}
 
     def __call__(self, example: Example) -> dict[str, Any]:
         """Return the columns of one example: ids, labels, and `notes` of what looks wrong."""
@@ -70,7 +77,8 @@ class Encoder:
             rule = f"begins with {self.tokenizer.bos_token!r} twice, once from the tokenizer"
             raise ValueError(f"{rule}; remove it from data or template.")
         if not any(learned[1:]):  # The first token is never predicted.
-            raise ValueError("nothing to learn, no token is an answer's; remove it.")
+            fix = "remove it, or mark the answer by {% generation %} in `data.chat_template`"
+            raise ValueError(f"nothing to learn, no token is an answer's; {fix}.")
         notes = ["moved"] * moved
         if example.prompt and isinstance(example.prompt, str) and self._template:
             notes.append("plain")
@@ -178,20 +186,84 @@ class Encoder:
         return False
 
     def _encode_chat(self, example: Example) -> tuple[list[int], list[bool], bool]:
-        ids, moved = self._ids(example, example.messages), False
-        learned = [False] * len(ids)
-        for turn in example.learned_turns:
-            start, end, cue_length = self._learned_span(ids, example, turn)
-            learned[start:end] = [True] * (end - start)
-            moved |= start < cue_length
+        messages, moved = example.messages, False
+        if self._marked_template is None:
+            ids = self._ids(example, messages)
+            learned = [False] * len(ids)
+            for turn in example.learned_turns:
+                start, end, cue_length = self._learned_span(ids, example, turn)
+                learned[start:end] = [True] * (end - start)
+                moved |= start < cue_length
+            return ids, learned, moved
+        marked = self._render(example, messages, return_assistant_tokens_mask=True)
+        ids = list(marked["input_ids"])
+        learned = [bool(bit) for bit in marked["assistant_masks"]]
+        self._unlearn_frames(ids, learned, self._cue(example.variables))
+        if example.prompt:
+            start = common_prefix(self._ids(example, messages[: len(example.prompt)]), ids)
+            learned[:start] = [False] * start
+        for turn in example.skipped:
+            if turn >= len(example.prompt) and messages[turn]["role"] == "assistant":
+                start, end = self._find_turn(ids, example, turn)
+                learned[start:end] = [False] * (end - start)
         return ids, learned, moved
+
+    def _unlearn_frames(self, ids: list[int], learned: list[bool], cue: list[int]) -> None:
+        """Take out what marks cover and the model does not write when it answers.
+
+        That is the end of the generation prompt, a line break behind the token that ends an answer,
+        and the empty thoughts that a template adds to earlier answers.
+        """
+        runs = groupby(range(len(ids)), learned.__getitem__)
+        answers = [[*places] for is_learned, places in runs if is_learned]
+        for number, places in enumerate(answers):
+            start, end = places[0], places[-1] + 1
+            first = self._end_of_cue(ids, start, cue)
+            last = self._end_of_answer(ids, first, end)
+            if number < len(answers) - 1:
+                first = max(first, self._end_of_thought(ids, start, last))
+            learned[start:end] = [first <= place < last for place in places]
+
+    def _end_of_cue(self, ids: list[int], start: int, cue: list[int]) -> int:
+        """Return where the generation prompt ends that a learned turn begins in."""
+        for begin in range(max(0, start - len(cue) + 1), start + 1):
+            if cue and ids[begin : begin + len(cue)] == cue:
+                return begin + len(cue)
+        return start
+
+    def _cue(self, variables: dict[str, Any]) -> list[int]:
+        """Return the tokens that a generation prompt adds to a chat."""
+        key = repr(variables)
+        if key not in self._cues:
+            self._cues[key] = []
+            question = Example("", [], [{"role": "user", "content": "?"}], variables=variables)
+            with contextlib.suppress(ValueError):  # a template may ask for more
+                plain = self._ids(question, question.messages)
+                cued = self._ids(question, question.messages, add_generation_prompt=True)
+                if cued[: len(plain)] == plain:
+                    self._cues[key] = cued[len(plain) :]
+        return self._cues[key]
 
     def _end_of_answer(self, ids: list[int], start: int, end: int) -> int:
         """Return where a generation ends: a line break behind its last token is never written."""
         stops = [place for place in range(start, end) if ids[place] in self.stop_ids]
-        if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : end]).strip():
+        if stops and not self._text(ids[stops[-1] + 1 : end]).strip():
             return stops[-1] + 1
         return end
+
+    def _end_of_thought(self, ids: list[int], start: int, end: int) -> int:
+        """Return where an answer begins behind an empty thought, `<think> </think>`, if any."""
+        thought = _EMPTY_THOUGHT.match(self._text(ids[start:end]))
+        if thought is None:
+            return start
+        return next(
+            place
+            for place in range(start + 1, end + 1)
+            if len(self._text(ids[start:place])) >= thought.end()
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _learned_span(self, ids: list[int], example: Example, turn: int) -> tuple[int, int, int]:
         """Return where what the model itself writes in a turn begins and ends, and its cue."""
@@ -214,8 +286,8 @@ class Encoder:
         if start < len(before) - 1 or end < len(after) - 1:
             raise ValueError(
                 f"the chat template renders turn {turn + 1} otherwise when more turns follow, so "
-                "its tokens cannot be told apart; give a `data.chat_template` that does not, or "
-                "train on single answers (prompt-completion)."
+                "its tokens cannot be told apart; give `data.chat_template` with {% generation %} "
+                "marks, or train on single answers (prompt-completion)."
             )
         return start, end
 
@@ -226,7 +298,7 @@ class Encoder:
         self, example: Example, messages: list[Message], *, tokenize: bool = True, **options: Any
     ) -> Any:
         """Return the text of a chat, or its tokens with as many for each image as it has."""
-        options |= {"tools": example.tools, "chat_template": self._training_template}
+        options |= {"tools": example.tools, "chat_template": self._marked_template}
         options |= example.variables | {"tokenize": tokenize, "return_dict": tokenize}
         if self.processor is None:
             return apply_template(self.tokenizer, messages, **options)
@@ -276,19 +348,21 @@ def with_defaults(template: str, variables: Mapping[str, Any]) -> str:
     return "".join(sets) + template
 
 
-def _find_training_template(writer: Any) -> str | None:
-    """Return TRL's template of a known model, in which turns stay as they are when more follow."""
-    from trl.chat_template_utils import get_training_chat_template
+def _find_marked_template(writer: Any) -> str | None:
+    """Return a template with {% generation %} marks: the model's, or TRL's of a known model."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
     if not writer.chat_template:
         return None
+    if has_generation_markers(writer.chat_template):
+        return str(writer.chat_template)
     whole, writer = writer.chat_template, copy.copy(writer)
     writer.chat_template = _DEFAULTS.sub("", whole)  # TRL knows templates by their text
     defaults = whole.removesuffix(writer.chat_template)
     # TRL probes unknown templates with made-up chats, on which they may fail in any way.
     with contextlib.suppress(Exception):
-        changed = get_training_chat_template(writer)
-        return None if changed is None else defaults + changed
+        marked = get_training_chat_template(writer)
+        return None if marked is None else defaults + marked
     return None
 
 
