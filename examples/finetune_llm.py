@@ -76,7 +76,7 @@ def main() -> None:
         print(f"  {program} train --model.path {file} --data.path {data['path']} \\")
         print("    --training.max_steps 30 --training.per_device_train_batch_size 4 \\")
         print(f"    --training.learning_rate 1e-2 --training.output_dir {tuned}")
-        print(f"  {program} merge --adapter {tuned} --output {tuned}.gguf")
+        print(f"  {program} merge --adapter {tuned} --output {tuned}.gguf --held_out")
 
 
 def fine_tune(method: str, model: str, data: dict, output: Path, options: argparse.Namespace):

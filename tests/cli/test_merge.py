@@ -21,6 +21,12 @@ def test_a_merge_reports_what_it_did(tiny_model_dir, adapter_dir, tmp_path, caps
     assert "verified  no (--no_verify)\n" in out
 
 
+def test_losses_are_compared_where_codes_are_written(adapter_dir, tmp_path, refused):
+    words = ["merge", "--adapter", adapter_dir, "--output", tmp_path / "out", "--held_out"]
+    assert "this merge writes plain numbers; drop it" in refused(*words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_reach_the_export(adapter_dir, tmp_path, shown, refused):
     words = ["export", "--adapter", adapter_dir, "--output", tmp_path / "lora"]
     out = shown(*words, "--to", "lora", "--dtype", "bfloat16")

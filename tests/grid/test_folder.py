@@ -95,14 +95,15 @@ def folder(request, tmp_path, tiny_tokenizer):
 
 
 def test_it_is_trained_written_and_taken_out(folder, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    train_in(folder, tmp_path, "--training.learning_rate", "0.002", "--paca.r", "4")
+    run_dir, held_out = tmp_path / "run", ["--data.eval_path", tmp_path / "chats.jsonl"]
+    train_in(folder, tmp_path, *held_out, "--training.learning_rate", "0.002", "--paca.r", "4")
     capsys.readouterr()
     before, output = digest(folder / "model.safetensors"), tmp_path / "tuned"
     words = ["--model", str(folder), "--adapter", str(run_dir), "--output", str(output)]
-    assert main(["merge", *words]) == 0
+    assert main(["merge", *words, "--held_out"]) == 0
     said = capsys.readouterr().out
     assert "trained codes moved" in said
+    assert "as trained, " in said
     assert digest(folder / "model.safetensors") == before
     assert (output / "config.json").read_text() == (folder / "config.json").read_text()
     # Trained columns are the nearest codes; no other byte of the weights differs.

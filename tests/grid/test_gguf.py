@@ -1,5 +1,7 @@
 """Training in a GGUF file: read, trained, written back as codes, and taken out again."""
 
+import contextlib
+import io
 import json
 import re
 
@@ -19,6 +21,7 @@ from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch import Patch, apply_in_place, apply_to_folder, load, make, recover, save
 from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
+from pacatune.training.held_out import HeldOut
 from tests.conftest import build_model
 from tests.grid.conftest import ROWS, build, digest, train_in
 from tests.grid.files import write_gguf
@@ -86,6 +89,35 @@ def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, caps
     assert "Q4_0" in capsys.readouterr().out
 
 
+def test_what_rounding_may_take(model_file, run_dir, tmp_path):
+    """Half of what training gained: of the held-out loss, else of the change of the outputs."""
+
+    def merge(name, *losses):
+        seen, output = iter(losses), tmp_path / name
+
+        def warn(text):
+            assert not output.exists()
+            warned.append(text)
+
+        return merge_packed(model_file, run_dir, output, measure=lambda *_: next(seen), warn=warn)
+
+    warned = []
+    assert merge("kept.gguf", 4.0, 3.0, 3.09).verified.losses == [4.0, 3.0, 3.09]
+    assert not warned
+    assert merge("noted.gguf", 4.0, 3.0, 3.11).verified.losses == [4.0, 3.0, 3.11]
+    (text,) = warned
+    assert text.startswith("writing takes 11% of what training gained: the held-out loss is 4.")
+    assert "3.0000 as trained, 3.1100 as written. 9" in text
+    assert "trained codes moved" in text
+    assert "a lower `r` of the same alpha" in text
+    for written in (3.6, float("nan")):
+        with pytest.raises(ValueError, match="of the 1 by which training lowered the loss"):
+            merge("lost.gguf", 4.0, 3.0, written)
+    merge("worse.gguf", 3.0, 4.0, 9.0)  # a loss that rose says nothing
+    assert len(warned) == 1
+    assert {path.stem for path in tmp_path.iterdir()} == {"kept", "noted", "worse"}
+
+
 FEW_MOVE = ["--paca.r", "16", "--paca.paca_alpha", "4", "--training.learning_rate"]
 
 
@@ -95,6 +127,31 @@ def test_a_run_says_that_its_steps_move_few_codes(model_file, tmp_path):
     assert re.match(r"warning: after 3 of 8 steps \d+\.\d% of the trained codes of /", line)
     assert "updates of less than half a step of the file are lost" in line
     assert "Lower `paca.r` beside the same `paca.paca_alpha`" in line
+
+
+def test_a_merge_says_what_writing_takes_of_the_held_out_gain(model_file, tmp_path, capsys):
+    held_out = ["--data.eval_path", tmp_path / "chats.jsonl"]
+    said = train_in(model_file, tmp_path, *held_out, *FEW_MOVE, "0.0022")
+    assert "warning: after" not in said
+    capsys.readouterr()
+    words = ["--adapter", tmp_path / "run", "--output", tmp_path / "tuned.gguf", "--held_out"]
+    assert main(["merge", *map(str, words)]) == 0
+    out, err = capsys.readouterr()
+    (line,) = (line for line in err.splitlines() if line.startswith("warning: "))
+    losses = re.findall(r"[0-9]\.[0-9]{4}", line)
+    assert losses == re.findall(r"[0-9]\.[0-9]{4}", out[out.index("held out  loss") :])
+    assert "trained codes moved" in line
+    assert "held-out loss, " not in err  # a bar is for terminals
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    model, terminal = load_base(str(model_file), task_type="CAUSAL_LM"), Terminal()
+    with contextlib.redirect_stderr(terminal):
+        loss = HeldOut(tmp_path / "run").loss(model, "the base")
+    assert f"{loss:.4f}" == losses[0]
+    assert "held-out loss, the base" in terminal.getvalue()
 
 
 def test_a_rate_that_moves_no_code(model_file, tmp_path):
@@ -212,6 +269,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert (tmp_path / "there.gguf").read_bytes() == b"mine"
     dtype = merge(model_file, run_dir, "new.gguf", "--dtype", "bf16")
     assert "`dtype` ('bfloat16'): a quantised model keeps its own formats" in dtype
+    assert "holds out no data" in merge(model_file, run_dir, "new.gguf", "--held_out")
+    both = merge(model_file, run_dir, "new.gguf", "--held_out", "--no_verify")
+    assert "`no_verify` compares nothing; drop one of them" in both
     base = merge(model_file, run_dir, "new.gguf", "--base", "nf4")
     assert "is saved in few bits. `pacatune merge` writes PaCA's columns as codes" in base
     # Another model, of the same shapes.

@@ -1,5 +1,6 @@
 """`pacatune merge`: write an adapter into its base model, a plain model folder."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ class Merge(ModelOptions):
     """For adapters of a quantised base, whose weights the untrained ones are: those of the
     checkpoint before quantisation, those that were trained with (the default), or these quantised
     again, which costs accuracy. Of a base in few bits: dequantized writes a model in 16 bits."""
+    held_out: bool = False
+    """For a base in few bits: compare losses on the data that the run held out, too. Reads its
+    config.yaml, and what that names: for runs of your own."""
     no_verify: bool = False
     """Skip reading back what was written (saves a load; where codes are written, three passes over
     a text, too)."""
@@ -38,6 +42,11 @@ class Merge(ModelOptions):
         model = self.model or base_of(self.adapter)
         if model is not None and self.base is None and is_packed(model):
             return self._run_packed(model)
+        if self.held_out:
+            raise ValueError(
+                "`held_out` is for columns that become codes of a base in few bits, and this merge "
+                "writes plain numbers; drop it."
+            )
         self.check_base(self.output)
         quiet_libraries()
 
@@ -68,12 +77,21 @@ class Merge(ModelOptions):
             raise ValueError(
                 f"`dtype` ({self.dtype!r}): a quantised model keeps its own formats; drop it."
             )
+        if self.held_out and self.no_verify:
+            raise ValueError(
+                "`held_out` compares losses, and `no_verify` compares nothing; drop one of them."
+            )
         self.check_base()
         quiet_libraries()
 
         from pacatune.patch.packed import merge_packed, rounding_note
 
         how: Any = self.values("device", "allow_other_base")
+        if self.held_out:
+            from pacatune.training.held_out import HeldOut
+
+            how["measure"] = HeldOut(Path(self.adapter).expanduser()).loss
+        how["warn"] = lambda text: print(f"warning: {text}", file=sys.stderr)
         result = merge_packed(model, self.adapter, self.output, verify=not self.no_verify, **how)
         print(f"base      {model}")
         formats = ", ".join(f"{number} of {name}" for name, number in result.formats.items())
@@ -85,6 +103,9 @@ class Merge(ModelOptions):
                 f"verified  outputs differ from the trained model's by {verified.error:.1e}; the "
                 f"adapter changes them by {verified.effect:.1e}"
             )
+        if verified is not None and verified.losses:
+            base, trained, written = verified.losses
+            print(f"held out  loss {base:.4f}, {trained:.4f} as trained, {written:.4f} as written")
         print(f"written   {result.output} ({format_bytes(result.num_bytes)})")
         print_notes(result.notes)
         return 0

@@ -5,7 +5,9 @@ element whose update is less than half a step keeps its code, since steps are co
 that is there and not from a value that was rounded to 16 bits.
 """
 
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +33,8 @@ from pacatune.residency import resident
 _TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
 _NUM_COMPARED = 64
 """Columns by which the order of a weight's rows in the file is told."""
+_NOTABLE = 0.1
+"""Share of what training gained that may be lost in writing without a warning."""
 _ADVICE = (
     "Where few moved, train with a higher learning rate or a lower `r` of the same alpha; where "
     "many lie at the end, with a lower rate"
@@ -58,6 +62,8 @@ class Verified:
     model's, as a root mean square."""
     effect: float
     """How far the trained model's are from the base's."""
+    losses: list[float]
+    """Base, trained model and what was written; empty where nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,8 @@ def merge_packed(
     *,
     device: str = "cpu",
     verify: bool = True,
+    measure: Callable[[nn.Module, str], float] | None = None,
+    warn: Callable[[str], object] = warnings.warn,
     allow_other_base: bool = False,
 ) -> PackedResult:
     """Write an adapter into a copy of the file or folder of codes that it was trained in.
@@ -144,6 +152,10 @@ def merge_packed(
         output: A new .gguf file, or a new folder.
         device: Where to compute.
         verify: Load what was written, and compare its outputs with the trained model's.
+        measure: The loss of a model on held-out data, which is compared then, too; it also gets a
+            word that says which model it is.
+        warn: Gets one line before anything is written under `output`, if rounding takes more than a
+            tenth of what training gained of that loss.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
     Returns:
@@ -152,8 +164,8 @@ def merge_packed(
     Raises:
         FileExistsError: If there is something under that name.
         ValueError: If the adapter is not PaCA's or of another model, a format is not known, or
-            rounding takes more than half of the adapter's change of outputs. Nothing is written
-            then.
+            rounding takes more than half of what the adapter has gained: of the loss, or without
+            one of the change of outputs. Nothing is written then.
     """
     output, checked = Path(output), open_paca(adapter)
     check_new(model, output)
@@ -161,18 +173,26 @@ def merge_packed(
     base = load_base(str(model), task_type=checked.config.task_type, device=device)
     patch, rounding = make_packed(base, checkpoint, checked)
     tokens = _tokens(base, find_tokenizer(str(model), checked.folder))
-    plain = _outputs(base, tokens) if verify else None
+    outputs, losses = list[Tensor](), list[float]()
+
+    def see(model: nn.Module, which: str) -> None:
+        if verify:
+            outputs.append(_outputs(model, tokens))
+            losses.extend([] if measure is None else [measure(model, which)])
+
+    see(base, "the base")
     adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
-    trained = _outputs(adapted, tokens) if verify else None
+    see(adapted, "as trained")
     del base, adapted
     verified = None
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", dir=output.absolute().parent) as hidden:
         written = Path(hidden) / output.name
         result = apply_to_folder(model, patch, written)
-        if plain is not None and trained is not None:
+        if verify:
             again = load_base(str(written), task_type=checked.config.task_type, device=device)
-            verified = _verify(plain, trained, _outputs(again, tokens), rounding)
+            see(again, "as written")
+            verified = _verify(outputs, losses, rounding, warn)
         num_bytes = open_checkpoint(written).num_bytes
         if written.is_dir():
             written.rename(output)
@@ -206,16 +226,32 @@ def _outputs(model: nn.Module, tokens: Tensor) -> Tensor:
     return outputs.float().cpu()
 
 
-def _verify(plain: Tensor, trained: Tensor, written: Tensor, rounding: Rounding) -> Verified:
+def _verify(
+    outputs: list[Tensor],
+    losses: list[float],
+    rounding: Rounding,
+    warn: Callable[[str], object],
+) -> Verified:
     """Compare what was written; refuse it if more than half of what was trained is lost."""
-    error, effect = (float((trained - other).square().mean().sqrt()) for other in (written, plain))
-    if effect and not error <= effect / 2:  # so that NaN fails
+    plain, expected, written = outputs
+    error, effect = (float((expected - other).square().mean().sqrt()) for other in (written, plain))
+    lost, gained, what = error, effect, "changed the outputs"
+    # Outputs on any text say less than the loss on the data, if there is one that fell.
+    if has_gain := bool(losses) and losses[0] > losses[1]:
+        lost, gained, what = losses[2] - losses[1], losses[0] - losses[1], "lowered the loss"
+    if gained and not lost <= gained / 2:  # so that NaN fails
         raise ValueError(
-            f"rounding to codes takes {error:.2g} of the {effect:.2g} by which training changed "
-            f"the outputs; nothing was written. {rounding_note(rounding)} {_ADVICE}, or write it "
-            "all the same with --no_verify."
+            f"rounding to codes takes {lost:.2g} of the {gained:.2g} by which training {what}; "
+            f"nothing was written. {rounding_note(rounding)} {_ADVICE}, or write it all the same "
+            "with --no_verify."
         )
-    return Verified(error=error, effect=effect)
+    if has_gain and lost > gained * _NOTABLE:
+        warn(
+            f"writing takes {lost / gained:.0%} of what training gained: the held-out loss is "
+            f"{losses[0]:.4f} of the base, {losses[1]:.4f} as trained, {losses[2]:.4f} as written. "
+            f"{rounding_note(rounding)} {_ADVICE}."
+        )
+    return Verified(error=error, effect=effect, losses=losses)
 
 
 def rounding_note(rounding: Rounding) -> str:
