@@ -60,7 +60,7 @@ def main() -> None:
     measure("before", base)
     start = fine_tune(base, [known[i] for i in range(NUM_SOLVED)], output, options.seed)
     measure("after SFT", start)
-    learn(start, seed, output, options)
+    learn(start, known, output, options)
     measure("after GRPO", start, output / "grpo")
     (output / "demo-rl.json").write_text(json.dumps(vars(options) | {"rewards": rewards}))
     print(f"\nThe rewards over the steps are in {output / 'grpo' / 'reward.png'}. One seed.")
@@ -88,15 +88,24 @@ def fine_tune(base: str, solved: list[dict], output: Path, seed: int) -> str:
     return str(output / "start")
 
 
-def learn(start: str, seed: int, output: Path, options: argparse.Namespace) -> None:
+def learn(start: str, problems, output: Path, options: argparse.Namespace) -> None:
     """Learn from rewards of sampled answers."""
     from pacatune.training import RunConfig, train
 
-    made = {"seed": seed, "size": NUM_PROMPTS, "options": WORDS, "chat_template": TEMPLATE}
+    with (output / "problems.jsonl").open("w", encoding="utf-8") as file:
+        for problem in problems:
+            prompt = [{"role": "user", "content": problem["question"]}]
+            file.write(json.dumps({"prompt": prompt, "problem": problem}) + "\n")
+
+    def is_right(completions, problem, **columns) -> list[float]:
+        answers = (messages[-1]["content"].strip() for messages in completions)
+        return list(map(problems.score_answer, answers, problem))
+
     run = RunConfig(
         task="grpo",
         model={"path": start},
-        data={"path": f"reasoning-gym:{TASK}", **made},
+        data={"path": file.name, "chat_template": TEMPLATE},
+        reward=is_right,
         training={
             "output_dir": str(output / "grpo"),
             "max_steps": options.steps,

@@ -83,9 +83,10 @@ def test_patches_are_stacked(patch, tiny_model_dir, tmp_path):
     assert status == 0
     assert "stacked   2 patches: 32 columns of 8 tensors\nwritten   both.safetensors (" in out
     assert "a stack carries no adapter" in err
-    assert patch(f"{both} --model {{base}} --output DIR")[0] == 0
-    assert patch("apply --model {base} --patch both.safetensors --output DIR2")[0] == 0
-    assert filecmp.cmp("DIR/model.safetensors", "DIR2/model.safetensors", shallow=False)
+    for name, model in (("p", "{base}"), ("other", "DIR-p"), ("both", "{base}")):
+        words = f"--model {model} --patch {name}.safetensors --output DIR-{name}"
+        assert patch(f"apply {words}")[0] == 0
+    assert filecmp.cmp("DIR-other/model.safetensors", "DIR-both/model.safetensors", shallow=False)
 
 
 P = "--patch p.safetensors"
@@ -96,7 +97,6 @@ P = "--patch p.safetensors"
     [
         ("make --adapter {adapter} --output p.safetensors", "'p.safetensors' exists; choose"),
         (f"apply --model {{base}} {P}", "give one of --output, --in_place"),
-        (f"stack {P} p.safetensors --in_place", "`--in_place` needs --model"),
         ("to-adapter --patch {adapter}/adapter_model.safetensors --output d", "is no patch"),
     ],
 )

@@ -54,7 +54,7 @@ EARLY = {
     "generate --prompt a": "give --model, --adapter or both; see `pacatune generate --help`.",
     "generate --prompt a --max_new_tokens few": "`max_new_tokens` ('few') must be a whole number;",
     "generate --prompt=-a --compare": "--compare needs --adapter",
-    "generate --model tiny": "--prompt is missing; give a text, or - to read it",
+    "generate --model tiny": "the following arguments are required: prompt; see `pacatune",
     "generate --promt=a": "unknown option --promt; did you mean '--prompt'?",
     "patch revrt": "unknown command of patch 'revrt'; did you mean 'revert'?",
     "patch recover --model ./no": "folder 'no' does not exist",

@@ -76,7 +76,7 @@ def test_help_begins_with_what_most_runs_set(words, shown):
     assert {"config", "method", "model.path", "data.path", "paca.r", "resume"} <= {*few}
     assert len(few) <= 24
     assert {*few} <= {*many}
-    assert {"training.optim", "lora.r", "push_config"} <= {*many} - {*few}
+    assert {"training.optim", "lora.r", "auto_resume"} <= {*many} - {*few}
     assert len(short.splitlines()) < 130
     (number,) = re.findall(r"^(\d+) more, among them", short, re.M)
     assert int(number) > 100

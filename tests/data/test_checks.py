@@ -5,7 +5,7 @@ import re
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from pacatune.data.checks import fingerprint
+from pacatune.data.checks import fingerprint, overlap_warning
 from tests.data.conftest import talk, write_lines
 
 ROWS = [talk(f"What is {i}?", f"It is {i}.") for i in range(20)]
@@ -54,7 +54,8 @@ def test_examples_in_both_parts(prepare, tmp_path):
     data = prepare(ROWS, eval_path=held_out)
     assert (len(data.train), len(data.evaluation)) == (20, 5)
     assert "held.jsonl, row 1" in data.evaluation["place"][0]
-    (warning,) = data.warnings
+    assert data.warnings == []
+    (warning,) = overlap_warning(data.train, data.evaluation, ("input_ids", "labels"))
     assert warning.startswith("4 of 5 evaluation examples are also in the training data (")
     assert "row 4 and 1 more" in warning
 

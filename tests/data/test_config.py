@@ -5,8 +5,6 @@ import pytest
 from pacatune.data.config import DataConfig, PromptDataConfig, TextClassConfig
 from pacatune.data.read import read_rows
 
-GENERATED = {"path": "reasoning-gym:chain_sum", "eval_path": "d"}
-
 
 def several(*datasets, **options):
     return {"path": "", "datasets": list(datasets), **options}
@@ -33,9 +31,7 @@ def one(**source):
             {"chat_template_kwargs": {"tools": 1}},
             "`data.chat_tem.* sets 'tools',",
         ),
-        (PromptDataConfig, {"size": 3}, r"`data.size` \(3\) is ignored where .* 'x': .* drop it"),
-        (PromptDataConfig, GENERATED, r"`data.eval_path` \('d'\) .* 'reasoning-gym:.*; drop it"),
-        (TextClassConfig, {"num_train": 0}, r"`data.num_train` \(0\) must be at least 1, or"),
+        (TextClassConfig, {"max_length": 0}, r"`data.max_length` \(0\) must be at least 1, or"),
     ],
 )
 def test_wrong_options(kind, options, message):

@@ -198,16 +198,6 @@ def test_templates_with_tools_show_them(tokenizer, name):
         assert '\\"' not in learned
 
 
-def test_template_that_takes_arguments_as_text(tokenizer):
-    """The text is the only form that such a template can render; objects become one."""
-    original = (TEMPLATES / "deepseekv3.jinja").read_text()
-    changed = original.replace("{%- for message", "{%- for  message", 1)
-    for arguments in ({"city": "Paris"}, '{"city": "Paris"}'):
-        messages = calling(arguments)[:2]
-        encoded = encode_row(tokenizer, changed.replace("is none", "== ''"), messages)
-        assert '{"city": "Paris"}' in learned_text(tokenizer, encoded)
-
-
 def test_only_the_arguments_of_a_call_are_read_from_a_table(tmp_path):
     """A table fills each object with the fields of all others; a null there is no argument."""
     from datasets import Dataset

@@ -114,8 +114,3 @@ def test_pairs_that_do_not_fit_are_left_out(prepare):
     data = prepare([PAIR, long], max_length=50, learn_all=True)
     assert len(data.train) == 1
     assert "1 of 2 training examples do not fit" in data.warnings[0]
-
-
-def test_pairs_in_both_parts_are_a_warning(prepare):
-    warnings = prepare([PAIR] * 10, eval_fraction=0.2).warnings
-    assert any("2 of 2 evaluation examples are also in the training data" in w for w in warnings)

@@ -1,4 +1,4 @@
-"""Prompts with all columns of their rows, from files and from reasoning-gym."""
+"""Prompts with all columns of their rows."""
 
 from datetime import date
 
@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from pacatune.data.config import PromptDataConfig
-from pacatune.data.prompts import INDEX, prepare_prompts
+from pacatune.data.prompts import prepare_prompts
 from tests.data.conftest import chat, write_lines
 
 
@@ -36,25 +36,19 @@ def test_rows_come_back_as_they_are(prepare, tokenizer):
 
 def test_texts_that_are_answered_without_the_chat_template(prepare, tokenizer):
     (warning,) = prepare([{"prompt": "a"}, {"prompt": "b"}]).warnings
-    assert warning.startswith("2 of 2 prompts are texts that are trained without the chat template")
+    assert warning.startswith(
+        "2 of 2 training examples are texts that are trained without the chat template"
+    )
     assert prepare([{"prompt": chat("a")}]).warnings == []
     tokenizer.chat_template = None
     assert prepare([{"prompt": "a"}]).warnings == []
-
-
-def test_system_prompt(prepare):
-    system, other = ({"role": "system", "content": text} for text in ("Be brief.", "No."))
-    turns = chat("a")
-    for prompt, seen in (("a", system), (turns, system), ([other, *turns], other)):
-        (row,) = prepare([{"prompt": prompt}], system_prompt="Be brief.").train
-        assert row["prompt"] == [seen, *turns]
 
 
 def test_a_row_sets_variables_of_the_template(prepare, tokenizer):
     tokenizer.chat_template += "{{ more }}"
     asked = chat("a")
     longer, shorter = (
-        prepare([{"prompt": asked, "chat_template_kwargs": {"more": more}}], system_prompt="b")
+        prepare([{"prompt": asked, "chat_template_kwargs": {"more": more}}])
         for more in ("abc" * 9, "")
     )
     number = len(tokenizer("abc" * 9, add_special_tokens=False)["input_ids"])
@@ -62,7 +56,10 @@ def test_a_row_sets_variables_of_the_template(prepare, tokenizer):
     assert longer.train[0]["chat_template_kwargs"] == {"more": "abc" * 9}
     assert longer.warnings == []
     (warning,) = prepare([{"prompt": asked, "chat_template_kwargs": {"less": 1}}]).warnings
-    assert "1 of 1 prompts set `chat_template_kwargs` that the chat template does not" in warning
+    assert (
+        "1 of 1 training examples set `chat_template_kwargs` that the chat template does not"
+        in warning
+    )
 
 
 REFUSES_B = "{{ raise_exception('no') if messages[0].content == 'b' else 'a' }}"
@@ -90,35 +87,5 @@ def test_columns_of_tables_that_json_cannot_hold(tokenizer, tmp_path):
     path = str(tmp_path / "d.parquet")
     Dataset.from_list([{"prompt": "a", "on": date(2026, 1, 2)}]).to_parquet(path)
     config = PromptDataConfig(path=path, eval_fraction=0)
-    with pytest.raises(ValueError, match=r"a column .* is no JSON .*date.*; write it as"):
+    with pytest.raises(ValueError, match=r"row 1: a column is no JSON .*date.*; write it as"):
         prepare_prompts(config, tokenizer, num_new_tokens=1)
-
-
-def generate(tokenizer, path="reasoning-gym:chain_sum", size=12, **options):
-    config = PromptDataConfig(path=path, size=size, eval_fraction=0.25, **options)
-    return prepare_prompts(config, tokenizer, num_new_tokens=5)
-
-
-def test_generated_prompts(tokenizer):
-    pytest.importorskip("reasoning_gym")
-    first, again = generate(tokenizer), generate(tokenizer)
-    assert list(first.train) == list(again.train)
-    assert list(first.train) != list(generate(tokenizer, seed=1).train)
-    assert first.train[0][INDEX] < 12
-    assert (len(first.train), len(first.evaluation)) == (9, 3)
-    # What is generated twice is in one part.
-    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
-    data = generate(tokenizer, size=300, options=options)
-    parts = (data.train, data.evaluation)
-    train, held_out = ({row["prompt"][0]["content"] for row in part} for part in parts)
-    assert len(data.train) > len(train)
-    assert held_out
-    assert not train & held_out
-    tokenizer.chat_template = None  # then they are texts
-    assert isinstance(generate(tokenizer).train[0]["prompt"], str)
-
-
-def test_prompts_that_cannot_be_generated(tokenizer):
-    pytest.importorskip("reasoning_gym")
-    with pytest.raises(ValueError, match=r"not make 'chain_sum' with `data.options`"):
-        generate(tokenizer, options={"min_terms": 9, "max_terms": 3})

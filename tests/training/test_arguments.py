@@ -29,7 +29,8 @@ def test_the_cpu_is_said_to_be_the_device_where_there_is_no_other(bf16):
     ("task", "options"),
     [
         ("sft", {"chat_template_path": "x", "dataset_text_field": "body", "push_to_hub": True}),
-        ("sft", {"completion_only_loss": False, "assistant_only_loss": True, "hub_model_id": "a"}),
+        ("sft", {"completion_only_loss": False, "assistant_only_loss": True, "hub_token": "a"}),
+        ("sft", {"hub_model_id": "a", "hub_private_repo": True, "hub_strategy": "end"}),
         ("sft", {"dataset_kwargs": {"skip_prepare_dataset": True}, "resume_from_checkpoint": "x"}),
         ("sft", {"trust_remote_code": True, "truncation_mode": "keep_end"}),
         ("sft", {"remove_unused_columns": False, "logging_nan_inf_filter": True}),

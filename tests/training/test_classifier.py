@@ -93,26 +93,17 @@ def test_a_head_of_its_own_learns_as_the_rest(make_classifier, make_bert):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "message"),
+    ("rows", "message"),
     [
-        (
-            [{"text": "a", "label": i % 2} for i in range(10)],
-            {"num_train": 10},
-            "be at most 9",
-        ),
-        ([{"sentence": "a", "label": 1}], {}, "row 1: field 'text' is missing .columns .'label', "),
-        (
-            [{"text": " ", "label": 1}],
-            {},
-            "row 1: has text ' ' and label 1; a classifier",
-        ),
-        ([{"text": "a", "label": "a"}] * 20, {}, r"has the labels \['a'\]; a classifier needs at"),
+        ([{"sentence": "a", "label": 1}], "row 1: field 'text' is missing .columns .'label', "),
+        ([{"text": " ", "label": 1}], "row 1: has text ' ' and label 1; a classifier"),
+        ([{"text": "a", "label": "a"}] * 20, r"has the labels \['a'\]; a classifier needs at"),
     ],
 )
-def test_rows_that_teach_no_classes(tmp_path, rows, options, message):
+def test_rows_that_teach_no_classes(tmp_path, rows, message):
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
     with pytest.raises(ValueError, match=message):
-        split_texts(TextClassConfig(path=path, **options))
+        split_texts(TextClassConfig(path=path))
 
 
 def test_labels_that_are_not_trained(make_classifier, tmp_path):
@@ -284,7 +275,7 @@ def test_texts_are_cut_where_the_model_ends_and_that_is_said(
     config = make_classifier(data=data, model=model, training=training)
     task = Task(config)
     assert max(map(len, task.train["input_ids"])) == expected
-    (warning,) = task.warnings()
+    (warning,) = task.warnings
     assert f"1 of 20 training texts are cut at {expected} tokens (`data.max_length`)" in warning
     assert "rows.jsonl, row 5" in warning
     train(config, console=QUIET)
@@ -319,16 +310,12 @@ def test_a_class_is_never_held_out_alone(tmp_path):
     path = str(write_rows(tmp_path / "rows.jsonl", rows))
     drawn = set()
     for seed in range(20):
-        for num_train in (None, 3):
-            config = TextClassConfig(path=path, seed=seed, num_train=num_train)
-            train_rows, held_out = split_texts(config)
-            assert {*train_rows["label"]} == {"a", "b", "c"}
-            assert sorted(held_out["label"]) == ["a"] * 4 + ["b"] * 4
-            assert not {*train_rows["text"]} & {*held_out["text"]}
+        train_rows, held_out = split_texts(TextClassConfig(path=path, seed=seed))
+        assert {*train_rows["label"]} == {"a", "b", "c"}
+        assert sorted(held_out["label"]) == ["a"] * 4 + ["b"] * 4
+        assert not {*train_rows["text"]} & {*held_out["text"]}
         drawn.add(frozenset(held_out["text"]))
     assert len(drawn) == 20
-    with pytest.raises(ValueError, match=r"`data.num_train` \(2\) must be at least 3, the classes"):
-        split_texts(TextClassConfig(path=path, num_train=2))
 
 
 def test_classes_of_one_row_each(tmp_path):

@@ -3,12 +3,12 @@
 import inspect
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from trl import SFTTrainer
 
 from pacatune.training import TASKS, train
-from pacatune.training.tasks import load
 from tests.training.runs import QUIET
 
 # Ours alone; everything else that begins with _ in a trainer of ours replaces what upstream calls.
@@ -22,7 +22,7 @@ def replaced():
     """Yield each private method of a trainer of ours, with the trainers that it is put before."""
     found = {}
     for spec in TASKS.values():
-        trainer = load(spec.trainer)
+        trainer = resolve_name(spec.trainer)
         for kind in trainer.__mro__:
             if kind.__module__.startswith("pacatune."):
                 found.setdefault(kind, set()).add(trainer)

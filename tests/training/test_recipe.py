@@ -16,7 +16,6 @@ from pacatune.training import train
 from pacatune.training.config_file import read_values
 from pacatune.training.language import Task
 from pacatune.training.sft import TextTrainer
-from tests.data.conftest import talk
 from tests.training.runs import (
     CHECKPOINTING,
     QUIET,
@@ -99,24 +98,6 @@ def test_run(
     old, new = (read_values(folder / "config.yaml") for folder in (out, again))
     assert old["training"].pop("output_dir") != new["training"].pop("output_dir")
     assert old == new
-
-
-def test_held_out_loss_is_a_mean_over_learned_tokens(
-    make_config, tiny_model_dir, tiny_tokenizer, tmp_path
-):
-    """Of long and short answers, whatever batches they are in; padding-free or not."""
-    rows = [
-        talk(f"What is {i}?", "It is so. " * (1 + 7 * (i % 2)) + f"Yes, {i}.") for i in range(6)
-    ]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    places = [f"row {number}" for number in range(1, 7)]
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    expected = mean_loss(model, tiny_tokenizer, path, places)
-    for size in (1, 2, 4):
-        training = {"per_device_eval_batch_size": size, "max_steps": 1}
-        config = make_config(data={"path": str(path), "eval_path": str(path)}, training=training)
-        report = train(config, overwrite=True, console=QUIET)
-        assert report.eval_loss_before == pytest.approx(expected, rel=1e-5)
 
 
 def test_run_without_evaluation(make_config):

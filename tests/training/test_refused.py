@@ -17,7 +17,7 @@ Q = {"r": 2, "target_modules": ["q_proj"]}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 LOADING = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 PARALLEL = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
-SHARDED = r"`paca.selection` \(.*\) needs .* which FSDP shards; choose"
+SHARDED = r"`paca.selection` \(.*\) needs .* which FSDP and ZeRO-3 shard; choose"
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,10 @@ def test_ways_to_shard(make_config, monkeypatch, environment, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paca": {"selection": "gradient"}}, r"\('gradient'\) .* whole model, which DeepSpeed sh"),
+        (
+            {"paca": {"selection": "gradient"}},
+            r"\('gradient'\) .* whole model, which FSDP and ZeRO-3 sh",
+        ),
         ({"method": "full"}, r"`zero3_save_16bit_model` \(false\) .* must be true: .* \('full'\)"),
     ],
 )

@@ -7,9 +7,7 @@ import pytest
 import torch
 from trl.trainer.utils import is_async_callable
 
-from pacatune.data.config import PromptDataConfig
-from pacatune.data.prompts import INDEX, reasoning_gym_data
-from pacatune.training.rewards import RewardError, checked, load_rewards, make_verifier
+from pacatune.training.rewards import RewardError, checked, load_rewards
 
 PLACES = ["d.jsonl, row 1", "d.jsonl, row 2"]
 TWO = {"place": PLACES, "completions": ["a", "b"]}
@@ -22,8 +20,7 @@ def load(rewards_module, tmp_path, monkeypatch):
     def write(text, name=f"{rewards_module}:f"):
         (tmp_path / f"{rewards_module}.py").write_text(text)
         monkeypatch.delitem(sys.modules, rewards_module, raising=False)
-        data = PromptDataConfig(path="d.jsonl")
-        (reward,) = load_rewards([name], data)
+        (reward,) = load_rewards([name])
         return reward
 
     return write
@@ -86,23 +83,3 @@ def test_what_are_no_rewards(rewards, message):
 def test_functions_that_cannot_be_used(load, text, name, message):
     with pytest.raises(ValueError, match=message):
         load(text, name)
-
-
-def test_verifier():
-    pytest.importorskip("reasoning_gym")
-    config = PromptDataConfig(path="reasoning-gym:chain_sum", size=5)
-    (reward,) = load_rewards([config.path], config)
-    assert reward.__name__ == "reasoning-gym.chain_sum"
-    answer = reasoning_gym_data(config)[3]["answer"]
-
-    def score(text, index=3):
-        return reward(place=["x"], completions=[text], **{INDEX: [index]})[0]
-
-    assert score(answer) == 1
-    assert score(f"I say 7. <answer>0</answer> No: <answer> {answer} </answer>") == 1
-    assert score([{"role": "assistant", "content": answer}]) == 1
-    assert 0 <= score(f"It is {answer}, or so.") < 1
-    assert score("") < 0.1
-    assert score(answer, index=2) < 1
-    # Some verifiers raise what they please, as of an example that is not there.
-    assert make_verifier(config)([[{"content": "1"}]], **{INDEX: [99]}) == [0.0]

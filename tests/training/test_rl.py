@@ -23,20 +23,14 @@ from tests.training.runs import (
 
 __all__ = ["model_copy"]
 pytestmark = pytest.mark.usefixtures("rewards_module")
-GAP = "sampling/sampling_logp_difference/max"
 
 
 @pytest.mark.parametrize(("task", "method"), [("grpo", "paca"), ("rloo", "lora")])
-def test_run(make_task_config, tmp_path, console, task, method):
+def test_run(make_task_config, tmp_path, task, method):
     config = make_task_config(task, method, reward=["my_rewards:short", "my_rewards:even"])
-    report = train(config, console=console)
-    assert "step 6/6: evaluation reward -" in console.file.getvalue()
+    report = train(config, console=QUIET)
     rewards = {f"rewards/my_rewards.{name}/mean" for name in ("short", "even")}
     assert report.eval_metrics_after.keys() >= {"reward", *rewards}
-    # what is sampled is what is trained, the rounding of other kernels aside
-    difference = report.train_metrics[GAP]
-    assert len(difference) == 6
-    assert all(0 <= value < 1e-5 for _, value in difference)
     folder = tmp_path / "out"
     assert (folder / "reward.png").exists() > (folder / "loss.png").exists()
     assert not any("loss" in row for row, _ in report.table())  # it says nothing of rewards
@@ -99,6 +93,7 @@ def test_answers_are_sampled_from_resident_weights(make_task_config):
 
     def look(module, args, output):
         if not torch.is_grad_enabled() and args[0].shape[1] == 1:  # a step of generation
+            assert torch.is_autocast_enabled("cpu")
             seen.append(layer.residency.kept is not None)
 
     handle = layer.register_forward_hook(look)
@@ -108,9 +103,6 @@ def test_answers_are_sampled_from_resident_weights(make_task_config):
     assert len(seen) >= 14
     assert all(seen[len(seen) // 2 :])
     assert torch.equal(layer.weight, base)
-    gaps = [entry[GAP] for entry in trainer.state.log_history if GAP in entry]
-    assert len(gaps) == 3
-    assert max(gaps) < 0.01
 
 
 @pytest.fixture
@@ -197,14 +189,3 @@ def test_answers_that_are_logged_are_those_of_this_run(make_task_config, tmp_pat
     train(make_task_config("grpo", training=training), console=QUIET, overwrite=True)
     names = {f"completions_0000{step}.parquet" for step in (0, 1, 2)}
     assert {path.name for path in folder.iterdir()} == names
-
-
-def test_reasoning_gym(make_task_config, tmp_path):
-    pytest.importorskip("reasoning_gym")
-    data = {"path": "reasoning-gym:chain_sum", "size": 20, "eval_fraction": 0.2}
-    config = make_task_config("grpo", data=data, reward=[], training={"max_steps": 2})
-    assert config.reward == ["reasoning-gym:chain_sum"]
-    report = train(config, console=QUIET)
-    assert "rewards/reasoning-gym.chain_sum/mean" in report.train_metrics
-    text = (tmp_path / "out" / "config.yaml").read_text()
-    assert text.startswith("# Repeat with: pacatune train --config config.yaml\n")

@@ -135,12 +135,23 @@ def test_preview(make_task_config, rewards_module, console, task, shown):
     assert all(text in out for text in shown), out
 
 
+@pytest.mark.parametrize("task", ["dpo", "kto", "grpo"])
+def test_data_that_is_trained_on_and_held_out(make_task_config, rewards_module, task):
+    path = make_task_config(task).data.path
+    (said,) = (
+        warning
+        for warning in Task(make_task_config(task, data={"eval_path": path})).warnings
+        if "are also in the training data" in warning
+    )
+    number = 80 if task == "kto" else 40
+    assert said.startswith(f"{number} of {number} evaluation examples are also in the")
+    assert "row 1" in said
+
+
 def test_whose_split_is_fixed(make_task_config, rewards_module):
-    reasons = {
-        name: Task(make_task_config(name)).data.fixed_split
-        for name in ("dpo", "kto", "reward", "grpo", "rloo")
-    }
-    assert {name for name, reason in reasons.items() if reason} == {"kto", "grpo", "rloo"}
+    names = ("dpo", "kto", "reward", "grpo", "rloo")
+    fixed = {name for name in names if Task(make_task_config(name)).data.is_split_fixed}
+    assert fixed == {"kto", "grpo", "rloo"}
 
 
 def test_other_answers_are_other_data(make_task_config, pairs_path, tmp_path):

@@ -70,7 +70,7 @@ def prepare(folder: Path, model: str, steps: int, address: str) -> list[str]:
         folder, model, "soak_rewards:is_reversed", max_steps=steps, **server, **saving
     )
     words += ["--training.per_device_train_batch_size", "8", "--model.dtype", "bfloat16"]
-    return [sys.executable, "-m", "pacatune.cli", *words]
+    return [sys.executable, "-m", "pacatune", *words]
 
 
 def step_of(folder: Path) -> int:

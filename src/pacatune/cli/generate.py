@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from pacatune.cli.options import ModelOptions, give_one, print_notes, quiet_libraries
+from pacatune.cli.options import ModelOptions, print_notes, quiet_libraries
 from pacatune.precision import Dtype
 
 if TYPE_CHECKING:
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 class Generate(ModelOptions):
     """Stream text from a model, with or without an adapter."""
 
-    prompt: str | None = None
-    """What to answer; - reads it from stdin; without it, prompts are asked for one by one."""
+    prompt: str
+    """What to answer; - reads it from stdin."""
     system: str | None = None
     """Instruction that precedes the prompt in a chat."""
-    without_adapter: bool = False
-    """Answer as the base does."""
     compare: bool = False
     """Answer twice, first without the adapter."""
     no_chat: bool = False
@@ -57,15 +55,12 @@ class Generate(ModelOptions):
 
     def run(self) -> int:
         """Do it."""
-        give_one(without_adapter=self.without_adapter, compare=self.compare)
         if self.compare and self.adapter is None:
             raise ValueError("--compare needs --adapter.")
         if self.model is None and self.adapter is None:
             raise ValueError("give --model, --adapter or both; see `pacatune generate --help`.")
         self.check_base()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
-        if prompt is None and not sys.stdin.isatty():
-            raise ValueError("--prompt is missing; give a text, or - to read it from stdin.")
         quiet_libraries()
 
         from pacatune.adapters.loading import load_language_model
@@ -73,32 +68,11 @@ class Generate(ModelOptions):
         how = self.values("dtype", "device", "allow_other_base")
         loaded = load_language_model(self.model, self.adapter, **how)
         print_notes(loaded.notes)
-        if prompt is not None:
-            _answer(loaded, prompt, self)
-        else:
-            _converse(loaded, self)
+        _answer(loaded, prompt, self)
         return 0
 
 
 command = Generate
-
-
-def _converse(loaded: "LoadedModel", options: Generate) -> None:
-    print("Each line is answered on its own. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            print()
-            return
-        if not prompt.strip():
-            continue
-        try:
-            _answer(loaded, prompt, options)
-        except KeyboardInterrupt:
-            print()
-        except ValueError as error:
-            print(f"pacatune: error: {error}", file=sys.stderr)
 
 
 def _answer(loaded: "LoadedModel", prompt: str, options: Generate) -> None:
@@ -113,7 +87,7 @@ def _answer(loaded: "LoadedModel", prompt: str, options: Generate) -> None:
     settings = _settings(loaded, tokens.shape[1], options)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: _print_text(text)
-    runs = [("", not options.without_adapter)]
+    runs = [("", True)]
     if options.compare:
         runs = [("base:\n", False), ("\nwith the adapter:\n", True)]
     for heading, with_adapter in runs:

@@ -177,37 +177,26 @@ def _print_models(result: "Difference") -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack(_Target):
-    """Join patches of one base, which change no column twice, or apply them together.
-
-    Without --model the result is a patch, --output its file; with --model it is applied.
-    """
+class Stack:
+    """Join patches of one base, which change no column twice."""
 
     patch: list[str]
     """Patches, the first one first."""
-    model: str | None = None
-    """Folder or hub id of the base, to apply them to."""
+    output: str
+    """File to write."""
 
     def run(self) -> int:
         """Do it."""
-        if self.in_place and self.model is None:
-            raise ValueError("`--in_place` needs --model, the folder to change.")
-        quiet_libraries()
-
         from pacatune.patch import load, save, stack
         from pacatune.patch.file import refuse_existing
 
-        output = str(self.output)
-        if self.model is None:
-            refuse_existing(output)
+        refuse_existing(self.output)
         patch = stack([load(path) for path in self.patch])
         num_columns, num_tensors = patch.num_columns, len(patch.edits)
         print(
             f"stacked   {len(self.patch)} patches: {num_columns} columns of {num_tensors} tensors"
         )
-        if self.model is not None:
-            return self.write(self.model, patch)
-        print(f"written   {output} ({format_bytes(save(patch, output))})")
+        print(f"written   {self.output} ({format_bytes(save(patch, self.output))})")
         print_notes(["a stack carries no adapter; keep the patches if you want theirs back."])
         return 0
 

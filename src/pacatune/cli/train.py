@@ -1,8 +1,8 @@
 """`pacatune train`: fine-tune a model on your data, by any of several tasks."""
 
-import ast
 import json
 import os
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Collection, Iterator
@@ -18,7 +18,7 @@ from pacatune.cli.entry import EXIT_USER_ERROR, speaks
 from pacatune.cli.options import SectionParser, refuse_unknown
 from pacatune.methods import METHODS
 from pacatune.names import choose
-from pacatune.training.config import RunConfig, own_sections, sections_of
+from pacatune.training.config import RunConfig, own_sections, reward_name, sections_of
 from pacatune.training.config_file import check_keys, load_yaml, read_values
 from pacatune.training.tasks import DEFAULT_TASK, TASKS
 
@@ -27,12 +27,7 @@ _SWITCHES = {
     "auto_resume": "Continue the run in training.output_dir if it has a checkpoint, else start it; "
     "a finished one stays as it is. For launchers that repeat a command.",
     "overwrite": "Delete the files of another run in training.output_dir first.",
-    "push_config": "With --push_to_hub: upload config.yaml too, which names files of this machine.",
 }
-_PUSH = (
-    "Upload what the run wrote to this repository of the hub, which is created before training; "
-    "private with training.hub_private_repo."
-)
 # Where TRL, transformers and we have classes of training options.
 _SOURCES = (
     *("trainer/*_config.py", "experimental/*/*_config.py"),
@@ -40,7 +35,7 @@ _SOURCES = (
 )
 _Files = dict[str, dict[str, Any]]
 """Path of a config file -> what it says."""
-_FLAGS = (*_SWITCHES, "push_to_hub", "preview")
+_FLAGS = (*_SWITCHES, "preview")
 _PRINT = "--print_config"
 # What most runs set, of each task what it has; the options of a method are beside.
 _COMMON = (
@@ -76,8 +71,6 @@ def run(argv: list[str], words: list[str]) -> int:
     if "preview" in flags:
         preview(config, int(flags["preview"]))
         return 0
-    if "push_config" in flags and "push_to_hub" not in flags:
-        raise ValueError("--push_config needs --push_to_hub, which uploads the result.")
     auto_resume = flags.pop("auto_resume", False)
     if auto_resume and flags.keys() & {"resume", "overwrite"}:
         raise ValueError("--auto_resume decides what --resume and --overwrite say; drop these.")
@@ -114,7 +107,7 @@ def read(argv: list[str]) -> tuple[RunConfig, dict[str, Any]]:
     options.pop("config", None)
     flags = {name: options.pop(name) for name in _FLAGS if name in options}
     config = RunConfig(**options)
-    for name in config.code():
+    for name in map(reward_name, config.reward):
         if name not in rewards:
             raise ValueError(
                 f"`reward` ({name!r}) is a Python function, and a config file runs no code by "
@@ -139,7 +132,6 @@ def parser_of_task(task: str) -> SectionParser:
     parser.add_argument("--config", action="config", help="YAML file with options.")
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", default=SUPPRESS, help=text)
-    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", default=SUPPRESS, help=_PUSH)
     parser.add_argument(
         "--preview",
         type=PositiveInt,
@@ -221,28 +213,19 @@ def take_rewards(argv: list[str]) -> tuple[list[str], list[str]]:
 
 @cache
 def fields_in_source(name: str) -> set[str]:
-    """Return the fields of a class of training options, read from its source.
+    """Return the fields of a class of training options and of its bases, read from their source.
 
     To import it takes seconds, which a wrong word need not wait for.
     """
+    head = re.compile(rf"^class {name}(?:\((.*)\))?:\n((?:    .*\n|\n)*)", re.MULTILINE)
     for package in ("trl", "transformers", "pacatune"):
         folder = Path(str(getattr(find_spec(package), "origin", ""))).parent
         for path in (file for pattern in _SOURCES for file in folder.glob(pattern)):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in tree.body:
-                if isinstance(node, ast.ClassDef) and node.name == name:
-                    return _declared(node)
+            if match := head.search(path.read_text(encoding="utf-8")):
+                bases, body = match.groups()
+                own = re.findall(r"^    ([a-z]\w*): (?!ClassVar)", body, re.MULTILINE)
+                return {*own}.union(*map(fields_in_source, re.findall(r"\w+", bases or "")))
     return set()
-
-
-def _declared(node: ast.ClassDef) -> set[str]:
-    """Return the fields that a class declares, and those of its bases."""
-    lines = [line for line in node.body if isinstance(line, ast.AnnAssign)]
-    fields = [line.target for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
-    own = {field.id for field in fields if isinstance(field, ast.Name)}
-    bases = (base.id for base in node.bases if isinstance(base, ast.Name))
-    names = own.union(*map(fields_in_source, bases))
-    return {name for name in names if not name.startswith("_")}
 
 
 def find_value(option: str, among: Collection[str], argv: list[str], files: _Files) -> str | None:

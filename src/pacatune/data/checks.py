@@ -4,8 +4,7 @@ import hashlib
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,39 +43,27 @@ def keep_learnable(
         places["open"] = []  # where some end, the others may be meant so
     if what == "evaluation":
         places["plain"] = []  # said of the training examples
-    for note, noted in places.items():
-        if noted:
-            warnings.append(note_on(note, noted, f"{len(data)} {what} examples", max_length))
+    warnings += [
+        f"{len(noted)} of {len(data)} {what} examples "
+        f"{_NOTES[note].format(max_length=max_length)}: {some(noted)}."
+        for note, noted in places.items()
+        if noted
+    ]
     return data.select(kept).remove_columns("notes")
 
 
-def note_on(note: str, places: Sequence[str], of: str, max_length: int | None = None) -> str:
-    """Return a note about the examples at some places, out of so many."""
-    return f"{len(places)} of {of} {_NOTES[note].format(max_length=max_length)}: {some(places)}."
-
-
-def find_overlap(train: "Dataset", evaluation: "Dataset") -> list[str]:
+def overlap_warning(train: "Dataset", evaluation: "Dataset", columns: Sequence[str]) -> list[str]:
     """Return a warning if examples that measure are in the training data as well."""
-    columns = [name for name in train.column_names if name.endswith(("_ids", "label", "labels"))]
-    trained, asked = (row_digests(data, columns) for data in (train, evaluation))
-    return overlap_warning(trained, asked, "evaluation examples", evaluation["place"][:])
-
-
-def overlap_warning(
-    train: Iterable[object],
-    evaluation: Iterable[object],
-    what: str,
-    places: Sequence[str] | None = None,
-) -> list[str]:
-    """Return a warning if any `what`, such as test images, are in the training data as well."""
-    trained, examples = set(train), list(evaluation)
-    shared = [number for number, example in enumerate(examples) if example in trained]
+    trained, numbers = {*row_digests(train, columns)}, range(1, len(evaluation) + 1)
+    has_places, texts = "place" in evaluation.column_names, evaluation.with_format(None)
+    places = texts["place"][:] if has_places else [f"example {number}" for number in numbers]
+    rows = zip(places, row_digests(evaluation, columns), strict=True)
+    shared = [place for place, row in rows if row in trained]
     if not shared:
         return []
-    where = "" if places is None else f" ({some([places[number] for number in shared])})"
     return [
-        f"{len(shared)} of {len(examples)} {what} are also in the training data{where}, so what is "
-        "measured on them flatters; remove them from one of the two."
+        f"{len(shared)} of {len(evaluation)} evaluation examples are also in the training data "
+        f"({some(shared)}), so what is measured on them flatters; remove them from one of the two."
     ]
 
 
@@ -90,29 +77,17 @@ def fingerprint(parts: Iterable["Dataset"], columns: Sequence[str]) -> str:
 
 
 def row_digests(data: "Dataset", columns: Sequence[str]) -> Iterator[bytes]:
-    """Yield a short digest of some columns of each example."""
-    for table in data.with_format("arrow", columns=list(columns)).iter(1000):
-        # A column is read as a whole: row by row takes twenty times as long.
-        values = [_pieces(table[column].combine_chunks()) for column in columns]
-        for pieces in zip(*values, strict=True):
+    """Yield a short digest of some columns of each example: texts, numbers, or lists of them."""
+    import numpy as np
+
+    for frame in data.with_format("pandas", columns=list(columns)).iter(1000):
+        for values in zip(*(frame[column] for column in columns), strict=True):
+            pieces = [
+                v.encode(errors="surrogatepass") if isinstance(v, str) else np.asarray(v).tobytes()
+                for v in values
+            ]
             borders = struct.pack(f"<{len(pieces)}q", *map(len, pieces))
             yield hashlib.blake2b(borders + b"".join(pieces), digest_size=16).digest()
-
-
-def _pieces(array: Any) -> list[bytes]:
-    """Return the bytes of each value of an Arrow array: a text, a list of numbers, or a number."""
-    kind = str(array.type).removeprefix("large_")
-    if kind == "string":
-        return [text.encode(errors="surrogatepass") for text in array.to_pylist()]
-    if kind == "bool":
-        array = array.cast("int8")
-    ends, numbers = range(len(array) + 1), array
-    if kind.startswith("list"):
-        offsets, numbers = array.offsets.to_numpy(), array.flatten()
-        ends = (offsets - offsets[0]).tolist()
-    values = numbers.to_numpy(zero_copy_only=False)
-    whole, size = values.tobytes(), values.itemsize
-    return [whole[size * start : size * end] for start, end in pairwise(ends)]
 
 
 def some(places: Sequence[str]) -> str:

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pacatune.data.formats import VARIABLES, check_variables
 from pacatune.names import check_choices, choose
 
-REASONING_GYM = "reasoning-gym:"
-"""Before the name of a task of the package reasoning-gym: its data, or its verifier."""
-
 TextFormat = Literal["auto", "messages", "sharegpt", "prompt-completion", "instruction", "text"]
 
 
@@ -198,39 +195,10 @@ class PreferenceDataConfig(TextDataConfig):
 
 @dataclass(kw_only=True)
 class PromptDataConfig(TextDataConfig):
-    """Prompts that the model answers while it trains; reward functions get the other columns.
+    """Prompts (column `prompt`, texts or chats) that the model answers while it trains.
 
-    Raises:
-        ValueError: If the options of reasoning-gym contradict `path`.
+    Reward functions get the other columns.
     """
-
-    path: str = ""
-    """Training data with a column `prompt` (texts or chats): a .jsonl, .json, .csv or .parquet
-    file, a folder of them, a hub data set id; or reasoning-gym:TASK, such as
-    reasoning-gym:chain_sum, which is generated. Required."""
-
-    size: int | None = None
-    """Number of examples that reasoning-gym generates; 1000 where null."""
-
-    options: dict[str, Any] | None = None
-    """Options of the task of reasoning-gym, such as {max_terms: 3}."""
-
-    system_prompt: str | None = None
-    """System turn that is put before every prompt without one; it makes chats of texts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("eval_path", "eval_split") if self.is_generated else ("size", "options"):
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(
-                    f"`data.{name}` ({value!r}) is ignored where `data.path` is {self.path!r}: "
-                    "reasoning-gym generates what `size` and `options` say; drop it."
-                )
-
-    @property
-    def is_generated(self) -> bool:
-        """Whether reasoning-gym makes the data."""
-        return self.path.startswith(REASONING_GYM)
 
 
 @dataclass(kw_only=True)
@@ -239,9 +207,6 @@ class TextClassConfig(DataSection):
 
     eval_fraction: float = 0.1
     """Fraction of the training data held out for evaluation; 0 evaluates on nothing."""
-
-    num_train: int | None = None
-    """Train on this many rows; all where null."""
 
     max_length: int | None = None
     """Tokens at which texts are cut; the limit of tokenizer or model where null."""

@@ -132,15 +132,8 @@ class Encoder:
             raise ValueError("has turns of weight 0, and `data.loss` 'all' learns all; drop one.")
         for tool in example.tools or ():
             _function(tool)
-        # Most templates write arguments as JSON, those of a text twice; some only take a text.
-        objects, texts = (_with_arguments(example, as_text=as_text) for as_text in (False, True))
-        try:
-            return objects, self._shown(objects)
-        except ValueError:
-            if objects != texts:
-                with contextlib.suppress(ValueError):
-                    return texts, self._shown(texts)
-            raise
+        example = _with_arguments(example)
+        return example, self._shown(example)
 
     def _shown(self, example: Example) -> str:
         """Return the text of a chat, if its template shows what is read of it.
@@ -373,21 +366,17 @@ def _find_marked_template(writer: Any) -> str | None:
     return None
 
 
-def _with_arguments(example: Example, *, as_text: bool) -> Example:
-    """Return a chat whose tool calls all have their arguments as objects, or all as JSON."""
+def _with_arguments(example: Example) -> Example:
+    """Return a chat whose tool calls have their arguments as objects: texts would be quoted."""
     if not any("tool_calls" in message for message in example.messages):
         return example
     example = copy.deepcopy(example)
     for message in example.messages:
-        for call in message.get("tool_calls", ()):
-            function = _function(call)
+        for function in map(_function, message.get("tool_calls", ())):
             arguments = function.get("arguments")
             with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if isinstance(arguments, dict):
-                function["arguments"] = (
-                    json.dumps(arguments, ensure_ascii=False) if as_text else arguments
-                )
+                if isinstance(arguments, str) and isinstance(json.loads(arguments), dict):
+                    function["arguments"] = json.loads(arguments)
     return example
 
 

@@ -29,7 +29,7 @@ def prepare_pairs(
     """
     convert = partial(to_pairs, needs_prompt=not encoder.learn_all)
     encode = partial(_encode_pair, encoder=encoder)
-    return make_tables(config, encoder, convert, num_processes, encode)[1]
+    return make_tables(config, encode, convert, encoder.max_length, num_processes)[1]
 
 
 def prepare_judged(
@@ -37,7 +37,7 @@ def prepare_judged(
 ) -> PreparedData:
     """Read, check and encode answers: rows of `prompt_ids`, `completion_ids` and `label`."""
     encode = partial(_encode_judged, encoder=encoder)
-    _, data = make_tables(config, encoder, to_judged, num_processes, encode)
+    _, data = make_tables(config, encode, to_judged, encoder.max_length, num_processes)
     order = list(range(len(data.train)))  # KTO trains in the order of the data
     random.Random(config.seed).shuffle(order)
     return replace(data, train=data.train.select(order))

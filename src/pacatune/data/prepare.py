@@ -11,7 +11,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import find_overlap, keep_learnable
+from pacatune.data.checks import keep_learnable
 from pacatune.data.config import DataConfig, DataSection, SourceConfig
 from pacatune.data.encode import IGNORED, Encoder, ImagesFound
 from pacatune.data.formats import to_examples
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
-
-_LARGE = 10_000_000  # bytes, that are seconds of work
 
 Encode = Callable[[Any], dict[str, Any]]
 """Makes columns of an example, among them `notes` of what looks wrong."""
@@ -57,12 +55,12 @@ def prepare_data(
     """
     convert = partial(to_examples, has_template=bool(encoder.tokenizer.chat_template))
     try:
-        parts, data = make_tables(config, encoder, convert, num_processes)
+        parts, data = make_tables(config, encoder, convert, encoder.max_length, num_processes)
     except ImagesFound:
         if load_processor is None or encoder.learn_all:
             raise
         encoder = replace(encoder, processor=load_processor())
-        parts, data = make_tables(config, encoder, convert, num_processes)
+        parts, data = make_tables(config, encoder, convert, encoder.max_length, num_processes)
     return replace(data, train=_mixed(parts, config), processor=encoder.processor)
 
 
@@ -81,33 +79,32 @@ class Examples:
         rows = read_rows(source.path, name=source.name, split=source.split, option=self.option)
         return self.convert(rows, source.format)
 
-    def digest(self, *, with_images: bool) -> tuple[str, bool]:
-        """Return what tells the data from other data, and whether it is large."""
-        source, digest, size = self.source, hashlib.blake2b(digest_size=16), 0
+    def digest(self, *, with_images: bool) -> str:
+        """Return what tells the data from other data."""
+        source, digest = self.source, hashlib.blake2b(digest_size=16)
         if is_local(source.path, self.option, source.split, source.name):
             for file in files_of(source.path):
-                size += file.stat().st_size
                 with file.open("rb") as content:
                     digest.update(hashlib.file_digest(content, "blake2b").digest())
                 digest.update(str(file).encode())
         else:
             table = load_hub(source.path, source.name, source.split, self.option)
-            size = table.info.dataset_size or 0
             digest.update(f"{source.path} {source.split} {table._fingerprint}".encode())
         for image in (image for example in self for image in example.images) if with_images else ():
             if not image.startswith("data:"):
                 digest.update(str(Path(image).stat().st_mtime_ns).encode())
-        return digest.hexdigest(), size > _LARGE
+        return digest.hexdigest()
 
     def encoded(self, encode: Encode, num_processes: int | None) -> "Dataset":
         """Return what `encode` makes of each, from the cache of datasets, which has a lock.
 
         So of several processes one reads the rows, and the others what it has made of them.
         """
-        import datasets
+        from datasets import Dataset
+        from datasets.exceptions import DatasetGenerationError
         from datasets.fingerprint import Hasher
 
-        digest, is_large = self.digest(with_images=getattr(encode, "processor", None) is not None)
+        digest = self.digest(with_images=getattr(encode, "processor", None) is not None)
         code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
         work = [self.source.format, self.convert, encode, code]
         key = Hasher.hash([digest, work, version("transformers"), version("tokenizers")])
@@ -115,24 +112,18 @@ class Examples:
         size = -(-number // (num_processes or 1))
         starts = list(range(0, number, size))
         arguments = {"starts": starts, "size": size, "examples": self, "encode": encode}
-        shows_bars = not datasets.are_progress_bars_disabled()
-        if not is_large:
-            datasets.disable_progress_bars()
         try:
-            return datasets.Dataset.from_generator(
+            return Dataset.from_generator(
                 _encode,
                 features=_features(encode(next(iter(self)))),
                 gen_kwargs=arguments,
                 num_proc=len(starts) if len(starts) > 1 else None,
                 fingerprint=key,
             )
-        except datasets.exceptions.DatasetGenerationError as error:
+        except DatasetGenerationError as error:
             if len(starts) > 1:
                 all(map(encode, self))  # which raises what another process was refused for
             raise error.__cause__ or error from None
-        finally:
-            if shows_bars:
-                datasets.enable_progress_bars()
 
 
 def _encode(
@@ -147,7 +138,7 @@ def _features(columns: Iterable[str]) -> "Features":
     from datasets import Features, Image, List, Value
 
     kinds = {"place": Value("string"), "text": Value("string"), "num_tokens": Value("int64")}
-    kinds |= {"label": Value("bool"), "notes": List(Value("string"))}
+    kinds |= {"row": Value("string"), "label": Value("bool"), "notes": List(Value("string"))}
     kinds |= {"images": List(Image(decode=False))}
     return Features({name: kinds.get(name, List(Value("int32"))) for name in columns})
 
@@ -163,27 +154,28 @@ def find_examples(
 
 def make_tables(
     config: DataSection,
-    encoder: Encoder,
+    encode: Encode,
     convert: Callable[[Iterable[Row], str], Iterator[Any]],
-    num_processes: int | None,
-    encode: Encode | None = None,
+    limit: int | None = None,
+    num_processes: int | None = None,
 ) -> "tuple[list[Dataset], PreparedData]":
-    """Read, encode, split and check data sets; return each for training, and all in one."""
+    """Read, encode, split and check data sets; return each for training, and all in one.
+
+    `limit` is the number of tokens that examples are cut to.
+    """
     sources, held_out = find_examples(config, convert)
     warnings: list[str] = []
-    parts, evaluation, limit = [], [], encoder.max_length
+    parts, evaluation = [], []
     for examples in sources:
-        data = examples.encoded(encode or encoder, num_processes)
+        data = examples.encoded(encode, num_processes)
         fraction = 0 if held_out else config.eval_fraction
         rest, others = map(sorted, hold_out(data["place"][:], fraction, config.seed))
         what = f"{examples.source.path} training" if len(sources) > 1 else "training"
         parts.append(keep_learnable(data.select(rest), what, limit, warnings))
         evaluation += [data.select(others)] if others else []
-    other = held_out.encoded(encode or encoder, num_processes) if held_out else _joined(evaluation)
+    other = held_out.encoded(encode, num_processes) if held_out else _joined(evaluation)
     if other is not None:
         other = keep_learnable(other, "evaluation", limit, warnings)
-        if "images" not in other.column_names:  # other images may have the same tokens
-            warnings += [warning for part in parts for warning in find_overlap(part, other)]
     longest = max(max(part["num_tokens"][:]) for part in parts)
     return parts, PreparedData(_joined(parts), other, min(longest, limit or longest), warnings)
 

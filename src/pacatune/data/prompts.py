@@ -1,26 +1,20 @@
-"""Prompts that a model answers while it trains, from files or made by reasoning-gym."""
+"""Prompts that a model answers while it trains."""
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pacatune.data.checks import note_on, overlap_warning
-from pacatune.data.config import REASONING_GYM, PromptDataConfig
+from pacatune.data.config import PromptDataConfig
 from pacatune.data.encode import apply_template, reads_variable
 from pacatune.data.formats import check_columns, row_variables, to_prompt
-from pacatune.data.prepare import PreparedData, find_examples, hold_out
+from pacatune.data.prepare import PreparedData, make_tables
 from pacatune.data.read import Row, named
-from pacatune.installation import require_extra
-from pacatune.names import choose
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-INDEX = "reasoning_gym_index"
-"""Column with the number of an example among those that reasoning-gym has made."""
 
 
 def prepare_prompts(
@@ -30,33 +24,24 @@ def prepare_prompts(
 
     `longest` counts the tokens of the longest prompt and `num_new_tokens` behind it.
     """
-    convert = partial(to_prompts, system_prompt=config.system_prompt)
-    sources, other = find_examples(config, convert)
-    examples: Any = sources[0]
-    if config.is_generated:
-        examples = convert(_generate(config, is_chat=bool(tokenizer.chat_template)))
-    train, held_out = _complete(examples), _complete(other or ())
-    if other is None:  # What is generated twice is in one part.
-        key = "prompt" if config.is_generated else "place"
-        keys = [json.dumps(row[key]) for row in train]
-        places = map(sorted, hold_out(keys, config.eval_fraction, config.seed))
-        train, held_out = ([train[place] for place in part] for part in places)
-    longest = max(len(prompt_ids(row, tokenizer)) for row in train)
-    seen, held = ([json.dumps(row["prompt"]) for row in rows] for rows in (train, held_out))
-    where = [row["place"] for row in held_out]
-    warnings = overlap_warning(seen, held, "evaluation prompts", where)
-    for note in ("plain", "unread"):
-        where = [row["place"] for row in train if note in _notes(row, tokenizer.chat_template)]
-        warnings += [note_on(note, where, f"{len(train)} prompts")] if where else []
-    evaluation = _dataset(held_out) if held_out else None
-    return PreparedData(_dataset(train), evaluation, longest + num_new_tokens, warnings)
+    _, data = make_tables(config, partial(_encode, tokenizer=tokenizer), to_prompts)
+    evaluation = None if data.evaluation is None else _decoded(data.evaluation)
+    longest = data.longest + num_new_tokens
+    return replace(data, train=_decoded(data.train), evaluation=evaluation, longest=longest)
 
 
-def _notes(row: dict[str, Any], template: Any) -> set[str]:
-    """Return what looks wrong with a prompt."""
-    is_plain = template and isinstance(row["prompt"], str)
-    is_read = all(reads_variable(str(template), name) for name in row_variables(row))
-    return ({"plain"} if is_plain else set()) | (set() if is_read else {"unread"})
+def _encode(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Return a row as JSON, as a table would give objects the fields of all."""
+    template, place = tokenizer.chat_template, row["place"]
+    notes = ["plain"] if template and isinstance(row["prompt"], str) else []
+    if not all(reads_variable(str(template), name) for name in row_variables(row)):
+        notes.append("unread")
+    try:
+        text = json.dumps({column: value for column, value in row.items() if column != "place"})
+    except TypeError as error:
+        raise ValueError(f"{place}: a column is no JSON ({error}); write it as text.") from error
+    number = len(prompt_ids(row, tokenizer))
+    return {"place": place, "row": text, "num_tokens": number, "notes": notes}
 
 
 def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -69,42 +54,12 @@ def prompt_ids(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> lis
         return list(apply_template(tokenizer, prompt, **options)["input_ids"])
 
 
-def reasoning_gym_data(config: PromptDataConfig) -> Any:
-    """Return the data set that reasoning-gym generates for a run: item i is always the same."""
-    require_extra(f"`data.path` ({config.path!r})", "rl", ("reasoning_gym",))
-    with warnings.catch_warnings():  # of the code of what it imports, where that is compiled anew
-        warnings.simplefilter("ignore", SyntaxWarning)
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-    name = choose(config.path.removeprefix(REASONING_GYM), sorted(DATASETS), option="data.path")
-    size = 1000 if config.size is None else config.size
-    try:
-        return reasoning_gym.create_dataset(
-            name, size=size, seed=config.seed, **(config.options or {})
-        )
-    except (TypeError, AssertionError, ValueError) as error:
-        both = f"`data.options` ({config.options}), `data.size` ({size})"
-        raise ValueError(f"reasoning-gym does not make {name!r} with {both}: {error}.") from error
-
-
-def _generate(config: PromptDataConfig, *, is_chat: bool) -> Iterator[Row]:
-    data = reasoning_gym_data(config)
-    for index in range(len(data)):
-        question, answer = data[index]["question"], data[index]["answer"]
-        prompt: Any = [{"role": "user", "content": question}] if is_chat else question
-        values = {"prompt": prompt, "answer": answer, INDEX: index}
-        yield Row(f"{config.path}, item {index + 1}", values)
-
-
 # What reward functions get beside the columns of the data, and what the model would see.
 _TAKEN = {"place", "prompts", "completions", "completion", "completion_ids", "trainer_state"}
 _TAKEN |= {"log_extra", "log_metric", "environment", "environments", "image", "images"}
 
 
-def to_prompts(
-    rows: Iterable[Row], format: str = "", system_prompt: str | None = None
-) -> Iterator[dict[str, Any]]:
+def to_prompts(rows: Iterable[Row], format: str = "") -> Iterator[dict[str, Any]]:
     """Yield each row, checked, with its prompt and place."""
     for row in rows:
         with named(row.place):
@@ -115,38 +70,22 @@ def to_prompts(
                     "gets, as it gets all columns; rename it."
                 )
             prompt = to_prompt(row.values)
-        if system_prompt is not None:
-            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            has_system = chat[0]["role"] == "system"
-            prompt = chat if has_system else [{"role": "system", "content": system_prompt}, *chat]
         yield {**row.values, "prompt": prompt, "place": row.place}
 
 
-def _complete(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _decoded(data: "Dataset") -> "Dataset":
     """Give all rows all columns, with None where one lacks them: rewards get every column."""
-    rows = list(examples)
-    kinds = {type(row["prompt"]): row["place"] for row in reversed(rows)}
+    texts, places = data["row"][:], data["place"][:]
+    rows = list(map(json.loads, texts))
+    kinds = {type(row["prompt"]): place for row, place in zip(rows, places, strict=True)}
     if len(kinds) > 1:
         both = f"{kinds[str]} has a text as prompt, and {kinds[list]} a chat"
         raise ValueError(f"{both}; convert one of them.")
     columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column) for column in columns} for row in rows]
-
-
-def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
-    """Return rows as a data set of JSON, as a table would give objects the fields of all."""
-    from datasets import Dataset
 
     def decode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         rows = [json.loads(text) for text in batch["row"]]
-        columns = {column: [row[column] for row in rows] for column in rows[0]}
-        return {**columns, "place": batch["place"]}
+        decoded = {column: [row.get(column) for row in rows] for column in columns}
+        return {**decoded, "place": batch["place"]}
 
-    places = [row.pop("place") for row in rows]  # which may be others when a run is resumed
-    try:
-        texts = list(map(json.dumps, rows))
-    except TypeError as error:
-        raise ValueError(
-            f"a column of the prompts is no JSON ({error}); write it as text."
-        ) from error
-    return Dataset.from_dict({"row": texts, "place": places}).with_transform(decode)
+    return data.select_columns(["row", "place"]).with_transform(decode)

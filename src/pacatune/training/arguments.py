@@ -4,18 +4,23 @@ import copy
 import math
 from dataclasses import dataclass, fields
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from pacatune.precision import bfloat16_is_fast
-from pacatune.training.tasks import TASKS, load
+from pacatune.training.tasks import TASKS
 
 _ABOVE_ZERO = (
     *("learning_rate", "head_learning_rate", "max_length", "save_total_limit"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("logging_steps", "eval_steps", "save_steps"),
+)
+_HUB = (
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo"),
+    *("hub_always_push", "hub_revision"),
 )
 
 
@@ -29,13 +34,12 @@ class SharedDefaults:
 
     elsewhere: ClassVar[dict[str, str]] = {
         "resume_from_checkpoint": "use --resume",
-        "push_to_hub": "give --push_to_hub ORGANISATION/NAME on the command line",
-        "hub_model_id": "give --push_to_hub ORGANISATION/NAME on the command line",
         "fp16_full_eval": "it rounds the weights that are saved",
         "bf16_full_eval": "it rounds the weights that are saved",
         "logging_nan_inf_filter": "a run stops at the first loss that is not finite",
         "trust_remote_code": "code of a model is never executed; use a converted model",
         "remove_unused_columns": "the data has the columns that training needs",
+        **dict.fromkeys(_HUB, "upload the finished folder by `hf upload`"),
     }
     """Option that must keep its default -> where it is decided, or why it is not offered."""
 
@@ -158,7 +162,7 @@ class ClassifierTrainingConfig(SharedDefaults, TrainingArguments):
 def training_class(task: str) -> type[Any]:
     """Return the class of a task's section `training`: the trainer's, with our defaults before."""
     spec = TASKS[task]
-    theirs: type[Any] = load(spec.arguments)
+    theirs: type[Any] = resolve_name(spec.arguments)
     if issubclass(theirs, SharedDefaults):
         return theirs
     name = "TrainingConfig" if task == "sft" else f"{task.capitalize()}TrainingConfig"

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
-from pacatune.data.checks import overlap_warning, some
+from pacatune.data.checks import some
 from pacatune.data.config import TextClassConfig
 from pacatune.data.formats import to_texts
 from pacatune.data.prepare import PreparedData, find_examples, hold_out
@@ -28,10 +28,8 @@ def prepare(task: Task) -> TaskData:
     limit = _limit(task)
     encode = partial(_encode, limit, tokenizer, classes)
     (rows, cut), collator = encode(train), DataCollatorWithPadding(tokenizer)
-    warnings = overlap_warning(train["text"][:], held_out["text"][:], "validation texts")
-    if cut:
-        said = f"{len(cut)} of {len(train)} training texts are cut at {limit} tokens"
-        warnings.append(f"{said} (`data.max_length`): {some(cut)}.")
+    said = f"{len(cut)} of {len(train)} training texts are cut at {limit} tokens"
+    warnings = [f"{said} (`data.max_length`): {some(cut)}."] if cut else []
     return TaskData(
         examples=PreparedData(
             rows,
@@ -112,17 +110,11 @@ def split_texts(config: TextClassConfig) -> tuple[Dataset, Dataset]:
     whole, other = Dataset.from_list([*examples]), elsewhere and Dataset.from_list([*elsewhere])
     fraction = 0 if other else config.eval_fraction
     rest, held_out = hold_out_of_classes(whole["label"][:], fraction, config.seed)
-    labels, number = {*whole["label"]}, len(rest) if config.num_train is None else config.num_train
-    if len(labels) < 2:
+    if len(labels := {*whole["label"]}) < 2:
         raise ValueError(
             f"{config.path} has the labels {sorted(labels)}; a classifier needs at least two."
         )
-    if not len(labels) <= number <= len(rest):
-        rule = f"most {len(rest)}, the rows of {config.path} that are not held out"
-        if number < len(labels):
-            rule = f"least {len(labels)}, the classes of {config.path}"
-        raise ValueError(f"`data.num_train` ({number}) must be at {rule}.")
-    return whole.select(rest[:number]), other or whole.select(held_out)
+    return whole.select(rest), other or whole.select(held_out)
 
 
 def hold_out_of_classes(

@@ -1,11 +1,11 @@
 """Whether a run in a file of few bits moves its codes, said while there is time to stop it."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from pacatune.grid.columns import CodedColumns
@@ -22,16 +22,6 @@ _FEW = 0.25
 """Share of codes. Where fewer move, writing takes much of what was trained."""
 
 
-class _Sample(NamedTuple):
-    """A few trained columns of one weight."""
-
-    layer: PacaLayer
-    adapter: str
-    places: Tensor
-    """Which of the adapter's columns they are."""
-    coded: CodedColumns
-
-
 class CodeWatch(TrainerCallback):
     """Warns once if a run will leave most trained columns at the codes that they began at.
 
@@ -46,36 +36,47 @@ class CodeWatch(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, path: str, console: Console) -> None:
-        self._path, self._console, self._samples = path, console, list[_Sample]()
+        self._path, self._console = path, console
+        self._columns = list[tuple[PacaLayer, str, CodedColumns]]()
         try:
-            self._samples.extend(_samples(model, path))
+            self._columns.extend(_first_columns(model, path))
         except ValueError as error:  # a format or an order of rows that is not known
-            self._warn(f"what is trained here cannot become codes of the file: {error}")
+            said = f"what is trained here cannot become codes of the file: {error}"
+            show_warnings([said], console)
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Look once, and count the codes that will have moved in the end."""
         step, last = state.global_step, state.max_steps
         first = max(_FIRST_STEP, last // _SHARE_OF_STEPS, 2 * args.get_warmup_steps(last))
-        if not self._samples or step < min(first, last):
+        if not self._columns or step < min(first, last):
             return
-        now = _share_moved(self._samples, 1)
-        at_the_end = _share_moved(self._samples, (last / step) ** 0.5)
-        self._samples.clear()
+        now, at_the_end = map(self._share_moved, (1, (last / step) ** 0.5))
+        self._columns.clear()
         if at_the_end < _FEW:
-            self._warn(
+            said = (
                 f"after {step} of {last} steps {now:.1%} of the trained codes of {self._path} "
                 f"would move, and about {at_the_end:.0%} will at the end; updates of less than "
                 "half a step of the file are lost when it is written. Lower `paca.r` beside the "
                 "same `paca.paca_alpha` (updates are alpha / r times as large), or raise "
                 "`training.learning_rate`."
             )
+            show_warnings([said], self._console)
 
-    def _warn(self, text: str) -> None:
-        show_warnings([text], self._console)
+    def _share_moved(self, times: float) -> float:
+        """Return the share of codes that move if updates are so many times as large as now."""
+        num_codes = num_moved = 0
+        for layer, adapter, coded in self._columns:
+            delta, scaling = layer.delta_of(adapter), layer.scaling[adapter]
+            if is_whole(delta, 2):
+                moved = coded.moved(times * scaling * delta[:, :_NUM_COLUMNS])
+                num_codes += moved.after.numel()
+                num_moved += int((moved.before != moved.after).sum())
+        return num_moved / num_codes if num_codes else 1.0
 
 
-def _samples(model: nn.Module, path: str) -> Iterator[_Sample]:
+def _first_columns(model: nn.Module, path: str) -> Iterator[tuple[PacaLayer, str, CodedColumns]]:
+    """Yield the first trained columns of each weight that is in codes."""
     checkpoint = open_packed(path)
     config = cast(Any, base_of(model)).config.get_text_config()
     for parameter, layer, adapter in layers_of(model, None):
@@ -83,24 +84,7 @@ def _samples(model: nn.Module, path: str) -> Iterator[_Sample]:
         if not (isinstance(base, nn.Linear) and is_whole(base.weight, 2)):
             continue
         name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        if checkpoint.grid(name) is None:
-            continue
-        indices = layer.paca_indices[adapter]
-        places = torch.arange(0, len(indices), max(1, len(indices) // _NUM_COLUMNS), device="cpu")
-        chosen = indices[places.to(indices.device)]
-        columns = base.weight.index_select(1, chosen)
-        coded = CodedColumns.of(checkpoint, name, columns, chosen, config)
-        yield _Sample(layer, adapter, places, coded)
-
-
-def _share_moved(samples: list[_Sample], times: float) -> float:
-    """Return the share of codes that move if updates are so many times as large as now."""
-    num_codes = num_moved = 0
-    for layer, adapter, places, coded in samples:
-        delta, scaling = layer.delta_of(adapter), layer.scaling[adapter]
-        if is_whole(delta, 2):
-            update = delta.detach()[:, places.to(delta.device)]
-            moved = coded.moved(times * scaling * update)
-            num_codes += moved.after.numel()
-            num_moved += int((moved.before != moved.after).sum())
-    return num_moved / num_codes if num_codes else 1.0
+        if checkpoint.grid(name) is not None:
+            indices = layer.paca_indices[adapter][:_NUM_COLUMNS]
+            columns = base.weight.index_select(1, indices)
+            yield layer, adapter, CodedColumns.of(checkpoint, name, columns, indices, config)

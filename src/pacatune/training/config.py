@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, cast
 
-from pacatune.data.config import REASONING_GYM, DataSection
+from pacatune.data.config import DataSection
 from pacatune.measure.setting import check_lean_level
 from pacatune.methods import METHODS, TEXT_METHODS, method_of, readers_of
 from pacatune.names import choose, suggest
@@ -103,9 +103,8 @@ class RunConfig:
 
     reward: Any = field(default_factory=list)
     """Rewards: Python functions as module:name, which only the command line may give
-    (`--reward my_rewards:is_short`, several times for several), or `reasoning-gym:TASK`, the
-    verifier of the data that reasoning-gym makes, which is the reward where none is given. In
-    Python also a function, or a list of functions, as TRL takes them."""
+    (`--reward my_rewards:is_short`, several times for several). In Python also a function, or a
+    list of functions, as TRL takes them."""
 
     def __post_init__(self) -> None:
         """Make sections of mappings, fill in what options leave to others, and check all of it."""
@@ -153,15 +152,9 @@ class RunConfig:
 
     def repeat_command(self, config_file: object) -> str:
         """Return the command that does this run, as a saved configuration says it."""
-        # Functions are named in it, not in the file.
-        names = map(reward_name, self.reward) if self.code() else ()
-        words = "".join(f" --reward {name}" for name in names)
+        # Functions are named in it, since a file runs no code.
+        words = "".join(f" --reward {reward_name(reward)}" for reward in self.reward)
         return f"pacatune train --config {config_file}{words}"
-
-    def code(self) -> list[str]:
-        """Return the rewards that are Python functions, which only the command line may give."""
-        names = map(reward_name, self.reward)
-        return [name for name in names if not name.startswith(REASONING_GYM)]
 
     def adapter_options(self) -> dict[str, Any]:
         """Return the options of the adapter, as PEFT's class of the method takes them."""
@@ -243,10 +236,9 @@ class RunConfig:
             )
 
     def _fill_reward(self) -> None:
-        """Make a list of the rewards; generated data has a verifier."""
+        """Make a list of the rewards."""
         is_one = isinstance(self.reward, str) or callable(self.reward)
         self.reward = [self.reward] if is_one else list(self.reward)
-        self.reward = self.reward or [self.data.path] * self.data.is_generated
         if not self.reward:
             raise ValueError(
                 "there is no reward; give one on the command line, as in `--reward "

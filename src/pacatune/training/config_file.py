@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import set_loader
@@ -21,21 +21,16 @@ from pacatune.names import suggest
 if TYPE_CHECKING:
     from pacatune.training.config import RunConfig
 
-T = TypeVar("T")
-
 CONFIG_NAME = "config.yaml"
 PARSER_MODE = "yaml_1_2"
 """Name by which jsonargparse knows `load_yaml`."""
 
-# Never written: secrets, and what only this process knows.
-_UNSAVED = ("hub_token", "local_rank")
 # Local files and folders, written as absolute paths so that the run can be repeated elsewhere.
 _PATHS = ("adapter", "path", "eval_path", "chat_template", "root")
 # Where data lies, whose digest the checkpoint has, and where results go and how they are shown:
 # free to change when a run is resumed.
 _FREE_ON_RESUME = (
     *("data.path", "data.eval_path", "data.datasets.path"),
-    "training.logging_nan_inf_filter",
     "training.output_dir",
     "training.report_to",
     "training.run_name",
@@ -74,8 +69,6 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         for name, default in defaults.items()
         if (value := getattr(config.training, name)) != default or name in ours
     }
-    for name in _UNSAVED:
-        training.pop(name, None)
     values: dict[str, Any] = {
         f.name: getattr(config, f.name) for f in fields(config) if f.name not in config.spec.lacks
     }
@@ -83,9 +76,7 @@ def to_values(config: "RunConfig") -> dict[str, Any]:
         name: asdict(values[name]) for name in sections_of(config.task) if name != "training"
     }
     if "reward" in values:
-        reward = values["reward"]
-        names = [reward] if isinstance(reward, str) or callable(reward) else reward
-        values["reward"] = [*map(reward_name, names)]
+        values["reward"] = [*map(reward_name, config.reward)]
     # In JSON choices are words, tuples lists, and keys words.
     values["training"] = json.loads(json.dumps(training, default=str))
     data = values["data"]
@@ -158,27 +149,18 @@ def local_paths(config: "RunConfig") -> dict[str, str]:
     return {k: v for k, v in values.items() if isinstance(v, str) and Path(v).is_absolute()}
 
 
-def without_folders(value: T, config: "RunConfig") -> T:
-    """Return a text, or values with texts, in which what a run reads here has its name alone."""
+def without_folders(text: str, config: "RunConfig") -> str:
+    """Return a text in which what a run reads here has its name alone."""
     data = config.data
     holders = (config, config.model, data, *(getattr(data, "datasets", None) or ()))
     typed = [getattr(holder, key, None) for holder in holders for key in _PATHS]
     typed += [config.paca.selection] if config.paca.from_file else []
     paths = {*local_paths(config).values()}
     paths |= {str(Path(path).expanduser().absolute()) for path in typed if isinstance(path, str)}
-    longest_first = sorted(paths, key=len, reverse=True)
-
-    def change(value: Any) -> Any:
-        if isinstance(value, str):
-            for path in longest_first:  # no part of a longer name
-                name = Path(path).name.replace("\\", r"\\")
-                value = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, value)
-            return value
-        if isinstance(value, dict):
-            return {key: change(inner) for key, inner in value.items()}
-        return type(value)(map(change, value)) if isinstance(value, list | tuple) else value
-
-    return cast(T, change(value))
+    for path in sorted(paths, key=len, reverse=True):  # no part of a longer name
+        name = Path(path).name.replace("\\", r"\\")
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, text)
+    return text
 
 
 def _absolute(value: str) -> str:

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from pacatune import pretrained
 from pacatune.adapters import base
 from pacatune.adapters.folder import locate_folder
-from pacatune.data.checks import fingerprint
+from pacatune.data.checks import fingerprint, overlap_warning
 from pacatune.data.encode import Encoder, reads_variable, with_defaults
 from pacatune.data.formats import VARIABLES
 from pacatune.data.prepare import show_preview
@@ -40,7 +41,7 @@ from pacatune.training.task import (
     make_plan,
     reset_heads,
 )
-from pacatune.training.tasks import ModelKind, load
+from pacatune.training.tasks import ModelKind
 from pacatune.training.trainer import RunTrainer
 
 
@@ -49,7 +50,7 @@ class Task:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.spec = config, config.spec
-        self.trainer_class: type[RunTrainer] = load(self.spec.trainer)
+        self.trainer_class: type[RunTrainer] = resolve_name(self.spec.trainer)
         self.arguments = config.training.resolved()
         """The options of `training` as a trainer takes them."""
 
@@ -157,17 +158,21 @@ class Task:
         head = "" if self.data.new_head is None else f"; the head is new: {self.data.new_head}"
         return f"{len(self.train):,} examples, {held_out:,} held out{head}"
 
+    @cached_property
     def warnings(self) -> list[str]:
-        """Return what looks wrong with data or model."""
+        """What looks wrong with data or model."""
         examples, text_config = self.data.examples, self.model_config.get_text_config()
         longest, most = examples.longest, getattr(text_config, "max_position_embeddings", None)
-        if most is None or longest <= most:
-            return [*examples.warnings]
-        return [
-            *examples.warnings,
-            f"the longest training example has {longest} tokens, but the model was made for "
-            f"{most}; lower {self.data.length_option}.",
-        ]
+        warnings = [*examples.warnings]
+        # Other images may have the same tokens.
+        if examples.evaluation is not None and examples.processor is None:
+            warnings += overlap_warning(self.train, examples.evaluation, self.data.columns)
+        if most is not None and longest > most:
+            warnings.append(
+                f"the longest training example has {longest} tokens, but the model was made for "
+                f"{most}; lower {self.data.length_option}."
+            )
+        return warnings
 
     def collate(self, examples: Any, places: list[int]) -> dict[str, Tensor]:
         """Return some rows as one padded batch with labels."""

@@ -134,15 +134,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / REPORT_NAME).exists()
 
 
-def why_fixed(training: Any) -> str | None:
-    """Return why a run must go on with the same split, None if it need not."""
-    if training.deepspeed_plugin is not None:
-        return "DeepSpeed reads the states of as many processes as saved them"
-    for option, usual in _USUAL.items():
-        value = getattr(training, option)
-        if value not in usual:
-            return f"with `training.{option}` ({value}) the split decides what a step learns"
-    return None
+def is_split_fixed(training: Any) -> bool:
+    """Whether a run must go on with the same split, for the sake of its steps or of its states."""
+    is_usual = all(getattr(training, option) in usual for option, usual in _USUAL.items())
+    return not is_usual or training.deepspeed_plugin is not None
 
 
 def check_same_options(values: dict[str, Any], folder: Path) -> None:
@@ -155,10 +150,10 @@ def check_same_options(values: dict[str, Any], folder: Path) -> None:
         )
 
 
-def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -> Path:
+def find_checkpoint(now: TrainedOn, folder: Path, *, is_fixed: bool = False) -> Path:
     """Return the checkpoint to continue, once sure that it saw the same data in the same order.
 
-    `fixed` says why the split may not change.
+    `is_fixed` says that the split may not change.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
@@ -171,14 +166,12 @@ def find_checkpoint(now: TrainedOn, folder: Path, *, fixed: str | None = None) -
             f"the training data has changed since {checkpoint} was saved, so it cannot be "
             "continued; restore the data, or start again with --overwrite."
         )
-    if before.num_examples != now.num_examples:
-        fixed = "the steps to come would see other examples"
-    if before.split != now.split and fixed is not None:
+    rule = "the same numbers" if is_fixed else "numbers with the same product"
+    if before.num_examples != now.num_examples or (is_fixed and before.split != now.split):
         raise ValueError(
-            f"{checkpoint} was trained by {before} = {before.num_examples} per step, and cannot be "
-            f"continued by {now} = {now.num_examples}: {fixed}. Choose other numbers, by "
-            "`training.per_device_train_batch_size` and `training.gradient_accumulation_steps`, or "
-            "start again with --overwrite."
+            f"{checkpoint} was trained by {before}, and cannot be continued by {now}: this run "
+            f"needs {rule}. Set `training.per_device_train_batch_size` and "
+            "`training.gradient_accumulation_steps`, or start again with --overwrite."
         )
     return checkpoint
 

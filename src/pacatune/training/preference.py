@@ -45,7 +45,7 @@ def prepare_kto(task: Task) -> TaskData:
     return TaskData(
         examples=data,
         columns=("prompt_ids", "completion_ids", "label"),
-        fixed_split="KTO compares an answer with its neighbour in the batch of a process",
+        is_split_fixed=True,  # an answer is compared with its neighbour in the batch of a process
     )
 
 

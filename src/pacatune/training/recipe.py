@@ -1,6 +1,7 @@
 """Fine-tune, whatever the task: configuration -> plan -> model -> trainer -> report."""
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from pacatune import lean
 from pacatune.adapters.fingerprint import write_fingerprint
@@ -34,23 +34,21 @@ from pacatune.training.output import (
     find_checkpoint,
     is_begun,
     is_finished,
+    is_split_fixed,
     last_checkpoint,
     open_folder,
     read_state,
     refuse_missing_weights,
     run_folder,
     what_is_intact,
-    why_fixed,
 )
 from pacatune.training.progress import (
-    ProgressReporter,
     main_console,
     peak_memory_bytes,
     say,
     show_result,
     show_warnings,
 )
-from pacatune.training.push import open_repository, push_result
 from pacatune.training.report import (
     Report,
     curve_of,
@@ -89,8 +87,6 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    push_to_hub: str | None = None,
-    push_config: bool = False,
     console: Console | None = None,
 ) -> Report:
     """Fine-tune a model as `config` says and write the result into its output folder.
@@ -103,9 +99,6 @@ def train(
         config: The run, of any task.
         resume: Continue the run in the output folder from its last checkpoint.
         overwrite: Delete another run's files in the output folder first.
-        push_to_hub: Repository of the hub to upload the result to, private if
-            `training.hub_private_repo` says so; it is created before training.
-        push_config: Upload config.yaml too, which names files and folders of this machine.
         console: Where to show progress; standard output when None.
 
     Returns:
@@ -116,21 +109,18 @@ def train(
         FileNotFoundError: If the model or the data are not there.
         FileExistsError: If the output folder holds another run.
         TrainingInterrupted: If Ctrl-C or SIGTERM ended the run, after its checkpoint was saved.
-        ConnectionError: If the hub cannot be written to.
     """
     task = Task(config)
     arguments, console = task.arguments, main_console(task.arguments, console)
-    folder, checkpoint, repository = Path(arguments.output_dir), None, None
+    folder, checkpoint = Path(arguments.output_dir), None
     check_folder(config, resume=resume, overwrite=overwrite)
     refuse_no_weights(config.model.path)
     if resume:
         check_same_options(to_values(config), folder)
-    if push_to_hub is not None and arguments.process_index == 0:
-        repository = open_repository(push_to_hub, arguments)
     show_plan(task, console)
     if resume:
-        fixed = task.data.fixed_split or why_fixed(arguments)
-        checkpoint = find_checkpoint(task.trained_on, folder, fixed=fixed)
+        is_fixed = task.data.is_split_fixed or is_split_fixed(arguments)
+        checkpoint = find_checkpoint(task.trained_on, folder, is_fixed=is_fixed)
     trainer = make_trainer(task, checkpoint, console)
     # Only now, when training can start, is anything of an older run deleted.
     open_folder(config, task.trained_on, checkpoint, arguments, console)
@@ -138,19 +128,13 @@ def train(
     save_weights(trainer, folder)
     report = save_report(task, trainer, folder)
     show_result(report, folder, console)
-    if repository is not None:
-        where = push_result(folder, repository, arguments, with_config=push_config)
-        say(console, f"uploaded to {where}")
     return report
 
 
-def start_or_resume(
-    config: RunConfig, *, console: Console | None = None, **options: Any
-) -> Report | None:
+def start_or_resume(config: RunConfig, *, console: Console | None = None) -> Report | None:
     """Go on with the run in the output folder, or start it where none has a checkpoint.
 
     For launchers that repeat a command when a process has died; None if the run was finished.
-    `options` are those of `train`.
     """
     arguments = config.training.resolved()
     console, folder = main_console(arguments, console), Path(arguments.output_dir)
@@ -169,7 +153,7 @@ def start_or_resume(
         return None
     resume = begun and checkpoint is not None
     # Without a checkpoint, what was begun is lost anyway.
-    return train(config, resume=resume, overwrite=begun and not resume, console=console, **options)
+    return train(config, resume=resume, overwrite=begun and not resume, console=console)
 
 
 def show_plan(task: Task, console: Console) -> None:
@@ -187,7 +171,7 @@ def show_plan(task: Task, console: Console) -> None:
         f"training {plan.num_trainable_parameters:,} of {plan.num_parameters:,} parameters "
         f"({config.method}): {', '.join(plan.summary()) or everything}",
     )
-    show_warnings(task.warnings(), console)
+    show_warnings(task.warnings, console)
 
 
 def check_environment(task: Task) -> None:
@@ -252,8 +236,6 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
         say(console, str(trainer.lean_report))
     if (residency := residency_report(trainer.model)).additive:
         say(console, str(residency))
-    for display in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(display)
     if config.early_stopping_patience is not None:
         callback = EarlyStoppingCallback(early_stopping_patience=config.early_stopping_patience)
         states = read_state(checkpoint).get("stateful_callbacks", {}) if checkpoint else {}
@@ -282,11 +264,9 @@ def _adjusted_arguments(task: Task, checkpoint: Path | None) -> Any:
 
 def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Console) -> None:
     """Train until the end or a signal, after which a checkpoint is saved."""
-    said = "saving a checkpoint, then stopping; again to stop at once"
+    said = "\nsaving a checkpoint, then stopping; again to stop at once"
     stop = StopOnSignal(trainer.accelerator, lambda: console.print(said, style="yellow"))
-    progress = ProgressReporter(console, trainer.meter)
-    for callback in (progress, stop):
-        trainer.add_callback(callback)
+    trainer.add_callback(stop)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     reset_peak_process_bytes()
@@ -304,7 +284,9 @@ def run_trainer(trainer: Any, task: Task, checkpoint: Path | None, console: Cons
         go_on = "start again" if kept is None else f"continue from {kept} with --resume"
         raise RewardError(f"{error} Mend the function, then {go_on}.") from error
     finally:
-        progress.close()
+        for callback in trainer.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()  # or an error would stand on its line
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         path = Path(trainer.args.output_dir) / CONFIG_NAME
         raise TrainingInterrupted(
@@ -348,13 +330,14 @@ def _make_report(task: Task, trainer: Any) -> Report:
         "learning_rate": config.training.learning_rate or 0.0,
         "seed": config.training.seed,
         "versions": versions("trl", "accelerate", "datasets"),
-        "warnings": task.warnings(),
+        "warnings": task.warnings,
     }
     # of all processes together, over the time of their steps
     speed = torch.tensor(trainer.meter.items_per_second, device=trainer.args.device)
     speed = trainer.accelerator.reduce(speed, "sum")
     values |= {"tokens_per_second": float(speed), "train_metrics": metrics_of(log)}
-    report = Report(**without_folders(values | _held_out(trainer), config))
+    text = without_folders(json.dumps(values | _held_out(trainer)), config)
+    report = Report(**json.loads(text))
     report.warnings = [*report.warnings, *report.risen()]
     return report
 

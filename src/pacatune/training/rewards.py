@@ -1,4 +1,4 @@
-"""Rewards of answers: Python functions and reasoning-gym's verifiers, and checks of what they say.
+"""Rewards of answers: Python functions, and checks of what they say.
 
 A reward function is TRL's: called with `prompts`, `completions`, `completion_ids` and every column
 of the data, all of them lists with one entry per answer, it returns as many numbers, None where it
@@ -10,14 +10,11 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from trl.trainer.utils import is_async_callable
 
-from pacatune.data.config import PromptDataConfig
-from pacatune.data.prompts import INDEX, reasoning_gym_data
 from pacatune.training.config import reward_name
 
 
@@ -69,9 +66,9 @@ def check_rewards(rewards: Any, number: int) -> list[float | None]:
 
 
 def load_rewards(
-    given_rewards: Sequence[str | Callable[..., Any]], data: PromptDataConfig
+    given_rewards: Sequence[str | Callable[..., Any]],
 ) -> list[Callable[..., Any]]:
-    """Return reward functions by their names, `module:name` or `reasoning-gym:TASK`, or as given.
+    """Return reward functions by their names, `module:name`, or as given.
 
     Importing a module runs its code; modules are looked for in the current folder too.
     """
@@ -79,8 +76,7 @@ def load_rewards(
     for reward in given_rewards:
         name, function = reward_name(reward), reward
         if isinstance(reward, str):
-            is_verifier = data.is_generated and name == data.path
-            function = make_verifier(data) if is_verifier else _import(name)
+            function = _import(name)
         if not callable(function):
             raise ValueError(f"reward {name!r} is {function!r:.80}; it must be a function.")
         rewards.append(checked(name, function))
@@ -95,35 +91,7 @@ def _import(name: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"`reward` ({name!r}) must be a Python function as module:name, of a module in "
-            f"{folder} or installed, or the reasoning-gym:TASK that `data.path` is; importing it "
-            f"raised {type(error).__name__} ({error})."
+            f"{folder} or installed; importing it raised {type(error).__name__} ({error})."
         ) from error
     finally:
         sys.path.remove(folder)
-
-
-def make_verifier(data: PromptDataConfig) -> Callable[..., list[float]]:
-    """Return reasoning-gym's verifier of the data that it has generated for a run.
-
-    It looks at what stands between the last <answer> and </answer>, or at the whole text where
-    there is none. What it cannot read scores 0.
-    """
-    dataset = reasoning_gym_data(data)
-    from reasoning_gym.utils import extract_answer  # only now is it sure to be installed
-
-    entry_of = lru_cache(maxsize=1024)(dataset.__getitem__)
-
-    def score(completion: Any, index: int) -> float:
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        marked = extract_answer(text)
-        answer = text.strip() if marked is None else marked
-        try:
-            return float(dataset.score_answer(answer, entry_of(index)))
-        except Exception:
-            # Verifiers parse what a model wrote, and some raise what they please.
-            return 0.0
-
-    def verify(completions: list[Any], **columns: Any) -> list[float]:
-        return [score(*pair) for pair in zip(completions, columns[INDEX], strict=True)]
-
-    return verify

@@ -1,18 +1,15 @@
 """Reinforcement learning by TRL: GRPO and RLOO. The model that is trained writes the answers.
 
 It writes them with its columns in the weights (`pacatune.resident`), so that what is sampled is
-what is trained; `sampling/sampling_logp_difference` in the log says how far the two are apart. With
-`use_vllm`, vLLM writes them, and gets the columns after each step.
+what is trained. With `use_vllm`, vLLM writes them, and gets the columns after each step.
 """
 
 import math
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer_utils import SaveStrategy
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -31,13 +28,11 @@ def prepare(task: Task) -> TaskData:
     """Read the prompts, and find the rewards."""
     length = task.config.training.max_completion_length or 0
     section = cast(PromptDataConfig, task.config.data)
-    data = prepare_prompts(section, task.tokenizer, num_new_tokens=length)
-    rewards = load_rewards(task.config.reward, section)
     return TaskData(
-        examples=data,
+        examples=prepare_prompts(section, task.tokenizer, num_new_tokens=length),
         columns=("row",),
-        trainer_options={"reward_funcs": rewards},
-        fixed_split="each process samples answers of its own",
+        trainer_options={"reward_funcs": load_rewards(task.config.reward)},
+        is_split_fixed=True,  # each process samples answers of its own
         length_option="`training.max_completion_length`, or shorten the prompts",
     )
 
@@ -52,8 +47,6 @@ class SamplingTrainer(RunTrainer):
     prepare = staticmethod(prepare)
 
     def __init__(self, *, args: Any, **kwargs: Any) -> None:
-        self._sampled: list[Tensor] = []
-        self._logps: Tensor | None = None
         self._waiting: set[str] = set()
         self._variables: list[dict[str, Any]] = []
         with column_sync() if args.use_vllm else nullcontext():
@@ -72,52 +65,12 @@ class SamplingTrainer(RunTrainer):
             )
         return sampler
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Compute the loss; compare the log-probabilities with those that were sampled."""
-        self._logps = None
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.use_vllm or self._logps is None:  # with vLLM, TRL compares by itself
-            return loss
-        # Only until the weights change do both belong to the same ones.
-        if (inputs["sampled_at"] == self.state.global_step).all():
-            mask = inputs["completion_mask"].bool()
-            gap = (self._logps - inputs["sampled_logps"]).abs()[mask]
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, of in (("mean", torch.mean), ("max", torch.max)):
-                value = of(self.accelerator.gather(of(gap)))
-                metrics[f"sampling/sampling_logp_difference/{name}"].append(value.item())
-        return loss
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logps = result[0].detach()
-        return result
-
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample answers; keep the log-probability of each token, as it was when sampled."""
+        """Sample answers with the columns in the weights, in the format of the training pass."""
         if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
-        model, newest = self.accelerator.unwrap_model(self.model), torch.empty(0)
-        self._sampled = kept = []
-
-        def see_scores(input_ids: Tensor, scores: Tensor) -> Tensor:
-            nonlocal newest
-            newest = (scores.float() / self.temperature).log_softmax(-1)
-            return scores
-
-        def see_tokens(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            kept.append(newest.gather(1, input_ids[:, -1:]))
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-        hooks = {"logits_processor": [see_scores], "stopping_criteria": [see_tokens]}
-        model.generate = partial(model.generate, **hooks)
-        try:
-            with resident(model), self.accelerator.autocast():
-                return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            del model.generate  # the instance's; the class has its own
+        with resident(self.accelerator.unwrap_model(self.model)), self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Tokenize prompts, each with the variables of the chat template that its row sets."""
@@ -132,13 +85,7 @@ class SamplingTrainer(RunTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         self._variables = [*map(row_variables, inputs)]
-        output = super()._generate_and_score_completions(inputs)
-        if self.use_vllm:
-            return output
-        length = output["completion_ids"].shape[1]
-        kept = torch.cat(self._sampled, dim=1)[:, :length]
-        output["sampled_logps"] = nn.functional.pad(kept, (0, length - kept.shape[1]))
-        output["sampled_at"] = torch.full_like(output["advantages"], self.state.global_step)
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         return output
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:

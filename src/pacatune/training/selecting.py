@@ -22,18 +22,13 @@ from pacatune.training.progress import say
 def check_selection(adapter_config: PeftConfig | None, arguments: Any) -> None:
     """Refuse a choice from data where no process has the whole model."""
     options, plugin = cast(Any, adapter_config), arguments.deepspeed_plugin
-    if not _needs_gradients(options):
-        return
-    why = None
-    if plugin is not None and plugin.zero_stage == 3:
-        why = "DeepSpeed"
-    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        why = "FSDP"
-    if why is not None:
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    is_sharded |= plugin is not None and plugin.zero_stage == 3
+    if is_sharded and _needs_gradients(options):
         raise ValueError(
-            f"`paca.selection` ({options.selection!r}) needs the whole model, which {why} "
-            "shards; choose without data (random, weight_norm), or give the folder of a run "
-            "without that, for one step."
+            f"`paca.selection` ({options.selection!r}) needs the whole model, which FSDP and "
+            "ZeRO-3 shard; choose without data (random, weight_norm), or give the folder of a run "
+            "without them, for one step."
         )
 
 

@@ -13,7 +13,6 @@ from trl.trainer.sft_trainer import (
 )
 
 from pacatune.data.config import DataConfig
-from pacatune.data.encode import IGNORED
 from pacatune.data.formats import open_image
 from pacatune.data.prepare import prepare_data
 from pacatune.pretrained import load_processor
@@ -96,38 +95,7 @@ class TextTrainer(RunTrainer, SFTTrainer):
         if not (args.packing or args.eval_packing or args.shuffle_dataset):
             args.dataset_kwargs = {"skip_prepare_dataset": True}
             args.max_length = None
-        # The sum of losses, and the learned tokens.
-        self._evaluated = torch.zeros(2, dtype=torch.float64, device="cpu")
         super().__init__(model=model, args=args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate; the loss is a mean over learned tokens, where Trainer's is one over batches."""
-        self._evaluated.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # float32, since not every device has more
-        parts = self._evaluated.float().to(self.args.device)
-        total, number = self.accelerator.reduce(parts, "sum").tolist()
-        if number:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / number
-        return output
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Compute the loss; in evaluation also what it weighs, the tokens of this process."""
-        if torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        labels, state = inputs["labels"].clone(), self.accelerator.gradient_state
-        number = len(labels)
-        if state.end_of_dataloader and state.remainder > 0:  # others are there a second time
-            number = max(0, min(number, state.remainder - self.args.process_index * len(labels)))
-            labels[max(1, number) :] = IGNORED
-        kwargs["num_items_in_batch"] = None  # the mean over tokens here, not in all processes
-        result = super().compute_loss(model, {**inputs, "labels": labels}, *args, **kwargs)
-        loss = result[0] if isinstance(result, tuple) else result
-        if learned := int((labels[:, 1:] != IGNORED).sum()) * (number > 0):
-            self._evaluated += torch.tensor([float(loss.detach()) * learned, learned], device="cpu")
-        return result
 
 
 def packs(training: Any, model: Any) -> bool:

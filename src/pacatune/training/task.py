@@ -63,8 +63,8 @@ class TaskData:
     """More arguments of the trainer."""
     new_head: str | None = None
     """Why the model gets a new head for its classes; None: it gets none."""
-    fixed_split: str | None = None
-    """Why a run must go on with the processes and batches that it began with; None: it need not."""
+    is_split_fixed: bool = False
+    """Whether a run must go on with the processes and batches that it began with."""
     length_option: str = "`training.max_length`"
     """What to lower where examples are longer than the model's positions."""
 

@@ -5,8 +5,7 @@ A new task of TRL is a row and, where its data is of a new kind, one function th
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pacatune.data.config import (
     DataConfig,
@@ -160,9 +159,3 @@ TASKS: dict[str, TaskSpec] = {
     ),
 }
 """Name -> what it is."""
-
-
-def load(name: str) -> Any:
-    """Return the class or function that `module.name` names."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(import_module(module), attribute)
