@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_an_adapter_that_a_stranger_put_into_a_patch_is_checked(bf16_patch, tmp_
     config = json.loads(part.config) | {"peft_type": "EVIL"}
     forged = patch.AdapterPart(config=json.dumps(config), sidecar=None, tensors=part.tensors)
     with pytest.raises(ValueError, match="This is not a PaCA adapter"):
-        patch.to_adapter(patch.Patch(edits=bf16_patch.edits, adapter=forged), tmp_path / "x")
+        patch.to_adapter(replace(bf16_patch, adapter=forged), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,7 +56,7 @@ def test_a_checkpoint_of_the_bare_model(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     save_adapter(tmp_path / "whole", tmp_path / "adapter")
     made, _ = patch.make(tmp_path / "bare", tmp_path / "adapter")
-    assert "layers.0.self_attn.q_proj.weight" in made.edits
+    assert "layers.0.self_attn.q_proj.weight" in made.after
     patch.apply_to_folder(tmp_path / "bare", made, tmp_path / "patched")
     patch.apply(model, made)
     bare = LlamaModel.from_pretrained(tmp_path / "patched")

@@ -21,7 +21,7 @@ from pacatune.patch.base import check_base
 from pacatune.patch.file import _KEY, _digest, is_patch
 from tests.full_disk import limited_files
 from tests.mutations import mutated
-from tests.patch.conftest import assert_same_edits
+from tests.patch.conftest import assert_same_columns
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def path(bf16_patch, tmp_path):
 
 def test_a_patch_is_read_as_it_was_written(path, bf16_patch):
     found = patch.load(path)
-    assert_same_edits(found, bf16_patch)
+    assert_same_columns(found, bf16_patch)
     assert (found.base, found.fingerprint) == (bf16_patch.base, bf16_patch.fingerprint)
     assert found.adapter.config == bf16_patch.adapter.config
     assert is_patch(path)
@@ -101,9 +101,9 @@ def write(path, tensors, description):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is a patch of version 2, and this pacatune reads 1; use the pacatune"),
-        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
-        ({"tensors": {}}, "`edits` is empty"),
+        ({"version": 1}, "is a patch of version 1, and this pacatune reads 2; use the pacatune"),
+        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.before"),
+        ({"tensors": {}}, "`before` is empty"),
         ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),
         ({"fingerprint": {TENSOR: {"x": "x"}}}, "lacks a part of a patch, or.*'x'"),
         ({"tensors": {TENSOR: {"dim": 1e999, "shape": [32, 32]}}}, "is no finite number"),

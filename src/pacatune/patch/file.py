@@ -3,8 +3,8 @@
 A file holds, for each tensor NAME of the checkpoint,
 
     NAME.indices    (R,) int64
-    NAME.original   the base's columns, in its dtype
-    NAME.new        the patched ones
+    NAME.before     the base's columns, in its dtype
+    NAME.after      the patched ones
 
 and `pacatune_adapter.*`, the tensors of the adapter it was made of, if that is kept. The JSON under
 `pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint,
@@ -22,12 +22,12 @@ from pacatune.files.checkpoint import DTYPES
 from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
+from pacatune.grid.columns import WeightColumns
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
+from pacatune.patch.edit import AdapterPart, Patch
 
 _KEY = "pacatune_patch"
-_VERSION = 1
-_PARTS = ("indices", "original", "new")
+_VERSION = 2
 _ADAPTER = "pacatune_adapter."
 
 
@@ -102,15 +102,16 @@ def is_patch(path: str | Path) -> bool:
 
 def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    for name, edit in patch.edits.items():
-        tensors |= {f"{name}.{part}": getattr(edit, part).cpu() for part in _PARTS}
+    for name, columns in patch.before.items():
+        tensors[f"{name}.indices"] = columns.indices.cpu()
+        tensors[f"{name}.before"] = columns.values.cpu()
+        tensors[f"{name}.after"] = patch.after[name].values.cpu()
     metadata: dict[str, Any] = {
         "version": _VERSION,
         "base": patch.base,
         "tensors": {
-            name: {"dim": edit.dim, "shape": list(edit.shape)}
-            | ({"grid": edit.grid, "scales": edit.scales} if edit.grid else {})
-            for name, edit in patch.edits.items()
+            name: {"dim": columns.dim, "shape": list(columns.shape), "grid": columns.grid}
+            for name, columns in patch.before.items()
         },
         "fingerprint": {
             name: {str(column): value for column, value in hashes.items()}
@@ -124,22 +125,20 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
-    edits = {}
+    changes = []
     for name, entry in metadata["tensors"].items():
-        indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        grid, scales = (str(entry.get(part, "")) for part in ("grid", "scales"))
-        if not grid and original.dtype not in DTYPES.values():
-            raise TypeError(f"{name!r} is {original.dtype}")
-        edits[name] = ColumnEdit(
+        before, grid = tensors[f"{name}.before"], str(entry["grid"])
+        if not grid and before.dtype not in DTYPES.values():
+            raise TypeError(f"{name!r} is {before.dtype}")
+        columns = WeightColumns(
             name=name,
             dim=int(entry["dim"]),
             shape=tuple(int(size) for size in entry["shape"]),
-            indices=indices,
-            original=original,
-            new=new,
+            indices=tensors[f"{name}.indices"],
+            values=before,
             grid=grid,
-            scales=scales,
         )
+        changes.append((columns, tensors[f"{name}.after"]))
     adapter = None
     if (entry := metadata.get("adapter")) is not None:
         own = {
@@ -155,7 +154,8 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
         name: {int(column): str(value) for column, value in hashes.items()}
         for name, hashes in metadata["fingerprint"].items()
     }
-    return Patch(edits=edits, base=str(metadata["base"]), fingerprint=fingerprint, adapter=adapter)
+    base = str(metadata["base"])
+    return Patch.of(changes, base=base, fingerprint=fingerprint, adapter=adapter)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:

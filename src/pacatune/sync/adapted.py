@@ -1,15 +1,11 @@
-"""What a trainer has adapted, and what checkpoints call it; what no server could exchange."""
+"""What a trainer has adapted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from pacatune.format.tensors import plain_name
-from pacatune.ops.whole import whole_shape
-from pacatune.sync.spread import refuse_empty
-from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.model import is_foreign
 
@@ -56,74 +52,3 @@ def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Paca
     if not num_found:
         which = f"adapter {adapter!r}" if adapter else "active adapter"
         raise ValueError(f"no layer has an {which} of PaCA; check its name, or `set_adapter` it.")
-
-
-def refuse_more(model: nn.Module) -> None:
-    """Refuse a model that trains more than columns."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "paca_delta" not in name:
-            raise ValueError(
-                f"the model also trains {name!r}, which is no column, so a server would lack it; "
-                "train columns alone (no `bias`, no `modules_to_save`), or send whole tensors."
-            )
-
-
-def refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
-    """Refuse a weight without columns that a server could exchange."""
-    backend = layer.quantization_backend
-    if backend is not None and backend.backend_name != "bnb 4bit":
-        raise ValueError(
-            f"{parameter!r} is quantised ({backend.backend_name}), and trained by kernels of its "
-            "own, which no server in 16 bits repeats. Train on the base in 16 bits or in "
-            "bitsandbytes' 4, or serve the adapter (`pacatune export --to lora`)."
-        )
-    if (why := layer.layout.why_no_columns) is not None:
-        raise ValueError(
-            f"{parameter!r} is the kernel of {why}, whose trained channels are no columns of it; "
-            "leave it out of the targets."
-        )
-    if layer.shares_weight:
-        raise ValueError(
-            f"{parameter!r} is tied to another module (lm_head and embedding), and a server has "
-            "one tensor for both; leave it out of the targets."
-        )
-    if weight is None or weight.is_meta:
-        raise ValueError(
-            f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
-            "trained model on its devices."
-        )
-    if weight.numel() and len(whole_shape(weight)) != len(layer.layout.dense_shape):
-        raise ValueError(
-            f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
-            "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
-        )
-    if not weight.numel() and not hasattr(weight, "ds_shape"):
-        refuse_empty(parameter)
-
-
-def checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
-    """Return what the checkpoint calls a parameter that it holds as it is, else its own name."""
-    if not hasattr(base, "config"):
-        return parameter
-    tensor = torch.empty(shape, device="meta")
-    try:
-        saved = as_saved(base, {parameter: tensor})
-    except Exception:  # of a conversion that wants the parameters beside this one
-        return parameter
-    ((name, other),) = saved.items() if len(saved) == 1 else ((parameter, tensor),)
-    return name if other.shape == tensor.shape else parameter
-
-
-def shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of all matrices whose modules are beside adapted ones."""
-
-    def owner(name: str) -> str:
-        return name.rpartition(".")[0].rpartition(".")[0]
-
-    owners = {owner(name) for name in parameters}
-    shapes = {}
-    for name, parameter in base.named_parameters():
-        plain, shape = plain_name(name), whole_shape(parameter)
-        if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
-            shapes[plain] = shape
-    return shapes

@@ -22,9 +22,9 @@ from torch import Tensor
 from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
 from pacatune.files.folder import staged_folder
 from pacatune.files.tensor_file import read_layout, write_tensors
+from pacatune.grid.columns import put_bits_
 from pacatune.installation import require_extra
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import put_bits_
 from pacatune.patch.memory import check_form, refuse_missing
 from pacatune.precision import dtype_name
 from pacatune.sync.message import Columns, ColumnSet, Positions

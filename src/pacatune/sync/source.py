@@ -10,32 +10,23 @@ The bits are those of `ops.columns.adapted_columns`, which training, merging and
 are rounded to the dtype that is served once, after that.
 """
 
+import importlib
 import secrets
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from pacatune.grid.checkpoint import PackedCheckpoint
-from pacatune.grid.columns import CodedColumns
+from pacatune.format.tensors import plain_name
+from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
+from pacatune.ops.columns import read_columns
 from pacatune.ops.whole import is_shared_out, whole_shape
-from pacatune.sync.adapted import (
-    base_of,
-    checkpoint_name,
-    layers_of,
-    refuse_more,
-    refuse_weight,
-    shapes_beside,
-)
+from pacatune.sync.adapted import base_of, layers_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
-from pacatune.sync.spread import (
-    columns_of,
-    gathered,
-    identity_of,
-    refuse_empty,
-    reshard,
-    whole,
-)
+from pacatune.tuner.compat import as_saved
 from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import dequantized
 
@@ -97,7 +88,7 @@ class ColumnSource:
         )
         if is_known and self._positions is not None:
             return self._positions
-        refuse_more(self.model)
+        _refuse_more(self.model)
         base = base_of(self.model)
         self._weights = [
             _Weight(base, parameter, layer, name, self.dtype, self.codes)
@@ -105,7 +96,7 @@ class ColumnSource:
         ]
         self._positions = Positions(
             sets=tuple(weight.columns for weight in self._weights),
-            shapes=shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
+            shapes=_shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
             run=self._run,
         )
         self.forget()
@@ -157,7 +148,7 @@ class ColumnSource:
 
     @torch.no_grad()
     def _collect(self, *, is_base: bool) -> Columns:
-        reshard(self.model)
+        _reshard(self.model)
         positions = self.positions()
         buffer = torch.empty(positions.num_bytes, dtype=torch.uint8, device=self._weights[0].device)
         views = positions.by_name(buffer)
@@ -217,7 +208,7 @@ class _Weight:
         self.indices_version = self.indices._version
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
-        refuse_weight(layer, parameter, weight)
+        _refuse_weight(layer, parameter, weight)
         self.device = weight.device
         layout = layer.layout
         self.wire_indices = self.indices.to(weight.device)
@@ -230,10 +221,10 @@ class _Weight:
                     f"{parameter!r} is in 4 bits and does not say in what it computes; give the "
                     "sampler's dtype: `ColumnSource(model, dtype)`."
                 )
-        name = checkpoint_name(base, parameter, shape)
+        name = _checkpoint_name(base, parameter, shape)
         config: Any = cast(Any, base).config.get_text_config() if codes is not None else None
         is_coded = codes is not None and self._is_coded(codes, name, config.num_hidden_layers)
-        self.columns = ColumnSet(
+        self.columns = ColumnSet.at(
             name=name,
             parameter=parameter,
             dim=layout.weight_dim,
@@ -241,9 +232,9 @@ class _Weight:
             dtype=torch.float8_e4m3fn if is_coded else dtype or weight.dtype,
             indices=self.indices.detach().cpu().clone(),
         )
-        self.coded: CodedColumns | None = None
+        self.coded: FileColumns | None = None
         if codes is not None and is_coded:
-            self.coded = CodedColumns.of(codes, name, self._originals(), self.indices, config)
+            self.coded = FileColumns(codes, name, self._originals(), self.indices, config)
 
     def _is_coded(self, codes: PackedCheckpoint, name: str, num_blocks: int) -> bool:
         """Whether a checkpoint holds the weight as codes, which must be bytes of FP8."""
@@ -286,12 +277,12 @@ class _Weight:
                 f"adapters {layer.merged_adapters} are merged into {self.columns.name!r}; columns "
                 "are sent unmerged: call `model.unmerge_adapter()` first."
             )
-        with gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
+        with _gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
             delta, scaling = None, layer.scaling[self.adapter]
             if not self.is_off(is_base):
-                delta = whole(layer.delta_of(self.adapter), self.columns.name)
+                delta = _whole(layer.delta_of(self.adapter), self.columns.name)
             if (coded := self.coded) is not None:
-                codes = coded.before if delta is None else coded.moved(scaling * delta).after
+                codes = coded.before if delta is None else coded.moved(delta, scaling).after
                 return codes.view(self.columns.dtype)
             values = self._originals()
             if delta is not None:
@@ -302,16 +293,140 @@ class _Weight:
         weight, residency = self._weight(), self.layer.residency
         backend = self.layer.quantization_backend
         if is_shared_out(weight) or backend is not None:
-            token = identity_of(weight)
+            token = _identity_of(weight)
             if self.kept is None or self.kept[0] != token:
                 if backend is not None:  # as the training pass does it
                     base = self.layer.get_base_layer()
                     weight = dequantized(backend, base, self.columns.dtype)
-                self.kept = token, columns_of(weight, self.wire_indices, self.columns)
+                self.kept = token, self._read(weight)
             return self.kept[1]
         if not weight.numel():
-            refuse_empty(self.columns.name)
+            _refuse_empty(self.columns.name)
         originals = None if residency is None else residency.originals(self.indices)
         if originals is not None:
             return originals
-        return columns_of(weight, self.wire_indices, self.columns)
+        return self._read(weight)
+
+    def _read(self, weight: Any) -> Tensor:
+        """Return the columns of a weight; one that is spread is whole for this moment."""
+        values = _whole(weight, self.columns.name)
+        return read_columns(values, self.wire_indices, dim=self.columns.dim)
+
+
+# Weights without columns that a server could exchange, and what checkpoints call the others.
+
+
+def _refuse_more(model: nn.Module) -> None:
+    """Refuse a model that trains more than columns."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "paca_delta" not in name:
+            raise ValueError(
+                f"the model also trains {name!r}, which is no column, so a server would lack it; "
+                "train columns alone (no `bias`, no `modules_to_save`), or send whole tensors."
+            )
+
+
+def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
+    """Refuse a weight without columns that a server could exchange."""
+    backend = layer.quantization_backend
+    if backend is not None and backend.backend_name != "bnb 4bit":
+        raise ValueError(
+            f"{parameter!r} is quantised ({backend.backend_name}), and trained by kernels of its "
+            "own, which no server in 16 bits repeats. Train on the base in 16 bits or in "
+            "bitsandbytes' 4, or serve the adapter (`pacatune export --to lora`)."
+        )
+    if (why := layer.layout.why_no_columns) is not None:
+        raise ValueError(
+            f"{parameter!r} is the kernel of {why}, whose trained channels are no columns of it; "
+            "leave it out of the targets."
+        )
+    if layer.shares_weight:
+        raise ValueError(
+            f"{parameter!r} is tied to another module (lm_head and embedding), and a server has "
+            "one tensor for both; leave it out of the targets."
+        )
+    if weight is None or weight.is_meta:
+        raise ValueError(
+            f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
+            "trained model on its devices."
+        )
+    if weight.numel() and len(whole_shape(weight)) != len(layer.layout.dense_shape):
+        raise ValueError(
+            f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
+            "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
+        )
+    if not weight.numel() and not hasattr(weight, "ds_shape"):
+        _refuse_empty(parameter)
+
+
+def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
+    """Return what the checkpoint calls a parameter that it holds as it is, else its own name."""
+    if not hasattr(base, "config"):
+        return parameter
+    tensor = torch.empty(shape, device="meta")
+    try:
+        saved = as_saved(base, {parameter: tensor})
+    except Exception:  # of a conversion that wants the parameters beside this one
+        return parameter
+    ((name, other),) = saved.items() if len(saved) == 1 else ((parameter, tensor),)
+    return name if other.shape == tensor.shape else parameter
+
+
+def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of all matrices whose modules are beside adapted ones."""
+
+    def owner(name: str) -> str:
+        return name.rpartition(".")[0].rpartition(".")[0]
+
+    owners = {owner(name) for name in parameters}
+    shapes = {}
+    for name, parameter in base.named_parameters():
+        plain, shape = plain_name(name), whole_shape(parameter)
+        if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
+            shapes[plain] = shape
+    return shapes
+
+
+# Values that are spread over a trainer's processes: FSDP2's and ZeRO-3's.
+
+
+def _reshard(model: nn.Module) -> None:
+    """Have FSDP2 show its shards: what it gathered is not what the optimiser has changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _identity_of(weight: Any) -> tuple[Any, ...]:
+    """Tell one pretrained weight from another."""
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    if hasattr(weight, "ds_id"):  # DeepSpeed's own; its memory comes and goes
+        return ("ds", weight.ds_id)
+    return local._version, local.data_ptr()
+
+
+def _gathered(*parameters: Any) -> AbstractContextManager[Any]:
+    """Let DeepSpeed gather what it has partitioned."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    deepspeed = importlib.import_module("deepspeed")
+    return cast("AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(partitioned))
+
+
+def _whole(parameter: Any, name: str) -> Tensor:
+    """Return all values of a parameter that may be spread; ZeRO-3's must be `gathered`."""
+    values = parameter.detach()
+    if hasattr(values, "full_tensor"):
+        return cast(Tensor, values.full_tensor())
+    if not values.numel():
+        _refuse_empty(name)
+    return cast(Tensor, values)
+
+
+def _refuse_empty(name: str) -> NoReturn:
+    """Refuse a tensor whose values only DeepSpeed can bring here."""
+    raise ValueError(
+        f"{name!r} is empty here, its values are spread over the processes; call this inside "
+        "deepspeed.zero.GatheredParameters(list(model.parameters()))."
+    )

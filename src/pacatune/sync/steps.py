@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.grid.checkpoint import PackedCheckpoint
-from pacatune.grid.columns import CodedColumns
+from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
 from pacatune.ops.columns import adapted_columns
 from pacatune.sync.adapted import base_of, layers_of
 
@@ -23,7 +22,7 @@ class _Trained(NamedTuple):
     layer: Any
     adapter: str
     delta: nn.Parameter
-    coded: CodedColumns
+    coded: FileColumns
     columns: Tensor
     """(O, R), the base's."""
     scaling: float
@@ -79,7 +78,7 @@ def _on_codes(trained: _Trained, reached: Tensor) -> Tensor:
     """Return the (O, R) delta by which columns have just the values of their nearest codes."""
 
     def nearest(delta: Tensor) -> Tensor:
-        codes = trained.coded.moved(trained.scaling * delta).after
+        codes = trained.coded.moved(delta, trained.scaling).after
         return trained.coded.values(codes).to(trained.columns.dtype)
 
     # Values are rounded to 16 bits, codes are counted from the file's: far from there, near to
@@ -115,6 +114,6 @@ def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
                 "give a power of two."
             )
         columns = weight.detach().index_select(1, indices)
-        coded = CodedColumns.of(checkpoint, name, columns, indices, config)
+        coded = FileColumns(checkpoint, parameter, columns, indices, config)
         rest, version = torch.zeros_like(delta, requires_grad=False), indices._version
         yield _Trained(layer, adapter, delta, coded, columns, scaling, rest, indices, version)

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from pacatune.grid.columns import CodedColumns
+from pacatune.grid.checkpoint import FileColumns
 from pacatune.ops.whole import is_whole
 from pacatune.patch.packed import open_packed
 from pacatune.sync.adapted import base_of, layers_of
@@ -29,7 +29,7 @@ class _Sample(NamedTuple):
     adapter: str
     places: Tensor
     """Which of the adapter's columns they are."""
-    coded: CodedColumns
+    coded: FileColumns
 
 
 class CodeWatch(TrainerCallback):
@@ -82,15 +82,13 @@ def _samples(model: nn.Module, path: str) -> Iterator[_Sample]:
         base = layer.get_base_layer()
         if not (isinstance(base, nn.Linear) and is_whole(base.weight, 2)):
             continue
-        name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        if checkpoint.grid(name) is None:
-            continue
         indices = layer.paca_indices[adapter]
         places = torch.arange(0, len(indices), max(1, len(indices) // _NUM_COLUMNS), device="cpu")
         chosen = indices[places.to(indices.device)]
         columns = base.weight.index_select(1, chosen)
-        coded = CodedColumns.of(checkpoint, name, columns, chosen, config)
-        yield _Sample(layer, adapter, places, coded)
+        coded = FileColumns(checkpoint, parameter, columns, chosen, config)
+        if coded.grid is not None:
+            yield _Sample(layer, adapter, places, coded)
 
 
 def _share_moved(samples: list[_Sample], times: float) -> float:
@@ -100,7 +98,7 @@ def _share_moved(samples: list[_Sample], times: float) -> float:
         delta, _, scaling = layer.update_of(adapter)
         if is_whole(delta, 2):
             update = delta.detach()[:, places.to(delta.device)]
-            moved = coded.moved(times * scaling * update)
+            moved = coded.moved(update, times * scaling)
             num_codes += moved.after.numel()
             num_moved += int((moved.before != moved.after).sum())
     return num_moved / num_codes if num_codes else 1.0
