@@ -1,7 +1,7 @@
 """What a trainer has adapted."""
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -20,8 +20,24 @@ def base_of(model: Any) -> nn.Module:
     return cast(nn.Module, model.get_base_model())
 
 
-def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, PacaLayer, str]]:
-    """Yield each layer that has the adapter, its parameter's name, and that of the adapter."""
+class Adapted(NamedTuple):
+    """An adapted weight of a model."""
+
+    parameter: str
+    """Its name, without that of a wrapper."""
+    layer: PacaLayer
+    adapter: str
+    """The adapter's name."""
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """Another one where another adapter or other columns have come, while this one is held."""
+        indices = self.layer.paca_indices[self.adapter]
+        return id(self.layer), id(indices), indices._version
+
+
+def layers_of(model: nn.Module, adapter: str | None) -> Iterator[Adapted]:
+    """Yield each weight that the adapter adapts; None: the one that is active."""
     num_layers = num_found = 0
     for name, module in base_of(model).named_modules():
         if is_foreign(module):
@@ -43,7 +59,7 @@ def layers_of(model: nn.Module, adapter: str | None) -> Iterator[tuple[str, Paca
             num_found += 1
             is_own = name.rpartition(".")[2] == module.parameter_name
             full = name if is_own else f"{name}.{module.parameter_name}"
-            yield plain_name(full), module, names[0]
+            yield Adapted(plain_name(full), module, names[0])
     if not num_layers:
         raise ValueError(
             "the model has no PaCA layers; adapt it first: `get_peft_model(model, "

@@ -14,6 +14,7 @@ import importlib
 import secrets
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -24,10 +25,9 @@ from pacatune.format.tensors import plain_name
 from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
 from pacatune.ops.columns import read_columns
 from pacatune.ops.whole import is_shared_out, whole_shape
-from pacatune.sync.adapted import base_of, layers_of
+from pacatune.sync.adapted import Adapted, base_of, layers_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.tuner.compat import as_saved
-from pacatune.tuner.layer import PacaLayer
 from pacatune.tuner.quantized import dequantized
 
 if TYPE_CHECKING:
@@ -71,32 +71,26 @@ class ColumnSource:
             )
         self.model, self.dtype, self.adapter = model, dtype, adapter
         self.complete_every, self.codes = complete_every, codes
-        self._num_following = 0  # since the last complete sync
         self._last: Tensor | None = None  # buffer of the last sync
         self.number = 0  # of the last sync
         self._run = secrets.token_hex(8)
         self._weights: list[_Weight] = []
         self._positions: Positions | None = None
+        self._state: list[tuple[int, ...]] = []  # of the adapted weights, by which they are known
         self.positions()
 
     def positions(self) -> Positions:
         """Return where the columns are now; another version after another adapter or selection."""
         adapted = list(layers_of(self.model, self.adapter))
-        is_known = len(adapted) == len(self._weights) and all(
-            weight.is_of(layer, name)
-            for (_, layer, name), weight in zip(adapted, self._weights, strict=True)
-        )
-        if is_known and self._positions is not None:
+        if self._positions is not None and [weight.state for weight in adapted] == self._state:
             return self._positions
         _refuse_more(self.model)
         base = base_of(self.model)
-        self._weights = [
-            _Weight(base, parameter, layer, name, self.dtype, self.codes)
-            for parameter, layer, name in adapted
-        ]
+        self._weights = [_Weight(base, weight, self.dtype, self.codes) for weight in adapted]
+        self._state = [weight.state for weight in adapted]
         self._positions = Positions(
             sets=tuple(weight.columns for weight in self._weights),
-            shapes=_shapes_beside(base, [weight.columns.parameter for weight in self._weights]),
+            shapes=_shapes_beside(base, [weight.parameter for weight in adapted]),
             run=self._run,
         )
         self.forget()
@@ -155,18 +149,20 @@ class ColumnSource:
         for weight in self._weights:
             views[weight.columns.name].copy_(weight.values(is_base))
         _refuse_infinite(views, buffer)
-        if self._num_following + 1 >= self.complete_every:
+        if self.number % self.complete_every == 0:
             self.forget()
         last, self._last = self._last, buffer
-        self._num_following = 0 if last is None else self._num_following + 1
         self.number += 1
         return Columns(positions=positions, number=self.number, buffer=buffer, last=last)
 
 
 def _refuse_infinite(views: dict[str, Tensor], buffer: Tensor) -> None:
     """Refuse columns that are not finite; `views` are those in the buffer, by name."""
-    if _is_finite(buffer, {view.dtype for view in views.values()}):
-        return
+    dtypes = {view.dtype for view in views.values()}
+    if len(dtypes) == 1:  # by one look; both ends are NaN if one value is
+        ends = torch.stack(torch.aminmax(_plain(buffer.view(*dtypes))))
+        if ends.isfinite().all():
+            return
     is_finite = torch.stack([_plain(view).isfinite().all() for view in views.values()]).tolist()
     wrong = [name for name, ok in zip(views, is_finite, strict=True) if not ok]
     if wrong:
@@ -175,15 +171,6 @@ def _refuse_infinite(views: dict[str, Tensor], buffer: Tensor) -> None:
             f"not finite in {views[wrong[0]].dtype}; nothing was sent. Training has diverged (go "
             "back to a checkpoint), or the dtype is too narrow: serve bfloat16 or float32."
         )
-
-
-def _is_finite(buffer: Tensor, dtypes: set[torch.dtype]) -> bool:
-    """Whether all columns are finite, by one look at the buffer; False if that cannot say."""
-    if len(dtypes) > 1:
-        return False
-    # Both are NaN if one value is.
-    ends = torch.stack(torch.aminmax(_plain(buffer.view(next(iter(dtypes))))))
-    return bool(ends.isfinite().all())
 
 
 def _plain(values: Tensor) -> Tensor:
@@ -196,78 +183,61 @@ class _Weight:
 
     def __init__(
         self,
-        base: nn.Module,
-        parameter: str,
-        layer: PacaLayer,
-        adapter: str,
+        base: Any,
+        adapted: Adapted,
         dtype: torch.dtype | None,
         codes: PackedCheckpoint | None,
     ) -> None:
-        self.layer, self.adapter = layer, adapter
-        self.indices = layer.paca_indices[adapter]
-        self.indices_version = self.indices._version
+        parameter, self.layer, self.adapter = adapted
+        layout = self.layer.layout
+        self.indices = self.layer.paca_indices[self.adapter]
         self.kept: tuple[tuple[Any, ...], Tensor] | None = None  # originals that were gathered
         weight = self._weight()
-        _refuse_weight(layer, parameter, weight)
-        self.device = weight.device
-        layout = layer.layout
-        self.wire_indices = self.indices.to(weight.device)
-        shape = whole_shape(weight)
-        if layer.quantization_backend is not None:
+        _refuse_weight(self.layer, parameter, weight)
+        self.device, shape = weight.device, whole_shape(weight)
+        if self.layer.quantization_backend is not None:
             shape = tuple(layout.dense_shape)
-            dtype = dtype or cast(Any, layer.get_base_layer()).compute_dtype
+            dtype = dtype or cast(Any, self.layer.get_base_layer()).compute_dtype
             if dtype is None:
                 raise ValueError(
                     f"{parameter!r} is in 4 bits and does not say in what it computes; give the "
                     "sampler's dtype: `ColumnSource(model, dtype)`."
                 )
-        name = _checkpoint_name(base, parameter, shape)
-        config: Any = cast(Any, base).config.get_text_config() if codes is not None else None
-        is_coded = codes is not None and self._is_coded(codes, name, config.num_hidden_layers)
         self.columns = ColumnSet.at(
-            name=name,
+            name=_checkpoint_name(base, parameter, shape),
             parameter=parameter,
             dim=layout.weight_dim,
             shape=shape,
-            dtype=torch.float8_e4m3fn if is_coded else dtype or weight.dtype,
+            dtype=dtype or weight.dtype,
             indices=self.indices.detach().cpu().clone(),
         )
-        self.coded: FileColumns | None = None
-        if codes is not None and is_coded:
-            self.coded = FileColumns(codes, name, self._originals(), self.indices, config)
+        self.coded = None if codes is None else self._coded(codes, base.config.get_text_config())
+        if self.coded is not None:
+            values = self.columns.values.to(torch.float8_e4m3fn)
+            self.columns = replace(self.columns, values=values)
 
-    def _is_coded(self, codes: PackedCheckpoint, name: str, num_blocks: int) -> bool:
-        """Whether a checkpoint holds the weight as codes, which must be bytes of FP8."""
-        grid = codes.grid(codes.name_of(name, num_blocks))
-        if grid is not None and grid.name != "F8_E4M3":
+    def _coded(self, codes: PackedCheckpoint, config: Any) -> FileColumns | None:
+        """Return the columns as a checkpoint's codes, which must be bytes of FP8; None: numbers."""
+        name = self.columns.name
+        grid = codes.grid(codes.name_of(name, config.num_hidden_layers))
+        if grid is None:
+            return None
+        if grid.name != "F8_E4M3":
             raise ValueError(
                 f"{codes.title} holds {name!r} as {grid.name}, and codes of F8_E4M3 alone are "
                 "synced; serve a patch (`pacatune patch`), or 16 bits."
             )
-        if grid is not None and (is_shared_out(self._weight()) or self.layer.quantization_backend):
+        if is_shared_out(self._weight()) or self.layer.quantization_backend:
             raise ValueError(
                 f"{name!r} is spread over processes, or quantised otherwise; codes are synced of a "
                 "base that one process holds, dequantised: train it so, or serve 16 bits."
             )
-        return grid is not None
+        return FileColumns(codes, name, self._originals(), self.indices, config)
 
     def _weight(self) -> Any:
         # Past the guard: to look would put the pretrained columns back, and nothing is looked at.
         base = self.layer.get_base_layer()
         return dict.get(base.__dict__["_parameters"], self.layer.parameter_name)
-
-    def is_of(self, layer: PacaLayer, adapter: str) -> bool:
-        """Whether this is that layer's, and its columns are the same ones."""
-        return (
-            layer is self.layer
-            and adapter == self.adapter
-            and layer.paca_indices[adapter] is self.indices
-            and self.indices._version == self.indices_version
-        )
-
-    def is_off(self, is_base: bool) -> bool:
-        """Whether the base's columns are asked for."""
-        return is_base or self.layer._disable_adapters
 
     def values(self, is_base: bool) -> Tensor:
         """Return the columns as they are sent, but for the last rounding."""
@@ -279,7 +249,7 @@ class _Weight:
             )
         with _gathered(self._weight() if self.kept is None else None, layer.delta_of(self.adapter)):
             delta, scaling = None, layer.scaling[self.adapter]
-            if not self.is_off(is_base):
+            if not (is_base or layer._disable_adapters):
                 delta = _whole(layer.delta_of(self.adapter), self.columns.name)
             if (coded := self.coded) is not None:
                 codes = coded.before if delta is None else coded.moved(delta, scaling).after
@@ -290,27 +260,24 @@ class _Weight:
             return values
 
     def _originals(self) -> Tensor:
+        """Return the base's columns; of a weight that is spread, or in 4 bits, they are kept."""
         weight, residency = self._weight(), self.layer.residency
         backend = self.layer.quantization_backend
-        if is_shared_out(weight) or backend is not None:
-            token = _identity_of(weight)
-            if self.kept is None or self.kept[0] != token:
-                if backend is not None:  # as the training pass does it
-                    base = self.layer.get_base_layer()
-                    weight = dequantized(backend, base, self.columns.dtype)
-                self.kept = token, self._read(weight)
+        is_spread = is_shared_out(weight) or backend is not None
+        token = _identity_of(weight)
+        if self.kept is not None and self.kept[0] == token:
             return self.kept[1]
-        if not weight.numel():
-            _refuse_empty(self.columns.name)
-        originals = None if residency is None else residency.originals(self.indices)
-        if originals is not None:
-            return originals
-        return self._read(weight)
-
-    def _read(self, weight: Any) -> Tensor:
-        """Return the columns of a weight; one that is spread is whole for this moment."""
-        values = _whole(weight, self.columns.name)
-        return read_columns(values, self.wire_indices, dim=self.columns.dim)
+        if residency is not None and not is_spread:
+            originals = residency.originals(self.indices)
+            if originals is not None:
+                return originals
+        if backend is not None:  # as the training pass does it
+            weight = dequantized(backend, self.layer.get_base_layer(), self.columns.dtype)
+        whole = _whole(weight, self.columns.name)
+        columns = read_columns(whole, self.indices.to(whole.device), dim=self.columns.dim)
+        if is_spread:
+            self.kept = token, columns
+        return columns
 
 
 # Weights without columns that a server could exchange, and what checkpoints call the others.
