@@ -13,9 +13,7 @@ from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_te
 from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import (
     BaseWeight,
-    adapted_target_columns,
     map_weights_,
-    read_target_columns,
     stored_names,
     target_of_module,
 )
@@ -183,7 +181,7 @@ def _change(name: str, target: BaseWeight, adapter: Adapter, module: str) -> _Ch
             f"channels are no columns of its kernel. {_BY_MERGE}"
         )
     indices = adapter.modules[module].indices
-    new = adapted_target_columns(target, adapter, module, read_target_columns(target, indices))
+    new = target.adapted(target.columns(indices), adapter, module)
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "

@@ -151,9 +151,6 @@ def merge_packed(
             tenth of what training gained of that loss.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
-    Returns:
-        What was written and how it was verified.
-
     Raises:
         FileExistsError: If there is something under that name.
         ValueError: If the adapter is not PaCA's or of another model, a format is not known, or
