@@ -132,7 +132,7 @@ class FileColumns:
             )
         if self.grid is None:
             after = adapted_columns(self.before, delta, scaling)
-            return Moved(self.before, after, torch.zeros((), device=after.device))
+            return Moved(after, torch.zeros((), device=after.device))
         return self.grid.moved(self.before, self._scale, scaling * delta)
 
     def values(self, codes: Tensor) -> Tensor:

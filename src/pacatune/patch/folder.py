@@ -179,7 +179,14 @@ def apply_in_place(
                 sync(folder)
                 _edit(model, checkpoint, files)
             except BaseException as error:  # a full disk, an interrupt: back to what it was
-                _roll_after(error, model)
+                try:
+                    _roll(model, finish=False)
+                except Exception as second:
+                    raise ValueError(
+                        f"patching {model} failed ({error!r}), and so did rolling it back "
+                        f"({second}). Its journal is kept: mend the cause, such as a full or "
+                        f"damaged disk, then run `pacatune patch recover --model {model}`."
+                    ) from error
                 raise
     return result
 
@@ -228,17 +235,6 @@ def _edit(model: Path, checkpoint: Checkpoint, files: dict[str, list[WeightColum
     sync(folder)
     journal_of(model).unlink()
     sync(folder)
-
-
-def _roll_after(error: BaseException, model: Path) -> None:
-    try:
-        _roll(model, finish=False)
-    except Exception as second:
-        raise ValueError(
-            f"patching {model} failed ({error!r}), and so did rolling it back ({second}). Its "
-            "journal is kept: mend the cause, such as a full or damaged disk, then run `pacatune "
-            f"patch recover --model {model}`."
-        ) from error
 
 
 def _roll(model: Path, *, finish: bool) -> list[str]:

@@ -271,17 +271,17 @@ def _change(
     columns = layer.weight.detach().index_select(1, indices.to(layer.weight.device)).cpu()
     config = cast(Any, base).config.get_text_config()
     stored = FileColumns(checkpoint, f"{module}.weight", columns, indices, config)
-    before, after, num_clipped = stored.moved(delta, adapter.scaling(module))
+    after, num_clipped = stored.moved(delta, adapter.scaling(module))
     if stored.grid is not None:
         rounding.num_codes += after.numel()
-        rounding.num_moved += int((before != after).sum())
+        rounding.num_moved += int((stored.before != after).sum())
         rounding.num_clipped += int(num_clipped)
     old = WeightColumns(
         name=stored.name,
         dim=1,
         shape=checkpoint.entries[stored.name].shape,
         indices=indices,
-        values=before,
+        values=stored.before,
         grid="" if stored.grid is None else stored.grid.name,
     )
     return old, after

@@ -144,10 +144,13 @@ class Server(NamedTuple):
                     return [self._piece(columns, target, (first, last))]
             if outer == own_outer and own_rows == rows and own_width * size == width:
                 return [self._piece(columns, target, (0, rows), 0, self.rank * own_width)]
-        raise ValueError(
-            f"{columns.name!r} is {columns.shape} in the trainer, and the server's {target!r} is "
-            f"{shape}, which is neither that nor the part of rank {self.rank} of {size}; serve the "
-            "same base, and give the server's `tp_rank` and `tp_size`."
+        raise self._misfit(columns, target, f"{columns.shape}")
+
+    def _misfit(self, columns: ColumnSet, target: str, needed: str) -> ValueError:
+        return ValueError(
+            f"{columns.name!r} needs {needed} in the server, whose {target!r} is "
+            f"{tuple(self.tensors[target].shape)}: neither that nor the part of rank {self.rank} "
+            f"of {self.size}; serve the same base, and give the server's `tp_rank` and `tp_size`."
         )
 
     def _joined(
@@ -174,12 +177,8 @@ class Server(NamedTuple):
             own = tuple(self.tensors[target].shape)
             split = _rows_of_rank(rows, own[0], self.rank, self.size)
             if split is None or columns.dim != 1 or own[1:] != columns.shape[1:]:
-                raise ValueError(
-                    f"the server's {target!r} is {own}, which does not hold the part of rank "
-                    f"{self.rank} of {self.size} of {', '.join(parts)} with {rows} rows of "
-                    f"{columns.shape[1:]}; serve the same base, and give the server's `tp_rank` "
-                    "and `tp_size`."
-                )
+                joint = f"{rows} rows of {', '.join(parts)}, of {columns.shape[1:]},"
+                raise self._misfit(columns, target, joint)
             number = list(parts).index(module)
             start, count = split[number]
             before = sum(count for _, count in split[:number])

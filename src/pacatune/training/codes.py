@@ -98,7 +98,7 @@ def _share_moved(samples: list[_Sample], times: float) -> float:
         delta, _, scaling = layer.update_of(adapter)
         if is_whole(delta, 2):
             update = delta.detach()[:, places.to(delta.device)]
-            moved = coded.moved(update, times * scaling)
-            num_codes += moved.after.numel()
-            num_moved += int((moved.before != moved.after).sum())
+            codes = coded.moved(update, times * scaling).after
+            num_codes += codes.numel()
+            num_moved += int((coded.before != codes).sum())
     return num_moved / num_codes if num_codes else 1.0
