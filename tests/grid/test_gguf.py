@@ -323,7 +323,7 @@ def test_an_interrupted_patch_is_rolled_back(model_file, run_dir, tmp_path, monk
         real(self, *args)
 
     monkeypatch.setattr(GgufCheckpoint, "put_columns_", dies)
-    monkeypatch.setattr(folder, "_roll_after", lambda error, model: None)  # as if it were killed
+    monkeypatch.setattr(folder, "_roll", lambda model, finish: [])  # as if it were killed
     with pytest.raises(KeyboardInterrupt):
         apply_in_place(copy, patch)
     monkeypatch.undo()

@@ -249,12 +249,7 @@ def _declare_untied(model: Any) -> None:
     # An adapted lm_head no longer equals the embedding it was tied to; a configuration that still
     # says so would drop it from the file.
     tied = tied_weights(model)
-    untied = [
-        target
-        for target, source in tied.items()
-        if model.get_parameter(target) is not model.get_parameter(source)
-    ]
-    for target in untied:
-        del tied[target]
-    if untied:
-        model.config.tie_word_embeddings = False
+    for target, source in list(tied.items()):
+        if model.get_parameter(target) is not model.get_parameter(source):
+            del tied[target]
+            model.config.tie_word_embeddings = False

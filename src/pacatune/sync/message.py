@@ -53,10 +53,6 @@ class Positions:
         for name, shape in self.shapes.items():
             if any(size < 0 for size in shape):
                 raise ValueError(f"`shapes` has a negative size of {name!r}: {shape}.")
-        names = [item.name for item in self.sets]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for item in self.sets:
             _served_dtype(dtype_name(item.dtype))
 
@@ -71,9 +67,8 @@ class Positions:
         return {
             "run": self.run,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "sets": [
-                {
-                    "name": item.name,
+            "sets": {
+                item.name: {
                     "parameter": item.parameter,
                     "dim": item.dim,
                     "shape": list(item.shape),
@@ -81,7 +76,7 @@ class Positions:
                     "indices": item.indices.tolist(),
                 }
                 for item in self.sets
-            ],
+            },
         }
 
     def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
@@ -233,14 +228,14 @@ class Reader:
 def _positions(words: Mapping[str, Any]) -> Positions:
     sets = tuple(
         ColumnSet.at(
-            name=str(entry["name"]),
+            name=str(name),
             parameter=str(entry["parameter"]),
             dim=int(entry["dim"]),
             shape=tuple(int(size) for size in entry["shape"]),
             dtype=_served_dtype(entry["dtype"]),
             indices=torch.tensor(entry["indices"], dtype=torch.int64, device="cpu"),
         )
-        for entry in words["sets"]
+        for name, entry in words["sets"].items()
     )
     shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
     return Positions(sets=sets, shapes=shapes, run=str(words["run"]))

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from pacatune.format.tensors import plain_name
 from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
 from pacatune.ops.columns import read_columns
-from pacatune.ops.whole import is_shared_out, whole_shape
+from pacatune.ops.whole import is_shared_out, is_whole, whole_shape
 from pacatune.sync.adapted import Adapted, base_of, layers_of
 from pacatune.sync.message import Columns, ColumnSet, Positions
 from pacatune.tuner.compat import as_saved
@@ -312,18 +312,9 @@ def _refuse_weight(layer: Any, parameter: str, weight: Any) -> None:
             f"{parameter!r} is tied to another module (lm_head and embedding), and a server has "
             "one tensor for both; leave it out of the targets."
         )
-    if weight is None or weight.is_meta:
-        raise ValueError(
-            f"{parameter!r} has no values here: it is offloaded, or on the meta device; keep the "
-            "trained model on its devices."
-        )
-    if weight.numel() and len(whole_shape(weight)) != len(layer.layout.dense_shape):
-        raise ValueError(
-            f"{parameter!r} is a view of shape {tuple(weight.shape)} into a flat tensor (FSDP 1); "
-            "use FSDP 2 (`fully_shard`, `fsdp_version: 2`)."
-        )
-    if not weight.numel() and not hasattr(weight, "ds_shape"):
-        _refuse_empty(parameter)
+    is_here = weight is not None and is_whole(weight, len(layer.layout.dense_shape))
+    if not (is_here or is_shared_out(weight)):
+        _refuse_absent(parameter)
 
 
 def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
@@ -387,13 +378,14 @@ def _whole(parameter: Any, name: str) -> Tensor:
     if hasattr(values, "full_tensor"):
         return cast(Tensor, values.full_tensor())
     if not values.numel():
-        _refuse_empty(name)
+        _refuse_absent(name)
     return cast(Tensor, values)
 
 
-def _refuse_empty(name: str) -> NoReturn:
-    """Refuse a tensor whose values only DeepSpeed can bring here."""
+def _refuse_absent(name: str) -> NoReturn:
+    """Refuse a tensor whose values cannot be brought here."""
     raise ValueError(
-        f"{name!r} is empty here, its values are spread over the processes; call this inside "
-        "deepspeed.zero.GatheredParameters(list(model.parameters()))."
+        f"{name!r} is empty here, flat (FSDP 1) or on the meta device: its values are offloaded, "
+        "or spread over the processes; keep the model on its devices, use FSDP 2, or call this "
+        "inside deepspeed.zero.GatheredParameters(list(model.parameters()))."
     )
