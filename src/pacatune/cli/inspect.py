@@ -50,7 +50,7 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.patch.file import load
 
     patch = load(options.adapter)
-    kept = patch.adapter
+    kept = patch.adapter_bytes
     tensors: dict[str, dict[str, Any]] = {
         name: {
             "dim": columns.dim,
@@ -64,7 +64,7 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
         "patch of": patch.base,
         "columns": f"{patch.num_columns} of {len(patch.after)} tensors",
         "before, after": f"{format_bytes(patch.num_bytes)} each",
-        "adapter": "none" if kept is None else format_bytes(kept.num_bytes),
+        "adapter": format_bytes(kept) if kept else "none",
         "file": format_bytes(Path(options.adapter).stat().st_size),
     }
     rows = [
@@ -77,7 +77,7 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
         }
         for name, tensor in tensors.items()
     ]
-    values = {"base": patch.base, "has_adapter": kept is not None, "tensors": tensors}
+    values = {"base": patch.base, "has_adapter": bool(kept), "tensors": tensors}
     return _page(options.adapter, facts, "tensors", rows, options), values
 
 

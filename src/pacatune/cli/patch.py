@@ -42,8 +42,8 @@ class Make(BaseOptions):
             allow_other_base=self.allow_other_base,
         )
         size = save(patch, self.output)
-        kept = patch.adapter
-        adapter = "" if kept is None else f", the adapter {format_bytes(kept.num_bytes)}"
+        kept = patch.adapter_bytes
+        adapter = f", the adapter {format_bytes(kept)}" if kept else ""
         print(f"base      {patch.base}")
         print(f"columns   {patch.num_columns} of {len(patch.after)} tensors")
         print(

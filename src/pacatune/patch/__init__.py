@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pacatune.grid.columns import WeightColumns
 from pacatune.lazy import import_later
 from pacatune.patch.difference import Difference, diff
-from pacatune.patch.edit import AdapterPart, Patch, stack
+from pacatune.patch.edit import Patch, stack
 from pacatune.patch.file import is_patch, load, save
 from pacatune.patch.folder import FolderResult, apply_in_place, apply_to_folder, recover
 from pacatune.patch.memory import apply, revert
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pacatune.patch.adapter import make, to_adapter
 
 __all__ = [
-    "AdapterPart",
     "Difference",
     "FolderResult",
     "Patch",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pacatune.adapters.base import base_name, empty_base, load_base
-from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_tensors, read_adapter
+from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, read_adapter
 from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import (
     BaseWeight,
@@ -20,7 +20,6 @@ from pacatune.adapters.target import (
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.plain import find_file
-from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import TENSORS_NAME, plain_name
 from pacatune.grid import is_packed
@@ -29,12 +28,13 @@ from pacatune.names import find_name, names_of
 from pacatune.ops.columns import bits
 from pacatune.patch.base import find_folder, patch_of
 from pacatune.patch.difference import changed_columns
-from pacatune.patch.edit import AdapterPart, Patch
+from pacatune.patch.edit import Patch
 from pacatune.patch.packed import make_packed, open_paca, open_packed, rounding_note
 from pacatune.tuner.compat import as_saved, tied_weights
 
 _Change = tuple[WeightColumns, Tensor]
 """Columns of a checkpoint, and what they become."""
+_FILES = (CONFIG_NAME, SIDECAR_NAME, TENSORS_NAME)
 _BY_MERGE = (
     "Make the patch of the merged model instead: `pacatune merge --model BASE --adapter ADAPTER "
     "--output MERGED`, then `pacatune patch diff --model BASE --with MERGED --output PATCH`."
@@ -72,7 +72,7 @@ def make(
     checked = read_adapter(adapter)
     _refuse_quantised(checked)
     name = base_name(None if model is None else str(model), checked.config)
-    part = _adapter_part(checked) if with_adapter else None
+    part = _files(checked.folder) if with_adapter else {}
     if is_packed(name):
         checked = open_paca(adapter)
         plain = load_base(name, task_type=checked.config.task_type)
@@ -117,7 +117,7 @@ def _changes(
 
 
 def to_adapter(patch: Patch, output: str | Path) -> Path:
-    """Write the adapter that a patch was made of: the same configuration and tensors, exactly.
+    """Write the adapter that a patch was made of: its files, byte for byte.
 
     Args:
         patch: With its adapter.
@@ -127,17 +127,14 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
         FileExistsError: If `output` is in use.
         ValueError: If the patch is without its adapter, or that is damaged.
     """
-    part = patch.adapter
-    if part is None:
+    if not patch.adapter:
         raise ValueError(
             "the patch is without the adapter it was made of; make it again without --no_adapter."
         )
     output = Path(output)
-    with staged_folder(output, part.num_bytes) as staging:
-        (staging / CONFIG_NAME).write_text(part.config, encoding="utf-8")
-        if part.sidecar is not None:
-            (staging / SIDECAR_NAME).write_text(part.sidecar, encoding="utf-8")
-        write_tensors(part.tensors, staging / TENSORS_NAME)
+    with staged_folder(output, patch.adapter_bytes) as staging:
+        for name in patch.adapter.keys() & {*_FILES}:
+            (staging / name).write_bytes(bits(patch.adapter[name]).numpy().tobytes())
         read_adapter(staging)  # a patch may come from a stranger
     return output
 
@@ -215,12 +212,11 @@ def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
     return stored.dtype == tensor.dtype and torch.equal(bits(stored), bits(tensor.contiguous()))
 
 
-def _adapter_part(adapter: Adapter) -> AdapterPart:
-    folder, sidecar = adapter.folder, None
-    if (folder / SIDECAR_NAME).exists():
-        sidecar = find_file(folder, SIDECAR_NAME).read_text(encoding="utf-8")
-    return AdapterPart(
-        config=find_file(folder, CONFIG_NAME).read_text(encoding="utf-8"),
-        sidecar=sidecar,
-        tensors=read_tensors(find_tensors(folder)),
-    )
+def _files(folder: Path) -> dict[str, Tensor]:
+    """Return the bytes of an adapter's files."""
+    contents = {}
+    for name in _FILES:
+        if (folder / name).exists():
+            data = bytearray(find_file(folder, name).read_bytes())
+            contents[name] = torch.frombuffer(data, dtype=torch.uint8)
+    return contents

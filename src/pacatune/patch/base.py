@@ -23,7 +23,7 @@ from pacatune.grid.columns import WeightColumns, columns_beside
 from pacatune.grid.folder import PackedFolder
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import AdapterPart, Patch
+from pacatune.patch.edit import Patch
 from pacatune.patch.memory import check_form, refuse_missing
 
 _NUM_COLUMNS = 8
@@ -54,31 +54,30 @@ def patch_of(
     changes: Iterable[tuple[WeightColumns, Tensor]],
     *,
     base: str,
-    adapter: AdapterPart | None = None,
+    adapter: dict[str, Tensor] | None = None,
 ) -> Patch:
     """Return the patch of a checkpoint that writes new values over columns, with its hashes."""
-    patch = Patch.of(changes, base=base, adapter=adapter)
+    patch = Patch.of(changes, base=base, adapter=adapter or {})
     return replace(patch, fingerprint=_fingerprint(checkpoint, patch.before))
 
 
 def _fingerprint(
     checkpoint: Checkpoint, changed: Mapping[str, WeightColumns]
-) -> dict[str, dict[int, str]]:
+) -> dict[str, dict[str, str]]:
     """Hash some columns of each tensor, at equal distances, of those that are left alone."""
     result = {}
     for name, columns in changed.items():
         free = columns_beside(columns.indices, columns.shape[columns.dim], _NUM_COLUMNS)
         if len(columns.shape) > 1 and len(free):
-            result[name] = _hashes(checkpoint, name, columns.dim, free.tolist())
+            result[name] = _hashes(checkpoint, name, columns.dim, free)
     return result
 
 
-def _hashes(checkpoint: Checkpoint, name: str, dim: int, columns: list[int]) -> dict[int, str]:
-    indices = torch.tensor(columns, dtype=torch.int64, device="cpu")
+def _hashes(checkpoint: Checkpoint, name: str, dim: int, indices: Tensor) -> dict[str, str]:
     values = bits(checkpoint.values(name, dim, indices)).movedim(dim, 0).contiguous()
     return {
-        column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
-        for column, value in zip(columns, values, strict=True)
+        str(column): hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
+        for column, value in zip(indices.tolist(), values, strict=True)
     }
 
 
@@ -134,8 +133,11 @@ def check_base(
         )
     num_differing, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
-        here = _hashes(checkpoint, name, patch.before[name].dim, [*hashes])
-        num_others = sum(here[column] != value for column, value in hashes.items())
+        indices = torch.tensor([*map(int, hashes)], dtype=torch.int64, device="cpu")
+        here = _hashes(checkpoint, name, patch.before[name].dim, indices)
+        num_others = sum(
+            value != own for value, own in zip(hashes.values(), here.values(), strict=True)
+        )
         if 2 * num_others > len(hashes) and not allow_other_base:
             raise ValueError(
                 f"{where}: {num_others} of {len(hashes)} sampled columns of {name!r} beside the "

@@ -14,23 +14,6 @@ from pacatune.grid.columns import WeightColumns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AdapterPart:
-    """The adapter that a patch was made of, so that it can be written again exactly."""
-
-    config: str
-    """Its adapter_config.json, to the letter."""
-    sidecar: str | None
-    """Its pacatune.json, if it has one."""
-    tensors: dict[str, Tensor]
-    """Its adapter_model.safetensors."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Patch:
     """Columns of one checkpoint, before and after."""
 
@@ -41,10 +24,11 @@ class Patch:
     applies a patch need not know what an adapter is."""
     base: str = ""
     """What the base was called, for messages."""
-    fingerprint: dict[str, dict[int, str]] = field(default_factory=dict, repr=False)
-    """Hashes of some columns that the patch leaves alone, by the tensor's name and the column."""
-    adapter: AdapterPart | None = field(default=None, repr=False)
-    """The adapter it was made of, if it is kept."""
+    fingerprint: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    """Hashes of some columns that the patch leaves alone, by the tensor's name and the column, as
+    JSON has it."""
+    adapter: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """The bytes of the files of the adapter it was made of, by name; empty if it is not kept."""
 
     @classmethod
     def of(cls, changes: Iterable[tuple[WeightColumns, Tensor]], **others: Any) -> "Patch":
@@ -68,7 +52,7 @@ class Patch:
         for name, hashes in self.fingerprint.items():
             own = self.before.get(name)
             size = 0 if own is None else own.shape[own.dim]
-            if own is None or not all(0 <= column < size for column in hashes):
+            if own is None or not all(0 <= int(column) < size for column in hashes):
                 raise ValueError(
                     f"`fingerprint` has columns of {name[:80]!r} that no tensor of the patch has; "
                     "make the patch again."
@@ -84,9 +68,14 @@ class Patch:
         """Bytes of the new columns: what an apply moves."""
         return sum(columns.values.nbytes for columns in self.after.values())
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the adapter's files."""
+        return sum(file.nbytes for file in self.adapter.values())
+
     def inverse(self) -> "Patch":
         """Return the patch that takes this one back; it has no adapter."""
-        return replace(self, before=self.after, after=self.before, adapter=None)
+        return replace(self, before=self.after, after=self.before, adapter={})
 
     def to(self, device: torch.device | str) -> "Patch":
         """Return the patch with its columns on a device: applying it there copies nothing over."""
@@ -113,13 +102,13 @@ def stack(patches: Sequence[Patch]) -> Patch:
         }
         for parts in ([patch.before for patch in patches], [patch.after for patch in patches])
     )
-    fingerprint: dict[str, dict[int, str]] = {}
+    fingerprint: dict[str, dict[str, str]] = {}
     for name, columns in before.items():
         changed = set(columns.indices.tolist())
         joined = fingerprint.setdefault(name, {})
         for patch in patches:
             for column, value in patch.fingerprint.get(name, {}).items():
-                if column not in changed and joined.setdefault(column, value) != value:
+                if int(column) not in changed and joined.setdefault(column, value) != value:
                     raise ValueError(
                         f"the patches are of different bases: they disagree about column {column} "
                         f"of {name!r}, which none of them changes."

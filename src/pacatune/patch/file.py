@@ -6,9 +6,8 @@ A file holds, for each tensor NAME of the checkpoint,
     NAME.before     the base's columns, in its dtype
     NAME.after      the patched ones
 
-and `pacatune_adapter.*`, the tensors of the adapter it was made of, if that is kept. The JSON under
-`pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint,
-the adapter's configuration.
+and `pacatune_adapter.*`, the files of the adapter it was made of, if that is kept. The JSON under
+`pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
 from pacatune.grid.columns import WeightColumns
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import AdapterPart, Patch
+from pacatune.patch.edit import Patch
 
 _KEY = "pacatune_patch"
 _VERSION = 2
@@ -79,8 +78,7 @@ def load(path: str | Path) -> Patch:
             f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; use "
             "the pacatune that made it."
         )
-    # The adapter's own texts have lines; they are checked when it is written.
-    check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
+    check_strings(metadata, f"the metadata of {path}")
     tensors = read_tensors(path)
     digest = metadata.pop("digest", None)
     if digest != _digest(tensors, metadata):
@@ -113,14 +111,9 @@ def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
             name: {"dim": columns.dim, "shape": list(columns.shape), "grid": columns.grid}
             for name, columns in patch.before.items()
         },
-        "fingerprint": {
-            name: {str(column): value for column, value in hashes.items()}
-            for name, hashes in patch.fingerprint.items()
-        },
+        "fingerprint": patch.fingerprint,
     }
-    if patch.adapter is not None:
-        tensors |= {f"{_ADAPTER}{name}": tensor for name, tensor in patch.adapter.tensors.items()}
-        metadata["adapter"] = {"config": patch.adapter.config, "sidecar": patch.adapter.sidecar}
+    tensors |= {f"{_ADAPTER}{name}": content for name, content in patch.adapter.items()}
     return tensors, metadata
 
 
@@ -139,22 +132,12 @@ def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
             grid=grid,
         )
         changes.append((columns, tensors[f"{name}.after"]))
-    adapter = None
-    if (entry := metadata.get("adapter")) is not None:
-        own = {
-            name.removeprefix(_ADAPTER): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_ADAPTER)
-        }
-        config, sidecar = entry["config"], entry["sidecar"]
-        if not isinstance(config, str) or not isinstance(sidecar, str | None):
-            raise TypeError("the adapter's files are no texts")
-        adapter = AdapterPart(config=config, sidecar=sidecar, tensors=own)
-    fingerprint = {
-        name: {int(column): str(value) for column, value in hashes.items()}
-        for name, hashes in metadata["fingerprint"].items()
+    adapter = {
+        name.removeprefix(_ADAPTER): content
+        for name, content in tensors.items()
+        if name.startswith(_ADAPTER)
     }
-    base = str(metadata["base"])
+    base, fingerprint = str(metadata["base"]), metadata["fingerprint"]
     return Patch.of(changes, base=base, fingerprint=fingerprint, adapter=adapter)
 
 

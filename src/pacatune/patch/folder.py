@@ -175,7 +175,7 @@ def apply_in_place(
                 pass
         with explained_failure(model):
             try:
-                save(replace(wanted, fingerprint={}, adapter=None), journal_of(model))
+                save(replace(wanted, fingerprint={}, adapter={}), journal_of(model))
                 sync(folder)
                 _edit(model, checkpoint, files)
             except BaseException as error:  # a full disk, an interrupt: back to what it was
