@@ -106,7 +106,11 @@ def export_lora(
     config = lora_config(trained, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
     notes += [*_pattern_notes(trained), *convolution_notes(tensors), *_quantization_notes(trained)]
-    num_bytes = _write(output, {CONFIG_NAME: config}, tensors)
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with staged_folder(output, num_bytes) as staging:
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_tensors(tensors, staging / TENSORS_NAME)
     return ExportResult(
         output=output,
         base=name,
@@ -115,17 +119,6 @@ def export_lora(
         rounding=rounding,
         notes=notes,
     )
-
-
-def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> int:
-    """Write an adapter's folder, and return the size of its tensors."""
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with staged_folder(output, num_bytes) as staging:
-        for name, values in files.items():
-            text = json.dumps(values, indent=2, sort_keys=True)
-            (staging / name).write_text(text + "\n", encoding="utf-8")
-        write_tensors(tensors, staging / TENSORS_NAME)
-    return num_bytes
 
 
 def _open_trained(folder: str | Path, *, keep_extra: bool) -> tuple[Adapter, list[str]]:

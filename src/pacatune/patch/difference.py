@@ -77,7 +77,7 @@ def diff(a: str | Path, b: str | Path) -> Difference:
             columns = change[0]
             changed[name] = columns.rank / columns.shape[columns.dim]
             # Of a vector, such as a bias, each element is a column: it is small, so all may change.
-            is_few = len(entry.shape) == 1 or (entry.shape and changed[name] <= _MAX_SHARE)
+            is_few = len(entry.shape) == 1 or changed[name] <= _MAX_SHARE
             if is_few and entry.dtype in DTYPES:
                 changes.append(change)
             else:

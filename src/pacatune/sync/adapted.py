@@ -38,7 +38,7 @@ class Adapted(NamedTuple):
 
 def layers_of(model: nn.Module, adapter: str | None) -> Iterator[Adapted]:
     """Yield each weight that the adapter adapts; None: the one that is active."""
-    num_layers = num_found = 0
+    has_layers = has_adapter = False
     for name, module in base_of(model).named_modules():
         if is_foreign(module):
             raise ValueError(
@@ -47,24 +47,24 @@ def layers_of(model: nn.Module, adapter: str | None) -> Iterator[Adapted]:
             )
         if not isinstance(module, PacaLayer):
             continue
-        num_layers += 1
-        names = [adapter] if adapter else list(module.active_adapters)
-        names = [adapter_name for adapter_name in names if adapter_name in module.paca_delta]
+        has_layers = True
+        active = [adapter] if adapter else module.active_adapters
+        names = [own for own in active if own in module.paca_delta]
         if len(names) > 1:
             raise ValueError(
                 f"{len(names)} adapters are active ({', '.join(names)}), whose columns may "
                 "overlap; name one by `adapter`, or add them up by `model.add_weighted_adapter`."
             )
         if names:
-            num_found += 1
+            has_adapter = True
             is_own = name.rpartition(".")[2] == module.parameter_name
             full = name if is_own else f"{name}.{module.parameter_name}"
             yield Adapted(plain_name(full), module, names[0])
-    if not num_layers:
+    if not has_layers:
         raise ValueError(
             "the model has no PaCA layers; adapt it first: `get_peft_model(model, "
             "PacaConfig(...))`. LoRA and full fine-tuning change every column."
         )
-    if not num_found:
+    if not has_adapter:
         which = f"adapter {adapter!r}" if adapter else "active adapter"
         raise ValueError(f"no layer has an {which} of PaCA; check its name, or `set_adapter` it.")

@@ -52,16 +52,12 @@ class InProcess:
     def __init__(self, *, capacity: int = 8, timeout: float = 60.0) -> None:
         self.timeout = timeout
         self._queue: queue.Queue[Columns | None] = queue.Queue(capacity)
-        self._is_closed = False
 
-    def send(self, columns: Columns, timeout: float | None = None) -> None:
-        """Put a sync into the queue."""
-        self._put(columns, timeout)
-
-    def _put(self, item: Columns | None, timeout: float | None) -> None:
+    def send(self, columns: Columns | None, timeout: float | None = None) -> None:
+        """Put a sync into the queue; None: nothing more will come."""
         seconds = self.timeout if timeout is None else timeout
         try:
-            self._queue.put(item, timeout=seconds)
+            self._queue.put(columns, timeout=seconds)
         except queue.Full:
             raise TimeoutError(
                 f"{self._queue.maxsize} syncs wait, and the receiver has taken none for "
@@ -72,17 +68,17 @@ class InProcess:
         """Take the next sync."""
         seconds = self.timeout if timeout is None else timeout
         try:
-            item = None if self._is_closed else self._queue.get(timeout=seconds)
+            columns = self._queue.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError(f"nothing was sent for {seconds:g} s.") from None
-        if item is None:
-            self._is_closed = True
+        if columns is None:
+            self._queue.put(None)  # for whoever asks again
             raise EOFError(_ENDED)
-        return item
+        return columns
 
     def close(self) -> None:
         """Tell the receiver that nothing more will come."""
-        self._put(None, None)
+        self.send(None)
 
 
 class File:
