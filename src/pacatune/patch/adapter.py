@@ -70,7 +70,13 @@ def make(
             on a quantised base or trains more than columns, or the base ties a changed tensor.
     """
     checked = read_adapter(adapter)
-    _refuse_quantised(checked)
+    if (quantization := checked.config.base_quantization) is not None:
+        raise ValueError(
+            f"{checked.folder} was trained on a base quantised as "
+            f"{format_quantization(quantization)!r}, whose weights are not those of the "
+            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
+            "columns; `pacatune patch diff` makes a patch of that."
+        )
     name = base_name(None if model is None else str(model), checked.config)
     part = _files(checked.folder) if with_adapter else {}
     if is_packed(name):
@@ -137,16 +143,6 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
             (staging / name).write_bytes(bits(patch.adapter[name]).numpy().tobytes())
         read_adapter(staging)  # a patch may come from a stranger
     return output
-
-
-def _refuse_quantised(adapter: Adapter) -> None:
-    if (quantization := adapter.config.base_quantization) is not None:
-        raise ValueError(
-            f"{adapter.folder} was trained on a base quantised as "
-            f"{format_quantization(quantization)!r}, whose weights are not those of the "
-            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
-            "columns; `pacatune patch diff` makes a patch of that."
-        )
 
 
 def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:

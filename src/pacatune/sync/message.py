@@ -42,7 +42,7 @@ class Positions:
     sets: tuple[ColumnSet, ...] = field(repr=False)
     """Of each tensor, its columns."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    """Shapes of the parameters beside the trained ones, which a server may have joined to them."""
+    """Shapes of the trainer's parameters, which a server may have joined to the trained ones."""
     run: str
     """Tells one source from another, whose counting begins again."""
 

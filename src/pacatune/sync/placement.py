@@ -88,14 +88,14 @@ class Server(NamedTuple):
     """Number of ranks."""
 
     def pieces(
-        self, columns: ColumnSet, names: Sequence[str], beside: Mapping[str, tuple[int, ...]]
+        self, columns: ColumnSet, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
     ) -> list[Piece]:
         """Return where the server holds a tensor; empty if it has none of these names.
 
         Args:
             columns: The columns.
             names: Under which the server may know the tensor.
-            beside: Shapes of the trainer's parameters beside the columns' own, by name.
+            shapes: Shapes of the trainer's parameters, by name.
 
         Raises:
             ValueError: If the server's tensor is neither the whole nor a part.
@@ -104,7 +104,7 @@ class Server(NamedTuple):
             if name in self.tensors:
                 return self._split(columns, name, 1)
         for name in names:
-            if (joined := self._joined(columns, name, beside)) is not None:
+            if (joined := self._joined(columns, name, shapes)) is not None:
                 return [joined]
             for ending, (other, num_parts) in _EXPERTS.items():
                 for target in _experts_of(name, ending, other):
@@ -154,7 +154,7 @@ class Server(NamedTuple):
         )
 
     def _joined(
-        self, columns: ColumnSet, name: str, beside: Mapping[str, tuple[int, ...]]
+        self, columns: ColumnSet, name: str, shapes: Mapping[str, tuple[int, ...]]
     ) -> Piece | None:
         """Return the rows of a tensor in one that joins it with others; None if there is none."""
         owner, module, last = _split_name(name)
@@ -166,9 +166,9 @@ class Server(NamedTuple):
             rows = []
             for part in parts:
                 sibling = ".".join(filter(None, (own_owner, part, last)))
-                shape = columns.shape if part == module else beside.get(sibling)
+                shape = columns.shape if part == module else shapes.get(sibling)
                 if not shape:
-                    near = nearest(sibling, list(beside), cutoff=0)
+                    near = nearest(sibling, list(shapes), cutoff=0)
                     raise ValueError(
                         f"the server joins {', '.join(parts)} in {target!r}, but the trainer has "
                         f"no {sibling!r}; the nearest is {near!r}. Give the server's own `fusions`."

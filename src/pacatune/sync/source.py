@@ -12,7 +12,6 @@ are rounded to the dtype that is served once, after that.
 
 import importlib
 import secrets
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -88,11 +87,13 @@ class ColumnSource:
         base = base_of(self.model)
         self._weights = [_Weight(base, weight, self.dtype, self.codes) for weight in adapted]
         self._state = [weight.state for weight in adapted]
-        self._positions = Positions(
-            sets=tuple(weight.columns for weight in self._weights),
-            shapes=_shapes_beside(base, [weight.parameter for weight in adapted]),
-            run=self._run,
-        )
+        shapes = {
+            plain_name(name): whole_shape(parameter)
+            for name, parameter in base.named_parameters()
+            if "paca_delta" not in name
+        }
+        sets = tuple(weight.columns for weight in self._weights)
+        self._positions = Positions(sets=sets, shapes=shapes, run=self._run)
         self.forget()
         return self._positions
 
@@ -328,21 +329,6 @@ def _checkpoint_name(base: Any, parameter: str, shape: tuple[int, ...]) -> str:
         return parameter
     ((name, other),) = saved.items() if len(saved) == 1 else ((parameter, tensor),)
     return name if other.shape == tensor.shape else parameter
-
-
-def _shapes_beside(base: nn.Module, parameters: list[str]) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes of all matrices whose modules are beside adapted ones."""
-
-    def owner(name: str) -> str:
-        return name.rpartition(".")[0].rpartition(".")[0]
-
-    owners = {owner(name) for name in parameters}
-    shapes = {}
-    for name, parameter in base.named_parameters():
-        plain, shape = plain_name(name), whole_shape(parameter)
-        if "paca_delta" not in name and len(shape) > 1 and owner(plain) in owners:
-            shapes[plain] = shape
-    return shapes
 
 
 # Values that are spread over a trainer's processes: FSDP2's and ZeRO-3's.
