@@ -29,7 +29,7 @@ from pacatune.ops.columns import bits
 from pacatune.patch.base import find_folder, patch_of
 from pacatune.patch.difference import changed_columns
 from pacatune.patch.edit import Patch
-from pacatune.patch.packed import make_packed, open_paca, open_packed, rounding_note
+from pacatune.patch.packed import make_packed, open_packed, rounding_note
 from pacatune.tuner.compat import as_saved, tied_weights
 
 _Change = tuple[WeightColumns, Tensor]
@@ -80,7 +80,6 @@ def make(
     name = base_name(None if model is None else str(model), checked.config)
     part = _files(checked.folder) if with_adapter else {}
     if is_packed(name):
-        checked = open_paca(adapter)
         plain = load_base(name, task_type=checked.config.task_type)
         notes = check_base(checked, plain, allow_other_base=allow_other_base)
         patch, rounding = make_packed(plain, open_packed(name), checked)

@@ -79,19 +79,13 @@ class PackedResult:
     """What the user should know."""
 
 
-def open_paca(adapter: str | Path) -> Adapter:
-    """Open an adapter whose columns can be codes; refuse LoRA, and what trains more."""
+def _open_paca(adapter: str | Path) -> Adapter:
     checked = open_adapter(adapter)
     if isinstance(checked, LoraAdapter):
         raise ValueError(
             f"{checked.folder} is a LoRA adapter, which changes every element of a weight, and "
             "most by less than a step of a quantised one; codes take PaCA's columns alone. "
             "`--base dequantized` writes a model in 16 bits."
-        )
-    if checked.extra:
-        raise ValueError(
-            f"{checked.folder} also trains what are no columns, first {next(iter(checked.extra))!r}"
-            "; codes are those of columns alone."
         )
     return checked
 
@@ -118,9 +112,14 @@ def make_packed(
         The patch, and what rounding to codes did.
 
     Raises:
-        ValueError: If a trained weight is not in the file as the model has it, or in a format whose
-            codes cannot be trained.
+        ValueError: If the adapter trains more than columns, or a trained weight is not in the file
+            as the model has it, or in a format whose codes cannot be trained.
     """
+    if adapter.extra:
+        raise ValueError(
+            f"{adapter.folder} also trains what are no columns, first {next(iter(adapter.extra))!r}"
+            "; codes are those of columns alone."
+        )
     rounding = Rounding()
     changes = [_change(base, checkpoint, adapter, name, rounding) for name in adapter.modules]
     return patch_of(checkpoint, changes, base=Path(checkpoint.title).name), rounding
@@ -157,7 +156,7 @@ def merge_packed(
             rounding takes more than half of what the adapter has gained: of the loss, or without
             one of the change of outputs. Nothing is written then.
     """
-    output, checked = Path(output), open_paca(adapter)
+    output, checked = Path(output), _open_paca(adapter)
     check_new(model, output)
     checkpoint = open_packed(model)
     load = partial(load_base, task_type=checked.config.task_type, device=device)
