@@ -110,7 +110,7 @@ class FileColumns:
         values = checkpoint.values(self.name, 1, indices).to(device)
         names = ("num_attention_heads", "num_key_value_heads")
         heads = filter(None, (getattr(config, name, None) for name in names))
-        self.order = row_order(values, columns.detach(), heads, self.name)
+        self.order = _row_order(values, columns.detach(), heads, self.name)
         """(O,), which row of the model's matrix each row of the file is."""
         self.before = checkpoint.columns(self.name, 1, indices).to(device)
         """(O, R), the base's, in the file's order of rows."""
@@ -142,27 +142,21 @@ class FileColumns:
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
 
-def row_order(values: Tensor, weight: Tensor, heads: Iterable[int], name: str) -> Tensor:
-    """Return which row of a weight each row of the file is, (O,) int64.
+def _row_order(values: Tensor, columns: Tensor, heads: Iterable[int], name: str) -> Tensor:
+    """Return which row of a weight each row of the file is, by (O, R) columns of both.
 
     llama.cpp lays the rows of some projections otherwise: of each head, the two halves that are
     rotated together alternate. Values decide, so it is also a check that the weight is the file's.
-
-    Args:
-        values: (O, R) values of some columns in the file.
-        weight: The same columns of the model's weight, in its dtype.
-        heads: Numbers of heads that a weight may have.
-        name: What the weight is called, for messages.
     """
-    rows = torch.arange(len(weight), device=weight.device)
+    rows = torch.arange(len(columns), device=columns.device)
     halves = [
         rows.view(number, 2, -1).transpose(1, 2).flatten()
         for number in heads
-        if len(weight) % (2 * number) == 0
+        if len(columns) % (2 * number) == 0
     ]
-    rounded = values.to(weight.dtype)
+    rounded = values.to(columns.dtype)
     for order in (rows, *halves):
-        if torch.equal(weight[order], rounded):
+        if torch.equal(columns[order], rounded):
             return order
     raise ValueError(
         f"the file does not hold {name!r} as the model has it; it is another model's, or its rows "

@@ -56,21 +56,16 @@ def patch_of(
     base: str,
     adapter: dict[str, Tensor] | None = None,
 ) -> Patch:
-    """Return the patch of a checkpoint that writes new values over columns, with its hashes."""
-    patch = Patch.of(changes, base=base, adapter=adapter or {})
-    return replace(patch, fingerprint=_fingerprint(checkpoint, patch.before))
+    """Return the patch of a checkpoint that writes new values over columns.
 
-
-def _fingerprint(
-    checkpoint: Checkpoint, changed: Mapping[str, WeightColumns]
-) -> dict[str, dict[str, str]]:
-    """Hash some columns of each tensor, at equal distances, of those that are left alone."""
-    result = {}
-    for name, columns in changed.items():
+    Of each tensor some columns that are left alone, at equal distances, are hashed.
+    """
+    patch, fingerprint = Patch.of(changes, base=base, adapter=adapter or {}), {}
+    for name, columns in patch.before.items():
         free = columns_beside(columns.indices, columns.shape[columns.dim], _NUM_COLUMNS)
         if len(columns.shape) > 1 and len(free):
-            result[name] = _hashes(checkpoint, name, columns.dim, free)
-    return result
+            fingerprint[name] = _hashes(checkpoint, name, columns.dim, free)
+    return replace(patch, fingerprint=fingerprint)
 
 
 def _hashes(checkpoint: Checkpoint, name: str, dim: int, indices: Tensor) -> dict[str, str]:
