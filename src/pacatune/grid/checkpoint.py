@@ -107,16 +107,17 @@ class FileColumns:
         self.grid = checkpoint.grid(self.name)
         """None: they are numbers."""
         indices, device = indices.cpu(), columns.device
-        values = checkpoint.values(self.name, 1, indices).to(device)
-        names = ("num_attention_heads", "num_key_value_heads")
-        heads = filter(None, (getattr(config, name, None) for name in names))
-        self.order = _row_order(values, columns.detach(), heads, self.name)
-        """(O,), which row of the model's matrix each row of the file is."""
-        self.before = checkpoint.columns(self.name, 1, indices).to(device)
-        """(O, R), the base's, in the file's order of rows."""
+        values = before = checkpoint.columns(self.name, 1, indices)
         if self.grid is not None:
             scales = checkpoint.scales(self.name, indices)
             self._scale, self._minimum = (part.to(device) for part in scales)
+            values = self.grid.values(before, *scales)
+        self.before = before.to(device)
+        """(O, R), the base's, in the file's order of rows."""
+        names = ("num_attention_heads", "num_key_value_heads")
+        heads = filter(None, (getattr(config, name, None) for name in names))
+        self.order = _row_order(values.to(device), columns.detach(), heads, self.name)
+        """(O,), which row of the model's matrix each row of the file is."""
 
     def moved(self, delta: Tensor, scaling: float) -> Moved:
         """Return what they are after an (O, R) update; as codes the nearest, see `Grid.moved`.
