@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pacatune.grid.checkpoint import _row_order
 from pacatune.grid.formats import GRIDS
 
 quants = pytest.importorskip("gguf.quants")
@@ -105,3 +106,15 @@ def test_what_is_no_number_keeps_its_code():
     moved = grid.moved(codes, scale, torch.full((1, 4), 5.0))
     assert (codes == moved.after).tolist() == [[True, True, True, False]]
     assert moved.num_clipped == 0
+
+
+def test_rows_that_the_trained_columns_do_not_tell_apart_are_refused():
+    """The halves of heads may lie in another order, and an update would go to other rows."""
+    columns, rows = torch.arange(16.0).view(8, 2), torch.arange(8)
+    assert torch.equal(_row_order(columns, columns, (2,), "q"), rows)
+    halves = rows.view(2, 2, -1).transpose(1, 2).flatten()
+    assert torch.equal(_row_order(columns[halves], columns, (2,), "q"), halves)
+    equal = torch.zeros(8, 2)
+    assert torch.equal(_row_order(equal, equal, (4,), "q"), rows)  # of heads of two rows
+    with pytest.raises(ValueError, match="'q' has equal rows in the columns that are trained"):
+        _row_order(equal, equal, (2,), "q")
