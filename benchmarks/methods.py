@@ -27,6 +27,8 @@ METHODS = {name: ALL[name].summary for name in TEXT_METHODS} | {
     "lora_bf16": "PEFT's LoRA with its adapters in bfloat16, under autocast",
     "lora_r8": "PEFT's LoRA of half the rank: about as many trained parameters as paca",
     "additive": "ours in plain autograd, weight untouched: the fallback's form",
+    "channels": "ours of the same rank over 64 columns of each weight",
+    "all_channels": "ours of the same rank over all columns: LoRA in place",
 }
 USUAL = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_r8", "lora_dropout", "dora", "full")
 """Those that are measured unless asked otherwise."""
@@ -34,6 +36,8 @@ USUAL = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_r8", "lora_dropout", "
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     SWAP: (OURS, {}),
     "additive": (OURS, {}),
+    "channels": (OURS, {"channels": 64}),
+    "all_channels": (OURS, {"channels": 1.0}),
     "lora_r8": ("lora", {"rank": 8, "alpha": 8}),
     "lora_bf16": ("lora", {"adapter_dtype": torch.bfloat16}),
 }

@@ -36,7 +36,7 @@ from benchmarks.llama_cpp import answers
 from benchmarks.results import at_least_1, counted, mean_row, new_parser, record
 from examples.packaged import default_cache, prepare
 from pacatune.adapters.loading import load_language_model
-from pacatune.grid.checkpoint import heads_of, row_order
+from pacatune.grid.checkpoint import FileColumns
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.patch.packed import merge_packed
 from pacatune.reports.rows import Row
@@ -92,11 +92,10 @@ def requantised(file: Path, trained: Any, output: Path) -> None:
     for module, layer in before.get_decoder().named_modules(prefix="model"):
         if not isinstance(layer, torch.nn.Linear):
             continue
-        name = checkpoint.name_of(f"{module}.weight", before.config.num_hidden_layers)
-        entry = checkpoint.entries[name]
-        values = checkpoint.values(name, torch.arange(entry.shape[1]))
-        order = row_order(values, layer.weight.detach(), heads_of(before.config), module)
-        after = trained.get_submodule(module).weight.detach().float()[order].contiguous()
+        columns = torch.arange(layer.in_features)
+        stored = FileColumns(checkpoint, f"{module}.weight", layer.weight, columns, before.config)
+        entry = checkpoint.entries[stored.name]
+        after = trained.get_submodule(module).weight.detach().float()[stored.order].contiguous()
         kind = gguf.GGMLQuantizationType[entry.dtype]
         data = gguf.quants.quantize(after.numpy(), kind).tobytes()
         content[entry.start : entry.start + entry.num_bytes] = data

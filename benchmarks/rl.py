@@ -268,7 +268,7 @@ class Matrices:
         self.model, self.number = model, 0
         self.last: Tensor | None = None
         sets = tuple(
-            ColumnSet(
+            ColumnSet.at(
                 name=name,
                 parameter=name,
                 dim=1,

@@ -28,10 +28,11 @@ def load_images(folder, seed=0):
     return data["train"], data["test"]
 
 
-def adapt(model, method, rank, seed=0):
+def adapt(model, method, rank, seed=0, **changes):
     """Let a method train its part of a model, and the head; return the model and the head's name.
 
-    LoRA and PaCA get the linear layers, and convolutions with at least `rank` channels.
+    LoRA and PaCA get the linear layers, and convolutions with at least `rank` channels. `changes`
+    are further options of their configurations.
     """
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -57,11 +58,25 @@ def adapt(model, method, rank, seed=0):
         return model, head
     options = {"r": rank, "target_modules": targets, "modules_to_save": [head]}
     if method == "paca":
-        return get_peft_model(model, PacaConfig(paca_alpha=rank, random_seed=seed, **options)), head
-    return get_peft_model(model, LoraConfig(lora_alpha=rank, **options)), head
+        options |= {"paca_alpha": rank, "random_seed": seed, **changes}
+        return get_peft_model(model, PacaConfig(**options)), head
+    return get_peft_model(model, LoraConfig(**options | {"lora_alpha": rank, **changes})), head
 
 
-def make_trainer(path, method, images, output, rank, rate, steps, *, seed=0, size=None):
+def make_trainer(
+    path,
+    method,
+    images,
+    output,
+    rank,
+    rate,
+    steps,
+    *,
+    seed=0,
+    size=None,
+    head_rate=HEAD_RATE,
+    **changes,
+):
     """Return transformers' Trainer of a model with a new head for the classes of the images."""
     import torch
     import transformers
@@ -70,8 +85,8 @@ def make_trainer(path, method, images, output, rank, rate, steps, *, seed=0, siz
     kinds = {"num_labels": images[0].features["label"].num_classes, "ignore_mismatched_sizes": True}
     model = transformers.AutoModelForImageClassification.from_pretrained(path, **kinds)
     processor = transformers.AutoImageProcessor.from_pretrained(path)
-    model, head = adapt(model, method, rank, seed)
-    groups = [{"params": [], "lr": HEAD_RATE}, {"params": [], "lr": rate}]
+    model, head = adapt(model, method, rank, seed, **changes)
+    groups = [{"params": [], "lr": head_rate}, {"params": [], "lr": rate}]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[f"{head}." not in name]["params"].append(parameter)

@@ -60,8 +60,9 @@ class StudyConfig:
     task: str = ""
     """Path of a configuration of `command`; empty if `options` says it all."""
 
-    command: Literal["train", "classify"] = "train"
-    """What the configuration is one of; `classify` is `train --task classifier`."""
+    command: Literal["train", "classify", "images"] = "train"
+    """What the configuration is one of; `classify` is `train --task classifier`, `images` is of
+    `experiments.study.images`."""
 
     options: Values = field(default_factory=dict)
     """Options of all runs, in sections; over the task's."""

@@ -1,5 +1,6 @@
 """Runs a study: what a folder has already is read back; then what each arm reached."""
 
+import copy
 import csv
 import tempfile
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from experiments.jobs import Finished, Job, done
 from experiments.study.config import StudyConfig
@@ -15,6 +17,7 @@ from experiments.study.statistics import Run, best_rate, chosen, compared, rate_
 from experiments.study.tasks import StudyTask
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.rows import Row, Table, spread_of_mean
+from pacatune.training import RunConfig
 from pacatune.training.config_file import to_values
 
 RUNS, REPORT = "runs.csv", "report.md"
@@ -73,13 +76,21 @@ def run_study(
     return results
 
 
+def _task_of(config: StudyConfig) -> Any:
+    if config.command != "images":
+        return StudyTask(config)
+    from experiments.study.images import ImageTask
+
+    return ImageTask(config)
+
+
 class _Runner:
     """Does the runs of a study that a folder does not hold."""
 
     def __init__(
         self, config: StudyConfig, folder: OwnedFolder, tell: Callable[[str], None]
     ) -> None:
-        self.config, self.task = config, StudyTask(config)
+        self.config, self.task = config, _task_of(config)
         self._folder, self._tell = folder, tell
         self._rates = {name: config.rates_of(name) for name in config.arms}
         self.ended: dict[tuple[str, float, int], Run] = {}
@@ -118,7 +129,7 @@ class _Runner:
 
     def _job(self, name: str, rate: float, seed: int) -> Job:
         run = self.task.make_run(self.config.arms[name], rate, seed, Path("unused"))
-        values = to_values(run)
+        values = to_values(run) if isinstance(run, RunConfig) else copy.deepcopy(run)
         del values["training"]["output_dir"]
         inputs = {
             "run": values,

@@ -55,7 +55,7 @@ def test_the_lora_adapter_computes_the_same(export, tiny_model_dir, tmp_path):
     assert_same_in_peft(tiny_model_dir, tmp_path / "lora", adapted)
     modules = read_adapter(tmp_path / "adapter").modules
     assert len(tensors) == 2 * len(modules)
-    for name, (delta, indices) in modules.items():
+    for name, (delta, indices, _) in modules.items():
         factor_a = tensors[f"base_model.model.{name}.lora_A.weight"]
         assert torch.equal(factor_a.nonzero()[:, 1], indices)
         assert factor_a.sum() == len(indices)

@@ -31,7 +31,7 @@ HEAD = "base_model.model.lm_head.weight"
 def test_an_adapter_is_read_without_its_base(adapter_dir, lora_dir):
     adapter = read_adapter(adapter_dir)
     assert len(adapter.modules) == 6 == len(open_adapter(adapter_dir).modules)
-    delta, indices = adapter.modules["model.layers.1.mlp.down_proj"]
+    delta, indices, _ = adapter.modules["model.layers.1.mlp.down_proj"]
     assert (delta.shape, indices.shape) == ((32, 4), (4,))
     assert adapter.scaling("model.layers.1.mlp.down_proj") == 2
     assert adapter.config.r == 4

@@ -22,7 +22,7 @@ def test_a_paca_adapter_is_described_in_full(adapter_dir, tiny_model_dir):
     assert not report.extra
     norms = [module.update_norm for module in report.modules]
     assert norms == sorted(norms, reverse=True)
-    delta, indices = read_adapter(adapter_dir).modules[report.modules[0].name]
+    delta, indices, _ = read_adapter(adapter_dir).modules[report.modules[0].name]
     assert norms[0] == pytest.approx(2 * float(delta.norm()))
     assert report.modules[0].columns == indices.tolist()
 

@@ -106,13 +106,14 @@ REFUSED = {
 }
 
 
-@pytest.fixture(scope="module", params=kinds.OPTIONS)
+@pytest.fixture(scope="module", params=[*kinds.OPTIONS, *(f"{k}, mixed" for k in kinds.OPTIONS)])
 def case(request, tmp_path_factory):
-    kind = request.param
+    kind, _, is_mixed = request.param.partition(", ")
+    options = {"dtype": "bfloat16", **({"channels": 5} if is_mixed else {})}
     folder = tmp_path_factory.mktemp(kind)
     base, adapter = folder / "base", folder / "adapter"
     kinds.build(kind).bfloat16().save_pretrained(base)
-    model = kinds.save(kind, base, adapter, dtype="bfloat16")
+    model = kinds.save(kind, base, adapter, **options)
     model.save_pretrained(adapter, save_embedding_layers=False)
     return Case(kind, base, adapter, model)
 

@@ -31,7 +31,7 @@ def test_options_reach_the_export(adapter_dir, tmp_path, shown, refused):
     words = ["export", "--adapter", adapter_dir, "--output", tmp_path / "lora"]
     out = shown(*words, "--to", "lora", "--dtype", "bfloat16")
     assert "6 modules as LoRA, bfloat16, rounded by at most" in out
-    assert "`to` ('paca')" in refused(*words, "--to", "paca")
+    assert "`to` ('ia3')" in refused(*words, "--to", "ia3")
 
 
 def test_other_tensors_are_refused_or_kept(tiny_model_dir, tmp_path, shown, refused):

@@ -41,6 +41,7 @@ def encoder():
 BLOCKS = {
     "encoder": (encoder, ["embed", "linear1", "linear2"]),
     "convolutions": (Convolutions, ["stem", "depthwise", "grouped", "wave"]),
+    "encoder, mixed": (encoder, ["linear1", "linear2"]),
 }
 KINDS = [*EXPERTS, *BLOCKS]
 
@@ -70,6 +71,8 @@ def adapt(kind):
     torch.manual_seed(0)
     block, targets = BLOCKS[kind]
     options = {"target_modules": targets, "target_parameters": None}
+    if kind.endswith("mixed"):
+        options["channels"] = 8
     return moe.adapt(Model(block).double(), random=False, **options)
 
 

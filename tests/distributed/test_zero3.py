@@ -162,12 +162,12 @@ def test_weights_partitioned_before_they_are_adapted(pair, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in results[0][1].items())
 
 
-def sync_columns(stage):
+def sync_columns(stage, channels):
     from peft import set_peft_model_state_dict
 
     from pacatune.sync import ColumnReceiver, ColumnSource
 
-    model = net.adapt("float32")
+    model = net.adapt("float32", channels=channels)
     source, server = ColumnSource(model), net.build_base("float32")
     receiver = ColumnReceiver(server)
     train_engine(model, configure(stage))
@@ -176,16 +176,16 @@ def sync_columns(stage):
         source = ColumnSource(model)
     for _ in range(2):
         receiver.apply(source.columns())
-    one = net.adapt("float32")
+    one = net.adapt("float32", channels=channels)
     set_peft_model_state_dict(one, whole_adapter_and_base(model)[0])
     expected = one.merge_and_unload().state_dict()
     return all(torch.equal(tensor, expected[k]) for k, tensor in server.state_dict().items())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_columns_for_a_server(pair, stage):
-    assert pair.run(sync_columns, stage) == [True, True]
+@pytest.mark.parametrize(("stage", "channels"), [(2, None), (3, None), (3, 9)])
+def test_columns_for_a_server(pair, stage, channels):
+    assert pair.run(sync_columns, stage, channels) == [True, True]
 
 
 def test_empty_adapter_is_not_saved(tmp_path):

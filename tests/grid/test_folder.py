@@ -153,13 +153,15 @@ def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):
     name = name if name in tensors else f"{name}_inv"
     save_file(tensors | {name: 2 * tensors[name]}, path, {"format": "pt"})
     before = digest(path)
-    message = r"holds the codes of 'model\.layers\.1\.mlp\.up_proj.*' with other scales than the"
+    message = (
+        r"not the base .* columns of 'model\.layers\.1\.mlp\.up_proj.*' beside the patch's dif"
+    )
     with pytest.raises(ValueError, match=message):
         patch.apply_to_folder(folder, changes, tmp_path / "out")
     assert digest(path) == before
     assert not (tmp_path / "out").exists()
     (note,) = patch.apply_to_folder(folder, changes, tmp_path / "out", allow_other_base=True).notes
-    assert "with other scales" in note
+    assert "sampled columns beside the patch's differ from its base" in note
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.files.journal import journal_of
 from pacatune.grid.gguf import GgufCheckpoint
-from pacatune.patch import Patch, apply_in_place, apply_to_folder, load, make, recover, save
+from pacatune.patch import apply_in_place, apply_to_folder, load, make, recover, save
 from pacatune.patch.packed import merge_packed
 from pacatune.pretrained import find_model
 from pacatune.training.held_out import HeldOut
@@ -71,7 +72,7 @@ def test_it_is_trained_written_and_taken_out(model_file, run_dir, tmp_path, caps
     patch, copy = tmp_path / "p.safetensors", tmp_path / "copy.gguf"
     copy.write_bytes(model_file.read_bytes())
     assert main(["patch", "make", *words[:4], "--output", str(patch)]) == 0
-    assert {edit.grid for edit in load(patch).edits.values()} == {
+    assert {columns.grid for columns in load(patch).after.values()} == {
         "Q4_0",
         "Q4_1",
         "Q5_1",
@@ -226,7 +227,7 @@ def test_tensors_that_share_bytes_are_refused(model_file, run_dir, tmp_path):
         copy.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             apply_in_place(copy, changes)
-        save(Patch(edits=changes.edits), journal_of(copy))
+        save(replace(changes, fingerprint={}), journal_of(copy))
         with pytest.raises(ValueError, match=message):
             recover(copy)
         journal_of(copy).unlink()
@@ -323,7 +324,7 @@ def test_an_interrupted_patch_is_rolled_back(model_file, run_dir, tmp_path, monk
         real(self, *args)
 
     monkeypatch.setattr(GgufCheckpoint, "put_columns_", dies)
-    monkeypatch.setattr(folder, "_roll_after", lambda error, model: None)  # as if it were killed
+    monkeypatch.setattr(folder, "_roll", lambda model, finish: [])  # as if it were killed
     with pytest.raises(KeyboardInterrupt):
         apply_in_place(copy, patch)
     monkeypatch.undo()

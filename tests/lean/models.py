@@ -113,8 +113,9 @@ def adapt(model, method="paca", **options):
     """Return the model with random adapters of a method."""
     torch.manual_seed(0)
     options = {"r": 4, "target_modules": "all-linear", **options}
-    if method == "paca":
-        config = PacaConfig(init_weights=False, **options)
+    if method in ("paca", "channels"):
+        channels = 8 if method == "channels" else None
+        config = PacaConfig(init_weights=False, channels=channels, **options)
     else:
         config = LoraConfig(use_dora=method == "dora", **options)
     model = get_peft_model(model, config).train()

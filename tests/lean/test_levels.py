@@ -58,7 +58,7 @@ def compare_levels(model, batch, *, within=nullcontext):
     [
         *((name, "paca", torch.bfloat16) for name in ADAPTED),
         *((name, "lora", torch.float32) for name in ADAPTED),
-        *(("Llama", method, torch.bfloat16) for method in ("dora", "full")),
+        *(("Llama", method, torch.bfloat16) for method in ("dora", "full", "channels")),
         ("Phi-3", "dora", torch.float32),
         ("Gemma 3", "full", torch.float32),
     ],

@@ -39,7 +39,7 @@ def together(gate, up, delta, bias, activation="silu", is_resident=True):
     if is_resident:
         weight = reference.adapted_weight(weight, delta.detach(), indices, SCALING)
     call = Call(SCALING, ACTIVATIONS[activation])
-    return apply_paca_linear(up, delta, indices, bias, gate, call, weight, is_resident)
+    return apply_paca_linear(up, delta, None, indices, bias, gate, call, weight, is_resident)
 
 
 @pytest.mark.parametrize("is_resident", [True, False])

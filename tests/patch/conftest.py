@@ -8,6 +8,7 @@ import torch
 
 from pacatune import patch
 from pacatune.ops.columns import bits
+from pacatune.patch import Patch, WeightColumns
 from tests.adapters.fixtures import adapter_dir, save_adapter
 from tests.conftest import build_model
 
@@ -22,13 +23,20 @@ def contents(folder):
     }
 
 
-def assert_same_edits(one, other):
-    assert one.edits.keys() == other.edits.keys()
-    for name, edit in one.edits.items():
-        theirs = other.edits[name]
-        assert (edit.dim, edit.shape, edit.dtype) == (theirs.dim, theirs.shape, theirs.dtype)
-        for part in ("indices", "original", "new"):
-            assert torch.equal(bits(getattr(edit, part)), bits(getattr(theirs, part))), name
+def assert_same_columns(one, other):
+    """Of two patches, before and after."""
+    for ours, theirs in ((one.before, other.before), (one.after, other.after)):
+        assert ours.keys() == theirs.keys()
+        for name, own in ours.items():
+            their = theirs[name]
+            assert (own.dim, own.shape, own.form) == (their.dim, their.shape, their.form)
+            for part in ("indices", "values"):
+                assert torch.equal(bits(getattr(own, part)), bits(getattr(their, part))), name
+
+
+def change_of(name, dim, weight, columns, new):
+    """Return the patch that writes `new` over some columns of one tensor."""
+    return Patch.of([(WeightColumns.of(name, dim, weight, torch.tensor(columns)), new)])
 
 
 @pytest.fixture(scope="session")

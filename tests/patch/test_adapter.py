@@ -1,7 +1,7 @@
 """R7: from adapters to patches and back, with the bits of a merge, for every kind of weight."""
 
-import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,19 +33,21 @@ def test_without_its_adapter_a_patch_is_smaller(bf16_dir, bf16_adapter, bf16_pat
     made, notes = patch.make(bf16_dir, bf16_adapter, with_adapter=False)
     assert notes == ["the patch is without its adapter (--no_adapter), which it cannot give back."]
     small, large = (patch.save(p, tmp_path / n) for p, n in ((made, "a"), (bf16_patch, "b")))
-    assert large - small > sum(t.nbytes for t in bf16_patch.adapter.tensors.values())
+    assert large - small > sum(file.nbytes for file in bf16_patch.adapter.values()) > 0
     with pytest.raises(ValueError, match="without the adapter it was made of; make it again"):
         patch.to_adapter(made, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
 def test_an_adapter_that_a_stranger_put_into_a_patch_is_checked(bf16_patch, tmp_path):
-    part = bf16_patch.adapter
-    config = json.loads(part.config) | {"peft_type": "EVIL"}
-    forged = patch.AdapterPart(config=json.dumps(config), sidecar=None, tensors=part.tensors)
+    evil = torch.frombuffer(bytearray(b'{"peft_type": "EVIL"}'), dtype=torch.uint8)
+    forged = {**bf16_patch.adapter, CONFIG: evil, "config.json": evil}
     with pytest.raises(ValueError, match="This is not a PaCA adapter"):
-        patch.to_adapter(patch.Patch(edits=bf16_patch.edits, adapter=forged), tmp_path / "x")
+        patch.to_adapter(replace(bf16_patch, adapter=forged), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+    other = replace(bf16_patch, adapter={**bf16_patch.adapter, "config.json": evil})
+    patch.to_adapter(other, tmp_path / "x")
+    assert not (tmp_path / "x" / "config.json").exists()
 
 
 def test_a_checkpoint_of_the_bare_model(tmp_path):
@@ -55,7 +57,7 @@ def test_a_checkpoint_of_the_bare_model(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     save_adapter(tmp_path / "whole", tmp_path / "adapter")
     made, _ = patch.make(tmp_path / "bare", tmp_path / "adapter")
-    assert "layers.0.self_attn.q_proj.weight" in made.edits
+    assert "layers.0.self_attn.q_proj.weight" in made.after
     patch.apply_to_folder(tmp_path / "bare", made, tmp_path / "patched")
     patch.apply(model, made)
     bare = LlamaModel.from_pretrained(tmp_path / "patched")

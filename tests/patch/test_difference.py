@@ -11,7 +11,7 @@ from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.merge import merge
 from pacatune.patch.difference import changed_columns
 from tests.adapters.fixtures import edit_tensors, save_adapter
-from tests.patch.conftest import assert_same_edits
+from tests.patch.conftest import assert_same_columns
 from tests.releases import needs
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -39,7 +39,7 @@ def test_two_models_give_the_adapters_patch(bf16_dir, bf16_adapter, bf16_patch, 
     result = patch.diff(bf16_dir, tmp_path / "merged")
     assert result.refusal() is None
     assert len(result.changed) == 6
-    assert_same_edits(bf16_patch, result.patch)
+    assert_same_columns(bf16_patch, result.patch)
     assert_gives(bf16_dir, result.patch, tmp_path / "merged", tmp_path / "out")
 
 
@@ -50,8 +50,8 @@ def test_rows_and_whole_vectors(bf16_dir, changed, tmp_path):
 
     other = changed(change)
     made = patch.diff(bf16_dir, other).patch
-    assert {edit.dim for edit in made.edits.values()} == {0}
-    assert made.edits["model.embed_tokens.weight"].indices.tolist() == [3, 7]
+    assert {columns.dim for columns in made.after.values()} == {0}
+    assert made.after["model.embed_tokens.weight"].indices.tolist() == [3, 7]
     assert_gives(bf16_dir, made, other, tmp_path / "out")
 
 
@@ -66,9 +66,9 @@ def test_columns_that_were_trained_on_few_bits_by_way_of_the_merge(tiny_model_di
         f"{n}.weight": one.indices for n, one in read_adapter(tmp_path / "a").modules.items()
     }
     columns["model.embed_tokens.weight"] = torch.tensor([3, 5])
-    assert made.edits.keys() == columns.keys()
-    for name, edit in made.edits.items():
-        assert torch.equal(edit.indices, columns[name])
+    assert made.after.keys() == columns.keys()
+    for name, after in made.after.items():
+        assert torch.equal(after.indices, columns[name])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,8 @@ def test_columns_are_found_along_the_dimension_with_the_fewest(place, expected):
     before = torch.zeros(6, 5, 4)
     after = before.clone()
     after[place] = 1
-    dim, columns = changed_columns(before, after)
-    assert (dim, columns.tolist()) == expected
-    assert changed_columns(before, before.clone()) is None
-    assert changed_columns(before, -before) is not None  # 0.0 and -0.0
+    columns, new = changed_columns("a", before, after)
+    assert (columns.dim, columns.indices.tolist()) == expected
+    assert torch.equal(new, after.index_select(columns.dim, columns.indices))
+    assert changed_columns("a", before, before.clone()) is None
+    assert changed_columns("a", before, -before) is not None  # 0.0 and -0.0

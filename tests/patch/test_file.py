@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from pacatune import patch
 from pacatune.cli.entry import main
 from pacatune.files.checkpoint import Checkpoint
+from pacatune.format.tensors import TENSORS_NAME
 from pacatune.ops.columns import bits
 from pacatune.patch.base import check_base
 from pacatune.patch.file import _KEY, _digest, is_patch
 from tests.full_disk import limited_files
 from tests.mutations import mutated
-from tests.patch.conftest import assert_same_edits
+from tests.patch.conftest import assert_same_columns
 
 
 @pytest.fixture
@@ -32,9 +33,10 @@ def path(bf16_patch, tmp_path):
 
 def test_a_patch_is_read_as_it_was_written(path, bf16_patch):
     found = patch.load(path)
-    assert_same_edits(found, bf16_patch)
+    assert_same_columns(found, bf16_patch)
     assert (found.base, found.fingerprint) == (bf16_patch.base, bf16_patch.fingerprint)
-    assert found.adapter.config == bf16_patch.adapter.config
+    assert found.adapter.keys() == {"adapter_config.json", "pacatune.json", TENSORS_NAME}
+    assert all(torch.equal(file, bf16_patch.adapter[name]) for name, file in found.adapter.items())
     assert is_patch(path)
     # As readable as its folder; safetensors makes its files private.
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.parent.stat().st_mode) & 0o666
@@ -101,14 +103,13 @@ def write(path, tensors, description):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is a patch of version 2, and this pacatune reads 1; use the pacatune"),
-        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.indices"),
-        ({"tensors": {}}, "`edits` is empty"),
+        ({"version": 1}, "is a patch of version 1, and this pacatune reads 2; use the pacatune"),
+        ({"tensors": {"a": {"dim": 0, "shape": [1]}}}, "lacks a part of a patch, or.*a.before"),
+        ({"tensors": {}}, "`before` is empty"),
         ({"fingerprint": {TENSOR: {"32": "x"}}}, f"`fingerprint` has columns of '{TENSOR}' that"),
         ({"fingerprint": {TENSOR: {"x": "x"}}}, "lacks a part of a patch, or.*'x'"),
         ({"tensors": {TENSOR: {"dim": 1e999, "shape": [32, 32]}}}, "is no finite number"),
         ({"base": "a\x1b[2J"}, r"'a\\x1b\[2J'; control characters are not allowed"),
-        ({"adapter": {"config": "{}", "sidecar": 3}}, "lacks a part of a patch, or.*no texts"),
     ],
 )
 def test_descriptions_that_do_not_fit(path, changes, message):
@@ -123,7 +124,7 @@ def use(path, bf16_patch, checkpoint, tensors, scratch):
     """Do all that is done with a patch; return its inverse."""
     found = patch.load(path)
     assert main(["inspect", str(path), "--columns"]) == 0
-    if found.adapter is not None:
+    if found.adapter:
         shutil.rmtree(scratch, ignore_errors=True)
         patch.to_adapter(found, scratch)
     with contextlib.suppress(ValueError):  # most overlap

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
 from pacatune.ops.columns import bits
-from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from tests.adapters.fixtures import edit_json, edit_tensors, save_adapter
 from tests.conftest import build_model
-from tests.patch.conftest import contents
+from tests.patch.conftest import change_of, contents
 
 
 def test_a_copy_is_patched_and_the_base_left_alone(base, bf16_patch, tmp_path):
@@ -44,8 +43,7 @@ def test_files_whose_tensors_are_not_aligned(tmp_path):
     raw += b" " * (1 - len(raw) % 2)  # an odd length
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + weight.numpy().tobytes())
-    edit = edit_of("w", 1, weight, torch.tensor([1, 4]), torch.full((4, 2), -1.0))
-    patch.apply_in_place(tmp_path, Patch(edits={"w": edit}))
+    patch.apply_in_place(tmp_path, change_of("w", 1, weight, [1, 4], torch.full((4, 2), -1.0)))
     weight[:, [1, 4]] = -1
     assert torch.equal(load_file(path)["w"], weight)
 
@@ -105,11 +103,10 @@ def test_disjoint_patches_go_on_and_off_in_any_order(bf16_dir, single, tmp_path)
 
 
 def test_overlapping_patches_come_off_in_order_only(bf16_dir, single, bf16_patch):
-    name, first = next(iter(bf16_patch.edits.items()))
+    name, first = next(iter(bf16_patch.before.items()))
     patch.apply_in_place(single, bf16_patch)
     patched = Checkpoint.open(single).tensor(name)
-    over = edit_of(name, first.dim, patched, first.indices[:1], patched[:, :1] * 3)
-    second = Patch(edits={name: over})
+    second = change_of(name, first.dim, patched, [int(first.indices[0])], patched[:, :1] * 3)
     patch.apply_in_place(single, second)
     message = r"1 of 6 tensors.* than the patch replaces\. .* if another .*overlaps"
     with pytest.raises(ValueError, match=message):
@@ -122,13 +119,14 @@ def test_overlapping_patches_come_off_in_order_only(bf16_dir, single, bf16_patch
 # R5: what a patch does not fit, stays as it is.
 
 
-def test_a_base_that_differs_elsewhere_alone(single, bf16_patch, tmp_path):
+@pytest.mark.parametrize("num_tensors", [1, 6])
+def test_a_base_that_differs_elsewhere_alone(single, bf16_patch, tmp_path, num_tensors):
     """A fine-tune that froze the columns: the patch fits, but what comes out was never trained."""
 
     def train(tensors):
-        for name, edit in bf16_patch.edits.items():
-            noise = torch.randn(edit.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-            noise[:, edit.indices] = tensors[name][:, edit.indices]
+        for name, own in list(bf16_patch.before.items())[:num_tensors]:
+            noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+            noise[:, own.indices] = tensors[name][:, own.indices]
             tensors[name] = noise
 
     edit_tensors(single / "model.safetensors", train)

@@ -18,13 +18,12 @@ from pacatune import patch
 from pacatune.files.checkpoint import Checkpoint
 from pacatune.files.journal import JOURNAL_NAME, PARKED_SUFFIX, journal_of
 from pacatune.files.owned_folder import alone_in
-from pacatune.patch import Patch, edit_of
 from pacatune.patch import folder as folder_module
 from pacatune.pretrained import find_model
 from tests.adapters.fixtures import edit_tensors
 from tests.forks import run_python
 from tests.full_disk import limited_files
-from tests.patch.conftest import contents
+from tests.patch.conftest import change_of, contents
 
 
 @pytest.fixture
@@ -52,16 +51,15 @@ def test_only_pages_with_columns_are_written(tmp_path):
     """16 columns of 64 KiB rows: a page for each row, as mincore of the file would say."""
     weight = torch.zeros(8, 32768, dtype=torch.bfloat16)
     save_file({"w": weight, "x": torch.ones(4)}, tmp_path / "model.safetensors")
-    edit = edit_of("w", 1, weight, torch.arange(16), torch.ones(8, 16, dtype=torch.bfloat16))
-    result = patch.apply_in_place(tmp_path, Patch(edits={"w": edit}))
-    assert result.page_bytes == 8 * 4096
-    rows = edit_of("w", 0, weight, torch.tensor([3]), torch.ones(1, 32768, dtype=torch.bfloat16))
-    page_bytes = folder_module._page_bytes(Checkpoint.open(tmp_path), Patch(edits={"w": rows}))
-    assert page_bytes in (16 * 4096, 17 * 4096)
+    columns = change_of("w", 1, weight, [*range(16)], torch.ones(8, 16, dtype=torch.bfloat16))
+    assert patch.apply_in_place(tmp_path, columns).page_bytes == 8 * 4096
+    weight[:, :16] = 1
+    row = change_of("w", 0, weight, [3], torch.full((1, 32768), 2, dtype=torch.bfloat16))
+    assert patch.apply_in_place(tmp_path, row).page_bytes in (16 * 4096, 17 * 4096)
 
 
 def test_a_file_with_a_second_name_is_not_changed(unchanged, bf16_patch, tmp_path):
-    name = next(iter(bf16_patch.edits))
+    name = next(iter(bf16_patch.after))
     os.link(unchanged / Checkpoint.open(unchanged).entries[name].file, tmp_path / "second")
     with pytest.raises(ValueError, match=r"has several names.*--output"):
         patch.apply_in_place(unchanged, bf16_patch)
@@ -327,7 +325,7 @@ def interrupted(unchanged, bf16_patch):
     """Leave a folder as a kill does while its columns are written."""
     patch.save(bf16_patch, unchanged / JOURNAL_NAME)
     entries = Checkpoint.open(unchanged, half_edited=True).entries
-    for name in {entries[one].file for one in bf16_patch.edits}:
+    for name in {entries[one].file for one in bf16_patch.after}:
         (unchanged / name).rename(unchanged / f"{name}{PARKED_SUFFIX}")
     return unchanged
 
@@ -361,7 +359,7 @@ def test_what_was_saved_after_an_interruption_is_kept(interrupted, bf16_patch):
 
 def test_a_model_saved_in_place_of_an_interrupted_one_is_kept(interrupted, bf16_patch):
     def train(tensors):
-        for name in bf16_patch.edits.keys() & tensors.keys():
+        for name in bf16_patch.after.keys() & tensors.keys():
             tensors[name][0, 0] += 1
 
     before = {path.with_suffix(""): path.read_bytes() for path in parked_in(interrupted)}
@@ -379,7 +377,7 @@ def test_a_strangers_journal_leads_nowhere_else(base, bf16_patch, tmp_path):
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
         patch.recover(base)
     (base / JOURNAL_NAME).unlink()
-    name = Checkpoint.open(base).entries[next(iter(bf16_patch.edits))].file
+    name = Checkpoint.open(base).entries[next(iter(bf16_patch.after))].file
     outside = Path(shutil.move(base / name, tmp_path / "theirs.safetensors"))
     (base / name).symlink_to(outside)
     theirs = outside.read_bytes()

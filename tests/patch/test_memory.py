@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from pacatune import patch
 from pacatune.ops.columns import bits
-from pacatune.patch import Patch, edit_of, memory
+from pacatune.patch import Patch, WeightColumns, memory
+from tests.patch.conftest import change_of
 from tests.sync.conftest import assert_bits, clone
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -31,7 +32,7 @@ def unchanged(model):
 def test_bits_are_moved_not_numbers():
     odd = torch.tensor([[-0.0, float("nan")], [float("inf"), 1e-45]])
     weight = torch.tensor([[0.0, float("nan"), 2.0], [1.0, -0.0, 3.0]])
-    made = Patch(edits={"w": edit_of("w", 1, weight, torch.tensor([0, 1]), odd)})
+    made = change_of("w", 1, weight, [0, 1], odd)
     tensors = {"w": weight.clone()}
     patch.apply(tensors, made)
     assert torch.equal(bits(tensors["w"][:, :2].contiguous()), bits(odd))
@@ -45,7 +46,7 @@ def test_bits_are_moved_not_numbers():
 def test_what_is_there_is_compared_before_anything_is_written(unchanged, bf16_patch):
     with pytest.raises(ValueError, match=r"6 of 6 tensors, .* the patch's columns; is it applied"):
         patch.revert(unchanged, bf16_patch)
-    weight, column = unchanged.get_parameter(NAME), bf16_patch.edits[NAME].indices[0]
+    weight, column = unchanged.get_parameter(NAME), bf16_patch.before[NAME].indices[0]
     with torch.no_grad():
         before = weight[3, column].clone()
         weight[3, column] += 1
@@ -119,18 +120,19 @@ class Sharded:
     ],
 )
 def test_models_that_a_patch_does_not_fit(tensors, message, bf16_patch):
-    one = Patch(edits={NAME: bf16_patch.edits[NAME]})
+    one = Patch.of([(bf16_patch.before[NAME], bf16_patch.after[NAME].values)])
     with pytest.raises(ValueError, match=message):
         patch.apply(tensors, one)
 
 
 def test_tied_tensors_that_a_patch_changes_apart_are_refused():
     weight = torch.zeros(4, 6)
-    edits = {
-        name: edit_of(name, 1, weight, torch.tensor([column]), torch.ones(4, 1))
+    columns = [
+        WeightColumns.of(name, 1, weight, torch.tensor([column]))
         for name, column in (("a", 1), ("b", 2))
-    }
+    ]
+    made = Patch.of((before, torch.ones(4, 1)) for before in columns)
     with pytest.raises(ValueError, match="'a' and 'b' are one tensor in this model"):
-        patch.apply({"a": weight, "b": weight}, Patch(edits=edits))
+        patch.apply({"a": weight, "b": weight}, made)
     assert weight.sum() == 0
-    patch.apply({"a": weight, "b": weight.clone()}, Patch(edits=edits))
+    patch.apply({"a": weight, "b": weight.clone()}, made)

@@ -27,7 +27,7 @@ def test_error_is_that_of_plain_autograd(kind, autocast):
             out = twin.model(x)
         gy = torch.randn_like(y)
         theirs = [y, *torch.autograd.grad(y, deltas, gy)]
-        sources = [twin.layer.delta_of(name) for name in twin.active]
+        sources = [trained for name in twin.active for trained in twin.trained(name)]
         ours = [out, *torch.autograd.grad(out, sources, gy)]
         for one, other, exact in zip(ours, theirs, twin.exact(x, twin.active, gy), strict=True):
             scale = exact.norm().item() + 1e-30

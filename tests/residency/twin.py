@@ -3,7 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.pytorch_utils import Conv1D
 
 from pacatune import PacaConfig
+from pacatune.ops.columns import Update
 from pacatune.tuner.quantized import QuantizedLinear, dequantized
 from tests.releases import has
 from tests.tuner import nets
@@ -45,6 +46,8 @@ class Kind:
     """Name of the layer's parameter that is adapted."""
     target: str = "layer"
     """What `target_modules` says, or `target_parameters` if it has a dot."""
+    channels: int | None = None
+    """Of how many columns the update has rank 3; None: each of three has its own."""
 
 
 def _images(dims: int) -> Callable[[int], Tensor]:
@@ -92,6 +95,9 @@ if has("transformers", "5"):
     }
 
 
+MIXED = {f"{name}, mixed": replace(kind, channels=5) for name, kind in KINDS.items()}
+
+
 class PadsByInput(nn.Conv2d):
     """Pads by the size of the input, as networks that come from TensorFlow do."""
 
@@ -133,9 +139,14 @@ OWN_FORWARDS: dict[str, Callable[[], nn.Module]] = {
     "Conv2d, standardises": lambda: Standardises(IN, OUT, 3),
 }
 # What no random walk is on: a subclass has its adapted kernel in it while its forward runs.
-ALL = KINDS | {
-    name: Kind(build, _images(int(name[4]))) for name, build in {**PADDED, **OWN_FORWARDS}.items()
-}
+ALL = (
+    KINDS
+    | MIXED
+    | {
+        name: Kind(build, _images(int(name[4])))
+        for name, build in {**PADDED, **OWN_FORWARDS}.items()
+    }
+)
 
 
 class Net(nn.Module):
@@ -191,30 +202,35 @@ class Twin:
     def merged(self) -> list[str]:
         return list(self.layer.merged_adapters)
 
-    def update(self, name: str) -> tuple[Tensor, Tensor, float]:
+    def update(self, name: str) -> Update:
         return self.layer.update_of(name)
+
+    def trained(self, name: str = "default") -> list[nn.Parameter]:
+        """Return the parameters of an adapter: delta, and mix where it has one."""
+        return [*self.update(name).trained()]
 
     def inputs(self) -> Tensor:
         x = self.kind.inputs(self.rng.choice([3, 70]))
         return x.to(self.dtype) if x.is_floating_point() else x
 
     def expected(self, x: Tensor, names: list[str]) -> tuple[Tensor, list[Tensor]]:
-        """Output of the plain layer with these adapters in its weight, and the deltas it used."""
-        weight, deltas = self.weight_of(self.plain), []
+        """Output of the plain layer with these adapters in its weight, and the values it used."""
+        weight, trained = self.weight_of(self.plain), []
         if self.is_quantised:
             # A merge rounds again, which leaves nothing to add.
             base = self.layer.base_layer if self.merged else self.plain
             names = [] if self.merged else names
             weight = dequantized(self.layer.quantization_backend, base, self.dtype)
         for name in names:
-            delta, *where = self.update(name)
-            deltas.append(delta.detach().clone().requires_grad_())
-            weight = nets.adapted(self.plain, weight, deltas[-1], *where)
+            own = [value.detach().clone().requires_grad_() for value in self.trained(name)]
+            where = self.update(name)[1:3]
+            weight = nets.adapted(self.plain, weight, nets.product(*own), *where)
+            trained += own
         if self.is_quantised:
-            return F.linear(x, weight, self.plain.bias.to(self.dtype)), deltas
+            return F.linear(x, weight, self.plain.bias.to(self.dtype)), trained
         net = Net(self.plain, self.kind.call)
         changed = {f"layer.{self.kind.parameter}": weight}
-        return torch.func.functional_call(net, changed, (x,)), deltas
+        return torch.func.functional_call(net, changed, (x,)), trained
 
     def check(self, model: Any = None) -> None:
         """Compare the output and its gradients: of the input, and of deltas that are not merged.
@@ -223,31 +239,31 @@ class Twin:
         """
         x, names = self.inputs(), self.merged or self.active
         x.requires_grad_(x.is_floating_point())
-        y, deltas = self.expected(x, names)
+        y, values = self.expected(x, names)
         out = (self.model if model is None else model)(x)
         self.close(out, y)
         inputs = [x] if x.requires_grad else []
-        trained = [] if self.merged else [self.layer.delta_of(name) for name in names]
+        trained = [] if self.merged else [p for name in names for p in self.trained(name)]
         if not inputs + trained:
             return
         gy = torch.randn_like(y)
-        wanted = torch.autograd.grad(y, inputs + deltas[: len(trained)], gy)
+        wanted = torch.autograd.grad(y, inputs + values[: len(trained)], gy)
         found = torch.autograd.grad(out, inputs + trained, gy)
         for ours, theirs in zip(found, wanted, strict=True):
             self.close(ours, theirs)
 
     def exact(self, x: Tensor, names: list[str], gy: Tensor) -> list[Tensor]:
         """Return output and gradients in float64."""
-        plain, deltas = copy.deepcopy(self.plain).double(), []
+        plain, trained = copy.deepcopy(self.plain).double(), []
         weight = self.weight_of(plain)
         for name in names:
-            delta, *where = self.update(name)
-            deltas.append(delta.detach().double().requires_grad_())
-            weight = nets.adapted(plain, weight, deltas[-1], *where)
+            own = [value.detach().double().requires_grad_() for value in self.trained(name)]
+            weight = nets.adapted(plain, weight, nets.product(*own), *self.update(name)[1:3])
+            trained += own
         changed = {f"layer.{self.kind.parameter}": weight}
         x = x.double() if x.is_floating_point() else x
         y = torch.func.functional_call(Net(plain, self.kind.call), changed, (x,))
-        return [y, *torch.autograd.grad(y, deltas, gy.double())]
+        return [y, *torch.autograd.grad(y, trained, gy.double())]
 
     def close(self, ours: Tensor, theirs: Tensor) -> None:
         # The kernel of 8-bit layers rounds x as well.
@@ -273,7 +289,7 @@ def twin_of(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, std: f
 
 
 def adapted(plain: nn.Module, kind: Kind, rank: int = 3) -> Any:
-    options: Any = {"r": rank, "paca_alpha": 4, "init_weights": False}
+    options: Any = {"r": rank, "channels": kind.channels, "paca_alpha": 4, "init_weights": False}
     options |= targets_of(kind)
     return get_peft_model(Net(copy.deepcopy(plain), kind.call), PacaConfig(**options))
 

@@ -164,7 +164,7 @@ class Walk(RuleBasedStateMachine):
                 stack.enter_context(hooks)
             output = twin.model(x)
         twin.close(output, y)
-        sources = [twin.layer.delta_of(name) for name in names]
+        sources = [trained for name in names for trained in twin.trained(name)]
         self.pending.append(Pending(output, gy, sources, expected, self.changes))
 
     @precondition(lambda self: self.pending)
@@ -194,7 +194,7 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         twin = self.twin
-        deltas = [twin.layer.delta_of(name) for name in twin.active]
+        deltas = [trained for name in twin.active for trained in twin.trained(name)]
         kind = self.rng.choice([torch.optim.SGD, torch.optim.AdamW])
         parameters: list[Tensor] = deltas
         is_over_all = not twin.is_quantised and self.rng.random() < 0.3
@@ -228,7 +228,7 @@ class Walk(RuleBasedStateMachine):
         name = self.rng.choice(self.twin.adapters)
         if name in self.twin.merged:
             return
-        delta = self.twin.layer.delta_of(name)
+        delta = self.rng.choice(self.twin.trained(name))
         if through_data:
             delta.data.mul_(-1)
         else:
@@ -258,6 +258,7 @@ class Walk(RuleBasedStateMachine):
         twin, rng = self.twin, self.rng
         config = PacaConfig(
             r=rng.randint(1, 5),
+            channels=rng.choice([None, 5, 0.7]),
             paca_alpha=rng.choice([1, 4, 6.5]),
             random_seed=rng.randrange(100),
             init_weights=False,
@@ -299,7 +300,7 @@ class Walk(RuleBasedStateMachine):
         """Refused, and nothing is merged."""
         twin = self.twin
         name = self.rng.choice(twin.adapters)
-        delta = twin.layer.delta_of(name)
+        delta = self.rng.choice(twin.trained(name))
         kept = delta.detach().clone()
         delta.data.fill_(math.nan)
         with contextlib.suppress(ValueError):
@@ -345,14 +346,14 @@ class Walk(RuleBasedStateMachine):
     def hotswap(self) -> None:
         twin = self.twin
         name, saved = self.rng.choice(twin.adapters), _saved(twin, self.rng.choice([2, 3]))
-        held = twin.layer.delta_of(name)
+        held = twin.update(name).delta
         if name in twin.merged:
             with contextlib.suppress(ValueError):
                 hotswap_adapter(twin.model, saved, name)
                 raise AssertionError("a merged adapter was swapped")
             return
         hotswap_adapter(twin.model, saved, name)
-        delta, indices, _ = twin.update(name)
+        delta, indices, *_ = twin.update(name)
         assert (delta is held) == (delta.shape == held.shape)  # optimisers keep what they step
         tensors = load_file(saved / "adapter_model.safetensors")
         assert torch.equal(delta, tensors[f"base_model.model.{twin.key}.paca_delta"].to(delta))

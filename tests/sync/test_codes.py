@@ -66,12 +66,12 @@ def test_the_sampler_has_the_trainers_function(folder, tmp_path):
     changed = [n for n, one in found.items() if not torch.equal(one, bits_of(plain)[n])]
     assert len(changed) == 14
     # Steps go on from what the optimiser has reached, not from the codes.
-    reached = [one.delta + one.rest for one in steps._trained]
+    reached = [one.update.delta + one.rest for one in steps._trained]
     assert any(one.rest.any() for one in steps._trained)
     with torch.enable_grad():
         step(model, optimizer, 3)
     for one, before in zip(steps._trained, reached, strict=True):
-        assert (one.delta + one.rest - before).abs().max() < 4e-3
+        assert (one.update.delta + one.rest - before).abs().max() < 4e-3
     receiver.apply(source.base_columns())
     receiver.revert()
     assert all(torch.equal(one, bits_of(plain)[name]) for name, one in bits_of(server).items())
@@ -98,8 +98,8 @@ def test_steps_go_on_from_an_adapter_that_is_loaded_after(folder, tmp_path, rand
     for seed in range(2):
         step(resumed, optimizer, seed)
         for one, layer in zip(steps._trained, net.layers_of(model), strict=True):
-            assert torch.equal(one.delta, layer.delta_of("default"))
-            assert torch.equal(one.indices, layer.paca_indices["default"])
+            assert torch.equal(one.update.delta, layer.delta_of("default"))
+            assert torch.equal(one.update.indices, layer.paca_indices["default"])
 
 
 @fp8

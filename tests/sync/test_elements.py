@@ -1,7 +1,5 @@
 """Elements at flat places lead a checkpoint to the bits of a merge."""
 
-import math
-
 import pytest
 import torch
 
@@ -29,7 +27,7 @@ def take(server, columns):
 def test_elements_are_those_that_were_changed():
     model, server = adapt(torch.bfloat16), served(torch.bfloat16)
     source = ColumnSource(model, complete_every=4)
-    total = sum(math.prod(one.columns_shape) for one in source.positions().sets)
+    total = sum(one.values.numel() for one in source.positions().sets)
     assert take(server, source.columns()) == total
     assert_bits(server, merged(model))
     for number in range(2, 7):
@@ -52,7 +50,7 @@ def test_elements_are_those_that_were_changed():
 
 
 def test_a_tensor_that_is_too_large():
-    one = ColumnSet(
+    one = ColumnSet.at(
         name="large",
         parameter="large",
         dim=1,
@@ -61,7 +59,7 @@ def test_a_tensor_that_is_too_large():
         indices=torch.tensor([3]),
     )
     positions = Positions(sets=(one,), shapes={}, run="")
-    buffer = torch.zeros(one.num_bytes, dtype=torch.uint8)
+    buffer = torch.zeros(one.values.nbytes, dtype=torch.uint8)
     columns = Columns(positions=positions, number=1, buffer=buffer)
     with pytest.raises(ValueError, match="'large' has 4294967296 elements, and int32 counts"):
         element_patches(columns)

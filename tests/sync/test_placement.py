@@ -59,7 +59,7 @@ FUSIONS = {"qkv_proj": ("query", "q_proj"), "gate_up_proj": ("gate_proj", "up_pr
             {"intermediate_size": 96},
             (1, 2),
             {"tp_rank": 1, "tp_size": 2},
-            r"gate_up_proj.* part of rank 1 of 2 of gate_proj, up_proj",
+            r"rows of gate_proj, up_proj, .* '.*gate_up_proj.* part of rank 1 of 2",
         ),
         ({}, (0, 1), {"fusions": FUSIONS}, r"no 'model.layers.0.self_attn.query.weight'; the near"),
     ],

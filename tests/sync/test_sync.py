@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pacatune import PacaConfig
+from pacatune.ops.columns import Update
 from pacatune.patch.memory import Place
 from pacatune.sync import ColumnReceiver, ColumnSource
 from pacatune.sync.message import Reader, to_wire
@@ -144,7 +145,8 @@ def test_another_adapter_and_other_columns(model, server, source, receiver):
     receiver.apply(columns)
     assert_bits(server, merged(model))
     layer = net.layers_of(model)[0]
-    layer.replace_update("other", torch.ones(layer.out_features, 3), torch.tensor([0, 5, 9]), 6.0)
+    columns = torch.tensor([0, 5, 9])
+    layer.replace_update("other", Update(torch.ones(layer.out_features, 3), columns, 2.0), 3)
     bring(source, receiver)
     assert_bits(server, merged(model))
     with torch.no_grad():  # as load_state_dict does
@@ -210,22 +212,22 @@ def test_an_interrupted_sync_is_taken_back(model, server, source, receiver, monk
 
 
 INFINITE = float("inf")
-SET = {"name": "a", "parameter": "a", "dim": 1, "indices": [3, 7], "dtype": "float32"}
+SET = {"parameter": "a", "dim": 1, "indices": [3, 7], "dtype": "float32"}
 SET |= {"shape": [2, 9]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sets": [SET]}, r"must be 16 bytes, got .* is damaged"),
-        ({"sets": None}, "no message of a ColumnSource .TypeError"),
-        ({"sets": [{"name": "a"}]}, "no message of a ColumnSource .KeyError"),
-        ({"sets": [{**SET, "shape": [INFINITE]}]}, "Source .Overflow"),
-        ({"sets": []}, "`sets` is empty"),
-        ({"sets": [SET, SET]}, "`sets` has 'a' twice"),
+        ({"sets": {"a": SET}}, r"must be 16 bytes, got .* is damaged"),
+        ({"sets": None}, "no message of a ColumnSource .AttributeError"),
+        ({"sets": {"a": {}}}, "no message of a ColumnSource .KeyError"),
+        ({"sets": {"a": {**SET, "shape": [INFINITE]}}}, "Source .Overflow"),
+        ({"sets": {"a": {**SET, "shape": [-2, 9]}}}, "Source .RuntimeError: .* negative dimension"),
+        ({"sets": {}}, "`sets` is empty"),
         ({"shapes": {"a": [-1]}}, "`shapes` has a negative size"),
-        ({"sets": [{**SET, "indices": [7, 3]}]}, "`indices` holds .* must be sorted"),
-        ({"sets": [{**SET, "indices": [3, 9]}]}, "`indices` holds columns up to 9|holds .*9"),
+        ({"sets": {"a": {**SET, "indices": [7, 3]}}}, "`indices` holds .* must be sorted"),
+        ({"sets": {"a": {**SET, "indices": [3, 9]}}}, "`indices` holds columns up to 9|holds .*9"),
     ],
 )
 def test_messages_of_strangers(source, changes, message):

@@ -28,7 +28,9 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 
 def deltas(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]:
-    return [layer.delta_of(adapter) for layer in layers(model).values() if adapter in layer.r]
+    """Return what an adapter trains of its layers."""
+    own = [layer for layer in layers(model).values() if adapter in layer.r]
+    return [trained for layer in own for trained in layer.update_of(adapter).trained()]
 
 
 def fill(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
@@ -55,16 +57,30 @@ class Reference(nn.Module):
         for adapter in self.adapters:
             for name, layer in layers(model).items():
                 if adapter in layer.r:
-                    self.deltas.append(layer.delta_of(adapter).detach().clone())
-                    self.updates.append((name, layer.update_of(adapter)[1:]))
+                    update = layer.update_of(adapter)
+                    self.deltas.extend(one.detach().clone() for one in update.trained())
+                    self.updates.append((name, update))
 
     def forward(self, *args, **kwargs):
         parameters = dict(self.base.named_parameters())
-        for (name, where), delta in zip(self.updates, self.deltas, strict=True):
+        factors = iter(self.deltas)
+        for name, update in self.updates:
             name = name if name in parameters else f"{name}.weight"
-            module = self.base.get_submodule(name.rpartition(".")[0])
+            module, delta = self.base.get_submodule(name.rpartition(".")[0]), next(factors)
+            if update.mix is not None:
+                delta = product(delta, next(factors))
+            where = update.indices, update.scaling
             parameters[name] = adapted(module, parameters[name], delta, *where)
         return torch.func.functional_call(self.base, parameters, args, kwargs)
+
+
+def product(delta: Tensor, mix: Tensor | None = None) -> Tensor:
+    """Return the update of all columns, in float32 at least."""
+    if mix is None:
+        return delta
+    equation = "eor,erc->eoc" if delta.dim() == 3 else "or,rc...->oc..."
+    wide = [factor.float() if factor.itemsize < 4 else factor for factor in (delta, mix)]
+    return torch.einsum(equation, *wide)
 
 
 def adapted(module: nn.Module, weight: Tensor, *update: Any) -> Tensor:

@@ -149,7 +149,7 @@ SHORT = ColumnStatistics(values={"up": {"gradient": torch.ones(5)}}, num_batches
         ("gradient", ["conv", "up"], None, "'conv': `selection` .* needs statistics"),
         ("gradient", ["up"], SHORT, r"'up': `statistics` has 5 columns \(gradient\)"),
         ("gradient", ["down"], SHORT, "nothing was collected about 'down'"),
-        ({"up": [1, 2, 3]}, ["up"], None, r"gives 3 columns for 'up', whose rank is 2; set `r` or"),
+        ({"up": [1, 2, 3]}, ["up"], None, r"gives 3 columns for 'up', of which 2 are trained; set"),
         ({"up": [1, 12]}, ["up"], None, "column 12 for 'up', which has 12; the first one is 0"),
         ({"up": [1, 2], "no": [1, 2]}, ["up"], None, r"`columns`: \['no'\] match nothing that"),
         ({"up": [1, 2]}, ["up", "down"], None, "gives none for 1 adapted modules, first 'down'"),

@@ -15,7 +15,7 @@ def refuse(model, name, size=1):
     from pacatune.integrations.vllm_engine import refuse_unreachable
 
     indices = torch.tensor([1, 3])
-    one = ColumnSet(
+    one = ColumnSet.at(
         name=name, parameter=name, dim=1, shape=(8, 8), dtype=torch.float32, indices=indices
     )
     refuse_unreachable(model, Positions(sets=(one,), shapes={}, run="run"), size)

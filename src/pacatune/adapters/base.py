@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 MergeBase = Literal["original", "dequantized", "nf4"]
+"""What an adapter of a quantised base is merged onto. `dequantized` is the function that was
+trained, written in 16 bits. `original` takes whatever was not trained from the checkpoint before
+quantisation, which changes the outputs; `nf4` rounds every weight again."""
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> "BitsAndBytesConfig":

@@ -99,26 +99,18 @@ def export_lora(
     """
     output = Path(output)
     check_output(output, num_bytes=0)
-    opened = open_adapter(adapter)
-    if not isinstance(opened, Adapter):
-        raise ValueError(
-            f"{opened.folder} is no PaCA adapter; only these become LoRA, and what is LoRA already "
-            "needs no export."
-        )
-    trained, notes = _without_copies(opened)
-    if trained.extra and not keep_extra:
-        raise ValueError(
-            f"{trained.folder} also holds {len(trained.extra)} tensors that are not PaCA's, first "
-            f"{next(iter(trained.extra))!r}; vLLM and most LoRA servers do not load them. Pass "
-            "`keep_extra` (--keep_extra) to carry them over for PEFT, or merge the adapter instead."
-        )
+    trained, notes = _open_trained(adapter, keep_extra=keep_extra)
     name, base = named_base(model, trained)
     notes += check_base(trained, base, allow_other_base=allow_other_base)
     tensors, rounding = _lora_tensors(trained, base, torch_dtype(dtype))
     config = lora_config(trained, base, name, keep_extra=keep_extra)
     config |= convolution_patterns(tensors, config["r"], config["lora_alpha"])
     notes += [*_pattern_notes(trained), *convolution_notes(tensors), *_quantization_notes(trained)]
-    num_bytes = _write(output, {CONFIG_NAME: config}, tensors)
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    with staged_folder(output, num_bytes) as staging:
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_tensors(tensors, staging / TENSORS_NAME)
     return ExportResult(
         output=output,
         base=name,
@@ -129,21 +121,22 @@ def export_lora(
     )
 
 
-def _write(output: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> int:
-    """Write an adapter's folder, and return the size of its tensors."""
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with staged_folder(output, num_bytes) as staging:
-        for name, values in files.items():
-            text = json.dumps(values, indent=2, sort_keys=True)
-            (staging / name).write_text(text + "\n", encoding="utf-8")
-        write_tensors(tensors, staging / TENSORS_NAME)
-    return num_bytes
-
-
-def _without_copies(adapter: Adapter) -> tuple[Adapter, list[str]]:
-    """Return an adapter without weights of the base that it does not train, and a note of them."""
+def _open_trained(folder: str | Path, *, keep_extra: bool) -> tuple[Adapter, list[str]]:
+    """Open an adapter, without weights of the base that it does not train, and note these."""
+    adapter = open_adapter(folder)
+    if not isinstance(adapter, Adapter):
+        raise ValueError(
+            f"{adapter.folder} is no PaCA adapter; only these become LoRA, and what is LoRA "
+            "already needs no export."
+        )
     copies = adapter.copies()
     extra = {name: tensor for name, tensor in adapter.extra.items() if name not in copies}
+    if extra and not keep_extra:
+        raise ValueError(
+            f"{adapter.folder} also holds {len(extra)} tensors that are not PaCA's, first "
+            f"{next(iter(extra))!r}; vLLM and most LoRA servers do not load them. Pass "
+            "`keep_extra` (--keep_extra) to carry them over for PEFT, or merge the adapter instead."
+        )
     notes = []
     if copies:
         notes.append(
@@ -197,7 +190,7 @@ def lora_config(
 def rank_and_alpha(adapter: Adapter) -> tuple[int, int]:
     """Return the rank and the alpha that the LoRA adapter has for all of its modules.
 
-    A module's rank is its number of columns. Alpha gives the scaling of the module with the largest
+    A module's rank is that of its update. Alpha gives the scaling of the module with the largest
     rank; if that is no whole number above 0, which some servers need, it is the rank.
     """
     config = adapter.config
@@ -238,9 +231,9 @@ def _exact_targets(names: list[str], base: nn.Module) -> list[str] | str:
 def _linear_ranks(adapter: Adapter) -> dict[str, int]:
     """Return the ranks of all modules but convolutions."""
     return {
-        name: len(update.indices)
+        name: update.rank
         for name, update in adapter.modules.items()
-        if update.delta.ndim == 2 or is_parameter(adapter.config, name)
+        if update.dense_ndim == 2 or is_parameter(adapter.config, name)
     }
 
 

@@ -29,11 +29,20 @@ from pacatune.tuner.layout import (
 )
 
 
-def column_selector(indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
-    """Return the (rank, I) matrix A with A x = x[indices]; rows beyond the indices are zeros."""
-    selector = torch.zeros(rank or len(indices), in_features, device="cpu")
-    selector[torch.arange(len(indices), device="cpu"), indices] = 1
-    return selector
+def spread(mix: Tensor, indices: Tensor, in_features: int, rank: int | None = None) -> Tensor:
+    """Return the (rank, I) matrix A with A x = mix x[indices]; rows beyond those of mix are zeros.
+
+    Args:
+        mix: (R, C), (R, C, *k) of a convolution, or (E, R, C) with `rank`, of experts.
+        indices: (C,) of I columns.
+        in_features: I.
+        rank: Number of rows; R where None.
+    """
+    if rank is None:
+        return mix.new_zeros(len(mix), in_features, *mix.shape[2:]).index_copy(1, indices, mix)
+    factor = mix.new_zeros(*mix.shape[:-2], rank, in_features)
+    factor[..., : mix.shape[-2], indices] = mix
+    return factor
 
 
 def rounded_factor(factor: Tensor, dtype: torch.dtype, where: str) -> tuple[Tensor, float]:
@@ -56,15 +65,19 @@ def lora_factors(
     """
     target = target_of_module(base, name)
     layout = target.layout
-    delta, indices = adapter.modules[name]
-    update = delta.double() * times
+    own = adapter.modules[name]
+    indices, update = own.indices, own.delta.double() * times
     if isinstance(layout, ConvolutionLayout):
         refuse_inexpressible(target.module, f"{adapter.folder}: module {name!r}")
-        factors = convolution_factors(update, indices, layout.in_features, layout.groups)
-        return _named(name, *factors)
-    selector = column_selector(indices, layout.in_features, rank).to(update.dtype)
+        if own.mix is not None and layout.groups == 1:
+            factor_b = update.view(*update.shape, *[1] * len(layout.kernel_size))
+            return _named(name, spread(own.mix.double(), indices, layout.in_features), factor_b)
+        dense = own.dense().double() * times
+        return _named(name, *convolution_factors(dense, indices, layout.in_features, layout.groups))
+    mix = torch.eye(len(indices), device="cpu") if own.mix is None else own.mix
+    selector = spread(mix.double(), indices, layout.in_features, rank)
     filled = update.new_zeros(len(update), rank, *update.shape[2:])
-    filled[:, : len(indices)] = update
+    filled[:, : update.shape[1]] = update
     if isinstance(layout, ExpertsLayout):
         return _experts_factors(adapter, target.module, name, selector, filled)
     if isinstance(layout, EmbeddingLayout):
@@ -87,12 +100,13 @@ def _experts_factors(
     # PEFT wraps the module once for each parameter, in the order in which the module has them.
     adapted = [other for other in experts._parameters if f"{owner}.{other}" in adapter.modules]
     depth = len(adapted) - 1 - adapted.index(parameter_name)
-    num_experts, where = update.shape[2], owner + ".base_layer" * depth
+    selector = selector.expand(update.shape[2], -1, -1)
+    where = owner + ".base_layer" * depth
     if takes_all_tokens(experts):
         # Llama 4, whose (E, I, O) PEFT takes for (E, O, I): its input is our output.
-        factor_b = selector.t().unsqueeze(2).expand(-1, -1, num_experts)
-        return _named(where, update.permute(2, 1, 0).flatten(0, 1), factor_b.flatten(1))
-    return _named(where, selector.repeat(num_experts, 1), update.flatten(1))
+        factor_b = selector.permute(2, 1, 0).flatten(1)
+        return _named(where, update.permute(2, 1, 0).flatten(0, 1), factor_b)
+    return _named(where, selector.flatten(0, 1), update.flatten(1))
 
 
 # Factors of the LoRA that says what a PaCA adapter of a convolution says, where PEFT's LoRA can.

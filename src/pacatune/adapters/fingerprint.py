@@ -26,6 +26,7 @@ from pacatune.adapters.folder import (
 )
 from pacatune.adapters.target import BaseWeight, target_of_module
 from pacatune.files.owned_folder import write_whole
+from pacatune.grid.columns import columns_beside, spread
 from pacatune.ops.whole import is_whole
 from pacatune.precision import torch_dtype
 
@@ -61,12 +62,10 @@ def fingerprint(model: nn.Module, adapter_modules: Mapping[str, Tensor]) -> dict
     result |= {"modules": {}, "trained": {}}
     for name, indices in adapter_modules.items():
         target = target_of_module(model, name)
-        trained = indices.cpu()
-        is_free = torch.ones(target.layout.in_features, dtype=torch.bool, device="cpu")
-        is_free[trained] = False
-        result["modules"][name] = _hash_target(target, is_free.nonzero().flatten())
+        beside = columns_beside(indices, target.layout.in_features, _MAX_COLUMNS)
+        result["modules"][name] = _hash_target(target, beside)
         if id(target.module) not in merged:
-            result["trained"][name] = _hash_target(target, trained)
+            result["trained"][name] = _hash_target(target, spread(indices.cpu(), _MAX_COLUMNS))
     return result
 
 
@@ -108,8 +107,8 @@ def _hash_target(target: BaseWeight, columns: Tensor) -> dict[str, str]:
     weight = getattr(target.module, target.parameter_name, None)
     if not isinstance(weight, Tensor) or not _is_readable(weight) or len(columns) == 0:
         return {}
-    weight, columns = target.layout.first_matrix(weight), _spread(columns, _MAX_COLUMNS)
-    rows = _spread(torch.arange(weight.shape[0], device=weight.device), _MAX_ROWS)
+    weight = target.layout.first_matrix(weight)
+    rows = spread(torch.arange(weight.shape[0], device=weight.device), _MAX_ROWS)
     sample = weight.detach()[rows.to(weight.device)][:, columns.to(weight.device)].cpu()
     return {name: _hash(sample, torch_dtype(name)) for name in _ROUNDINGS[weight.dtype]}
 
@@ -117,10 +116,6 @@ def _hash_target(target: BaseWeight, columns: Tensor) -> dict[str, str]:
 def _is_readable(weight: Tensor) -> bool:
     is_here = weight.ndim > 1 and weight.numel() > 0 and is_whole(weight, weight.ndim)
     return weight.dtype in _ROUNDINGS and is_here
-
-
-def _spread(positions: Tensor, most: int) -> Tensor:
-    return positions[:: max(1, -(-len(positions) // most))]
 
 
 def _hash(sample: Tensor, dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from pacatune.files.tensor_file import read_tensors
 from pacatune.format.options import FILE_TYPES, PacaOptions
 from pacatune.format.patterns import check_patterns, matching_key
 from pacatune.format.tensors import (
+    MIX,
     ROW_GROUPS_LEFT,
     TENSORS_NAME,
     ColumnUpdate,
@@ -284,18 +285,24 @@ def _checked_update(
 ) -> ColumnUpdate:
     """Return an update with its columns second; refuse one that the configuration does not mean."""
     delta, rank = update.delta, module_rank(config, name)
+    if (update.mix is None) != (config.channels is None):
+        raise ValueError(
+            f"{source}: module {name!r} has {'no' if update.mix is None else 'a'} `{MIX}` but the "
+            f"configuration says `channels` = {config.channels}; they are of different runs."
+        )
+    if delta.ndim == 3 and is_parameter(config, name):
+        delta = delta.permute(1, 2, 0)
+        update = update._replace(delta=delta)
     if update.rank != rank:
         raise ValueError(
             f"{source}: module {name!r} has rank {update.rank} but the configuration says {rank} "
             f"(`r` = {config.r}, `rank_pattern` = {config.rank_pattern}); configuration and "
             "tensors are of different runs, or one was edited."
         )
-    if delta.ndim == 3 and is_parameter(config, name):
-        delta = delta.permute(1, 2, 0)
     if delta.shape[1] != rank:
         raise ValueError(
             f"{source}: module {name!r}: `paca_delta` has shape {tuple(update.delta.shape)}, which "
             f"fits its {rank} columns only as one of `target_parameters` "
             f"({config.target_parameters}), or only as none; the configuration was changed."
         )
-    return update._replace(delta=delta)
+    return update

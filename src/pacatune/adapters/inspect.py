@@ -138,8 +138,8 @@ def _paca_modules(adapter: Adapter) -> list[ModuleReport]:
             rank=update.rank,
             scaling=adapter.scaling(name),
             out_features=update.delta.shape[0],
-            num_parameters=update.delta.numel(),
-            update_norm=float(update.delta.double().norm()) * adapter.scaling(name),
+            num_parameters=update.delta.numel() + (0 if update.mix is None else update.mix.numel()),
+            update_norm=float(update.dense().double().norm()) * adapter.scaling(name),
             columns=update.indices.tolist(),
         )
         for name, update in adapter.modules.items()

@@ -42,6 +42,7 @@ from pacatune.format.tensors import (
     split_tensor_name,
 )
 from pacatune.names import choose
+from pacatune.ops.columns import Update
 from pacatune.ops.whole import whole_shape
 from pacatune.pretrained import QUANTIZATIONS, check_quantizable, load_config
 from pacatune.tuner import PacaLayer
@@ -95,7 +96,7 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
 
 
 def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -> None:
-    delta, last = update.delta, int(update.indices.max())
+    delta, last = update.dense(), int(update.indices.max())
     out_features, in_features, *others = layout.file_shape
     needed = (out_features, delta.shape[1], *others)
     if delta.shape != needed or last >= in_features:
@@ -289,10 +290,12 @@ def _check_loaded(peft_model: PeftModel, adapter: Adapter) -> None:
             "is incomplete."
         )
     for name, update in adapter.modules.items():
-        loaded = cast(Tensor, layers[name].paca_delta[_ADAPTER_NAME].weight).detach().cpu()
-        columns = layers[name].paca_indices[_ADAPTER_NAME].cpu()
-        delta = layers[name].layout.from_file(update.delta).to(loaded.dtype)
-        if not (torch.equal(columns, update.indices) and torch.equal(loaded, delta)):
+        loaded = layers[name].update_of(_ADAPTER_NAME)
+        delta = layers[name].layout.from_file(update.delta)
+        is_same = torch.equal(loaded.indices.cpu(), update.indices)
+        pairs: list[Any] = [(loaded.delta, delta), (loaded.mix, update.mix)]
+        is_same &= all(x is y or torch.equal(x.detach().cpu(), y.to(x.dtype)) for x, y in pairs)
+        if not is_same:
             raise ValueError(
                 f"{adapter.folder}: module {name!r} does not hold the file's values after loading; "
                 "another package has replaced PaCA in PEFT. Import pacatune before it."
@@ -425,8 +428,8 @@ def hotswap_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "d
     for name, layer in layers.items():
         update = adapter.modules[name]
         delta = layer.layout.from_file(update.delta)
-        alpha = adapter.scaling(name) * update.rank
-        layer.replace_update(adapter_name, delta, update.indices, alpha)
+        own = Update(delta, update.indices, adapter.scaling(name), update.mix)
+        layer.replace_update(adapter_name, own, update.rank)
     if adapter.extra:
         set_peft_model_state_dict(model, dict(adapter.extra), adapter_name)
     for option in fields(PacaOptions):

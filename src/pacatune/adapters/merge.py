@@ -1,6 +1,7 @@
 """Write an adapter into its base model: a plain model folder that needs nothing of ours."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +24,15 @@ from pacatune.adapters.base import (
 )
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
 from pacatune.adapters.loading import answered_warnings, attach
-from pacatune.adapters.target import (
-    adapted_target_columns,
-    read_target_columns,
-    target_of_module,
-)
+from pacatune.adapters.target import target_of_module
 from pacatune.files.folder import check_output, staged_folder
 from pacatune.files.journal import is_gguf
 from pacatune.format.options import format_quantization
-from pacatune.ops.columns import bits, read_columns, widened
+from pacatune.ops.columns import bits, widened
 from pacatune.precision import dtype_name
 from pacatune.pretrained import is_dequantised, load_config
-from pacatune.tuner.compat import resolve_quantization_backend, tied_weights
-from pacatune.tuner.quantized import Quantization, dequantized
+from pacatune.tuner.compat import tied_weights
+from pacatune.tuner.quantized import Quantization
 
 _NOTABLE = 0.5
 """Share of what an adapter changes that rounding may take without a note."""
@@ -82,11 +79,6 @@ def merge(
     weight stays as it is. LoRA adapters are merged by PEFT. The written model is loaded again
     before it gets its name, and must have the bits of the merged one in every tensor.
 
-    An adapter that was trained on a quantised base can be merged onto three bases. `dequantized`,
-    its default, is the function that was trained, written in 16 bits. `original` takes whatever
-    was not trained from the checkpoint before quantisation, which changes the outputs; `nf4` rounds
-    every weight again.
-
     Args:
         model: Folder or hub id of the base; None takes the one that the adapter names.
         adapter: Folder or hub id of a PaCA or LoRA adapter.
@@ -95,10 +87,7 @@ def merge(
         device: Where to compute.
         verify: False skips reading it back.
         allow_other_base: Merge even if the base is not the one the adapter was trained on.
-        onto: The base to merge onto; None takes the adapter's default.
-
-    Returns:
-        The folder, what was merged, what rounding takes of it, and notes.
+        onto: The base to merge onto; None takes `dequantized` if the adapter's was quantised.
 
     Raises:
         FileNotFoundError: If base or adapter are missing.
@@ -107,38 +96,21 @@ def merge(
             bit of what was written is another, or the disk is full.
     """
     checked = open_adapter(adapter)
-    name = base_name(model, checked.config)
-    output = Path(output)
+    name, output = base_name(model, checked.config), Path(output)
     check_output(output, num_bytes=0)
     onto = _choose_base(onto, getattr(checked.config, "base_quantization", None), name)
     tokenizer = find_tokenizer(name, checked.folder)
-    bases = _load_bases(name, checked, onto, dtype, device)
-    written, num_modules, rounding, notes = _merge_in_memory(
-        *bases, checked, allow_other_base, onto
-    )
-    del bases
-    num_bytes = sum(parameter.nbytes for parameter in written.parameters())
-    with staged_folder(output, num_bytes) as staging:
-        written_dtype = dtype_name(written.dtype)
-        written.save_pretrained(staging)
-        digests = _digests(written) if verify else {}
-        del written  # or it would stay in memory beside the model that is read back
+    load = partial(load_base, task_type=checked.config.task_type, device=device)
+    merged, facts = _merge_in_memory(name, checked, onto, dtype, load, allow_other_base)
+    with staged_folder(output, facts["num_bytes"]) as staging:
+        merged.save_pretrained(staging)
+        digests = _digests(merged) if verify else {}
+        del merged  # or it would stay in memory beside the model that is read back
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if verify:
-            again = load_base(str(staging), task_type=checked.config.task_type, device=device)
-            _check_equal(digests, _digests(again))
-    return MergeResult(
-        output=output,
-        base=name,
-        onto=onto,
-        dtype=written_dtype,
-        num_modules=num_modules,
-        num_bytes=num_bytes,
-        rounding=rounding,
-        is_verified=verify,
-        notes=notes,
-    )
+            _check_equal(digests, _digests(load(str(staging))))
+    return MergeResult(output=output, base=name, onto=onto, is_verified=verify, **facts)
 
 
 def _digests(model: nn.Module) -> dict[str, str]:
@@ -194,36 +166,27 @@ def _choose_base(onto: MergeBase | None, quantization: Quantization | None, name
     return onto
 
 
-def _load_bases(
-    name: str, adapter: Adapter | LoraAdapter, onto: MergeBase, dtype: DTypeName, device: str
-) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """Load the base as it was trained on, and where that is wanted before quantisation."""
+def _merge_in_memory(
+    name: str,
+    adapter: Adapter | LoraAdapter,
+    onto: MergeBase,
+    dtype: DTypeName,
+    load: Callable[..., PreTrainedModel],
+    allow_other_base: bool,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the merged model, and what a `MergeResult` says of it."""
     quantization = getattr(adapter.config, "base_quantization", None)
-    kind: dict[str, Any] = {
-        "task_type": adapter.config.task_type,
-        "num_labels": num_labels_of(name, adapter),
-    }
-    load = partial(load_base, name, dtype=dtype, device=device, **kind)
+    load = partial(load, name, dtype=dtype, num_labels=num_labels_of(name, adapter))
     base = load(quantization=quantization)
     base.config.update(labels_of(adapter, base.config.num_labels))
-    return base, load() if onto == "original" and quantization is not None else None
-
-
-def _merge_in_memory(
-    base: PreTrainedModel,
-    original: PreTrainedModel | None,
-    adapter: Adapter | LoraAdapter,
-    allow_other_base: bool,
-    onto: MergeBase,
-) -> tuple[PreTrainedModel, int, float | None, list[str]]:
-    """Return the merged model, its adapted modules' number, what rounding takes, and notes."""
+    original = load() if onto == "original" and quantization is not None else None
     peft_model, notes = attach(base, adapter, allow_other_base=allow_other_base)
     num_modules = sum(isinstance(module, BaseTunerLayer) for module in peft_model.modules())
     if onto == "dequantized" or original is not None:
         replace_quantised(base, original)
     columns = _trained_columns(base, adapter) if isinstance(adapter, Adapter) else {}
     with answered_warnings():
-        merged = cast(Any, peft_model).merge_and_unload(safe_merge=True)
+        merged: PreTrainedModel = cast(Any, peft_model).merge_and_unload(safe_merge=True)
     rounding = None
     if columns:
         rounding = _measure_rounding(merged, columns, is_exact=onto != "nf4")
@@ -236,7 +199,13 @@ def _merge_in_memory(
             f"rounding to {kind} takes {rounding:.0%} of what the adapter changes; {fix} keeps it."
         )
     _declare_untied(merged)
-    return merged, num_modules, rounding, notes
+    return merged, {
+        "dtype": dtype_name(merged.dtype),
+        "num_modules": num_modules,
+        "num_bytes": sum(parameter.nbytes for parameter in merged.parameters()),
+        "rounding": rounding,
+        "notes": notes,
+    }
 
 
 class _Columns(NamedTuple):
@@ -248,21 +217,12 @@ class _Columns(NamedTuple):
     """Before they are rounded to the dtype of the weight."""
 
 
-def _read(model: nn.Module, name: str, indices: Tensor) -> Tensor:
-    """Return some columns of a module, as numbers where it holds them in few bits."""
-    target = target_of_module(model, name)
-    backend = resolve_quantization_backend(target.module)
-    if backend is None:
-        return read_target_columns(target, indices)
-    weight = dequantized(backend, target.module, torch.float32)
-    return read_columns(weight, indices.to(weight.device))
-
-
 def _trained_columns(base: nn.Module, adapter: Adapter) -> dict[str, _Columns]:
     result = {}
     for name, update in adapter.modules.items():
-        before = widened(_read(base, name, update.indices))
-        after = adapted_target_columns(target_of_module(base, name), adapter, name, before)
+        target = target_of_module(base, name)
+        before = widened(target.columns(update.indices))
+        after = target.adapted(before, adapter, name)
         result[name] = _Columns(update.indices, before, after)
     return result
 
@@ -274,7 +234,7 @@ def _measure_rounding(model: nn.Module, columns: dict[str, _Columns], *, is_exac
     """
     lost = changed = 0.0
     for name, (indices, before, after) in columns.items():
-        merged = _read(model, name, indices)
+        merged = target_of_module(model, name).columns(indices)
         if is_exact and not torch.equal(merged, after.to(merged.dtype)):
             raise ValueError(
                 f"module {name!r}: the merged columns are not W + scaling * delta in "
@@ -289,12 +249,7 @@ def _declare_untied(model: Any) -> None:
     # An adapted lm_head no longer equals the embedding it was tied to; a configuration that still
     # says so would drop it from the file.
     tied = tied_weights(model)
-    untied = [
-        target
-        for target, source in tied.items()
-        if model.get_parameter(target) is not model.get_parameter(source)
-    ]
-    for target in untied:
-        del tied[target]
-    if untied:
-        model.config.tie_word_embeddings = False
+    for target, source in list(tied.items()):
+        if model.get_parameter(target) is not model.get_parameter(source):
+            del tied[target]
+            model.config.tie_word_embeddings = False

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
@@ -17,7 +18,9 @@ from pacatune.adapters.folder import Adapter, LoraAdapter
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
 from pacatune.names import find_name, names_of, nearest
+from pacatune.tuner.compat import resolve_quantization_backend
 from pacatune.tuner.layout import Layout, layout_of
+from pacatune.tuner.quantized import dequantized
 
 
 class BaseWeight(NamedTuple):
@@ -35,6 +38,18 @@ class BaseWeight(NamedTuple):
         """The weight itself."""
         weight: Tensor = getattr(self.module, self.parameter_name)
         return weight.detach()
+
+    def columns(self, indices: Tensor) -> Tensor:
+        """Return some columns, as the layout has them; of a weight in few bits float32 ones."""
+        backend, weight = resolve_quantization_backend(self.module), self.weight
+        if backend is not None:
+            weight = dequantized(backend, self.module, torch.float32)
+        return self.layout.read_columns(weight, indices.to(weight.device))
+
+    def adapted(self, columns: Tensor, adapter: Adapter, name: str) -> Tensor:
+        """Return what an adapter makes of the columns that it trains, in their dtype."""
+        update = self.layout.from_file(adapter.modules[name].dense().float())  # as a layer holds it
+        return self.layout.adapted(columns, update.to(columns.device), adapter.scaling(name))
 
     def full_name(self, name: str) -> str:
         """Return the parameter's name in the model, given what the adapter calls it."""
@@ -61,21 +76,6 @@ def target_of_module(model: nn.Module, name: str) -> BaseWeight:
             f"{nearest(name, modules, cutoff=0)!r}. The adapter belongs to another base."
         )
     return BaseWeight(module, parameter_name, layout)
-
-
-def read_target_columns(target: BaseWeight, indices: Tensor) -> Tensor:
-    """Return some columns of a weight, as its layout has them."""
-    weight = target.weight
-    return target.layout.read_columns(weight, indices.to(weight.device))
-
-
-def adapted_target_columns(
-    target: BaseWeight, adapter: Adapter, name: str, columns: Tensor
-) -> Tensor:
-    """Return what an adapter makes of the columns of a weight that it trains, in their dtype."""
-    delta, _ = adapter.modules[name]
-    update = target.layout.from_file(delta.float()).to(columns.device)  # as a layer holds it
-    return target.layout.adapted(columns, update, adapter.scaling(name))
 
 
 def named_base(

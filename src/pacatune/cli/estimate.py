@@ -68,6 +68,7 @@ class EstimateCommand(Setting):
         is_paca = method_of(method, TEXT_METHODS).is_paca
         values |= {"method": method, "dropout": 0.0}
         values["rank"] = self.rank or (PacaSection.r if is_paca else LoraSection.r)
+        values["channels"] = self.channels if is_paca or len(self.methods) < 2 else None
         setting = Setting(**values)
         if len(self.methods) > 1 and not setting.row.has_dropout:
             return setting

@@ -9,14 +9,15 @@ from pacatune.files.folder import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Export(BaseOptions):
-    """Write an adapter in a form that others read.
+    """Write an adapter in a form that others read, or a LoRA as one that trains in place.
 
-    LoRA of the same rank is exact: A selects the trained columns, B holds what was trained.
+    LoRA of the same rank is exact: A selects the trained columns, B holds what was trained. A LoRA
+    becomes an adapter of all columns (channels 1.0), whose factors are those of the LoRA.
     """
 
     adapter: str = field()
-    to: Literal["lora"]
-    """Form to write."""
+    to: Literal["lora", "paca"]
+    """Form to write: lora, of an adapter of PaCA's; paca, of a LoRA."""
     output: str
     """Folder to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -29,6 +30,13 @@ class Export(BaseOptions):
         """Do it."""
         self.check_base(self.output)
         quiet_libraries()
+        if self.to == "paca":
+            from pacatune.adapters.from_lora import adapter_from_lora
+
+            num_modules = adapter_from_lora(self.adapter, self.output)
+            print(f"exported  {num_modules} modules as PaCA over all columns, exact")
+            print(f"written   {self.output}")
+            return 0
 
         from pacatune.adapters.export import export_lora
 

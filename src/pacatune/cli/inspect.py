@@ -50,34 +50,34 @@ def _show_patch(options: Inspect) -> tuple[str, dict[str, Any]]:
     from pacatune.patch.file import load
 
     patch = load(options.adapter)
-    kept = patch.adapter
+    kept = patch.adapter_bytes
     tensors: dict[str, dict[str, Any]] = {
         name: {
-            "dim": edit.dim,
-            "shape": edit.shape,
-            "dtype": str(edit.form).removeprefix("torch."),
-            "columns": edit.indices.tolist(),
+            "dim": columns.dim,
+            "shape": columns.shape,
+            "dtype": str(columns.form).removeprefix("torch."),
+            "columns": columns.indices.tolist(),
         }
-        for name, edit in patch.edits.items()
+        for name, columns in patch.after.items()
     }
     facts = {
         "patch of": patch.base,
-        "columns": f"{patch.num_columns} of {len(patch.edits)} tensors",
+        "columns": f"{patch.num_columns} of {len(patch.after)} tensors",
         "before, after": f"{format_bytes(patch.num_bytes)} each",
-        "adapter": "none" if kept is None else format_bytes(kept.num_bytes),
+        "adapter": format_bytes(kept) if kept else "none",
         "file": format_bytes(Path(options.adapter).stat().st_size),
     }
     rows = [
         {
             "tensor": name,
-            "changed": patch.edits[name].rank,
+            "changed": patch.after[name].rank,
             "shape": " x ".join(map(str, tensor["shape"])),
             "dtype": tensor["dtype"],
             "columns": tensor["columns"],
         }
         for name, tensor in tensors.items()
     ]
-    values = {"base": patch.base, "has_adapter": kept is not None, "tensors": tensors}
+    values = {"base": patch.base, "has_adapter": bool(kept), "tensors": tensors}
     return _page(options.adapter, facts, "tensors", rows, options), values
 
 

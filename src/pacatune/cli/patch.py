@@ -1,7 +1,7 @@
 """`pacatune patch WHAT`: adapters as exact edits of checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pacatune.cli.options import BaseOptions, give_one, print_notes, quiet_libraries
 from pacatune.files.folder import format_bytes
@@ -42,10 +42,10 @@ class Make(BaseOptions):
             allow_other_base=self.allow_other_base,
         )
         size = save(patch, self.output)
-        kept = patch.adapter
-        adapter = "" if kept is None else f", the adapter {format_bytes(kept.num_bytes)}"
+        kept = patch.adapter_bytes
+        adapter = f", the adapter {format_bytes(kept)}" if kept else ""
         print(f"base      {patch.base}")
-        print(f"columns   {patch.num_columns} of {len(patch.edits)} tensors")
+        print(f"columns   {patch.num_columns} of {len(patch.after)} tensors")
         print(
             f"written   {self.output} ({format_bytes(size)}: columns before and after "
             f"{format_bytes(2 * patch.num_bytes)}{adapter})"
@@ -74,7 +74,7 @@ class _Target:
         from pacatune.patch import apply_in_place, apply_to_folder
         from pacatune.patch.base import find_folder
 
-        settings = {"revert": revert, "allow_other_base": self.allow_other_base}
+        settings: dict[str, Any] = {"revert": revert, "allow_other_base": self.allow_other_base}
         if self.output is None:
             result = apply_in_place(model, patch, **settings)
         else:
@@ -82,7 +82,7 @@ class _Target:
         size = format_bytes(result.checkpoint_bytes)
         print(
             f"{'reverted' if revert else 'applied':<9} {patch.num_columns} columns of "
-            f"{len(patch.edits)} tensors: {format_bytes(patch.num_bytes)} of {size}, in disk "
+            f"{len(patch.after)} tensors: {format_bytes(patch.num_bytes)} of {size}, in disk "
             f"pages of {format_bytes(result.page_bytes)}"
         )
         after = "" if self.in_place else ", and those written"
@@ -192,7 +192,7 @@ class Stack:
 
         refuse_existing(self.output)
         patch = stack([load(path) for path in self.patch])
-        num_columns, num_tensors = patch.num_columns, len(patch.edits)
+        num_columns, num_tensors = patch.num_columns, len(patch.after)
         print(
             f"stacked   {len(self.patch)} patches: {num_columns} columns of {num_tensors} tensors"
         )

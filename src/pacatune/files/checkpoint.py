@@ -116,6 +116,10 @@ class Checkpoint:
         """Return some columns of a tensor."""
         return self.tensor(name).index_select(dim, indices)
 
+    def values(self, name: str, dim: int, indices: Tensor) -> Tensor:
+        """Return the numbers in some columns of a tensor."""
+        return self.columns(name, dim, indices)
+
     def put_columns_(
         self, memory: mmap.mmap, name: str, dim: int, indices: Tensor, columns: Tensor
     ) -> None:

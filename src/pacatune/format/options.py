@@ -18,7 +18,13 @@ FILE_TYPES = ("PACA", NEEDS_US)
 only ours does. There PEFT without pacatune stops, where it would give wrong outputs otherwise."""
 
 # Options that PEFT's own PaCA does not have, and that change what an adapter computes.
-_OWN_OPTIONS = ("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters")
+_OWN_OPTIONS = (
+    "channels",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+    "target_parameters",
+)
 RANDOM = "random"
 IN_TENSORS: Literal["paca_indices"] = "paca_indices"
 """`columns` of a configuration whose adapter has not been loaded yet: its file of tensors has them,
@@ -68,6 +74,10 @@ class PacaChoices(TargetOptions):
     r: int = 8
     """Number of trained input columns of each weight. Costs 16 bytes of delta, gradient and Adam's
     moments per column and output, and one kept channel per column and token; 8 to 64."""
+    channels: int | float | None = None
+    """Number of trained columns of each weight, or their share, 1.0 of all, whose update then has
+    rank `r`: a product of (O, r) and (r, channels), as LoRA's. Null: `r` columns, each with an
+    update of its own. Weights with fewer columns train all of them, and none fewer than `r`."""
     paca_alpha: float = 8
     """Scale of the update, as the factor paca_alpha / r; under Adam it scales the learning rate.
     With 16 the best rates of r from 8 to 64 lay within a factor of two in our study."""
@@ -236,14 +246,34 @@ class PacaOptions(PacaChoices):
             needs_of(self.selection)  # columns that are there may be of a strategy that is not
 
 
+def count_columns(num_columns: int, rank: int, channels: int | float | None) -> int:
+    """Return how many of a weight's columns are trained."""
+    if channels is None:
+        return rank
+    wanted = channels if isinstance(channels, int) else round(channels * num_columns)
+    return max(rank, min(wanted, num_columns))
+
+
 def check_sizes(options: Any) -> None:
     """Refuse ranks and alphas, those of single modules too, that nothing can have."""
     _check_rank("r", options.r)
+    check_channels(getattr(options, "channels", None), options.r)
     _check_alpha("paca_alpha", options.paca_alpha)
     for name, rank in (options.rank_pattern or {}).items():
         _check_rank(f"rank_pattern[{name!r}]", rank)
     for name, alpha in (options.alpha_pattern or {}).items():
         _check_alpha(f"alpha_pattern[{name!r}]", alpha)
+
+
+def check_channels(channels: Any, rank: int) -> None:
+    """Refuse what is neither a number of columns nor a share of them."""
+    is_number = type(channels) is int and channels >= rank
+    is_share = type(channels) is float and 0 < channels <= 1
+    if not (channels is None or is_number or is_share):
+        raise ValueError(
+            f"`channels` ({channels!r}) must be a number of columns, at least `r` ({rank}), or a "
+            "share of them above 0.0 and up to 1.0; null trains `r` columns."
+        )
 
 
 def format_quantization(quantization: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What every PaCA tensor must fulfil, wherever it comes from; torch only.
 
 An adapter stores two tensors for each adapted module: `<module>.paca_delta` (O, R) and
-`<module>.paca_indices` (R,), sorted and unique. The deltas of convolutions have the kernel's
-dimensions after these, those of expert parameters the number of experts before.
+`<module>.paca_indices` (C,), sorted and unique; with `channels` `<module>.paca_mix` (R, C) as well,
+and otherwise C is R. The deltas of convolutions have the kernel's dimensions after these, deltas
+and mixes of expert parameters the number of experts before.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import check_columns
+from pacatune.ops.columns import check_columns, mixed
 from pacatune.ops.whole import is_whole
 from pacatune.precision import FLOATS, dtype_name
 
 DELTA = "paca_delta"
+MIX = "paca_mix"
 INDICES = "paca_indices"
 PEFT_PREFIX = "base_model.model."
 TENSORS_NAME = "adapter_model.safetensors"
@@ -31,14 +33,32 @@ class ColumnUpdate(NamedTuple):
     """The tensors that adapt one module."""
 
     delta: Tensor
-    """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling."""
+    """(O, R), (O, R, *kernel) or (E, O, R) update of the trained columns, before scaling.
+
+    Of experts (O, R, E) once an adapter has been read.
+    """
     indices: Tensor
-    """(R,) int64, the trained columns, in increasing order."""
+    """(C,) int64, the trained columns, in increasing order."""
+    mix: Tensor | None = None
+    """(R, C), (R, C, *kernel) or (E, R, C); None where each column has its own update."""
 
     @property
     def rank(self) -> int:
         """R."""
-        return len(self.indices)
+        return len(self.indices) if self.mix is None else self.delta.shape[1]
+
+    @property
+    def dense_ndim(self) -> int:
+        """Number of dimensions of `dense()`."""
+        return self.delta.ndim if self.mix is None else self.mix.ndim
+
+    def dense(self) -> Tensor:
+        """Return the update of all columns, (O, C), (O, C, *kernel) or, of experts, (O, C, E)."""
+        if self.mix is None:
+            return self.delta
+        if self.mix.ndim == self.delta.ndim == 3:
+            return mixed(self.delta.permute(2, 0, 1), self.mix).permute(1, 2, 0)
+        return mixed(self.delta, self.mix)
 
 
 # Modules around a base model's own: of PEFT and torch, and those of ours.
@@ -54,13 +74,13 @@ def plain_name(name: str) -> str:
 def split_tensor_name(name: str) -> tuple[str, str] | None:
     """Split a name, such as (`layers.0.q_proj`, `paca_delta`); None if it is not PaCA's."""
     module, _, kind = name.rpartition(".")
-    if kind not in (DELTA, INDICES):
+    if kind not in (DELTA, INDICES, MIX):
         return None
     return module.removeprefix(PEFT_PREFIX), kind
 
 
 def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, ColumnUpdate]:
-    """Pair each module's delta with its indices; tensors of other kinds are passed over."""
+    """Bring each module's tensors together; those of other kinds are passed over."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.endswith(_ROW_GROUPS):
@@ -76,7 +96,8 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
                     "module needs both. The file is incomplete: save the adapter again."
                 )
     return {
-        module: ColumnUpdate(by_kind[DELTA], by_kind[INDICES]) for module, by_kind in parts.items()
+        module: ColumnUpdate(by_kind[DELTA], by_kind[INDICES], by_kind.get(MIX))
+        for module, by_kind in parts.items()
     }
 
 
@@ -91,8 +112,9 @@ def check_tensors(tensors: Mapping[str, Tensor], *, source: str) -> None:
     for module, update in group_tensors(tensors, source=source).items():
         where = f"{source}: module {module!r}"
         _check_layout(update, where)
-        if not update.delta.is_meta:
-            check_finite({f"{module}.{DELTA}": update.delta}, source=source)
+        for kind, tensor in ((DELTA, update.delta), (MIX, update.mix)):
+            if tensor is not None and not tensor.is_meta:
+                check_finite({f"{module}.{kind}": tensor}, source=source)
         check_columns(update.indices, None, f"{where}: `{INDICES}`")
 
 
@@ -118,16 +140,30 @@ def is_equal(tensor: Tensor, own: Tensor) -> bool:
 
 
 def _check_layout(update: ColumnUpdate, where: str) -> None:
-    delta, indices = update
-    if dtype_name(delta.dtype) not in FLOATS:
-        raise ValueError(
-            f"{where}: `{DELTA}` has dtype {delta.dtype}; it must be one of {', '.join(FLOATS)}."
-        )
+    delta, indices, mix = update
+    for kind, tensor in ((DELTA, delta), (MIX, mix)):
+        if tensor is not None and dtype_name(tensor.dtype) not in FLOATS:
+            raise ValueError(
+                f"{where}: `{kind}` has dtype {tensor.dtype}; it must be one of "
+                f"{', '.join(FLOATS)}."
+            )
     if delta.ndim < 2 or 0 in delta.shape:
         raise ValueError(
             f"{where}: `{DELTA}` has shape {tuple(delta.shape)}; it must be (out_features, rank), "
             "both at least 1, with the kernel's sizes after them or the number of experts before."
         )
+    if mix is not None:
+        # Of layers (R, C, *kernel) beside (O, R), of experts (E, R, C) beside (E, O, R).
+        parts = mix.shape[delta.ndim - 2 :]
+        is_fit = mix.ndim >= delta.ndim and parts[0] == delta.shape[-1]
+        is_fit = is_fit and mix.shape[: delta.ndim - 2] == delta.shape[: delta.ndim - 2]
+        if not is_fit or indices.shape != parts[1:2]:
+            raise ValueError(
+                f"{where}: `{MIX}` has shape {tuple(mix.shape)}; it must be (rank, columns) to fit "
+                f"`{DELTA}` {tuple(delta.shape)} and `{INDICES}` {tuple(indices.shape)}, with the "
+                "kernel's sizes after them or the number of experts before."
+            )
+        return
     # (O, R, *kernel) of layers, (E, O, R) of experts: which, only the base model knows.
     sizes = [delta.shape[:2]] + ([delta.shape[1:]] if delta.ndim == 3 else [])
     if indices.ndim != 1 or all(columns != len(indices) for _, columns in sizes):

@@ -1,7 +1,7 @@
 """A checkpoint some of whose matrices are codes: their columns are read and written in place."""
 
-import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint
-from pacatune.grid.formats import GRIDS, Grid
-
-_NUM_HASHED, _HASH_DIGITS = 8, 12
+from pacatune.grid.formats import GRIDS, Grid, Moved
+from pacatune.ops.columns import adapted_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +46,9 @@ class PackedCheckpoint(Checkpoint, ABC):
     def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and minimum, (O, R) float32, of columns of a quantised matrix."""
 
-    def scales_print(self, name: str) -> str:
-        """Hash scales and minima of some columns, at equal distances, of a quantised matrix."""
-        num_columns = self.entries[name].shape[1]
-        step = max(1, num_columns // _NUM_HASHED)
-        indices = torch.arange(0, num_columns, step, device="cpu")
-        digest = hashlib.sha256()
-        for part in self.scales(name, indices):
-            digest.update(part.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:_HASH_DIGITS]
-
-    def values(self, name: str, indices: Tensor) -> Tensor:
-        """Return the (O, R) values of columns, whether they are codes or not."""
-        columns = self.columns(name, 1, indices)
+    def values(self, name: str, dim: int, indices: Tensor) -> Tensor:
+        """Return the numbers in columns, whether they are codes or not."""
+        columns = self.columns(name, dim, indices)
         if (grid := self.grid(name)) is None:
             return columns
         return grid.values(columns, *self.scales(name, indices))
@@ -91,34 +80,90 @@ class PackedCheckpoint(Checkpoint, ABC):
         return (starts[:, None] + bytes_).flatten()
 
 
-def heads_of(config: Any) -> tuple[int, ...]:
-    """Return the numbers of heads that a projection of a model may have."""
-    names = ("num_attention_heads", "num_key_value_heads")
-    return tuple(filter(None, (getattr(config, name, None) for name in names)))
+class FileColumns:
+    """Trained columns of a matrix as its file has them, where the model has them.
+
+    Args:
+        checkpoint: The file or folder that the model was dequantised from.
+        parameter: What the model calls the matrix.
+        columns: (O, R), what the model has there.
+        indices: (R,), which columns.
+        config: The model's, a text model's part of it.
+
+    Raises:
+        ValueError: If the file has no such matrix, does not hold these columns, or has a format
+            that is not known.
+    """
+
+    def __init__(
+        self,
+        checkpoint: PackedCheckpoint,
+        parameter: str,
+        columns: Tensor,
+        indices: Tensor,
+        config: Any,
+    ) -> None:
+        self.name = checkpoint.name_of(parameter, config.num_hidden_layers)
+        self.grid = checkpoint.grid(self.name)
+        """None: they are numbers."""
+        indices, device = indices.cpu(), columns.device
+        values = before = checkpoint.columns(self.name, 1, indices)
+        if self.grid is not None:
+            scales = checkpoint.scales(self.name, indices)
+            self._scale, self._minimum = (part.to(device) for part in scales)
+            values = self.grid.values(before, *scales)
+        self.before = before.to(device)
+        """(O, R), the base's, in the file's order of rows."""
+        names = ("num_attention_heads", "num_key_value_heads")
+        heads = filter(None, (getattr(config, name, None) for name in names))
+        self.order = _row_order(values.to(device), columns.detach(), heads, self.name)
+        """(O,), which row of the model's matrix each row of the file is."""
+
+    def moved(self, delta: Tensor, scaling: float) -> Moved:
+        """Return what they are after an (O, R) update; as codes the nearest, see `Grid.moved`.
+
+        Raises:
+            ValueError: If an update is not finite.
+        """
+        delta = delta.detach().to(self.before.device).float()[self.order]
+        if not delta.isfinite().all():
+            raise ValueError(
+                f"the columns of {self.name!r} are not finite: training has diverged; go back to a "
+                "checkpoint."
+            )
+        if self.grid is None:
+            after = adapted_columns(self.before, delta, scaling)
+            return Moved(after, torch.zeros((), device=after.device))
+        return self.grid.moved(self.before, self._scale, scaling * delta)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return what codes are to the model, (O, R) float32 in its order of rows."""
+        assert self.grid is not None, "numbers are what they are"
+        values = self.grid.values(codes, self._scale, self._minimum)
+        return torch.empty_like(values).index_copy_(0, self.order, values)
 
 
-def row_order(values: Tensor, weight: Tensor, heads: tuple[int, ...], name: str) -> Tensor:
-    """Return which row of a weight each row of the file is, (O,) int64.
+def _row_order(values: Tensor, columns: Tensor, heads: Iterable[int], name: str) -> Tensor:
+    """Return which row of a weight each row of the file is, by (O, R) columns of both.
 
     llama.cpp lays the rows of some projections otherwise: of each head, the two halves that are
     rotated together alternate. Values decide, so it is also a check that the weight is the file's.
-
-    Args:
-        values: (O, R) values of some columns in the file.
-        weight: The same columns of the model's weight, in its dtype.
-        heads: Numbers of heads that a weight may have.
-        name: What the weight is called, for messages.
     """
-    rows = torch.arange(len(weight), device=weight.device)
+    rows = torch.arange(len(columns), device=columns.device)
     halves = [
         rows.view(number, 2, -1).transpose(1, 2).flatten()
         for number in heads
-        if len(weight) % (2 * number) == 0
+        if len(columns) % (2 * number) == 0
     ]
-    rounded = values.to(weight.dtype)
-    for order in (rows, *halves):
-        if torch.equal(weight[order], rounded):
-            return order
+    rounded = values.to(columns.dtype)
+    fitting = [order for order in (rows, *halves) if torch.equal(columns[order], rounded)]
+    if any(not torch.equal(order, fitting[0]) for order in fitting):
+        raise ValueError(
+            f"{name!r} has equal rows in the columns that are trained, which do not tell in what "
+            "order the file lays them; train more columns of it, or other ones."
+        )
+    if fitting:
+        return fitting[0]
     raise ValueError(
         f"the file does not hold {name!r} as the model has it; it is another model's, or its rows "
         "are laid in an order that is not known here."

@@ -130,15 +130,14 @@ class Grid:
         stays |= wanted.isnan()
         low, high = levels[0] * 1.5 - levels[1] / 2, levels[-1] * 1.5 - levels[-2] / 2
         num_clipped = ((wanted < low) | (wanted > high)).sum()
-        return Moved(before, torch.where(stays, before, after), num_clipped)
+        return Moved(torch.where(stays, before, after), num_clipped)
 
 
 class Moved(NamedTuple):
-    """Codes before and after a change."""
+    """Columns after a change."""
 
-    before: Tensor
-    """(O, R) uint8."""
     after: Tensor
+    """(O, R), uint8 where they are codes."""
     num_clipped: Tensor
     """How many elements would lie beyond their block's range, ()."""
 

@@ -14,6 +14,7 @@ def add_adapter(
     *,
     rank: int,
     alpha: int | None = None,
+    channels: int | float | None = None,
     dropout: float = 0.0,
     targets: Collection[str] | str = (),
     heads: Sequence[str] = (),
@@ -22,7 +23,7 @@ def add_adapter(
     """Put the adapter of a method on a model, in the dtype that PEFT gives it.
 
     Without `targets` it adapts the linear layers of the blocks; the modules named `heads` are
-    trained in full.
+    trained in full. `channels` are PaCA's.
     """
     from pacatune.tuner.columns import fit_ranks
     from pacatune.tuner.defaults import default_targets
@@ -33,6 +34,8 @@ def add_adapter(
         torch.manual_seed(seed)
         if row.is_paca:
             options["random_seed"] = seed
+    if row.is_paca:
+        options["channels"] = channels
     if not isinstance(targets, str):
         targets = list(targets) or default_targets(model)
     config = adapter_config(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune import methods
+from pacatune.format.options import check_channels
 from pacatune.methods import TEXT_METHODS, Method, method_of
 from pacatune.names import check_choices
 from pacatune.precision import torch_dtype
@@ -46,6 +47,8 @@ class Setting:
     dropout."""
     rank: int = 8
     """Columns or rank of the adapter."""
+    channels: int | float | None = None
+    """Trained columns of paca, or their share, whose update has that rank; as `paca.channels`."""
     dropout: float = 0.0
     """Dropout on the input of lora and dora."""
     batch_size: int = 1
@@ -92,6 +95,7 @@ class Setting:
             size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ValueError(f"`{name}` ({size!r}) must be a whole number of at least 1.")
+        check_channels(self.channels, self.rank)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` ({self.dropout!r}) must be in [0, 1).")
         if self.seq_len < 2:
@@ -108,6 +112,8 @@ class Setting:
                 f"`dropout` ({self.dropout}) {said}: it has none; drop the option, or choose one "
                 f"of {', '.join(_WITH_DROPOUT)}."
             )
+        if self.channels is not None and not self.row.is_paca:
+            raise ValueError(f"`channels` ({self.channels}) {said}: it has none; drop the option.")
         if self.quantization is not None and self.method in ("full", "dora"):
             raise ValueError(
                 f"`quantization` ({self.quantization!r}) {said}: such weights cannot be trained, "
@@ -125,6 +131,7 @@ class Setting:
             f"batch {self.batch_size} x {self.seq_len:,} tokens": True,
             f"weights in {self.quantization or self.dtype}": True,
             f"rank {self.rank} in {self.adapter_dtype}": self.row.has_adapter,
+            f"channels {self.channels}": self.channels is not None,
             f"dropout {self.dropout}": self.dropout,
             "AdamW": True,
             f"lean level {self.lean_level}": self.lean != "off",

@@ -144,6 +144,7 @@ class FakeTraining:
                     model,
                     setting.row,
                     rank=setting.rank,
+                    channels=setting.channels,
                     dropout=setting.dropout,
                     targets=setting.target_modules,
                 )
@@ -345,9 +346,10 @@ class _FakeResidency(Residency):
         self.weight = dict.get(self.parameters, "weight")
         return self.weight
 
-    def obstacle(self, delta: Any) -> str | None:
+    def obstacle(self, update: Any) -> str | None:
         """Tell of what is always forbidden alone."""
-        delta.num_unversioned = 0  # the number of optimisers that step in a simulated step
+        for trained in update.trained():
+            trained.num_unversioned = 0  # the number of optimisers that step in a simulated step
         return self.forbidden if self.find_weight() is not None else "no weight"
 
     _address_of = staticmethod(id)  # there is no memory

@@ -131,18 +131,56 @@ def adapted_columns(columns: Tensor, delta: Tensor, scaling: float) -> Tensor:
 
 
 class Update(NamedTuple):
-    """What is trained of a weight: some columns of W' are those of W and scaling * delta."""
+    """What is trained of a weight: some columns of W' are those of W and scaling * delta.
+
+    With `mix` they are those of W and scaling * delta mix: C columns whose update has rank R.
+    Without it C is R, and each column has an update of its own.
+    """
 
     delta: Any
     """(O, R), of any floating dtype; (O/G, R, *k) of convolutions, (E, O, R) of E experts."""
     indices: Tensor
-    """(R,) int64, the trained columns, sorted."""
+    """(C,) int64, the trained columns, sorted."""
     scaling: float
     """alpha / R."""
+    mix: Any = None
+    """(R, C), (E, R, C) of experts, or (R, C, *k) of convolutions, whose delta is then (O/G, R)."""
+
+    def trained(self) -> tuple[Any, ...]:
+        """Return what gradients are of."""
+        return (self.delta,) if self.mix is None else (self.delta, self.mix)
+
+    def dense(self) -> Any:
+        """Return the (O, C) update of the columns before scaling, the one that every path has."""
+        return self.delta if self.mix is None else mixed(self.delta, self.mix)
+
+    def plain(self) -> "Update":
+        """Return the same update without mix."""
+        return self if self.mix is None else Update(self.dense(), self.indices, self.scaling)
 
     def adapted(self, columns: Tensor) -> Tensor:
         """Return the columns of W', given those of W."""
-        return adapted_columns(columns, self.delta, self.scaling)
+        delta = self.delta if self.mix is None else mixed(self.delta, self.mix)
+        return adapted_columns(columns, delta, self.scaling)
+
+
+def mixed(delta: Tensor, mix: Tensor) -> Tensor:
+    """Return delta mix, in float32 at least: what an update of low rank adds to its columns.
+
+    Formed in float64 where the device has it, and rounded to float32: neither the order of sums,
+    which differs by device and shape, nor TF32 changes a bit of W', but for ties.
+
+    Args:
+        delta: (O, R), (O/G, R) or (E, O, R).
+        mix: (R, C), (R, C, *k) or (E, R, C).
+
+    Returns:
+        (O, C), (O/G, C, *k) or (E, O, C).
+    """
+    wide = torch.float64 if delta.device.type in ("cpu", "cuda") else torch.float32
+    dtype = torch.promote_types(torch.promote_types(delta.dtype, mix.dtype), torch.float32)
+    product = torch.matmul(delta.to(wide), mix.to(wide).flatten(delta.dim() - 1)).to(dtype)
+    return product.unflatten(-1, mix.shape[delta.dim() - 1 :])
 
 
 def widened(x: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def paca_conv(
 
     Source: PaCA, Eqs. 7-9, for the linear map of each patch.
     """
+    update = update.plain()
     num_dims = _check_shapes(x, weight, update, bias, groups)
     stride, dilation = _expand(stride, num_dims), _expand(dilation, num_dims)
     x, padding = _resolve_padding(autocast(x), weight.shape[2:], padding, stride, dilation)
@@ -135,7 +136,7 @@ def _grad_delta(
     gy: Tensor, x_R: Tensor, update: Update, geometry: Geometry, in_channels: int
 ) -> Tensor:
     """Return d(delta), (O/G, R, *k): one group for each trained channel where there are groups."""
-    delta, indices, scaling = update
+    delta, indices, scaling, _ = update
     *sizes, groups = geometry
     kernel = torch.empty_like(delta, dtype=gy.dtype)  # only its shape is read
     if groups == 1:
@@ -213,7 +214,7 @@ def _check_shapes(
     groups: int,
 ) -> int:
     """Return the number of spatial dimensions."""
-    delta, indices, _ = update
+    delta, indices, *_ = update
     num_dims = weight.dim() - 2
     if num_dims not in CONVOLUTIONS or weight.shape[0] % groups:
         raise ValueError(

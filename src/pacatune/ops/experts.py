@@ -58,6 +58,7 @@ def paca_experts_linear(
 
     Source: PaCA, Eqs. 7-9, for each expert.
     """
+    update = update.plain()
     _check_weight(x, weight, offsets, is_transposed)
     _check_delta(update, offsets)
     num_experts, out_features = len(weight), weight.shape[2 if is_transposed else 1]
@@ -116,6 +117,7 @@ def paca_experts_update(
     Raises:
         ValueError: If the shapes do not fit.
     """
+    update = update.plain()
     _check_delta(update, offsets)
     how = update.scaling, False, is_grouped
     return _ExpertsLinear.apply(autocast(x), None, update.delta, update.indices, offsets, how)
@@ -139,7 +141,7 @@ def _check_weight(x: Tensor, weight: Tensor, offsets: Tensor, is_transposed: boo
 
 
 def _check_delta(update: Update, offsets: Tensor) -> None:
-    delta, indices, _ = update
+    delta, indices, *_ = update
     if delta.dim() != 3 or len(delta) != len(offsets):
         raise ValueError(
             f"`delta` must be (E={len(offsets)}, O, R) to fit `offsets`, got shape "

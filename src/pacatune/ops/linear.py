@@ -5,10 +5,11 @@ they keep:
 
     nn.Linear, all columns trained    keeps x              N * I elements
     LoRA of rank R                    keeps x and x A^T    N * (I + R) elements
-    PaCA, R columns trained           keeps x[:, indices]  N * R elements
+    PaCA, C columns trained           keeps x[:, indices]  N * C elements
 
 and all three run the same two large GEMMs (y = x W^T, dx = dy W). PaCA adds one gather in the
-forward pass and one thin GEMM in the backward pass; nothing runs in sequence with the large GEMMs.
+forward pass and one thin GEMM in the backward pass, four where the columns' update is of low rank;
+nothing runs in sequence with the large GEMMs.
 The tests hold them to the same equations in plain autograd (tests/ops/reference.py).
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import Update, check_form, read_columns
-from pacatune.ops.products import autocast, cast, grad_delta, owned, thin_product
+from pacatune.ops.products import autocast, cast, grad_delta, grad_factors, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
 Result = TypeVar("Result")
@@ -47,15 +48,17 @@ def paca_linear(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None =
 
     Forward   y = x W'^T + b            W' already holds the adapted columns
     Backward  dx = dy W'                d(delta) = scaling * dy^T x[..., indices]
-    Saves x[..., indices]: R/I of what nn.Linear keeps, and references to W', delta and indices.
+    with mix                            d(delta) = scaling * dy^T (x[..., indices] mix^T)
+                                        d(mix) = scaling * (dy delta)^T x[..., indices]
+    Saves x[..., indices]: C/I of what nn.Linear keeps, and references to W' and the update.
 
-    The columns of `weight` must be W[:, indices] + scaling * delta when this is called and when the
-    backward pass runs; both read them there.
+    The columns of `weight` must be those of W' when this is called and when the backward pass runs;
+    both read them there.
 
     Args:
         x: (..., I) activations, any number of leading dimensions, zero tokens included.
         weight: (O, I) frozen weight with the adapted columns written in.
-        update: Of R columns; its (O, R) delta receives the gradient.
+        update: Of C columns; its delta and mix receive the gradients.
         bias: (O,) bias, frozen or trained.
 
     Returns:
@@ -67,9 +70,9 @@ def paca_linear(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None =
     Source: PaCA, Eqs. 7-9, with the columns written as W + scaling * delta.
     """
     _check_shapes(x, weight, update, bias)
-    delta, indices, scaling = update
+    delta, indices, scaling, mix = update
     call = Call(scaling)
-    return _PacaLinear.apply(autocast(x), delta, indices, bias, None, call, weight, True)
+    return _PacaLinear.apply(autocast(x), delta, mix, indices, bias, None, call, weight, True)
 
 
 def paca_linear_additive(
@@ -78,14 +81,14 @@ def paca_linear_additive(
     """Apply the same map as `paca_linear`, from the *pretrained* weight, which is not written.
 
     Forward   y = x W^T + b + x[..., indices] (scaling * delta)^T
-    Backward  dx = dy W + (dy scaling * delta in the columns)    d(delta) as in `paca_linear`
-    Saves the same. Costs one thin GEMM more in each direction and saves writing the columns, which
-    takes longer when there are few tokens.
+    Backward  dx = dy W + (dy scaling * delta in the columns)    the update's as in `paca_linear`
+    Saves the same. Costs one thin GEMM more in each direction, two with mix, and saves writing the
+    columns, which takes longer when there are few tokens.
 
     Args:
         x: (..., I) activations.
         weight: (O, I) frozen pretrained weight.
-        update: Of R columns; its (O, R) delta receives the gradient.
+        update: Of C columns; its delta and mix receive the gradients.
         bias: (O,) bias, frozen or trained.
 
     Returns:
@@ -97,13 +100,13 @@ def paca_linear_additive(
     Source: PaCA, Eqs. 7-9, distributed over the sum W + scaling * delta.
     """
     _check_shapes(x, weight, update, bias)
-    delta, indices, scaling = update
+    delta, indices, scaling, mix = update
     call = Call(scaling)
-    return _PacaLinear.apply(autocast(x), delta, indices, bias, None, call, weight, False)
+    return _PacaLinear.apply(autocast(x), delta, mix, indices, bias, None, call, weight, False)
 
 
 def _check_shapes(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None) -> None:
-    delta, indices, _ = update
+    delta, indices, _, mix = update
     if weight.dim() != 2:
         raise ValueError(f"`weight` must be (O, I), got shape {tuple(weight.shape)}.")
     out_features, in_features = weight.shape
@@ -113,35 +116,65 @@ def _check_shapes(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None
             f"got shape {tuple(x.shape)}."
         )
     check_form(indices)
-    if delta.shape != (out_features, len(indices)):
+    num_columns = len(indices)
+    rank = num_columns if mix is None else len(mix)
+    if delta.shape != (out_features, rank):
         raise ValueError(
-            f"`delta` must be (O={out_features}, R={len(indices)}) to fit `weight` and `indices`, "
-            f"got shape {tuple(delta.shape)}."
+            f"`delta` must be (O={out_features}, R={rank}) to fit `weight` and "
+            f"`{'indices' if mix is None else 'mix'}`, got shape {tuple(delta.shape)}."
+        )
+    if mix is not None and mix.shape != (rank, num_columns):
+        raise ValueError(
+            f"`mix` must be (R, C={num_columns}) to fit `indices`, got shape {tuple(mix.shape)}."
         )
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
-def column_update(weight: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
-    """Return what the columns of W' multiply x with beyond those of W, for `add_columns_`.
+def add_columns_(y: Tensor, x_C: Tensor, weight: Tensor, update: Update) -> Tensor:
+    """Add to the (..., O) product of the pretrained weight, in place, what the columns of W' add.
+
+    `x_C` is x[..., indices], `weight` (O, I) the pretrained one.
+    """
+    y_NO = y.view(-1, y.shape[-1])
+    inputs, columns = _thin_factors(x_C, weight, update, y_NO)
+    y_NO.addmm_(inputs, columns.t())
+    return y
+
+
+def add_columns(y: Tensor, x_C: Tensor, weight: Tensor, update: Update) -> Tensor:
+    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
+    y_NO = y.reshape(-1, y.shape[-1])
+    inputs, columns = _thin_factors(x_C, weight, update, y_NO)
+    return torch.addmm(y_NO, inputs, columns.t()).view(y.shape)
+
+
+def _thin_factors(
+    x_C: Tensor, weight: Tensor, update: Update, y_NO: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (N, K) and (O, K): their product is what W' multiplies x with beyond W.
 
     In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost. Their
-    difference may have more than 16 bits, so both are returned, the new columns and minus the old
+    difference may have more than 16 bits, so both are there, the new columns and minus the old
     ones: a model is one function, whether its columns are in the weight, beside it or merged.
-
-    Args:
-        weight: (O, I) pretrained weight.
-        update: Of R columns.
-        dtype: What the product is computed in.
-
-    Returns:
-        In 16 bits (O, 2R), otherwise (O, R) scaling * delta; in `dtype`.
     """
-    if dtype.itemsize > 2:
-        wide = cast(update.delta, dtype)
-        return wide if update.scaling == 1.0 else wide * update.scaling
+    x_NC = cast(x_C, y_NO.dtype).reshape(y_NO.shape[0], x_C.shape[-1])
+    if y_NO.itemsize > 2:
+        mix = update.mix
+        x_NR = x_NC if mix is None else x_NC.mm(cast(mix, y_NO.dtype).t())
+        return x_NR, _scaled(update.delta, update.scaling, y_NO.dtype)
+    new, old = _both_columns(weight, update, y_NO.dtype)
+    return torch.cat((x_NC, x_NC), 1), torch.cat((new, old.neg()), 1)
+
+
+def _both_columns(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     columns = read_columns(weight, update.indices)
-    return torch.cat((cast(update.adapted(columns), dtype), cast(columns, dtype).neg()), 1)
+    return cast(update.adapted(columns), dtype), cast(columns, dtype)
+
+
+def _scaled(delta: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    wide = cast(delta, dtype)
+    return wide if scaling == 1.0 else wide * scaling
 
 
 class Call:
@@ -177,6 +210,7 @@ class _PacaLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         delta: Tensor,
+        mix: Tensor | None,
         indices: Tensor,
         bias: Tensor | None,
         gate: Tensor | None,
@@ -184,48 +218,52 @@ class _PacaLinear(torch.autograd.Function):
         weight: Tensor,
         is_resident: bool,
     ) -> Tensor:
-        needs_x, needs_delta, _, _, needs_gate, *_ = ctx.needs_input_grad
+        needs_x, needs_delta, needs_mix, _, _, needs_gate, *_ = ctx.needs_input_grad
+        needs_update = needs_delta or needs_mix
         ctx.call = x.shape, call, is_resident
         activation = call.activation
-        kept = x_R = None
+        kept = x_C = None
         if activation is not None and gate is not None:
             kept, x = x, activation.product(gate, x)
-        if (needs_delta and kept is None) or not is_resident:
-            x_R = x.index_select(-1, indices)
+        if (needs_update and kept is None) or not is_resident:
+            x_C = x.index_select(-1, indices)
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
         ctx.save_for_backward(
-            x_R if kept is None and needs_delta else kept,
+            x_C if kept is None and needs_update else kept,
             weight if (needs_x or needs_gate) and call.saves_weight else None,
             delta,
+            mix,
             indices,
             gate,
         )
         y = owned(F.linear(x, weight, bias))
-        if x_R is not None and not is_resident:
-            update = Update(delta, indices, call.scaling)
-            add_columns_(y, x_R, column_update(weight, update, y.dtype))
+        if x_C is not None and not is_resident:
+            add_columns_(y, x_C, weight, Update(delta, indices, call.scaling, mix))
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # asked here: every layer's pass does
             refuse_second_derivative("paca_linear")
-        needs_x, needs_delta, _, needs_bias, needs_gate, *_ = ctx.needs_input_grad
-        kept, weight_OI, delta_OR, indices_R, gate = ctx.saved_tensors
+        needs_x, needs_delta, needs_mix, _, needs_bias, needs_gate, *_ = ctx.needs_input_grad
+        kept, weight_OI, delta_OR, mix_RC, indices_C, gate = ctx.saved_tensors
         x_shape, call, is_resident = ctx.call
         scaling, activation = call.scaling, call.activation
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
-        gx = gdelta = gbias = ggate = None
-        if needs_delta:
-            x_NR = kept
+        gx = gdelta = gmix = gbias = ggate = None
+        if needs_delta or needs_mix:
+            x_NC = kept
             if activation is not None:
-                x_NR = activation.product_columns(gate, kept, indices_R)
+                x_NC = activation.product_columns(gate, kept, indices_C)
             if len(x_shape) != 2:
-                x_NR = x_NR.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NR.unsqueeze(0)
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta_OR.dtype)
+                x_NC = x_NC.flatten(0, len(x_shape) - 2) if len(x_shape) > 2 else x_NC.unsqueeze(0)
+            if mix_RC is None:
+                gdelta = grad_delta(gy_NO, x_NC, scaling, delta_OR.dtype)
+            else:
+                gdelta, gmix = grad_factors(gy_NO, x_NC, delta_OR, mix_RC, scaling)
         if needs_x or needs_gate:
-            update = delta_OR, indices_R, scaling
+            update = delta_OR, indices_C, scaling, mix_RC
             if call.saves_weight:
                 gx_NI = grad_x(gy_NO, update, weight_OI, is_resident)
             else:
@@ -235,44 +273,24 @@ class _PacaLinear(torch.autograd.Function):
                 ggate, gx = activation.owned_product_gradients(gx, gate, kept)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, gdelta, None, gbias, ggate, None, None, None
-
-
-def add_columns_(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
-    """Add to the (..., O) product of the pretrained weight, in place, what `column_update` says.
-
-    `x_R` is x[..., indices].
-    """
-    y_NO = y.view(-1, y.shape[-1])
-    y_NO.addmm_(_inputs(x_R, update, y_NO), update.t())
-    return y
-
-
-def add_columns(y: Tensor, x_R: Tensor, update: Tensor) -> Tensor:
-    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
-    y_NO = y.reshape(-1, y.shape[-1])
-    return torch.addmm(y_NO, _inputs(x_R, update, y_NO), update.t()).view(y.shape)
-
-
-def _inputs(x_R: Tensor, update: Tensor, y_NO: Tensor) -> Tensor:
-    """Return (N, R) in the dtype of y, twice where an update has new columns and old ones."""
-    x_NR = cast(x_R, y_NO.dtype).reshape(y_NO.shape[0], x_R.shape[-1])
-    return torch.cat((x_NR, x_NR), 1) if update.shape[1] > x_NR.shape[1] else x_NR
+        return gx, gdelta, gmix, None, gbias, ggate, None, None, None
 
 
 def grad_x(
-    gy_NO: Tensor, update: tuple[Tensor, Tensor, float], weight_OI: Tensor, is_resident: bool
+    gy_NO: Tensor, update: tuple[Any, Tensor, float, Any], weight_OI: Tensor, is_resident: bool
 ) -> Tensor:
     """Return dy W' as (N, I), from a weight that holds the columns of an update or not (Eq. 8)."""
     is_cast = weight_OI.dtype != gy_NO.dtype  # under autocast
     gx_NI = gy_NO.mm(weight_OI.to(gy_NO.dtype) if is_cast else weight_OI)
     if not is_resident:
-        columns_OR, indices_R = column_update(weight_OI, Update(*update), gy_NO.dtype), update[1]
-        rank = indices_R.shape[0]
-        if columns_OR.shape[1] == rank:
-            gx_NI.index_add_(1, indices_R, thin_product(gy_NO, columns_OR))
+        delta, indices, scaling, mix = update
+        if gy_NO.itemsize > 2:
+            gx_NR = thin_product(gy_NO, _scaled(delta, scaling, gy_NO.dtype))
+            gx_NC = gx_NR if mix is None else gx_NR.mm(cast(mix, gy_NO.dtype))
+            gx_NI.index_add_(1, indices, gx_NC)
         else:  # those of W' as they are
-            gx_NI.index_copy_(1, indices_R, thin_product(gy_NO, columns_OR[:, :rank]))
+            new, _ = _both_columns(weight_OI, Update(*update), gy_NO.dtype)
+            gx_NI.index_copy_(1, indices, thin_product(gy_NO, new))
     return gx_NI
 
 

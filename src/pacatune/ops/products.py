@@ -55,6 +55,23 @@ def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) 
     return gdelta if scaling == 1.0 else gdelta.mul_(scaling)
 
 
+def grad_factors(
+    gy_NO: Tensor, x_NC: Tensor, delta: Tensor, mix: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of delta (O, R) and mix (R, C), by four thin products.
+
+    d(delta) = scaling * dy^T (x mix^T)    d(mix) = scaling * (dy delta)^T x
+
+    The (O, C) gradient of their product is never made.
+    """
+    h_NR = thin_product(x_NC, cast(mix, x_NC.dtype).t())
+    g_NR = thin_product(gy_NO, cast(delta, gy_NO.dtype))
+    return (
+        grad_delta(gy_NO, h_NR, scaling, delta.dtype),
+        grad_delta(g_NR, x_NC, scaling, mix.dtype),
+    )
+
+
 def _scaled_product(a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return scaling * a b in `dtype` by one GEMM, and a cast where no GEMM ends in that dtype."""
     if dtype.itemsize > a.itemsize and _can_widen(a.device, a.dtype, dtype):

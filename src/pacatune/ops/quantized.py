@@ -5,7 +5,7 @@ there, multiplies once and lets go of it:
 
     forward    W = dequantize()   W[:, indices] += scaling * delta   y  = x W^T + b
     backward   the same W again                                      dx = dy W
-                                                d(delta) = scaling * dy^T x[..., indices]
+                                        d(delta) = scaling * dy^T x[..., indices]; mix: `ops.linear`
 
 Kept for backward are x[..., indices] and references; the peak is one dequantised weight.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pacatune.ops.columns import Update, put_columns_, read_columns
-from pacatune.ops.products import autocast, grad_delta, owned
+from pacatune.ops.products import autocast, cast, grad_delta, grad_factors, owned
 from pacatune.ops.tracing import refuse_second_derivative
 
 
@@ -33,7 +33,7 @@ def paca_quantized_linear(
 
     Args:
         x: (..., I) activations, in the dtype to compute in where autocast is off.
-        update: Of R columns; its (O, R) delta receives the gradient.
+        update: Of C columns; its delta and mix receive the gradients.
         dequantize: Returns the frozen (O, I) weight in a dtype, as a tensor that is ours to change.
             Called once in the forward and once in the backward pass.
         bias: (O,) bias, frozen or trained.
@@ -46,8 +46,9 @@ def paca_quantized_linear(
 
     Source: PaCA, Sec. 4.3 and Eqs. 7-9, with the columns written as W + scaling * delta.
     """
-    how = update.scaling, dequantize, multiply
-    y: Tensor = _PacaQuantizedLinear.apply(autocast(x), update.delta, update.indices, bias, how)
+    delta, indices, scaling, mix = update
+    how = scaling, dequantize, multiply
+    y: Tensor = _PacaQuantizedLinear.apply(autocast(x), delta, mix, indices, bias, how)
     return y
 
 
@@ -61,39 +62,46 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         delta: Tensor,
+        mix: Tensor | None,
         indices: Tensor,
         bias: Tensor | None,
         how: _How,
     ) -> Tensor:
-        _, needs_delta, *_ = ctx.needs_input_grad
+        _, needs_delta, needs_mix, *_ = ctx.needs_input_grad
         scaling, dequantize, multiply = how
-        x_R = x.index_select(-1, indices) if needs_delta or multiply is not None else None
-        ctx.save_for_backward(x_R if needs_delta else None, delta, indices)
+        needs_update = needs_delta or needs_mix
+        x_C = x.index_select(-1, indices) if needs_update or multiply is not None else None
+        ctx.save_for_backward(x_C if needs_update else None, delta, mix, indices)
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
-            weight = _adapted(dequantize(x.dtype), Update(delta, indices, scaling))
+            weight = _adapted(dequantize(x.dtype), Update(delta, indices, scaling, mix))
             return owned(F.linear(x, weight, bias))
-        assert x_R is not None
+        assert x_C is not None
         y = owned(multiply(x))
-        return y.add_(F.linear(x_R.to(y.dtype), delta.to(y.dtype)), alpha=scaling)
+        x_R = cast(x_C, y.dtype)
+        x_R = x_R if mix is None else F.linear(x_R, mix.to(y.dtype))
+        return y.add_(F.linear(x_R, delta.to(y.dtype)), alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("paca_quantized_linear")
-        needs_x, needs_delta, _, needs_bias, _ = ctx.needs_input_grad
-        x_R, delta, indices = ctx.saved_tensors
+        needs_x, needs_delta, needs_mix, _, needs_bias, _ = ctx.needs_input_grad
+        x_C, delta, mix, indices = ctx.saved_tensors
         x_shape, scaling, dequantize = ctx.call
         gy_NO = gy if gy.dim() == 2 else gy.reshape(-1, gy.shape[-1])
-        gx = gdelta = gbias = None
-        if needs_delta:
-            x_NR = x_R.reshape(-1, x_R.shape[-1]).to(gy.dtype)  # `multiply` may return another
-            gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
+        gx = gdelta = gmix = gbias = None
+        if needs_delta or needs_mix:
+            x_NC = x_C.reshape(-1, x_C.shape[-1]).to(gy.dtype)  # `multiply` may return another
+            if mix is None:
+                gdelta = grad_delta(gy_NO, x_NC, scaling, delta.dtype)
+            else:
+                gdelta, gmix = grad_factors(gy_NO, x_NC, delta, mix, scaling)
         if needs_x:
-            weight = _adapted(dequantize(gy.dtype), Update(delta, indices, scaling))
+            weight = _adapted(dequantize(gy.dtype), Update(delta, indices, scaling, mix))
             gx = gy_NO.mm(weight).view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
-        return gx, gdelta, None, gbias, None
+        return gx, gdelta, gmix, None, gbias, None
 
 
 def _adapted(weight: Tensor, update: Update) -> Tensor:

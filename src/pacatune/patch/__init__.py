@@ -15,9 +15,10 @@ gives, which are those of training, merging and serving.
 
 from typing import TYPE_CHECKING
 
+from pacatune.grid.columns import WeightColumns
 from pacatune.lazy import import_later
 from pacatune.patch.difference import Difference, diff
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, stack
+from pacatune.patch.edit import Patch, stack
 from pacatune.patch.file import is_patch, load, save
 from pacatune.patch.folder import FolderResult, apply_in_place, apply_to_folder, recover
 from pacatune.patch.memory import apply, revert
@@ -26,16 +27,14 @@ if TYPE_CHECKING:
     from pacatune.patch.adapter import make, to_adapter
 
 __all__ = [
-    "AdapterPart",
-    "ColumnEdit",
     "Difference",
     "FolderResult",
     "Patch",
+    "WeightColumns",
     "apply",
     "apply_in_place",
     "apply_to_folder",
     "diff",
-    "edit_of",
     "is_patch",
     "load",
     "make",

@@ -1,5 +1,6 @@
 """From an adapter to a patch of its base, and back."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,31 +9,32 @@ import torch
 from torch import Tensor
 
 from pacatune.adapters.base import base_name, empty_base, load_base
-from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, find_tensors, read_adapter
+from pacatune.adapters.folder import CONFIG_NAME, SIDECAR_NAME, Adapter, read_adapter
 from pacatune.adapters.loading import check_base, check_shapes
 from pacatune.adapters.target import (
     BaseWeight,
-    adapted_target_columns,
     map_weights_,
-    read_target_columns,
     stored_names,
     target_of_module,
 )
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.plain import find_file
-from pacatune.files.tensor_file import read_tensors, write_tensors
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import TENSORS_NAME, plain_name
 from pacatune.grid import is_packed
+from pacatune.grid.columns import WeightColumns, put_bits_
 from pacatune.names import find_name, names_of
 from pacatune.ops.columns import bits
-from pacatune.patch.base import find_folder, fingerprint
+from pacatune.patch.base import find_folder, patch_of
 from pacatune.patch.difference import changed_columns
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch, edit_of, put_bits_
-from pacatune.patch.packed import make_packed, open_paca, open_packed, rounding_note
+from pacatune.patch.edit import Patch
+from pacatune.patch.packed import make_packed, open_packed, rounding_note
 from pacatune.tuner.compat import as_saved, tied_weights
 
+_Change = tuple[WeightColumns, Tensor]
+"""Columns of a checkpoint, and what they become."""
+_FILES = (CONFIG_NAME, SIDECAR_NAME, TENSORS_NAME)
 _BY_MERGE = (
     "Make the patch of the merged model instead: `pacatune merge --model BASE --adapter ADAPTER "
     "--output MERGED`, then `pacatune patch diff --model BASE --with MERGED --output PATCH`."
@@ -68,11 +70,16 @@ def make(
             on a quantised base or trains more than columns, or the base ties a changed tensor.
     """
     checked = read_adapter(adapter)
-    _refuse_quantised(checked)
+    if (quantization := checked.config.base_quantization) is not None:
+        raise ValueError(
+            f"{checked.folder} was trained on a base quantised as "
+            f"{format_quantization(quantization)!r}, whose weights are not those of the "
+            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
+            "columns; `pacatune patch diff` makes a patch of that."
+        )
     name = base_name(None if model is None else str(model), checked.config)
-    part = _adapter_part(checked) if with_adapter else None
+    part = _files(checked.folder) if with_adapter else {}
     if is_packed(name):
-        checked = open_paca(adapter)
         plain = load_base(name, task_type=checked.config.task_type)
         notes = check_base(checked, plain, allow_other_base=allow_other_base)
         patch, rounding = make_packed(plain, open_packed(name), checked)
@@ -80,20 +87,19 @@ def make(
     checkpoint = Checkpoint.open(find_folder(name))
     base: Any = empty_base(name, task_type=checked.config.task_type)
     check_shapes(checked.modules, base, source=str(checked.folder))
-    base, edits = _edits(name, base, checkpoint, checked)
+    base, changes = _changes(name, base, checkpoint, checked)
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     if not with_adapter:
         notes.append("the patch is without its adapter (--no_adapter), which it cannot give back.")
     # The path of somebody's folder is their own.
     short = Path(name).resolve().name if Path(name).is_dir() else name
-    prints = fingerprint(checkpoint, edits)
-    return Patch(edits=edits, base=short, fingerprint=prints, adapter=part), notes
+    return patch_of(checkpoint, changes, base=short, adapter=part), notes
 
 
-def _edits(
+def _changes(
     name: str, base: Any, checkpoint: Checkpoint, checked: Adapter
-) -> tuple[Any, dict[str, ColumnEdit]]:
-    """Return the edits of a checkpoint, and the base with the weights that they are of."""
+) -> tuple[Any, list[_Change]]:
+    """Return what changes in a checkpoint, and the base with the weights that it changes."""
     targets = {module: target_of_module(base, module) for module in checked.modules}
     parameters = {module: target.full_name(module) for module, target in targets.items()}
     _refuse_tied(base, set(parameters.values()))
@@ -105,21 +111,18 @@ def _edits(
             f"base model {name!r} is saved quantised: its numbers are packed, and columns of them "
             "cannot be exchanged. Use the original base that is not quantised."
         )
-    edits: dict[str, ColumnEdit] = {}
     if map_weights_(base, checkpoint, names) == len(targets):
-        for module, stored in names.items():
-            edits[stored] = _edit(stored, targets[module], checked, module)
-    else:
-        base = load_base(name, task_type=checked.config.task_type)
-        for module, parameter in parameters.items():
-            target = target_of_module(base, module)
-            edit = _edit(parameter, target, checked, module)
-            edits |= _converted(base, checkpoint, target.weight, edit)
-    return base, edits
+        return base, [_change(names[module], targets[module], checked, module) for module in names]
+    base, changes = load_base(name, task_type=checked.config.task_type), list[_Change]()
+    for module, parameter in parameters.items():
+        target = target_of_module(base, module)
+        change = _change(parameter, target, checked, module)
+        changes += _converted(base, checkpoint, target.weight, *change)
+    return base, changes
 
 
 def to_adapter(patch: Patch, output: str | Path) -> Path:
-    """Write the adapter that a patch was made of: the same configuration and tensors, exactly.
+    """Write the adapter that a patch was made of: its files, byte for byte.
 
     Args:
         patch: With its adapter.
@@ -129,29 +132,16 @@ def to_adapter(patch: Patch, output: str | Path) -> Path:
         FileExistsError: If `output` is in use.
         ValueError: If the patch is without its adapter, or that is damaged.
     """
-    part = patch.adapter
-    if part is None:
+    if not patch.adapter:
         raise ValueError(
             "the patch is without the adapter it was made of; make it again without --no_adapter."
         )
     output = Path(output)
-    with staged_folder(output, part.num_bytes) as staging:
-        (staging / CONFIG_NAME).write_text(part.config, encoding="utf-8")
-        if part.sidecar is not None:
-            (staging / SIDECAR_NAME).write_text(part.sidecar, encoding="utf-8")
-        write_tensors(part.tensors, staging / TENSORS_NAME)
+    with staged_folder(output, patch.adapter_bytes) as staging:
+        for name in patch.adapter.keys() & {*_FILES}:
+            (staging / name).write_bytes(bits(patch.adapter[name]).numpy().tobytes())
         read_adapter(staging)  # a patch may come from a stranger
     return output
-
-
-def _refuse_quantised(adapter: Adapter) -> None:
-    if (quantization := adapter.config.base_quantization) is not None:
-        raise ValueError(
-            f"{adapter.folder} was trained on a base quantised as "
-            f"{format_quantization(quantization)!r}, whose weights are not those of the "
-            "checkpoint. `pacatune merge --base original` writes the checkpoint with the trained "
-            "columns; `pacatune patch diff` makes a patch of that."
-        )
 
 
 def _refuse_extra(adapter: Adapter, checkpoint: Checkpoint, prefix: str) -> None:
@@ -174,8 +164,8 @@ def _refuse_tied(base: Any, parameters: set[str]) -> None:
             )
 
 
-def _edit(name: str, target: BaseWeight, adapter: Adapter, module: str) -> ColumnEdit:
-    """Return the edit that an adapter makes in one weight; its bits are those of a merge."""
+def _change(name: str, target: BaseWeight, adapter: Adapter, module: str) -> _Change:
+    """Return what an adapter makes of one weight's columns; the bits are those of a merge."""
     weight, layout = target.weight, target.layout
     if layout.why_no_columns is not None:
         raise ValueError(
@@ -183,34 +173,30 @@ def _edit(name: str, target: BaseWeight, adapter: Adapter, module: str) -> Colum
             f"channels are no columns of its kernel. {_BY_MERGE}"
         )
     indices = adapter.modules[module].indices
-    new = adapted_target_columns(target, adapter, module, read_target_columns(target, indices))
+    new = target.adapted(target.columns(indices), adapter, module)
     if not new.isfinite().all():
         raise ValueError(
             f"{adapter.folder}: module {module!r} has columns that are not finite in "
             f"{weight.dtype}; use a base of wider range, or an earlier checkpoint of the adapter."
         )
-    return edit_of(name, layout.weight_dim, weight, indices, new)
+    return WeightColumns.of(name, layout.weight_dim, weight, indices), new
 
 
 def _converted(
-    base: Any, checkpoint: Checkpoint, weight: Tensor, edit: ColumnEdit
-) -> dict[str, ColumnEdit]:
-    """Return the edits in a checkpoint's tensors of a weight that transformers holds otherwise."""
+    base: Any, checkpoint: Checkpoint, weight: Tensor, columns: WeightColumns, new: Tensor
+) -> Iterator[_Change]:
+    """Yield what changes in a checkpoint's tensors of a weight that transformers has otherwise."""
     patched = weight.clone()
-    put_bits_(patched, edit.dim, edit.indices, edit.new)
-    before, after = (as_saved(base, {edit.name: tensor}) for tensor in (weight, patched))
-    edits = {}
+    put_bits_(patched, columns.dim, columns.indices, new)
+    before, after = (as_saved(base, {columns.name: tensor}) for tensor in (weight, patched))
     for name, tensor in before.items():
         if not _is_stored(checkpoint, name, tensor):
             raise ValueError(
-                f"{checkpoint.title} does not hold {edit.name!r} as transformers would save it, "
+                f"{checkpoint.title} does not hold {columns.name!r} as transformers would save it, "
                 f"as {name!r} in {tensor.dtype}. {_BY_MERGE}"
             )
-        if (change := changed_columns(tensor, after[name])) is not None:
-            dim, columns = change
-            new = after[name].index_select(dim, columns)
-            edits[name] = edit_of(name, dim, tensor, columns, new)
-    return edits
+        if (change := changed_columns(name, tensor, after[name])) is not None:
+            yield change
 
 
 def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
@@ -221,12 +207,11 @@ def _is_stored(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
     return stored.dtype == tensor.dtype and torch.equal(bits(stored), bits(tensor.contiguous()))
 
 
-def _adapter_part(adapter: Adapter) -> AdapterPart:
-    folder, sidecar = adapter.folder, None
-    if (folder / SIDECAR_NAME).exists():
-        sidecar = find_file(folder, SIDECAR_NAME).read_text(encoding="utf-8")
-    return AdapterPart(
-        config=find_file(folder, CONFIG_NAME).read_text(encoding="utf-8"),
-        sidecar=sidecar,
-        tensors=read_tensors(find_tensors(folder)),
-    )
+def _files(folder: Path) -> dict[str, Tensor]:
+    """Return the bytes of an adapter's files."""
+    contents = {}
+    for name in _FILES:
+        if (folder / name).exists():
+            data = bytearray(find_file(folder, name).read_bytes())
+            contents[name] = torch.frombuffer(data, dtype=torch.uint8)
+    return contents

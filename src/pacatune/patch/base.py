@@ -1,31 +1,33 @@
 """Whether a checkpoint is the one that a patch is for, and in which state.
 
-The original columns are in the patch, so the columns that it changes are compared bit for bit. That
-says nothing of the others: a patch of one layer fits every fine-tune that froze this layer. So a
-patch has hashes of up to 8 columns of each of its tensors that it leaves alone. Another patch of
-the same base may have changed a few of those; another base has changed nearly all of them. Codes
-are numbers with their scales, which no patch changes: some of these are hashed, too.
+The base's columns are in the patch, so those that it changes are compared bit for bit. That says
+nothing of the others: a patch of one layer fits every fine-tune that froze this layer. So a patch
+has hashes of up to 8 columns of each of its tensors that it leaves alone. Another patch of the same
+base may have changed a few of those; another base has changed nearly all of them. Hashed are
+numbers: the same codes with other scales are another base.
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pacatune import pretrained
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
 from pacatune.grid import is_packed
-from pacatune.grid.checkpoint import PackedCheckpoint
+from pacatune.grid.columns import WeightColumns, columns_beside
 from pacatune.grid.folder import PackedFolder
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import ColumnEdit, Patch
+from pacatune.patch.edit import Patch
 from pacatune.patch.memory import check_form, refuse_missing
 
 _NUM_COLUMNS = 8
 _HASH_DIGITS = 12
-_ALLOW = "Choose the right base, or pass `allow_other_base` (--allow_other_base)."
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -47,45 +49,50 @@ def open_checkpoint(model: str | Path, *, half_edited: bool = False) -> Checkpoi
     return kind.open(model, half_edited=half_edited)
 
 
-def fingerprint(checkpoint: Checkpoint, edits: dict[str, ColumnEdit]) -> dict[str, dict[int, str]]:
-    """Hash some columns of each tensor, at equal distances, of those that its edit leaves alone."""
-    result = {}
-    for name, edit in edits.items():
-        is_free = torch.ones(edit.shape[edit.dim], dtype=torch.bool, device="cpu")
-        is_free[edit.indices] = False
-        free = is_free.nonzero()[:, 0]
-        chosen = free[:: max(1, -(-len(free) // _NUM_COLUMNS))]
-        if len(edit.shape) > 1 and len(chosen):
-            result[name] = _hashes(checkpoint, name, edit.dim, chosen.tolist())
-    return result
+def patch_of(
+    checkpoint: Checkpoint,
+    changes: Iterable[tuple[WeightColumns, Tensor]],
+    *,
+    base: str,
+    adapter: dict[str, Tensor] | None = None,
+) -> Patch:
+    """Return the patch of a checkpoint that writes new values over columns.
+
+    Of each tensor some columns that are left alone, at equal distances, are hashed.
+    """
+    patch, fingerprint = Patch.of(changes, base=base, adapter=adapter or {}), {}
+    for name, columns in patch.before.items():
+        free = columns_beside(columns.indices, columns.shape[columns.dim], _NUM_COLUMNS)
+        if len(columns.shape) > 1 and len(free):
+            fingerprint[name] = _hashes(checkpoint, name, columns.dim, free)
+    return replace(patch, fingerprint=fingerprint)
 
 
-def _hashes(checkpoint: Checkpoint, name: str, dim: int, columns: list[int]) -> dict[int, str]:
-    indices = torch.tensor(columns, dtype=torch.int64, device="cpu")
-    values = bits(checkpoint.columns(name, dim, indices)).movedim(dim, 0).contiguous()
+def _hashes(checkpoint: Checkpoint, name: str, dim: int, indices: Tensor) -> dict[str, str]:
+    values = bits(checkpoint.values(name, dim, indices)).movedim(dim, 0).contiguous()
     return {
-        column: hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
-        for column, value in zip(columns, values, strict=True)
+        str(column): hashlib.sha256(value.numpy().tobytes()).hexdigest()[:_HASH_DIGITS]
+        for column, value in zip(indices.tolist(), values, strict=True)
     }
 
 
 def check_tensors(checkpoint: Checkpoint, patch: Patch) -> None:
     """Refuse a checkpoint without the patch's tensors, or with others of these names."""
-    for name, edit in patch.edits.items():
+    for name, columns in patch.before.items():
         fix = f"{_other_base(checkpoint, patch)}."
         if (entry := checkpoint.entries.get(name)) is None:
             refuse_missing([name], checkpoint.entries, fix)
         form = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-        check_form(name, form, (edit.shape, edit.form), fix)
+        check_form(name, form, (columns.shape, columns.form), fix)
 
 
-def holds(checkpoint: Checkpoint, patch: Patch) -> list[str]:
-    """Return the tensors whose columns are not those that the patch starts from, `original`."""
+def others_than(checkpoint: Checkpoint, expected: Mapping[str, WeightColumns]) -> list[str]:
+    """Return the tensors that do not hold these columns, bit for bit."""
     return [
         name
-        for name, edit in patch.edits.items()
+        for name, columns in expected.items()
         if not torch.equal(
-            bits(checkpoint.columns(name, edit.dim, edit.indices)), bits(edit.original)
+            bits(checkpoint.columns(name, columns.dim, columns.indices)), bits(columns.values)
         )
     ]
 
@@ -97,8 +104,8 @@ def check_base(
 
     Args:
         checkpoint: The model folder.
-        patch: Its `original` is what the folder must hold: the inverse one to revert.
-        allow_other_base: Go on if other columns than the patch's differ from its base.
+        patch: Its columns before are what the folder must hold: the inverse one to revert.
+        allow_other_base: Go on if most of a tensor's other columns differ from its base's.
 
     Returns:
         Notes for the user.
@@ -108,47 +115,37 @@ def check_base(
     """
     check_tensors(checkpoint, patch)
     where = _other_base(checkpoint, patch)
-    if differing := holds(checkpoint, patch):
-        if not holds(checkpoint, patch.inverse()):
+    if differing := others_than(checkpoint, patch.before):
+        if not others_than(checkpoint, patch.after):
             raise ValueError(
                 f"{checkpoint.title} already holds the columns that would be written; there is "
                 "nothing to do."
             )
         raise ValueError(
-            f"{where}, or was changed: {len(differing)} of {len(patch.edits)} tensors, first "
+            f"{where}, or was changed: {len(differing)} of {len(patch.before)} tensors, first "
             f"{differing[0]!r}, hold other columns than the patch replaces. Choose the right base; "
             "if another patch that overlaps was applied later, revert that one first."
         )
-    notes = _other_scales(checkpoint, patch)
-    if notes and not allow_other_base:
-        raise ValueError(f"{notes[0]} {_ALLOW}")
-    num_equal, num_compared = 0, 0
+    num_differing, num_compared = 0, 0
     for name, hashes in patch.fingerprint.items():
-        hashes_here = _hashes(checkpoint, name, patch.edits[name].dim, [*hashes])
-        num_compared += len(hashes)
-        num_equal += sum(hashes_here[column] == value for column, value in hashes.items())
-    sampled = f"{num_compared - num_equal} of {num_compared} sampled columns beside the patch's"
-    if 2 * num_equal < num_compared and not allow_other_base:
-        raise ValueError(
-            f"{where}: {sampled} differ, although those it changes are the same. {_ALLOW}"
+        indices = torch.tensor([*map(int, hashes)], dtype=torch.int64, device="cpu")
+        here = _hashes(checkpoint, name, patch.before[name].dim, indices)
+        num_others = sum(
+            value != own for value, own in zip(hashes.values(), here.values(), strict=True)
         )
-    if num_equal < num_compared:
-        notes.append(
-            f"{sampled} differ from its base: another patch is applied, or it is another base."
-        )
-    return notes
-
-
-def _other_scales(checkpoint: Checkpoint, patch: Patch) -> list[str]:
-    """Return a note if codes are other numbers here than in the patch's base."""
-    for name, edit in patch.edits.items():
-        packed = checkpoint if isinstance(checkpoint, PackedCheckpoint) else None
-        if edit.grid and (packed is None or packed.scales_print(name) != edit.scales):
-            return [
-                f"{_other_base(checkpoint, patch)}: it holds the codes of {name!r} with other "
-                "scales than the patch was made with, by which they are other numbers."
-            ]
-    return []
+        if 2 * num_others > len(hashes) and not allow_other_base:
+            raise ValueError(
+                f"{where}: {num_others} of {len(hashes)} sampled columns of {name!r} beside the "
+                "patch's differ, although those it changes are the same. Choose the right base, or "
+                "pass `allow_other_base` (--allow_other_base)."
+            )
+        num_differing, num_compared = num_differing + num_others, num_compared + len(hashes)
+    if not num_differing:
+        return []
+    return [
+        f"{num_differing} of {num_compared} sampled columns beside the patch's differ from its "
+        "base: another patch is applied, or it is another base."
+    ]
 
 
 def _other_base(checkpoint: Checkpoint, patch: Patch) -> str:

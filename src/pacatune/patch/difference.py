@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pacatune.files.checkpoint import DTYPES, Checkpoint
 from pacatune.files.journal import is_gguf
+from pacatune.grid.columns import WeightColumns, read_bits
 from pacatune.ops.columns import bits
-from pacatune.patch.base import fingerprint
-from pacatune.patch.edit import ColumnEdit, Patch, edit_of
+from pacatune.patch.base import patch_of
+from pacatune.patch.edit import Patch
 
 _MAX_SHARE = 0.5
 """A patch has changed columns twice, before and after: from half of a tensor on, that is larger."""
@@ -62,38 +64,34 @@ def diff(a: str | Path, b: str | Path) -> Difference:
         if is_gguf(path):
             raise ValueError(f"{path} is a GGUF file; model folders are compared.")
     first, second = Checkpoint.open(a), Checkpoint.open(b)
-    edits: dict[str, ColumnEdit] = {}
+    changes: list[tuple[WeightColumns, Tensor]] = []
     changed: dict[str, float] = {}
-    forms, other_forms = (
-        {name: (entry.shape, entry.dtype) for name, entry in folder.entries.items()}
-        for folder in (first, second)
-    )
-    shared = [name for name in forms if name in other_forms]
-    other_form = [name for name in shared if forms[name] != other_forms[name]]
-    whole = []
-    for name in (name for name in shared if name not in other_form):
-        before, after = first.tensor(name), second.tensor(name)
-        if (change := changed_columns(before, after)) is None:
-            continue
-        dim, columns = change
-        changed[name] = len(columns) / before.shape[dim] if before.dim() else 1.0
-        # Of a vector, such as a bias, each element is a column: it is small, so all may change.
-        is_few = before.dim() == 1 or changed[name] <= _MAX_SHARE
-        if is_few and first.entries[name].dtype in DTYPES:
-            edits[name] = edit_of(name, dim, before, columns, after.index_select(dim, columns))
+    num_equal, other_form, whole = 0, list[str](), list[str]()
+    for name in (name for name in first.entries if name in second.entries):
+        entry, other = first.entries[name], second.entries[name]
+        if (entry.shape, entry.dtype) != (other.shape, other.dtype):
+            other_form.append(name)
+        elif (change := changed_columns(name, first.tensor(name), second.tensor(name))) is None:
+            num_equal += 1
         else:
-            whole.append(name)
+            columns = change[0]
+            changed[name] = columns.rank / columns.shape[columns.dim]
+            # Of a vector, such as a bias, each element is a column: it is small, so all may change.
+            is_few = len(entry.shape) == 1 or changed[name] <= _MAX_SHARE
+            if is_few and entry.dtype in DTYPES:
+                changes.append(change)
+            else:
+                whole.append(name)
     only_a, only_b = (
-        sorted(forms.keys() - other_forms.keys()),
-        sorted(other_forms.keys() - forms.keys()),
+        sorted(own.entries.keys() - beside.entries.keys())
+        for own, beside in ((first, second), (second, first))
     )
     patch = None
-    if edits and not (only_a or only_b or other_form or whole):
-        base = Path(a).resolve().name
-        patch = Patch(edits=edits, base=base, fingerprint=fingerprint(first, edits))
+    if changes and not (only_a or only_b or other_form or whole):
+        patch = patch_of(first, changes, base=Path(a).resolve().name)
     return Difference(
         patch=patch,
-        num_equal=len(shared) - len(changed) - len(other_form),
+        num_equal=num_equal,
         changed=dict(sorted(changed.items(), key=lambda item: -item[1])),
         only_a=only_a,
         only_b=only_b,
@@ -102,13 +100,14 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     )
 
 
-def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
-    """Return the dimension along which the fewest columns differ, and these; None: equal bits.
+def changed_columns(
+    name: str, before: Tensor, after: Tensor
+) -> tuple[WeightColumns, Tensor] | None:
+    """Return the columns that differ, along the dimension with the fewest; None: equal bits.
 
-    Fewest by share: 8 of 4096 columns are fewer than 1 of 16 rows.
+    Fewest by share: 8 of 4096 columns are fewer than 1 of 16 rows. A number is a vector of one.
     """
-    if before.dim() == 0:
-        before, after = before.view(1), after.view(1)
+    before, after = torch.atleast_1d(before, after)
     differs = bits(before) != bits(after)
     if not differs.any():
         return None
@@ -117,4 +116,5 @@ def changed_columns(before: Tensor, after: Tensor) -> tuple[int, Tensor] | None:
     changed = [differs.any(rest) if rest else differs for rest in others]
     shares = [float(flags.float().mean()) for flags in changed]
     dim = shares.index(min(shares))
-    return dim, changed[dim].nonzero()[:, 0]
+    indices = changed[dim].nonzero()[:, 0]
+    return WeightColumns.of(name, dim, before, indices), read_bits(after, dim, indices)

@@ -3,12 +3,11 @@
 A file holds, for each tensor NAME of the checkpoint,
 
     NAME.indices    (R,) int64
-    NAME.original   the base's columns, in its dtype
-    NAME.new        the patched ones
+    NAME.before     the base's columns, in its dtype
+    NAME.after      the patched ones
 
-and `pacatune_adapter.*`, the tensors of the adapter it was made of, if that is kept. The JSON under
-`pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint,
-the adapter's configuration.
+and `pacatune_adapter.*`, the files of the adapter it was made of, if that is kept. The JSON under
+`pacatune_patch` in the file's metadata has the rest: shapes, dimensions, the base's fingerprint.
 """
 
 import hashlib
@@ -22,12 +21,12 @@ from pacatune.files.checkpoint import DTYPES
 from pacatune.files.folder import explained_failure, sync, whole_file
 from pacatune.files.json_file import check_strings, parse_json_object
 from pacatune.files.tensor_file import read_layout, read_tensors, write_tensors
+from pacatune.grid.columns import WeightColumns
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import AdapterPart, ColumnEdit, Patch
+from pacatune.patch.edit import Patch
 
 _KEY = "pacatune_patch"
-_VERSION = 1
-_PARTS = ("indices", "original", "new")
+_VERSION = 2
 _ADAPTER = "pacatune_adapter."
 
 
@@ -79,8 +78,7 @@ def load(path: str | Path) -> Patch:
             f"{path} is a patch of version {version!r}, and this pacatune reads {_VERSION}; use "
             "the pacatune that made it."
         )
-    # The adapter's own texts have lines; they are checked when it is written.
-    check_strings({k: v for k, v in metadata.items() if k != "adapter"}, f"the metadata of {path}")
+    check_strings(metadata, f"the metadata of {path}")
     tensors = read_tensors(path)
     digest = metadata.pop("digest", None)
     if digest != _digest(tensors, metadata):
@@ -102,60 +100,45 @@ def is_patch(path: str | Path) -> bool:
 
 def _pack(patch: Patch) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
-    for name, edit in patch.edits.items():
-        tensors |= {f"{name}.{part}": getattr(edit, part).cpu() for part in _PARTS}
+    for name, columns in patch.before.items():
+        tensors[f"{name}.indices"] = columns.indices.cpu()
+        tensors[f"{name}.before"] = columns.values.cpu()
+        tensors[f"{name}.after"] = patch.after[name].values.cpu()
     metadata: dict[str, Any] = {
         "version": _VERSION,
         "base": patch.base,
         "tensors": {
-            name: {"dim": edit.dim, "shape": list(edit.shape)}
-            | ({"grid": edit.grid, "scales": edit.scales} if edit.grid else {})
-            for name, edit in patch.edits.items()
+            name: {"dim": columns.dim, "shape": list(columns.shape), "grid": columns.grid}
+            for name, columns in patch.before.items()
         },
-        "fingerprint": {
-            name: {str(column): value for column, value in hashes.items()}
-            for name, hashes in patch.fingerprint.items()
-        },
+        "fingerprint": patch.fingerprint,
     }
-    if patch.adapter is not None:
-        tensors |= {f"{_ADAPTER}{name}": tensor for name, tensor in patch.adapter.tensors.items()}
-        metadata["adapter"] = {"config": patch.adapter.config, "sidecar": patch.adapter.sidecar}
+    tensors |= {f"{_ADAPTER}{name}": content for name, content in patch.adapter.items()}
     return tensors, metadata
 
 
 def _unpack(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> Patch:
-    edits = {}
+    changes = []
     for name, entry in metadata["tensors"].items():
-        indices, original, new = (tensors[f"{name}.{part}"] for part in _PARTS)
-        grid, scales = (str(entry.get(part, "")) for part in ("grid", "scales"))
-        if not grid and original.dtype not in DTYPES.values():
-            raise TypeError(f"{name!r} is {original.dtype}")
-        edits[name] = ColumnEdit(
+        before, grid = tensors[f"{name}.before"], str(entry["grid"])
+        if not grid and before.dtype not in DTYPES.values():
+            raise TypeError(f"{name!r} is {before.dtype}")
+        columns = WeightColumns(
             name=name,
             dim=int(entry["dim"]),
             shape=tuple(int(size) for size in entry["shape"]),
-            indices=indices,
-            original=original,
-            new=new,
+            indices=tensors[f"{name}.indices"],
+            values=before,
             grid=grid,
-            scales=scales,
         )
-    adapter = None
-    if (entry := metadata.get("adapter")) is not None:
-        own = {
-            name.removeprefix(_ADAPTER): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_ADAPTER)
-        }
-        config, sidecar = entry["config"], entry["sidecar"]
-        if not isinstance(config, str) or not isinstance(sidecar, str | None):
-            raise TypeError("the adapter's files are no texts")
-        adapter = AdapterPart(config=config, sidecar=sidecar, tensors=own)
-    fingerprint = {
-        name: {int(column): str(value) for column, value in hashes.items()}
-        for name, hashes in metadata["fingerprint"].items()
+        changes.append((columns, tensors[f"{name}.after"]))
+    adapter = {
+        name.removeprefix(_ADAPTER): content
+        for name, content in tensors.items()
+        if name.startswith(_ADAPTER)
     }
-    return Patch(edits=edits, base=str(metadata["base"]), fingerprint=fingerprint, adapter=adapter)
+    base, fingerprint = str(metadata["base"]), metadata["fingerprint"]
+    return Patch.of(changes, base=base, fingerprint=fingerprint, adapter=adapter)
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:

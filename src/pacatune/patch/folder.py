@@ -13,8 +13,9 @@ again does no harm, so it does not matter where the process was killed, nor how 
 
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ from pacatune.files.journal import (
 )
 from pacatune.files.owned_folder import alone_in
 from pacatune.files.plain import find_file
-from pacatune.patch.base import check_base, check_tensors, holds, open_checkpoint
-from pacatune.patch.edit import ColumnEdit, Patch
+from pacatune.grid.columns import WeightColumns
+from pacatune.patch.base import check_base, check_tensors, open_checkpoint, others_than
+from pacatune.patch.edit import Patch
 from pacatune.patch.file import load, refuse_existing, save
 
 _PAGE_BYTES = 4096
@@ -69,6 +71,7 @@ def apply_to_folder(
     *,
     revert: bool = False,
     allow_other_base: bool = False,
+    check: Callable[[Path], object] | None = None,
 ) -> FolderResult:
     """Write a patched copy of a model folder, a plain one that needs nothing of ours, or of a GGUF.
 
@@ -81,6 +84,7 @@ def apply_to_folder(
         output: Folder to write, missing or empty; of a GGUF a new .gguf file.
         revert: Take the patch back instead of applying it.
         allow_other_base: As for `check_base`.
+        check: Gets the path of what was written, which comes to nothing if this raises.
 
     Raises:
         FileExistsError: If `output` is in use.
@@ -91,16 +95,19 @@ def apply_to_folder(
     check_new(model, output)
     checkpoint = open_checkpoint(model)
     notes = check_base(checkpoint, wanted, allow_other_base=allow_other_base)
-    if is_gguf(model):
-        _write_file(checkpoint, wanted, output)
-        return _result(output, checkpoint, wanted, notes)
-    with staged_folder(output, checkpoint.num_bytes) as staging:
-        notes += _copy(checkpoint, staging)
-        copied = open_checkpoint(staging)
-        for name, edits in _by_file(copied, wanted).items():
-            _write(staging / name, copied, edits)
-        _check_written(staging, wanted)
-    return _result(output, checkpoint, wanted, notes)
+    result = _result(output, checkpoint, wanted, notes)
+    with _copied(checkpoint, output, notes) as copy:
+        copied = open_checkpoint(copy)
+        for name, columns in _by_file(copied, wanted).items():
+            _write(copied.folder / name, copied, columns)
+        if wrong := others_than(open_checkpoint(copy), wanted.after):
+            raise ValueError(
+                f"{wrong[0]!r} was not written as it should be; nothing was left behind. Is the "
+                "disk damaged?"
+            )
+        if check is not None:
+            check(copy)
+    return result
 
 
 def check_new(model: str | Path, output: Path) -> None:
@@ -113,24 +120,20 @@ def check_new(model: str | Path, output: Path) -> None:
     refuse_existing(output)
 
 
-def _write_file(checkpoint: Checkpoint, wanted: Patch, output: Path) -> None:
-    """Write a patched copy of a model that is one file."""
+@contextmanager
+def _copied(checkpoint: Checkpoint, output: Path, notes: list[str]) -> Iterator[Path]:
+    """Give a copy of a model that gets its name when the block succeeds; note what it lacks."""
+    if not is_gguf(output):
+        with staged_folder(output, checkpoint.num_bytes) as staging:
+            notes += _copy(checkpoint, staging)
+            yield staging
+        return
     (name,) = checkpoint.files
-    source = file_path(checkpoint.folder, name)
-    check_room(output.parent, source.stat().st_size)
+    check_room(output.parent, checkpoint.num_bytes)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with explained_failure(output), whole_file(output, is_new=True) as copy:
-        shutil.copyfile(source, copy)
-        _write(copy, open_checkpoint(copy), wanted.edits.values())
-        _check_written(copy, wanted)
-
-
-def _check_written(model: Path, wanted: Patch) -> None:
-    if wrong := holds(open_checkpoint(model), wanted.inverse()):
-        raise ValueError(
-            f"{wrong[0]!r} was not written as it should be; nothing was left behind. Is the disk "
-            "damaged?"
-        )
+        shutil.copyfile(file_path(checkpoint.folder, name), copy)
+        yield copy
 
 
 def apply_in_place(
@@ -160,7 +163,7 @@ def apply_in_place(
         checkpoint = open_checkpoint(model)
         check_tensors(checkpoint, wanted)
         result = _result(model, checkpoint, wanted, notes)
-        if notes and not holds(checkpoint, wanted.inverse()):
+        if notes and not others_than(checkpoint, wanted.after):
             return result  # that was all that was asked for
         result.notes.extend(check_base(checkpoint, wanted, allow_other_base=allow_other_base))
         files = _by_file(checkpoint, wanted)
@@ -172,11 +175,18 @@ def apply_in_place(
                 pass
         with explained_failure(model):
             try:
-                save(Patch(edits=wanted.edits, base=wanted.base), journal_of(model))
+                save(replace(wanted, fingerprint={}, adapter={}), journal_of(model))
                 sync(folder)
                 _edit(model, checkpoint, files)
             except BaseException as error:  # a full disk, an interrupt: back to what it was
-                _roll_after(error, model)
+                try:
+                    _roll(model, finish=False)
+                except Exception as second:
+                    raise ValueError(
+                        f"patching {model} failed ({error!r}), and so did rolling it back "
+                        f"({second}). Its journal is kept: mend the cause, such as a full or "
+                        f"damaged disk, then run `pacatune patch recover --model {model}`."
+                    ) from error
                 raise
     return result
 
@@ -198,43 +208,33 @@ def recover(folder: str | Path, *, finish: bool = False) -> list[str]:
         return _roll(Path(folder), finish=finish)
 
 
-def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[ColumnEdit]]:
-    files: dict[str, list[ColumnEdit]] = {}
-    for name, edit in patch.edits.items():
-        files.setdefault(checkpoint.entries[name].file, []).append(edit)
+def _by_file(checkpoint: Checkpoint, patch: Patch) -> dict[str, list[WeightColumns]]:
+    """Return what is to be written into each file."""
+    files: dict[str, list[WeightColumns]] = {}
+    for name, columns in patch.after.items():
+        files.setdefault(checkpoint.entries[name].file, []).append(columns)
     return files
 
 
-def _write(path: Path, checkpoint: Checkpoint, edits: Iterable[ColumnEdit]) -> None:
+def _write(path: Path, checkpoint: Checkpoint, changes: list[WeightColumns]) -> None:
     with writable(path) as memory:
-        for edit in edits:
-            checkpoint.put_columns_(memory, edit.name, edit.dim, edit.indices, edit.new)
+        for new in changes:
+            checkpoint.put_columns_(memory, new.name, new.dim, new.indices, new.values)
 
 
-def _edit(model: Path, checkpoint: Checkpoint, files: dict[str, list[ColumnEdit]]) -> None:
+def _edit(model: Path, checkpoint: Checkpoint, files: dict[str, list[WeightColumns]]) -> None:
     folder = folder_of(model)
     for name in files:
         if not (parked := folder / f"{name}{PARKED_SUFFIX}").exists():
             (folder / name).rename(parked)
     sync(folder)
-    for name, edits in files.items():
-        _write(file_path(folder, name), checkpoint, edits)
+    for name, changes in files.items():
+        _write(file_path(folder, name), checkpoint, changes)
     for name in files:
         file_path(folder, name).rename(folder / name)
     sync(folder)
     journal_of(model).unlink()
     sync(folder)
-
-
-def _roll_after(error: BaseException, model: Path) -> None:
-    try:
-        _roll(model, finish=False)
-    except Exception as second:
-        raise ValueError(
-            f"patching {model} failed ({error!r}), and so did rolling it back ({second}). Its "
-            "journal is kept: mend the cause, such as a full or damaged disk, then run `pacatune "
-            f"patch recover --model {model}`."
-        ) from error
 
 
 def _roll(model: Path, *, finish: bool) -> list[str]:
@@ -264,8 +264,8 @@ def _refuse_others(folder: Path, checkpoint: Checkpoint, patch: Patch) -> None:
 
     A file under its own name was not begun or is finished, so its columns are all of one kind.
     """
-    neither = {*holds(checkpoint, patch)} & {*holds(checkpoint, patch.inverse())}
-    for name, edits in _by_file(checkpoint, patch).items():
+    neither = {*others_than(checkpoint, patch.before)} & {*others_than(checkpoint, patch.after)}
+    for name, changes in _by_file(checkpoint, patch).items():
         parked = folder / f"{name}{PARKED_SUFFIX}"
         if parked.exists():
             if os.path.lexists(folder / name):
@@ -273,7 +273,7 @@ def _refuse_others(folder: Path, checkpoint: Checkpoint, patch: Patch) -> None:
                     f"{folder} has both {name} and {parked.name}: one was put there after patching "
                     f"in place was interrupted. Move it away, or remove {parked.name} to keep it."
                 )
-        elif not neither.isdisjoint(edit.name for edit in edits):
+        elif not neither.isdisjoint(columns.name for columns in changes):
             raise ValueError(
                 f"{folder / name} was replaced after patching in place was interrupted: it has the "
                 f"columns of neither model. Put the old one back, or remove {JOURNAL_NAME} to keep "
@@ -310,23 +310,19 @@ def _copy(checkpoint: Checkpoint, staging: Path) -> list[str]:
     return [f"left out, as they hold the base's weights unpatched: {', '.join(left_out)}."]
 
 
-def _result(folder: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]) -> FolderResult:
+def _result(model: Path, checkpoint: Checkpoint, patch: Patch, notes: list[str]) -> FolderResult:
+    """Return what is about to be written; the notes may grow."""
+    num_pages = 0
+    for name, changes in _by_file(checkpoint, patch).items():
+        size = (checkpoint.folder / name).stat().st_size
+        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool, device="cpu")
+        for new in changes:
+            places = checkpoint.touched(new.name, new.dim, new.indices, _PAGE_BYTES)
+            is_touched[places // _PAGE_BYTES] = True
+        num_pages += int(is_touched.sum())
     return FolderResult(
-        folder=folder,
-        page_bytes=_page_bytes(checkpoint, patch),
+        folder=model,
+        page_bytes=num_pages * _PAGE_BYTES,
         checkpoint_bytes=checkpoint.num_bytes,
         notes=notes,
     )
-
-
-def _page_bytes(checkpoint: Checkpoint, patch: Patch) -> int:
-    """Return the bytes of all pages that columns lie in."""
-    num_pages = 0
-    for name, edits in _by_file(checkpoint, patch).items():
-        size = (checkpoint.folder / name).stat().st_size
-        is_touched = torch.zeros(size // _PAGE_BYTES + 1, dtype=torch.bool, device="cpu")
-        for edit in edits:
-            places = checkpoint.touched(edit.name, edit.dim, edit.indices, _PAGE_BYTES)
-            is_touched[places // _PAGE_BYTES] = True
-        num_pages += int(is_touched.sum())
-    return num_pages * _PAGE_BYTES

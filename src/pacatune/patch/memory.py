@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from pacatune.grid.columns import put_bits_, read_bits
 from pacatune.names import find_name, names_of, nearest
 from pacatune.ops.columns import bits
 from pacatune.ops.whole import is_shared_out
-from pacatune.patch.edit import Patch, put_bits_, read_bits
+from pacatune.patch.edit import Patch
 
 _FIX = (
     "Load the model that the patch is for, in that dtype and not quantised; if it holds the "
@@ -50,23 +51,25 @@ def revert(model: nn.Module | Mapping[str, Tensor], patch: Patch) -> None:
 @torch.no_grad()
 def _write(model: nn.Module | Mapping[str, Tensor], patch: Patch, expected: str) -> None:
     tensors, prefix = tensors_of(model)
-    pairs = []
-    for edit in patch.edits.values():
-        weight = find_tensor(tensors, names_of(edit.name, prefix), edit.shape, edit.form, _FIX)
-        edit = edit.to(weight.device)
-        pairs.append((Place(weight, edit.dim, edit.indices), edit))
-    refuse_aliases(((edit.name, place.tensor) for place, edit in pairs), "the patch")
+    writes = []
+    for name, before in patch.before.items():
+        weight = find_tensor(tensors, names_of(name, prefix), before.shape, before.form, _FIX)
+        here, values = before.to(weight.device), patch.after[name].values
+        writes.append((Place(weight, here.dim, here.indices), here.values, values))
+    refuse_aliases(
+        zip(patch.before, (place.tensor for place, _, _ in writes), strict=True), "the patch"
+    )
     # All are compared before any answer of a GPU is waited for.
-    answers = [(bits(place.read()) == bits(edit.original)).all() for place, edit in pairs]
-    wrong = [edit.name for (_, edit), ok in zip(pairs, answers, strict=True) if not ok]
+    answers = [(bits(place.read()) == bits(old)).all() for place, old, _ in writes]
+    wrong = [name for name, is_equal in zip(patch.before, answers, strict=True) if not is_equal]
     if wrong:
         raise ValueError(
-            f"{len(wrong)} of {len(pairs)} tensors, first {wrong[0]!r}, do not hold {expected} The "
-            "model is of another base, or was changed; nothing was written."
+            f"{len(wrong)} of {len(writes)} tensors, first {wrong[0]!r}, do not hold {expected} "
+            "The model is of another base, or was changed; nothing was written."
         )
     with transaction() as put:
-        for place, edit in pairs:
-            put(place, edit.new, edit.original)
+        for place, old, new in writes:
+            put(place, new, old)
 
 
 class Place(NamedTuple):

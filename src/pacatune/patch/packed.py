@@ -9,8 +9,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -19,20 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pacatune.adapters.base import find_tokenizer, load_base
 from pacatune.adapters.folder import Adapter, LoraAdapter, open_adapter
-from pacatune.adapters.loading import attach
+from pacatune.adapters.loading import attach, check_base
 from pacatune.adapters.target import target_of_module
-from pacatune.files.folder import publish
-from pacatune.grid.checkpoint import PackedCheckpoint, heads_of, row_order
-from pacatune.grid.columns import CodedColumns
-from pacatune.ops.columns import adapted_columns
-from pacatune.patch.base import fingerprint, open_checkpoint
-from pacatune.patch.edit import ColumnEdit, Patch
+from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
+from pacatune.grid.columns import WeightColumns
+from pacatune.patch.base import open_checkpoint, patch_of
+from pacatune.patch.edit import Patch
 from pacatune.patch.folder import apply_to_folder, check_new
 from pacatune.residency import resident
 
 _TEXT = "The capital of France is Paris. In 1889, 41 metres (134 ft) remained to be built."
-_NUM_COMPARED = 64
-"""Columns by which the order of a weight's rows in the file is told."""
 _NOTABLE = 0.1
 """Share of what training gained that may be lost in writing without a warning."""
 _ADVICE = (
@@ -83,19 +79,13 @@ class PackedResult:
     """What the user should know."""
 
 
-def open_paca(adapter: str | Path) -> Adapter:
-    """Open an adapter whose columns can be codes; refuse LoRA, and what trains more."""
+def _open_paca(adapter: str | Path) -> Adapter:
     checked = open_adapter(adapter)
     if isinstance(checked, LoraAdapter):
         raise ValueError(
             f"{checked.folder} is a LoRA adapter, which changes every element of a weight, and "
             "most by less than a step of a quantised one; codes take PaCA's columns alone. "
             "`--base dequantized` writes a model in 16 bits."
-        )
-    if checked.extra:
-        raise ValueError(
-            f"{checked.folder} also trains what are no columns, first {next(iter(checked.extra))!r}"
-            "; codes are those of columns alone."
         )
     return checked
 
@@ -122,15 +112,17 @@ def make_packed(
         The patch, and what rounding to codes did.
 
     Raises:
-        ValueError: If a trained weight is not in the file as the model has it, or in a format whose
-            codes cannot be trained.
+        ValueError: If the adapter trains more than columns, or a trained weight is not in the file
+            as the model has it, or in a format whose codes cannot be trained.
     """
-    rounding, edits = Rounding(), dict[str, ColumnEdit]()
-    for module in adapter.modules:
-        edit = _edit(base, checkpoint, adapter, module, rounding)
-        edits[edit.name] = edit
-    short = Path(checkpoint.title).name
-    return Patch(edits=edits, base=short, fingerprint=fingerprint(checkpoint, edits)), rounding
+    if adapter.extra:
+        raise ValueError(
+            f"{adapter.folder} also trains what are no columns, first {next(iter(adapter.extra))!r}"
+            "; codes are those of columns alone."
+        )
+    rounding = Rounding()
+    changes = [_change(base, checkpoint, adapter, name, rounding) for name in adapter.modules]
+    return patch_of(checkpoint, changes, base=Path(checkpoint.title).name), rounding
 
 
 def merge_packed(
@@ -158,100 +150,99 @@ def merge_packed(
             tenth of what training gained of that loss.
         allow_other_base: Go on although the file is not the one the adapter was trained in.
 
-    Returns:
-        What was written and how it was verified.
-
     Raises:
         FileExistsError: If there is something under that name.
         ValueError: If the adapter is not PaCA's or of another model, a format is not known, or
             rounding takes more than half of what the adapter has gained: of the loss, or without
             one of the change of outputs. Nothing is written then.
     """
-    output, checked = Path(output), open_paca(adapter)
+    output, checked = Path(output), _open_paca(adapter)
     check_new(model, output)
     checkpoint = open_packed(model)
-    base = load_base(str(model), task_type=checked.config.task_type, device=device)
+    load = partial(load_base, task_type=checked.config.task_type, device=device)
+    base = load(str(model))
+    notes = check_base(checked, base, allow_other_base=allow_other_base)
     patch, rounding = make_packed(base, checkpoint, checked)
-    tokens = _tokens(base, find_tokenizer(str(model), checked.folder))
-    outputs, losses = list[Tensor](), list[float]()
+    compared, verified = _Compared(base, find_tokenizer(str(model), checked.folder), measure), None
 
-    def see(model: nn.Module, which: str) -> None:
-        if verify:
-            outputs.append(_outputs(model, tokens))
-            losses.extend([] if measure is None else [measure(model, which)])
+    def verify_written(path: Path) -> None:
+        nonlocal verified
+        compared.see(load(str(path)), "as written")
+        verified = compared.verified(rounding, warn)
 
-    see(base, "the base")
-    adapted, notes = attach(base, checked, allow_other_base=allow_other_base)
-    see(adapted, "as trained")
-    del base, adapted
-    verified = None
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=output.absolute().parent) as hidden:
-        written = Path(hidden) / output.name
-        result = apply_to_folder(model, patch, written)
-        if verify:
-            again = load_base(str(written), task_type=checked.config.task_type, device=device)
-            see(again, "as written")
-            verified = _verify(outputs, losses, rounding, warn)
-        num_bytes = open_checkpoint(written).num_bytes
-        if written.is_dir():
-            written.rename(output)
-        else:
-            publish(written, output)
+    if verify:
+        compared.see(base, "the base")
+        compared.see(attach(base, checked, allow_other_base=True)[0], "as trained")
+    del base
+    check = verify_written if verify else None
+    result = apply_to_folder(model, patch, output, check=check)
     return PackedResult(
         output=output,
-        formats=dict(Counter(checkpoint.entries[name].dtype for name in patch.edits)),
-        num_bytes=num_bytes,
+        formats=dict(Counter(checkpoint.entries[name].dtype for name in patch.after)),
+        num_bytes=result.checkpoint_bytes,
         rounding=rounding,
         verified=verified,
         notes=[*notes, *result.notes],
     )
 
 
-def _tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Return the tokens (B, T) of a text, or random ones where there is no tokenizer."""
-    size = cast(Any, model).config.get_text_config().vocab_size
-    if tokenizer is None:
-        return torch.randint(
-            size, (2, 32), generator=torch.Generator().manual_seed(0), device="cpu"
+class _Compared:
+    """What a base, a trained model and what was written say of a text, and their losses.
+
+    Args:
+        base: The base.
+        tokenizer: Gives the tokens of the text; None: they are random.
+        measure: As for `merge_packed`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        measure: Callable[[nn.Module, str], float] | None,
+    ) -> None:
+        size = cast(Any, base).config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self._tokens = torch.randint(size, (2, 32), generator=generator, device="cpu")
+        if tokenizer is not None:
+            tokens = cast(Tensor, tokenizer(_TEXT, return_tensors="pt")["input_ids"])
+            self._tokens = tokens.clamp(max=size - 1)
+        self._measure = measure
+        self._outputs, self._losses = list[Tensor](), list[float]()
+
+    @torch.no_grad()
+    def see(self, model: nn.Module, which: str) -> None:
+        """Note the outputs, (B, T, V) float32 on the CPU, and the loss of a model."""
+        with resident(model):  # to the bit what a merge computes
+            outputs: Tensor = model(input_ids=self._tokens.to(cast(Any, model).device))[0]
+        self._outputs.append(outputs.float().cpu())
+        if self._measure is not None:
+            self._losses.append(self._measure(model, which))
+
+    def verified(self, rounding: Rounding, warn: Callable[[str], object]) -> Verified:
+        """Compare what was written; refuse it if more than half of what was trained is lost."""
+        plain, expected, written = self._outputs
+        error, effect = (
+            float((expected - other).square().mean().sqrt()) for other in (written, plain)
         )
-    return cast(Tensor, tokenizer(_TEXT, return_tensors="pt")["input_ids"]).clamp(max=size - 1)
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return what a model says of tokens, in float32 on the CPU."""
-    with resident(model):  # to the bit what a merge computes
-        outputs: Tensor = model(input_ids=tokens.to(cast(Any, model).device))[0]
-    return outputs.float().cpu()
-
-
-def _verify(
-    outputs: list[Tensor],
-    losses: list[float],
-    rounding: Rounding,
-    warn: Callable[[str], object],
-) -> Verified:
-    """Compare what was written; refuse it if more than half of what was trained is lost."""
-    plain, expected, written = outputs
-    error, effect = (float((expected - other).square().mean().sqrt()) for other in (written, plain))
-    lost, gained, what = error, effect, "changed the outputs"
-    # Outputs on any text say less than the loss on the data, if there is one that fell.
-    if has_gain := bool(losses) and losses[0] > losses[1]:
-        lost, gained, what = losses[2] - losses[1], losses[0] - losses[1], "lowered the loss"
-    if gained and not lost <= gained / 2:  # so that NaN fails
-        raise ValueError(
-            f"rounding to codes takes {lost:.2g} of the {gained:.2g} by which training {what}; "
-            f"nothing was written. {rounding_note(rounding)} {_ADVICE}, or write it all the same "
-            "with --no_verify."
-        )
-    if has_gain and lost > gained * _NOTABLE:
-        warn(
-            f"writing takes {lost / gained:.0%} of what training gained: the held-out loss is "
-            f"{losses[0]:.4f} of the base, {losses[1]:.4f} as trained, {losses[2]:.4f} as written. "
-            f"{rounding_note(rounding)} {_ADVICE}."
-        )
-    return Verified(error=error, effect=effect, losses=losses)
+        lost, gained, what = error, effect, "changed the outputs"
+        losses = self._losses
+        # Outputs on any text say less than the loss on the data, if there is one that fell.
+        if has_gain := bool(losses) and losses[0] > losses[1]:
+            lost, gained, what = losses[2] - losses[1], losses[0] - losses[1], "lowered the loss"
+        if gained and not lost <= gained / 2:  # so that NaN fails
+            raise ValueError(
+                f"rounding to codes takes {lost:.2g} of the {gained:.2g} by which training {what}; "
+                f"nothing was written. {rounding_note(rounding)} {_ADVICE}, or write it all the "
+                "same with --no_verify."
+            )
+        if has_gain and lost > gained * _NOTABLE:
+            warn(
+                f"writing takes {lost / gained:.0%} of what training gained: the held-out loss is "
+                f"{losses[0]:.4f} of the base, {losses[1]:.4f} as trained, {losses[2]:.4f} as "
+                f"written. {rounding_note(rounding)} {_ADVICE}."
+            )
+        return Verified(error=error, effect=effect, losses=losses)
 
 
 def rounding_note(rounding: Rounding) -> str:
@@ -265,41 +256,31 @@ def rounding_note(rounding: Rounding) -> str:
     )
 
 
-def _edit(
+def _change(
     base: nn.Module, checkpoint: PackedCheckpoint, adapter: Adapter, module: str, rounding: Rounding
-) -> ColumnEdit:
-    """Return the edit of one module's tensor; the model is what the checkpoint dequantises to."""
-    config: Any = cast(Any, base).config.get_text_config()
-    name = checkpoint.name_of(f"{module}.weight", config.num_hidden_layers)
+) -> tuple[WeightColumns, Tensor]:
+    """Return what one module's columns are in the file and what they become; count the codes."""
     layer = target_of_module(base, module).module
     if not isinstance(layer, nn.Linear):
         raise ValueError(
             f"module {module!r} is a {type(layer).__name__}, and codes are those of linear layers "
             "alone; leave it out of the targets."
         )
-    weight = layer.weight.detach().cpu()
-    step = max(1, weight.shape[1] // _NUM_COMPARED)
-    compared = torch.arange(0, weight.shape[1], step, device="cpu")
-    values = checkpoint.values(name, compared)
-    order = row_order(values, weight[:, compared], heads_of(config), name)
-    delta, indices = adapter.modules[module]
-    delta, scaling, grid = delta.float(), adapter.scaling(module), checkpoint.grid(name)
-    if grid is None:
-        before = checkpoint.columns(name, 1, indices)
-        after = adapted_columns(before, delta[order], scaling)
-    else:
-        coded = CodedColumns(checkpoint, name, indices, order)
-        before, after, num_clipped = coded.moved(scaling * delta)
+    update, indices = adapter.modules[module], adapter.modules[module].indices
+    columns = layer.weight.detach().index_select(1, indices.to(layer.weight.device)).cpu()
+    config = cast(Any, base).config.get_text_config()
+    stored = FileColumns(checkpoint, f"{module}.weight", columns, indices, config)
+    after, num_clipped = stored.moved(update.dense(), adapter.scaling(module))
+    if stored.grid is not None:
         rounding.num_codes += after.numel()
-        rounding.num_moved += int((before != after).sum())
+        rounding.num_moved += int((stored.before != after).sum())
         rounding.num_clipped += int(num_clipped)
-    return ColumnEdit(
-        name=name,
+    old = WeightColumns(
+        name=stored.name,
         dim=1,
-        shape=checkpoint.entries[name].shape,
+        shape=checkpoint.entries[stored.name].shape,
         indices=indices,
-        original=before,
-        new=after,
-        grid="" if grid is None else grid.name,
-        scales="" if grid is None else checkpoint.scales_print(name),
+        values=stored.before,
+        grid="" if stored.grid is None else stored.grid.name,
     )
+    return old, after

@@ -7,8 +7,9 @@ import sys
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from pacatune.ops.columns import Update
 from pacatune.residency.watching import WeightParameter, num_tensors_on, owns_its_memory
 
 PLAIN = (nn.Parameter, WeightParameter)
@@ -27,12 +28,12 @@ def flaw_of(weight: Any) -> str | None:
     return None if owns_its_memory(weight) else "its weight is a view into a larger buffer"
 
 
-def why_not_written(state: Any, delta: Tensor) -> str | None:
+def why_not_written(state: Any, update: Update) -> str | None:
     """Return why the columns must not be written into W now; None if they may.
 
     Args:
         state: The `Residency` of the weight.
-        delta: (O, R), whose every change will have to be noticed.
+        update: Its every change will have to be noticed.
 
     Raises:
         RuntimeError: If somebody changed the weight in place while columns were in it.
@@ -45,8 +46,8 @@ def why_not_written(state: Any, delta: Tensor) -> str | None:
         return "its weight is trained itself" if flaw is None else flaw or None
     if state.is_merged:
         return "an adapter is merged into its weight"
-    if delta.device != weight.device:
-        return f"its weight is on {weight.device}, its update on {delta.device}"
+    if update.delta.device != weight.device:
+        return f"its weight is on {weight.device}, its update on {update.delta.device}"
     if weight.is_cpu and weight.untyped_storage().is_shared():
         return "its weight is in memory that processes share"
     if state.kept is not None and not state.is_unchanged():
@@ -62,6 +63,7 @@ def why_not_written(state: Any, delta: Tensor) -> str | None:
         if sys.getrefcount(state.weight) > NUM_OWN_REFERENCES:
             return "another thread holds its weight"
         state.looker = None
-    if not state.tracks(delta):
+    is_tracked = state.tracks(update.delta) and (update.mix is None or state.tracks(update.mix))
+    if not is_tracked:
         return "somebody holds the `.data` of its update, or that is no plain parameter"
     return None

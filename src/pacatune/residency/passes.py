@@ -49,7 +49,9 @@ class Pass(Call):
     ) -> None:
         self.scaling, self.activation = update.scaling, activation
         self.residency, self.update, self.writes = residency, update, writes
-        self.version, self.base, self.epoch = update.delta._version, (0, 0), -1
+        mix = update.mix
+        self.version = update.delta._version + (0 if mix is None else mix._version)
+        self.base, self.epoch = (0, 0), -1
 
     # Columns are in the weight already, as a rule, and nobody touches it meanwhile: what both
     # passes try first is the shortest way. They call next to nothing, since every layer does.
@@ -80,7 +82,7 @@ class Pass(Call):
         Raises:
             RuntimeError: If the adapter is merged or the base weight was changed since.
         """
-        residency, delta = self.residency, self.update.delta
+        residency, (delta, _, _, mix) = self.residency, self.update
         if residency.epoch == self.epoch and residency.holds(self.update):
             weight: Any = residency.weight
             result = (in_order(compute) if is_aside(weight) else compute)(weight, True)
@@ -97,7 +99,8 @@ class Pass(Call):
                 "Backward through a forward pass whose base weight was changed, moved, replaced or "
                 "made to ask for a gradient since. Run the forward pass again."
             )
-        if delta._version != self.version:  # saved-tensor hooks have kept what it was
+        version = delta._version + (0 if mix is None else mix._version)
+        if version != self.version:  # saved-tensor hooks have kept what it was
             return read_pretrained(residency, compute)
         writes = self.writes and delta.requires_grad
         again = read(residency, compute, self.update, writes=writes)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pacatune.ops.columns import Update, adapted_columns, put_columns_
+from pacatune.ops.columns import Update, put_columns_
 from pacatune.precision import is_out_of_memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,14 +87,15 @@ def put(puts: Sequence[Put]) -> None:
             exchange(puts)
             return
         for kept, update in puts:
-            values = kept.originals
-            if update is not None:
-                values = adapted_columns(values, update.delta.detach(), update.scaling)
+            with torch.no_grad():
+                values = kept.originals if update is None else update.adapted(kept.originals)
             put_columns_(kept.memory, kept.columns, values)
 
 
 def _have_kernel(puts: Sequence[Put]) -> bool:
     for kept, update in puts:
+        if update is not None and update.mix is not None:  # all products would be there at once
+            return False
         if not can_exchange(kept.memory, kept.originals if update is None else update.delta):
             return False
     return True

@@ -3,6 +3,7 @@
 `pacatune.residency` says what for, and by which rules.
 """
 
+import math
 import sys
 import threading
 import weakref
@@ -29,26 +30,36 @@ class Written(NamedTuple):
     """An update at one moment: equal ones mean the same columns."""
 
     update: Update
-    """Its delta is a DeltaParameter."""
+    """What is trained of it are DeltaParameters."""
     version: int
+    """Of delta and mix together: each only grows."""
     num_unversioned: int
     indices_version: int
 
     @classmethod
     def now(cls, update: Update) -> "Written":
         """Return what the columns are of at this moment."""
-        delta = update.delta
-        return cls(update, delta._version, delta.num_unversioned, update.indices._version)
+        delta, mix = update.delta, update.mix
+        version, num_unversioned = delta._version, delta.num_unversioned
+        if mix is not None:
+            version, num_unversioned = version + mix._version, num_unversioned + mix.num_unversioned
+        return cls(update, version, num_unversioned, update.indices._version)
 
     def is_of(self, update: Update) -> bool:
         """Whether nothing has changed since."""
-        delta, indices, scaling = update
+        delta, indices, scaling, mix = update
         own = self.update
+        version = delta._version
+        # Swapped with another (torch.__future__) it has no such number.
+        num_unversioned = getattr(delta, "num_unversioned", math.nan)
+        if mix is not None:
+            version += mix._version
+            num_unversioned += getattr(mix, "num_unversioned", math.nan)
         return (
             delta is own.delta
-            and delta._version == self.version
-            # Swapped with another (torch.__future__) it has no such number.
-            and getattr(delta, "num_unversioned", None) == self.num_unversioned
+            and mix is own.mix
+            and version == self.version
+            and num_unversioned == self.num_unversioned
             and indices is own.indices
             and indices._version == self.indices_version
             and scaling == own.scaling
@@ -181,15 +192,14 @@ class Residency:
 
     def _prepare(self, update: Update) -> "tuple[Residency, Put, Written] | None":
         """Return a write, with room for what it overwrites; None if nothing must be written."""
-        delta, indices, _ = update
-        if self.obstacle(delta) is not None:
+        if self.obstacle(update) is not None:
             self.restore()
             return None
         kept = self.kept
-        if kept is None or not self._knows(indices):
+        if kept is None or not self._knows(update.indices):
             self.restore()
             self.kept = None
-            kept = self._make_room(indices)
+            kept = self._make_room(update.indices)
         return self, Put(kept, update), Written.now(update)
 
     def _begin(self, kept: Kept) -> int:
@@ -210,6 +220,8 @@ class Residency:
         self.kept = kept
         self.written = written
         written.update.delta.residency = self.link
+        if written.update.mix is not None:
+            written.update.mix.residency = self.link
         self.is_stale = False
 
     def _make_room(self, indices: Tensor) -> Kept:

@@ -1,9 +1,8 @@
 """Columns from a trainer to whoever serves the model: r/I of the weights after each step.
 
     message       where the columns are, and what is in them
-    source        the trainer's side
-    spread        the same where each of its processes has a part of the weights
-    adapted       what is trained, and what checkpoints call it
+    source        the trainer's side, whose processes may each have a part of the weights
+    adapted       what is trained
     placement     where a server that joins and splits tensors has them
     receiver      the server's side
     transport     in process, files

@@ -12,6 +12,7 @@ all of it: O(OI), not O(OR). Only columns are kept in memory.
 import json
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,18 +20,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pacatune.files.checkpoint import DTYPES, Checkpoint, Entry
+from pacatune.files.checkpoint import Checkpoint
 from pacatune.files.folder import staged_folder
 from pacatune.files.tensor_file import read_layout, write_tensors
+from pacatune.grid.columns import WeightColumns, put_bits_
 from pacatune.installation import require_extra
 from pacatune.ops.columns import bits
-from pacatune.patch.edit import put_bits_
+from pacatune.patch.difference import changed_columns
 from pacatune.patch.memory import check_form, refuse_missing
 from pacatune.precision import dtype_name
-from pacatune.sync.message import Columns, ColumnSet, Positions
+from pacatune.sync.message import Columns
 
-_Part = tuple[ColumnSet, Tensor]
-"""Columns of one tensor: where they are, and what is in them."""
 _FIX = (
     "Give the base that is trained, and make the source with its dtype: `ColumnSource(model, "
     "dtype)`. Experts that the base's files split cannot be targets."
@@ -61,17 +61,17 @@ class DeltaFolder:
     def __init__(self, folder: str | Path, *, base: str | Path) -> None:
         require_extra(type(self).__name__, "delta", self._packages)
         self.folder, self._base = Path(folder), Checkpoint.open(base)
-        self._positions: Positions | None = None  # of the last sync
-        self._parts: dict[str, _Part] = {}  # what the last version changes of the base
-        self._earlier: dict[str, list[Path]] = {}  # or where, if another trainer wrote it
-        self.version = 0
+        self._changed: dict[str, WeightColumns] = {}  # of the base, by the last version
+        versions = self._find_versions()
+        self.version = len(versions)
         """Number of the last version, which engines are told to take."""
-        for path in self._find_versions():
-            self.version += 1
-            for shard in sorted(path.glob("*.safetensors")):
-                for name in read_layout(shard).tensors:
-                    self._entry(name)
-                    self._earlier.setdefault(name, []).append(shard)
+        shards = [shard for path in versions for shard in sorted(path.glob("*.safetensors"))]
+        layouts = [(shard, read_layout(shard).tensors) for shard in shards]
+        for name in dict.fromkeys(name for _, tensors in layouts for name in tensors):
+            plain = self._tensor(name)
+            last = self._read([shard for shard, tensors in layouts if name in tensors], name, plain)
+            if (change := changed_columns(name, plain, last)) is not None:
+                self._changed[name] = replace(change[0], values=change[1])
 
     def send(self, columns: Columns, timeout: float | None = None) -> None:
         """Write a sync as the next version.
@@ -81,20 +81,14 @@ class DeltaFolder:
                 nothing was written then.
             FileExistsError: If another trainer has written this version.
         """
-        positions = columns.positions
-        if positions is not self._positions:
-            for item in positions.sets:
-                entry = self._entry(item.name)
-                form = entry.shape, DTYPES.get(entry.dtype, entry.dtype)
-                check_form(item.name, form, (item.shape, item.dtype), _FIX)
-            self._positions = positions
-        values = positions.by_name(columns.buffer.cpu())
-        parts = {item.name: (item, values[item.name]) for item in positions.sets}
-        names = dict.fromkeys([*self._earlier, *self._parts, *parts])
-        changes = [self._change(name, parts.get(name)) for name in names]
+        values = columns.positions.by_name(columns.buffer.cpu())
+        new: dict[str, WeightColumns] = {
+            item.name: replace(item, values=values[item.name]) for item in columns.positions.sets
+        }
+        changes = [self._change(name, new.get(name)) for name in self._changed | new]
         self._write([change for change in changes if change is not None])
         self.version += 1
-        self._parts, self._earlier = parts, {}
+        self._changed = new
 
     def receive(self, timeout: float | None = None) -> NoReturn:
         """Refuse: engines read the folder."""
@@ -116,13 +110,15 @@ class DeltaFolder:
             )
         return versions
 
-    def _entry(self, name: str) -> Entry:
-        """Return where a tensor of the base is."""
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor of the base."""
         if name not in self._base.entries:
             refuse_missing([name], self._base.entries, _FIX)
-        return self._base.entries[name]
+        return self._base.tensor(name)
 
-    def _change(self, name: str, part: _Part | None) -> tuple[dict[str, Any], Tensor] | None:
+    def _change(
+        self, name: str, columns: WeightColumns | None
+    ) -> tuple[dict[str, Any], Tensor] | None:
         """Return what the next version says of a tensor, None if it stays as it is.
 
         Returns:
@@ -130,13 +126,12 @@ class DeltaFolder:
         """
         import zstandard
 
-        before = self._parts.get(name)
-        if name not in self._earlier and _are_equal(before, part):
-            return None
-        plain = self._base.tensor(name)
-        old, new = _with_part(plain, before), _with_part(plain, part)
-        if name in self._earlier:
-            self._read_back_(name, old)
+        old, new = self._tensor(name), self._tensor(name).clone()
+        if columns is not None:
+            check_form(name, (tuple(new.shape), new.dtype), (columns.shape, columns.dtype), _FIX)
+            put_bits_(new, columns.dim, columns.indices, columns.values)
+        if (last := self._changed.get(name)) is not None:
+            put_bits_(old := old.clone(), last.dim, last.indices, last.values)
         difference = bits(old) ^ bits(new)
         if not difference.any():
             return None
@@ -151,12 +146,13 @@ class DeltaFolder:
         }
         return words, torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
-    def _read_back_(self, name: str, tensor: Tensor) -> None:
-        """Make a tensor of the base the one that an earlier trainer's versions lead to."""
+    def _read(self, shards: list[Path], name: str, plain: Tensor) -> Tensor:
+        """Return the tensor that an earlier trainer's versions make of the base's."""
         import zstandard
 
-        data, digest = _bytes_of(tensor), None
-        for shard in self._earlier[name]:
+        tensor, digest = plain.clone(), None
+        data = _bytes_of(tensor)
+        for shard in shards:
             with safe_open(shard, framework="pt") as file:
                 frame, digest = file.get_tensor(name), (file.metadata() or {}).get(name)
             with suppress(zstandard.ZstdError, RuntimeError, ValueError):  # the digest tells
@@ -168,6 +164,7 @@ class DeltaFolder:
                 f"{name!r}: they have another base, or are damaged. Give their base, or a new "
                 "folder."
             )
+        return tensor
 
     def _write(self, changes: list[tuple[dict[str, Any], Tensor]]) -> None:
         path = self.folder / self._version.format(self.version + 1)
@@ -227,21 +224,6 @@ class SkyrlDeltaFolder(DeltaFolder):
             "total_compressed_num_bytes": sum(entry["compressed_num_bytes"] for entry in tensors),
             "payload_files": [self._shard] if tensors else [],
         }
-
-
-def _are_equal(before: _Part | None, after: _Part | None) -> bool:
-    if before is None or after is None or before[0] is not after[0]:
-        return before is after
-    return torch.equal(bits(before[1]), bits(after[1]))
-
-
-def _with_part(tensor: Tensor, part: _Part | None) -> Tensor:
-    """Return a copy of a tensor with other columns."""
-    tensor = tensor.clone()
-    if part is not None:
-        place, columns = part
-        put_bits_(tensor, place.dim, place.indices, columns)
-    return tensor
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -62,10 +62,8 @@ def _places(column_set: ColumnSet, device: torch.device) -> Tensor:
             f"{column_set.name!r} has {size} elements, and int32 counts {_MAX_ELEMENTS}; "
             "leave it out of the targets, or send columns."
         )
-    inner = math.prod(column_set.shape[column_set.dim + 1 :])
-    first = (
-        torch.arange(math.prod(column_set.shape[: column_set.dim]), device=device)
-        * column_set.shape[column_set.dim]
-    )
-    columns = first[:, None, None] + column_set.indices.to(device)[:, None]
-    return (columns * inner + torch.arange(inner, device=device)).flatten().int()
+    shape, dim = column_set.shape, column_set.dim
+    rows = torch.arange(math.prod(shape[:dim]), device=device) * shape[dim]
+    inner = torch.arange(math.prod(shape[dim + 1 :]), device=device)
+    columns = rows[:, None] + column_set.indices.to(device)
+    return (columns[..., None] * len(inner) + inner).flatten().int()

@@ -6,7 +6,6 @@ Where bytes count, a sync that follows one is compressed: by how many representa
 element has moved, which are few, and of most elements none.
 """
 
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,25 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.patch.edit import ColumnPlace
+from pacatune.grid.columns import WeightColumns, columns_shape
 from pacatune.precision import dtype_name, torch_dtype
 
 _CODES = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ColumnSet(ColumnPlace):
-    """The trained columns of one tensor: where they are, not what is in them."""
+class ColumnSet(WeightColumns):
+    """The trained columns of one tensor: where they are, and in which dtype they are served."""
 
     parameter: str
     """Name of the trainer's parameter; mostly that of the checkpoint's tensor."""
-    dtype: torch.dtype
-    """In which the columns are sent, and served."""
 
-    @cached_property
-    def num_bytes(self) -> int:
-        """Size of the columns."""
-        return math.prod(self.columns_shape) * self.dtype.itemsize
+    @classmethod
+    def at(cls, *, dtype: torch.dtype, **places: Any) -> "ColumnSet":
+        """Return columns without what is in them; `places` are the other fields."""
+        shape = columns_shape(places["shape"], places["dim"], len(places["indices"]))
+        return cls(values=torch.empty(shape, dtype=dtype, device="meta"), **places)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +42,7 @@ class Positions:
     sets: tuple[ColumnSet, ...] = field(repr=False)
     """Of each tensor, its columns."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-    """Shapes of the parameters beside the trained ones, which a server may have joined to them."""
+    """Shapes of the trainer's parameters, which a server may have joined to the trained ones."""
     run: str
     """Tells one source from another, whose counting begins again."""
 
@@ -52,21 +50,16 @@ class Positions:
         """Refuse sets that do not fit."""
         if not self.sets:
             raise ValueError("`sets` is empty; a trainer has columns of at least one tensor.")
-        for name, shape in (*self.shapes.items(), *((item.name, item.shape) for item in self.sets)):
+        for name, shape in self.shapes.items():
             if any(size < 0 for size in shape):
                 raise ValueError(f"`shapes` has a negative size of {name!r}: {shape}.")
-        names = [item.name for item in self.sets]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"`sets` has {twice!r} twice; a tensor has one set of columns.")
         for item in self.sets:
-            item.check(repr(item.name))
-            _served_dtype(dtype_name(item.dtype), f"dtype of {item.name}")
+            _served_dtype(dtype_name(item.dtype))
 
     @cached_property
     def num_bytes(self) -> int:
         """Size of all columns."""
-        return sum(item.num_bytes for item in self.sets)
+        return sum(item.values.nbytes for item in self.sets)
 
     @cached_property
     def words(self) -> dict[str, Any]:
@@ -74,9 +67,8 @@ class Positions:
         return {
             "run": self.run,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "sets": [
-                {
-                    "name": item.name,
+            "sets": {
+                item.name: {
                     "parameter": item.parameter,
                     "dim": item.dim,
                     "shape": list(item.shape),
@@ -84,16 +76,16 @@ class Positions:
                     "indices": item.indices.tolist(),
                 }
                 for item in self.sets
-            ],
+            },
         }
 
     def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
         """Return the columns in a (num_bytes,) uint8 buffer, by their tensors' names, as views."""
         start, views = 0, {}
         for item in sorted(self.sets, key=lambda item: -item.dtype.itemsize):
-            part = buffer[start : start + item.num_bytes]
-            views[item.name] = part.view(item.dtype).view(item.columns_shape)
-            start += item.num_bytes
+            part = buffer[start : start + item.values.nbytes]
+            views[item.name] = part.view(item.dtype).view(item.values.shape)
+            start += item.values.nbytes
         return views
 
 
@@ -235,20 +227,20 @@ class Reader:
 
 def _positions(words: Mapping[str, Any]) -> Positions:
     sets = tuple(
-        ColumnSet(
-            name=str(entry["name"]),
+        ColumnSet.at(
+            name=str(name),
             parameter=str(entry["parameter"]),
             dim=int(entry["dim"]),
             shape=tuple(int(size) for size in entry["shape"]),
-            dtype=_served_dtype(entry["dtype"], "dtype"),
+            dtype=_served_dtype(entry["dtype"]),
             indices=torch.tensor(entry["indices"], dtype=torch.int64, device="cpu"),
         )
-        for entry in words["sets"]
+        for name, entry in words["sets"].items()
     )
     shapes = {str(k): tuple(int(n) for n in size) for k, size in words["shapes"].items()}
     return Positions(sets=sets, shapes=shapes, run=str(words["run"]))
 
 
-def _served_dtype(name: str, option: str) -> torch.dtype:
+def _served_dtype(name: str) -> torch.dtype:
     """Return a dtype whose elements are bytes of their own."""
-    return _CODES if name == dtype_name(_CODES) else torch_dtype(name, option=option)
+    return _CODES if name == dtype_name(_CODES) else torch_dtype(name, option="dtype")

@@ -6,7 +6,7 @@ for LLaMA3-8B with 16 columns.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from pacatune.names import names_of
 from pacatune.ops.columns import bits
 from pacatune.patch.memory import (
-    Place,
     find_tensor,
     refuse_aliases,
     refuse_missing,
     tensors_of,
     transaction,
 )
-from pacatune.sync.message import Columns, ColumnSet, Positions
-from pacatune.sync.placement import FUSIONS, Piece, place
+from pacatune.sync.message import Columns, Positions
+from pacatune.sync.placement import FUSIONS, Piece, Server
 
 if TYPE_CHECKING:
     from pacatune.sync.transport import Transport
@@ -86,14 +85,13 @@ class ColumnReceiver:
         is_same_run = written is not None and written.positions.run == columns.positions.run
         if is_same_run and columns.number <= self.number:
             return False
-        values = _values(columns, plan)
-        tensors = self._checked(plan)
+        values, tensors = plan.values(columns), self._checked(plan)
         with transaction() as put:
             if written is not plan:
                 self._put_back(put, tensors)
-                plan.originals = [write.place(tensors).read() for write in plan.writes]
-            for write in plan.writes:
-                put(write.place(tensors), write.part_of(values[write.column_set.name]))
+                plan.originals = [piece.place(tensors).read() for piece in plan.pieces]
+            for piece in plan.pieces:
+                put(piece.place(tensors), piece.part_of(values))
         self._written, self.number = plan, columns.number
         return True
 
@@ -130,32 +128,30 @@ class ColumnReceiver:
             ValueError: If a column differs.
         """
         plan = self._plan(columns.positions)
-        values = _values(columns, plan)
-        if self._written is plan:
-            held = plan.originals
-        elif self._written is not None:
-            raise ValueError("the weights hold columns of another adapter; call `revert` first.")
-        else:
+        values, held = plan.values(columns), plan.originals
+        if self._written is not plan:
+            if self._written is not None:
+                raise ValueError(
+                    "the weights hold columns of another adapter; call `revert` first."
+                )
             tensors = self._checked(plan)
-            held = [write.place(tensors).read() for write in plan.writes]
+            held = [piece.place(tensors).read() for piece in plan.pieces]
         wrong = [
-            write.column_set.name
-            for write, own in zip(plan.writes, held, strict=True)
-            if not torch.equal(
-                bits(write.part_of(values[write.column_set.name]).to(own.device)), bits(own)
-            )
+            piece.columns.name
+            for piece, own in zip(plan.pieces, held, strict=True)
+            if not torch.equal(bits(piece.part_of(values).to(own.device)), bits(own))
         ]
         if wrong:
             raise ValueError(
-                f"{len(wrong)} of {len(plan.writes)} tensors, first {wrong[0]!r}, are not the "
+                f"{len(wrong)} of {len(plan.pieces)} tensors, first {wrong[0]!r}, are not the "
                 "trainer's base in the trained columns; serve the base that is trained."
             )
 
     def _put_back(self, put: Callable[..., None], tensors: Mapping[str, Tensor]) -> None:
         """Write the base's columns where those of a sync are."""
         if self._written is not None:
-            for write, old in zip(self._written.writes, self._written.originals, strict=True):
-                put(write.place(tensors), old)
+            for piece, old in zip(self._written.pieces, self._written.originals, strict=True):
+                put(piece.place(tensors), old)
 
     def _plan(self, positions: Positions) -> "_Plan":
         """Return where columns at these positions belong."""
@@ -165,100 +161,43 @@ class ColumnReceiver:
 
     def _new_plan(self, positions: Positions) -> "_Plan":
         tensors, prefix = tensors_of(self.model)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        writes: list[_Write] = []
-        for column_set in positions.sets:
-            names = self._names(column_set, prefix)
-            pieces = place(
-                column_set,
-                shapes,
-                positions.shapes,
-                names,
-                fusions=self.fusions,
-                tp_rank=self.tp_rank,
-                tp_size=self.tp_size,
-            )
-            if not pieces and not self.is_partial:
+        server = Server(tensors, self.fusions, self.tp_rank, self.tp_size)
+        pieces: list[Piece] = []
+        for columns in positions.sets:
+            own = (columns.name, columns.parameter)
+            renamed = own if self.rename is None else map(self.rename, own)
+            names = [alias for name in renamed for alias in names_of(name, prefix)]
+            held = server.pieces(columns, names, positions.shapes)
+            if not held and not self.is_partial:
                 refuse_missing(names, tensors, _FIX)
-            writes += (_Write.of(column_set, piece, tensors[piece.target]) for piece in pieces)
-        plan = _Plan(positions, [write for write in writes if write.num_values])
-        if not writes:
+            pieces += held
+        if not pieces:
             raise ValueError(
                 "the model has none of the trainer's tensors, such as "
                 f"{positions.sets[0].name!r}; serve the model that is trained."
             )
+        plan = _Plan(positions, [piece for piece in pieces if not piece.is_empty])
         self._checked(plan)
-        places = ((write.column_set.name, write.place(tensors).tensor) for write in plan.writes)
+        places = ((piece.columns.name, piece.place(tensors).tensor) for piece in plan.pieces)
         refuse_aliases(places, "the trainer")
         return plan
-
-    def _names(self, column_set: ColumnSet, prefix: str) -> list[str]:
-        """Return the names under which the model may know a tensor."""
-        own = (column_set.name, column_set.parameter)
-        renamed = own if self.rename is None else map(self.rename, own)
-        return [alias for name in renamed for alias in names_of(name, prefix)]
 
     def _checked(self, plan: "_Plan") -> Mapping[str, Tensor]:
         """Return the model's tensors, seen to be what the plan is for."""
         tensors = tensors_of(self.model)[0]
-        for write in plan.writes:
-            find_tensor(tensors, [write.piece.target], write.shape, write.column_set.dtype, _FIX)
+        for piece in plan.pieces:
+            find_tensor(tensors, [piece.target], piece.shape, piece.columns.dtype, _FIX)
         return tensors
-
-
-class _Write(NamedTuple):
-    """Columns of one tensor that one place of the model holds."""
-
-    column_set: ColumnSet
-    piece: Piece
-    shape: tuple[int, ...]
-    """Shape of the piece's target."""
-    places: Tensor
-    """Which of the columns are here,"""
-    indices: Tensor
-    """and where, along their dimension of the target."""
-
-    @classmethod
-    def of(cls, column_set: ColumnSet, piece: Piece, tensor: Tensor) -> "_Write":
-        first, last = piece.first_column, piece.first_column + piece.num_columns
-        places = ((column_set.indices >= first) & (column_set.indices < last)).nonzero().flatten()
-        indices = (column_set.indices[places] - first).to(tensor.device)
-        return cls(column_set, piece, tuple(tensor.shape), places.to(tensor.device), indices)
-
-    @property
-    def num_values(self) -> int:
-        """0 where this rank has none of the columns, or none of the rows."""
-        first, last = self.piece.source_rows or (0, 1)
-        return len(self.places) * (last - first)
-
-    def place(self, tensors: Mapping[str, Tensor]) -> Place:
-        """Return where that is in the model."""
-        tensor = tensors[self.piece.target]
-        if self.piece.source_rows is not None:
-            first, last = self.piece.source_rows
-            tensor = tensor.narrow(-2, self.piece.target_row, last - first)
-        return Place(tensor, self.column_set.dim, self.indices)
-
-    def part_of(self, columns: Tensor) -> Tensor:
-        """Return what is written here of a tensor's columns."""
-        if self.piece.source_rows is not None:
-            first, last = self.piece.source_rows
-            columns = columns.narrow(-2, first, last - first)
-        if len(self.places) < columns.shape[self.column_set.dim]:
-            columns = columns.index_select(self.column_set.dim, self.places.to(columns.device))
-        return columns
 
 
 @dataclass(eq=False)
 class _Plan:
     positions: Positions
-    writes: list[_Write]
+    pieces: list[Piece]
     originals: list[Tensor] = field(default_factory=list)
+    """What the model's base holds in each of them."""
 
-
-def _values(columns: Columns, plan: _Plan) -> dict[str, Tensor]:
-    """Return the columns by name, where most of them are written."""
-    buffer = columns.buffer
-    if plan.writes:
-        buffer = buffer.to(plan.writes[0].indices.device)
-    return columns.positions.by_name(buffer)
+    def values(self, columns: Columns) -> dict[str, Tensor]:
+        """Return the columns by name, where most of them are written."""
+        device = self.pieces[0].indices.device if self.pieces else columns.buffer.device
+        return self.positions.by_name(columns.buffer.to(device))

@@ -9,33 +9,26 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pacatune.grid.checkpoint import PackedCheckpoint
-from pacatune.grid.columns import CodedColumns
+from pacatune.grid.checkpoint import FileColumns, PackedCheckpoint
 from pacatune.ops.columns import adapted_columns
-from pacatune.sync.adapted import base_of, layers_of
+from pacatune.sync.adapted import Adapted, base_of, layers_of
 
 _TRIES = 3
 
 
 class _Trained(NamedTuple):
-    layer: Any
-    adapter: str
-    delta: nn.Parameter
-    coded: CodedColumns
+    adapted: Adapted
+    state: tuple[int, ...]
+    """Of it, by which one sees that another adapter was loaded: its columns come with it."""
+    update: Any
+    """What its layer trains."""
+    coded: FileColumns
     columns: Tensor
     """(O, R), the base's."""
-    scaling: float
     rest: Tensor
     """(O, R), by which what the optimiser has reached is more than delta."""
-    indices: Tensor
-    indices_version: int
-
-    def is_loaded(self) -> bool:
-        """Whether another adapter is there by now: its columns come with it."""
-        indices = self.layer.paca_indices[self.adapter]
-        return indices is not self.indices or indices._version != self.indices_version
 
 
 class GridSteps:
@@ -67,54 +60,58 @@ class GridSteps:
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if any(trained.is_loaded() for trained in self._trained):
+        if any(trained.adapted.state != trained.state for trained in self._trained):
             self._trained = list(_trained(self._model, self._checkpoint))
         for trained in self._trained:
-            reached = trained.delta + trained.rest
-            trained.delta.copy_(_on_codes(trained, reached))
-            torch.sub(reached, trained.delta, out=trained.rest)
+            delta = trained.update.delta
+            reached = delta + trained.rest
+            delta.copy_(_on_codes(trained, reached))
+            torch.sub(reached, delta, out=trained.rest)
 
 
 def _on_codes(trained: _Trained, reached: Tensor) -> Tensor:
     """Return the (O, R) delta by which columns have just the values of their nearest codes."""
+    scaling = trained.update.scaling
 
     def nearest(delta: Tensor) -> Tensor:
-        codes = trained.coded.moved(trained.scaling * delta).after
+        codes = trained.coded.moved(delta, scaling).after
         return trained.coded.values(codes).to(trained.columns.dtype)
 
     # Values are rounded to 16 bits, codes are counted from the file's: far from there, near to
     # zero, another code may be the nearest each time. Such an element ends at the base's.
     values = nearest(reached)
     for _ in range(_TRIES):
-        delta = (values.float() - trained.columns) / trained.scaling
+        delta = (values.float() - trained.columns) / scaling
         previous, values = values, nearest(delta)
         if torch.equal(previous, values):
             break
-    is_exact = (previous == values) & (
-        adapted_columns(trained.columns, delta, trained.scaling) == values
-    )
-    return torch.where(is_exact, delta, 0.0)
+    adapted = adapted_columns(trained.columns, delta, scaling)
+    return torch.where((previous == values) & (adapted == values), delta, 0.0)
 
 
 def _trained(model: Any, checkpoint: PackedCheckpoint) -> Iterator[_Trained]:
     config = cast(Any, base_of(model)).config.get_text_config()
-    for parameter, layer, adapter in layers_of(model, None):
-        delta, indices, scaling = layer.update_of(adapter)
-        weight, where = cast(Any, layer).get_base_layer().weight, f"{parameter!r}"
-        name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        if checkpoint.grid(name) is None:  # plain numbers, which any step reaches
-            continue
-        if weight.itemsize != 2 or delta.dtype != torch.float32:
+    for adapted in layers_of(model, None):
+        update, where = adapted.layer.update_of(adapted.adapter), f"{adapted.parameter!r}"
+        weight = cast(Any, adapted.layer).get_base_layer().weight
+        if checkpoint.grid(checkpoint.name_of(adapted.parameter, config.num_hidden_layers)) is None:
+            continue  # plain numbers, which any step reaches
+        if update.mix is not None:
             raise ValueError(
-                f"{where} is in {weight.dtype} and its delta in {delta.dtype}; on codes, load the "
-                "base in bfloat16 and train deltas in float32."
+                f"{where} has an update of low rank, which does not reach single codes; on codes, "
+                "train without `channels`."
             )
-        if not math.log2(scaling).is_integer():
+        if weight.itemsize != 2 or update.delta.dtype != torch.float32:
             raise ValueError(
-                f"{where} has alpha / r = {scaling:g}, by which values of codes would be rounded; "
-                "give a power of two."
+                f"{where} is in {weight.dtype} and its delta in {update.delta.dtype}; on codes, "
+                "load the base in bfloat16 and train deltas in float32."
             )
-        columns = weight.detach().index_select(1, indices)
-        coded = CodedColumns.of(checkpoint, name, columns, indices, config)
-        rest, version = torch.zeros_like(delta, requires_grad=False), indices._version
-        yield _Trained(layer, adapter, delta, coded, columns, scaling, rest, indices, version)
+        if not math.log2(update.scaling).is_integer():
+            raise ValueError(
+                f"{where} has alpha / r = {update.scaling:g}, by which values of codes would be "
+                "rounded; give a power of two."
+            )
+        columns = weight.detach().index_select(1, update.indices)
+        coded = FileColumns(checkpoint, adapted.parameter, columns, update.indices, config)
+        rest = torch.zeros_like(update.delta, requires_grad=False)
+        yield _Trained(adapted, adapted.state, update, coded, columns, rest)

@@ -52,16 +52,12 @@ class InProcess:
     def __init__(self, *, capacity: int = 8, timeout: float = 60.0) -> None:
         self.timeout = timeout
         self._queue: queue.Queue[Columns | None] = queue.Queue(capacity)
-        self._is_closed = False
 
-    def send(self, columns: Columns, timeout: float | None = None) -> None:
-        """Put a sync into the queue."""
-        self._put(columns, timeout)
-
-    def _put(self, item: Columns | None, timeout: float | None) -> None:
+    def send(self, columns: Columns | None, timeout: float | None = None) -> None:
+        """Put a sync into the queue; None: nothing more will come."""
         seconds = self.timeout if timeout is None else timeout
         try:
-            self._queue.put(item, timeout=seconds)
+            self._queue.put(columns, timeout=seconds)
         except queue.Full:
             raise TimeoutError(
                 f"{self._queue.maxsize} syncs wait, and the receiver has taken none for "
@@ -72,17 +68,17 @@ class InProcess:
         """Take the next sync."""
         seconds = self.timeout if timeout is None else timeout
         try:
-            item = None if self._is_closed else self._queue.get(timeout=seconds)
+            columns = self._queue.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError(f"nothing was sent for {seconds:g} s.") from None
-        if item is None:
-            self._is_closed = True
+        if columns is None:
+            self._queue.put(None)  # for whoever asks again
             raise EOFError(_ENDED)
-        return item
+        return columns
 
     def close(self) -> None:
         """Tell the receiver that nothing more will come."""
-        self._put(None, None)
+        self.send(None)
 
 
 class File:
@@ -106,8 +102,9 @@ class File:
         """Write a sync; a file needs nobody to take it, so nothing is waited for."""
         words, buffer = to_wire(columns)
         self._write(words, buffer)
-        if words.get("since") == 0:
-            self._remove_old()
+        if words["since"] == 0:
+            for number in self._numbers()[:-_KEPT]:  # which nobody needs any more
+                self._path(number).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Tell readers that nothing more will come."""
@@ -117,40 +114,40 @@ class File:
         """Return the next sync, or the last one that follows none if that is later."""
         seconds = self.timeout if timeout is None else timeout
         end = time.monotonic() + seconds
-        while True:
-            if (number := self._next()) is not None:
-                with suppress(FileNotFoundError):  # removed since, as a later one is complete
-                    words, buffer = self._read(number)
-                    self._last_read = number
-                    if words.get("kind") == "end":
-                        raise EOFError(_ENDED)
-                    return self._reader.read(words, buffer)
-                continue
+        while (columns := self._next()) is None:
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"nothing new was written to {str(self.folder)!r} for {seconds:g} s; is the "
                     "trainer still there?"
                 )
             time.sleep(_POLL_S)
+        return columns
+
+    def _next(self) -> Columns | None:
+        """Read the last file that follows none, or else the next; None where none is new."""
+        new = [number for number in self._numbers() if number > self._last_read]
+        with suppress(FileNotFoundError):  # removed since, as a later one is complete
+            words = {number: self._words(number) for number in new}
+            complete = [number for number in new if words[number].get("since") == 0]
+            for number in complete[-1:] or new[:1]:
+                tensors = read_tensors(self._path(number))
+                self._last_read = number
+                if words[number].get("kind") == "end":
+                    raise EOFError(_ENDED)
+                if "buffer" not in tensors:
+                    raise ValueError(
+                        f"{self._path(number)} is no message of a trainer: it has no buffer."
+                    )
+                return self._reader.read(words[number], tensors["buffer"])
+        return None
 
     def _numbers(self) -> list[int]:
-        names = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        names = (_NAME.fullmatch(path.name) for path in paths)
         return sorted(int(name[1]) for name in names if name)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.safetensors"
-
-    def _next(self) -> int | None:
-        """Return the file to read: the last that follows none, or else the next."""
-        if not self.folder.is_dir():
-            return None
-        waiting = {}
-        for number in self._numbers():
-            with suppress(FileNotFoundError):
-                if number > self._last_read:
-                    waiting[number] = self._words(number)
-        complete = [number for number, words in waiting.items() if words.get("since") == 0]
-        return complete[-1] if complete else next(iter(waiting), None)
 
     def _words(self, number: int) -> dict[str, Any]:
         path = find_file(self.folder, self._path(number).name)
@@ -159,16 +156,9 @@ class File:
             raise ValueError(f"{path} is no message of a trainer; use a folder for syncs alone.")
         return parse_json_object(text.encode(), source=f"the metadata of {path}")
 
-    def _read(self, number: int) -> tuple[dict[str, Any], Tensor]:
-        words, tensors = self._words(number), read_tensors(self._path(number))
-        if "buffer" not in tensors:
-            raise ValueError(f"{self._path(number)} is no message of a trainer: it has no buffer.")
-        return words, tensors["buffer"]
-
     def _write(self, words: dict[str, Any], buffer: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        numbers = self._numbers()
-        last = numbers[-1] if numbers else 0
+        last = max(self._numbers(), default=0)
         other = f"another trainer writes to {str(self.folder)!r}; give each a folder of its own."
         if self._last_written is not None and last > self._last_written:
             raise FileExistsError(other)
@@ -179,8 +169,3 @@ class File:
         except FileExistsError:
             raise FileExistsError(other) from None
         self._last_written = last + 1
-
-    def _remove_old(self) -> None:
-        """Remove files that nobody needs, before the last sync, which follows none; but for one."""
-        for number in self._numbers()[:-_KEPT]:
-            self._path(number).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
-from pacatune.grid.columns import CodedColumns
+from pacatune.grid.checkpoint import FileColumns
 from pacatune.ops.whole import is_whole
 from pacatune.patch.packed import open_packed
 from pacatune.sync.adapted import base_of, layers_of
@@ -37,7 +37,7 @@ class CodeWatch(TrainerCallback):
 
     def __init__(self, model: nn.Module, path: str, console: Console) -> None:
         self._path, self._console = path, console
-        self._columns = list[tuple[PacaLayer, str, CodedColumns]]()
+        self._columns = list[tuple[PacaLayer, str, FileColumns]]()
         try:
             self._columns.extend(_first_columns(model, path))
         except ValueError as error:  # a format or an order of rows that is not known
@@ -67,15 +67,15 @@ class CodeWatch(TrainerCallback):
         """Return the share of codes that move if updates are so many times as large as now."""
         num_codes = num_moved = 0
         for layer, adapter, coded in self._columns:
-            delta, _, scaling = layer.update_of(adapter)
+            delta, scaling = layer.delta_of(adapter), layer.scaling[adapter]
             if is_whole(delta, 2):
-                moved = coded.moved(times * scaling * delta[:, :_NUM_COLUMNS])
-                num_codes += moved.after.numel()
-                num_moved += int((moved.before != moved.after).sum())
+                codes = coded.moved(delta[:, :_NUM_COLUMNS], times * scaling).after
+                num_codes += codes.numel()
+                num_moved += int((coded.before != codes).sum())
         return num_moved / num_codes if num_codes else 1.0
 
 
-def _first_columns(model: nn.Module, path: str) -> Iterator[tuple[PacaLayer, str, CodedColumns]]:
+def _first_columns(model: nn.Module, path: str) -> Iterator[tuple[PacaLayer, str, FileColumns]]:
     """Yield the first trained columns of each weight that is in codes."""
     checkpoint = open_packed(path)
     config = cast(Any, base_of(model)).config.get_text_config()
@@ -83,8 +83,8 @@ def _first_columns(model: nn.Module, path: str) -> Iterator[tuple[PacaLayer, str
         base = layer.get_base_layer()
         if not (isinstance(base, nn.Linear) and is_whole(base.weight, 2)):
             continue
-        name = checkpoint.name_of(parameter, config.num_hidden_layers)
-        if checkpoint.grid(name) is not None:
-            indices = layer.paca_indices[adapter][:_NUM_COLUMNS]
-            columns = base.weight.index_select(1, indices)
-            yield layer, adapter, CodedColumns.of(checkpoint, name, columns, indices, config)
+        indices = layer.paca_indices[adapter][:_NUM_COLUMNS]
+        columns = base.weight.index_select(1, indices)
+        coded = FileColumns(checkpoint, parameter, columns, indices, config)
+        if coded.grid is not None:
+            yield layer, adapter, coded

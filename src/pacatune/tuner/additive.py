@@ -59,10 +59,12 @@ class AdditiveLayer(PacaLayer):
         # FSDP may wrap or shard holders alone.
         if type(holder) is not Delta or has_hooks(modules["base_layer"].__dict__):
             return None
-        delta = holder._parameters.get("weight")
+        parameters = holder._parameters
+        delta = parameters.get("weight")
         if delta is None:  # a replica of nn.DataParallel has plain tensors in its parameters' place
             return None
-        return Update(delta, modules["paca_indices"]._buffers[name], self.scaling[name])
+        indices, mix = modules["paca_indices"]._buffers[name], parameters.get("mix")
+        return Update(delta, indices, self.scaling[name], mix)
 
     def _general_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

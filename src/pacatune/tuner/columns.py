@@ -102,7 +102,8 @@ def _choose(
                 f"`statistics` has {len(scores)} columns ({kind}) and the weight "
                 f"{target.num_columns}; it is of another model."
             )
-    return select_columns(selection, weight, target.rank, seed=seed, statistics=values).tolist()
+    number = target.num_trained
+    return select_columns(selection, weight, number, seed=seed, statistics=values).tolist()
 
 
 def find_targets(model: nn.Module, config: PacaConfig) -> dict[str, Target]:
@@ -147,11 +148,12 @@ def _matched(
         )
     given = {name: columns[key] for name, key in keys.items() if key is not None}
     for name, indices in given.items():
-        rank, num_columns = targets[name].rank, targets[name].num_columns
-        if len(indices) != rank:
+        num_trained, num_columns = targets[name].num_trained, targets[name].num_columns
+        if len(indices) != num_trained:
+            sizes = "`r` or `rank_pattern`" if config.channels is None else "`channels`"
             raise ValueError(
-                f"`columns` gives {len(indices)} columns for {name!r}, whose rank is {rank}; set "
-                "`r` or `rank_pattern` to the number of columns."
+                f"`columns` gives {len(indices)} columns for {name!r}, of which {num_trained} are "
+                f"trained; set {sizes} to the number of columns."
             )
         if indices[-1] >= num_columns:
             raise ValueError(

@@ -17,8 +17,8 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.columns import Update
-from pacatune.ops.linear import add_columns_, column_update, grad_x
-from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta
+from pacatune.ops.linear import add_columns_, grad_x
+from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta, grad_factors
 from pacatune.residency import Pass, Residency
 from pacatune.residency.reading import read_pretrained
 
@@ -46,11 +46,13 @@ def compiled_linear(
     """Apply a layer to (..., I) in a graph, with its update or without; returns (..., O)."""
     trains = torch.is_grad_enabled() and update is not None and update.delta.requires_grad
     how = bias, handle, trains, out_features
-    y, _ = torch.ops.pacatune.linear(x, *(update or (None, None, 0.0)), *how)
+    y, _ = torch.ops.pacatune.linear(x, *(update or (None, None, 0.0, None)), *how)
     return y
 
 
-def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residency | None:
+def _open(
+    handle: Tensor, delta: Tensor | None, mix: Tensor | None, trains: bool
+) -> Pass | Residency | None:
     """Return where the weight of an update is found now; without one, where the pretrained is.
 
     None if the layer has another one now, or runs in another way.
@@ -59,17 +61,20 @@ def _open(handle: Tensor, delta: Tensor | None, trains: bool) -> Pass | Residenc
     if delta is None:
         return cast(Residency, layer.residency)
     update = layer._prepare()
-    if update is None or not _is_same(update.delta, delta):
+    is_same = update is not None and _is_same(update.delta, delta)
+    if update is None or not is_same or not _is_same(update.mix, mix):
         return None
     return Pass(layer.residency, update, trains)
 
 
-def _is_same(own: Tensor, delta: Tensor) -> bool:
-    """Whether a graph has been given the layer's own delta, or what a hook has wrapped of it."""
-    return own is delta or (
-        own.data_ptr() == delta.data_ptr()
-        and own.shape == delta.shape
-        and own._version == delta._version
+def _is_same(own: Tensor | None, other: Tensor | None) -> bool:
+    """Whether a graph has been given a layer's own parameter, or what a hook has wrapped of it."""
+    return own is other or (
+        own is not None
+        and other is not None
+        and own.data_ptr() == other.data_ptr()
+        and own.shape == other.shape
+        and own._version == other._version
     )
 
 
@@ -89,6 +94,7 @@ def _linear(
     delta: Tensor | None,
     indices: Tensor | None,
     scaling: float,
+    mix: Tensor | None,
     bias: Tensor | None,
     handle: Tensor,
     trains: bool,
@@ -99,11 +105,11 @@ def _linear(
     def compute(weight: Tensor, is_resident: bool) -> Tensor:
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if delta is not None and indices is not None and not is_resident:
-            update = column_update(weight, Update(delta, indices, scaling), y.dtype)
-            add_columns_(y, x.index_select(-1, indices), update)
+            update = Update(delta, indices, scaling, mix)
+            add_columns_(y, x.index_select(-1, indices), weight, update)
         return y
 
-    opened = _open(handle, delta, trains)
+    opened = _open(handle, delta, mix, trains)
     if opened is None:
         raise RuntimeError(
             "A compiled graph runs an adapted layer whose adapter or hooks have changed since it "
@@ -122,6 +128,7 @@ def _linear_grad(
     delta: Tensor | None,
     indices: Tensor | None,
     scaling: float,
+    mix: Tensor | None,
     handle: Tensor,
     base: Tensor,
     in_features: int,
@@ -130,16 +137,16 @@ def _linear_grad(
         gy_NO = gy.reshape(-1, gy.shape[-1])
         if delta is None or indices is None:
             return gy_NO.mm(weight.to(gy.dtype))
-        return grad_x(gy_NO, (delta, indices, scaling), weight, is_resident)
+        return grad_x(gy_NO, (delta, indices, scaling, mix), weight, is_resident)
 
-    opened = _open(handle, delta, True)
+    opened = _open(handle, delta, mix, True)
     if isinstance(opened, Residency):
         gx = read_pretrained(opened, compute)
     else:
         if opened is None:  # hooks on saved tensors have kept what delta was
             assert delta is not None
             assert indices is not None
-            opened = Pass(_LAYERS[int(handle)].residency, Update(delta, indices, scaling))
+            opened = Pass(_LAYERS[int(handle)].residency, Update(delta, indices, scaling, mix))
             opened.version = -1
         opened.base = tuple(base.tolist())
         is_view = opened.residency.find_weight() is None and opened.base[1] == 0
@@ -148,27 +155,30 @@ def _linear_grad(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, delta, indices, scaling, _, handle, *_ = inputs
-    x_R = None if delta is None else x.index_select(-1, indices)
+    x, delta, indices, scaling, mix, _, handle, *_ = inputs
+    x_C = None if delta is None else x.index_select(-1, indices)
     ctx.call = scaling, x.shape[-1]
-    ctx.save_for_backward(x_R, delta, indices, handle, output[1])
+    ctx.save_for_backward(x_C, delta, indices, mix, handle, output[1])
 
 
 def _gradients(ctx: Any, gy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x_R, delta, indices, handle, base = ctx.saved_tensors
+    x_C, delta, indices, mix, handle, base = ctx.saved_tensors
     scaling, in_features = ctx.call
-    needs_x, needs_delta, _, _, needs_bias, *_ = ctx.needs_input_grad
-    gx = gdelta = gbias = None
+    needs_x, needs_delta, _, _, needs_mix, needs_bias, *_ = ctx.needs_input_grad
+    gx = gdelta = gmix = gbias = None
     gy_NO = gy.reshape(-1, gy.shape[-1])
     if needs_x:
-        update, where = (delta, indices, scaling), (handle, base, in_features)
+        update, where = (delta, indices, scaling, mix), (handle, base, in_features)
         gx = torch.ops.pacatune.linear_grad(gy, *update, *where)
-    if needs_delta:
-        x_NR = x_R.reshape(gy_NO.shape[0], x_R.shape[-1])
-        gdelta = grad_delta(gy_NO, x_NR, scaling, delta.dtype)
+    if needs_delta or needs_mix:
+        x_NC = x_C.reshape(gy_NO.shape[0], x_C.shape[-1])
+        if mix is None:
+            gdelta = grad_delta(gy_NO, x_NC, scaling, delta.dtype)
+        else:
+            gdelta, gmix = grad_factors(gy_NO, x_NC, delta, mix, scaling)
     if needs_bias:
         gbias = gy_NO.sum(0)
-    return gx, gdelta, None, None, gbias, None, None, None
+    return gx, gdelta, None, None, gmix, gbias, None, None, None
 
 
 def _like_y(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -182,12 +192,12 @@ def _like_gx(gy: Tensor, *others: Any) -> Tensor:
 
 _library = torch.library.Library("pacatune", "FRAGMENT")
 _library.define(
-    "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? bias, "
-    "Tensor handle, bool trains, SymInt out_features) -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor? delta, Tensor? indices, float scaling, Tensor? mix, "
+    "Tensor? bias, Tensor handle, bool trains, SymInt out_features) -> (Tensor, Tensor)",
     **NOT_IN_CUDA_GRAPHS,
 )
 _library.define(
-    "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, "
+    "linear_grad(Tensor gy, Tensor? delta, Tensor? indices, float scaling, Tensor? mix, "
     "Tensor handle, Tensor base, SymInt in_features) -> Tensor",
     **NOT_IN_CUDA_GRAPHS,
 )

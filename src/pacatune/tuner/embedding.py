@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.ops.columns import adapted_columns, widened
+from pacatune.ops.columns import adapted_columns, mixed, widened
 from pacatune.ops.whole import is_whole
 from pacatune.tuner.additive import AdditiveLayer
 from pacatune.tuner.layer import Delta
@@ -23,8 +23,11 @@ class EmbeddingDelta(Delta):
     """Holds one adapter's (V, R) update of an embedding."""
 
     def forward(self, ids: Tensor, options: dict[str, Any]) -> Tensor:  # type: ignore[override]
-        """Return delta[ids], (...) -> (..., R), with the options of the embedding."""
-        return F.embedding(ids, self.weight, **options)
+        """Return delta[ids], (...) -> (..., C), with the options of the embedding."""
+        rows = F.embedding(ids, self.weight, **options)
+        if self.mix is None:
+            return rows
+        return mixed(rows.flatten(0, -2), self.mix).unflatten(0, ids.shape)
 
 
 class Embedding(AdditiveLayer):

@@ -40,7 +40,7 @@ class ExpertDelta(Delta):
         **options: Any,
     ) -> Tensor:
         """Apply the experts' linear maps with the update; without `weight` the update alone."""
-        update = Update(self.weight, indices, scaling)
+        update = Update(self.weight, indices, scaling, self.mix)
         if weight is None:
             del options["is_transposed"]
             return paca_experts_update(x, update, offsets, **options)

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacatune.format.options import IN_TENSORS
-from pacatune.format.tensors import INDICES
-from pacatune.ops.columns import Update, adapted_columns, check_columns, widened
+from pacatune.format.options import IN_TENSORS, count_columns
+from pacatune.format.tensors import INDICES, MIX
+from pacatune.ops.columns import Update, adapted_columns, check_columns, mixed, widened
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
 from pacatune.residency.watching import DeltaParameter, release
@@ -30,33 +30,46 @@ _ROUNDED_AGAIN = (
 
 
 class Delta(nn.Module):
-    """Holds one adapter's trained update of one weight.
+    """Holds one adapter's trained update of one weight, in the shapes of `Update`.
 
     A module and not a bare parameter: TRL copies adapters by parameter names that contain
     `.default.`, FSDP1 wraps modules, and ZeRO-3 gathers when a module is called.
     """
 
-    def __init__(self, *shape: int) -> None:
+    mix: DeltaParameter | None
+
+    def __init__(self, shape: tuple[int, ...], mix_shape: tuple[int, ...] | None = None) -> None:
         super().__init__()
         # Where PEFT makes its adapters, which it moves to their base. Watched from the start: a
         # compiled graph would be made anew for another class.
         self.weight = DeltaParameter(torch.zeros(shape))
+        mix = None if mix_shape is None else DeltaParameter(torch.zeros(mix_shape))
+        self.register_parameter("mix", mix)
+
+    def dense(self) -> Tensor:
+        """Return the update of all columns, before scaling."""
+        return self.weight if self.mix is None else mixed(self.weight, self.mix)
 
     def forward(
         self, columns: Tensor, scaling: float | None, apply: Callable[..., Tensor] = F.linear
     ) -> Tensor:
         """Apply scaling * delta as the weight of `apply`, in the dtype of `columns`.
 
-        F.linear: columns (scaling * delta)^T, (..., R) -> (..., O). Without `scaling`, `apply` gets
-        delta as it is.
+        F.linear: columns (scaling * delta)^T, (..., C) -> (..., O). Without `scaling`, `apply` gets
+        the update as it is.
         """
         if scaling is None:
-            return apply(columns, self.weight)
-        return apply(columns, (widened(self.weight) * scaling).to(columns.dtype))
+            return apply(columns, self.dense())
+        delta: Tensor = self.weight
+        if self.mix is not None and apply is F.linear:
+            columns = F.linear(columns, self.mix.to(columns.dtype))
+        else:
+            delta = self.dense()
+        return apply(columns, (widened(delta) * scaling).to(columns.dtype))
 
 
 class ColumnsByAdapter(BufferDict):
-    """Adapter name -> (R,) int64 columns of one weight, checked where a file's come in.
+    """Adapter name -> (C,) int64 columns of one weight, checked where a file's come in.
 
     PEFT calls load_state_dict; transformers sets attributes, past PEFT and all that it checks.
     """
@@ -87,8 +100,8 @@ class PacaLayer(nn.Module, TunerLayer):
     nn.Module stands first: `fully_shard` gives an instance another class, of the same layout alone.
 
     Attributes:
-        paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R).
-        paca_indices: Adapter name -> (R,) int64 sorted columns.
+        paca_delta: Adapter name -> `Delta` whose `.weight` is (O, R), `.mix` (R, C) or None.
+        paca_indices: Adapter name -> (C,) int64 sorted columns.
         r, paca_alpha, scaling: Adapter name -> its number; scaling = paca_alpha / r.
     """
 
@@ -170,57 +183,68 @@ class PacaLayer(nn.Module, TunerLayer):
         paca_alpha: float,
         columns: Any = None,
     ) -> None:
-        """Add an adapter of r columns, or replace the one of that name; patterns are resolved.
+        """Add an adapter, or replace the one of that name; patterns are resolved.
 
         The module's name in the base model is part of the seed of its columns. They are given as
-        (r,) numbers; IN_TENSORS: they will be loaded.
+        (C,) numbers; IN_TENSORS: they will be loaded.
         """
         num_columns = self.layout.in_features
         self.layout.check(r, name)
         self.r[adapter_name], self.paca_alpha[adapter_name] = r, paca_alpha
         self.scaling[adapter_name] = paca_alpha / r
-        delta = self.delta_class(*self.layout.delta_shape(r))
+        num_trained = count_columns(num_columns, r, config.channels)
+        if config.channels is None:
+            delta = self.delta_class(self.layout.delta_shape(r))
+        else:
+            delta = self.delta_class(*self.layout.factor_shapes(r, num_trained))
         if not config.init_weights and not delta.weight.is_meta:
             nn.init.normal_(delta.weight, std=0.1)
+        if delta.mix is not None and not delta.mix.is_meta:
+            # As LoRA's A starts: uniformly within 1 / sqrt(number of inputs).
+            bound = delta.mix.flatten(delta.weight.dim() - 1).shape[-1] ** -0.5
+            generator = torch.Generator()
+            generator.manual_seed(seed_for(config.random_seed or 0, f"{name}.{MIX}"))
+            values = torch.rand(delta.mix.shape, generator=generator, device="cpu")
+            with torch.no_grad():
+                delta.mix.copy_((2 * values - 1) * bound)
         self.paca_delta[adapter_name] = delta
         if columns is None or columns == IN_TENSORS:
             # Of columns that will be loaded, only their number counts.
             seed = seed_for(0 if columns == IN_TENSORS else config.random_seed, name)
             weight = torch.empty(1, num_columns, device="meta")
-            indices = select_columns("random", weight, r, seed=seed)
+            indices = select_columns("random", weight, num_trained, seed=seed)
         else:
             indices = torch.tensor(columns, device="cpu")
         self.paca_indices[adapter_name] = indices.fill_(-1) if columns == IN_TENSORS else indices
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def delta_of(self, adapter_name: str) -> nn.Parameter:
-        """Return one adapter's (O, R) update, before scaling."""
-        return cast(Delta, self.paca_delta[adapter_name]).weight
+    def delta_of(self, adapter_name: str) -> Tensor:
+        """Return one adapter's (O, C) update of all its columns, before scaling."""
+        return cast(Delta, self.paca_delta[adapter_name]).dense()
 
     def update_of(self, adapter_name: str) -> Update:
         """Return one adapter's update."""
+        delta = cast(Delta, self.paca_delta[adapter_name])
         indices, scaling = self.paca_indices[adapter_name], self.scaling[adapter_name]
-        return Update(self.delta_of(adapter_name), indices, scaling)
+        return Update(delta.weight, indices, scaling, delta.mix)
 
     @torch.no_grad()
-    def replace_update(
-        self, adapter_name: str, delta: Tensor, indices: Tensor, paca_alpha: float
-    ) -> None:
-        """Give an adapter other values; its parameter object stays where the shape does.
-
-        They are an (O, R) delta, (R,) sorted indices and the factor paca_alpha / R.
-        """
+    def replace_update(self, adapter_name: str, update: Update, rank: int) -> None:
+        """Give an adapter of a rank other values; parameters stay where their shapes do."""
         holder = cast(Delta, self.paca_delta[adapter_name])
-        rank = delta.shape[self.layout.delta_dim]
-        old = holder.weight
-        if old.shape == delta.shape:
-            old.copy_(delta)
-        else:
-            holder.weight = DeltaParameter(delta.to(old), requires_grad=old.requires_grad)
-        self.paca_indices[adapter_name] = indices.to(old.device)
-        self.r[adapter_name], self.paca_alpha[adapter_name] = rank, paca_alpha
-        self.scaling[adapter_name] = paca_alpha / rank
+        old: Any = holder.weight
+        for name, values in (("weight", update.delta), ("mix", update.mix)):
+            own = getattr(holder, name)
+            if values is None or own is None or own.shape != values.shape:
+                is_trained = old.requires_grad
+                new = None if values is None else DeltaParameter(values.to(old), is_trained)
+                setattr(holder, name, new)
+            else:
+                own.copy_(values)
+        self.paca_indices[adapter_name] = update.indices.to(old.device)
+        self.r[adapter_name], self.scaling[adapter_name] = rank, update.scaling
+        self.paca_alpha[adapter_name] = update.scaling * rank
 
     def why_additive(self) -> str | None:
         """Say why the columns are not in the base weight in training; None if they are.

@@ -67,6 +67,10 @@ class Layout:
         """Return the shape of a layer's update of `r` columns."""
         return self.out_features, r
 
+    def factor_shapes(self, r: int, num_trained: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of delta and mix, the factors of an update of rank `r`."""
+        return self.delta_shape(r), (r, num_trained)
+
     def check(self, r: int, name: str) -> None:
         """Refuse a rank that the weight, of the module of that name, has not the columns for."""
         if r > self.in_features:
@@ -163,6 +167,10 @@ class ConvolutionLayout(Layout):
         """Return (O/G, r, *k)."""
         return self.out_features // self.groups, r, *self.kernel_size
 
+    def factor_shapes(self, r: int, num_trained: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return (O/G, r) and (r, C, *k), as LoRA's."""
+        return (self.out_features // self.groups, r), (r, num_trained, *self.kernel_size)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return (O/G * taps, I)."""
         return columns_of_kernel(weight, self.groups)
@@ -226,6 +234,10 @@ class ExpertsLayout(Layout):
     def delta_shape(self, r: int) -> tuple[int, ...]:
         """Return (E, O, r)."""
         return self.num_experts, self.out_features, r
+
+    def factor_shapes(self, r: int, num_trained: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return (E, O, r) and (E, r, C)."""
+        return self.delta_shape(r), (self.num_experts, r, num_trained)
 
     def from_file(self, delta: Tensor) -> Tensor:
         """Return (O, R, E) as (E, O, R)."""

@@ -26,7 +26,6 @@ from pacatune.ops.linear import (
     add_columns,
     add_columns_,
     apply_paca_linear,
-    column_update,
 )
 from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
@@ -57,7 +56,7 @@ class Linear(AdditiveLayer):
         if update is not None:
             if not update.delta.requires_grad:
                 return "its update is not trained"
-            return residency.obstacle(update.delta)
+            return residency.obstacle(update)
         if has_hooks(self.base_layer.__dict__):
             return "its base layer has hooks, or another forward (offloading, patches)"
         if len(self.active_adapters) != 1:
@@ -141,8 +140,7 @@ class Linear(AdditiveLayer):
         update = self.update_of(name)
 
         def apply(columns: Tensor, delta: Tensor) -> Tensor:
-            columns_of_both = column_update(weight, update._replace(delta=delta), result.dtype)
-            return add_columns(result, columns, columns_of_both)
+            return add_columns(result, columns, weight, update._replace(delta=delta, mix=None))
 
         return cast(Tensor, self.paca_delta[name](x.index_select(-1, update.indices), None, apply))
 
@@ -185,15 +183,15 @@ def _train(
     gate: Tensor | None = None,
 ) -> Tensor | None:
     """Apply the layer by its hand-written gradients; None where there is no plain weight."""
-    delta, indices, scaling = update
+    delta, indices, scaling, mix = update
     if residency.forbidden is None:
         own = Pass(residency, update, activation=activation)
-        return own.forward(partial(apply_paca_linear, x, delta, indices, bias, gate, own))
+        return own.forward(partial(apply_paca_linear, x, delta, mix, indices, bias, gate, own))
     weight = residency.find_weight()
     if weight is None:
         return None
     call = Call(scaling, activation)
-    return apply_paca_linear(x, delta, indices, bias, gate, call, weight, False)
+    return apply_paca_linear(x, delta, mix, indices, bias, gate, call, weight, False)
 
 
 def _evaluate(
@@ -203,6 +201,4 @@ def _evaluate(
     y = F.linear(x, weight, bias)
     if is_resident:
         return y
-    return add_columns_(
-        y, x.index_select(-1, update.indices), column_update(weight, update, y.dtype)
-    )
+    return add_columns_(y, x.index_select(-1, update.indices), weight, update)

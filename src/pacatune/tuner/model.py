@@ -16,6 +16,7 @@ from pacatune.format.options import IN_TENSORS, idle_layers
 from pacatune.format.tensors import (
     DELTA,
     INDICES,
+    MIX,
     check_tensors,
     is_equal,
     plain_name,
@@ -128,7 +129,7 @@ def _kind_beyond_peft(layer: PacaLayer, parent: nn.Module | None) -> str:
 _GENERATION_OPTIONS = frozenset(
     ("generation_config", "max_new_tokens", "max_length", "do_sample", "num_beams", "streamer")
 )
-_OURS = re.compile(rf"(^|\.)({DELTA}|{INDICES})(\.|$)")
+_OURS = re.compile(rf"(^|\.)({DELTA}|{MIX}|{INDICES})(\.|$)")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 
 
@@ -293,8 +294,9 @@ class PacaModel(Tuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Map `...paca_delta.<adapter>.weight` to the file's `...paca_delta`."""
+        """Map `...paca_delta.<adapter>.weight` to `...paca_delta`, and `.mix` to `...paca_mix`."""
         key = super()._remove_adapter_name_from_key(key, adapter_name)
+        key = re.sub(r"(^|\.)paca_delta\.mix$", rf"\1{MIX}", key)
         return re.sub(r"(^|\.)paca_delta\.weight$", r"\1paca_delta", key)
 
     @classmethod
@@ -492,6 +494,7 @@ def _check_fits(model: _PlainNames, adapter_name: str, state_dict: dict[str, Ten
         prefix = f"{name}." if name else ""
         delta, indices = (f"{prefix}{kind}.{adapter_name}" for kind in (DELTA, INDICES))
         in_features[delta if is_foreign(layer) else f"{delta}.weight"] = layer.in_features
+        in_features[f"{delta}.mix"] = layer.in_features
         in_features[indices] = layer.in_features
     for key, tensor in state_dict.items():
         if not _OURS.search(key):

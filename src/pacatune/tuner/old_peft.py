@@ -215,7 +215,9 @@ def _names_of_tensors(model: Any, adapter_name: str | None = None) -> set[str]:
     for prefix, module in model.named_modules():
         if isinstance(module, tuners_utils.BaseTunerLayer) and hasattr(module, "paca_delta"):
             for adapter in module.paca_delta if adapter_name is None else (adapter_name,):
-                tensors = [f"paca_delta.{adapter}.weight", f"paca_indices.{adapter}"]
+                kinds = [name for name, _ in module.paca_delta[adapter].named_parameters()]
+                tensors = [f"paca_delta.{adapter}.{kind}" for kind in kinds]
+                tensors.append(f"paca_indices.{adapter}")
                 names |= {f"{prefix}.{tensor}".removeprefix(".") for tensor in tensors}
     return names
 

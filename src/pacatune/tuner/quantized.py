@@ -319,7 +319,7 @@ def _start_from(
     originals: OriginalWeights, layers: dict[str, QuantizedLinear], adapter_name: str
 ) -> None:
     for name, layer in layers.items():
-        delta, indices, scaling = layer.update_of(adapter_name)
+        delta, indices, scaling, _ = layer.update_of(adapter_name)
         rounded = dequantized(layer.quantization_backend, layer.base_layer, torch.float32)
         columns = originals.columns(name, indices, like=rounded)
         delta.copy_((columns - read_columns(rounded, indices)) / scaling)

@@ -107,9 +107,11 @@ def _teach_transformers() -> None:
         arguments = inspect.signature(build).bind(*args, **kwargs).arguments
         if renamings and getattr(arguments.get("peft_config"), "peft_type", None) == _NAME:
             adapter_name = re.escape(arguments["adapter_name"])
-            renamings.append(
-                renaming.WeightRenaming(rf"(paca_delta\.{adapter_name})$", r"\1.weight")
-            )
+            for kind, name in (("delta", "weight"), ("mix", "mix")):
+                parameter = rf"paca_delta.\1.{name}"
+                renamings.append(
+                    renaming.WeightRenaming(rf"paca_{kind}\.({adapter_name})$", parameter)
+                )
         return renamings
 
     build_with_paca.knows_paca = True  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pacatune.ops.columns import Update
 from pacatune.strategies import FIXED
 from pacatune.tuner.compat import Tuner
 from pacatune.tuner.experts import ExpertParameter
@@ -40,6 +41,7 @@ def add_weighted_adapter(
     tuner.peft_config[adapter_name] = dataclasses.replace(
         tuner.peft_config[adapters[0]],
         r=rank,
+        channels=None,
         paca_alpha=rank,
         rank_pattern=others,
         alpha_pattern=dict(others),
@@ -58,7 +60,7 @@ def add_weighted_adapter(
         assert isinstance(combined, PacaLayer)
         # PEFT makes it in the dtype of the base, which would round the sum.
         combined.paca_delta[adapter_name].to(delta.dtype)
-        combined.replace_update(adapter_name, delta, indices, len(indices))
+        combined.replace_update(adapter_name, Update(delta, indices, 1.0), len(indices))
 
 
 def _check_combination(tuner: Tuner, adapters: list[str], weights: list[float], name: str) -> None:

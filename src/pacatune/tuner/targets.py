@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pacatune.format.options import count_columns
 from pacatune.format.tensors import plain_name
 from pacatune.ops.whole import whole_shape
 from pacatune.tuner.config import PacaConfig, key_of_columns
@@ -61,7 +62,9 @@ class Target(NamedTuple):
     parameter_name: str
     """Its name there."""
     rank: int
-    """How many of its columns are trained."""
+    """R."""
+    num_trained: int
+    """How many of its columns are trained, C; R without `channels`."""
     layout: Layout
     """Where they are."""
 
@@ -92,7 +95,8 @@ def check_targets(
             rank = for_module(config.rank_pattern, name, config.r)
             layout = kind.of(base, "weight")
             layout.check(rank, name)
-            targets[name] = Target(base, "weight", rank, layout)
+            num_trained = count_columns(layout.in_features, rank, config.channels)
+            targets[name] = Target(base, "weight", rank, num_trained, layout)
     refuse_unused_patterns(config, targets)
     _refuse_split(model, targets)
     return targets
@@ -208,7 +212,8 @@ def find_parameters(
             layout = _layout_of_parameter(name, module, config, parameters)
             rank = for_module(config.rank_pattern, name, config.r)
             layout.check(rank, name)
-            found[name] = Target(module, parameter_name, rank, layout)
+            num_trained = count_columns(layout.in_features, rank, config.channels)
+            found[name] = Target(module, parameter_name, rank, num_trained, layout)
     if targets and not found:
         raise ValueError(
             f"`target_parameters` ({targets}): every parameter of these names is left out by "
