@@ -157,7 +157,7 @@ class TestMeanwhile:
     def _of_one_layer(self, base, model):
         self.model, self.layer = model, net.layers(model)[0]
         self.update = self.layer.update_of("default")
-        delta, indices, scaling = self.update
+        delta, indices, scaling, _ = self.update
         self.pretrained = base.first.weight.detach().clone()
         self.adapted = self.pretrained.clone()
         self.adapted[:, indices] += scaling * delta.detach()
