@@ -108,3 +108,36 @@ def _adapted(weight: Tensor, update: Update) -> Tensor:
     """Put the adapted columns into a dequantised weight, in place, rounding once."""
     put_columns_(weight, update.indices, update.adapted(read_columns(weight, update.indices)))
     return weight
+
+
+def decoded_linear(
+    x: Tensor, decode: Callable[[torch.dtype], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """Apply a frozen linear map whose weight is decoded in each pass; saves nothing.
+
+    Args:
+        x: (..., I).
+        decode: Returns the (O, I) weight in a dtype, as a new tensor.
+        bias: (O,), frozen or trained.
+    """
+    y: Tensor = _DecodedLinear.apply(autocast(x), bias, decode)
+    return y
+
+
+class _DecodedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, decode: Callable[[torch.dtype], Tensor]
+    ) -> Tensor:
+        ctx.call = x.shape, decode
+        bias = None if bias is None else cast(bias, x.dtype)
+        return owned(F.linear(x, decode(x.dtype), bias))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("decoded_linear")
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        shape, decode = ctx.call
+        gy_NO = gy.reshape(-1, gy.shape[-1])
+        gx = gy_NO.mm(decode(gy.dtype)).view(shape) if needs_x else None
+        return gx, gy_NO.sum(0) if needs_bias else None, None

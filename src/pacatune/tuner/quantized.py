@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
+from pacatune.grid.layers import PackedLinear
 from pacatune.names import find_name, names_of
 from pacatune.ops.columns import read_columns
 from pacatune.ops.quantized import paca_quantized_linear
@@ -144,7 +145,10 @@ class QuantizedLinear(Linear):
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         update = self._single_update()
         backend, base_layer = self.quantization_backend, cast(Any, self.base_layer)
-        if update is None or not torch.is_grad_enabled() or not backend.supports_merge:
+        is_packed = isinstance(base_layer, PackedLinear)  # evaluation has no kernels of its own
+        if update is None or not (torch.is_grad_enabled() or is_packed):
+            return None
+        if not backend.supports_merge:
             return None
         dtype, multiply = getattr(base_layer, "compute_dtype", None) or x.dtype, None
         if backend.backend_name == "bnb 8bit":
@@ -254,6 +258,8 @@ def describe(layers: Iterable[QuantizedLinear]) -> Quantization | None:
     """Return how the bases of adapted layers are quantised, None if none is."""
     found: Quantization | None = None
     for layer in layers:
+        if isinstance(layer.get_base_layer(), PackedLinear):  # the same as the dequantised model
+            continue
         one = _describe_one(layer.quantization_backend, layer.get_base_layer())
         if found is not None and one != found:
             raise ValueError(
