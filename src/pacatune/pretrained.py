@@ -258,6 +258,26 @@ def load_weights(
     return loaded
 
 
+def load_packed(model_class: Any, path: str, *, dtype: "torch.dtype", **options: Any) -> Any:
+    """Load a model from a GGUF file whose matrices stay in the blocks of the file.
+
+    `dtype` is that of all else, and what blocks are decoded to for a product.
+    """
+    from accelerate import init_empty_weights
+
+    from pacatune.grid.loading import fill_packed
+
+    config = load_config(path)
+    with explained(path):
+        with init_empty_weights(include_buffers=False):
+            model = model_class.from_config(
+                config, dtype=dtype, trust_remote_code=False, **options
+            )
+        fill_packed(model, path, dtype)
+    model.name_or_path = model.config.name_or_path = path
+    return model.eval()
+
+
 def is_dequantised(config: Any) -> bool:
     """Whether a model in safetensors is of few bits that are dequantised as it is loaded."""
     section = getattr(config, "quantization_config", None) or {}

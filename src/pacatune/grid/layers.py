@@ -59,12 +59,17 @@ class PackedLinear(nn.Module):
         self.grid, self.dtype = grid, dtype
         self.out_features = len(rows)
         self.in_features = rows.shape[1] // grid.block_bytes * grid.block
-        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.blocks = nn.Parameter(rows, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Return the (O, I) weight as a new tensor."""
-        return decoded(self.grid, self.weight).to(self.dtype).to(dtype)
+        return decoded(self.grid, self.blocks).to(self.dtype).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The (O, I) weight, decoded for whoever multiplies with it himself (losses in chunks)."""
+        return self.decoded(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to (..., I); keeps nothing for backward."""
@@ -85,11 +90,16 @@ class PackedEmbedding(nn.Module):
         self.embedding_dim = rows.shape[1] // grid.block_bytes * grid.block
         self.padding_idx: int | None = options.get("padding_idx")
         self.embed_scale: Any = options.get("embed_scale")
-        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.blocks = nn.Parameter(rows, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The (V, D) weight, decoded."""
+        return decoded(self.grid, self.blocks).to(self.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return (..., D) of ids."""
-        rows = decoded(self.grid, self.weight[ids.flatten()]).to(self.dtype)
+        rows = decoded(self.grid, self.blocks[ids.flatten()]).to(self.dtype)
         y = rows.view(*ids.shape, self.embedding_dim)
         return y if self.embed_scale is None else y * self.embed_scale
 

@@ -38,7 +38,7 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
     processor = processor_class(config=parsed["config"])
     names = loading.get_gguf_hf_weights_map(model, processor)
 
-    def arranged(values: np.ndarray, name: str) -> np.ndarray:
+    def arranged(values: Any, name: str) -> Any:
         result = processor.process(
             weights=values, name=name, tensor_key_mapping=names, parsed_parameters=parsed
         )
@@ -49,12 +49,15 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
             continue
         module_name, _, own = names[name].rpartition(".")
         module = model.get_submodule(module_name)
-        rows, order = None, None
+        rows: Tensor | None = None
+        order: Tensor | None = None
         if entry.dtype in GRIDS and len(entry.shape) == 2:
             rows = checkpoint.rows(name)
             numbers = np.repeat(np.arange(len(rows))[:, None], entry.shape[1], axis=1)
             order = _order_of(arranged(numbers.astype(np.float32), name), entry.shape)
-        packed = None if order is None else _packed(module, own, rows[order], entry.dtype, dtype)
+        packed = None
+        if rows is not None and order is not None:
+            packed = _packed(module, own, rows[order], entry.dtype, dtype)
         if packed is not None:
             model.set_submodule(module_name, packed)
             continue
@@ -99,8 +102,8 @@ def _tie(model: Any) -> None:
     if head is None or not any(p.is_meta for p in head.parameters()):
         return
     if isinstance(embedding, PackedEmbedding):
-        packed = PackedLinear(embedding.weight.data, embedding.grid, embedding.dtype)
-        packed.weight = embedding.weight
+        packed = PackedLinear(embedding.blocks.data, embedding.grid, embedding.dtype)
+        packed.blocks = embedding.blocks
         model.set_output_embeddings(packed)
     else:
         head.weight = embedding.weight

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -117,6 +117,14 @@ class Task:
         )
 
     @property
+    def is_packed(self) -> bool:
+        """Whether matrices stay in the blocks of a GGUF file."""
+        packed = self.config.model.packed
+        if packed is None:
+            packed = is_gguf(self.model_path) and self.arguments.device.type == "cuda"
+        return packed and self.config.method == "paca" and self.kind.task_type == "CAUSAL_LM"
+
+    @property
     def train(self) -> Any:
         """Training examples, as the trainer takes them."""
         return self.data.examples.train
@@ -205,6 +213,15 @@ class Task:
         options |= quantization_options(config, self.dtype) | dict(data.model_options)
         if "num_labels" in data.model_options:
             options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
+        if self.is_packed:
+            model_class = getattr(transformers, self.kind.auto_class)
+            attention = config.model.attn_implementation
+            return cast(
+                nn.Module,
+                pretrained.load_packed(
+                    model_class, self.model_path, dtype=self.dtype, attn_implementation=attention
+                ),
+            )
         with suppress_seqcls_warning():  # that a head is new
             model: nn.Module = pretrained.load_weights(
                 getattr(transformers, self.kind.auto_class),

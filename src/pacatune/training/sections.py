@@ -35,6 +35,10 @@ class ModelConfig:
     double_quantization: bool = True
     """With 4 bits, quantise the scales of the weights too."""
 
+    packed: bool | None = None
+    """Keep the matrices of a GGUF file in its blocks, decoded for each product: the memory of the
+    file in place of 16 bits. The results are the same, bit for bit. Null: on a GPU."""
+
     attn_implementation: str | None = None
     """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
 
@@ -43,6 +47,10 @@ class ModelConfig:
         if not self.path:
             raise ValueError(
                 f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
+            )
+        if self.packed and not self.path.endswith(".gguf"):
+            raise ValueError(
+                f"`model.packed` is for GGUF files, and `model.path` is {self.path!r}; drop it."
             )
 
 
