@@ -1,5 +1,6 @@
 """R7: in 16 bits every path multiplies with the same bits of W', which merging writes, too."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -208,3 +209,21 @@ def test_a_quantised_layer_trains_what_is_written_in_16_bits(delta_dtype):
     assert torch.equal(y.detach().t(), weight)
     (gx,) = torch.autograd.grad(y, x, torch.eye(64, OUT, dtype=torch.bfloat16))
     assert torch.equal(gx[:OUT], weight)
+
+
+@pytest.mark.parametrize("channels", [None, 12])
+@pytest.mark.parametrize("low", ["weights", "autocast"])
+def test_evaluation_has_the_bits_of_a_merged_model(low, channels):
+    """Small updates, too: added to a product in 16 bits, most of each would be rounded away."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if low == "weights" else torch.float32
+    layer = nn.Linear(256, 64).to(dtype)
+    config = PacaConfig(r=8, channels=channels, target_modules=["0"], init_weights=False)
+    model = get_peft_model(nn.Sequential(layer), config).eval()
+    with torch.no_grad():
+        model.get_base_model()[0].update_of("default").delta.mul_(0.01)
+    x, autocast = torch.randn(40, 256, dtype=dtype), torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad(), autocast if low == "autocast" else contextlib.nullcontext():
+        found, base = model(x), nn.functional.linear(x, layer.weight, layer.bias)
+        assert torch.equal(model.merge_and_unload()(x), found)
+        assert not torch.equal(found, base)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pacatune.ops.columns import Update, check_form, read_columns
+from pacatune.ops.columns import Update, check_form, read_columns, with_columns
 from pacatune.ops.products import autocast, cast, grad_delta, grad_factors, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
 
@@ -131,40 +131,36 @@ def _check_shapes(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None
         raise ValueError(f"`bias` must be (O={out_features},), got shape {tuple(bias.shape)}.")
 
 
-def add_columns_(y: Tensor, x_C: Tensor, weight: Tensor, update: Update) -> Tensor:
-    """Add to the (..., O) product of the pretrained weight, in place, what the columns of W' add.
+def linear_beside(x: Tensor, weight: Tensor, update: Update, bias: Tensor | None) -> Tensor:
+    """Return x W'^T + b, (..., O), from the pretrained (O, I) weight, which is not written.
 
-    `x_C` is x[..., indices], `weight` (O, I) the pretrained one.
+    In 16 bits W' is a temporary copy. An update that is added to the product of W is lost where it
+    is less than half a unit of y, which is many units of W': the model would seem to have learned
+    less. So it has the bits of a merged one, and an untrained adapter those of the base.
     """
-    y_NO = y.view(-1, y.shape[-1])
-    inputs, columns = _thin_factors(x_C, weight, update, y_NO)
-    y_NO.addmm_(inputs, columns.t())
+    if x.itemsize <= 2:
+        columns, _ = _both_columns(weight, update, x.dtype)
+        adapted = with_columns(cast(weight, x.dtype), update.indices, columns)
+        return owned(F.linear(x, adapted, bias))
+    y = owned(F.linear(x, weight, bias))
+    x_NR = x.index_select(-1, update.indices).reshape(-1, len(update.indices))
+    if update.mix is not None:
+        x_NR = x_NR.mm(cast(update.mix, x.dtype).t())
+    y.view(-1, y.shape[-1]).addmm_(x_NR, _scaled(update.delta, update.scaling, x.dtype).t())
     return y
 
 
 def add_columns(y: Tensor, x_C: Tensor, weight: Tensor, update: Update) -> Tensor:
-    """Return what `add_columns_` makes of (..., O), by operations that autograd knows."""
-    y_NO = y.reshape(-1, y.shape[-1])
-    inputs, columns = _thin_factors(x_C, weight, update, y_NO)
-    return torch.addmm(y_NO, inputs, columns.t()).view(y.shape)
+    """Return (..., O) in 16 bits with what columns of W' add to the product of W; for autograd.
 
-
-def _thin_factors(
-    x_C: Tensor, weight: Tensor, update: Update, y_NO: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return (N, K) and (O, K): their product is what W' multiplies x with beyond W.
-
-    In 16 bits W' is rounded, and updates of less than half a unit in its last place are lost. Their
-    difference may have more than 16 bits, so both are there, the new columns and minus the old
-    ones: a model is one function, whether its columns are in the weight, beside it or merged.
+    W' is rounded, and its difference from W may have more than 16 bits, so both are multiplied. For
+    whoever has nothing but the product of W: y has been rounded before, see `linear_beside`.
     """
-    x_NC = cast(x_C, y_NO.dtype).reshape(y_NO.shape[0], x_C.shape[-1])
-    if y_NO.itemsize > 2:
-        mix = update.mix
-        x_NR = x_NC if mix is None else x_NC.mm(cast(mix, y_NO.dtype).t())
-        return x_NR, _scaled(update.delta, update.scaling, y_NO.dtype)
-    new, old = _both_columns(weight, update, y_NO.dtype)
-    return torch.cat((x_NC, x_NC), 1), torch.cat((new, old.neg()), 1)
+    y_NO = y.reshape(-1, y.shape[-1])
+    x_NC = cast(x_C, y.dtype).reshape(y_NO.shape[0], x_C.shape[-1])
+    new, old = _both_columns(weight, update, y.dtype)
+    columns = torch.cat((new, old.neg()), 1)
+    return torch.addmm(y_NO, torch.cat((x_NC, x_NC), 1), columns.t()).view(y.shape)
 
 
 def _both_columns(weight: Tensor, update: Update, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -225,22 +221,21 @@ class _PacaLinear(torch.autograd.Function):
         kept = x_C = None
         if activation is not None and gate is not None:
             kept, x = x, activation.product(gate, x)
-        if (needs_update and kept is None) or not is_resident:
+        if needs_update and kept is None:
             x_C = x.index_select(-1, indices)
         # `delta` is saved even where only its version is read: an in-place change between forward
         # and backward then raises torch's own error instead of giving a mixed gradient.
         ctx.save_for_backward(
-            x_C if kept is None and needs_update else kept,
+            x_C if kept is None else kept,
             weight if (needs_x or needs_gate) and call.saves_weight else None,
             delta,
             mix,
             indices,
             gate,
         )
-        y = owned(F.linear(x, weight, bias))
-        if x_C is not None and not is_resident:
-            add_columns_(y, x_C, weight, Update(delta, indices, call.scaling, mix))
-        return y
+        if is_resident:
+            return owned(F.linear(x, weight, bias))
+        return linear_beside(x, weight, Update(delta, indices, call.scaling, mix), bias)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:

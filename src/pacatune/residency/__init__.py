@@ -13,7 +13,8 @@ Three rules:
     and its backward), and a thread inside `resident(model)`, may write columns; a few comparisons
     say whether they are there already, so that is once per optimiser step, never per micro-batch.
     Every other pass reads W as it is: W' if the current columns are in it, otherwise the pretrained
-    weight, to whose product it adds that of the columns. Any number of threads may do so.
+    weight, to whose product it adds that of the columns; in 16 bits it makes a temporary W'. Any
+    number of threads may do so.
   * **Who computes with W checks afterwards** that nobody changed its columns meanwhile (`epoch`),
     and otherwise computes again: no lock is held while a GEMM runs. Who changes them, or hands W
     out, holds the one lock.

@@ -175,10 +175,6 @@ class Residency:
             self.restore()
             return read_columns(weight.detach(), indices)
 
-    def is_in_training(self) -> bool:
-        """Whether columns that are trained have been written here."""
-        return self.written is not None and bool(self.written.update.delta.requires_grad)
-
     def is_waiting(self) -> bool:
         """Whether training will write columns here before it computes with them."""
         if self.written is None:

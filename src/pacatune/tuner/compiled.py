@@ -17,7 +17,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from pacatune.ops.columns import Update
-from pacatune.ops.linear import add_columns_, grad_x
+from pacatune.ops.linear import grad_x, linear_beside
 from pacatune.ops.products import NOT_IN_CUDA_GRAPHS, grad_delta, grad_factors
 from pacatune.residency import Pass, Residency
 from pacatune.residency.reading import read_pretrained
@@ -103,11 +103,10 @@ def _linear(
     """Return the output, and what tells in the backward pass whether the base is still the same."""
 
     def compute(weight: Tensor, is_resident: bool) -> Tensor:
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        own_bias = None if bias is None else bias.to(x.dtype)
         if delta is not None and indices is not None and not is_resident:
-            update = Update(delta, indices, scaling, mix)
-            add_columns_(y, x.index_select(-1, indices), weight, update)
-        return y
+            return linear_beside(x, weight, Update(delta, indices, scaling, mix), own_bias)
+        return F.linear(x, weight.to(x.dtype), own_bias)
 
     opened = _open(handle, delta, mix, trains)
     if opened is None:

@@ -1,7 +1,8 @@
 """The adapted linear layer, and the choice between two equal ways to compute it.
 
     resident   the columns are written into the weight (residency/), then one GEMM
-    additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is
+    additive   x W^T + x[..., indices] (W' - W)[:, indices]^T, the weight left as it is; in 16
+               bits, where the sum would be rounded twice, a temporary W'
 
 Training is resident, evaluation additive unless the columns are there already. Additive also serves
 whatever must not write: tied weights, weights whose memory somebody else holds; and, on top of the
@@ -24,8 +25,8 @@ from pacatune.ops.linear import (
     Call,
     Elementwise,
     add_columns,
-    add_columns_,
     apply_paca_linear,
+    linear_beside,
 )
 from pacatune.ops.products import autocast
 from pacatune.ops.tracing import is_exported, is_traced
@@ -198,7 +199,6 @@ def _evaluate(
     x: Tensor, update: Update, bias: Tensor | None, weight: Tensor, is_resident: bool
 ) -> Tensor:
     """Apply the layer without gradients to a weight that holds the columns or not."""
-    y = F.linear(x, weight, bias)
     if is_resident:
-        return y
-    return add_columns_(y, x.index_select(-1, update.indices), weight, update)
+        return F.linear(x, weight, bias)
+    return linear_beside(autocast(x), weight, update, bias)

@@ -354,19 +354,15 @@ class PacaModel(Tuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Prepare one call: hand `adapter_names` of a mixed batch to every adapted layer.
 
-        `generate` of a model in training (TRL's GRPO, say) has the columns in the weights.
+        `generate` has the columns in the weights, where its options show that it is that.
         """
         with ExitStack() as stack:
-            if _GENERATION_OPTIONS & kwargs.keys() and self._is_in_training():
+            if _GENERATION_OPTIONS & kwargs.keys():
                 stack.enter_context(resident(self.model))
             if (names := kwargs.get("adapter_names")) is not None:
                 num_beams = kwargs.get("num_beams") or 1
                 stack.enter_context(several.adapter_names_passed(self.model, names, num_beams))
             yield
-
-    def _is_in_training(self) -> bool:
-        residencies = (getattr(module, "residency", None) for module in self.model.modules())
-        return any(one is not None and one.is_in_training() for one in residencies)
 
 
 class _Unloaded:
