@@ -132,7 +132,7 @@ def test_what_cannot_run_twice():
 
 
 def test_what_is_run_twice_is_looked_at_by_a_few_functions():
-    """Of any module: `modules()` would run three for each part, in each pass."""
+    """`modules()` would run three for each part of a module, in each pass."""
     net = nn.Sequential(*(nn.Sequential(nn.Linear(2, 2)) for _ in range(9)))
     with frames_of_pacatune("/nn/modules/module.py") as forward:
         state = state_of(net)

@@ -24,7 +24,7 @@ def contents(folder):
 
 
 def assert_same_columns(one, other):
-    """Of two patches, before and after."""
+    """Compare two patches, before and after."""
     for ours, theirs in ((one.before, other.before), (one.after, other.after)):
         assert ours.keys() == theirs.keys()
         for name, own in ours.items():

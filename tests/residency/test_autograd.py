@@ -1,5 +1,7 @@
 """R3: our writes never trip autograd; a backward pass is that of its forward, or refused."""
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_
 
 from tests.residency import net
 from tests.residency.looks import COPIED, LOOKS, assert_sees_base
-from tests.residency.twin import KINDS, twin_of
+from tests.residency.twin import KINDS, MIXED, twin_of
 
 
 @pytest.mark.parametrize(
@@ -132,18 +134,22 @@ def test_backward_of_another_function_is_refused(before, act, words, model, x):
         loss.backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fused_step_between_forward_and_backward(kind):
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, *MIXED])
+def test_a_fused_step_between_forward_and_backward(kind, pickled):
     """The gradients are those of the forward pass, or refused; it counts no version."""
-    twin = twin_of(kind)
-    delta = twin.layer.delta_of("default")
-    delta.grad = torch.ones_like(delta)
+    twin = twin_of(kind, torch.float32 if "quantised" in kind else torch.float64)
+    if pickled:
+        twin.model = pickle.loads(pickle.dumps(twin.model))
+    trained = twin.trained()
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
     x = twin.inputs()
-    sources = [x.requires_grad_(), delta] if x.is_floating_point() else [delta]
+    sources = [x.requires_grad_(), *trained] if x.is_floating_point() else trained
     y, values = twin.expected(x, twin.active)
-    wanted = torch.autograd.grad(y.sum(), [*sources[:-1], *values])
+    wanted = torch.autograd.grad(y.sum(), [*sources[: -len(values)], *values])
     loss = twin.model(x).sum()
-    torch.optim.AdamW([delta], lr=1.0, fused=True).step()
+    torch.optim.AdamW(trained, lr=1.0, fused=True).step()
     try:
         found = torch.autograd.grad(loss, sources)
     except RuntimeError as error:

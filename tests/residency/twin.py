@@ -47,7 +47,7 @@ class Kind:
     target: str = "layer"
     """What `target_modules` says, or `target_parameters` if it has a dot."""
     channels: int | None = None
-    """Of how many columns the update has rank 3; None: each of three has its own."""
+    """How many columns have an update of rank 3; None: each of three has its own."""
 
 
 def _images(dims: int) -> Callable[[int], Tensor]:

@@ -17,6 +17,7 @@ from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
 from pacatune.adapters.folder import read_adapter
 from pacatune.adapters.from_lora import adapter_from_lora
+from pacatune.adapters.inspect import inspect_adapter
 from pacatune.ops.columns import Update, mixed
 from pacatune.residency import resident
 from tests.tuner.nets import evaluate, fill, layers
@@ -294,3 +295,30 @@ def test_an_update_says_what_it_adds():
     delta, mix = torch.randn(5, 2), torch.randn(2, 4, 3, 3)  # a convolution
     dense = Update(delta, torch.arange(4), 0.5, mix).dense()
     torch.testing.assert_close(dense, torch.einsum("or,rcxy->ocxy", delta, mix))
+
+
+@pytest.mark.parametrize("name", ["up.paca_delta", "up.paca_mix", "up.paca_indices"])
+def test_tensors_of_any_shape_are_read_or_refused(name, tmp_path):
+    """Whatever a stranger writes: an error that says what is wrong, or an update of one shape."""
+    adapt(Net()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, key, generator = load_file(path), f"base_model.model.{name}", torch.Generator()
+    plain = tensors[key]
+    for _ in range(60):
+        number = int(torch.randint(0, 5, (), generator=generator))
+        sizes = torch.randint(0, 5, (number,), generator=generator)
+        tensors[key] = torch.zeros(sizes.tolist()).to(plain)
+        save_file(tensors, path)
+        try:
+            update = read_adapter(tmp_path).modules["up"]
+        except ValueError as error:
+            assert "up" in str(error)  # noqa: PT017
+        else:
+            assert tuple(update.dense().shape) == update.dense_shape
+
+
+def test_a_report_says_how_many_columns_are_trained(tmp_path):
+    adapt(Net(), channels=0.25).save_pretrained(tmp_path)
+    report = inspect_adapter(tmp_path)
+    assert (report.rank, report.channels) == (4, 0.25)
+    assert {module.name: len(module.columns) for module in report.modules} == {"up": 6, "down": 8}

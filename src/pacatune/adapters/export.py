@@ -233,7 +233,7 @@ def _linear_ranks(adapter: Adapter) -> dict[str, int]:
     return {
         name: update.rank
         for name, update in adapter.modules.items()
-        if update.dense_ndim == 2 or is_parameter(adapter.config, name)
+        if len(update.dense_shape) == 2 or is_parameter(adapter.config, name)
     }
 
 

@@ -26,7 +26,7 @@ class ModuleReport:
     name: str
     """In the base model, such as `model.layers.0.self_attn.q_proj`."""
     rank: int
-    """Trained columns."""
+    """Rank of the update; the number of columns, unless `channels` says another."""
     scaling: float
     """Factor of the update, alpha / rank."""
     out_features: int
@@ -57,6 +57,8 @@ class AdapterReport:
     """For modules without a pattern of their own."""
     scaling: float | None
     """alpha / rank."""
+    channels: float | None
+    """Trained columns, or their share, whose update has that rank; None: `rank` columns."""
     random_seed: int | None
     """PaCA: chose the columns; None where they were not chosen by a seed."""
     selection: str | None
@@ -118,6 +120,7 @@ def inspect_adapter(folder: str | Path) -> AdapterReport:
         rank=rank,
         alpha=alpha,
         scaling=alpha / rank if rank and alpha is not None else None,
+        channels=_typed(config, "channels", int, float),
         random_seed=_typed(config, "random_seed", int),
         selection=_typed(config, "selection", str),
         selection_options=_typed(config, "selection_options", dict),

@@ -96,12 +96,12 @@ def check_shapes(modules: Mapping[str, ColumnUpdate], model: nn.Module, *, sourc
 
 
 def _check_sizes(name: str, update: ColumnUpdate, layout: Layout, source: str) -> None:
-    delta, last = update.dense(), int(update.indices.max())
+    shape, last = update.dense_shape, int(update.indices.max())
     out_features, in_features, *others = layout.file_shape
-    needed = (out_features, delta.shape[1], *others)
-    if delta.shape != needed or last >= in_features:
+    needed = (out_features, shape[1], *others)
+    if shape != needed or last >= in_features:
         raise ValueError(
-            f"{source}: module {name!r} has a delta of {tuple(delta.shape)} and columns up to "
+            f"{source}: module {name!r} has a delta of {shape} and columns up to "
             f"{last}, but the base needs {needed} and has {in_features} columns; the adapter is "
             "damaged or belongs to another base."
         )

@@ -80,8 +80,6 @@ def _answer(loaded: "LoadedModel", prompt: str, options: Generate) -> None:
     from peft import PeftModel
     from transformers import TextStreamer
 
-    from pacatune.residency import resident
-
     model: Any = loaded.model
     tokens = _encode(loaded.tokenizer, prompt, options).to(model.device)
     settings = _settings(loaded, tokens.shape[1], options)
@@ -94,7 +92,7 @@ def _answer(loaded: "LoadedModel", prompt: str, options: Generate) -> None:
         print(heading, end="")
         is_off = isinstance(model, PeftModel) and not with_adapter
         torch.manual_seed(options.seed)
-        with model.disable_adapter() if is_off else nullcontext(), resident(model):
+        with model.disable_adapter() if is_off else nullcontext():
             model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),

@@ -92,6 +92,7 @@ def _report(report: Any, options: Inspect) -> str:
         "rank, alpha": f"{report.rank}, {report.alpha:g} (scaling {report.scaling:g})"
         if report.scaling is not None
         else report.rank,
+        "channels": report.channels,
         "selection": _selection(report),
         "targets": _some(report.targets),
         "adapted": f"{len(report.modules)} modules: {adapted}" if report.modules else None,

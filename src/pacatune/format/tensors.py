@@ -48,9 +48,13 @@ class ColumnUpdate(NamedTuple):
         return len(self.indices) if self.mix is None else self.delta.shape[1]
 
     @property
-    def dense_ndim(self) -> int:
-        """Number of dimensions of `dense()`."""
-        return self.delta.ndim if self.mix is None else self.mix.ndim
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of `dense()`, of which nothing is formed."""
+        if self.mix is None:
+            return tuple(self.delta.shape)
+        if self.mix.ndim == self.delta.ndim == 3:
+            return len(self.delta), self.mix.shape[2], len(self.mix)
+        return len(self.delta), *self.mix.shape[1:]
 
     def dense(self) -> Tensor:
         """Return the update of all columns, (O, C), (O, C, *kernel) or, of experts, (O, C, E)."""
@@ -89,11 +93,11 @@ def group_tensors(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Co
             module, kind = split
             parts.setdefault(module, {})[kind] = tensor
     for module, by_kind in parts.items():
-        for kind, other in ((DELTA, INDICES), (INDICES, DELTA)):
+        for kind in (DELTA, INDICES):
             if kind not in by_kind:
                 raise ValueError(
-                    f"{source}: module {module!r} has `{other}` but no `{kind}`; each adapted "
-                    "module needs both. The file is incomplete: save the adapter again."
+                    f"{source}: module {module!r} has `{min(by_kind)}` but no `{kind}`; each "
+                    "adapted module needs both. The file is incomplete: save the adapter again."
                 )
     return {
         module: ColumnUpdate(by_kind[DELTA], by_kind[INDICES], by_kind.get(MIX))
@@ -155,7 +159,7 @@ def _check_layout(update: ColumnUpdate, where: str) -> None:
     if mix is not None:
         # Of layers (R, C, *kernel) beside (O, R), of experts (E, R, C) beside (E, O, R).
         parts = mix.shape[delta.ndim - 2 :]
-        is_fit = mix.ndim >= delta.ndim and parts[0] == delta.shape[-1]
+        is_fit = delta.ndim <= 3 and mix.ndim >= delta.ndim and parts[0] == delta.shape[-1]
         is_fit = is_fit and mix.shape[: delta.ndim - 2] == delta.shape[: delta.ndim - 2]
         if not is_fit or indices.shape != parts[1:2]:
             raise ValueError(

@@ -23,7 +23,7 @@ class Labels(Tensor):
     """Labels with a copy on the host, as `with_copy` makes them; a tensor to everybody else."""
 
     copy: Tensor
-    """Of the first ones; it may be on its way."""
+    """The first labels on the host; it may be on its way."""
     arrived: Any
     """Event after which it is there; None at once."""
     moves: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], ...]

@@ -99,6 +99,9 @@ def put_columns_(
     weight: Tensor, indices: Tensor, columns: Tensor, groups: int = 1, *, dim: int = 1
 ) -> None:
     """Write what `read_columns` reads, in the dtype of `weight`, into `weight` itself."""
+    if groups == 1 and weight.is_cpu:  # twice as fast there as the next
+        weight[(slice(None),) * dim + (indices,)] = columns
+        return
     if groups == 1:
         weight.index_copy_(dim, indices, columns)
         return

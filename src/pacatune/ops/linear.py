@@ -15,7 +15,7 @@ The tests hold them to the same equations in plain autograd (tests/ops/reference
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from torch.nn import functional as F
 from pacatune.ops.columns import Update, check_form, read_columns, with_columns
 from pacatune.ops.products import autocast, cast, grad_delta, grad_factors, owned, thin_product
 from pacatune.ops.tracing import refuse_second_derivative
-
-Result = TypeVar("Result")
 
 
 class Elementwise(Protocol):
@@ -80,10 +78,10 @@ def paca_linear_additive(
 ) -> Tensor:
     """Apply the same map as `paca_linear`, from the *pretrained* weight, which is not written.
 
-    Forward   y = x W^T + b + x[..., indices] (scaling * delta)^T
+    Forward   y = x W^T + b + x[..., indices] (scaling * delta)^T; in 16 bits of a temporary W'
     Backward  dx = dy W + (dy scaling * delta in the columns)    the update's as in `paca_linear`
-    Saves the same. Costs one thin GEMM more in each direction, two with mix, and saves writing the
-    columns, which takes longer when there are few tokens.
+    Saves the same. Costs one thin GEMM more in each direction, two with mix, or the temporary, and
+    saves writing the columns, which takes longer when there are few tokens.
 
     Args:
         x: (..., I) activations.
@@ -176,6 +174,9 @@ def _scaled(delta: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
 class Call:
     """What a pass is told beside its tensors; the weight of this one is saved and must stay.
 
+    One that does not save the weight, such as `pacatune.residency.Pass`, has a method `backward`:
+    it returns compute(weight, is_resident) on the weight that the forward pass saw.
+
     Args:
         scaling: alpha / R.
         activation: The layer is applied to act(gate) * x. Of that nothing is kept: gate and x are
@@ -188,14 +189,6 @@ class Call:
 
     def __init__(self, scaling: float, activation: Elementwise | None = None) -> None:
         self.scaling, self.activation = scaling, activation
-
-    def backward(self, compute: Callable[[Tensor, bool], Result]) -> Result:
-        """Return compute(weight, is_resident) on the weight of the forward pass, if not saved.
-
-        Args:
-            compute: Takes the (O, I) weight, and whether the adapted columns are in it now.
-        """
-        raise NotImplementedError
 
 
 class _PacaLinear(torch.autograd.Function):

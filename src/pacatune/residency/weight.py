@@ -32,7 +32,7 @@ class Written(NamedTuple):
     update: Update
     """What is trained of it are DeltaParameters."""
     version: int
-    """Of delta and mix together: each only grows."""
+    """The versions of delta and mix together: each only grows."""
     num_unversioned: int
     indices_version: int
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from pacatune.format.tensors import plain_name
 from pacatune.tuner.layer import PacaLayer
-from pacatune.tuner.model import is_foreign
+from pacatune.tuner.saving import is_foreign
 
 
 def base_of(model: Any) -> nn.Module:

@@ -40,7 +40,7 @@ class Positions:
     """Where all columns of an adapter are: one object for all syncs that have the same ones."""
 
     sets: tuple[ColumnSet, ...] = field(repr=False)
-    """Of each tensor, its columns."""
+    """The columns of each tensor."""
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     """Shapes of the trainer's parameters, which a server may have joined to the trained ones."""
     run: str

@@ -21,7 +21,7 @@ _TRIES = 3
 class _Trained(NamedTuple):
     adapted: Adapted
     state: tuple[int, ...]
-    """Of it, by which one sees that another adapter was loaded: its columns come with it."""
+    """That of `adapted`; after another adapter was loaded, with its columns, it is another one."""
     update: Any
     """What its layer trains."""
     coded: FileColumns

@@ -67,9 +67,10 @@ class CodeWatch(TrainerCallback):
         """Return the share of codes that move if updates are so many times as large as now."""
         num_codes = num_moved = 0
         for layer, adapter, coded in self._columns:
-            delta, scaling = layer.delta_of(adapter), layer.scaling[adapter]
-            if is_whole(delta, 2):
-                codes = coded.moved(delta[:, :_NUM_COLUMNS], times * scaling).after
+            update = layer.update_of(adapter)
+            if is_whole(update.delta, 2):
+                delta = update.dense()[:, :_NUM_COLUMNS]
+                codes = coded.moved(delta, times * update.scaling).after
                 num_codes += codes.numel()
                 num_moved += int((coded.before != codes).sum())
         return num_moved / num_codes if num_codes else 1.0

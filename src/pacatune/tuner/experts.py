@@ -57,15 +57,10 @@ class ExpertParameter(PacaLayer):
     delta_class = ExpertDelta
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        name: str,
-        config: PacaConfig,
-        **options: Any,
+        self, base_layer: nn.Module, adapter_name: str, name: str, *args: Any, **options: Any
     ) -> None:
         self.parameter_name = name.rpartition(".")[2]
-        super().__init__(base_layer, adapter_name, name, config, **options)
+        super().__init__(base_layer, adapter_name, name, *args, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer":

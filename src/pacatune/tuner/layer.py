@@ -16,7 +16,7 @@ from pacatune.format.tensors import INDICES, MIX
 from pacatune.ops.columns import Update, adapted_columns, check_columns, mixed, widened
 from pacatune.ops.whole import is_whole
 from pacatune.residency import Residency
-from pacatune.residency.watching import DeltaParameter, release
+from pacatune.residency.watching import DeltaParameter, is_tracked, release
 from pacatune.strategies import seed_for, select_columns
 from pacatune.tuner.compat import TunerLayer, resolve_quantization_backend
 from pacatune.tuner.config import PacaConfig
@@ -424,6 +424,10 @@ class PacaLayer(nn.Module, TunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cast(Any, super()).__setstate__(state)
+        for parameter in self.paca_delta.parameters():
+            is_tracked(
+                parameter
+            )  # whose fused steps torch does not notice: pickled it is a plain one
         self._attach()
 
 
