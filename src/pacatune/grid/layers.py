@@ -6,9 +6,10 @@ model computes the same whether it was loaded in blocks or dequantised. At most 
 is alive at a time.
 """
 
+import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,83 @@ from torch import Tensor, nn
 from pacatune.grid.formats import Grid
 from pacatune.ops.quantized import decoded_linear
 
+# Elements that a CPU decodes at once: what is made of them on the way stays in its caches.
+_CHUNK = 2**17
 
-def decoded(grid: Grid, rows: Tensor) -> Tensor:
+
+class PackedLayer(nn.Module):
+    """A layer with a frozen (O, I) weight in blocks."""
+
+    blocks: nn.Parameter
+    """(O, bytes) uint8."""
+    scales: nn.Parameter | None
+    """Of formats whose blocks do not hold them, (O / a, I / b) float32: of a x b elements each."""
+    grid: Grid
+    """Their format."""
+    dtype: torch.dtype
+    """What the weight is decoded to: the dtype of a dequantised model."""
+
+    def pack(
+        self, rows: Tensor, grid: Grid, dtype: torch.dtype, scales: Tensor | None = None
+    ) -> None:
+        """Set these."""
+        self.grid, self.dtype = grid, dtype
+        self.blocks = nn.Parameter(rows, requires_grad=False)
+        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        num_rows, num_bytes = self.blocks.shape
+        return num_rows, num_bytes // self.grid.block_bytes * self.grid.block
+
+    @property
+    def weight(self) -> Tensor:
+        """The (O, I) weight, decoded anew each time."""
+        return self.decoded()
+
+    def decoded(self, rows: Tensor | None = None) -> Tensor:
+        """Return the weight as a new tensor, or the (N, I) of these (N,) rows."""
+        blocks, scales = self.blocks, self.scales
+        if rows is not None:
+            blocks = blocks[rows]
+            scales = None if scales is None else scales[rows // (self.shape[0] // len(scales))]
+        result = torch.empty(len(blocks), self.shape[1], dtype=self.dtype, device=blocks.device)
+        step = max(1, _CHUNK // self.shape[1]) if blocks.is_cpu else max(1, len(blocks))
+        if scales is not None and len(blocks):  # whole blocks of scales
+            each = len(blocks) // len(scales)
+            step = -(-step // each) * each
+        for start in range(0, len(blocks), step):
+            part = blocks[start : start + step]
+            own = None if scales is None else scales[start // each : (start + step) // each]
+            result[start : start + step] = decode(self.grid, part, own)
+        return result
+
+
+def decode(grid: Grid, rows: Tensor, scales: Tensor | None = None) -> Tensor:
     """Return the (O, I) float32 values of (O, bytes) rows, bit for bit those of `Grid.values`."""
+    if scales is not None:
+        return _scaled(grid, rows, scales)
     blocks = rows.reshape(-1, grid.block_bytes)
-    if (decode := _transformers_decoder(grid.name)) is not None:
-        return decode(blocks).view(len(rows), -1)
+    if (by_transformers := _transformers_decoder(grid.name)) is not None:
+        return by_transformers(blocks).view(len(rows), -1)
     assert grid.steps is not None, "its scales are not in its blocks"
     elements = torch.arange(grid.block, device=rows.device)
     by_element = blocks[:, None].expand(-1, grid.block, -1)
     values = grid.values(grid.codes(blocks, elements), *grid.steps(by_element, elements))
     return values.view(len(rows), -1)
+
+
+def _scaled(grid: Grid, rows: Tensor, scales: Tensor) -> Tensor:
+    """Return the values of codes whose (O / a, I / b) scales are a tensor of their own."""
+    if grid.name == "F8_E4M3":
+        levels = rows.view(torch.float8_e4m3fn).float()
+    else:
+        blocks = rows.reshape(-1, grid.block_bytes)
+        codes = grid.codes(blocks, torch.arange(grid.block, device=rows.device))
+        levels = (codes.float() - grid.zero).view(len(rows), -1)
+    parts = levels.unflatten(0, (len(scales), -1)).unflatten(2, (scales.shape[1], -1))
+    return (parts * scales[:, None, :, None]).reshape(levels.shape)
 
 
 @functools.cache
@@ -42,34 +109,19 @@ def _transformers_decoder(name: str) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer, nn.Linear):
     """A linear layer with a frozen weight in blocks.
 
     Args:
-        rows: (O, bytes) uint8.
-        grid: Their format.
-        dtype: Of the dequantised model.
         bias: (O,), frozen.
+        *packed: As `pack` takes it.
     """
 
-    def __init__(
-        self, rows: Tensor, grid: Grid, dtype: torch.dtype, bias: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.grid, self.dtype = grid, dtype
-        self.out_features = len(rows)
-        self.in_features = rows.shape[1] // grid.block_bytes * grid.block
-        self.blocks = nn.Parameter(rows, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Return the (O, I) weight as a new tensor."""
-        return decoded(self.grid, self.blocks).to(self.dtype).to(dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The (O, I) weight, decoded for whoever multiplies with it himself (losses in chunks)."""
-        return self.decoded(self.dtype)
+    def __init__(self, bias: Tensor | None, *packed: Any) -> None:
+        nn.Module.__init__(self)
+        self.pack(*packed)
+        self.out_features, self.in_features = self.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to (..., I); keeps nothing for backward."""
@@ -77,32 +129,38 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Name sizes and format."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid.name}"
+        return f"{super().extra_repr()}, {self.grid.name}"
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(PackedLayer, nn.Embedding):
     """An embedding in blocks: the rows that are looked up are decoded."""
 
-    def __init__(self, rows: Tensor, grid: Grid, dtype: torch.dtype, **options: Any) -> None:
-        super().__init__()
-        self.grid, self.dtype = grid, dtype
-        self.num_embeddings = len(rows)
-        self.embedding_dim = rows.shape[1] // grid.block_bytes * grid.block
-        self.padding_idx: int | None = options.get("padding_idx")
-        self.embed_scale: Any = options.get("embed_scale")
-        self.blocks = nn.Parameter(rows, requires_grad=False)
+    plain_class: type[nn.Embedding] = nn.Embedding
 
-    @property
-    def weight(self) -> Tensor:
-        """The (V, D) weight, decoded."""
-        return decoded(self.grid, self.blocks).to(self.dtype)
+    @classmethod
+    def of(cls, embedding: nn.Embedding, *packed: Any) -> "PackedEmbedding":
+        """Return an embedding with the weight that `pack` takes, in place of its own."""
+        layer: Any = copy.copy(embedding)
+        layer._parameters = {}
+        layer.__class__ = _packed_class(type(embedding))
+        layer.pack(*packed)
+        return cast(PackedEmbedding, layer)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return (..., D) of ids."""
-        rows = decoded(self.grid, self.blocks[ids.flatten()]).to(self.dtype)
-        y = rows.view(*ids.shape, self.embedding_dim)
-        return y if self.embed_scale is None else y * self.embed_scale
+        """Return (..., D) of ids, as the embedding's own class makes it of rows."""
+        layer: Any = copy.copy(self)  # of this call: other threads have their own
+        layer.__class__ = self.plain_class
+        layer._parameters = {"weight": self.decoded(ids.flatten())}
+        layer.padding_idx = None
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        y: Tensor = layer(places)
+        return y
 
     def extra_repr(self) -> str:
         """Name sizes and format."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.grid.name}"
+        return f"{super().extra_repr()}, {self.grid.name}"
+
+
+@functools.cache
+def _packed_class(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
+    return type(f"Packed{kind.__name__}", (PackedEmbedding, kind), {"plain_class": kind})

@@ -1,109 +1,158 @@
-"""Loads a GGUF file into a model of transformers whose weights stay in blocks.
+"""Loads a model whose matrices stay in the blocks of their file, or in the codes of their folder.
 
-Tensor by tensor, so that nothing but what the model keeps is ever in memory. Names and layouts are
-transformers' own (`modeling_gguf_pytorch_utils`): what it would do to a dequantised matrix is done
-to one of row numbers, and where that only orders rows, the rows of blocks are ordered so.
+Tensor by tensor, so that nothing but what the model keeps is ever in memory. Names and layouts in a
+GGUF file are transformers' own (`modeling_gguf_pytorch_utils`): what it would do to a dequantised
+matrix is done to one of row numbers, and where that only orders rows, rows of blocks are ordered.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pacatune.files.checkpoint import DTYPES
+from pacatune.files.journal import is_gguf
+from pacatune.grid.checkpoint import PackedCheckpoint
+from pacatune.grid.folder import PackedFolder
 from pacatune.grid.formats import GRIDS
 from pacatune.grid.gguf import GgufCheckpoint
-from pacatune.grid.layers import PackedEmbedding, PackedLinear, decoded
+from pacatune.grid.layers import PackedEmbedding, PackedLayer, PackedLinear
+
+_FIX = "load it in 16 bits (`model.packed: false`)"
+
+
+class NotPackableError(ValueError):
+    """A model some of whose matrices cannot stay in blocks."""
+
+
+class _Source(NamedTuple):
+    """Where a parameter is in the checkpoint."""
+
+    name: str
+    arrange: Callable[[np.ndarray], np.ndarray]
+    """What transformers does to an array as it lies in the file."""
 
 
 def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
-    """Fill a model of the meta device from a file, with packed layers wherever blocks can stay.
+    """Fill a model of the meta device, with packed layers in place of those that hold codes.
 
     Args:
-        model: A language model of transformers, changed in place.
-        path: The file.
-        dtype: Of what is no block, and what blocks are decoded to.
+        model: A model of transformers, changed in place.
+        path: A GGUF file, or a folder of FP8 or INT4.
+        dtype: Of all else, and what blocks are decoded to.
 
     Raises:
-        ValueError: If the file lacks a tensor of the model, or has one of another shape.
+        NotPackableError: If codes are of another format, or of experts or another kind of layer.
+        ValueError: If a tensor is missing, or has not the shape that the model has.
     """
+    checkpoint: PackedCheckpoint
+    if is_gguf(path):
+        checkpoint = GgufCheckpoint.open(path)
+        sources = _in_gguf(model, checkpoint, path)
+    else:
+        checkpoint = PackedFolder.open(path)
+        sources = _in_folder(model, checkpoint)
+    for parameter, source in sources.items():
+        module_name, _, own = parameter.rpartition(".")
+        module = model.get_submodule(module_name)
+        shape = tuple(getattr(module, own).shape)
+        if checkpoint.entries[source.name].dtype in DTYPES:
+            values = source.arrange(checkpoint.tensor(source.name).float().numpy())
+            _check_shape(checkpoint, source.name, values.shape, shape)
+            plain = torch.tensor(values, dtype=dtype, device="cpu")
+            setattr(module, own, nn.Parameter(plain, requires_grad=False))
+            continue
+        layer = _layer(checkpoint, source, module if own == "weight" else None, dtype)
+        _check_shape(checkpoint, source.name, layer.shape, shape)
+        model.set_submodule(module_name, layer)
+    _tie(model)
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{checkpoint.title} holds no {name!r}, which the model needs; it is damaged, or "
+                "of another model than it says. Copy it again."
+            )
+
+
+def _in_gguf(model: Any, checkpoint: GgufCheckpoint, path: str | Path) -> dict[str, _Source]:
+    """Return where the file has each parameter, as transformers' loader finds it."""
     from transformers import modeling_gguf_pytorch_utils as loading
 
-    checkpoint = GgufCheckpoint.open(path)
     parsed = loading.load_gguf_checkpoint(str(path), return_tensors=False)
-    processor_class = loading.TENSOR_PROCESSORS.get(
-        checkpoint.architecture, loading.TensorProcessor
-    )
-    processor = processor_class(config=parsed["config"])
+    kind = loading.TENSOR_PROCESSORS.get(checkpoint.architecture, loading.TensorProcessor)
+    processor = kind(config=parsed["config"])
     names = loading.get_gguf_hf_weights_map(model, processor)
+    more = {"tensor_key_mapping": names, "parsed_parameters": parsed}
 
-    def arranged(values: Any, name: str) -> Any:
-        result = processor.process(
-            weights=values, name=name, tensor_key_mapping=names, parsed_parameters=parsed
+    def arranging(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda values: np.array(processor.process(weights=values, name=name, **more).weights)
+
+    return {
+        names[name]: _Source(name, arranging(name)) for name in checkpoint.entries if name in names
+    }
+
+
+def _in_folder(model: Any, checkpoint: PackedFolder) -> dict[str, _Source]:
+    """Return where the folder has each parameter, under its own name or with `_packed`."""
+    return {
+        parameter: _Source(name, lambda values: values)
+        for parameter, _ in model.named_parameters()
+        for name in (parameter, f"{parameter}_packed")
+        if name in checkpoint.entries
+    }
+
+
+def _layer(
+    checkpoint: PackedCheckpoint, source: _Source, module: nn.Module | None, dtype: torch.dtype
+) -> PackedLayer:
+    """Return what computes with the blocks of a quantised matrix, in place of a module."""
+    name, entry = source.name, checkpoint.entries[source.name]
+    what = f"{checkpoint.title} holds {name!r} as {entry.dtype} of {entry.shape}"
+    if entry.dtype not in GRIDS or len(entry.shape) != 2:
+        raise NotPackableError(
+            f"{what}; what can stay so are matrices (no experts) of {', '.join(GRIDS)}: {_FIX}."
         )
-        return result.weights
-
-    for name, entry in checkpoint.entries.items():
-        if name not in names:
-            continue
-        module_name, _, own = names[name].rpartition(".")
-        module = model.get_submodule(module_name)
-        rows: Tensor | None = None
-        order: Tensor | None = None
-        if entry.dtype in GRIDS and len(entry.shape) == 2:
-            rows = checkpoint.rows(name)
-            numbers = np.repeat(np.arange(len(rows))[:, None], entry.shape[1], axis=1)
-            order = _order_of(arranged(numbers.astype(np.float32), name), entry.shape)
-        packed = None
-        if rows is not None and order is not None:
-            packed = _packed(module, own, rows[order], entry.dtype, dtype)
-        if packed is not None:
-            model.set_submodule(module_name, packed)
-            continue
-        values = checkpoint.tensor(name) if rows is None else decoded(GRIDS[entry.dtype], rows)
-        values = torch.from_numpy(np.array(arranged(values.float().numpy(), name))).to(dtype)
-        setattr(module, own, nn.Parameter(values, requires_grad=False))
-    _tie(model)
-    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if any(name in dict(model.named_parameters()) for name in left):
-        raise ValueError(f"{path} holds no {left[0]!r}, which the model needs; copy it again.")
-
-
-def _order_of(numbers: np.ndarray, shape: tuple[int, ...]) -> Tensor | None:
-    """Return which row of the file each row of the model is; None if it is not that."""
-    if numbers.shape != shape or (numbers != numbers[:, :1]).any():
-        return None
-    order = torch.from_numpy(numbers[:, 0].astype(np.int64))
-    return order if torch.equal(order.sort().values, torch.arange(len(order))) else None
-
-
-def _packed(
-    module: nn.Module, own: str, rows: Tensor, kind: str, dtype: torch.dtype
-) -> nn.Module | None:
-    """Return the layer that holds these blocks in place of a module, None where there is none."""
-    grid = GRIDS[kind]
-    if own != "weight" or grid.steps is None:
-        return None
+    rows = checkpoint.rows(name)
+    # A second column tells what orders rows from what does something else.
+    size = len(rows)
+    numbers = np.arange(size, dtype=np.float32)
+    arranged = source.arrange(np.stack([numbers, numbers + size], axis=1))
+    if arranged.shape != (size, 2) or (arranged[:, 1] - arranged[:, 0] != size).any():
+        raise NotPackableError(f"{what}, laid out otherwise than in the model; {_FIX}.")
+    order = torch.from_numpy(arranged[:, 0].astype(np.int64))
+    packed = rows[order], GRIDS[entry.dtype], dtype, checkpoint.scale_of(name)
     if type(module) is nn.Linear:
-        bias = module.bias
-        return PackedLinear(rows, grid, dtype, bias)
+        return PackedLinear(module.bias, *packed)
     if isinstance(module, nn.Embedding):
-        options = {"padding_idx": module.padding_idx}
-        if type(module) is not nn.Embedding:
-            return None
-        return PackedEmbedding(rows, grid, dtype, **options)
-    return None
+        return PackedEmbedding.of(module, *packed)
+    raise NotPackableError(
+        f"{what}, which belongs to a {type(module).__name__}; linear layers and embeddings alone "
+        f"compute with blocks: {_FIX}."
+    )
+
+
+def _check_shape(
+    checkpoint: PackedCheckpoint, name: str, found: tuple[int, ...], needed: tuple[int, ...]
+) -> None:
+    if tuple(found) != needed:
+        raise ValueError(
+            f"{checkpoint.title} holds {name!r} of {tuple(found)}, where the model has {needed}; it "
+            "is damaged, or of another model than it says."
+        )
 
 
 def _tie(model: Any) -> None:
-    """Let a tied head use the blocks of the embedding."""
+    """Let a head without a weight of its own use the embedding's."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or not any(p.is_meta for p in head.parameters()):
+    if head is None or not head.weight.is_meta:
         return
     if isinstance(embedding, PackedEmbedding):
-        packed = PackedLinear(embedding.blocks.data, embedding.grid, embedding.dtype)
-        packed.blocks = embedding.blocks
-        model.set_output_embeddings(packed)
+        blocks, scales = embedding.blocks, embedding.scales
+        layer = PackedLinear(head.bias, blocks, embedding.grid, embedding.dtype, scales)
+        layer.blocks, layer.scales = blocks, scales  # the same ones
+        model.set_output_embeddings(layer)
     else:
         head.weight = embedding.weight

@@ -111,14 +111,17 @@ def _adapted(weight: Tensor, update: Update) -> Tensor:
 
 
 def decoded_linear(
-    x: Tensor, decode: Callable[[torch.dtype], Tensor], bias: Tensor | None = None
+    x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None = None
 ) -> Tensor:
     """Apply a frozen linear map whose weight is decoded in each pass; saves nothing.
 
     Args:
         x: (..., I).
-        decode: Returns the (O, I) weight in a dtype, as a new tensor.
+        decode: Returns the (O, I) weight as a new tensor.
         bias: (O,), frozen or trained.
+
+    Returns:
+        (..., O) in the dtype of `x`, or of autocast where that is on.
     """
     y: Tensor = _DecodedLinear.apply(autocast(x), bias, decode)
     return y
@@ -126,12 +129,10 @@ def decoded_linear(
 
 class _DecodedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, decode: Callable[[torch.dtype], Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor:
         ctx.call = x.shape, decode
         bias = None if bias is None else cast(bias, x.dtype)
-        return owned(F.linear(x, decode(x.dtype), bias))
+        return owned(F.linear(x, cast(decode(), x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,5 +140,5 @@ class _DecodedLinear(torch.autograd.Function):
         needs_x, needs_bias, _ = ctx.needs_input_grad
         shape, decode = ctx.call
         gy_NO = gy.reshape(-1, gy.shape[-1])
-        gx = gy_NO.mm(decode(gy.dtype)).view(shape) if needs_x else None
+        gx = gy_NO.mm(cast(decode(), gy.dtype)).view(shape) if needs_x else None
         return gx, gy_NO.sum(0) if needs_bias else None, None

@@ -48,7 +48,7 @@ class BlocksBackend:
 
     def get_base_weight(self, base_layer: Any) -> Tensor:
         """Return the (O, I) weight as a new tensor."""
-        return cast(Tensor, base_layer.decoded(base_layer.dtype))
+        return cast(Tensor, base_layer.weight)
 
     def set_base_weight(self, layer: Any, weight: Tensor) -> None:
         """Refuse to round."""
