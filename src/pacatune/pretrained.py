@@ -265,6 +265,7 @@ def load_packed(model_class: Any, path: str, *, dtype: "torch.dtype | str", **op
     """
     import torch
     from accelerate import init_empty_weights
+    from transformers import GenerationConfig
 
     from pacatune.grid.loading import fill_packed
 
@@ -272,11 +273,12 @@ def load_packed(model_class: Any, path: str, *, dtype: "torch.dtype | str", **op
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     own = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    with explained(path):
-        with init_empty_weights(include_buffers=False):
-            model = model_class.from_config(config, dtype=own, trust_remote_code=False, **options)
-        fill_packed(model, path, own)
+    with explained(path), init_empty_weights(include_buffers=False):
+        model = model_class.from_config(config, dtype=own, trust_remote_code=False, **options)
+    fill_packed(model, path, own)
     model.name_or_path = model.config.name_or_path = path
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
 
 

@@ -21,9 +21,6 @@ from pacatune.grid.formats import GRIDS
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.grid.layers import PackedEmbedding, PackedLayer, PackedLinear
 
-_FIX = "load it in 16 bits (`model.packed: false`)"
-
-
 class NotPackableError(ValueError):
     """A model some of whose matrices cannot stay in blocks."""
 
@@ -113,7 +110,7 @@ def _layer(
     what = f"{checkpoint.title} holds {name!r} as {entry.dtype} of {entry.shape}"
     if entry.dtype not in GRIDS or len(entry.shape) != 2:
         raise NotPackableError(
-            f"{what}; what can stay so are matrices (no experts) of {', '.join(GRIDS)}: {_FIX}."
+            f"{what}; what can stay so are matrices (no experts) of {', '.join(GRIDS)}"
         )
     rows = checkpoint.rows(name)
     # A second column tells what orders rows from what does something else.
@@ -121,7 +118,7 @@ def _layer(
     numbers = np.arange(size, dtype=np.float32)
     arranged = source.arrange(np.stack([numbers, numbers + size], axis=1))
     if arranged.shape != (size, 2) or (arranged[:, 1] - arranged[:, 0] != size).any():
-        raise NotPackableError(f"{what}, laid out otherwise than in the model; {_FIX}.")
+        raise NotPackableError(f"{what}, laid out otherwise than in the model")
     order = torch.from_numpy(arranged[:, 0].astype(np.int64))
     packed = rows[order], GRIDS[entry.dtype], dtype, checkpoint.scale_of(name)
     if type(module) is nn.Linear:
@@ -130,7 +127,7 @@ def _layer(
         return PackedEmbedding.of(module, *packed)
     raise NotPackableError(
         f"{what}, which belongs to a {type(module).__name__}; linear layers and embeddings alone "
-        f"compute with blocks: {_FIX}."
+        "compute with blocks"
     )
 
 

@@ -36,8 +36,9 @@ class ModelConfig:
     """With 4 bits, quantise the scales of the weights too."""
 
     packed: bool | None = None
-    """Keep the matrices of a GGUF file in its blocks, decoded for each product: the memory of the
-    file in place of 16 bits. The results are the same, bit for bit. Null: on a GPU."""
+    """Keep the matrices of a GGUF file, or of a folder in FP8 or INT4, as they are there; each is
+    decoded for its products. That takes the memory of the file in place of 16 bits, and the result
+    is the same, bit for bit. Null: on a GPU, where the run can."""
 
     attn_implementation: str | None = None
     """Attention: eager, sdpa, flash_attention_2, ...; the model's own choice where null."""
@@ -47,10 +48,6 @@ class ModelConfig:
         if not self.path:
             raise ValueError(
                 f"`model.path` is {self.path!r}; give a hub id or the folder of a model."
-            )
-        if self.packed and not self.path.endswith(".gguf"):
-            raise ValueError(
-                f"`model.packed` is for GGUF files, and `model.path` is {self.path!r}; drop it."
             )
 
 
