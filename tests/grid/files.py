@@ -23,7 +23,8 @@ def random_blocks(out_features, in_features, kind, generator):
     block, size = gguf.GGML_QUANT_SIZES[kind]
     shape = (out_features, in_features // block, size)
     data = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    places = {"Q6_K": (208,), "TQ1_0": (52,)}.get(kind.name, (0, 2))
+    places = {"Q6_K": (208,), "TQ1_0": (52,), "IQ4_NL": (0,), "IQ4_XS": (0,), "NVFP4": ()}
+    places = places.get(kind.name, (0, 2))
     for start in places:
         number = 2e-4 * torch.rand(*shape[:2], 1, generator=generator).half()
         data[..., start : start + 2] = number.view(torch.uint8).view(*shape[:2], 2)
@@ -63,6 +64,8 @@ def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for parameter, weight in model.state_dict().items():
+        if parameter == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         name = names.get_name(parameter, try_suffixes=(".weight",))
         matrix = weight.float()
         for part, number in heads.items():
@@ -72,7 +75,7 @@ def write_gguf(path, model, tokenizer, kind="Q4_0", others=None):
         is_plain = matrix.ndim == 1 or "token_embd" in name or name == "output.weight"
         chosen = found[0] if found else "F32" if is_plain else kind
         values = np.ascontiguousarray(matrix.numpy())
-        if chosen.endswith("_K") or chosen == "TQ1_0":
+        if chosen in ("TQ1_0", "IQ4_NL", "IQ4_XS", "NVFP4") or chosen.endswith("_K"):
             data = random_blocks(*matrix.shape, KINDS[chosen], generator)
         else:
             data = quantize(values, KINDS[chosen])

@@ -39,7 +39,8 @@ class PackedLayer(nn.Module):
         """Set these."""
         self.grid, self.dtype = grid, dtype
         self.blocks = nn.Parameter(rows, requires_grad=False)
-        self.scales = None if scales is None else nn.Parameter(scales, requires_grad=False)
+        own = None if scales is None else nn.Parameter(scales, requires_grad=False)
+        self.register_parameter("scales", own)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,7 +122,8 @@ class PackedLinear(PackedLayer, nn.Linear):
         nn.Module.__init__(self)
         self.pack(*packed)
         self.out_features, self.in_features = self.shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", own)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to (..., I); keeps nothing for backward."""

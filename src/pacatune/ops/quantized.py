@@ -75,6 +75,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
             weight = _adapted(dequantize(x.dtype), Update(delta, indices, scaling, mix))
+            weight = cast(weight, x.dtype)
             return owned(F.linear(x, weight, bias))
         assert x_C is not None
         y = owned(multiply(x))
@@ -98,7 +99,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
                 gdelta, gmix = grad_factors(gy_NO, x_NC, delta, mix, scaling)
         if needs_x:
             weight = _adapted(dequantize(gy.dtype), Update(delta, indices, scaling, mix))
-            gx = gy_NO.mm(weight).view(x_shape)
+            gx = gy_NO.mm(cast(weight, gy.dtype)).view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
         return gx, gdelta, gmix, None, gbias, None

@@ -50,13 +50,6 @@ class BlocksBackend:
         """Return the (O, I) weight as a new tensor."""
         return cast(Tensor, base_layer.weight)
 
-    def set_base_weight(self, layer: Any, weight: Tensor) -> None:
-        """Refuse to round."""
-        raise ValueError(
-            "Cannot merge into a weight that stays in the blocks of its file; `pacatune merge` "
-            "writes the trained columns into a copy of the file."
-        )
-
     def maybe_clone_base_result(self, result: Tensor) -> Tensor:
         """Return it."""
         return result

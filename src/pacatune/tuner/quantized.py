@@ -22,6 +22,7 @@ from pacatune.format.options import format_quantization
 from pacatune.grid.layers import PackedLinear
 from pacatune.names import find_name, names_of
 from pacatune.ops.columns import read_columns
+from pacatune.ops.products import autocast
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.ops.whole import is_shared_out
 from pacatune.tuner.compat import resolve_quantization_backend
@@ -151,15 +152,27 @@ class QuantizedLinear(Linear):
         if not backend.supports_merge:
             return None
         dtype, multiply = getattr(base_layer, "compute_dtype", None) or x.dtype, None
+        dequantize = partial(dequantized, backend, base_layer)
+        if is_packed:  # columns are put into what a dequantised model holds, and cast with it
+            x, dequantize = autocast(x), lambda _: base_layer.weight
+            dtype = x.dtype
         if backend.backend_name == "bnb 8bit":
             # Its kernel rounds x to 8 bits too; alone, it would keep all of x for backward.
             dtype, multiply = x.dtype, base_layer.forward
         bias = base_layer.bias
         if bias is not None and multiply is None:
             bias = bias.to(dtype)
-        dequantize = partial(dequantized, backend, base_layer)
         result = paca_quantized_linear(x.to(dtype), update, dequantize, bias, multiply)
         return result.to(x.dtype)
+
+
+    def _weight_to_merge(self) -> Tensor:
+        if isinstance(self.get_base_layer(), PackedLinear):
+            raise ValueError(
+                "Cannot merge into a weight that stays in the blocks of its file; `pacatune merge` "
+                "writes the trained columns into a copy of the file."
+            )
+        return super()._weight_to_merge()
 
 
 def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
