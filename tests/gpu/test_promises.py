@@ -71,9 +71,9 @@ def close(expected, tolerance=1e-4):
 
 
 _TRY = """
-import itertools, torch
+import itertools, torch, warnings
 from pacatune.residency import put
-put.warnings.warn = lambda message, stacklevel: print(message)
+warnings.warn = lambda message, stacklevel: print(message)
 kinds = [(torch.device("cuda"), *pair) for pair in itertools.product(put._DTYPES, put._DTYPES)]
 print(all([put._works(*kind) for kind in kinds]))
 """

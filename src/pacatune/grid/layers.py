@@ -8,16 +8,16 @@ is alive at a time.
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pacatune.grid.decoding import decode, decoded_by_kernel
 from pacatune.grid.formats import Grid
 from pacatune.ops.quantized import decoded_linear
 
-# Elements that a CPU decodes at once: what is made of them on the way stays in its caches.
+# Elements that torch decodes at once: what is made of them on the way stays in a CPU's caches.
 _CHUNK = 2**17
 
 
@@ -59,8 +59,10 @@ class PackedLayer(nn.Module):
         if rows is not None:
             blocks = blocks[rows]
             scales = None if scales is None else scales[rows // (self.shape[0] // len(scales))]
+        if (by_kernel := decoded_by_kernel(self.grid, blocks, self.dtype, scales)) is not None:
+            return by_kernel
         result = torch.empty(len(blocks), self.shape[1], dtype=self.dtype, device=blocks.device)
-        step = max(1, _CHUNK // self.shape[1]) if blocks.is_cpu else max(1, len(blocks))
+        step = max(1, _CHUNK // self.shape[1])
         if scales is not None and len(blocks):  # whole blocks of scales
             each = len(blocks) // len(scales)
             step = -(-step // each) * each
@@ -69,45 +71,6 @@ class PackedLayer(nn.Module):
             own = None if scales is None else scales[start // each : (start + step) // each]
             result[start : start + step] = decode(self.grid, part, own)
         return result
-
-
-def decode(grid: Grid, rows: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Return the (O, I) float32 values of (O, bytes) rows, bit for bit those of `Grid.values`."""
-    if scales is not None:
-        return _scaled(grid, rows, scales)
-    blocks = rows.reshape(-1, grid.block_bytes)
-    if (by_transformers := _transformers_decoder(grid.name)) is not None:
-        return by_transformers(blocks).view(len(rows), -1)
-    assert grid.steps is not None, "its scales are not in its blocks"
-    elements = torch.arange(grid.block, device=rows.device)
-    by_element = blocks[:, None].expand(-1, grid.block, -1)
-    values = grid.values(grid.codes(blocks, elements), *grid.steps(by_element, elements))
-    return values.view(len(rows), -1)
-
-
-def _scaled(grid: Grid, rows: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of codes whose (O / a, I / b) scales are a tensor of their own."""
-    if grid.name == "F8_E4M3":
-        levels = rows.view(torch.float8_e4m3fn).float()
-    else:
-        blocks = rows.reshape(-1, grid.block_bytes)
-        codes = grid.codes(blocks, torch.arange(grid.block, device=rows.device))
-        levels = (codes.float() - grid.zero).view(len(rows), -1)
-    parts = levels.unflatten(0, (len(scales), -1)).unflatten(2, (scales.shape[1], -1))
-    return (parts * scales[:, None, :, None]).reshape(levels.shape)
-
-
-@functools.cache
-def _transformers_decoder(name: str) -> Callable[[Tensor], Tensor] | None:
-    """Return transformers' decoder of blocks, which is faster; None where it has none."""
-    try:
-        from transformers.integrations.gguf.dequant import GGML_NAME, dequantize
-    except ImportError:
-        return None
-    for number, known in GGML_NAME.items():
-        if known == name:
-            return lambda blocks: dequantize(blocks.reshape(-1), number, torch.float32)
-    return None
 
 
 class PackedLinear(PackedLayer, nn.Linear):
