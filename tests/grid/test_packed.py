@@ -6,10 +6,12 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pacatune import PacaConfig, lean
+from pacatune.adapters.base import load_base
 from pacatune.cli import main
 from pacatune.grid.formats import GRIDS
 from pacatune.grid.layers import PackedEmbedding, PackedLayer, PackedLinear, decode
@@ -108,6 +110,67 @@ def test_lean_layers_compute_the_same(level, tied, file_of):
     plain, packed = both(file_of("Q4_1", tied))
     assert len({id(p) for p in packed.parameters() if p.dtype == torch.uint8}) == 16 - tied
     assert_equal_training(plain, packed, level, steps=3)
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Name in the file, and what differs; transformers takes 128 for the size of Qwen3's heads.
+ARCHITECTURES = {
+    "MistralConfig": ("llama", {"sliding_window": None}),
+    "Qwen2Config": ("qwen2", {}),
+    "Qwen3Config": ("qwen3", {"head_dim": 128}),
+    "Gemma2Config": ("gemma2", {"head_dim": 32}),
+    "Gemma3TextConfig": ("gemma3", {"head_dim": 32}),
+    "Phi3Config": ("phi3", {}),
+}
+
+
+def model_of(name, tokenizer, **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(vocab_size=len(tokenizer), **SIZES | more)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name, tmp_path, tiny_tokenizer):
+    from tests.grid.files import write_gguf
+
+    architecture, more = ARCHITECTURES[name]
+    model = model_of(name, tiny_tokenizer, **more)
+    others, path = {"token_embd": "Q8_0", "output.weight": "Q4_1"}, tmp_path / "base.gguf"
+    write_gguf(path, model, tiny_tokenizer, "Q4_0", others, architecture)
+    plain, packed = both(path)
+    assert type(plain) is type(packed)
+    matrices = [p for p in packed.parameters() if p.ndim > 1]
+    assert {p.dtype for p in matrices} == {torch.uint8}
+    assert_equal_training(plain, packed, steps=3)
+
+
+def test_experts_are_refused(tmp_path, tiny_tokenizer):
+    from tests.grid.files import write_gguf
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}  # of all, for transformers
+    model = model_of("Qwen3MoeConfig", tiny_tokenizer, head_dim=128, **experts)
+    path, others = tmp_path / "base.gguf", {"ffn_gate_inp": "F32"}
+    write_gguf(path, model, tiny_tokenizer, "Q8_0", others, "qwen3moe")
+    with pytest.raises(NotPackableError, match=r"experts.gate_up_proj' of .* matrices \(no experts\)"):
+        load_packed(AutoModelForCausalLM, str(path), dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"\(no experts\).*; the model is loaded in 16 bits"):
+        model = load_base(str(path), task_type="CAUSAL_LM", dtype="bfloat16", packed=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_float32_with_autocast_and_without(file_of):

@@ -21,6 +21,9 @@ from pacatune.grid.formats import GRIDS
 from pacatune.grid.gguf import GgufCheckpoint
 from pacatune.grid.layers import PackedEmbedding, PackedLayer, PackedLinear
 
+_ABLE = f"what can stay so are matrices (no experts) of {', '.join(GRIDS)}"
+
+
 class NotPackableError(ValueError):
     """A model some of whose matrices cannot stay in blocks."""
 
@@ -67,6 +70,10 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
         model.set_submodule(module_name, layer)
     _tie(model)
     for name, tensor in model.named_parameters():
+        if tensor.is_meta and tensor.ndim > 2:
+            raise NotPackableError(
+                f"{checkpoint.title} holds {name!r} of {tuple(tensor.shape)} in parts; {_ABLE}"
+            )
         if tensor.is_meta:
             raise ValueError(
                 f"{checkpoint.title} holds no {name!r}, which the model needs; it is damaged, or "
@@ -109,9 +116,7 @@ def _layer(
     name, entry = source.name, checkpoint.entries[source.name]
     what = f"{checkpoint.title} holds {name!r} as {entry.dtype} of {entry.shape}"
     if entry.dtype not in GRIDS or len(entry.shape) != 2:
-        raise NotPackableError(
-            f"{what}; what can stay so are matrices (no experts) of {', '.join(GRIDS)}"
-        )
+        raise NotPackableError(f"{what}; {_ABLE}")
     rows = checkpoint.rows(name)
     # A second column tells what orders rows from what does something else.
     size = len(rows)
