@@ -13,11 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OLDEST, NEWEST = (
-    line
-    for line in Path(__file__).with_name("residency").joinpath("triton.txt").read_text().splitlines()
-    if not line.startswith("#")
-)
+VERSIONS = (ROOT / "tests" / "residency" / "triton.txt").read_text().splitlines()
+OLDEST, NEWEST = (line for line in VERSIONS if not line.startswith("#"))
 # An A100, an H100, an MI300X; a B200, which the compiler beside the oldest Triton does not know.
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
 B200 = ("cuda", 100, 32)

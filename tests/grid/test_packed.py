@@ -1,7 +1,6 @@
 """Training in the blocks of a file: the numbers of a dequantised model, bit for bit."""
 
 import gc
-import json
 import weakref
 
 import pytest
@@ -13,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from pacatune import PacaConfig, lean
 from pacatune.adapters.base import load_base
 from pacatune.cli import main
-from pacatune.grid.formats import GRIDS
-from pacatune.grid.layers import PackedEmbedding, PackedLayer, PackedLinear, decode
+from pacatune.grid.decoding import decode
+from pacatune.grid.layers import PackedLayer
 from pacatune.grid.loading import NotPackableError
 from pacatune.measure.counters import SavedBytes
 from pacatune.pretrained import load_packed, load_weights
@@ -162,11 +161,17 @@ def test_architectures(name, tmp_path, tiny_tokenizer):
 def test_experts_are_refused(tmp_path, tiny_tokenizer):
     from tests.grid.files import write_gguf
 
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}  # of all, for transformers
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 768,
+    }  # of all, for transformers
     model = model_of("Qwen3MoeConfig", tiny_tokenizer, head_dim=128, **experts)
     path, others = tmp_path / "base.gguf", {"ffn_gate_inp": "F32"}
     write_gguf(path, model, tiny_tokenizer, "Q8_0", others, "qwen3moe")
-    with pytest.raises(NotPackableError, match=r"experts.gate_up_proj' of .* matrices \(no experts\)"):
+    with pytest.raises(
+        NotPackableError, match=r"experts.gate_up_proj' of .* matrices \(no experts\)"
+    ):
         load_packed(AutoModelForCausalLM, str(path), dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"\(no experts\).*; the model is loaded in 16 bits"):
         model = load_base(str(path), task_type="CAUSAL_LM", dtype="bfloat16", packed=True)
@@ -293,7 +298,9 @@ def test_what_cannot_stay_in_blocks_is_refused_in_a_line(file_of, tmp_path, caps
     assert "is no GGUF file" in refused(capsys, tmp_path / "plain", tmp_path / "run")
     path = file_of("Q4_0")
     more = ["--paca.modules_to_save", '["lm_head"]']
-    assert "`modules_to_save` trains whole weights" in refused(capsys, path, tmp_path / "run", *more)
+    assert "`modules_to_save` trains whole weights" in refused(
+        capsys, path, tmp_path / "run", *more
+    )
     assert "is not paca or lora" in refused(capsys, path, tmp_path / "run", "--method", "full")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:-40_000])

@@ -1,4 +1,4 @@
-"""The kernel that puts all columns, without a GPU: by Triton's interpreter, and compiled for some."""
+"""The kernel that puts all columns, without a GPU: interpreted by Triton, and compiled for some."""
 
 import json
 import shutil

@@ -125,13 +125,14 @@ def load_base(
     device: str = "cpu",
     quantization: dict[str, Any] | None = None,
     num_labels: int | None = None,
-    packed: bool = False,
+    packed: bool | None = False,
 ) -> PreTrainedModel:
     """Load a base model for inference.
 
     `task_type` decides the head, `num_labels` its size; None takes the class that the base was
     saved from, and its own size. A base that is saved quantised stays so, whatever `quantization`
-    says. `packed` keeps the matrices of a file or folder of few bits as they are there, if all can.
+    says. `packed` keeps the matrices of a file or folder of few bits as they are there; where not
+    all can, it says so, and None does not.
     """
     target = choose_device(device)
     config, model_class = _config_and_class(name, task_type, num_labels)
@@ -149,11 +150,12 @@ def load_base(
         raise ValueError(
             f"`packed`: {name} is no GGUF file, and no folder of FP8 or INT4; leave it out."
         )
-    if packed:
+    if packed is not False and is_packed(name):
         try:
             model = pretrained.load_packed(model_class, name, dtype=wanted, config=config)
         except NotPackableError as error:
-            warnings.warn(f"{error}; the model is loaded in 16 bits.", stacklevel=2)
+            if packed:
+                warnings.warn(f"{error}; the model is loaded in 16 bits.", stacklevel=2)
     if model is None:
         model = pretrained.load_weights(model_class, name, dtype=wanted, config=config, **options)
     if "device_map" not in options:

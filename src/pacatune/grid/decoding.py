@@ -24,11 +24,14 @@ def decode(grid: Grid, rows: Tensor, scales: Tensor | None = None) -> Tensor:
         return _scaled(grid, rows, scales)
     blocks = rows.reshape(-1, grid.block_bytes)
     if (by_transformers := _transformers_decoder(grid.name)) is not None:
-        return by_transformers(blocks).view(len(rows), -1)
+        values = by_transformers(blocks)
+        return values.view(len(rows), -1)
     assert grid.steps is not None, "its scales are not in its blocks"
-    elements = torch.arange(grid.block, device=rows.device)
-    by_element = blocks[:, None].expand(-1, grid.block, -1)
-    values = grid.values(grid.codes(blocks, elements), *grid.steps(by_element, elements))
+    levels = grid.levels_of(grid.codes_of_blocks(blocks))
+    # Parts of 16 elements have one scale in all formats.
+    parts = torch.arange(0, grid.block, 16, device=rows.device)
+    scale, minimum = grid.steps(blocks[:, None].expand(-1, len(parts), -1), parts)
+    values = levels.view(len(blocks), -1, 16).mul_(scale[..., None]).add_(minimum[..., None])
     return values.view(len(rows), -1)
 
 
@@ -101,13 +104,9 @@ def _tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return 8 byte + bit of each element, (planes, block) int32, and the level of each code."""
     grid = GRIDS[name]
     places = [[8 * byte + bit for byte, bit in plane.places] for plane in grid.planes]
-    levels = grid.levels or range(-grid.zero, grid.num_codes - grid.zero)
-    if grid.flipped:
-        levels = [levels[code ^ grid.flipped] for code in range(grid.num_codes)]
-    return (
-        torch.tensor(places, dtype=torch.int32, device=device),
-        torch.tensor(levels, dtype=torch.float32, device=device),
-    )
+    codes = torch.arange(grid.num_codes, dtype=torch.uint8, device=device)
+    levels = grid.levels_of(codes ^ grid.flipped)
+    return torch.tensor(places, dtype=torch.int32, device=device), levels
 
 
 def _scaled(grid: Grid, rows: Tensor, scales: Tensor) -> Tensor:
@@ -116,10 +115,10 @@ def _scaled(grid: Grid, rows: Tensor, scales: Tensor) -> Tensor:
         levels = rows.view(torch.float8_e4m3fn).float()
     else:
         blocks = rows.reshape(-1, grid.block_bytes)
-        codes = grid.codes(blocks, torch.arange(grid.block, device=rows.device))
-        levels = (codes.float() - grid.zero).view(len(rows), -1)
+        levels = grid.levels_of(grid.codes_of_blocks(blocks)).view(len(rows), -1)
     parts = levels.unflatten(0, (len(scales), -1)).unflatten(2, (scales.shape[1], -1))
-    return (parts * scales[:, None, :, None]).reshape(levels.shape)
+    values: Tensor = parts * scales[:, None, :, None]
+    return values.reshape(levels.shape)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ ggml's `block_q4_0` and the others (ggml-common.h), whose blocks hold their scal
 the reference of the tests. In safetensors scales are tensors of their own.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +31,30 @@ class Plane:
     """How many bits."""
     places: tuple[tuple[int, int], ...]
     """(byte, bit) of each element."""
+
+    def of_blocks(self, blocks: Tensor) -> Tensor:
+        """Return them of all elements of (N, bytes) blocks, (N, block) uint8."""
+        mask, runs = (1 << self.width) - 1, self._runs
+        if len(runs) == len(self.places):  # elements lie side by side in a byte
+            each, first = 8 // self.width, runs[0][0]
+            shifts = torch.arange(0, 8, self.width, dtype=torch.uint8, device=blocks.device)
+            bytes_of_bits = blocks[:, first : first + len(runs) // each, None]
+            return (bytes_of_bits >> shifts & mask).flatten(1)
+        parts = [blocks[:, byte : byte + size] for byte, size, _ in runs]
+        if self.width < 8:
+            parts = [part >> bit & mask for part, (*_, bit) in zip(parts, runs, strict=True)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """First byte, number, and bit of elements that lie in bytes one after the other."""
+        runs: list[tuple[int, int, int]] = []
+        for byte, bit in self.places:
+            if runs and (byte, bit) == (sum(runs[-1][:2]), runs[-1][2]):
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, bit)
+            else:
+                runs.append((byte, 1, bit))
+        return runs
 
 
 @dataclass(frozen=True)
@@ -82,6 +107,15 @@ class Grid:
             low += plane.width
         return codes ^ self.flipped
 
+    def codes_of_blocks(self, blocks: Tensor) -> Tensor:
+        """Return all codes of (N, bytes) blocks, (N, block) uint8."""
+        first, *others = self.planes
+        codes, low = first.of_blocks(blocks), first.width
+        for plane in others:
+            codes = codes | plane.of_blocks(blocks) << low
+            low += plane.width
+        return codes ^ self.flipped if self.flipped else codes
+
     def put_codes_(self, rows: Tensor, indices: Tensor, codes: Tensor) -> None:
         """Write the codes of columns into (O, bytes) rows, in place; no other bit changes."""
         low, codes = 0, codes ^ self.flipped
@@ -102,7 +136,13 @@ class Grid:
 
     def values(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
         """Return the (O, R) float32 values of codes."""
-        return scale * self._levels_on(codes.device)[codes.long()] + minimum
+        return scale * self.levels_of(codes) + minimum
+
+    def levels_of(self, codes: Tensor) -> Tensor:
+        """Return the float32 levels of codes."""
+        if not self.levels:
+            return codes.float().sub_(self.zero)
+        return self._levels_on(codes.device).index_select(0, codes.flatten().int()).view_as(codes)
 
     def _levels_on(self, device: torch.device) -> Tensor:
         levels = self.levels or range(-self.zero, self.num_codes - self.zero)

@@ -55,13 +55,16 @@ class PackedLayer(nn.Module):
 
     def decoded(self, rows: Tensor | None = None) -> Tensor:
         """Return the weight as a new tensor, or the (N, I) of these (N,) rows."""
-        blocks, scales = self.blocks, self.scales
+        blocks: Tensor = self.blocks
+        scales: Tensor | None = self.scales
         if rows is not None:
             blocks = blocks[rows]
             scales = None if scales is None else scales[rows // (self.shape[0] // len(scales))]
         if (by_kernel := decoded_by_kernel(self.grid, blocks, self.dtype, scales)) is not None:
             return by_kernel
         result = torch.empty(len(blocks), self.shape[1], dtype=self.dtype, device=blocks.device)
+        if result.is_meta:
+            return result
         step = max(1, _CHUNK // self.shape[1])
         if scales is not None and len(blocks):  # whole blocks of scales
             each = len(blocks) // len(scales)
@@ -73,7 +76,7 @@ class PackedLayer(nn.Module):
         return result
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override, unused-ignore]
     """A linear layer with a frozen weight in blocks.
 
     Args:
@@ -97,7 +100,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         return f"{super().extra_repr()}, {self.grid.name}"
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override, unused-ignore]
     """An embedding in blocks: the rows that are looked up are decoded."""
 
     plain_class: type[nn.Embedding] = nn.Embedding
@@ -107,7 +110,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
         """Return an embedding with the weight that `pack` takes, in place of its own."""
         layer: Any = copy.copy(embedding)
         layer._parameters = {}
-        layer.__class__ = _packed_class(type(embedding))
+        layer.__class__ = _packed_class(cast(Any, type(embedding)))
         layer.pack(*packed)
         return cast(PackedEmbedding, layer)
 
@@ -127,5 +130,5 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
 
 
 @functools.cache
-def _packed_class(kind: type[nn.Embedding]) -> type[PackedEmbedding]:
+def _packed_class(kind: Any) -> type[PackedEmbedding]:
     return type(f"Packed{kind.__name__}", (PackedEmbedding, kind), {"plain_class": kind})

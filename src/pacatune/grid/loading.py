@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pacatune.files.checkpoint import DTYPES
 from pacatune.files.journal import is_gguf
@@ -68,7 +68,7 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
         layer = _layer(checkpoint, source, module if own == "weight" else None, dtype)
         _check_shape(checkpoint, source.name, layer.shape, shape)
         model.set_submodule(module_name, layer)
-    _tie(model)
+    tie(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta and tensor.ndim > 2:
             raise NotPackableError(
@@ -79,6 +79,44 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
                 f"{checkpoint.title} holds no {name!r}, which the model needs; it is damaged, or "
                 "of another model than it says. Copy it again."
             )
+
+
+def pack_empty(model: Any, format_of: Callable[[str], str], dtype: torch.dtype) -> None:
+    """Put packed layers without values in place of a model's linear layers and embeddings.
+
+    Args:
+        model: On the meta device; changed in place.
+        format_of: Returns the format of a layer by its name.
+        dtype: What blocks are decoded to.
+
+    Raises:
+        ValueError: If a row is no whole number of blocks.
+    """
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    for name, module in list(model.named_modules()):
+        if module is tied or not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        grid, (out_features, in_features) = GRIDS[format_of(name)], module.weight.shape
+        if in_features % grid.block:
+            raise ValueError(
+                f"{grid.name} has blocks of {grid.block} elements, and {name!r} has rows of "
+                f"{in_features:,}; choose another format."
+            )
+        shape = out_features, grid.row_bytes(in_features)
+        packed = torch.empty(shape, dtype=torch.uint8, device="meta"), grid, dtype
+        model.set_submodule(name, _layer_of(module, *packed))
+    tie(model)
+
+
+def formats_in(model: Any, path: str | Path) -> dict[str, str]:
+    """Return the format of each layer of a model in a GGUF file."""
+    checkpoint = GgufCheckpoint.open(path)
+    sources = _in_gguf(model, checkpoint, path)
+    formats = {
+        parameter.removesuffix(".weight"): checkpoint.entries[source.name].dtype
+        for parameter, source in sources.items()
+    }
+    return {name: kind for name, kind in formats.items() if kind in GRIDS}
 
 
 def _in_gguf(model: Any, checkpoint: GgufCheckpoint, path: str | Path) -> dict[str, _Source]:
@@ -126,14 +164,18 @@ def _layer(
         raise NotPackableError(f"{what}, laid out otherwise than in the model")
     order = torch.from_numpy(arranged[:, 0].astype(np.int64))
     packed = rows[order], GRIDS[entry.dtype], dtype, checkpoint.scale_of(name)
-    if type(module) is nn.Linear:
-        return PackedLinear(module.bias, *packed)
-    if isinstance(module, nn.Embedding):
-        return PackedEmbedding.of(module, *packed)
+    if type(module) is nn.Linear or isinstance(module, nn.Embedding):
+        return _layer_of(module, *packed)
     raise NotPackableError(
         f"{what}, which belongs to a {type(module).__name__}; linear layers and embeddings alone "
         "compute with blocks"
     )
+
+
+def _layer_of(module: nn.Linear | nn.Embedding, *packed: Any) -> PackedLayer:
+    if isinstance(module, nn.Embedding):
+        return PackedEmbedding.of(module, *packed)
+    return PackedLinear(module.bias, *packed)
 
 
 def _check_shape(
@@ -141,15 +183,15 @@ def _check_shape(
 ) -> None:
     if tuple(found) != needed:
         raise ValueError(
-            f"{checkpoint.title} holds {name!r} of {tuple(found)}, where the model has {needed}; it "
-            "is damaged, or of another model than it says."
+            f"{checkpoint.title} holds {name!r} of {tuple(found)}, where the model has {needed}; "
+            "it is damaged, or of another model than it says."
         )
 
 
-def _tie(model: Any) -> None:
+def tie(model: Any) -> None:
     """Let a head without a weight of its own use the embedding's."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or not head.weight.is_meta:
+    if head is None or isinstance(head, PackedLinear) or not head.weight.is_meta:
         return
     if isinstance(embedding, PackedEmbedding):
         blocks, scales = embedding.blocks, embedding.scales

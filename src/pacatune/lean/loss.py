@@ -230,9 +230,7 @@ class LazyLogits:
     def compute(self) -> Tensor:
         """Return the (..., V) logits."""
         if self._logits is None:
-            self._logits = self._transform(
-                F.linear(self._x, self._head.weight, self._head.bias)
-            )
+            self._logits = self._transform(F.linear(self._x, self._head.weight, self._head.bias))
         return self._logits
 
     def _transform(self, logits: Tensor) -> Tensor:

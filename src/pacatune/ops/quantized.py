@@ -111,9 +111,7 @@ def _adapted(weight: Tensor, update: Update) -> Tensor:
     return weight
 
 
-def decoded_linear(
-    x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None = None
-) -> Tensor:
+def decoded_linear(x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
     """Apply a frozen linear map whose weight is decoded in each pass; saves nothing.
 
     Args:

@@ -10,11 +10,11 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
+from pacatune.files.folder import format_bytes
 from pacatune.grid.checkpoint import FileColumns
 from pacatune.grid.layers import PackedLayer
 from pacatune.ops.whole import is_whole
 from pacatune.patch.packed import open_packed
-from pacatune.files.folder import format_bytes
 from pacatune.sync.adapted import base_of, layers_of
 from pacatune.training.progress import show_warnings
 from pacatune.tuner.layer import PacaLayer

@@ -32,7 +32,7 @@ from pacatune.grid import is_packed
 from pacatune.grid.loading import NotPackableError
 from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
-from pacatune.precision import choose_dtype
+from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
 from pacatune.training.output import TrainedOn
 from pacatune.training.progress import main_console, show_warnings
@@ -243,13 +243,14 @@ class Task:
         model_class = getattr(transformers, self.kind.auto_class)
         attention = config.model.attn_implementation
         if self.is_packed:
-            how = {"dtype": self.dtype, "attn_implementation": attention}
+            how: Any = {"dtype": self.dtype, "attn_implementation": attention}
             try:
                 return cast(nn.Module, pretrained.load_packed(model_class, self.model_path, **how))
             except NotPackableError as error:
                 if config.model.packed:
                     raise ValueError(f"`model.packed` (true): {error}; drop the option.") from error
-                show_warnings([f"{error}; the model is loaded in {self.dtype}."], main_console())
+                said = f"{error}; the model is loaded in {dtype_name(self.dtype)}."
+                show_warnings([said], main_console(self.arguments, None))
         with suppress_seqcls_warning():  # that a head is new
             model: nn.Module = pretrained.load_weights(
                 model_class,

@@ -9,7 +9,7 @@ weights that cannot be dequantised) takes the additive form of `linear.py`.
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -152,7 +152,7 @@ class QuantizedLinear(Linear):
         if not backend.supports_merge:
             return None
         dtype, multiply = getattr(base_layer, "compute_dtype", None) or x.dtype, None
-        dequantize = partial(dequantized, backend, base_layer)
+        dequantize: Callable[[torch.dtype], Tensor] = partial(dequantized, backend, base_layer)
         if is_packed:  # columns are put into what a dequantised model holds, and cast with it
             x, dequantize = autocast(x), lambda _: base_layer.weight
             dtype = x.dtype
@@ -165,6 +165,10 @@ class QuantizedLinear(Linear):
         result = paca_quantized_linear(x.to(dtype), update, dequantize, bias, multiply)
         return result.to(x.dtype)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> Any:
+        if isinstance(base_layer, PackedLinear):  # without decoding it
+            return base_layer.blocks.device, base_layer.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
 
     def _weight_to_merge(self) -> Tensor:
         if isinstance(self.get_base_layer(), PackedLinear):
