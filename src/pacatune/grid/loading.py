@@ -5,6 +5,7 @@ GGUF file are transformers' own (`modeling_gguf_pytorch_utils`): what it would d
 matrix is done to one of row numbers, and where that only orders rows, rows of blocks are ordered.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +124,8 @@ def _in_gguf(model: Any, checkpoint: GgufCheckpoint, path: str | Path) -> dict[s
     """Return where the file has each parameter, as transformers' loader finds it."""
     from transformers import modeling_gguf_pytorch_utils as loading
 
+    if "processor" not in inspect.signature(loading.get_gguf_hf_weights_map).parameters:
+        raise NotPackableError("transformers 5 and later name the tensors of a GGUF; upgrade it")
     parsed = loading.load_gguf_checkpoint(str(path), return_tensors=False)
     kind = loading.TENSOR_PROCESSORS.get(checkpoint.architecture, loading.TensorProcessor)
     processor = kind(config=parsed["config"])
