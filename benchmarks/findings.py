@@ -4,13 +4,26 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, linear_regression
+from textwrap import fill
 
 from scipy.stats import ttest_1samp
 
-from benchmarks.results import RESULTS
-from benchmarks.verdict import KEPT, TASKS, compared, forgotten, is_paca, stage_two, studies, texts
+from benchmarks.results import RESULTS, read
+from benchmarks.verdict import (
+    KEPT,
+    TASKS,
+    compared,
+    forgotten,
+    is_paca,
+    kept_of,
+    stage_two,
+    steps_of,
+    studies,
+    texts,
+)
 from benchmarks.verdict import two_of_paca as planned
 from experiments.study.statistics import LOSS, Run, Study, best_rate, holm
+from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Table, spread_of_mean
 from pacatune.training.config import default_rate
@@ -65,6 +78,38 @@ def _default(tasks: dict[str, Study]) -> Table:
     return Table(header=header, cells=cells)
 
 
+def _reached(tasks: dict[str, Study]) -> Table:
+    """Return the test loss and the score of every arm that ran to the end, by task."""
+    lines: dict[str, dict[str, str]] = {}
+    for task, study in tasks.items():
+        for arm, by_seed in stage_two(study).items():
+            runs = [*by_seed.values()]
+            name = next(n for n in ("test accuracy", "test exact_match") if n in runs[0])
+            losses, score = [run[LOSS] for run in runs], fmean(run[name] for run in runs)
+            text = f"{fmean(losses):.3f} ± {spread_of_mean(losses):.3f}; {100 * score:.1f} %"
+            lines.setdefault(arm, {})[task] = text
+    cells = [[f"`{arm}`", *(line.get(task, "-") for task in tasks)] for arm, line in lines.items()]
+    return Table(header=["arm", *map(_title, tasks)], cells=cells)
+
+
+def _costs(tasks: dict[str, Study]) -> Table:
+    """Return what every arm keeps and how long its step is, by task, and its state."""
+    states = {r.method: r.value for r in read("cost-minilm").rows if r.what == "state"}
+    arms = dict.fromkeys(arm for study in tasks.values() for arm in stage_two(study))
+    cells = []
+    for arm in arms:
+        line = [f"`{arm}`"]
+        for task, study in tasks.items():
+            steps = steps_of(task)
+            line.append(
+                f"{format_bytes(kept_of(study, arm))}; {steps[arm] / steps['paca8']:.2f}"
+                if arm in stage_two(study)
+                else "-"
+            )
+        cells.append([*line, format_bytes(states[arm]) if arm in states else "-"])
+    return Table(header=["arm", *map(_title, tasks), "state, LLaMA3-8B"], cells=cells)
+
+
 def _forgotten(tasks: dict[str, Study]) -> str:
     """Return what settings of PaCA forget more than LoRA, and what all of it amounts to."""
     found: dict[tuple[str, str, str, str], list[float]] = {}
@@ -100,10 +145,11 @@ def _kept(tasks: dict[str, Study]) -> str:
             f"{line.slope:.2f} times `paca8`'s and {line.intercept / 2**20:.0f} MiB on "
             f"{TASKS[task].partition(',')[0]}"
         )
-    return (
+    return fill(
         f"Over the batches of all seeds, what `lora16` keeps is {' and '.join(parts)}. The second "
         "part does not grow with the batch: it is mostly the bfloat16 copies that autocast makes "
-        "of a base in float32. A base loaded in bfloat16 needs none."
+        "of a base in float32. A base loaded in bfloat16 needs none.",
+        width=118,
     )
 
 
@@ -154,6 +200,8 @@ def _title(task: str) -> str:
 _OF_STUDIES = {
     "verdicts": _verdicts,
     "default": _default,
+    "reached": _reached,
+    "costs": _costs,
     "forgotten": _forgotten,
     "kept": _kept,
     "rates": _rates,

@@ -38,6 +38,8 @@ class View:
     columns: tuple[str, ...] = ("what",)
     floor: str = ""
     """Method beyond whose numbers the others are shown."""
+    is_by_seed: bool = False
+    """Whether the values of seeds stand beside a mean, in place of its interval, and no notes."""
     is_first: bool = True
     """Whether no table before it on its page says what its words mean, and where it comes from."""
 
@@ -58,6 +60,8 @@ class View:
         for place, row in enumerate(rows):
             if self.floor not in ("", row.method):
                 rows[place] = replace(row, value=row.value - floors[row.what, row.setting])
+        if self.is_by_seed:
+            rows = [_BySeed(**vars(row) | {"note": ""}) for row in rows]
         shown = table(rows, self.index, self.columns)
         if not self.is_first:
             return "\n".join(shown.markdown())
@@ -70,6 +74,15 @@ class View:
             f"{commit_text(made)} wrote `benchmarks/results/{self.file}.json`."
         )
         return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, source]))
+
+
+class _BySeed(Row):
+    """A mean that is shown with what it is the mean of."""
+
+    def text(self) -> str:
+        """Return the mean, and the value of each seed."""
+        values = f" ({', '.join(f'{v:.3g}' for v in self.each.values())})" if self.each else ""
+        return f"{self.value:.3g}{values}"
 
 
 def _words(rows: Iterable[Row]) -> set[str]:
@@ -98,17 +111,14 @@ VIEWS = {
     ),
     "packed": View(
         file="packed",
-        shown=("*reversed; *", "*sorted; *"),
-        hidden=("*; base; *", "*; lora, beside; Q?_0*", "first*"),
-        index=("setting", "method"),
-    ),
-    "packed-rates": View(
-        file="packed",
         shown=tuple(
-            f"first seed*; {name}; *reversed*" for name in ("paca", "paca, on the grid", "lora")
+            f"{what}; {name}; Q4_1, words {task}; *"
+            for what in ("score*", "bytes changed")
+            for name in ("paca", "lora", "lora, beside", "full")
+            for task in ("reversed", "sorted")
         ),
-        index=("method", "setting"),
-        is_first=False,
+        index=("setting", "method"),
+        is_by_seed=True,
     ),
     "packed-memory": View(
         file="packed_memory",

@@ -39,9 +39,9 @@ def doc_table(name: str) -> str:
             for row in EXPERIMENTS[one].paper.rows
             if row.what == "memory" and (row.model, row.method) in simulated
         ]
-        notes = [f"- {row.note}" for row in rows if row.note]
+        notes = " ".join(row.note for row in rows if row.note)
         shown = table([*papers, *rows], ("model", "method"), ("what", "origin"))
-        return "\n".join([*shown.markdown(), "", *notes, "", *sources(found)])
+        return "\n".join([*shown.markdown(), "", notes, "", " ".join(sources(found))])
     compared = comparison(EXPERIMENTS[name], rows)
     assert compared is not None, f"no results of {name} are committed"
-    return "\n".join([*compared.markdown(), "", *sources(found)])
+    return "\n".join([*compared.markdown(), "", " ".join(sources(found))])

@@ -118,14 +118,14 @@ def test_the_first_screen_trains_by_the_defaults_of_train():
 
 
 def test_the_agreement_with_the_paper_is_that_of_its_tables():
-    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     tables = "".join(re.findall(r"<!-- table: reproduce-.*?<!-- end -->", text, re.DOTALL))
-    verdicts = ("agrees", "same order", "other order", "not told apart", "one run")
+    verdicts = ("agrees", "same order", "other order", "no significant difference", "one run")
     agree, same, other, apart, single = (tables.count(f"| {word} |") for word in verdicts)
     number = agree + same + other + apart + single
     said = " ".join(text.split())
     assert f"Of {number} shares and differences, {agree} agree with the paper" in said
-    assert f"{same} have its order; none has the other order.** {apart} cannot be told" in said
+    assert f"{same} have its order; none has the other order.** {apart} show no" in said
     assert other == 0
     assert f"The other {single} come from one run" in said
 
