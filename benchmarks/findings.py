@@ -154,8 +154,12 @@ def _kept(tasks: dict[str, Study]) -> str:
 
 
 def _rates(tasks: dict[str, Study]) -> Table:
-    """Return the best rate of each arm by task, and its mean validation loss with two seeds."""
-    arms = dict.fromkeys(arm for study in tasks.values() for arm in study)
+    """Return the best rate of each arm by task, and its mean validation loss with two seeds.
+
+    Arms that are compared, and LoRA of rank 8; row groups left.
+    """
+    compared_arms = dict.fromkeys(arm for study in tasks.values() for arm in stage_two(study))
+    arms = [a for a in (*compared_arms, "lora8") if not a.startswith(("pool", "spread"))]
     cells = []
     for arm in arms:
         best = [_early(study[arm]) if arm in study else None for study in tasks.values()]

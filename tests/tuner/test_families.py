@@ -12,7 +12,7 @@ from pacatune import PacaConfig
 from pacatune.adapters.export import export_lora
 from pacatune.tuner import defaults
 from pacatune.tuner.defaults import survey
-from tests.releases import has, needs
+from tests.releases import has
 from tests.tuner.nets import layers
 from tools.families import FAMILIES
 
