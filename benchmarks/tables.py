@@ -92,10 +92,8 @@ def _words(rows: Iterable[Row]) -> set[str]:
     return texts | {text.partition(", ")[0] for text in texts}
 
 
-_STEPS: dict[str, Any] = {"shown": ("step; paca; *", "step; paca / *"), "columns": ("method",)}
 VIEWS = {
-    "step": View(file="step", **_STEPS),
-    "step-compiled": View(file="step-compiled", **_STEPS),
+    "step": View(file="step", shown=("step; paca; *", "step; paca / *"), columns=("method",)),
     "kernels": View(
         file="kernels",
         shown=("forward; *", "backward; *", "with accumulation; *"),
