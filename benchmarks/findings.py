@@ -163,7 +163,8 @@ def _rates(tasks: dict[str, Study]) -> Table:
     cells = []
     for arm in arms:
         best = [_early(study[arm]) if arm in study else None for study in tasks.values()]
-        cells.append([f"`{arm}`", *("-" if b is None else f"{b[0]:g}: {b[1]:.3f}" for b in best)])
+        shown = ("-" if b is None else f"{_rate_text(b[0])}: {b[1]:.3f}" for b in best)
+        cells.append([f"`{arm}`", *shown])
     return Table(header=["arm", *(f"{_title(t)}, {_STEPS[t]} steps" for t in tasks)], cells=cells)
 
 
@@ -173,7 +174,7 @@ def _defaults() -> Table:
     cells = []
     for name, spec in TRAINING_TASKS.items():
         rates = [default_rate(spec, method) for method in shown]
-        cells.append([f"`{name}`", *(f"{rate:g}" for rate in rates)])
+        cells.append([f"`{name}`", *map(_rate_text, rates)])
     return Table(header=["`--task`", *(METHODS[m].title for m in shown)], cells=cells)
 
 
@@ -187,6 +188,11 @@ def _early(runs: Sequence[Run]) -> tuple[float, float]:
 
 def _paired(ours: dict[int, Run], theirs: dict[int, Run]) -> list[float]:
     return [ours[seed][LOSS] - theirs[seed][LOSS] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def _rate_text(rate: float) -> str:
+    mantissa, _, exponent = f"{rate:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _difference(by_seed: Sequence[float]) -> str:

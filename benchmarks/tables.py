@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from benchmarks import findings, verdict
 from benchmarks.results import RESULTS, ROOT, read

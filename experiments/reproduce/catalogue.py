@@ -49,5 +49,5 @@ def _memory(names: tuple[str, ...]) -> str:
         for row in EXPERIMENTS[one].paper.rows
         if row.what == "memory" and (row.model, row.method) in simulated
     ]
-    shown = table([*papers, *rows], ("model", "method"), ("what", "origin"))
+    shown = table([*papers, *rows], ("method",), ("model", "what", "origin"))
     return "\n".join([*shown.markdown(), "", " ".join(row.note for row in rows if row.note)])

@@ -28,7 +28,7 @@ def test_every_table_has_its_committed_numbers(name):
 def test_every_finding_has_a_table_or_a_sentence(name):
     text = tables.block(f"found-{name}")
     assert text.startswith("| ") == (name != "kept")
-    assert name != "defaults" or "\n| `grpo` | 0.001 | 0.001 | 1e-06 |" in text
+    assert name != "defaults" or "\n| `grpo` | 1e-3 | 1e-3 | 1e-6 |" in text
 
 
 def test_a_rate_that_learned_is_the_default_of_grpo():

@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import json
 import re
 import sys
 import tomllib
+from itertools import pairwise
 
 import pytest
 
 from benchmarks import tables
+from pacatune.cli import main
 from pacatune.cli.entry import COMMANDS
 from pacatune.methods import METHODS
 from pacatune.training import PacaSection
@@ -69,6 +72,26 @@ def test_troubleshooting_quotes_messages_that_there_are():
     for quote in quotes:
         pattern = ".*".join(map(re.escape, quote.split("...")))
         assert any(re.search(pattern, message) for message in messages), quote
+
+
+@pytest.mark.docs
+def test_what_gpus_are_for_is_what_estimate_says(capsys):
+    page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    section = page.partition("## Which GPU?")[2].partition("\n## ")[0]
+    commands = re.findall(r"^pacatune (.+)$", section, re.MULTILINE)
+    lines = re.findall(r"^\| \d+ GB \| (.*) \|$", section, re.MULTILINE)
+    assert len(commands) == len(lines) > 4
+    for command, line in zip(commands, lines, strict=True):
+        words = command.split()
+        given = dict(pairwise(words))
+        assert main([*words, "--json"]) == 0
+        methods = json.loads(capsys.readouterr().out)["methods"].values()
+        sizes = [[size / 2**30 for size in one["device_bytes"].values()] for one in methods]
+        needs = [f"{low:.1f} to {high:.1f} GiB" for low, high in sizes]
+        cells = [n + ": no" * (one["fits"] == "no") for n, one in zip(needs, methods, strict=True)]
+        tokens = f"{given.get('--batch_size', '8')} x {int(given['--seq_len']):,}"
+        model = words[1] + ", 4 bits" * ("qpaca" in command)
+        assert line == " | ".join([model, tokens, *cells])
 
 
 def test_every_extra_is_listed():
