@@ -1,6 +1,8 @@
 """Every table and figure of the paper, and the tables of the documentation made of our results."""
 
+import re
 from functools import partial
+from textwrap import fill
 
 from experiments.paper import PAPER
 from experiments.reproduce import costs, images, texts
@@ -19,6 +21,9 @@ _JOBS = {
     "fig3": costs.figure_3_jobs,
 }
 EXPERIMENTS = {name: Experiment(paper=PAPER[name], jobs=jobs) for name, jobs in _JOBS.items()}
+
+
+_EXPLAINS = re.compile(r"(.*): ([\d,]+) tokens .*; its settings allow ([\d,]+) at the most\.")
 
 
 def doc_table(name: str) -> str:
@@ -50,4 +55,7 @@ def _memory(names: tuple[str, ...]) -> str:
         if row.what == "memory" and (row.model, row.method) in simulated
     ]
     shown = table([*papers, *rows], ("method",), ("model", "what", "origin"))
-    return "\n".join([*shown.markdown(), "", " ".join(row.note for row in rows if row.note)])
+    found = [_EXPLAINS.fullmatch(row.note) for row in rows if row.note]
+    tokens = "; ".join(f"{m[1]} {m[2]} ({m[3]})" for m in found if m)
+    title = "Tokens per micro-batch that would take the paper's memory (its settings allow)"
+    return "\n".join([*shown.markdown(), "", fill(f"{title}: {tokens}.", 118)])
