@@ -83,8 +83,11 @@ def read(name: str, folder: Path = RESULTS) -> Finished:
 
 
 def module_of(name: str) -> str:
-    """Return which module writes a result."""
-    return re.split("[-_]", name)[0]
+    """Return which module writes a result: the longest whose name it begins with."""
+    parts = re.split("[-_]", name)
+    names = ("_".join(parts[:number]) for number in range(len(parts), 1, -1))
+    there = [name for name in names if Path(__file__).with_name(f"{name}.py").is_file()]
+    return next(iter(there), parts[0])
 
 
 def write_json(values: Any, path: Path) -> None:

@@ -110,6 +110,20 @@ VIEWS = {
         index=("method", "setting"),
         is_first=False,
     ),
+    "packed-memory": View(
+        file="packed_memory",
+        shown=("file; *", "weights; *", "peak; *"),
+        index=("model", "setting", "method"),
+    ),
+    "packed-times": View(
+        file="packed_memory", shown=("step; packed / *",), columns=("method",), is_first=False
+    ),
+    "packed-devices": View(
+        file="packed_memory",
+        shown=("longest; *GiB*", "a device needs; *"),
+        index=("method",),
+        columns=("setting", "what"),
+    ),
     "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
 """Name of a block -> what it shows."""

@@ -4,7 +4,9 @@ This module imports torch only where a function needs it.
 """
 
 import re
-from typing import TYPE_CHECKING, Literal
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from pacatune.names import choose
 
@@ -51,6 +53,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+
+
+def kernel_works(what: str, otherwise: str, trial: Callable[..., None], *kind: Any) -> bool:
+    """Whether one of Triton's kernels does what torch does on a device; tried once for each kind.
+
+    Args:
+        what: What it does, for the warning that it fails.
+        otherwise: What is done then.
+        trial: Raises an error where it fails.
+        *kind: What `trial` takes; the device first.
+    """
+    key = (what, *kind)
+    if key not in _tried:
+        try:
+            trial(*kind)
+            _tried[key] = True
+        except Exception as error:
+            if is_out_of_memory(error):  # there may be enough another time
+                return False
+            _tried[key] = False
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            message = f"Triton's kernel, which {what}, fails on {kind[0]} ({reason}); {otherwise}."
+            warnings.warn(message, stacklevel=3)
+    return _tried[key]
 
 
 def torch_dtype(name: str, *, option: str = "dtype") -> "torch.dtype":

@@ -258,6 +258,30 @@ def load_weights(
     return loaded
 
 
+def load_packed(model_class: Any, path: str, *, dtype: "torch.dtype | str", **options: Any) -> Any:
+    """Load a model whose matrices stay in the blocks of a GGUF file, or the codes of a folder.
+
+    `dtype` is that of all else, and what blocks are decoded to for a product. See `fill_packed`.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
+    from pacatune.grid.loading import fill_packed
+
+    config = copy.deepcopy(options.pop("config", None) or load_config(path))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    own = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    with explained(path), init_empty_weights(include_buffers=False):
+        model = model_class.from_config(config, dtype=own, trust_remote_code=False, **options)
+    fill_packed(model, path, own)
+    model.name_or_path = model.config.name_or_path = path
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
 def is_dequantised(config: Any) -> bool:
     """Whether a model in safetensors is of few bits that are dequantised as it is loaded."""
     section = getattr(config, "quantization_config", None) or {}

@@ -13,8 +13,10 @@ from pacatune.adapters.base import load_base
 from pacatune.adapters.folder import read_adapter
 from pacatune.cli import main
 from pacatune.grid.folder import PackedFolder
+from pacatune.grid.layers import PackedLayer
 from pacatune.patch.packed import open_packed
 from tests.grid.conftest import build, digest, train_in
+from tests.grid.test_packed import assert_equal_training, both
 from tests.releases import needs
 
 pytestmark = needs("compressed_tensors")
@@ -140,6 +142,24 @@ def test_it_is_trained_written_and_taken_out(folder, tmp_path, capsys):
     whole = ["--output", str(tmp_path / "plain"), "--base", "dequantized"]
     assert main(["merge", *words[:4], *whole]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+def test_training_in_codes_is_training_dequantised(folder, tmp_path):
+    plain, packed = both(folder)
+    layers = [layer for layer in packed.modules() if isinstance(layer, PackedLayer)]
+    assert len(layers) == 2 * 7  # the head is in 16 bits
+    for name, weight in plain.named_parameters():
+        assert torch.equal(packed.get_submodule(name.rpartition(".")[0]).weight, weight), name
+    assert_equal_training(plain, packed, steps=3)
+    digests = []
+    for kept in ("true", "false"):
+        run, output = tmp_path / kept, tmp_path / f"tuned-{kept}"
+        said = train_in(folder, run, "--paca.r", "4", "--model.packed", kept)
+        assert ("they stay in " in said) == (kept == "true")
+        words = ["--model", folder, "--adapter", run / "run", "--output", output]
+        assert main(["merge", *map(str, words)]) == 0
+        digests.append(digest(output / "model.safetensors"))
+    assert digests[0] == digests[1]
 
 
 def test_the_same_codes_with_other_scales_are_another_base(folder, tmp_path):

@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from pacatune import precision
 from pacatune.ops.columns import Update, adapted_columns, read_columns, with_columns
 from pacatune.residency import put
 from pacatune.residency.put import Put, can_exchange, exchange, room_for
@@ -92,7 +93,7 @@ def _kernel(monkeypatch) -> list[Exception]:
 
     monkeypatch.setattr(put, "_kernel", Kernel)
     monkeypatch.setattr(put, "_triton_dtype", str)
-    monkeypatch.setattr(put, "_tried", {})
+    monkeypatch.setattr(precision, "_tried", {})
     monkeypatch.setattr(put, "is_on_gpu", lambda memory: True)
     return errors
 

@@ -1,28 +1,14 @@
-"""The kernel that puts all columns, without a GPU: by Triton's interpreter, and compiled for some.
-
-torch compiles by Triton on CPUs as well, where it finds it; so it is kept beside the environment of
-the other tests. What runs here is a process of its own.
-"""
+"""The kernel that puts all columns, without a GPU: interpreted by Triton, and compiled for some."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-OLDEST, NEWEST = (
-    line
-    for line in Path(__file__).with_name("triton.txt").read_text().splitlines()
-    if not line.startswith("#")
-)
-# An A100, an H100, an MI300X; a B200, which the compiler beside the oldest Triton does not know.
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
-B200 = ("cuda", 100, 32)
+from tests.triton_apart import B200, MARKS, NEWEST, OLDEST, TARGETS, run
+
 COMPILE = """
 import inspect, itertools, json, sys
 import triton
@@ -47,28 +33,7 @@ for target in json.loads(sys.argv[1]):
 json.dump([triton.__version__, found], sys.stdout)
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels are for Linux"),
-]
-
-
-def run(arguments, tmp_path, triton=NEWEST, **variables):
-    folder = ROOT / ".cache" / "triton" / triton
-    if triton == OLDEST and sys.version_info >= (3, 14):
-        pytest.skip(f"Triton {triton} has no wheels for this Python")
-    assert (folder / "installed").is_file(), "`make test` installs what triton.txt lists"
-    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    settings = {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env={**os.environ, **settings, **variables},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return done.stdout
+pytestmark = MARKS
 
 
 def test_its_bits_by_the_interpreter(tmp_path):
@@ -85,8 +50,9 @@ def test_its_bits_by_the_interpreter(tmp_path):
 def test_a_triton_that_launches_nothing_is_not_used(tmp_path, triton):
     code = """if True:
         import torch
+        import warnings
         from pacatune.residency import put
-        put.warnings.warn = lambda message, stacklevel: print(message)
+        warnings.warn = lambda message, stacklevel: print(message)
         assert not put._works(torch.device("cpu"), torch.float32, torch.float32)
     """
     assert "fails on cpu (RuntimeError: 0 active drivers" in run(["-c", code], tmp_path, triton)

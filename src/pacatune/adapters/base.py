@@ -1,5 +1,6 @@
 """Load the base model an adapter belongs to, or only its shapes."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,6 +26,8 @@ from pacatune.files.plain import check_files
 from pacatune.files.tensor_file import read_layout
 from pacatune.format.options import format_quantization
 from pacatune.format.tensors import PEFT_PREFIX, plain_name
+from pacatune.grid import is_packed
+from pacatune.grid.loading import NotPackableError
 from pacatune.ops.columns import put_columns_, read_columns
 from pacatune.precision import Dtype, choose_device, torch_dtype
 from pacatune.tuner.compat import get_quantization_kwargs, resolve_quantization_backend
@@ -122,12 +125,14 @@ def load_base(
     device: str = "cpu",
     quantization: dict[str, Any] | None = None,
     num_labels: int | None = None,
+    packed: bool | None = False,
 ) -> PreTrainedModel:
     """Load a base model for inference.
 
     `task_type` decides the head, `num_labels` its size; None takes the class that the base was
     saved from, and its own size. A base that is saved quantised stays so, whatever `quantization`
-    says.
+    says. `packed` keeps the matrices of a file or folder of few bits as they are there; where not
+    all can, it says so, and None does not.
     """
     target = choose_device(device)
     config, model_class = _config_and_class(name, task_type, num_labels)
@@ -140,7 +145,19 @@ def load_base(
             "quantization_config": quantization_config(quantization, compute_dtype),
             "device_map": {"": target},
         }
-    model = pretrained.load_weights(model_class, name, dtype=wanted, config=config, **options)
+    model = None
+    if packed and not is_packed(name):
+        raise ValueError(
+            f"`packed`: {name} is no GGUF file, and no folder of FP8 or INT4; leave it out."
+        )
+    if packed is not False and is_packed(name):
+        try:
+            model = pretrained.load_packed(model_class, name, dtype=wanted, config=config)
+        except NotPackableError as error:
+            if packed:
+                warnings.warn(f"{error}; the model is loaded in 16 bits.", stacklevel=2)
+    if model is None:
+        model = pretrained.load_weights(model_class, name, dtype=wanted, config=config, **options)
     if "device_map" not in options:
         model = model.to(target)
     return cast(PreTrainedModel, model.eval())

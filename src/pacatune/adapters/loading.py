@@ -322,6 +322,7 @@ def load_language_model(
     dtype: DTypeName = "auto",
     device: str = "cpu",
     quantization: str | None = None,
+    packed: bool = False,
     allow_other_base: bool = False,
 ) -> LoadedModel:
     """Load a causal language model with its tokenizer, and its adapter if it has one.
@@ -333,6 +334,7 @@ def load_language_model(
         device: Such as `cpu` or `cuda`; `auto` takes the accelerator if there is one.
         quantization: Hold the base in fewer bits: `nf4`, `fp4` or `int8`, as training does. A PaCA
             adapter that was trained so knows it, a LoRA adapter does not.
+        packed: Keep the matrices of a GGUF file, or of a folder in FP8 or INT4, as they are there.
         allow_other_base: As for `check_base`.
 
     Returns:
@@ -365,6 +367,7 @@ def load_language_model(
         dtype=dtype,
         device=device,
         quantization=_base_quantization(checked, quantization, name),
+        packed=packed,
     )
     if checked is None:
         return LoadedModel(model=base, tokenizer=tokenizer, name=name, adapter=None, notes=[])

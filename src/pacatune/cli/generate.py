@@ -29,6 +29,9 @@ class Generate(ModelOptions):
     """Continue the prompt as it is, without chat template."""
     dtype: Dtype = "auto"
     """Number type of the base; auto is its own."""
+    packed: bool = False
+    """Keep the matrices of a GGUF file, or of a folder in FP8 or INT4, as they are there: less
+    memory, and more time for each token."""
     max_new_tokens: int = 256
     """Most tokens to generate."""
     temperature: float = 0.0
@@ -65,7 +68,7 @@ class Generate(ModelOptions):
 
         from pacatune.adapters.loading import load_language_model
 
-        how = self.values("dtype", "device", "allow_other_base")
+        how = self.values("dtype", "device", "allow_other_base", "packed")
         loaded = load_language_model(self.model, self.adapter, **how)
         print_notes(loaded.notes)
         _answer(loaded, prompt, self)

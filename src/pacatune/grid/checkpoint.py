@@ -46,6 +46,10 @@ class PackedCheckpoint(Checkpoint, ABC):
     def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and minimum, (O, R) float32, of columns of a quantised matrix."""
 
+    def scale_of(self, name: str) -> Tensor | None:
+        """Return the (O / a, I / b) float32 scales of a x b elements; None: they are in blocks."""
+        return None
+
     def values(self, name: str, dim: int, indices: Tensor) -> Tensor:
         """Return the numbers in columns, whether they are codes or not."""
         columns = self.columns(name, dim, indices)

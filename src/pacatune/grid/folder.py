@@ -49,8 +49,8 @@ class PackedFolder(PackedCheckpoint):
         """Return (O, bytes) uint8, the rows of a quantised matrix."""
         return self.tensor(name).view(torch.uint8)
 
-    def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scales of columns, and minima of 0, both (O, R) float32.
+    def scale_of(self, name: str) -> Tensor:
+        """Return the (O / a, I / b) float32 scales of a x b elements.
 
         Raises:
             ValueError: If there are none, or they do not divide the matrix evenly.
@@ -71,6 +71,11 @@ class PackedFolder(PackedCheckpoint):
                 f"{self.folder} has a scale {own[0]!r} of {tuple(scale.shape)}, which does not "
                 f"divide the weight, {shape}, evenly; leave it out of the targets."
             )
+        return scale
+
+    def scales(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scales of columns, and minima of 0, both (O, R) float32."""
+        scale, shape = self.scale_of(name), self.entries[name].shape
         by_column = scale[:, indices // (shape[1] // scale.shape[1])]
         scales = by_column.repeat_interleave(shape[0] // scale.shape[0], dim=0)
         return scales, torch.zeros_like(scales)

@@ -11,6 +11,7 @@ ggml's `block_q4_0` and the others (ggml-common.h), whose blocks hold their scal
 the reference of the tests. In safetensors scales are tensors of their own.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,36 @@ class Plane:
     places: tuple[tuple[int, int], ...]
     """(byte, bit) of each element."""
 
+    def of_blocks(self, blocks: Tensor, low: int, out: Tensor) -> None:
+        """Write them, at bit `low`, for all elements of (N, bytes) blocks: (N, block) uint8."""
+        runs, mask, start = self._runs, (1 << self.width) - 1 << low, 0
+        if 1 < len(runs) == len(self.places):  # elements lie side by side in a byte
+            table, first = _spread(self.width, low, blocks.device), runs[0][0]
+            used = blocks[:, first : first + len(runs) * self.width // 8]
+            elements = out.view(table.dtype).flatten()
+            torch.index_select(table, 0, used.flatten().int(), out=elements)
+            return
+        for byte, size, bit in runs:
+            part, here = blocks[:, byte : byte + size], out[:, start : start + size]
+            start += size
+            if bit > low:
+                torch.bitwise_right_shift(part, bit - low, out=here)
+            else:
+                torch.bitwise_left_shift(part, low - bit, out=here)
+            if low or bit + self.width < 8:  # else other bits were shifted out
+                here.bitwise_and_(mask)
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[int, int, int]]:
+        """First byte, number, and bit of elements that lie in bytes one after the other."""
+        runs: list[tuple[int, int, int]] = []
+        for byte, bit in self.places:
+            if runs and (byte, bit) == (sum(runs[-1][:2]), runs[-1][2]):
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, bit)
+            else:
+                runs.append((byte, 1, bit))
+        return runs
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -49,6 +80,8 @@ class Grid:
     """Level of each code, where they have not; NaN for codes that are no number."""
     flipped: int = 0
     """Bits of a code that are stored turned round, as the sign of a byte."""
+    part: int = 32
+    """Elements that share a scale."""
 
     @property
     def block(self) -> int:
@@ -81,6 +114,22 @@ class Grid:
             codes |= part << low
             low += plane.width
         return codes ^ self.flipped
+
+    def levels_of_blocks(self, blocks: Tensor, room: "Room") -> Tensor:
+        """Return the levels of all elements of (N, bytes) blocks: (N, block), int8 or float32."""
+        codes, low = room.codes[: len(blocks)], 0
+        for plane in self.planes:
+            here = room.more[: len(blocks)] if low else codes
+            plane.of_blocks(blocks, low, here)
+            if low:
+                codes.bitwise_or_(here)
+            low += plane.width
+        if self.levels:
+            flat = room.values[: len(blocks)].flatten()
+            torch.index_select(self._levels_on(codes.device), 0, codes.flatten().int(), out=flat)
+            return flat.view_as(codes)
+        # The codes of 8 bits are stored as levels, by their sign.
+        return codes.view(torch.int8) if self.flipped else codes.view(torch.int8).sub_(self.zero)
 
     def put_codes_(self, rows: Tensor, indices: Tensor, codes: Tensor) -> None:
         """Write the codes of columns into (O, bytes) rows, in place; no other bit changes."""
@@ -133,6 +182,23 @@ class Grid:
         return Moved(torch.where(stays, before, after), num_clipped)
 
 
+class Room(NamedTuple):
+    """Where elements of blocks are on the way to values, each (N, block)."""
+
+    codes: Tensor
+    """uint8."""
+    more: Tensor
+    """uint8: of one plane."""
+    values: Tensor
+    """float32."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], device: torch.device) -> "Room":
+        """Return room for so many elements."""
+        codes, more = (torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2))
+        return cls(codes, more, torch.empty(shape, dtype=torch.float32, device=device))
+
+
 class Moved(NamedTuple):
     """Columns after a change."""
 
@@ -140,6 +206,15 @@ class Moved(NamedTuple):
     """(O, R), uint8 where they are codes."""
     num_clipped: Tensor
     """How many elements would lie beyond their block's range, ()."""
+
+
+@functools.cache
+def _spread(width: int, low: int, device: torch.device) -> Tensor:
+    """Return the elements in each byte as one integer, each at bit `low` of a byte of its own."""
+    bits = torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+    elements = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> bits
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[len(bits)]
+    return ((elements & (1 << width) - 1) << low).view(dtype).flatten()
 
 
 def _float16(blocks: Tensor, start: int) -> Tensor:
@@ -277,11 +352,12 @@ GRIDS = _table(
             ),
             _of_16,
             zero=32,
+            part=16,
         ),
         Grid("IQ4_NL", 18, (_halves(2),), _symmetric, levels=_NON_LINEAR),
         Grid("IQ4_XS", 136, (_parts(8, 32, 8),), _of_signed_6_bits, levels=_NON_LINEAR),
         Grid("MXFP4", 17, (_halves(1),), _of_power, levels=_FLOAT4),
-        Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4),
+        Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4, part=16),
         # In safetensors: codes alone.
         Grid("F8_E4M3", 1, (Plane(8, ((0, 0),)),), levels=_float8()),
         Grid("INT4", 4, (Plane(4, tuple((e // 2, e % 2 * 4) for e in range(8))),), zero=8),

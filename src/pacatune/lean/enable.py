@@ -276,4 +276,5 @@ def _linears_of(head: nn.Module) -> list[nn.Module] | None:
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     is_linear = type(layer).forward is nn.Linear.forward or isinstance(layer, LeanHead)
+    is_linear |= hasattr(layer, "blocks")  # a weight in blocks, decoded on the way
     return is_linear and "forward" not in vars(layer)

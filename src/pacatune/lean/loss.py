@@ -12,7 +12,7 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -201,21 +201,18 @@ class LazyLogits:
 
     Args:
         x: (..., I) hidden states.
-        weight: (V, I).
-        bias: (V,) or None.
+        head: Linear layer; its (V, I) weight is read when it is needed, and not kept.
         steps: Elementwise operations on the logits, in their order.
     """
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Transform, ...] = ()
-    ) -> None:
-        self._x, self._weight, self._bias, self._steps = x, weight, bias, steps
+    def __init__(self, x: Tensor, head: nn.Linear, steps: tuple[Transform, ...] = ()) -> None:
+        self._x, self._head, self._steps = x, head, steps
         self._logits: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """(..., V)."""
-        return torch.Size((*self._x.shape[:-1], len(self._weight)))
+        return torch.Size((*self._x.shape[:-1], self._head.out_features))
 
     @property
     def device(self) -> torch.device:
@@ -233,7 +230,7 @@ class LazyLogits:
     def compute(self) -> Tensor:
         """Return the (..., V) logits."""
         if self._logits is None:
-            self._logits = self._transform(F.linear(self._x, self._weight, self._bias))
+            self._logits = self._transform(F.linear(self._x, self._head.weight, self._head.bias))
         return self._logits
 
     def _transform(self, logits: Tensor) -> Tensor:
@@ -242,10 +239,10 @@ class LazyLogits:
         return logits
 
     def _with(self, x: Tensor) -> "LazyLogits":
-        return LazyLogits(x, self._weight, self._bias, self._steps)
+        return LazyLogits(x, self._head, self._steps)
 
     def _then(self, step: Transform) -> "LazyLogits":
-        return LazyLogits(self._x, self._weight, self._bias, (*self._steps, step))
+        return LazyLogits(self._x, self._head, (*self._steps, step))
 
     def float(self) -> "LazyLogits":
         """Cast to float32."""
@@ -274,7 +271,8 @@ class LazyLogits:
     def view(self, *shape: Any) -> Any:
         """Flatten the leading dimensions if that is what is asked for."""
         sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple) else shape
-        if sizes in ((-1, len(self._weight)), (self._x.shape[:-1].numel(), len(self._weight))):
+        num_words = self._head.out_features
+        if sizes in ((-1, num_words), (self._x.shape[:-1].numel(), num_words)):
             return self._with(self._x.reshape(-1, self._x.shape[-1]))
         return self.compute().view(*shape)
 
@@ -327,9 +325,9 @@ def _cross_entropy(
         return None
     return linear_cross_entropy(
         input._x,
-        input._weight,
+        input._head.weight,
         target,
-        input._bias,
+        input._head.bias,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,

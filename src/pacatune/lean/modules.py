@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -284,11 +284,12 @@ class LeanHead(LeanModule):
     """An nn.Linear that leaves its product to the loss, where the model computes one."""
 
     weight: Tensor
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Any:
         """Return logits (..., V), or what stands for them."""
-        weight = self.weight
+        # Of one in blocks, these: its weight is decoded whenever somebody asks for it.
+        weight = getattr(self, "blocks", None)
+        weight = self.weight if weight is None else weight
         if (
             is_traced()
             or not _wants_loss.get()
@@ -301,4 +302,4 @@ class LeanHead(LeanModule):
             or type(weight) not in (nn.Parameter, Tensor)
         ):
             return super().forward(x)
-        return LazyLogits(x, weight, self.bias)
+        return LazyLogits(x, cast(Any, self))

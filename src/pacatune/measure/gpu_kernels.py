@@ -1,12 +1,13 @@
 """What a step on a GPU allocates where the same step on a CPU allocates something else.
 
 Fake tensors here have the CPU as their device, since a fake GPU needs a build of PyTorch for one.
-Four kernels differ, and only their allocations are made:
+Five kernels differ, and only their allocations are made:
 
     attention   FlashAttention keeps q, k, v, its output and a log-sum-exp, and no repeated heads of
                 keys and values; with a mask, the memory-efficient kernel keeps a float copy of it
     dropout     keeps a mask of one byte per element, not a scaled one in the dtype of the input
     loss        TRL's Triton kernels fold tiles of logits without copies of them
+    blocks      of a GGUF file are decoded by one kernel, with nothing on the way
     delta       its gradient is one product, in the dtype of delta at once
 
 Each stand-in tells whoever counts that it stands for a kernel.
@@ -29,6 +30,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import masking_utils
 
+from pacatune.grid import layers as grid_layers
+from pacatune.grid.formats import Grid
 from pacatune.ops import products
 from pacatune.residency import put as residency_put
 from pacatune.residency import weight as residency
@@ -67,6 +70,7 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(products, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
         replace(residency, "_is_numpys", lambda memory: False)
+        replace(grid_layers, "decode", partial(_decode, launch))
         replace(residency_put, "can_exchange", lambda memory, delta: True)
         replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -85,6 +89,14 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
 def _exchange(launch: Launch, puts: Sequence[Put], takes: bool = False) -> None:
     """Stand in for the kernel that puts the columns of many weights, or takes them aside."""
     launch()
+
+
+def _decode(
+    launch: Launch, grid: Grid, rows: Tensor, dtype: torch.dtype, scales: Tensor | None
+) -> Tensor:
+    """Stand in for the kernel that decodes blocks."""
+    launch()
+    return rows.new_empty(len(rows), rows.shape[1] // grid.block_bytes * grid.block, dtype=dtype)
 
 
 def wide_product(

@@ -3,6 +3,9 @@
 Everything is found out from the configuration; no code that comes with a model is ever executed.
 """
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,12 +13,16 @@ import torch
 from torch import nn
 
 from pacatune import pretrained
+from pacatune.files.journal import is_gguf
+from pacatune.grid.loading import formats_in, pack_empty
 from pacatune.measure.presets import PRESETS
 from pacatune.names import guess
 from pacatune.pretrained import bitsandbytes_config, check_quantizable, empty_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from pacatune.measure.setting import Setting
 
 
 def load_config(model: str) -> "PreTrainedConfig":
@@ -37,6 +44,8 @@ def load_config(model: str) -> "PreTrainedConfig":
             "model folder or hub id."
         )
     try:
+        if is_gguf(file):
+            return cast("PreTrainedConfig", pretrained.load_config(str(file), option="model"))
         if file.is_file():
             with pretrained.explained(model):
                 config = AutoConfig.from_pretrained(file, trust_remote_code=False)
@@ -85,6 +94,39 @@ def quantize_(model: Any, quantization: str, dtype: torch.dtype) -> None:
     replace_with_bnb_linear(model, modules_to_not_convert=left, quantization_config=config)
     forbid_packing(model)
     model.is_loaded_in_4bit = model.is_quantized = True
+
+
+def pack_(model: Any, setting: "Setting") -> None:
+    """Keep weights in the blocks of a GGUF file: of one that is there, or of a usual mix."""
+    if is_gguf(setting.model):
+        if setting.quantization is not None:
+            raise ValueError(
+                f"`quantization` ({setting.quantization!r}) with a GGUF file: its weights stay as "
+                "they are there; drop the option."
+            )
+        format_of: Callable[[str], str] = formats_in(model, setting.model).__getitem__
+    else:
+        assert setting.quantization is not None
+        format_of = partial(_format_of, setting.quantization.upper(), model)
+    pack_empty(model, format_of, setting.weight_dtype)
+
+
+def _format_of(kind: str, model: Any, name: str) -> str:
+    """Return the format that llama.cpp's llama-quantize gives a layer (src/llama-quant.cpp)."""
+    layer = model.get_submodule(name)
+    is_head = layer is model.get_output_embeddings()
+    is_head |= model.config.tie_word_embeddings and layer is model.get_input_embeddings()
+    if kind == "Q8_0" or (not is_head and kind != "Q4_K_M"):
+        return kind
+    number, num_layers = re.search(r"\.(\d+)\.", name), model.config.num_hidden_layers
+    if number is not None and name.endswith(("v_proj", "down_proj")):
+        place, eighth = int(number[1]), num_layers // 8
+        is_end = place < eighth or place >= 7 * num_layers // 8
+        if is_end or (place - eighth) % 3 == 2:
+            return "Q6_K"
+    if name.endswith("qkv_proj"):
+        return "Q5_K"
+    return "Q6_K" if is_head else "Q4_K"
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -60,8 +60,9 @@ class Setting:
     adapter_dtype: Dtype = "float32"
     """Number format of the adapter, its gradient and its optimiser state; full training has that of
     the weights."""
-    quantization: Literal["nf4", "fp4"] | None = None
-    """Format of frozen 4-bit weights, nf4 or fp4, by bitsandbytes."""
+    quantization: Literal["nf4", "fp4", "q4_0", "q4_1", "q8_0", "q4_k_m"] | None = None
+    """Format of frozen weights: nf4 or fp4 by bitsandbytes, or what a GGUF file of that kind has,
+    embedding and head included."""
     gradient_checkpointing: bool = False
     """Keep the inputs of each block only; recompute the rest in backward."""
     lean: Literal["off", "auto", "require"] = "auto"
@@ -127,9 +128,10 @@ class Setting:
 
     def about(self) -> str:
         """Return what an answer is about: batch, length, dtypes, rank, optimizer, and the rest."""
+        kept = "the file's formats" if self.is_packed else self.dtype
         parts = {
             f"batch {self.batch_size} x {self.seq_len:,} tokens": True,
-            f"weights in {self.quantization or self.dtype}": True,
+            f"weights in {self.quantization or kept}": True,
             f"rank {self.rank} in {self.adapter_dtype}": self.row.has_adapter,
             f"channels {self.channels}": self.channels is not None,
             f"dropout {self.dropout}": self.dropout,
@@ -142,6 +144,11 @@ class Setting:
             f"{self.sharding} on {self.num_gpus} devices": self.num_gpus > 1,
         }
         return ", ".join(part for part, is_said in parts.items() if is_said)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights stay in the blocks of a GGUF file."""
+        return self.model.endswith(".gguf") or (self.quantization or "").startswith("q")
 
     @property
     def row(self) -> Method:

@@ -33,6 +33,7 @@ from pacatune.measure.models import (
     is_4bit,
     load_config,
     make_skeleton,
+    pack_,
     quantize_,
 )
 from pacatune.measure.setting import Setting
@@ -131,7 +132,9 @@ class FakeTraining:
         model: Any = make_skeleton(config, setting.model, setting.weight_dtype)
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         self._by_size: tuple[int, int] | None = None
-        if setting.quantization is not None and find_spec("bitsandbytes") is None:
+        if setting.is_packed:
+            pack_(model, setting)
+        elif setting.quantization is not None and find_spec("bitsandbytes") is None:
             self._by_size = _sizes_in_4_bits(model, setting)
         elif setting.quantization is not None:
             quantize_(model, setting.quantization, setting.compute_dtype)

@@ -75,6 +75,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
         ctx.call = x.shape, scaling, dequantize
         if multiply is None:
             weight = _adapted(dequantize(x.dtype), Update(delta, indices, scaling, mix))
+            weight = cast(weight, x.dtype)
             return owned(F.linear(x, weight, bias))
         assert x_C is not None
         y = owned(multiply(x))
@@ -98,7 +99,7 @@ class _PacaQuantizedLinear(torch.autograd.Function):
                 gdelta, gmix = grad_factors(gy_NO, x_NC, delta, mix, scaling)
         if needs_x:
             weight = _adapted(dequantize(gy.dtype), Update(delta, indices, scaling, mix))
-            gx = gy_NO.mm(weight).view(x_shape)
+            gx = gy_NO.mm(cast(weight, gy.dtype)).view(x_shape)
         if needs_bias:
             gbias = gy_NO.sum(0)
         return gx, gdelta, gmix, None, gbias, None
@@ -108,3 +109,35 @@ def _adapted(weight: Tensor, update: Update) -> Tensor:
     """Put the adapted columns into a dequantised weight, in place, rounding once."""
     put_columns_(weight, update.indices, update.adapted(read_columns(weight, update.indices)))
     return weight
+
+
+def decoded_linear(x: Tensor, decode: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+    """Apply a frozen linear map whose weight is decoded in each pass; saves nothing.
+
+    Args:
+        x: (..., I).
+        decode: Returns the (O, I) weight as a new tensor.
+        bias: (O,), frozen or trained.
+
+    Returns:
+        (..., O) in the dtype of `x`, or of autocast where that is on.
+    """
+    y: Tensor = _DecodedLinear.apply(autocast(x), bias, decode)
+    return y
+
+
+class _DecodedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, decode: Callable[[], Tensor]) -> Tensor:
+        ctx.call = x.shape, decode
+        bias = None if bias is None else cast(bias, x.dtype)
+        return owned(F.linear(x, cast(decode(), x.dtype), bias))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("decoded_linear")
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        shape, decode = ctx.call
+        gy_NO = gy.reshape(-1, gy.shape[-1])
+        gx = gy_NO.mm(cast(decode(), gy.dtype)).view(shape) if needs_x else None
+        return gx, gy_NO.sum(0) if needs_bias else None, None

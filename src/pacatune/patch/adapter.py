@@ -80,7 +80,7 @@ def make(
     name = base_name(None if model is None else str(model), checked.config)
     part = _files(checked.folder) if with_adapter else {}
     if is_packed(name):
-        plain = load_base(name, task_type=checked.config.task_type)
+        plain = load_base(name, task_type=checked.config.task_type, packed=None)
         notes = check_base(checked, plain, allow_other_base=allow_other_base)
         patch, rounding = make_packed(plain, open_packed(name), checked)
         return replace(patch, adapter=part), [*notes, rounding_note(rounding)]

@@ -159,7 +159,7 @@ def merge_packed(
     output, checked = Path(output), _open_paca(adapter)
     check_new(model, output)
     checkpoint = open_packed(model)
-    load = partial(load_base, task_type=checked.config.task_type, device=device)
+    load = partial(load_base, task_type=checked.config.task_type, device=device, packed=None)
     base = load(str(model))
     notes = check_base(checked, base, allow_other_base=allow_other_base)
     patch, rounding = make_packed(base, checkpoint, checked)

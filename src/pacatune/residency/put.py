@@ -7,7 +7,6 @@ they are written one by one.
 """
 
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pacatune.ops.columns import Update, put_columns_
-from pacatune.precision import is_out_of_memory
+from pacatune.precision import kernel_works
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024
@@ -118,26 +117,10 @@ def is_on_gpu(memory: Tensor) -> bool:
     return memory.is_cuda
 
 
-_tried: dict[tuple[Any, ...], bool] = {}
-
-
 def _works(*kind: Any) -> bool:
     """Whether the kernel does on such a device, with such dtypes, what torch does; tried once."""
-    if kind not in _tried:
-        try:
-            _try(*kind)
-            _tried[kind] = True
-        except Exception as error:
-            if is_out_of_memory(error):  # there may be enough another time
-                return False
-            _tried[kind] = False
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            warnings.warn(
-                "Triton's kernel, which writes the columns of all layers at once, fails on "
-                f"{kind[0]} ({reason}); they are written layer by layer, with the same results.",
-                stacklevel=2,
-            )
-    return _tried[kind]
+    otherwise = "they are written layer by layer, with the same results"
+    return kernel_works("writes the columns of all layers at once", otherwise, _try, *kind)
 
 
 def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> None:

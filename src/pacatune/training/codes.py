@@ -1,5 +1,7 @@
 """Whether a run in a file of few bits moves its codes, said while there is time to stop it."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -8,7 +10,9 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
+from pacatune.files.folder import format_bytes
 from pacatune.grid.checkpoint import FileColumns
+from pacatune.grid.layers import PackedLayer
 from pacatune.ops.whole import is_whole
 from pacatune.patch.packed import open_packed
 from pacatune.sync.adapted import base_of, layers_of
@@ -74,6 +78,21 @@ class CodeWatch(TrainerCallback):
                 num_codes += codes.numel()
                 num_moved += int((coded.before != codes).sum())
         return num_moved / num_codes if num_codes else 1.0
+
+
+def about_weights(model: nn.Module) -> str:
+    """Say what the weights of a file of few bits take, and what they would take otherwise."""
+    tensors = [*model.parameters()]
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    in_blocks = {id(layer.blocks): layer for layer in packed}  # a tied head has the embedding's
+    here = sum(tensor.nbytes for tensor in tensors)
+    if not packed:
+        return f"weights: dequantised, {format_bytes(here)}; `model.packed` keeps those of the file"
+    plain = here - sum(layer.blocks.nbytes for layer in in_blocks.values())
+    plain += sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in in_blocks.values())
+    kinds = Counter(layer.grid.name for layer in in_blocks.values()).most_common()
+    names = ", ".join(kind for kind, _ in kinds)
+    return f"weights: they stay in {names}, {format_bytes(here)} instead of {format_bytes(plain)}"
 
 
 def _first_columns(model: nn.Module, path: str) -> Iterator[tuple[PacaLayer, str, FileColumns]]:

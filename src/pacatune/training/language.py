@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -27,9 +28,11 @@ from pacatune.data.prepare import show_preview
 from pacatune.data.prompts import prompt_ids
 from pacatune.data.read import read_template
 from pacatune.files.journal import is_gguf
+from pacatune.grid import is_packed
+from pacatune.grid.loading import NotPackableError
 from pacatune.installation import install_command
 from pacatune.methods import CLASSIFIER_METHODS, METHODS
-from pacatune.precision import choose_dtype
+from pacatune.precision import choose_dtype, dtype_name
 from pacatune.training.config import RunConfig
 from pacatune.training.output import TrainedOn
 from pacatune.training.progress import main_console, show_warnings
@@ -115,6 +118,38 @@ class Task:
             full=self.config.method == "full" or self.spec.methods is CLASSIFIER_METHODS,
             use_cpu=self.arguments.use_cpu,
         )
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether matrices are to stay in the blocks of their file.
+
+        Raises:
+            ValueError: If that was asked for, and the run cannot.
+        """
+        wanted = self.config.model.packed
+        if wanted is False or (wanted is None and self.arguments.device.type != "cuda"):
+            return False
+        reason = self._why_not_packed()
+        if reason and wanted:
+            raise ValueError(f"`model.packed` (true): {reason}; drop the option.")
+        return not reason
+
+    def _why_not_packed(self) -> str:
+        adapter, names = self.plan.adapter, ("modules_to_save", "trainable_token_indices")
+        trained = [name for name in names if getattr(adapter, name, None)]
+        if not is_packed(self.model_path):
+            return f"{self.config.model.path} is no GGUF file, and no folder of FP8 or INT4"
+        if self.config.method not in ("paca", "lora"):
+            return f"`method` ({self.config.method!r}) is not paca or lora"
+        if self.kind.task_type != "CAUSAL_LM":
+            return f"`task` ({self.config.task!r}) trains another model than one that writes text"
+        if trained:
+            return f"`{trained[0]}` trains whole weights, and those in blocks are frozen"
+        if self.arguments.torch_compile:
+            return "`training.torch_compile` would compile the decoding of each weight"
+        if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            return "blocks are not shared out over processes (FSDP, ZeRO-3)"
+        return ""
 
     @property
     def train(self) -> Any:
@@ -205,13 +240,24 @@ class Task:
         options |= quantization_options(config, self.dtype) | dict(data.model_options)
         if "num_labels" in data.model_options:
             options["ignore_mismatched_sizes"] = True  # a head of other classes is replaced
+        model_class = getattr(transformers, self.kind.auto_class)
+        attention = config.model.attn_implementation
+        if self.is_packed:
+            how: Any = {"dtype": self.dtype, "attn_implementation": attention}
+            try:
+                return cast(nn.Module, pretrained.load_packed(model_class, self.model_path, **how))
+            except NotPackableError as error:
+                if config.model.packed:
+                    raise ValueError(f"`model.packed` (true): {error}; drop the option.") from error
+                said = f"{error}; the model is loaded in {dtype_name(self.dtype)}."
+                show_warnings([said], main_console(self.arguments, None))
         with suppress_seqcls_warning():  # that a head is new
             model: nn.Module = pretrained.load_weights(
-                getattr(transformers, self.kind.auto_class),
+                model_class,
                 self.model_path,
                 dtype=self.dtype,
                 revision=config.model.revision,
-                attn_implementation=config.model.attn_implementation,
+                attn_implementation=attention,
                 use_safetensors=True,
                 **options,
             )

@@ -23,7 +23,7 @@ from pacatune.methods import METHODS
 from pacatune.precision import dtype_name
 from pacatune.pretrained import refuse_no_weights
 from pacatune.reports.provenance import versions
-from pacatune.training.codes import CodeWatch
+from pacatune.training.codes import CodeWatch, about_weights
 from pacatune.training.config import RunConfig
 from pacatune.training.config_file import CONFIG_NAME, to_values, without_folders
 from pacatune.training.language import Task
@@ -178,6 +178,7 @@ def check_environment(task: Task) -> None:
     """Refuse what the process was started with, or lacks, and the trainer would not mind."""
     arguments, plugin = task.arguments, task.arguments.deepspeed_plugin
     method = METHODS[task.config.method]
+    _ = task.is_packed  # refuses what cannot be
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible to one process; start one process per GPU with "
@@ -211,6 +212,8 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     set_seed(arguments.seed)
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
+    if is_packed(task.model_path):
+        say(console, about_weights(model))
     if start is not None:
         show_warnings(check_base(start, model), console)
     adapter_config = choose_from_data(task, model, checkpoint, console)

@@ -15,6 +15,7 @@ from typing import Any, cast
 from peft.tuners import tuners_utils
 from torch import Tensor
 
+from pacatune.grid.layers import PackedLinear
 from pacatune.tuner import old_peft
 
 
@@ -38,7 +39,32 @@ NoMatchingPeftModuleError: type[ValueError] = getattr(
 
 
 _backends = _module("peft.utils.quantization_utils") or old_peft
-resolve_quantization_backend = _backends.resolve_quantization_backend
+
+
+class BlocksBackend:
+    """What PEFT calls a quantisation: weights in the blocks of their file."""
+
+    backend_name, layer_type, supports_merge = "blocks", "linear", True
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        """Return the (O, I) weight as a new tensor."""
+        return cast(Tensor, base_layer.weight)
+
+    def maybe_clone_base_result(self, result: Tensor) -> Tensor:
+        """Return it."""
+        return result
+
+
+_BLOCKS = BlocksBackend()
+
+
+def resolve_quantization_backend(base_layer: Any, **kwargs: Any) -> Any:
+    """Return how a layer's weight is quantised, None if it is not."""
+    if isinstance(base_layer, PackedLinear):
+        return _BLOCKS
+    return _backends.resolve_quantization_backend(base_layer, **kwargs)
+
+
 get_quantization_kwargs = _backends.get_quantization_kwargs
 quantization_extra_repr = _backends.quantization_extra_repr
 

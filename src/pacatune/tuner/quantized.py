@@ -9,7 +9,7 @@ weights that cannot be dequantised) takes the additive form of `linear.py`.
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pacatune.format.options import format_quantization
+from pacatune.grid.layers import PackedLinear
 from pacatune.names import find_name, names_of
 from pacatune.ops.columns import read_columns
+from pacatune.ops.products import autocast
 from pacatune.ops.quantized import paca_quantized_linear
 from pacatune.ops.whole import is_shared_out
 from pacatune.tuner.compat import resolve_quantization_backend
@@ -144,18 +146,37 @@ class QuantizedLinear(Linear):
     def _fast_forward(self, x: Tensor) -> Tensor | None:
         update = self._single_update()
         backend, base_layer = self.quantization_backend, cast(Any, self.base_layer)
-        if update is None or not torch.is_grad_enabled() or not backend.supports_merge:
+        is_packed = isinstance(base_layer, PackedLinear)  # evaluation has no kernels of its own
+        if update is None or not (torch.is_grad_enabled() or is_packed):
+            return None
+        if not backend.supports_merge:
             return None
         dtype, multiply = getattr(base_layer, "compute_dtype", None) or x.dtype, None
+        dequantize: Callable[[torch.dtype], Tensor] = partial(dequantized, backend, base_layer)
+        if is_packed:  # columns are put into what a dequantised model holds, and cast with it
+            x, dequantize = autocast(x), lambda _: base_layer.weight
+            dtype = x.dtype
         if backend.backend_name == "bnb 8bit":
             # Its kernel rounds x to 8 bits too; alone, it would keep all of x for backward.
             dtype, multiply = x.dtype, base_layer.forward
         bias = base_layer.bias
         if bias is not None and multiply is None:
             bias = bias.to(dtype)
-        dequantize = partial(dequantized, backend, base_layer)
         result = paca_quantized_linear(x.to(dtype), update, dequantize, bias, multiply)
         return result.to(x.dtype)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> Any:
+        if isinstance(base_layer, PackedLinear):  # without decoding it
+            return base_layer.blocks.device, base_layer.dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
+
+    def _weight_to_merge(self) -> Tensor:
+        if isinstance(self.get_base_layer(), PackedLinear):
+            raise ValueError(
+                "Cannot merge into a weight that stays in the blocks of its file; `pacatune merge` "
+                "writes the trained columns into a copy of the file."
+            )
+        return super()._weight_to_merge()
 
 
 def dequantized(backend: Any, base_layer: Any, dtype: torch.dtype) -> Tensor:
@@ -254,6 +275,8 @@ def describe(layers: Iterable[QuantizedLinear]) -> Quantization | None:
     """Return how the bases of adapted layers are quantised, None if none is."""
     found: Quantization | None = None
     for layer in layers:
+        if isinstance(layer.get_base_layer(), PackedLinear):  # the same as the dequantised model
+            continue
         one = _describe_one(layer.quantization_backend, layer.get_base_layer())
         if found is not None and one != found:
             raise ValueError(

@@ -109,7 +109,7 @@ def _refuse_split(model: nn.Module, targets: dict[str, Target]) -> None:
     has_plan = any((vars(m).get("_tp_size") or 1) > 1 or "_hf_tp_plan" in vars(m) for m in modules)
     most = any(isinstance(module, FSDPModule) for module in modules)  # dimensions that FSDP2 shards
     for name, target in targets.items():
-        weight: Any = getattr(target.module, target.parameter_name, None)
+        weight: Any = target.module._parameters.get(target.parameter_name)
         num_shards = sum(not one.is_replicate() for one in getattr(weight, "placements", ()))
         if has_plan or num_shards > most:
             raise ValueError(
