@@ -71,10 +71,10 @@ def _works(*kind: Any) -> bool:
 
 def _try(device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Decode a few rows of all kinds of bytes both ways."""
-    grid, generator = GRIDS[name], torch.Generator().manual_seed(0)
-    shape = 4, 8 * grid.block_bytes
-    rows = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-    scales = torch.rand(2, 4, generator=generator) if grid.steps is None else None
+    grid, num_bytes = GRIDS[name], 8 * GRIDS[name].block_bytes
+    drawn: Any = {"generator": torch.Generator("cpu").manual_seed(0)}
+    rows = torch.randint(256, (4, num_bytes), dtype=torch.uint8, device="cpu", **drawn)
+    scales = torch.rand(2, 4, device="cpu", **drawn) if grid.steps is None else None
     expected = decode(grid, rows, dtype, scales)
     on_device = None if scales is None else scales.to(device)
     found = launch(grid, rows.to(device), dtype, on_device).cpu()
