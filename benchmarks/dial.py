@@ -148,7 +148,7 @@ def _texts(difference: Difference) -> list[str]:
     """Return a difference with its interval, its p, and what it is called."""
     said = difference.said.replace("not told apart", "no significant difference")
     shown = f"{difference.mean:+.3f} ± {difference.half_interval:.3f}"
-    return [shown, f"{difference.p:.3f}", said]
+    return [shown, f"{difference.p:.2g}", said]
 
 
 def losses_of(arms: Arms) -> dict[str, list[float]]:
@@ -183,8 +183,8 @@ def arms_table(study: Study, results: Path = RESULTS) -> Table:
     for arm, runs in arms.items():
         rate = f"{next(iter(runs.values()))['learning rate']:g}"
         shown, _, said = _texts(told[arm, _RIVAL]) if (arm, _RIVAL) in told else ("-", "", "-")
-        kept, step, state_text = (values[arm] for values in costs.values())
-        sizes = [format_bytes(kept), f"{step:.0f}", format_bytes(state_text)]
+        kept, step, held = (values[arm] for values in costs.values())
+        sizes = [format_bytes(kept), f"{step:.0f}", format_bytes(held)]
         on = ", ".join(what for what, names in best.items() if arm in names) or "-"
         cells.append([arm, rate, mean_text(losses[arm]), shown, said, *sizes, on])
     header = ["arm", "rate", "test loss", f"minus {_RIVAL}", "", "kept for backward", "step, ms"]
@@ -231,7 +231,7 @@ def default(
     left = [arm for arm, why in reasons.items() if not why]
     # Of equal costs the paper's form, the fewest columns first.
     taken = min(left, key=lambda arm: (costs[arm], not arm.startswith("paca")), default=None)
-    others = {arm: "; ".join(why) or "costs no less" for arm, why in reasons.items()}
+    others = {arm: "; ".join(why) or "costs as much or more" for arm, why in reasons.items()}
     return taken, {arm: why for arm, why in others.items() if arm != taken}
 
 
