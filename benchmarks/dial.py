@@ -205,7 +205,7 @@ def forgetting_table(study: Study) -> Table:
     for pair, difference in told.items():
         means = [f"{fmean(values):.3f}" for values in zip(*lines[pair], strict=True)]
         cells.append([*pair, *means, *_texts(difference)])
-    header = ["arm", "against", "at a test loss of", "rise of the general loss", "its rise"]
+    header = ["arm", "against", "at a test loss of", "rise of the general loss", "the LoRA's"]
     return Table(header=[*header, "difference", "p", ""], cells=cells, num_index=2)
 
 

@@ -199,3 +199,9 @@ def test_the_committed_costs_are_of_all_arms_and_follow_from_their_sizes():
     kept = costs["kept for backward"]
     # 16 bits of each token and column; what down reads is made again (benchmarks/lean.py).
     assert kept["paca64"] - kept["paca16"] == 2048 * 2 * 32 * 6 * (64 - 16)
+
+
+def test_forgetting_is_compared_on_the_seeds_that_both_have():
+    (row,) = dial.forgetting_table({"c64": BETTER, "lora16": TASK["lora16"][:3]}).cells
+    assert row[:2] == ["c64", "lora16"]
+    assert row[5] == "-2.020 ± 0.050"  # 1 - 3 and twice -0.01; 4.303 * 0.02 / sqrt(3)
