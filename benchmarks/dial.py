@@ -238,7 +238,8 @@ def default(
 def fate_of_channels(tasks: Mapping[str, Study]) -> tuple[str, dict[str, list[str]]]:
     """Return what becomes of `channels` by rule 5, and where each arm is better than paca16.
 
-    It is open while tasks that are missing can decide.
+    Better is a difference whose interval is below zero, whatever the number of pairs. It is open
+    while tasks that are missing can decide.
     """
     better: dict[str, list[str]] = {arm: [] for arm in JUDGED}
     unknown = dict.fromkeys(JUDGED, len(plans()) - len(tasks))
@@ -247,7 +248,7 @@ def fate_of_channels(tasks: Mapping[str, Study]) -> tuple[str, dict[str, list[st
         for arm in JUDGED:
             if (arm, _FIRST) not in told:
                 unknown[arm] += 1
-            elif told[arm, _FIRST].said == "better":
+            elif told[arm, _FIRST].mean + told[arm, _FIRST].half_interval < 0:
                 better[arm].append(task)
     if any(len(where) >= _ENOUGH for where in better.values()):
         return "stays", better
