@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks import verdict
+from benchmarks import dial, verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -134,8 +134,8 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind == "cost":
-        return verdict.block(rest, results)
+    if kind in (studies := {"cost": verdict, "dial": dial}):
+        return studies[kind].block(rest, results)
     if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)
     if name not in VIEWS:
