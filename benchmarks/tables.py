@@ -112,17 +112,18 @@ VIEWS = {
     ),
     "packed-memory": View(
         file="packed_memory",
-        shown=("file; *", "weights; *", "peak; *"),
-        index=("model", "setting", "method"),
+        shown=("weights; *; SmolLM2*", "peak; *; SmolLM2*"),
+        index=("method",),
+        columns=("what", "setting"),
     ),
     "packed-times": View(
         file="packed_memory", shown=("step; packed / *",), columns=("method",), is_first=False
     ),
+    "packed-large": View(
+        file="packed_memory", shown=("peak; *; Llama*",), columns=("method",), is_first=False
+    ),
     "packed-devices": View(
-        file="packed_memory",
-        shown=("longest; *GiB*", "a device needs; *"),
-        index=("method",),
-        columns=("setting", "what"),
+        file="packed_memory", shown=("longest; paca*", "longest; q*"), columns=("method",)
     ),
     "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
