@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from benchmarks import findings, verdict
+from benchmarks import dial, findings, verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -119,17 +119,18 @@ VIEWS = {
     ),
     "packed-memory": View(
         file="packed_memory",
-        shown=("file; *", "weights; *", "peak; *"),
-        index=("model", "setting", "method"),
+        shown=("weights; *; SmolLM2*", "peak; *; SmolLM2*"),
+        index=("method",),
+        columns=("what", "setting"),
     ),
     "packed-times": View(
         file="packed_memory", shown=("step; packed / *",), columns=("method",), is_first=False
     ),
+    "packed-large": View(
+        file="packed_memory", shown=("peak; *; Llama*",), columns=("method",), is_first=False
+    ),
     "packed-devices": View(
-        file="packed_memory",
-        shown=("longest; *GiB*", "a device needs; *"),
-        index=("method",),
-        columns=("setting", "what"),
+        file="packed_memory", shown=("longest; paca*", "longest; q*"), columns=("method",)
     ),
     "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
@@ -141,10 +142,8 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind == "cost":
-        return verdict.block(rest, results)
-    if kind == "found":
-        return findings.block(rest, results)
+    if kind in (studies := {"cost": verdict, "dial": dial, "found": findings}):
+        return studies[kind].block(rest, results)
     if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)
     if name not in VIEWS:

@@ -2,9 +2,11 @@
 
     python -m benchmarks.verdict            # reads results/cost.csv and cost-TASK.json
 
-Prints what each arm reaches, costs and forgets, by task.
+Prints what each arm reaches, costs and forgets, by task; then what `benchmarks.dial` says of the
+study of the dial. Options are those of `benchmarks.dial`, and print what they ask for alone.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -25,20 +27,20 @@ TASKS = {
     "smollm2-words": "SmolLM2-135M, words reversed",
     "smollm2-sort": "SmolLM2-135M, words sorted",
 }
-"""Name of a study, without `cost-` -> model and task."""
+"""Name of a study, without `cost-` or `dial-` -> model and task."""
 KEPT = "kept for backward, bytes"
 _FIRST = "paca8"
 
 
-def studies(results: Path = RESULTS) -> dict[str, dict[str, list[Run]]]:
-    """Return the runs of each task's arms."""
-    runs = read_runs(results / "cost.csv")
-    return {name.removeprefix("cost-"): study for name, study in runs.items()}
+def studies(results: Path = RESULTS, kind: str = "cost") -> dict[str, dict[str, list[Run]]]:
+    """Return the runs of each task's arms, of a kind of studies."""
+    runs = read_runs(results / f"{kind}.csv")
+    return {name.removeprefix(f"{kind}-"): study for name, study in runs.items()}
 
 
 def is_paca(arm: str) -> bool:
     """Whether an arm trains columns."""
-    return arm.startswith(("paca", "pool", "spread"))
+    return arm.startswith(("paca", "pool", "spread", "c"))
 
 
 def stage_two(study: Study) -> dict[str, dict[int, Run]]:
@@ -69,7 +71,8 @@ def kept_of(study: Study, arm: str) -> float:
 
 def texts(study: Study) -> list[str]:
     """Return the kinds of text of which a study has the loss before and after."""
-    return [kind for kind in ("general", "unrelated") if f"{kind} loss after" in study[_FIRST][0]]
+    (first, *_), *_ = study.values()
+    return [kind for kind in ("general", "unrelated") if f"{kind} loss after" in first]
 
 
 def points(run: Run, text: str) -> Iterator[tuple[float, float]]:
@@ -119,11 +122,11 @@ def arms_table(task: str, study: Study, results: Path) -> Table:
         runs = [*by_seed.values()]
         score = next(name for name in runs[0] if name in ("test accuracy", "test exact_match"))
         reached = [
-            _mean_text([run[LOSS] for run in runs]),
-            _mean_text([100 * run[score] for run in runs], digits=1),
+            mean_text([run[LOSS] for run in runs]),
+            mean_text([100 * run[score] for run in runs], digits=1),
         ]
         rises = [
-            _mean_text([run[f"{kind} loss after"] - run[f"{kind} loss before"] for run in runs])
+            mean_text([run[f"{kind} loss after"] - run[f"{kind} loss before"] for run in runs])
             for kind in kinds
         ]
         share, state = shares.get(f"{arm} / {_FIRST}", "1"), states.get(arm, "-")
@@ -132,7 +135,8 @@ def arms_table(task: str, study: Study, results: Path) -> Table:
     return Table(header=header, cells=cells)
 
 
-def _mean_text(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+def mean_text(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Return a mean with half of its 95 % interval."""
     return f"{fmean(values):{sign}.{digits}f} ± {spread_of_mean(values):.{digits}f}"
 
 
@@ -156,7 +160,7 @@ def _less_forgotten(study: Study) -> list[str]:
     cells = [f"`{ours}`"]
     for lora in (arm for name in LORAS for arm in arms if arm.startswith(name)):
         both = forgotten(study, ours, lora, "general", sorted(arms[ours]))
-        cells.append(_mean_text([mine - theirs for _, mine, theirs in both], sign="+"))
+        cells.append(mean_text([mine - theirs for _, mine, theirs in both], sign="+"))
     return cells
 
 
@@ -192,6 +196,14 @@ def _costs(task: str, results: Path) -> list[Row]:
     return read(f"cost-{task}".replace("-sort", "-words"), results).rows
 
 
+def main(options: list[str]) -> None:
+    """Print what both studies found, or what options of the second ask for."""
+    from benchmarks import dial  # which builds on this
+
+    for task in studies() if not options else ():
+        print(f"{TASKS[task]}\n\n{block(task)}\n")
+    dial.main(options)
+
+
 if __name__ == "__main__":
-    for name in studies():
-        print(f"{TASKS[name]}\n\n{block(name)}\n")
+    main(sys.argv[1:])

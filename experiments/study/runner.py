@@ -1,7 +1,6 @@
 """Runs a study: what a folder has already is read back; then what each arm reached."""
 
 import copy
-import csv
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from experiments.jobs import Finished, Job, done
 from experiments.study.config import StudyConfig
-from experiments.study.statistics import Run, best_rate, chosen, compared, rate_beyond
+from experiments.study.statistics import Run, best_rate, chosen, compared, rate_beyond, write_runs
 from experiments.study.tasks import StudyTask
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.rows import Row, Table, spread_of_mean
@@ -70,7 +69,7 @@ def run_study(
             for name in config.arms
         }
         with output.staged() as staging:
-            write_runs(folder.name, runner.ended, staging / RUNS)
+            write_runs({folder.name: runner.ended}, staging / RUNS)
         shown = table(results)
         output.write(REPORT, "\n".join([*shown.markdown(), "", *shown.notes]) + "\n")
     return results
@@ -158,16 +157,6 @@ class _Runner:
             run = self.task.make_run(self.config.arms[name], rate, seed, Path(scratch))
             numbers = self.task.run(run)
         return [Row(what=what, method=name, value=value) for what, value in numbers.items()]
-
-
-def write_runs(study: str, ended: Mapping[tuple[str, float, int], Run], path: Path) -> None:
-    """Write a line for each run, as `statistics.read_runs` reads them."""
-    rows = [{"study": study, "arm": name, **run} for (name, *_), run in sorted(ended.items())]
-    columns = dict.fromkeys(what for row in rows for what in row)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*columns], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def table(results: Mapping[str, ArmResult]) -> Table:

@@ -17,7 +17,7 @@ Run = Mapping[str, float]
 Study = Mapping[str, Sequence[Run]]
 """Arm -> its runs."""
 LOSS = "test loss"
-_LEVEL = 0.05
+LEVEL = 0.05
 _NAMES = ("study", "arm", "key")
 
 
@@ -28,6 +28,8 @@ class Difference(NamedTuple):
     """better, worse or not told apart."""
     mean: float
     half_interval: float
+    p: float
+    """That of a paired t test, corrected for the number of pairs."""
 
 
 def read_runs(path: Path) -> dict[str, dict[str, list[Run]]]:
@@ -38,6 +40,20 @@ def read_runs(path: Path) -> dict[str, dict[str, list[Run]]]:
             run = {name: float(text) for name, text in row.items() if text and name not in _NAMES}
             studies.setdefault(row["study"], {}).setdefault(row["arm"], []).append(run)
     return studies
+
+
+def write_runs(studies: Mapping[str, Mapping[tuple[str, float, int], Run]], path: Path) -> None:
+    """Write a line for each run of studies, by arm, rate and seed, as `read_runs` reads them."""
+    rows = [
+        {"study": study, "arm": name, **run}
+        for study, ended in studies.items()
+        for (name, *_), run in sorted(ended.items())
+    ]
+    columns = dict.fromkeys(what for row in rows for what in row)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*columns], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def validated(runs: Sequence[Run]) -> dict[float, float]:
@@ -86,6 +102,11 @@ def holm(values: Mapping[Any, float]) -> dict[Any, float]:
     return corrected
 
 
+def paired(ours: Mapping[int, Run], theirs: Mapping[int, Run], what: str = LOSS) -> list[float]:
+    """Return ours minus theirs, for each seed that both have."""
+    return [ours[seed][what] - theirs[seed][what] for seed in sorted(ours.keys() & theirs.keys())]
+
+
 def compared(
     arms: Mapping[str, Mapping[int, Run]],
     pairs: Iterable[tuple[str, str]],
@@ -93,20 +114,26 @@ def compared(
     *,
     less_is_better: bool = True,
 ) -> dict[tuple[str, str], Difference]:
-    """Return how pairs of arms differ: paired t tests, corrected for the number of pairs."""
-    differences = {}
-    for ours, theirs in pairs:
-        a, b = arms[ours], arms[theirs]
-        by_seed = [a[seed][what] - b[seed][what] for seed in sorted(a.keys() & b.keys())]
-        if len(by_seed) > 1:
-            differences[ours, theirs] = by_seed
+    """Return how pairs of arms differ; see `judged`."""
+    differences = {(a, b): paired(arms[a], arms[b], what) for a, b in pairs}
+    return judged(differences, less_is_better=less_is_better)
+
+
+def judged(
+    differences: Mapping[tuple[str, str], Sequence[float]], *, less_is_better: bool = True
+) -> dict[tuple[str, str], Difference]:
+    """Return what differences by seed say: paired t tests, corrected for the number of pairs.
+
+    A pair of fewer than two seeds is left out.
+    """
+    several = {pair: by_seed for pair, by_seed in differences.items() if len(by_seed) > 1}
     # Of arms that are equal in every run it is not a number.
-    values = {pair: float(ttest_1samp(d, 0.0).pvalue) for pair, d in differences.items()}
+    values = {pair: float(ttest_1samp(d, 0.0).pvalue) for pair, d in several.items()}
     corrected = holm({pair: 1.0 if math.isnan(p) else p for pair, p in values.items()})
     results = {}
-    for pair, by_seed in differences.items():
+    for pair, by_seed in several.items():
         mean, said = fmean(by_seed), "not told apart"
-        if corrected[pair] < _LEVEL:
+        if corrected[pair] < LEVEL:
             said = "better" if (mean < 0) == less_is_better else "worse"
-        results[pair] = Difference(said, mean, spread_of_mean(by_seed))
+        results[pair] = Difference(said, mean, spread_of_mean(by_seed), corrected[pair])
     return results

@@ -11,13 +11,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import masking_utils
+from transformers import AutoModelForCausalLM, masking_utils
 
 from benchmarks import kernels
 from benchmarks.methods import OURS, make_contender
 from benchmarks.models import llama_values, loss_of, loss_of_graph, make_batch
-from pacatune import lean
+from pacatune import PacaConfig, lean
+from pacatune.grid import decoding
 from pacatune.grid.formats import GRIDS
 from pacatune.lean import fused
 from pacatune.measure.estimate import estimate_memory
@@ -25,8 +27,10 @@ from pacatune.measure.models import checkpoint_blocks, load_config
 from pacatune.measure.setting import Setting
 from pacatune.ops.columns import adapted_columns, read_columns
 from pacatune.ops.products import grad_delta
+from pacatune.pretrained import load_packed, load_weights
 from pacatune.residency.put import can_exchange
 from pacatune.tuner.layer import PacaLayer
+from tests.conftest import build_model
 from tests.reads import Reads
 
 pytestmark = pytest.mark.gpu
@@ -90,6 +94,40 @@ def kernel_works(tmp_path, triton="", **variables):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_kernel_that_decodes_blocks_works(cuda):
+    for name in GRIDS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            decoding._try(cuda, name, dtype)
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+def test_a_model_in_blocks_trains_as_dequantised(device, kind, tmp_path, tiny_tokenizer):
+    pytest.importorskip("gguf")
+    from tests.grid.files import write_gguf
+
+    model = build_model(len(tiny_tokenizer), hidden_size=256, intermediate_size=256)
+    others = {"token_embd": kind, "output.weight": kind}
+    path = write_gguf(tmp_path / "base.gguf", model, tiny_tokenizer, kind, others)
+    found = []
+    for load in (load_weights, load_packed):
+        base = load(AutoModelForCausalLM, str(path), dtype=torch.bfloat16).to(device)
+        base.requires_grad_(False)
+        model = get_peft_model(base, PacaConfig(r=4, random_seed=0, task_type="CAUSAL_LM")).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        ids = tokens(device) % len(tiny_tokenizer)
+        of_steps = []
+        for _ in range(4):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            of_steps.append(loss.item())
+        found.append(of_steps)
+    assert found[1] == close(found[0])
+    assert found[0][-1] < found[0][0]
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ def lazy(monkeypatch):
     monkeypatch.setattr(Counting, "num_computed", 0)
     monkeypatch.setattr("pacatune.lean.loss.LazyLogits", Counting)
     logits = F.linear(x, tensors["weight"], tensors["bias"])
-    return Counting(x, tensors["weight"], tensors["bias"]), logits, tensors["target"][:10]
+    head = torch.nn.Linear(WIDTH, V)
+    head.weight, head.bias = (torch.nn.Parameter(tensors[name]) for name in ("weight", "bias"))
+    return Counting(x, head), logits, tensors["target"][:10]
 
 
 LOSSES = {

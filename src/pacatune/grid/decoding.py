@@ -11,37 +11,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacatune.grid.formats import GRIDS, Grid
+from pacatune.grid.formats import GRIDS, Grid, Room
 from pacatune.precision import dtype_name, kernel_works
 
 # Values of a program of the kernel.
 _SIZE = 1024
+# Elements that torch decodes at once: what is made of them on the way stays in a CPU's caches.
+_CHUNK = 2**18
 
 
-def decode(grid: Grid, rows: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Return the (O, I) float32 values of (O, bytes) rows, bit for bit those of `Grid.values`."""
-    if scales is not None:
-        return _scaled(grid, rows, scales)
-    blocks = rows.reshape(-1, grid.block_bytes)
+def decode(
+    grid: Grid, rows: Tensor, dtype: torch.dtype = torch.float32, scales: Tensor | None = None
+) -> Tensor:
+    """Return the (O, I) values of (O, bytes) rows, rounded once.
+
+    Bit for bit those of `Grid.values`. `scales` are those of formats that have none in their
+    blocks: (O / a, I / b) float32, each of a x b elements.
+    """
+    if rows.is_cuda and len(rows) and _works(rows.device, grid.name, dtype):
+        return launch(grid, rows, dtype, scales)
+    in_features = rows.shape[1] // grid.block_bytes * grid.block
+    values = torch.empty(len(rows), in_features, dtype=dtype, device=rows.device)
+    if rows.is_meta or not len(rows):
+        return values
+    each = 1 if scales is None else len(rows) // len(scales)
+    step = min(len(rows), max(1, _CHUNK // in_features // each) * each)
+    room = Room.of((step * in_features // grid.block, grid.block), rows.device)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        own = None if scales is None else scales[start // each : (start + len(part)) // each]
+        values[start : start + step] = _floats(grid, part, own, room)
+    return values
+
+
+def _floats(grid: Grid, rows: Tensor, scales: Tensor | None, room: Room) -> Tensor:
+    """Return the (O, I) float32 values of few rows."""
     if (by_transformers := _transformers_decoder(grid.name)) is not None:
-        values = by_transformers(blocks)
+        decoded = by_transformers(rows)
+        return decoded.view(len(rows), -1)
+    blocks = rows.reshape(-1, grid.block_bytes)
+    levels, values = grid.levels_of_blocks(blocks, room), room.values[: len(blocks)]
+    if scales is not None:
+        shape = len(scales), len(rows) // len(scales), scales.shape[1], -1
+        torch.mul(levels.view(shape), scales[:, None, :, None], out=values.view(shape))
         return values.view(len(rows), -1)
     assert grid.steps is not None, "its scales are not in its blocks"
-    levels = grid.levels_of(grid.codes_of_blocks(blocks))
-    # Parts of 16 elements have one scale in all formats.
-    parts = torch.arange(0, grid.block, 16, device=rows.device)
+    parts = torch.arange(0, grid.block, grid.part, device=rows.device)
     scale, minimum = grid.steps(blocks[:, None].expand(-1, len(parts), -1), parts)
-    values = levels.view(len(blocks), -1, 16).mul_(scale[..., None]).add_(minimum[..., None])
+    in_parts = values.view(len(blocks), -1, grid.part)
+    torch.mul(levels.view_as(in_parts), scale[..., None], out=in_parts)
+    in_parts.add_(minimum[..., None])
     return values.view(len(rows), -1)
-
-
-def decoded_by_kernel(
-    grid: Grid, rows: Tensor, dtype: torch.dtype, scales: Tensor | None
-) -> Tensor | None:
-    """Return what `decoded` does, by one launch; None where there is no GPU or no kernel."""
-    if not rows.is_cuda or not len(rows) or not _works(rows.device, grid.name, dtype):
-        return None
-    return launch(grid, rows, dtype, scales)
 
 
 def _works(*kind: Any) -> bool:
@@ -51,11 +71,11 @@ def _works(*kind: Any) -> bool:
 
 def _try(device: torch.device, name: str, dtype: torch.dtype) -> None:
     """Decode a few rows of all kinds of bytes both ways."""
-    grid, generator = GRIDS[name], torch.Generator().manual_seed(0)
-    shape, num_bytes = (4, 8 * grid.block), 8 * grid.block_bytes
-    rows = torch.randint(256, (4, num_bytes), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(2, 4, generator=generator) if grid.steps is None else None
-    expected = decode(grid, rows, scales).to(dtype).view(shape)
+    grid, num_bytes = GRIDS[name], 8 * GRIDS[name].block_bytes
+    drawn: Any = {"generator": torch.Generator("cpu").manual_seed(0)}
+    rows = torch.randint(256, (4, num_bytes), dtype=torch.uint8, device="cpu", **drawn)
+    scales = torch.rand(2, 4, device="cpu", **drawn) if grid.steps is None else None
+    expected = decode(grid, rows, dtype, scales)
     on_device = None if scales is None else scales.to(device)
     found = launch(grid, rows.to(device), dtype, on_device).cpu()
     if not torch.equal(found.nan_to_num(), expected.nan_to_num()):
@@ -104,21 +124,9 @@ def _tables(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return 8 byte + bit of each element, (planes, block) int32, and the level of each code."""
     grid = GRIDS[name]
     places = [[8 * byte + bit for byte, bit in plane.places] for plane in grid.planes]
-    codes = torch.arange(grid.num_codes, dtype=torch.uint8, device=device)
-    levels = grid.levels_of(codes ^ grid.flipped)
+    codes = torch.arange(grid.num_codes, device=device) ^ grid.flipped  # as they are stored
+    levels = grid.values(codes, *torch.tensor([1.0, 0.0], device=device))
     return torch.tensor(places, dtype=torch.int32, device=device), levels
-
-
-def _scaled(grid: Grid, rows: Tensor, scales: Tensor) -> Tensor:
-    """Return the values of codes whose (O / a, I / b) scales are a tensor of their own."""
-    if grid.name == "F8_E4M3":
-        levels = rows.view(torch.float8_e4m3fn).float()
-    else:
-        blocks = rows.reshape(-1, grid.block_bytes)
-        levels = grid.levels_of(grid.codes_of_blocks(blocks)).view(len(rows), -1)
-    parts = levels.unflatten(0, (len(scales), -1)).unflatten(2, (scales.shape[1], -1))
-    values: Tensor = parts * scales[:, None, :, None]
-    return values.reshape(levels.shape)
 
 
 @functools.cache
@@ -130,5 +138,5 @@ def _transformers_decoder(name: str) -> Callable[[Tensor], Tensor] | None:
         return None
     for number, known in GGML_NAME.items():
         if known == name:
-            return lambda blocks: dequantize(blocks.reshape(-1), number, torch.float32)
+            return lambda rows: dequantize(rows.reshape(-1), number, torch.float32)
     return None

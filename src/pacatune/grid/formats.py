@@ -32,18 +32,24 @@ class Plane:
     places: tuple[tuple[int, int], ...]
     """(byte, bit) of each element."""
 
-    def of_blocks(self, blocks: Tensor) -> Tensor:
-        """Return them of all elements of (N, bytes) blocks, (N, block) uint8."""
-        mask, runs = (1 << self.width) - 1, self._runs
-        if len(runs) == len(self.places):  # elements lie side by side in a byte
-            each, first = 8 // self.width, runs[0][0]
-            shifts = torch.arange(0, 8, self.width, dtype=torch.uint8, device=blocks.device)
-            bytes_of_bits = blocks[:, first : first + len(runs) // each, None]
-            return (bytes_of_bits >> shifts & mask).flatten(1)
-        parts = [blocks[:, byte : byte + size] for byte, size, _ in runs]
-        if self.width < 8:
-            parts = [part >> bit & mask for part, (*_, bit) in zip(parts, runs, strict=True)]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def of_blocks(self, blocks: Tensor, low: int, out: Tensor) -> None:
+        """Write them, at bit `low`, for all elements of (N, bytes) blocks: (N, block) uint8."""
+        runs, mask, start = self._runs, (1 << self.width) - 1 << low, 0
+        if 1 < len(runs) == len(self.places):  # elements lie side by side in a byte
+            table, first = _spread(self.width, low, blocks.device), runs[0][0]
+            used = blocks[:, first : first + len(runs) * self.width // 8]
+            elements = out.view(table.dtype).flatten()
+            torch.index_select(table, 0, used.flatten().int(), out=elements)
+            return
+        for byte, size, bit in runs:
+            part, here = blocks[:, byte : byte + size], out[:, start : start + size]
+            start += size
+            if bit > low:
+                torch.bitwise_right_shift(part, bit - low, out=here)
+            else:
+                torch.bitwise_left_shift(part, low - bit, out=here)
+            if low or bit + self.width < 8:  # else other bits were shifted out
+                here.bitwise_and_(mask)
 
     @functools.cached_property
     def _runs(self) -> list[tuple[int, int, int]]:
@@ -74,6 +80,8 @@ class Grid:
     """Level of each code, where they have not; NaN for codes that are no number."""
     flipped: int = 0
     """Bits of a code that are stored turned round, as the sign of a byte."""
+    part: int = 32
+    """Elements that share a scale."""
 
     @property
     def block(self) -> int:
@@ -107,14 +115,21 @@ class Grid:
             low += plane.width
         return codes ^ self.flipped
 
-    def codes_of_blocks(self, blocks: Tensor) -> Tensor:
-        """Return all codes of (N, bytes) blocks, (N, block) uint8."""
-        first, *others = self.planes
-        codes, low = first.of_blocks(blocks), first.width
-        for plane in others:
-            codes = codes | plane.of_blocks(blocks) << low
+    def levels_of_blocks(self, blocks: Tensor, room: "Room") -> Tensor:
+        """Return the levels of all elements of (N, bytes) blocks: (N, block), int8 or float32."""
+        codes, low = room.codes[: len(blocks)], 0
+        for plane in self.planes:
+            here = room.more[: len(blocks)] if low else codes
+            plane.of_blocks(blocks, low, here)
+            if low:
+                codes.bitwise_or_(here)
             low += plane.width
-        return codes ^ self.flipped if self.flipped else codes
+        if self.levels:
+            flat = room.values[: len(blocks)].flatten()
+            torch.index_select(self._levels_on(codes.device), 0, codes.flatten().int(), out=flat)
+            return flat.view_as(codes)
+        # The codes of 8 bits are stored as levels, by their sign.
+        return codes.view(torch.int8) if self.flipped else codes.view(torch.int8).sub_(self.zero)
 
     def put_codes_(self, rows: Tensor, indices: Tensor, codes: Tensor) -> None:
         """Write the codes of columns into (O, bytes) rows, in place; no other bit changes."""
@@ -136,13 +151,7 @@ class Grid:
 
     def values(self, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
         """Return the (O, R) float32 values of codes."""
-        return scale * self.levels_of(codes) + minimum
-
-    def levels_of(self, codes: Tensor) -> Tensor:
-        """Return the float32 levels of codes."""
-        if not self.levels:
-            return codes.float().sub_(self.zero)
-        return self._levels_on(codes.device).index_select(0, codes.flatten().int()).view_as(codes)
+        return scale * self._levels_on(codes.device)[codes.long()] + minimum
 
     def _levels_on(self, device: torch.device) -> Tensor:
         levels = self.levels or range(-self.zero, self.num_codes - self.zero)
@@ -173,6 +182,23 @@ class Grid:
         return Moved(torch.where(stays, before, after), num_clipped)
 
 
+class Room(NamedTuple):
+    """Where elements of blocks are on the way to values, each (N, block)."""
+
+    codes: Tensor
+    """uint8."""
+    more: Tensor
+    """uint8: of one plane."""
+    values: Tensor
+    """float32."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], device: torch.device) -> "Room":
+        """Return room for so many elements."""
+        codes, more = (torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2))
+        return cls(codes, more, torch.empty(shape, dtype=torch.float32, device=device))
+
+
 class Moved(NamedTuple):
     """Columns after a change."""
 
@@ -180,6 +206,15 @@ class Moved(NamedTuple):
     """(O, R), uint8 where they are codes."""
     num_clipped: Tensor
     """How many elements would lie beyond their block's range, ()."""
+
+
+@functools.cache
+def _spread(width: int, low: int, device: torch.device) -> Tensor:
+    """Return the elements in each byte as one integer, each at bit `low` of a byte of its own."""
+    bits = torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+    elements = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> bits
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[len(bits)]
+    return ((elements & (1 << width) - 1) << low).view(dtype).flatten()
 
 
 def _float16(blocks: Tensor, start: int) -> Tensor:
@@ -317,11 +352,12 @@ GRIDS = _table(
             ),
             _of_16,
             zero=32,
+            part=16,
         ),
         Grid("IQ4_NL", 18, (_halves(2),), _symmetric, levels=_NON_LINEAR),
         Grid("IQ4_XS", 136, (_parts(8, 32, 8),), _of_signed_6_bits, levels=_NON_LINEAR),
         Grid("MXFP4", 17, (_halves(1),), _of_power, levels=_FLOAT4),
-        Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4),
+        Grid("NVFP4", 36, (_parts(4, 16, 4),), _of_float8, levels=_FLOAT4, part=16),
         # In safetensors: codes alone.
         Grid("F8_E4M3", 1, (Plane(8, ((0, 0),)),), levels=_float8()),
         Grid("INT4", 4, (Plane(4, tuple((e // 2, e % 2 * 4) for e in range(8))),), zero=8),

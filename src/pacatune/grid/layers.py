@@ -13,12 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacatune.grid.decoding import decode, decoded_by_kernel
+from pacatune.grid.decoding import decode
 from pacatune.grid.formats import Grid
 from pacatune.ops.quantized import decoded_linear
-
-# Elements that torch decodes at once: what is made of them on the way stays in a CPU's caches.
-_CHUNK = 2**17
 
 
 class PackedLayer(nn.Module):
@@ -60,20 +57,7 @@ class PackedLayer(nn.Module):
         if rows is not None:
             blocks = blocks[rows]
             scales = None if scales is None else scales[rows // (self.shape[0] // len(scales))]
-        if (by_kernel := decoded_by_kernel(self.grid, blocks, self.dtype, scales)) is not None:
-            return by_kernel
-        result = torch.empty(len(blocks), self.shape[1], dtype=self.dtype, device=blocks.device)
-        if result.is_meta:
-            return result
-        step = max(1, _CHUNK // self.shape[1])
-        if scales is not None and len(blocks):  # whole blocks of scales
-            each = len(blocks) // len(scales)
-            step = -(-step // each) * each
-        for start in range(0, len(blocks), step):
-            part = blocks[start : start + step]
-            own = None if scales is None else scales[start // each : (start + step) // each]
-            result[start : start + step] = decode(self.grid, part, own)
-        return result
+        return decode(self.grid, blocks, self.dtype, scales)
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override, unused-ignore]

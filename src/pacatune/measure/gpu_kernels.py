@@ -70,7 +70,7 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         replace(products, "_wide_product", partial(wide_product, launch=launch))
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
         replace(residency, "_is_numpys", lambda memory: False)
-        replace(grid_layers, "decoded_by_kernel", partial(_decode, launch))
+        replace(grid_layers, "decode", partial(_decode, launch))
         replace(residency_put, "can_exchange", lambda memory, delta: True)
         replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)

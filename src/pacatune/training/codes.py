@@ -80,14 +80,15 @@ class CodeWatch(TrainerCallback):
         return num_moved / num_codes if num_codes else 1.0
 
 
-def about_weights(model: nn.Module) -> str:
+def about_weights(model: nn.Module, why_not_packed: str) -> str:
     """Say what the weights of a file of few bits take, and what they would take otherwise."""
     tensors = [*model.parameters()]
     packed = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
     in_blocks = {id(layer.blocks): layer for layer in packed}  # a tied head has the embedding's
     here = sum(tensor.nbytes for tensor in tensors)
     if not packed:
-        return f"weights: dequantised, {format_bytes(here)}; `model.packed` keeps those of the file"
+        why = why_not_packed or "`model.packed` keeps those of the file"
+        return f"weights: dequantised, {format_bytes(here)}; {why}"
     plain = here - sum(layer.blocks.nbytes for layer in in_blocks.values())
     plain += sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in in_blocks.values())
     kinds = Counter(layer.grid.name for layer in in_blocks.values()).most_common()

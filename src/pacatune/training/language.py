@@ -129,12 +129,13 @@ class Task:
         wanted = self.config.model.packed
         if wanted is False or (wanted is None and self.arguments.device.type != "cuda"):
             return False
-        reason = self._why_not_packed()
+        reason = self.why_not_packed()
         if reason and wanted:
             raise ValueError(f"`model.packed` (true): {reason}; drop the option.")
         return not reason
 
-    def _why_not_packed(self) -> str:
+    def why_not_packed(self) -> str:
+        """Return why the run's weights cannot stay in blocks; nothing where they can."""
         adapter, names = self.plan.adapter, ("modules_to_save", "trainable_token_indices")
         trained = [name for name in names if getattr(adapter, name, None)]
         if not is_packed(self.model_path):

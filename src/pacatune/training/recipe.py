@@ -213,7 +213,7 @@ def make_trainer(task: Task, checkpoint: Path | None, console: Console) -> Any:
     start = None if config.adapter is None else open_adapter(config.adapter)
     model = task.load_model()
     if is_packed(task.model_path):
-        say(console, about_weights(model))
+        say(console, about_weights(model, task.why_not_packed()))
     if start is not None:
         show_warnings(check_base(start, model), console)
     adapter_config = choose_from_data(task, model, checkpoint, console)
