@@ -88,7 +88,6 @@ bench-check: setup-dev
 	$(RUN) -m benchmarks.check $(ARGS)
 
 docs: setup-dev
-	$(RUN) -m tools.families
 	$(RUN) -m benchmarks.tables
 	$(RUN) -m tools.picture
 	$(RUN) -m mkdocs build --strict --quiet

@@ -32,7 +32,7 @@ WHAT = "kept per token and layer"
 LAYER = llama_values(4096, 2, num_kv_heads=8, intermediate_size=14336, vocab_size=1024)
 VARIANTS: dict[str, tuple[str, int, bool]] = {
     "plain": ("as transformers and PEFT compute", 0, False),
-    "level 1": ("pacatune.lean: what elementwise operations make is made again", 1, False),
+    "level 1": ("pacatune.lean: results of elementwise operations are recomputed", 1, False),
     "level 2": ("gate and up from the norm's input", 2, False),
     "level 3": ("query, key and value, too", 3, False),
     "checkpointed": ("level 1, and torch's checkpointing of blocks", 1, True),

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from benchmarks import dial, verdict
+from benchmarks import dial, findings, verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -38,6 +37,8 @@ class View:
     columns: tuple[str, ...] = ("what",)
     floor: str = ""
     """Method beyond whose numbers the others are shown."""
+    is_by_seed: bool = False
+    """Whether the values of seeds stand beside a mean, in place of its interval, and no notes."""
     is_first: bool = True
     """Whether no table before it on its page says what its words mean, and where it comes from."""
 
@@ -58,6 +59,8 @@ class View:
         for place, row in enumerate(rows):
             if self.floor not in ("", row.method):
                 rows[place] = replace(row, value=row.value - floors[row.what, row.setting])
+        if self.is_by_seed:
+            rows = [_BySeed(**vars(row) | {"note": ""}) for row in rows]
         shown = table(rows, self.index, self.columns)
         if not self.is_first:
             return "\n".join(shown.markdown())
@@ -72,6 +75,15 @@ class View:
         return "\n\n".join(filter(None, ["\n".join(shown.markdown()), *remarks, source]))
 
 
+class _BySeed(Row):
+    """A mean that is shown with what it is the mean of."""
+
+    def text(self) -> str:
+        """Return the mean, and the value of each seed."""
+        values = f" ({', '.join(f'{v:.3g}' for v in self.each.values())})" if self.each else ""
+        return f"{self.value:.3g}{values}"
+
+
 def _words(rows: Iterable[Row]) -> set[str]:
     """Return what may be a name in rows: `paca / lora` has two, `lora, float32` begins with one."""
     texts = {half for r in rows for text in (r.method, r.what) for half in text.split(" / ")}
@@ -79,10 +91,8 @@ def _words(rows: Iterable[Row]) -> set[str]:
     return texts | {text.partition(", ")[0] for text in texts}
 
 
-_STEPS: dict[str, Any] = {"shown": ("step; paca; *", "step; paca / *"), "columns": ("method",)}
 VIEWS = {
-    "step": View(file="step", **_STEPS),
-    "step-compiled": View(file="step-compiled", **_STEPS),
+    "step": View(file="step", shown=("step; paca; *", "step; paca / *"), columns=("method",)),
     "kernels": View(
         file="kernels",
         shown=("forward; *", "backward; *", "with accumulation; *"),
@@ -98,17 +108,14 @@ VIEWS = {
     ),
     "packed": View(
         file="packed",
-        shown=("*reversed; *", "*sorted; *"),
-        hidden=("*; base; *", "*; lora, beside; Q?_0*", "first*"),
-        index=("setting", "method"),
-    ),
-    "packed-rates": View(
-        file="packed",
         shown=tuple(
-            f"first seed*; {name}; *reversed*" for name in ("paca", "paca, on the grid", "lora")
+            f"{what}; {name}; Q4_1, words {task}; *"
+            for what in ("score*", "bytes changed")
+            for name in ("paca", "lora", "lora, beside", "full")
+            for task in ("reversed", "sorted")
         ),
-        index=("method", "setting"),
-        is_first=False,
+        index=("setting", "method"),
+        is_by_seed=True,
     ),
     "packed-memory": View(
         file="packed_memory",
@@ -135,7 +142,7 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in (studies := {"cost": verdict, "dial": dial}):
+    if kind in (studies := {"cost": verdict, "dial": dial, "found": findings}):
         return studies[kind].block(rest, results)
     if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)

@@ -112,7 +112,6 @@ def learn(start: str, problems, output: Path, options: argparse.Namespace) -> No
             "per_device_train_batch_size": 32,
             "num_generations": 8,
             "max_completion_length": MAX_NEW_TOKENS,
-            "learning_rate": 1e-3,
             "lr_scheduler_type": "linear",
             "warmup_steps": 0,
             "beta": 0.0,

@@ -1,24 +1,14 @@
-"""Write the table of model families in docs/index.md from tiny models of each.
+"""Tiny models of the families that docs/index.md names, for tests."""
 
-python -m tools.families
-"""
-
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from pacatune.reports.rows import Table
-from pacatune.tuner.defaults import default_targets, survey
-from tools.doc_block import rewrite
+__all__ = ["FAMILIES", "Family"]
 
-__all__ = ["FAMILIES", "Family", "families_table"]
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "index.md"
 VOCAB_SIZE, IMAGE_SIZE, NUM_FRAMES = 64, 16, 32
 
 _SIZES = {
@@ -107,7 +97,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen 3": _decoder("Qwen3"),
     "Gemma 2": _decoder("Gemma2", sliding_window=16),
     "Gemma 3": _decoder("Gemma3", "Gemma3TextConfig", sliding_window=16),
-    "Gemma 3, multimodal": Family(
+    "Gemma 3 (multimodal)": Family(
         model_class="Gemma3ForConditionalGeneration",
         config_class="Gemma3Config",
         options={
@@ -149,44 +139,3 @@ FAMILIES: dict[str, Family] = {
         batch="speech",
     ),
 }
-
-
-def families_table(name: str) -> str:
-    """Return a row per family: what the default adapts of its tiny model, and what not."""
-    assert name == "defaults"
-    header = ["family", "class", "default `target_modules`", "layers adapted", "not adapted"]
-    rows = [_row(name, family) for name, family in FAMILIES.items()]
-    return "\n".join(Table(header=header, cells=rows, num_index=5).markdown())
-
-
-def _row(name: str, family: Family) -> list[str]:
-    model = family.build()
-    targets, reasons = default_targets(model), survey(model)
-    names = [targets.replace("|", r"\|")] if isinstance(targets, str) else sorted(targets)
-    num_adapted = sum(not reason for reason in reasons.values())
-    left_out = _left_out(reasons)
-    return [name, f"`{family.model_class}`", _code(names), str(num_adapted), left_out]
-
-
-def _left_out(reasons: dict[str, str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for module, reason in reasons.items():
-        if reason:
-            groups.setdefault(reason, []).append(".".join(module.split(".")[-2:]))
-    return "; ".join(
-        f"{reason}: {_code(list(dict.fromkeys(names)))}" for reason, names in sorted(groups.items())
-    )
-
-
-def _code(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def main() -> None:
-    """Rewrite docs/index.md."""
-    for path in rewrite([DOCUMENT], "families", families_table):
-        print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,8 @@
 """Every table and figure of the paper, and the tables of the documentation made of our results."""
 
+import re
 from functools import partial
+from textwrap import fill
 
 from experiments.paper import PAPER
 from experiments.reproduce import costs, images, texts
@@ -21,27 +23,39 @@ _JOBS = {
 EXPERIMENTS = {name: Experiment(paper=PAPER[name], jobs=jobs) for name, jobs in _JOBS.items()}
 
 
+_EXPLAINS = re.compile(r"(.*): ([\d,]+) tokens .*; its settings allow ([\d,]+) at the most\.")
+
+
 def doc_table(name: str) -> str:
-    """Return the comparison of an experiment, or the `memory` of all of them."""
-    names = ("table1", "table2", "table3") if name == "memory" else (name,)
-    found = {
-        f"{one}-{key}": job
-        for one in names
-        for key, job in read_results(one).items()
-        if name != "memory" or key.startswith("memory-")
-    }
-    rows = [row for job in found.values() for row in job.rows]
+    """Return the comparison of an experiment, the `memory` of three, or the `sources` of all."""
+    if name == "sources":
+        found = {
+            f"{one}-{key}": job for one in EXPERIMENTS for key, job in read_results(one).items()
+        }
+        return "\n".join(f"- {line}" for line in sources(found))
     if name == "memory":
-        simulated = {(row.model, row.method) for row in rows}
-        papers = [
-            row
-            for one in names
-            for row in EXPERIMENTS[one].paper.rows
-            if row.what == "memory" and (row.model, row.method) in simulated
-        ]
-        notes = [f"- {row.note}" for row in rows if row.note]
-        shown = table([*papers, *rows], ("model", "method"), ("what", "origin"))
-        return "\n".join([*shown.markdown(), "", *notes, "", *sources(found)])
+        return _memory(("table1", "table2", "table3"))
+    rows = [row for job in read_results(name).values() for row in job.rows]
     compared = comparison(EXPERIMENTS[name], rows)
     assert compared is not None, f"no results of {name} are committed"
-    return "\n".join([*compared.markdown(), "", *sources(found)])
+    return "\n".join(compared.markdown())
+
+
+def _memory(names: tuple[str, ...]) -> str:
+    """Return the memory of the paper's tables beside ours, and what would explain the paper's."""
+    jobs = [
+        job for one in names for key, job in read_results(one).items() if key.startswith("memory-")
+    ]
+    rows = [row for job in jobs for row in job.rows]
+    simulated = {(row.model, row.method) for row in rows}
+    papers = [
+        row
+        for one in names
+        for row in EXPERIMENTS[one].paper.rows
+        if row.what == "memory" and (row.model, row.method) in simulated
+    ]
+    shown = table([*papers, *rows], ("method",), ("model", "what", "origin"))
+    found = [_EXPLAINS.fullmatch(row.note) for row in rows if row.note]
+    tokens = "; ".join(f"{m[1]} {m[2]} ({m[3]})" for m in found if m)
+    title = "Tokens per micro-batch that would take the paper's memory (its settings allow)"
+    return "\n".join([*shown.markdown(), "", fill(f"{title}: {tokens}.", 118)])

@@ -18,7 +18,7 @@ NATS = "nats per token"
 
 _UNTRAINED = (METHOD_TITLES["none"], METHOD_TITLES["quantized"])
 TOLERANCE = 0.05
-_ABOUT = "docs/quality.md in the checkout says what stands beside what, and what the words mean."
+_ABOUT = "docs/paper.md in the checkout says what stands beside what, and what the words mean."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def _share(row: Row, of: Row) -> Row:
 
 
 def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
-    """Return what our share or difference says of the paper's; docs/quality.md has the words."""
+    """Return what our share or difference says of the paper's; docs/paper.md has the words."""
     even = 0.0 if is_score else 1.0
     low, high = (ours.low, ours.high) if ours.low is not None else (ours.value, ours.value)
     assert low is not None
@@ -76,7 +76,7 @@ def agreement(paper: Row, ours: Row, *, is_score: bool) -> str:
     if not is_sure:
         return "one run"
     if low <= even <= high or paper.value == even:
-        return "not told apart"
+        return "no significant difference"
     return "same order" if (low > even) == (paper.value > even) else "other order"
 
 

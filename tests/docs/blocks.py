@@ -1,8 +1,9 @@
 """Runs blocks of code of README and docs, in a folder with a tiny model and some data.
 
 The blocks of a document run in order in one folder, as a reader would paste them. A YAML block is
-written to the file that its first line names. A block that cannot run here (hub, GPU, another
-program) has a comment above it that says why. `make` lines run dry, `pip install` lines not at all.
+written to the file that its first line names. A model and data of the hub have stand-ins. A block
+that cannot run here (GPU, another program) has a comment above it that says why. `make` lines run
+dry, `pip install` lines not at all.
 """
 
 import contextlib
@@ -29,6 +30,11 @@ DOCUMENTS = sorted(
 FIRST = ("README.md", "docs/index.md")
 OF_PROCESSES = ("docs/distributed.md", "docs/rl.md")
 NOT_RUN_MARK = "<!-- not run: "
+# What is on the hub -> what stands for it in the folder of a reader.
+STAND_INS = {
+    "meta-llama/Llama-3.2-1B-Instruct": "my-model",
+    "trl-lib/Capybara": "my-data.jsonl",
+}
 # Languages that are shown only.
 SHOWN = ("text", "math")
 
@@ -53,7 +59,10 @@ def read_blocks(document):
             language, lines, start = line[3:].strip(), [], number
         else:
             is_run = not above.startswith(NOT_RUN_MARK)
-            blocks.append(Block(language, "\n".join(lines) + "\n", start, is_run))
+            code = "\n".join(lines) + "\n"
+            for name, stand_in in STAND_INS.items():
+                code = code.replace(name, stand_in)
+            blocks.append(Block(language, code, start, is_run))
             language, above = None, ""
     assert language is None, f"{document}:{start}: the block is not closed"
     return blocks

@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import json
 import re
 import sys
 import tomllib
+from itertools import pairwise
 
 import pytest
 
 from benchmarks import tables
+from pacatune.cli import main
 from pacatune.cli.entry import COMMANDS
 from pacatune.methods import METHODS
 from pacatune.training import PacaSection
@@ -71,6 +74,26 @@ def test_troubleshooting_quotes_messages_that_there_are():
         assert any(re.search(pattern, message) for message in messages), quote
 
 
+@pytest.mark.docs
+def test_what_gpus_are_for_is_what_estimate_says(capsys):
+    page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    section = page.partition("## Which GPU?")[2].partition("\n## ")[0]
+    commands = re.findall(r"^pacatune (.+)$", section, re.MULTILINE)
+    lines = re.findall(r"^\| \d+ GB \| (.*) \|$", section, re.MULTILINE)
+    assert len(commands) == len(lines) > 4
+    for command, line in zip(commands, lines, strict=True):
+        words = command.split()
+        given = dict(pairwise(words))
+        assert main([*words, "--json"]) == 0
+        methods = json.loads(capsys.readouterr().out)["methods"].values()
+        sizes = [[size / 2**30 for size in one["device_bytes"].values()] for one in methods]
+        needs = [f"{low:.1f} to {high:.1f} GiB" for low, high in sizes]
+        cells = [n + ": no" * (one["fits"] == "no") for n, one in zip(needs, methods, strict=True)]
+        tokens = f"{given.get('--batch_size', '8')} x {int(given['--seq_len']):,}"
+        model = words[1] + ", 4 bits" * ("qpaca" in command)
+        assert line == " | ".join([model, tokens, *cells])
+
+
 def test_every_extra_is_listed():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs/index.md").read_text(encoding="utf-8")
@@ -118,14 +141,14 @@ def test_the_first_screen_trains_by_the_defaults_of_train():
 
 
 def test_the_agreement_with_the_paper_is_that_of_its_tables():
-    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     tables = "".join(re.findall(r"<!-- table: reproduce-.*?<!-- end -->", text, re.DOTALL))
-    verdicts = ("agrees", "same order", "other order", "not told apart", "one run")
+    verdicts = ("agrees", "same order", "other order", "no significant difference", "one run")
     agree, same, other, apart, single = (tables.count(f"| {word} |") for word in verdicts)
     number = agree + same + other + apart + single
     said = " ".join(text.split())
     assert f"Of {number} shares and differences, {agree} agree with the paper" in said
-    assert f"{same} have its order; none has the other order.** {apart} cannot be told" in said
+    assert f"{same} have its order; none has the other order.** {apart} show no" in said
     assert other == 0
     assert f"The other {single} come from one run" in said
 

@@ -93,7 +93,7 @@ def test_shares_of_estimates_divide_like_ends():
         ({"value": 0.77, "origin": "counted"}, "agrees"),
         ({"value": 0.77}, "one run"),
         ({"value": 0.9, "low": 0.8, "high": 0.95}, "same order"),
-        ({"value": 0.9, "low": 0.8, "high": 1.01}, "not told apart"),
+        ({"value": 0.9, "low": 0.8, "high": 1.01}, "no significant difference"),
         ({"value": 1.2, "low": 1.1, "high": 1.3}, "other order"),
         ({"value": 0.4, "origin": "simulated"}, "same order"),
     ],
@@ -109,7 +109,7 @@ def test_agreement_of_shares(values, said):
     [
         (0.2, "points", "agrees"),
         (0.2, NATS, "same order"),  # other scores agree in their order alone
-        (0.0, NATS, "not told apart"),
+        (0.0, NATS, "no significant difference"),
         (-0.2, NATS, "other order"),
     ],
 )

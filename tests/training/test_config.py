@@ -58,6 +58,9 @@ def test_what_is_filled_in():
     assert run_config(training={"learning_rate": 0.1}).training.learning_rate == 0.1
     assert run_config(task="dpo").training.learning_rate == pytest.approx(5e-5)
     assert run_config(task="reward").training.learning_rate == 5e-4
+    for method, rate in (("paca", 1e-3), ("lora", 1e-3), ("full", 1e-6)):
+        run = run_config(task="grpo", reward=["a:f"], method=method)
+        assert run.training.learning_rate == pytest.approx(rate)
     for method in CLASSIFIER_METHODS:
         rate = run_config(task="classifier", method=method).training.learning_rate
         assert rate == METHODS[method].head_rate

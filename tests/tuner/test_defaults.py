@@ -70,7 +70,7 @@ def mamba():
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "Please specify `target_modules` in .*: Seq"),
         (mamba, {}, r"has no repeated blocks.*in_proj \(1\), lm_head \(1\)"),
         (
-            FAMILIES["Gemma 3, multimodal"].build,  # its default is a regular expression
+            FAMILIES["Gemma 3 (multimodal)"].build,  # its default is a regular expression
             {"layers_to_transform": [1]},
             r"`layers_to_transform` .* cannot be used when",
         ),

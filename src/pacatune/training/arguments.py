@@ -51,8 +51,8 @@ class SharedDefaults:
 
     learning_rate: float | None = None
     """Peak learning rate; where null, that of the method: 5e-4 paca and qpaca, 1e-5 full, 2e-4 the
-    others, and for dpo, kto, grpo and rloo a tenth of it; for classifiers 1e-4 full, 3e-3 head,
-    1e-3 the others."""
+    others, and for dpo and kto a tenth of it; for grpo and rloo 1e-6 full, 1e-3 the others; for
+    classifiers 1e-4 full, 3e-3 head, 1e-3 the others."""
 
     lr_scheduler_type: SchedulerType | str = "cosine"
     """Shape of the learning rate over the run: cosine, linear, constant, ..."""

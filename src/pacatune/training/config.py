@@ -272,6 +272,8 @@ class RunConfig:
 def default_rate(spec: TaskSpec, method: str) -> float:
     """Return the learning rate of a method where a run of a task says none."""
     row = METHODS[method]
+    if spec.adapter_rate is not None and row.has_adapter:
+        return spec.adapter_rate
     rate = row.text_rate if spec.methods is TEXT_METHODS else row.head_rate
     assert rate is not None, "the method is offered"
     return rate * spec.rate_share

@@ -53,6 +53,8 @@ class TaskSpec:
     methods: Collection[str] = TEXT_METHODS
     rate_share: float = 1.0
     """Learning rates where a run says none, as a share of those of `METHODS`."""
+    adapter_rate: float | None = None
+    """The learning rate of every adapter where a run says none, in place of such a share."""
     refuse: Mapping[str, str] = field(default_factory=dict)
     """Training option that must keep its default -> where it is decided, or why."""
     reference: str | None = None
@@ -85,6 +87,7 @@ def _on_rewards(name: str) -> TaskSpec:
         arguments=f"trl.{name}Config",
         data=PromptDataConfig,
         rate_share=0.1,
+        adapter_rate=1e-3,
         refuse=_REFERENCE
         | {
             "chat_template_kwargs": "set `data.chat_template_kwargs`",
