@@ -16,8 +16,9 @@ from pacatune.precision import dtype_name, kernel_works
 
 # Values of a program of the kernel.
 _SIZE = 1024
-# Elements that torch decodes at once: what is made of them on the way stays in a CPU's caches.
-_CHUNK = 2**18
+# Elements that torch decodes at once: what is made of them on the way stays in a CPU's caches, or
+# takes little of another device's memory.
+_CHUNK, _CHUNK_ELSEWHERE = 2**18, 2**24
 
 
 def decode(
@@ -35,7 +36,8 @@ def decode(
     if rows.is_meta or not len(rows):
         return values
     each = 1 if scales is None else len(rows) // len(scales)
-    step = min(len(rows), max(1, _CHUNK // in_features // each) * each)
+    chunk = _CHUNK if rows.is_cpu else _CHUNK_ELSEWHERE
+    step = min(len(rows), max(1, chunk // in_features // each) * each)
     room = Room.of((step * in_features // grid.block, grid.block), rows.device)
     for start in range(0, len(rows), step):
         part = rows[start : start + step]

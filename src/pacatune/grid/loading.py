@@ -82,12 +82,12 @@ def fill_packed(model: Any, path: str | Path, dtype: torch.dtype) -> None:
             )
 
 
-def pack_empty(model: Any, format_of: Callable[[str], str], dtype: torch.dtype) -> None:
+def pack_empty(model: Any, format_of: Callable[[str], str | None], dtype: torch.dtype) -> None:
     """Put packed layers without values in place of a model's linear layers and embeddings.
 
     Args:
         model: On the meta device; changed in place.
-        format_of: Returns the format of a layer by its name.
+        format_of: Returns the format of a layer by its name, None for one of plain numbers.
         dtype: What blocks are decoded to.
 
     Raises:
@@ -97,7 +97,9 @@ def pack_empty(model: Any, format_of: Callable[[str], str], dtype: torch.dtype) 
     for name, module in list(model.named_modules()):
         if module is tied or not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        grid, (out_features, in_features) = GRIDS[format_of(name)], module.weight.shape
+        if (kind := format_of(name)) is None:
+            continue
+        grid, (out_features, in_features) = GRIDS[kind], module.weight.shape
         if in_features % grid.block:
             raise ValueError(
                 f"{grid.name} has blocks of {grid.block} elements, and {name!r} has rows of "
@@ -106,7 +108,8 @@ def pack_empty(model: Any, format_of: Callable[[str], str], dtype: torch.dtype) 
         shape = out_features, grid.row_bytes(in_features)
         packed = torch.empty(shape, dtype=torch.uint8, device="meta"), grid, dtype
         model.set_submodule(name, _layer_of(module, *packed))
-    tie(model)
+    if tied is not None:
+        tie(model)
 
 
 def formats_in(model: Any, path: str | Path) -> dict[str, str]:

@@ -104,7 +104,7 @@ def pack_(model: Any, setting: "Setting") -> None:
                 f"`quantization` ({setting.quantization!r}) with a GGUF file: its weights stay as "
                 "they are there; drop the option."
             )
-        format_of: Callable[[str], str] = formats_in(model, setting.model).__getitem__
+        format_of: Callable[[str], str | None] = formats_in(model, setting.model).get
     else:
         assert setting.quantization is not None
         format_of = partial(_format_of, setting.quantization.upper(), model)
