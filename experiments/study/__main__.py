@@ -7,6 +7,7 @@ from pathlib import Path
 
 from experiments.study.config import read_study
 from experiments.study.runner import REPORT, run_study, table
+from experiments.study.statistics import read_runs
 from pacatune.cli.options import quiet_libraries
 
 
@@ -15,11 +16,14 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.study", description=__doc__)
     parser.add_argument("study", type=Path, help="a YAML file; experiments/study/config.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of runs and report")
+    known = "table of runs; those of the study named as the output folder are not done again"
+    parser.add_argument("--known", type=Path, metavar="CSV", help=known)
     options = parser.parse_args(words)
     quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the packages we build on
     try:
-        results = run_study(read_study(options.study), options.output)
+        known = read_runs(options.known).get(options.output.name) if options.known else None
+        results = run_study(read_study(options.study), options.output, known=known)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

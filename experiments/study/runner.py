@@ -12,7 +12,15 @@ from typing import Any
 
 from experiments.jobs import Finished, Job, done
 from experiments.study.config import StudyConfig
-from experiments.study.statistics import Run, best_rate, chosen, compared, rate_beyond, write_runs
+from experiments.study.statistics import (
+    Run,
+    Study,
+    best_rate,
+    chosen,
+    compared,
+    rate_beyond,
+    write_runs,
+)
 from experiments.study.tasks import StudyTask
 from pacatune.files.owned_folder import OwnedFolder
 from pacatune.reports.rows import Row, Table, spread_of_mean
@@ -49,16 +57,20 @@ class ArmResult:
 
 
 def run_study(
-    config: StudyConfig, folder: Path, tell: Callable[[str], None] = print
+    config: StudyConfig,
+    folder: Path,
+    tell: Callable[[str], None] = print,
+    known: Study | None = None,
 ) -> dict[str, ArmResult]:
-    """Run what the folder does not hold yet, and report on everything.
+    """Run what neither the folder nor `known` holds yet, and report on everything.
 
     The folder gets jobs/ with a file for each run, runs.csv with a line for each, and report.md. A
-    run that failed is done again by the next call.
+    run that failed is done again by the next call. Runs of `known` are taken by arm, rate and seed:
+    that the same study made them is for the caller to know.
     """
     output = OwnedFolder(path=folder, kind="a study")
     with output.going_on(RUNS, REPORT):
-        runner = _Runner(config, output, tell)
+        runner = _Runner(config, output, tell, known or {})
         runner.run_all()
         results = {
             name: ArmResult(
@@ -87,10 +99,19 @@ class _Runner:
     """Does the runs of a study that a folder does not hold."""
 
     def __init__(
-        self, config: StudyConfig, folder: OwnedFolder, tell: Callable[[str], None]
+        self,
+        config: StudyConfig,
+        folder: OwnedFolder,
+        tell: Callable[[str], None],
+        known: Study,
     ) -> None:
         self.config, self.task = config, _task_of(config)
         self._folder, self._tell = folder, tell
+        self._known = {
+            (name, run["learning rate"], run["seed"]): run
+            for name, runs in known.items()
+            for run in runs
+        }
         self._rates = {name: config.rates_of(name) for name in config.arms}
         self.ended: dict[tuple[str, float, int], Run] = {}
         """Arm, learning rate and seed -> what was measured."""
@@ -142,6 +163,9 @@ class _Runner:
         return Job(key=key, inputs=inputs, run=partial(self._measure, name, rate, seed))
 
     def _do(self, name: str, rate: float, seed: int) -> None:
+        if known := self._known.get((name, rate, seed)):
+            self.ended[name, rate, seed] = known
+            return
         job = self._job(name, rate, seed)
         ended: Finished = done([job], self._folder, packages=_PACKAGES)[job.key]
         if ended.error is not None:

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
+from trl import SFTTrainer
 
 from experiments.study.config import Arm, StudyConfig, Values, merged
 from pacatune.data.encode import IGNORED
@@ -72,7 +75,7 @@ class StudyTask:
 
     def run(self, config: RunConfig) -> dict[str, float]:
         """Train and evaluate; return what is measured -> value."""
-        with released():
+        with released(), mock.patch.object(SFTTrainer, "compute_loss", answer_loss):
             # First, since each new set of training options resets what a trainer has set up.
             test, others = _data(config, self.test_options), None
             if path := self.config.unrelated:
@@ -188,6 +191,31 @@ def _embeddings(model: Any, tokenizer: Any, texts: Sequence[list[str]]) -> torch
     hidden = model(**batch, output_hidden_states=True).hidden_states[-1]
     mask = batch["attention_mask"].unsqueeze(-1)
     return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def answer_loss(
+    trainer: Any,
+    model: Any,
+    inputs: Values,
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """Return the mean loss of learned tokens, as TRL's trainer does, from their logits alone.
+
+    Without a GPU, TRL's own takes the head's products in float32, which is half of a small model's
+    step.
+    """
+    causal = trainer.accelerator.unwrap_model(model)
+    causal = causal.get_base_model() if isinstance(causal, PeftModel) else causal
+    labels = inputs["labels"][:, 1:]
+    learned = labels != IGNORED
+    with trainer.accelerator.autocast():
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        logits = causal.lm_head(hidden[:, :-1][learned])
+    total = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+    loss = total / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
+    return (loss, {"loss": loss, "logits": loss.detach()[None]}) if return_outputs else loss
 
 
 @torch.no_grad()

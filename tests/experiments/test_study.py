@@ -150,10 +150,16 @@ def test_rates_are_chosen_on_validation_data_and_reported_on_test_data(
     assert len(scripted) == 9
     run_study(study_of(text_options, seeds=[0, 1, 2, 3], learning_rates=GRIDS), out, lines.append)
     assert scripted[9:] == [("paca", 1e-3, 3), ("lora", 1e-3, 3)]
+    # What a table has of the study is not done again either.
+    known = read_runs(out / "runs.csv")["first"]
+    seeds = study_of(text_options, seeds=[0, 1, 2, 3, 4], learning_rates=GRIDS)
+    assert run_study(seeds, tmp_path / "other", lines.append, known)["paca"].runs[2]["seed"] == 2
+    assert scripted[11:] == [("paca", 1e-3, 4), ("lora", 1e-3, 4)]
+    assert len(read_runs(tmp_path / "other" / "runs.csv")["other"]["paca"]) == 7
     # Other options are other runs.
     longer = text_options | {"training": {**text_options["training"], "max_steps": 3}}
     run_study(study_of(longer, learning_rates=GRIDS), out, lines.append)
-    assert len(scripted) == 11 + 5
+    assert len(scripted) == 13 + 5
 
 
 def test_grids_are_extended_at_their_edges(scripted, text_options, tmp_path):
@@ -240,7 +246,7 @@ def test_exact_matches_are_those_of_greedy_decoding():
 
 
 def test_measures_are_those_of_the_recipe(text_options, tmp_path):
-    """The same run by `pacatune train`, evaluating on what is held out here."""
+    """The same run by `pacatune train`, by TRL's loss, evaluating on what is held out here."""
     task = StudyTask(study_of(text_options, metric="exact_match"))
     measured = task.run(task.make_run(ARMS["paca"], 1e-2, 0, tmp_path))
     assert 0 <= measured["test exact_match"] <= 1
