@@ -205,17 +205,22 @@ def answer_loss(
     Without a GPU, TRL's own takes the head's products in float32, which is half of a small model's
     step.
     """
+    logits, labels, _ = learned_logits(trainer, model, inputs)
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+    return (loss, {"loss": loss, "logits": loss.detach()[None]}) if return_outputs else loss
+
+
+def learned_logits(trainer: Any, model: Any, batch: Values) -> tuple[Any, Any, Any]:
+    """Return the logits and labels of learned tokens, and where they are (B, T - 1)."""
     causal = trainer.accelerator.unwrap_model(model)
     causal = causal.get_base_model() if isinstance(causal, PeftModel) else causal
-    labels = inputs["labels"][:, 1:]
+    labels = batch["labels"][:, 1:]
     learned = labels != IGNORED
     with trainer.accelerator.autocast():
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         hidden = causal.model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-        logits = causal.lm_head(hidden[:, :-1][learned])
-    total = F.cross_entropy(logits.float(), labels[learned], reduction="sum")
-    loss = total / (learned.sum() if num_items_in_batch is None else num_items_in_batch)
-    return (loss, {"loss": loss, "logits": loss.detach()[None]}) if return_outputs else loss
+        return causal.lm_head(hidden[:, :-1][learned]), labels[learned], learned
 
 
 @torch.no_grad()
@@ -227,10 +232,10 @@ def exact_match(trainer: Any, data: Any) -> float:
     """
     model, matches = trainer.model.eval(), list[bool]()
     for batch in trainer.get_eval_dataloader(data):
-        labels = batch.pop("labels")[:, 1:]
-        with trainer.accelerator.autocast():
-            likeliest = model(**batch).logits[:, :-1].argmax(-1)
-        matches += ((likeliest == labels) | (labels == IGNORED)).all(1).tolist()
+        logits, labels, learned = learned_logits(trainer, model, batch)
+        right = torch.ones_like(learned)
+        right[learned] = logits.argmax(-1) == labels
+        matches += right.all(1).tolist()
     return sum(matches) / len(matches)
 
 
