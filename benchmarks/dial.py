@@ -2,7 +2,7 @@
 
     python -m benchmarks.dial                    # reads results/dial.csv and dial-cost.json
     python -m benchmarks.dial --power            # what all seeds will tell, from the first three
-    python -m benchmarks.dial --collect DIR...   # runs of experiments.study -> results/dial.csv
+    python -m benchmarks.dial --collect DIR...   # adds runs of experiments.study to results/dial.csv
     python -m benchmarks.dial --cost-of-arms     # writes results/dial-cost.json, of LLaMA3-8B
 
 Prints, by task, how arms differ, what they reach and cost, and what they forget; then the default
@@ -35,6 +35,7 @@ from experiments.study.statistics import (
     compared,
     judged,
     paired,
+    read_runs,
     write_runs,
 )
 from pacatune.files.folder import format_bytes
@@ -313,8 +314,13 @@ def cost_of_arms() -> list[Row]:
 
 
 def collect(folders: Sequence[Path], path: Path) -> None:
-    """Write a line for each run of studies' folders that has ended well, as yet."""
-    runs: dict[str, dict[tuple[str, float, int], Run]] = {}
+    """Add a line for each run of studies' folders that has ended well, as yet."""
+    runs: dict[str, dict[tuple[str, float, int], Run]] = {
+        study: {
+            (arm, run["learning rate"], int(run["seed"])): run for arm in arms for run in arms[arm]
+        }
+        for study, arms in (read_runs(path) if path.is_file() else {}).items()
+    }
     for folder in folders:
         for file in (folder / "jobs").glob("*.json"):
             job = json.loads(file.read_text(encoding="utf-8"))
@@ -334,7 +340,7 @@ def main(options: list[str] | None = None) -> None:
     parser = new_parser(__doc__)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--power", action="store_true", help="what all seeds will tell, from the first three")
-    add("--collect", type=Path, nargs="+", metavar="DIR", help="write dial.csv of these studies")
+    add("--collect", type=Path, nargs="+", metavar="DIR", help="add these studies to dial.csv")
     add("--cost-of-arms", action="store_true", help="write dial-cost.json")
     args = parser.parse_args(options)
     if args.cost_of_arms:

@@ -79,6 +79,10 @@ def test_runs_are_collected_and_arms_of_two_seeds_count(results):
     collected = read_runs(results / "dial.csv")["dial-minilm"]
     assert collected["c64"] == [{**run, "seconds": 5.0} for run in TASK["c64"]]
     assert "c32" not in collected
+    # Others come beside them; the machine that made the first need not be there.
+    (results / "dial-dinov2").mkdir()
+    dial.collect([results / "dial-dinov2"], results / "dial.csv")
+    assert read_runs(results / "dial.csv")["dial-minilm"] == collected
     (study,) = studies(results).values()
     assert [*study] == ["paca16", "c64", "lora16", "rslora16"]  # as planned
     assert [*dial.arms_of(study)] == ["paca16", "c64", "lora16"]
