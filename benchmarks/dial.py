@@ -2,7 +2,7 @@
 
     python -m benchmarks.dial                    # reads results/dial.csv and dial-cost.json
     python -m benchmarks.dial --power            # what all seeds will tell, from the first three
-    python -m benchmarks.dial --collect DIR...   # adds runs of experiments.study to results/dial.csv
+    python -m benchmarks.dial --collect DIR...   # adds runs of a study to results/dial.csv
     python -m benchmarks.dial --cost-of-arms     # writes results/dial-cost.json, of LLaMA3-8B
 
 Prints, by task, how arms differ, what they reach and cost, and what they forget; then the default

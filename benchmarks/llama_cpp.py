@@ -29,13 +29,17 @@ SERVER = (
 # Prints the answer to each prompt, greedily.
 _ANSWER = """
 import json, sys
-package, model, threads, length, prompts = json.load(sys.stdin)
+package, model, lora, threads, length, prompts = json.load(sys.stdin)
 sys.path.insert(0, package)
 import xllamacpp as llama
 
 params = llama.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.verbosity = model, 512, 1, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+if lora:
+    info = llama.CommonAdapterLoraInfo()
+    info.path, info.scale = lora, 1.0
+    params.lora_adapters = [info]
 server = llama.Server(params)
 for prompt in prompts:
     request = {"prompt": prompt, "n_predict": length, "temperature": 0, "cache_prompt": False}
@@ -58,9 +62,13 @@ def fetch(requirement: str, sha256: str, suffix: str) -> Path:
     return folder
 
 
-def answers(model: Path, prompts: Sequence[str], length: int, threads: int) -> list[str]:
+def answers(
+    model: Path, prompts: Sequence[str], length: int, threads: int, lora: Path | None = None
+) -> list[str]:
     """Return what a server of a file says to each prompt, greedily, in at most so many tokens."""
-    told = json.dumps([str(fetch(*SERVER)), str(model), threads, length, list(prompts)])
+    told = json.dumps(
+        [str(fetch(*SERVER)), str(model), str(lora or ""), threads, length, [*prompts]]
+    )
     command = [sys.executable, "-c", _ANSWER]
     result = subprocess.run(command, input=told, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -1,11 +1,11 @@
 """Measure what tuning survives in a file of 4 bits that llama.cpp serves.
 
-    python -m benchmarks.packed                writes benchmarks/results/packed-part.json; hours
+    python -m benchmarks.packed                writes benchmarks/results/packed.json; an hour
     python -m benchmarks.packed --quick        one task, one seed, fewer steps and rows
 
 The model is SmolLM2-135M-Instruct as somebody's GGUF (Q4_1). PaCA and LoRA train on the file in
 bfloat16, as transformers dequantises it. PaCA's columns become codes of the same file; LoRA is
-merged, and every matrix of the blocks is quantised again by gguf.
+merged, and every matrix of the blocks is quantised again by gguf, or it is served beside the file.
 
 A score is the share of held-out answers that greedy decoding gives: as trained by transformers, of
 the file by llama.cpp. Rates are a grid with a factor of three, from low ones to beyond the best; a
@@ -13,9 +13,9 @@ method's rate is the one with the least loss of what is served, of the first see
 neither train nor test. Each training with its measurements is kept in --work: a run that was
 stopped goes on.
 
-packed.json is of commit ca84c0e0. The program there has more, which was measured once: full
-fine-tuning, other formats, LoRA on the scales of the file or beside it, columns that are rounded to
-codes while they train, speeds of what is served, and a model that is quantised after training.
+The program of commit ca84c0e0 has more, which was measured once, at r = 8: full fine-tuning, other
+formats, LoRA on the scales of the file, columns that are rounded to codes while they train, speeds
+of what is served, and a model that is quantised after training.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from typing import Any
 import gguf
 import gguf.quants
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.llama_cpp import answers
 from benchmarks.results import at_least_1, counted, mean_row, new_parser, record
@@ -43,12 +44,12 @@ from pacatune.reports.rows import Row
 from pacatune.training import RunConfig, train
 
 METHODS = {
-    "paca": "PaCA, r = 8; its columns as codes of the file",
-    "lora": "PEFT's LoRA, r = 4; merged, and quantised again by gguf",
+    "paca": "PaCA, r = 16; its columns as codes of the file",
+    "lora": "PEFT's LoRA, r = 16; merged, and quantised again by gguf",
 }
 RATES = {"paca": (1e-3, 3e-3, 9e-3, 2.7e-2), "lora": (2e-3, 6e-3, 1.8e-2)}
-# About as many trained parameters.
-SIZES = {"paca": {"r": 8, "paca_alpha": 16}, "lora": {"r": 4, "lora_alpha": 8}}
+SIZES = {"paca": {"r": 16, "paca_alpha": 16}, "lora": {"r": 16, "lora_alpha": 32}}
+BESIDE = "lora, beside"
 TASKS = {"words reversed": "reverse-words", "words sorted": "sort-words"}
 FORMAT = "Q4_1"
 _NUM_CHOOSING = 50
@@ -85,21 +86,44 @@ def run_of(
     )
 
 
+def stored(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each matrix of the blocks, and what the file has of it."""
+    checkpoint = GgufCheckpoint.open(file)
+    model: Any = load_language_model(str(file), dtype="bfloat16").model
+    for module, layer in model.get_decoder().named_modules(prefix="model"):
+        if isinstance(layer, torch.nn.Linear):
+            columns, name = torch.arange(layer.in_features), f"{module}.weight"
+            yield module, FileColumns(checkpoint, name, layer.weight, columns, model.config)
+
+
 def requantised(file: Path, trained: Any, output: Path) -> None:
     """Write a copy of a file in which the blocks' matrices are a model's, quantised again."""
     content, checkpoint = bytearray(file.read_bytes()), GgufCheckpoint.open(file)
-    before: Any = load_language_model(str(file), dtype="bfloat16").model
-    for module, layer in before.get_decoder().named_modules(prefix="model"):
-        if not isinstance(layer, torch.nn.Linear):
-            continue
-        columns = torch.arange(layer.in_features)
-        stored = FileColumns(checkpoint, f"{module}.weight", layer.weight, columns, before.config)
-        entry = checkpoint.entries[stored.name]
-        after = trained.get_submodule(module).weight.detach().float()[stored.order].contiguous()
+    for module, matrix in stored(file):
+        entry = checkpoint.entries[matrix.name]
+        after = trained.get_submodule(module).weight.detach().float()[matrix.order].contiguous()
         kind = gguf.GGMLQuantizationType[entry.dtype]
         data = gguf.quants.quantize(after.numpy(), kind).tobytes()
         content[entry.start : entry.start + entry.num_bytes] = data
     output.write_bytes(content)
+
+
+def write_beside(file: Path, adapter: Path, output: Path) -> None:
+    """Write a LoRA adapter as the GGUF that llama.cpp serves beside a file."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    writer = gguf.GGUFWriter(str(output), GgufCheckpoint.open(file).architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(config["lora_alpha"]))
+    for module, matrix in stored(file):
+        a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"].float() for x in "AB")
+        writer.add_tensor(f"{matrix.name}.lora_a", a.contiguous().numpy())
+        writer.add_tensor(f"{matrix.name}.lora_b", b[matrix.order].contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write(method: str, file: Path, adapter: Path, output: Path) -> None:
@@ -130,9 +154,11 @@ def teacher_forced(
     return {"score": 100 * matches / len(rows), "loss": losses / len(rows)}
 
 
-def served(file: Path, rows: list[dict[str, str]], threads: int) -> float:
+def served(
+    file: Path, rows: list[dict[str, str]], threads: int, beside: Path | None = None
+) -> float:
     """Return the share of answers that llama.cpp gives, in per cent."""
-    texts = answers(file, [row["prompt"] for row in rows], 48, threads)
+    texts = answers(file, [row["prompt"] for row in rows], 48, threads, beside)
     matches = [text == row["completion"] for text, row in zip(texts, rows, strict=True)]
     return 100 * sum(matches) / len(matches)
 
@@ -166,6 +192,9 @@ def cell(
             "loss": teacher_forced(choosing, output)["loss"],
             "bytes changed": 100 * changed_bytes(file, output) / file.stat().st_size,
         }
+        if method == "lora":
+            write_beside(file, adapter, lora := output.with_name("lora.gguf"))
+            numbers["score beside"] = served(file, test, args.threads, lora)
     kept.write_text(json.dumps(numbers), encoding="utf-8")
     print(kept.stem, json.dumps(numbers), flush=True)
     return numbers
@@ -195,6 +224,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     "%" * ("score" in what),
                 )
                 yield mean_row(what, method, each, note, unit=unit, **names)
+            if method == "lora":
+                each = {seed: numbers["score beside"] for seed, numbers in cells.items()}
+                yield mean_row("score", BESIDE, each, unit="%", **names)
             share = statistics.mean(numbers["bytes changed"] for numbers in cells.values())
             yield counted("bytes changed", method, share, "%", **names)
             for rate, numbers in first.items():
@@ -221,7 +253,8 @@ def main(options: list[str] | None = None) -> None:
         f"{args.steps} steps of 8 rows, bfloat16, all linear layers; scores of {args.rows} "
         f"held-out rows, seeds {', '.join(map(str, args.seeds))}"
     )
-    record("packed-part", how, lambda: list(measure(args)), args, options, METHODS)
+    methods = METHODS | {BESIDE: "not merged: served beside the file"}
+    record("packed", how, lambda: list(measure(args)), args, options, methods)
 
 
 if __name__ == "__main__":

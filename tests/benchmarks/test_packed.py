@@ -41,19 +41,22 @@ def test_a_small_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "prepare", lambda name: None)
     monkeypatch.setattr(packed, "default_cache", lambda: folder)
     monkeypatch.setattr(packed, "rows_of", lambda task, part: ROWS)
-    monkeypatch.setattr(packed, "served", lambda file, rows, threads: 50.0)
+    monkeypatch.setattr(
+        packed, "served", lambda file, rows, threads, beside=None: 50.0 - 9 * bool(beside)
+    )
     monkeypatch.setattr(packed, "_NUM_CHOOSING", 1)
     words = ["--steps", "2", "--seeds", "0", "1", "--tasks", "words sorted", "--threads", "1"]
     words += ["--rows", "2", "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
     packed.main(words)
-    rows = read("packed-part", tmp_path).rows
+    rows = read("packed", tmp_path).rows
     by_name = {(row.what, row.method): row for row in rows if row.setting == "Q4_1, words sorted"}
     for method in packed.METHODS:
         assert by_name["score", method].value == by_name["score", "base"].value == 50
         assert by_name["loss", method].n == 2
         assert 0 < by_name["bytes changed", method].value < 100
+    assert by_name["score", packed.BESIDE].value == 41
     kept = len(list((tmp_path / "work").iterdir()))
     assert kept == sum(len(rates) for rates in packed.RATES.values()) + len(packed.RATES)
     monkeypatch.setattr(packed, "train", None)  # which is not run again
     packed.main(words)
-    assert read("packed-part", tmp_path).rows == rows
+    assert read("packed", tmp_path).rows == rows
