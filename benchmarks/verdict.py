@@ -175,8 +175,8 @@ def _against(lora: str, tasks: Mapping[str, Study]) -> str:
     parts = []
     for which, by_word in said.items():
         words = [f"{w} on {', '.join(by_word[w])}" for w in ("better", "worse") if w in by_word]
-        if "not told apart" in by_word:
-            words.append(f"not told apart on {len(by_word['not told apart'])}")
+        if (same := "no significant difference") in by_word:
+            words.append(f"{same} on {len(by_word[same])}")
         parts.append(f"{which}: {', '.join(words)}")
     return "; ".join(parts)
 

@@ -102,7 +102,7 @@ def test_the_rows_of_the_readme(results):
         "test loss, 1 tasks ([which](docs/quality.md))",
         "`paca8`; the other PaCA with the least validation loss ()",
         "`paca8`: worse on MiniLM-L6, types of questions",
-        "`paca8`: not told apart on 1",
+        "`paca8`: no significant difference on 1",
     ]
     assert rises[0].endswith("at equal test loss, minus theirs: MiniLM-L6, types of questions")
     assert rises[1:] == ["`paca8`", "+0.000 ± 0.000", "+0.000 ± 0.000"]
