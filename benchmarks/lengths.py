@@ -50,8 +50,9 @@ def found() -> Iterator[Row]:
 def main(options: list[str] | None = None) -> None:
     """Simulate and write the result."""
     args = new_parser(__doc__).parse_args(options)
-    how = f"{MODEL} on {GPU}, rank {RANK}, one sequence per step, simulated"
-    record("lengths", how, lambda: list(found()), args, options, COMPARED)
+    size = ", ".join(f"{name} {n}" for name, n in COMPARED["paca"].items() if name != "method")
+    how = f"LLaMA3-8B on one GPU with 80 GB ({GPU}), {size}, one sequence per step, simulated"
+    record("lengths", how, lambda: list(found()), args, options, list(COMPARED))
 
 
 if __name__ == "__main__":
