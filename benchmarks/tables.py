@@ -142,7 +142,7 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in (studies := {"cost": verdict, "dial": dial, "found": findings}):
+    if kind in (studies := {"dial": dial, "found": findings}):
         return studies[kind].block(rest, results)
     if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)

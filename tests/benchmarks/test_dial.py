@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import dial, tables, verdict
+from benchmarks import dial, tables
 from benchmarks.dial import default, differences, fate_of_channels, studies
 from experiments.study.statistics import read_runs
 
@@ -132,7 +132,7 @@ def test_what_is_said_of_one_task(results, capsys):
     assert lines[-2] == "- Not paca16 (13 B): worse than c64 on MiniLM-L6, types of questions."
     better = "c64 on MiniLM-L6, types of questions; c8th on none"
     assert lines[-1] == f"`channels` is open so far (rule 5): better than paca16 is {better}."
-    verdict.main(["--power", "--output", str(results)])
+    dial.main(["--power", "--output", str(results)])
     assert "| c64 | paca16 | 0.012 | 0.018 |" in capsys.readouterr().out
     table = tables.block("dial-minilm", results).splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| paca16", "| c64", "| lora16"]
