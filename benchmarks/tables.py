@@ -101,6 +101,7 @@ VIEWS = {
         floor="frozen",
     ),
     "lean-units": View(file="lean", shown=("kept per token and layer; *",), columns=("method",)),
+    "lengths": View(file="lengths", columns=("method", "what")),
     "rl-run": View(
         file="rl_run",
         shown=("reward*", "sent*", "sampling_logp_difference, mean; *", "k3*"),
