@@ -147,9 +147,8 @@ def differences_table(study: Study, plan: StudyConfig) -> Table:
 
 def _texts(difference: Difference) -> list[str]:
     """Return a difference with its interval, its p, and what it is called."""
-    said = difference.said.replace("not told apart", "no significant difference")
     shown = f"{difference.mean:+.3f} ± {difference.half_interval:.3f}"
-    return [shown, f"{difference.p:.2g}", said]
+    return [shown, f"{difference.p:.2g}", difference.said]
 
 
 def losses_of(arms: Arms) -> dict[str, list[float]]:

@@ -3,26 +3,23 @@
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import fmean, linear_regression
+from statistics import fmean
 from textwrap import fill
-
-from scipy.stats import ttest_1samp
 
 from benchmarks.results import RESULTS, read
 from benchmarks.verdict import (
-    KEPT,
     TASKS,
     compared,
     forgotten,
     is_paca,
-    kept_of,
+    kept_in,
     stage_two,
     steps_of,
     studies,
     texts,
 )
 from benchmarks.verdict import two_of_paca as planned
-from experiments.study.statistics import LOSS, Run, Study, best_rate, holm
+from experiments.study.statistics import LOSS, Run, Study, best_rate, judged
 from pacatune.files.folder import format_bytes
 from pacatune.methods import METHODS
 from pacatune.reports.rows import Table, spread_of_mean
@@ -100,19 +97,17 @@ def _costs(tasks: dict[str, Study]) -> Table:
     for arm in arms:
         line = [f"`{arm}`"]
         for task, study in tasks.items():
-            steps = steps_of(task)
-            line.append(
-                f"{format_bytes(kept_of(study, arm))}; {steps[arm] / steps['paca8']:.2f}"
-                if arm in stage_two(study)
-                else "-"
-            )
+            kept, steps = kept_in(task, study).get(arm), steps_of(task)
+            size = "-" if kept is None else format_bytes(kept)
+            is_there = arm in stage_two(study)
+            line.append(f"{size}; {steps[arm] / steps['paca8']:.2f}" if is_there else "-")
         cells.append([*line, format_bytes(states[arm]) if arm in states else "-"])
     return Table(header=["arm", *map(_title, tasks), "state, LLaMA3-8B"], cells=cells)
 
 
 def _forgotten(tasks: dict[str, Study]) -> str:
     """Return what settings of PaCA forget more than LoRA, and what all of it amounts to."""
-    found: dict[tuple[str, str, str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     titles = ("paca8", _DEFAULT, "the other PaCA")
     lines = []
     for task, study in tasks.items():
@@ -121,36 +116,28 @@ def _forgotten(tasks: dict[str, Study]) -> str:
             for ours in ("paca8", _DEFAULT, planned(study)[1]):
                 points = forgotten(study, ours, lora, text, sorted(arms[ours]))
                 by_seed = [mine - theirs for _, mine, theirs in points]
-                found[task, text, lora, ours] = by_seed
+                found[f"{task}, {text}, {lora}", ours] = by_seed
                 line.append(_difference(by_seed))
             lines.append(line)
-    least = min(holm({k: float(ttest_1samp(d, 0.0).pvalue) for k, d in found.items()}).values())
+    least = min(difference.p for difference in judged(found).values())
     shown = Table(header=["task", "text", "LoRA", *titles], cells=lines, num_index=3)
     less = sum(fmean(by_seed) < 0 for by_seed in found.values())
     said = (
         f"The mean is less in {less} of {len(found)} comparisons; **none is significant**: the "
         f"smallest p, corrected by Holm's method over all of them, is {least:.2f}."
     )
-    return "\n".join([*shown.markdown(), "", said])
+    return "\n".join([*shown.markdown(), "", fill(said, width=120)])
 
 
 def _kept(tasks: dict[str, Study]) -> str:
-    """Return which of LoRA's kept bytes grow with a batch; runs of one seed see the same batch."""
-    parts = []
-    for task in ("minilm", "smollm2-sort"):
-        ours, theirs = ({r["seed"]: r[KEPT] for r in tasks[task][a]} for a in ("paca8", "lora16"))
-        seeds = sorted(ours.keys() & theirs.keys())
-        line = linear_regression([ours[s] for s in seeds], [theirs[s] for s in seeds])
-        parts.append(
-            f"{line.slope:.2f} times `paca8`'s and {line.intercept / 2**20:.0f} MiB on "
-            f"{TASKS[task].partition(',')[0]}"
-        )
-    return fill(
-        f"Over the batches of all seeds, what `lora16` keeps is {' and '.join(parts)}. The second "
-        "part does not grow with the batch: it is mostly the bfloat16 copies that autocast makes "
-        "of a base in float32. A base loaded in bfloat16 needs none.",
-        width=118,
-    )
+    """Return how much more LoRA keeps of the same batch, by model."""
+    shares = {}
+    for task, study in tasks.items():
+        kept = kept_in(task, study)
+        shares.setdefault(TASKS[task].partition(",")[0], kept["lora16"] / kept[_DEFAULT])
+    *parts, last = (f"{share:.2f} on {model}" for model, share in shares.items())
+    factors = f"{', '.join(parts)} and {last}"
+    return f"`lora16` keeps more bytes than `{_DEFAULT}`, by a factor of {factors}."
 
 
 def _rates(tasks: dict[str, Study]) -> Table:

@@ -101,6 +101,7 @@ VIEWS = {
         floor="frozen",
     ),
     "lean-units": View(file="lean", shown=("kept per token and layer; *",), columns=("method",)),
+    "lengths": View(file="lengths", columns=("method", "what")),
     "rl-run": View(
         file="rl_run",
         shown=("reward*", "sent*", "sampling_logp_difference, mean; *", "k3*"),
@@ -142,7 +143,7 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in (studies := {"cost": verdict, "dial": dial, "found": findings}):
+    if kind in (studies := {"dial": dial, "found": findings}):
         return studies[kind].block(rest, results)
     if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
         return own[name](results)

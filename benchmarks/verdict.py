@@ -1,12 +1,5 @@
-"""Say what the study at equal cost found, by the rules of studies/cost.md.
+"""What the study at equal cost found, by the rules of studies/cost.md, from its runs."""
 
-    python -m benchmarks.verdict            # reads results/cost.csv and cost-TASK.json
-
-Prints what each arm reaches, costs and forgets, by task; then what `benchmarks.dial` says of the
-study of the dial. Options are those of `benchmarks.dial`, and print what they ask for alone.
-"""
-
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -17,8 +10,7 @@ import numpy as np
 from benchmarks.results import RESULTS, read
 from experiments.study.statistics import LOSS, Difference, Run, Study, chosen, read_runs, validated
 from experiments.study.statistics import compared as compare_arms
-from pacatune.files.folder import format_bytes
-from pacatune.reports.rows import Row, Table, spread_of_mean
+from pacatune.reports.rows import spread_of_mean
 
 LORAS = ("lora", "rslora")
 TASKS = {
@@ -109,32 +101,6 @@ def _frontier(runs: Sequence[Run], seed: int, text: str) -> tuple[list[float], l
     return [loss for loss, _ in line], [rise for _, rise in line]
 
 
-def arms_table(task: str, study: Study, results: Path) -> Table:
-    """Return what each arm of the second stage reaches, costs and forgets, at its chosen rate."""
-    rows, kinds = _costs(task, results), texts(study)
-    states = {row.method: format_bytes(row.value) for row in rows if row.what == "state"}
-    shares = {row.method: row.text() for row in rows if row.unit == "ratio"}
-    header = ["arm", "rate", "test loss", "score, %", "kept for backward", f"step / {_FIRST}"]
-    header += ["adapter, gradient, state of LLaMA3-8B"]
-    header += [f"rise of the {kind} loss" for kind in kinds]
-    cells = []
-    for arm, by_seed in stage_two(study).items():
-        runs = [*by_seed.values()]
-        score = next(name for name in runs[0] if name in ("test accuracy", "test exact_match"))
-        reached = [
-            mean_text([run[LOSS] for run in runs]),
-            mean_text([100 * run[score] for run in runs], digits=1),
-        ]
-        rises = [
-            mean_text([run[f"{kind} loss after"] - run[f"{kind} loss before"] for run in runs])
-            for kind in kinds
-        ]
-        share, state = shares.get(f"{arm} / {_FIRST}", "1"), states.get(arm, "-")
-        costs = [format_bytes(kept_of(study, arm)), share, state]
-        cells.append([arm, f"{runs[0]['learning rate']:g}", *reached, *costs, *rises])
-    return Table(header=header, cells=cells)
-
-
 def mean_text(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     """Return a mean with half of its 95 % interval."""
     return f"{fmean(values):{sign}.{digits}f} ± {spread_of_mean(values):.{digits}f}"
@@ -175,35 +141,22 @@ def _against(lora: str, tasks: Mapping[str, Study]) -> str:
     parts = []
     for which, by_word in said.items():
         words = [f"{w} on {', '.join(by_word[w])}" for w in ("better", "worse") if w in by_word]
-        if "not told apart" in by_word:
-            words.append(f"not told apart on {len(by_word['not told apart'])}")
+        if (same := "no significant difference") in by_word:
+            words.append(f"{same} on {len(by_word[same])}")
         parts.append(f"{which}: {', '.join(words)}")
     return "; ".join(parts)
 
 
-def block(task: str, results: Path = RESULTS) -> str:
-    """Return the table of a task, for the docs."""
-    return "\n".join(arms_table(task, studies(results)[task], results).markdown())
+def kept_in(task: str, study: Study, results: Path = RESULTS) -> dict[str, float]:
+    """Return what each arm keeps for backward: of a base in bfloat16 where a task has autocast.
+
+    There, arms that no longer exist are missing.
+    """
+    counted = {r.method: r.value for r in read("cost-kept", results).rows if r.setting == task}
+    return counted or {arm: kept_of(study, arm) for arm in stage_two(study)}
 
 
 def steps_of(task: str, results: Path = RESULTS) -> dict[str, float]:
-    """Return the time of each arm's step."""
-    return {row.method: row.value for row in _costs(task, results) if row.unit == "ms"}
-
-
-def _costs(task: str, results: Path) -> list[Row]:
-    """Return what the arms of a task cost; words to sort have the steps of words to reverse."""
-    return read(f"cost-{task}".replace("-sort", "-words"), results).rows
-
-
-def main(options: list[str]) -> None:
-    """Print what both studies found, or what options of the second ask for."""
-    from benchmarks import dial  # which builds on this
-
-    for task in studies() if not options else ():
-        print(f"{TASKS[task]}\n\n{block(task)}\n")
-    dial.main(options)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    """Return the time of each arm's step; words to sort have that of words to reverse."""
+    rows = read(f"cost-{task}".replace("-sort", "-words"), results).rows
+    return {row.method: row.value for row in rows if row.unit == "ms"}

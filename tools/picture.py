@@ -2,6 +2,7 @@
 
 python -m tools.picture
 
+    first   what PaCA and LoRA keep per token, and the longest sequence that fits
     method  a weight, its trained columns, and what of the input is kept for them
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
@@ -12,7 +13,8 @@ python -m tools.picture
 
 import statistics
 import sys
-from itertools import cycle
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,23 @@ _FAR = 1.5  # of a test loss, times the median
 _SYNCED = {
     "paca": "PaCA's columns",
     "lora": "LoRA, merged",
-    "lora-adapter": "LoRA, beside",
-    "full": "full",
+    "lora-adapter": "LoRA, beside the weights",
+    "full": "full fine-tuning",
 }
+_SENT = "MiB per sync, 200 steps of GRPO"
+
+
+def first() -> dict[str, dict[str, float]]:
+    """Return what each panel of the first picture shows of each method, at the default level."""
+    rows = {(r.what, r.method): r.value for r in read("lengths").rows if r.setting == "level 1"}
+    names = {"paca": "PaCA", "lora": "LoRA, float32 adapters"}
+    names["lora_bf16"] = "LoRA, bfloat16 adapters"
+    panels = {"kept for backward, MiB per token": ("kept per token", 2**-20)}
+    panels["longest sequence in 80 GB, thousand tokens"] = ("longest sequence", 1e-3)
+    return {
+        title: {label: scale * rows[what, name] for name, label in names.items()}
+        for title, (what, scale) in panels.items()
+    }
 
 
 def shares() -> dict[str, dict[str, Row]]:
@@ -63,8 +79,9 @@ def synced() -> dict[str, dict[str, float]]:
 
     return {
         "mean |log p| gap of what vLLM draws": of("sampling_logp_difference, mean", "vLLM"),
-        "MiB per sync, 200 steps of GRPO": of("sent per sync", "vLLM", 2**-20, "rl_run"),
-        "time per token in transformers, base = 1": of("token / base", "transformers"),
+        _SENT: of("sent per sync", "vLLM", 2**-20, "rl_run"),
+        "time per token, transformers, base = 1": of("token / base", "transformers"),
+        "time per token, vLLM (CPU), base = 1": of("token / base", "vLLM"),
     }
 
 
@@ -74,16 +91,18 @@ def cost() -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
     The cost is that of bytes, or of time: so many panels for each task.
     """
     found: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
-    for name, study in verdict.studies().items():
-        task = name.removeprefix("cost-")
-        arms, steps = verdict.stage_two(study), verdict.steps_of(task)
-        kept = {arm: verdict.kept_of(study, arm) for arm in arms}
-        for what, values in (("kept for backward", kept), ("time of a step", steps)):
-            panel = found.setdefault(f"{what}, paca8 = 1", {}).setdefault(task, {})
-            for arm, runs in arms.items():
+    for task, study in verdict.studies().items():
+        costs = {
+            "kept for backward": verdict.kept_in(task, study),
+            "time of a step": verdict.steps_of(task),
+        }
+        for (what, values), (arm, runs) in product(costs.items(), verdict.stage_two(study).items()):
+            if arm in values:
                 losses = [run[verdict.LOSS] for run in runs.values()]
-                share = values[arm] / values["paca8"]
-                panel[arm] = share, statistics.mean(losses), spread_of_mean(losses)
+                loss, half = statistics.mean(losses), spread_of_mean(losses)
+                panels = found.setdefault(verdict.TASKS[task], {})
+                points = panels.setdefault(f"{what}, paca8 = 1", {})
+                points[arm] = values[arm] / values["paca8"], loss, half
     return found
 
 
@@ -115,7 +134,8 @@ def packed() -> dict[str, dict[str, dict[str, Row]]]:
 
 def draw(name: str, theme: str, folder: Path) -> Path:
     """Draw a picture in the colours of a theme; return its path."""
-    options = dict.fromkeys(("text.color", "xtick.color", "ytick.color"), _THEMES[theme][0])
+    coloured = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    options = dict.fromkeys(coloured, _THEMES[theme][0])
     fixed = {"svg.fonttype": "none", "svg.hashsalt": "pacatune", "font.size": 9}
     with matplotlib.rc_context({**options, **fixed}):
         draw_it, height = _PICTURES[name]
@@ -177,40 +197,68 @@ def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
         for place, value in zip(places, values, strict=True):
             right.text(value, place, f" {value:.3g}", fontsize=7, va="center_baseline")
     right.set_yticks(range(len(kept())), list(kept()))
-    right.set_title("bytes kept per token, layer and channel (counted)", fontsize=9)
+    right.set_title("bytes kept per token, layer and channel (counted)", fontsize=8)
     right.legend(frameon=False, fontsize=7)
     right.margins(x=0.15)
     _bare(right)
 
 
+def _draw_first(figure: Any, text: str, ours: str, theirs: str) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (title, values) in zip(panels, first().items(), strict=True):
+        _bars(axes, title, values, ours, theirs)
+    figure.supxlabel(f"{read('lengths').provenance['how']}; lean level 1", fontsize=7)
+
+
 def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
     for number, (title, values) in enumerate(synced().items()):
-        axes, places = figure.add_subplot(1, 3, number + 1), range(len(values))
-        axes.barh(places, values.values(), color=[ours] + [theirs] * (len(values) - 1))
-        for place, value in zip(places, values.values(), strict=True):
-            axes.text(value, place, f" {value:.3g}", color=text, fontsize=8, va="center_baseline")
-        axes.set_yticks(places, values, fontsize=8)
-        axes.set_title(title, fontsize=8)
-        axes.margins(x=0.25)
-        _bare(axes)
+        axes = figure.add_subplot(2, 2, number + 1)
+        _bars(axes, title, values, ours, theirs)
+        if title == _SENT:
+            axes.set(xscale="log", xlim=(0.1, 1500), xticks=(0.1, 1, 10, 100))
+            axes.set_xticklabels(["0.1", "1", "10", "100"], fontsize=7)
+            axes.set_xlabel("logarithmic axis", fontsize=7)
 
 
 def _draw_cost(figure: Any, text: str, ours: str, theirs: str) -> None:
     rows = cost()
-    shape = len(rows), max(map(len, rows.values()))
-    for row, (what, panels) in enumerate(rows.items()):
-        for column, (title, arms) in enumerate(panels.items()):
-            axes = figure.add_subplot(*shape, row * shape[1] + column + 1)
-            by_loss = sorted(arms.items(), key=lambda arm: -arm[1][1])  # names of close ones part
-            for beside, (name, (share, loss, half)) in zip(cycle((4, -9)), by_loss, strict=False):
+    panels = figure.subplots(len(rows), 2, sharey="row")
+    figure.supylabel("test loss", fontsize=8)
+    for line, (task, costs) in zip(panels, rows.items(), strict=True):
+        line[0].set_ylabel(task.replace(", ", "\n"), fontsize=8)
+        for axes, (what, arms) in zip(line, costs.items(), strict=True):
+            for name, (share, loss, half) in arms.items():
                 colour = ours if verdict.is_paca(name) else theirs
                 axes.plot([share] * 2, [loss - half, loss + half], color=colour, linewidth=1)
                 axes.plot(share, loss, "o", color=colour, markersize=4)
-                offset = {"xytext": (4, beside), "textcoords": "offset points"}
-                axes.annotate(name, (share, loss), **offset, fontsize=7)
-            axes.margins(x=0.25, y=0.1)
-            axes.set_title(title, fontsize=9)
-            axes.set_xlabel(what, color=text, fontsize=8)
+            axes.margins(x=0.4, y=0.1)
+            axes.set_xlabel(what, fontsize=8)
+            colours = {name: ours if verdict.is_paca(name) else text for name in arms}
+            _name_points(axes, arms, colours)
+
+
+def _name_points(
+    axes: Any, points: Mapping[str, tuple[float, float, float]], colours: Mapping[str, str]
+) -> None:
+    """Write names in the margin that their points are nearer to, in the order of their losses."""
+    shares = [share for share, _, _ in points.values()]
+    middle = (min(shares) + max(shares)) / 2
+    for side, place in (("left", 0.02), ("right", 0.98)):
+        names = [n for n, (share, _, _) in points.items() if (share > middle) == (side == "right")]
+        names.sort(key=lambda name: points[name][1])
+        leader = {"arrowstyle": "-", "linewidth": 0.4, "relpos": (side == "left", 0.5)}
+        for number, name in enumerate(names):
+            axes.annotate(
+                name,
+                points[name][:2],
+                xytext=(place, (number + 0.5) / len(names)),
+                textcoords="axes fraction",
+                ha=side,
+                va="center",
+                fontsize=7,
+                color=colours[name],
+                arrowprops=leader | {"color": colours[name]},
+            )
 
 
 def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
@@ -224,7 +272,7 @@ def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
             places = zip(*points, strict=True)
             axes.plot(*places, shapes[name], color=colour, markersize=3, label=name)
         axes.set_title(title, fontsize=8)
-        axes.set_xlabel("test loss", color=text, fontsize=8)
+        axes.set_xlabel("test loss", fontsize=8)
     known = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     place = {"loc": "outside lower right", "ncols": len(arms), "columnspacing": 1}
     figure.legend(known.values(), known, frameon=False, fontsize=7, labelcolor=text, **place)
@@ -245,21 +293,34 @@ def _draw_packed(figure: Any, text: str, ours: str, theirs: str) -> None:
             axes.annotate(name, (changed, score.value), va="center", **beside)
         axes.set_xlim(0, 9)
         axes.set_title(f"{title}: exact answers, %; hollow: as trained", fontsize=8)
-        axes.set_xlabel("bytes of the file that were changed, %", color=text, fontsize=8)
+        axes.set_xlabel("bytes of the file that were changed, %", fontsize=8)
+
+
+def _bars(axes: Any, title: str, values: Mapping[str, float], ours: str, theirs: str) -> None:
+    """Draw a bar for each value, ours first, with its number."""
+    places = range(len(values))
+    axes.barh(places, values.values(), color=[ours] + [theirs] * (len(values) - 1))
+    for place, value in zip(places, values.values(), strict=True):
+        axes.text(value, place, f" {value:.3g}", fontsize=8, va="center_baseline")
+    axes.set_yticks(places, values, fontsize=8)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.margins(x=0.25)
+    _bare(axes)
 
 
 def _bare(axes: Any) -> None:
     axes.set_xticks([])
-    axes.invert_yaxis()
+    axes.set_ylim(sorted(axes.get_ylim(), reverse=True))  # once, where panels share it
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
 _PICTURES = {
+    "first": (_draw_first, 1.5),
     "method": (_draw_method, 1.9),
     "step": (_draw_step, 3.4),
-    "sync": (_draw_sync, 1.7),
-    "cost": (_draw_cost, 4.6),
+    "sync": (_draw_sync, 2.8),
+    "cost": (_draw_cost, 7.4),
     "forgetting": (_draw_forgetting, 4.6),
     "packed": (_draw_packed, 2.6),
 }

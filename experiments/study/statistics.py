@@ -25,7 +25,7 @@ class Difference(NamedTuple):
     """How an arm differs from another one, by seed."""
 
     said: str
-    """better, worse or not told apart."""
+    """better, worse or no significant difference."""
     mean: float
     half_interval: float
     p: float
@@ -132,7 +132,7 @@ def judged(
     corrected = holm({pair: 1.0 if math.isnan(p) else p for pair, p in values.items()})
     results = {}
     for pair, by_seed in several.items():
-        mean, said = fmean(by_seed), "not told apart"
+        mean, said = fmean(by_seed), "no significant difference"
         if corrected[pair] < LEVEL:
             said = "better" if (mean < 0) == less_is_better else "worse"
         results[pair] = Difference(said, mean, spread_of_mean(by_seed), corrected[pair])

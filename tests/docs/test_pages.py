@@ -156,8 +156,11 @@ def test_the_agreement_with_the_paper_is_that_of_its_tables():
 def test_the_pictures_show_the_committed_numbers():
     step = [row.value for rows in picture.shares().values() for row in rows.values()]
     step += [value for level in picture.kept().values() for value in level.values()]
-    sync = [value for panel in picture.synced().values() for value in panel.values()]
-    for name, values in (("step", step), ("sync", sync)):
+    sync, first = (
+        [value for panel in panels.values() for value in panel.values()]
+        for panels in (picture.synced(), picture.first())
+    )
+    for name, values in (("step", step), ("sync", sync), ("first", first)):
         paths = list(picture.FOLDER.glob(f"{name}-*.svg"))
         assert len(paths) == 2
         for path in paths:

@@ -211,12 +211,12 @@ def test_the_rate_is_chosen_by_validation_over_the_seeds_that_three_rates_have()
     assert rate_beyond(1e-3, [1e-3]) is None
 
 
-def test_better_worse_and_not_told_apart():
+def test_better_worse_and_no_significant_difference():
     losses = {"a": [0.5, 0.54, 0.46], "b": [0.4, 0.441, 0.359], "c": [0.55, 0.5, 0.5], "d": [0.5]}
     arms = {name: dict(enumerate(runs(some))) for name, some in losses.items()}
     differences = compared(arms, [("a", "b"), ("b", "a"), ("a", "c"), ("a", "d"), ("a", "a")])
     said = {pair: difference.said for pair, difference in differences.items()}
-    same = {("a", "c"): "not told apart", ("a", "a"): "not told apart"}
+    same = dict.fromkeys([("a", "c"), ("a", "a")], "no significant difference")
     assert said == {("a", "b"): "worse", ("b", "a"): "better", **same}
     assert differences["a", "b"].mean == pytest.approx(0.1)
     assert 0 < differences["a", "b"].half_interval < 0.01

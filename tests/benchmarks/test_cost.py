@@ -1,0 +1,38 @@
+"""What arms keep, of a small model; and that the committed result has every arm that exists."""
+
+import json
+
+from benchmarks import cost
+from benchmarks.results import read
+from benchmarks.verdict import KEPT, stage_two, studies
+from tests.data.conftest import write_lines
+
+
+def test_arms_that_exist_train_one_step(tmp_path, tiny_model_dir, monkeypatch):
+    write_lines(tmp_path / "data.jsonl", [{"prompt": "Why?", "completion": "So."}] * 20)
+    data = str(tmp_path / "data.jsonl")
+    options = {
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"path": data, "eval_path": data},
+        "training": {"use_cpu": True},
+    }
+    shared = {"rank": 2, "learning_rates": [1e-3]}
+    plan = {"options": options, "arms": {"paca": shared, "lora": {**shared, "method": "lora"}}}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(plan))
+    runs = [{"seed": 0.0, "learning rate": 1e-3, "validation loss": 1.0}]
+    monkeypatch.setattr(cost, "FOLDER", tmp_path)
+    monkeypatch.setattr(cost, "TASKS", ("tiny",))
+    arms = dict.fromkeys(("paca", "pool", "lora"), runs)
+    monkeypatch.setattr(cost, "studies", lambda: {"tiny": arms})
+    cost.main(["--output", str(tmp_path)])
+    kept = {row.method: row.value for row in read("cost-kept", tmp_path).rows}
+    assert [*kept] == ["paca", "lora"]
+    assert 0 < kept["paca"] < kept["lora"]
+
+
+def test_the_committed_result_has_every_arm_that_exists():
+    rows = read("cost-kept").rows
+    assert {row.what for row in rows} == {KEPT}
+    for task in cost.TASKS:
+        arms = [arm for arm in stage_two(studies()[task]) if arm not in ("pool16", "spread16")]
+        assert [row.method for row in rows if row.setting == task] == arms
