@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from benchmarks import dial, findings, verdict
+from benchmarks import dial, findings, first
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -145,72 +145,11 @@ def block(name: str, results: Path = RESULTS) -> str:
         return doc_table(rest)
     if kind in (studies := {"dial": dial, "found": findings}):
         return studies[kind].block(rest, results)
-    if name in (own := {"first": _first, "demo": _demo, "compat": _compat}):
+    if name in (own := {"first": first.block, "demo": _demo, "compat": _compat}):
         return own[name](results)
     if name not in VIEWS:
         raise ValueError(f"no table {name!r}; there are {', '.join(VIEWS)}.")
     return VIEWS[name].markdown(results)
-
-
-def _first(results: Path) -> str:
-    """Return costs, scores and forgetting of PaCA and three LoRAs, for the first screen."""
-    steps = read("step", results)
-    kept = {(row.setting, row.method): row.value for row in read("lean", results).rows}
-    eager = [row for row in read("kernels", results).rows if row.setting == "eager"]
-    kernels = {(row.what, row.method): row.value for row in eager}
-    studies = [verdict.steps_of(task, results) for task in ("minilm", "dinov2", "smollm2-words")]
-
-    def share(name: str) -> str:
-        return _range([row.value for row in steps.rows if row.method == f"paca / {name}"])
-
-    def beside(lora: str) -> str:
-        return _range([times["paca16"] / times[lora] for times in studies])
-
-    def beyond(name: str) -> str:
-        ways = ("forward", "backward")
-        return " + ".join(f"{kernels[w, name] - kernels[w, 'frozen']:.0f}" for w in ways)
-
-    model, device = steps.rows[0].model.partition(", ")[2], steps.provenance["device"]
-    loras = ("paca", "lora", "lora_bf16")
-    timed = (
-        f"PaCA's step time as a share of theirs, r = 16: small Llama ({model}), 16 to 2,048 "
-        f"tokens, {device}"
-    )
-    bytes_kept = (
-        "kept for backward, r = 16, bytes per token, layer and channel of LLaMA3-8B; with lean "
-        "activations, level 1; counted"
-    )
-    launched = "kernels beyond a frozen decoder layer, forward + backward; counted"
-    served = (
-        "tuned in a 4-bit GGUF and written into it (LoRA: quantised again), SmolLM2-135M, words "
-        "reversed; sorted: exact answers served, % (as trained)"
-    )
-    cells = [
-        [timed, "-", *map(share, loras[1:]), "-"],
-        ["the same on three small models", "-", beside("lora16"), "-", beside("rslora16")],
-        [bytes_kept, *(f"{kept['plain', n]:.0f}; {kept['level 1', n]:.0f}" for n in loras), "-"],
-        [launched, *map(beyond, loras), "-"],
-    ]
-    for title, paca, lora, rslora in verdict.first_rows(results):
-        cells.append([title, paca, lora, "-", rslora])
-    cells.append([served, *(_served(results, arm) for arm in ("paca", "lora")), "-", "-"])
-    trainer = "LoRA as Trainer runs it (autocast, float32 adapters)"
-    header = ["", "PaCA", trainer, "LoRA, adapters in bfloat16", "rsLoRA"]
-    return "\n".join(Table(header=header, cells=cells).markdown())
-
-
-def _range(shares: list[float]) -> str:
-    return f"{min(shares):.2f} to {max(shares):.2f}"
-
-
-def _served(results: Path, arm: str) -> str:
-    """Return the scores of an arm in the first format of files of few bits, by task."""
-    rows = {(r.setting, r.what): r for r in read("packed", results).rows if r.method == arm}
-    settings = [f"Q4_1, words {task}" for task in ("reversed", "sorted")]
-    return "; ".join(
-        f"{rows[setting, 'score'].value:.1f} ({rows[setting, 'score as trained'].value:.1f})"
-        for setting in settings
-    )
 
 
 def _demo(results: Path) -> str:

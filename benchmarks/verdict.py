@@ -1,6 +1,6 @@
 """What the study at equal cost found, by the rules of studies/cost.md, from its runs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -104,47 +104,6 @@ def _frontier(runs: Sequence[Run], seed: int, text: str) -> tuple[list[float], l
 def mean_text(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     """Return a mean with half of its 95 % interval."""
     return f"{fmean(values):{sign}.{digits}f} ± {spread_of_mean(values):.{digits}f}"
-
-
-def first_rows(results: Path = RESULTS) -> list[list[str]]:
-    """Return what was found against LoRA and rsLoRA, for the README: title, PaCA, both."""
-    tasks = studies(results)
-    others = dict.fromkeys(arm for study in tasks.values() for arm in two_of_paca(study)[1:])
-    named = ", ".join(f"`{arm}`" for arm in others)
-    ours = f"`{_FIRST}`; the other PaCA with the least validation loss ({named})"
-    title = f"test loss, {len(tasks)} tasks ([which](docs/quality.md))"
-    losses = [title, ours, *(_against(lora, tasks) for lora in LORAS)]
-    rises = {TASKS[task]: _less_forgotten(study) for task, study in tasks.items() if texts(study)}
-    title = "rise of the loss on general text at equal test loss, minus theirs"
-    cells = ["; ".join(values) for values in zip(*rises.values(), strict=True)]
-    return [losses, [f"{title}: {'; '.join(rises)}", *cells]]
-
-
-def _less_forgotten(study: Study) -> list[str]:
-    """Return an arm of PaCA, and what it forgets more than each LoRA."""
-    arms, ours = stage_two(study), two_of_paca(study)[-1]
-    cells = [f"`{ours}`"]
-    for lora in (arm for name in LORAS for arm in arms if arm.startswith(name)):
-        both = forgotten(study, ours, lora, "general", sorted(arms[ours]))
-        cells.append(mean_text([mine - theirs for _, mine, theirs in both], sign="+"))
-    return cells
-
-
-def _against(lora: str, tasks: Mapping[str, Study]) -> str:
-    """Return on which tasks PaCA is better or worse than a LoRA, and on how many neither."""
-    said: dict[str, dict[str, list[str]]] = {}
-    for task, study in tasks.items():
-        for (ours, other), difference in compared(study).items():
-            if other.startswith(lora):
-                which = f"`{_FIRST}`" if ours == _FIRST else "the other"
-                said.setdefault(which, {}).setdefault(difference.said, []).append(TASKS[task])
-    parts = []
-    for which, by_word in said.items():
-        words = [f"{w} on {', '.join(by_word[w])}" for w in ("better", "worse") if w in by_word]
-        if (same := "no significant difference") in by_word:
-            words.append(f"{same} on {len(by_word[same])}")
-        parts.append(f"{which}: {', '.join(words)}")
-    return "; ".join(parts)
 
 
 def kept_in(task: str, study: Study, results: Path = RESULTS) -> dict[str, float]:

@@ -89,19 +89,3 @@ def test_bytes_are_counted_anew_where_training_has_autocast(results):
         (results / "cost-kept.json").write_text(json.dumps({"rows": [row]}))
         assert verdict.kept_in("minilm", study, results) == kept
     assert verdict.steps_of("minilm", results)["lora8"] == 15.0
-
-
-def test_the_rows_of_the_readme(results):
-    path = results / "cost.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines()))
-    own = {"arm": "rslora16", "learning rate": "0.004", "validation loss": "0.1"}
-    write(path, rows + [row | own for row in rows if row["arm"] == "paca8"])
-    losses, rises = verdict.first_rows(results)
-    assert losses == [
-        "test loss, 1 tasks ([which](docs/quality.md))",
-        "`paca8`; the other PaCA with the least validation loss ()",
-        "`paca8`: worse on MiniLM-L6, types of questions",
-        "`paca8`: no significant difference on 1",
-    ]
-    assert rises[0].endswith("at equal test loss, minus theirs: MiniLM-L6, types of questions")
-    assert rises[1:] == ["`paca8`", "+0.000 ± 0.000", "+0.000 ± 0.000"]
