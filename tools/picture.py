@@ -3,7 +3,7 @@
 python -m tools.picture
 
     first   what PaCA and LoRA keep per token, and the longest sequence that fits
-    method  a weight, its trained columns, and what of the input is kept for them
+    method  from PaCA to LoRA: trained columns, what of the input is kept, and what is trained
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
     cost    what arms of the study at equal cost keep, the time of their steps, and their losses
@@ -148,27 +148,33 @@ def draw(name: str, theme: str, folder: Path) -> Path:
 
 
 def _draw_method(figure: Any, text: str, ours: str, theirs: str) -> None:
-    axes = figure.add_subplot()
-    trained, num_inputs, num_outputs = (2, 5, 11), 14, 7
-    for column in range(num_inputs):
-        colour = ours if column in trained else theirs
-        for row in range(num_outputs):
-            axes.add_patch(Rectangle((column, -row), 0.9, 0.9, color=colour))
-        axes.add_patch(Rectangle((column, 2.2), 0.9, 0.9, color=colour))
-    for row in range(num_outputs):
-        axes.add_patch(Rectangle((num_inputs + 1.2, -row), 0.9, 0.9, color=theirs))
-    words = {"color": text, "fontsize": 9, "va": "center"}
-    beside = num_inputs + 3.4
-    axes.text(-0.4, 2.65, "input x", ha="right", **words)
-    axes.text(-0.4, -2.5, "weight W", ha="right", **words)
-    axes.text(num_inputs + 0.55, -2.5, "=", ha="center", **words)
-    axes.text(beside, -2.5, "output y = W x: one product, of one weight", **words)
-    axes.text(beside, 2.65, f"{len(trained)} of {num_inputs} channels kept for backward", **words)
-    columns = f"{len(trained)} of {num_inputs} columns trained, in place"
-    axes.text(beside, -4.2, columns, **{**words, "color": ours})
-    axes.text(beside, -5.9, "the others stay as they were pretrained", **{**words, "color": theirs})
-    axes.set(xlim=(-5, 42), ylim=(-6.6, 3.6), aspect="equal")
-    axes.set_axis_off()
+    num_inputs, num_outputs, rank = 12, 6, 3
+    forms = {
+        "PaCA: r columns": (1, 4, 9),
+        "channels: c columns, rank r": (0, 1, 4, 6, 9, 10),
+        "all channels: LoRA, in place": tuple(range(num_inputs)),
+    }
+    words = {"color": text, "fontsize": 8, "va": "center"}
+    for number, (title, trained) in enumerate(forms.items()):
+        axes = figure.add_subplot(1, len(forms), number + 1)
+        parts = [(0, 2.4, num_inputs, 1, trained), (0, 0.6, num_inputs, num_outputs, trained)]
+        parts.append((0, -8.2, rank, num_outputs, range(rank)))
+        if len(trained) > rank:
+            parts.append((rank + 1.2, -8.2, len(trained), rank, range(len(trained))))
+            axes.text(rank + 0.55, -8.9, "x", ha="center", **words)
+            axes.text(rank + 1.2, -11.5, "mix (r, c)", **words)
+        for left, top, width, height, filled in parts:
+            for column, row in product(range(width), range(height)):
+                colour = ours if column in filled else theirs
+                axes.add_patch(Rectangle((left + column, top - row), 0.9, 0.9, color=colour))
+        axes.text(-0.4, 2.85, "x", ha="right", **words)
+        axes.text(-0.4, -1.9, "W'", ha="right", **words)
+        axes.text(0, 4.1, f"{len(trained)} of {num_inputs} channels kept", **words)
+        axes.text(0, -6.2, "trained:", **words)
+        axes.text(rank + 1.2, -13, "delta (O, r)", **words)
+        axes.text(0, 5.6, title, color=text, fontsize=9)
+        axes.set(xlim=(-1.6, 17), ylim=(-14, 6.8), aspect="equal", anchor="W")
+        axes.set_axis_off()
 
 
 def _draw_step(figure: Any, text: str, ours: str, theirs: str) -> None:
@@ -317,7 +323,7 @@ def _bare(axes: Any) -> None:
 
 _PICTURES = {
     "first": (_draw_first, 1.5),
-    "method": (_draw_method, 1.9),
+    "method": (_draw_method, 3.0),
     "step": (_draw_step, 3.4),
     "sync": (_draw_sync, 2.8),
     "cost": (_draw_cost, 7.4),
