@@ -279,6 +279,7 @@ def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
             axes.plot(*places, shapes[name], color=colour, markersize=3, label=name)
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("test loss", fontsize=8)
+        axes.set_ylabel("rise of the loss", fontsize=8)
     known = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     place = {"loc": "outside lower right", "ncols": len(arms), "columnspacing": 1}
     figure.legend(known.values(), known, frameon=False, fontsize=7, labelcolor=text, **place)
