@@ -1,6 +1,6 @@
 """Say what the study of the dial found, by the rules of studies/dial.md.
 
-    python -m benchmarks.dial                    # reads results/dial.csv and dial-cost.json
+    python -m benchmarks.dial                    # reads results/dial.csv, dial-cost, dial-steps
     python -m benchmarks.dial --power            # what all seeds will tell, from the first three
     python -m benchmarks.dial --collect DIR...   # adds runs of a study to results/dial.csv
     python -m benchmarks.dial --cost-of-arms     # writes results/dial-cost.json, of LLaMA3-8B
@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 
 from scipy.stats import t as student
 
 from benchmarks import verdict
 from benchmarks.results import RESULTS, ROOT, new_parser, read, record
-from benchmarks.verdict import LORAS, TASKS, forgotten, is_paca, kept_of, mean_text, texts
+from benchmarks.verdict import KEPT, LORAS, TASKS, forgotten, is_paca, mean_text, texts
 from experiments.study.config import StudyConfig, read_study
 from experiments.study.statistics import (
     LEVEL,
@@ -51,7 +51,7 @@ REFERENCES = (_FIRST, "paca64", _RIVAL)
 JUDGED = ("c64", "c8th")
 """Arms that decide whether `channels` stays."""
 _ENOUGH = 2  # tasks on which one of them is better
-_KEPT, _STATE = "kept for backward", "state"
+_KEPT_AT_8B, _STATE = "kept for backward", "state"
 
 
 @cache
@@ -168,13 +168,15 @@ def frontier(costs: Mapping[str, float], losses: Mapping[str, float]) -> set[str
     return {arm for arm, point in points.items() if not is_beaten(point)}
 
 
-def arms_table(study: Study, results: Path = RESULTS) -> Table:
+def arms_table(task: str, study: Study, results: Path = RESULTS) -> Table:
     """Return what arms reach and cost, and by which costs they are on a frontier (rule 2)."""
     arms, told, state = arms_of(study), differences(study), at_8b(results)[_STATE]
-    losses = losses_of(arms)
+    losses, setting = losses_of(arms), task.replace("-words", "-sort")  # whose steps are equal
+    rows = [row for row in read("dial-steps", results).rows if row.setting == setting]
+    measured = {(row.what, row.method): row.value for row in rows}
     costs = {
-        "kept": {arm: kept_of(study, arm) for arm in arms},
-        "step": {arm: median(run["step, ms"] for run in arms[arm].values()) for arm in arms},
+        "kept": {arm: measured[KEPT, arm] for arm in arms},
+        "step": {arm: measured["step", arm] for arm in arms},
         "state": {arm: state[arm] for arm in arms},
     }
     means = {arm: fmean(values) for arm, values in losses.items()}
@@ -262,11 +264,11 @@ def said(results: Path = RESULTS) -> Iterator[str]:
     missed = missing(tasks)
     yield from (f"Missing: {line}." for line in missed)
     for task, study in tasks.items():
-        tables = [differences_table(study, plans()[task]), arms_table(study, results)]
+        tables = [differences_table(study, plans()[task]), arms_table(task, study, results)]
         if texts(study):
             tables.append(forgetting_table(study))
         yield from (f"\n{TASKS[task]}", *("\n" + "\n".join(t.markdown()) for t in tables))
-    sums = {arm: costs[_KEPT][arm] + state for arm, state in costs[_STATE].items()}
+    sums = {arm: costs[_KEPT_AT_8B][arm] + state for arm, state in costs[_STATE].items()}
     taken, others = default(tasks, sums)
     so_far = " so far" if missed else ""
     kept = f" ({format_bytes(sums[taken])} kept and in state at 8B)" if taken else ""
@@ -279,7 +281,7 @@ def said(results: Path = RESULTS) -> Iterator[str]:
 
 def block(task: str, results: Path = RESULTS) -> str:
     """Return the table of a task, for the docs."""
-    return "\n".join(arms_table(studies(results)[task], results).markdown())
+    return "\n".join(arms_table(task, studies(results)[task], results).markdown())
 
 
 def at_8b(results: Path = RESULTS) -> dict[str, dict[str, float]]:
@@ -304,7 +306,7 @@ def cost_of_arms() -> list[Row]:
         estimate = estimate_memory(setting)
         # Originals are in the adapter. The gradient is as large as each of the two moments.
         state = estimate.by_category["adapter"] + estimate.by_category["optimizer"] * 3 // 2
-        for what, number in ((_KEPT, estimate.saved_bytes), (_STATE, state)):
+        for what, number in ((_KEPT_AT_8B, estimate.saved_bytes), (_STATE, state)):
             names = {"model": setting.model, "setting": f"{setting.seq_len:,} tokens"}
             rows.append(
                 Row(what=what, method=name, value=number, unit="bytes", origin="simulated", **names)

@@ -30,37 +30,43 @@ class ImageTask:
         training["output_dir"] = str(folder)
         return {**self.values, **options, "training": training}
 
-    def run(self, run: Values) -> dict[str, float]:
-        """Train and evaluate; return what is measured -> value."""
-        import transformers
-
+    def trainer_of(self, run: Values) -> tuple[Any, Any]:
+        """Return a run's trainer, and the images that choose rates."""
         data, training, method = run["data"], run["training"], run["method"]
         options = dict(run["paca" if method == "paca" else "lora"])
         rank = options.pop("r")
         options.pop("lora_dropout", None)
-        seed, steps = training["seed"], training["max_steps"]
+        seed = training["seed"]
         train, test = load_images(Path(data["path"]).expanduser())
         train = _per_class(train, data["train_per_class"])
         test = _per_class(test, data["eval_per_class"])
         parts = train.train_test_split(
             self.config.validation_fraction, stratify_by_column="label", seed=seed
         )
+        trainer = make_trainer(
+            str(Path(run["model"]["path"]).expanduser()),
+            method,
+            (parts["train"], test),
+            Path(training["output_dir"]),
+            rank,
+            training["learning_rate"],
+            training["max_steps"],
+            seed=seed,
+            size=data["image_size"],
+            head_rate=training["head_learning_rate"],
+            **options,
+        )
+        see = trainer.eval_dataset.format["format_kwargs"]["transform"]
+        return trainer, parts["test"].with_transform(see)
+
+    def run(self, run: Values) -> dict[str, float]:
+        """Train and evaluate; return what is measured -> value."""
+        import transformers
+
+        steps = run["training"]["max_steps"]
         with released():
-            trainer = make_trainer(
-                str(Path(run["model"]["path"]).expanduser()),
-                method,
-                (parts["train"], test),
-                Path(training["output_dir"]),
-                rank,
-                training["learning_rate"],
-                steps,
-                seed=seed,
-                size=data["image_size"],
-                head_rate=training["head_learning_rate"],
-                **options,
-            )
+            trainer, chosen_by = self.trainer_of(run)
             trainer.remove_callback(transformers.PrinterCallback)
-            see = trainer.eval_dataset.format["format_kwargs"]["transform"]
             kept = kept_bytes(trainer.model, next(iter(trainer.get_train_dataloader())))
             trainer.model.zero_grad()
             trained = trainer.train().metrics
@@ -71,7 +77,7 @@ class ImageTask:
                 "kept for backward, bytes": kept,
                 "trained parameters": trainer.get_num_trainable_parameters(),
             }
-            for name, part in (("validation", parts["test"].with_transform(see)), ("test", None)):
+            for name, part in (("validation", chosen_by), ("test", None)):
                 values = trainer.evaluate(part)
                 numbers |= {
                     f"{name} {what}": values[f"eval_{what}"] for what in ("loss", "accuracy")

@@ -5,6 +5,7 @@ import json
 from benchmarks import cost
 from benchmarks.results import read
 from benchmarks.verdict import KEPT, stage_two, studies
+from experiments.study.config import read_study
 from tests.data.conftest import write_lines
 
 
@@ -17,17 +18,25 @@ def test_arms_that_exist_train_one_step(tmp_path, tiny_model_dir, monkeypatch):
         "training": {"use_cpu": True},
     }
     shared = {"rank": 2, "learning_rates": [1e-3]}
-    plan = {"options": options, "arms": {"paca": shared, "lora": {**shared, "method": "lora"}}}
+    arms = {"paca": shared, "lora16": {**shared, "method": "lora"}}
+    plan = {"options": options, "arms": arms}
     (tmp_path / "tiny.yaml").write_text(json.dumps(plan))
     runs = [{"seed": 0.0, "learning rate": 1e-3, "validation loss": 1.0}]
     monkeypatch.setattr(cost, "FOLDER", tmp_path)
     monkeypatch.setattr(cost, "TASKS", ("tiny",))
-    arms = dict.fromkeys(("paca", "pool", "lora"), runs)
+    arms = dict.fromkeys(("paca", "pool", "lora16"), runs)
     monkeypatch.setattr(cost, "studies", lambda: {"tiny": arms})
     cost.main(["--output", str(tmp_path)])
     kept = {row.method: row.value for row in read("cost-kept", tmp_path).rows}
-    assert [*kept] == ["paca", "lora"]
-    assert 0 < kept["paca"] < kept["lora"]
+    assert [*kept] == ["paca", "lora16"]
+    assert 0 < kept["paca"] < kept["lora16"]
+    # Those of the dial take turns.
+    monkeypatch.setattr(cost, "DIAL", ("tiny",))
+    monkeypatch.setattr(cost, "plans", lambda: {"tiny": read_study(tmp_path / "tiny.yaml")})
+    cost.main(["--dial", "--seconds", "0", "--min-rounds", "2", "--output", str(tmp_path)])
+    rows = {(row.what, row.method): row for row in read("dial-steps", tmp_path).rows}
+    assert 0 < rows[KEPT, "paca"].value < rows[KEPT, "lora16"].value
+    assert rows["step", "paca"].n == rows["step", "lora16"].n == 2
 
 
 def test_the_committed_result_has_every_arm_that_exists():
