@@ -35,14 +35,15 @@ from benchmarks.timing import Contender
 from pacatune import lean
 from pacatune.reports.rows import Row
 
-RANK, SCALING, SEED = 4, 2, 0
-LAYER = llama_values(64, 2, num_heads=4, num_kv_heads=2, intermediate_size=96, vocab_size=64)
+RANK, SCALING, SEED = 16, 2, 0
+LAYER = llama_values(128, 2, num_heads=4, num_kv_heads=2, intermediate_size=192, vocab_size=64)
 NUM_LINEAR = 7
 NUM_TOKENS = 37
 _NUM_LAYERS = 3
 
 QUANTISED = ("qpaca", "qlora")
-COUNTED = ("frozen", OURS, SWAP, "lora", "lora_bf16", "lora_dropout", "dora", *QUANTISED)
+RIVALS = (SWAP, "lora", "lora_bf16", "lora_dropout", "dora")
+COUNTED = ("frozen", OURS, "channels", *RIVALS, *QUANTISED)
 HELD = ("frozen", OURS)
 """Those that promises are about: ours, beyond the floor."""
 
