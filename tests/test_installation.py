@@ -65,6 +65,7 @@ def test_the_description_of_a_wheel_leads_nowhere_outside_of_it(tmp_path) -> Non
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
     (path,) = tmp_path.glob("*.dist-info/METADATA")
     text = path.read_text(encoding="utf-8").partition("\n\n")[2]
-    assert text.startswith("# pacatune\n\n[PaCA](https://arxiv.org/abs/2503.01905) (ICLR 2025)")
+    assert text.startswith("# pacatune\n\n**Fine-tune Hugging Face models")
+    assert "pacatune is [PaCA](https://arxiv.org/abs/2503.01905) (ICLR 2025)" in text
     assert not re.findall(r"\]\((?!https://)|src=|<!--", text)
     assert "Apache License 2.0" in text

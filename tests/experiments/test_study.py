@@ -239,8 +239,11 @@ def test_exact_matches_are_those_of_greedy_decoding():
     labels = ids.where(torch.arange(9) >= 5, -100)
     labels[3, -1] = -100
     rows = slice(3), slice(3, None)
-    batches = [{"input_ids": ids[some], "labels": labels[some]} for some in rows]
-    accelerator = SimpleNamespace(autocast=nullcontext)
+    batches = [
+        {"input_ids": ids[r], "labels": labels[r], "attention_mask": torch.ones_like(ids[r])}
+        for r in rows
+    ]
+    accelerator = SimpleNamespace(autocast=nullcontext, unwrap_model=lambda model: model)
     trainer = SimpleNamespace(model=model, accelerator=accelerator, get_eval_dataloader=list)
     assert exact_match(trainer, batches) == 0.5
 

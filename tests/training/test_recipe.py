@@ -221,10 +221,10 @@ def test_experts_are_trained_beside_the_attention(make_config, tiny_tokenizer, t
 
 
 def test_a_run_that_ended_worse_says_so(make_config, tmp_path, console):
-    training = {"learning_rate": 50, "max_steps": 4, "logging_steps": 1}
+    training = {"learning_rate": 20, "max_steps": 4, "logging_steps": 1}
     train(make_config("full", training=training), console=console)
     line = console.file.getvalue().splitlines()[-1]
-    fix = r"lower `training.learning_rate` \(50\)."
+    fix = r"lower `training.learning_rate` \(20\)."
     assert re.fullmatch(rf"warning: the held-out loss rose from .* to .*: {fix}", line)
     said = line.removeprefix("warning: ")
     assert read_json(tmp_path / "out/report.json")["warnings"] == [said]
