@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                  writes benchmarks/results/step.json
     python -m benchmarks.step --compiled       writes benchmarks/results/step-compiled.json
+    python -m benchmarks.step --channels       writes benchmarks/results/step-channels.json
 
 A step is forward, backward and optimizer: with `--accumulation 4`, four micro-batches and one
 optimizer step. All methods alternate in one process, one step each per round, and ratios are those
@@ -13,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -46,14 +48,16 @@ from pacatune.tuner.layer import PacaLayer
 SETTINGS = ((16, 1), (16, 4), (512, 1), (2048, 1))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILED_METHODS = (OURS, "lora", "lora_bf16")
+DIAL = (OURS, "channels", "all_channels")
+RIVALS = ("frozen", "lora", "lora_bf16")
 
 
 def parse(options: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
-    usual = "None: the usual ones"
-    add("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help=usual)
+    known = list(METHODS)
+    add("--methods", nargs="+", choices=known, metavar="NAME", help="None: the usual ones")
     fast = [name for name in DTYPES if name != "bfloat16" or bfloat16_is_fast(use_cpu=True)]
     hardware = "by default those that this processor multiplies in hardware"
     add("--dtypes", nargs="+", default=fast, choices=list(DTYPES), help=hardware)
@@ -63,7 +67,9 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=2, help="rounds before, not counted")
     add("--accumulation", nargs="+", type=at_least_1, metavar="K", help="micro-batches per step")
     compiled = "compare under torch.compile; needs a C++ compiler"
-    add("--compiled", action="store_true", help=compiled)
+    form = parser.add_mutually_exclusive_group().add_argument
+    form("--compiled", action="store_true", help=compiled)
+    form("--channels", action="store_true", help="compare all forms of the dial with LoRA")
     sizes = {name: size for name, size in VALUES.items() if type(size) is int}
     for name, size in sizes.items():
         option = "--" + name.replace("_", "-")
@@ -72,7 +78,8 @@ def parse(options: list[str] | None = None) -> argparse.Namespace:
     for number in args.tokens or ():
         if number > MAX_LENGTH and number % MAX_LENGTH:
             parser.error(f"`--tokens` ({number}), above {MAX_LENGTH}, must be a multiple of it.")
-    args.methods = args.methods or list(COMPILED_METHODS if args.compiled else USUAL)
+    usual = COMPILED_METHODS if args.compiled else (*DIAL, *RIVALS) if args.channels else USUAL
+    args.methods = args.methods or list(usual)
     args.values = VALUES | {name: getattr(args, name) for name in sizes}
     return args
 
@@ -112,7 +119,10 @@ def measure(num_tokens: int, accumulation: int, dtype: str, args: argparse.Names
             step.contender.model.zero_grad()
     rows = [row for step in steps.values() for row in count(step, args.compiled, names)]
     runs = {method: step.seconds for method, step in steps.items()}
-    return rows + compare(take_turns(runs, args), args.seed, **names)
+    pairs = [pair for pair in product(DIAL, RIVALS) if runs.keys() >= {*pair}]
+    return rows + compare(
+        take_turns(runs, args), args.seed, pairs if args.channels else None, **names
+    )
 
 
 def count(step: Step, is_compiled: bool, names: dict[str, str]) -> list[Row]:
@@ -164,7 +174,8 @@ def main(options: list[str] | None = None) -> None:
     def run() -> list[Row]:
         return [row for one in choose_settings(args) for row in measure(*one, args)]
 
-    record("step-compiled" if args.compiled else "step", how, run, args, options, args.methods)
+    form = "-compiled" if args.compiled else "-channels" if args.channels else ""
+    record(f"step{form}", how, run, args, options, args.methods)
 
 
 if __name__ == "__main__":
