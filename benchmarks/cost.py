@@ -45,11 +45,11 @@ TASKS = ("minilm", "smollm2-sort", "smollm2-words")
 DIAL = ("minilm", "dinov2", "smollm2-sort")
 """Tasks of the dial whose steps differ; words to reverse have those of words to sort."""
 _USUAL = {
-    "model": {"attn_implementation": None},
+    "model": {"attn_implementation": None, "dtype": "bfloat16"},
     "lean": "auto",
     "training": {"train_sampling_strategy": "random"},
 }
-"""What the runs of the dial change of a step, as it is by default."""
+"""What the runs of the dial change of a step, as it is by default, and a base in bfloat16."""
 _CHANGES = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 1, "bf16": True}}
 _QUIET = Console(quiet=True)
 
@@ -97,6 +97,7 @@ def steps_of(plan: StudyConfig, folder: Path) -> tuple[dict[str, TrainerStep], d
             trainer = make_trainer(task, None, _QUIET)
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1  # set by the loop, which is not run
+        trainer.model = trainer.accelerator.prepare(trainer.model)  # as the loop does: autocast
         batch = next(iter(trainer.get_train_dataloader()))
         steps[name] = TrainerStep(trainer, batch)
         if images:
