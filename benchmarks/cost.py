@@ -50,6 +50,8 @@ _USUAL = {
     "training": {"train_sampling_strategy": "random"},
 }
 """What the runs of the dial change of a step, as it is by default, and a base in bfloat16."""
+_FLOAT32 = {"model": {"attn_implementation": None}, "training": {"bf16": False}}
+"""The same of images: a base in float32, of which autocast would keep copies for LoRA."""
 _CHANGES = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 1, "bf16": True}}
 _QUIET = Console(quiet=True)
 
@@ -87,8 +89,9 @@ class TrainerStep:
 def steps_of(plan: StudyConfig, folder: Path) -> tuple[dict[str, TrainerStep], dict[str, float]]:
     """Return the step of each arm of a plan, and what its forward pass keeps."""
     steps, kept = dict[str, TrainerStep](), dict[str, float]()
-    images = ImageTask(plan) if plan.command == "images" else None
-    texts = None if images else StudyTask(replace(plan, options=merged(plan.options, _USUAL)))
+    is_images = plan.command == "images"
+    changed = replace(plan, options=merged(plan.options, _FLOAT32 if is_images else _USUAL))
+    images, texts = (ImageTask(changed), None) if is_images else (None, StudyTask(changed))
     for name, arm in plan.arms.items():
         if images:
             trainer, _ = images.trainer_of(images.make_run(arm, 1e-3, 0, folder))

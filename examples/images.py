@@ -75,6 +75,8 @@ def make_trainer(
     seed=0,
     size=None,
     head_rate=HEAD_RATE,
+    bf16=False,
+    attention=None,
     **changes,
 ):
     """Return transformers' Trainer of a model with a new head for the classes of the images."""
@@ -83,6 +85,7 @@ def make_trainer(
 
     transformers.set_seed(seed)  # every method begins with the same head
     kinds = {"num_labels": images[0].features["label"].num_classes, "ignore_mismatched_sizes": True}
+    kinds["attn_implementation"] = attention
     model = transformers.AutoModelForImageClassification.from_pretrained(path, **kinds)
     processor = transformers.AutoImageProcessor.from_pretrained(path)
     model, head = adapt(model, method, rank, seed, **changes)
@@ -99,7 +102,7 @@ def make_trainer(
         return {"pixel_values": pixels, "labels": rows["label"]}
 
     options = {"output_dir": str(output), "per_device_train_batch_size": 32, "seed": seed}
-    options |= {"save_strategy": "no", "report_to": "none"}
+    options |= {"bf16": bf16, "save_strategy": "no", "report_to": "none"}
     options |= {"remove_unused_columns": False, "label_names": ["labels"]}
     # A random head sends random gradients, so the rate rises at first.
     options |= {"max_steps": steps, "warmup_steps": steps // 5, "lr_scheduler_type": "cosine"}

@@ -12,9 +12,9 @@ from pacatune.training.config_file import read_values
 class ImageTask:
     """A model and images, of which a part is trained on, one chooses rates and one is reported.
 
-    The task has `model.path`, `data` (`path`, `train_per_class`, `eval_per_class`, `image_size`)
-    and `training` (`max_steps`, `head_learning_rate`); arms give `method`, size and options as they
-    do for texts.
+    The task has `model` (`path`, `attn_implementation`), `data` (`path`, `train_per_class`,
+    `eval_per_class`, `image_size`) and `training` (`max_steps`, `head_learning_rate`, `bf16`); arms
+    give `method`, size and options as they do for texts.
     """
 
     metric, test_options = "accuracy", Values()
@@ -54,6 +54,8 @@ class ImageTask:
             seed=seed,
             size=data["image_size"],
             head_rate=training["head_learning_rate"],
+            bf16=training.get("bf16", False),
+            attention=run["model"].get("attn_implementation"),
             **options,
         )
         see = trainer.eval_dataset.format["format_kwargs"]["transform"]
