@@ -1,12 +1,10 @@
-"""Count what arms of the studies keep, on a base in bfloat16, and time their steps.
+"""What arms of the dial cost: bytes that they keep and times of steps, and both costs at 8B.
 
-    python -m benchmarks.cost               of cost.md: writes benchmarks/results/cost-kept.json
-    python -m benchmarks.cost --dial        of dial.md: writes dial-steps.json, with times
+    python -m benchmarks.cost               writes benchmarks/results/cost.json
 
-The arms of the dial take turns, one step each per round on the first batch of seed 0, as `train`
-would make it. The models for texts of the study at equal cost were in float32, under bfloat16
-autocast, which copies each frozen weight for PEFT's methods. So its arms that still exist train one
-step again, on the same batch. It takes minutes, and the data of `python -m examples.packaged`.
+The arms take turns, one step each per round on the first batch of seed 0, as `train` would make it:
+models for texts in bfloat16 under autocast, of whose frozen weights it makes no copies for PEFT's
+methods. It takes a quarter of an hour, and the data of `python -m examples.packaged`.
 """
 
 import argparse
@@ -20,9 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.dial import plans
 from benchmarks.results import (
-    ROOT,
     at_least_1,
     compare,
     counted,
@@ -30,20 +26,20 @@ from benchmarks.results import (
     record,
     take_turns,
 )
-from benchmarks.verdict import KEPT, stage_two, studies
+from benchmarks.study_runs import KEPT
+from benchmarks.verdict import plans
 from examples.images import kept_bytes
-from experiments.study.config import StudyConfig, merged, read_study
+from experiments.study.config import StudyConfig, merged
 from experiments.study.images import ImageTask
 from experiments.study.tasks import StudyTask
+from pacatune.measure.estimate import estimate_memory
+from pacatune.measure.setting import Setting
 from pacatune.reports.rows import Row
 from pacatune.training.language import Task
-from pacatune.training.recipe import make_trainer, run_trainer
+from pacatune.training.recipe import make_trainer
 
-FOLDER = ROOT / "experiments" / "study"
-TASKS = ("minilm", "smollm2-sort", "smollm2-words")
-"""Those that train under autocast."""
-DIAL = ("minilm", "dinov2", "smollm2-sort")
-"""Tasks of the dial whose steps differ; words to reverse have those of words to sort."""
+TASKS = ("minilm", "dinov2", "smollm2-sort")
+"""Those whose steps differ; words to reverse have those of words to sort."""
 _USUAL = {
     "model": {"attn_implementation": None, "dtype": "bfloat16"},
     "lean": "auto",
@@ -52,22 +48,7 @@ _USUAL = {
 """What the runs of the dial change of a step, as it is by default, and a base in bfloat16."""
 _FLOAT32 = {"model": {"attn_implementation": None}, "training": {"bf16": False}}
 """The same of images: a base in float32, of which autocast would keep copies for LoRA."""
-_CHANGES = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 1, "bf16": True}}
 _QUIET = Console(quiet=True)
-
-
-def kept() -> Iterator[Row]:
-    """Yield the bytes that each arm of the second stage keeps, where it still exists."""
-    for name in TASKS:
-        plan = read_study(FOLDER / f"{name}.yaml")
-        study = StudyTask(replace(plan, options=merged(plan.options, _CHANGES)))
-        for arm in filter(plan.arms.get, stage_two(studies()[name])):
-            with tempfile.TemporaryDirectory() as folder:
-                task = Task(study.make_run(plan.arms[arm], 1e-3, seed=0, folder=Path(folder)))
-                trainer: Any = make_trainer(task, None, _QUIET)
-                trainer.args.eval_on_start, trainer.args.eval_strategy = False, "no"
-                run_trainer(trainer, task, None, _QUIET)
-            yield counted(KEPT, arm, trainer.saved_activation_bytes, "bytes", setting=name)
 
 
 @dataclass(frozen=True)
@@ -114,7 +95,7 @@ def steps_of(plan: StudyConfig, folder: Path) -> tuple[dict[str, TrainerStep], d
 
 def in_turns(args: argparse.Namespace) -> Iterator[Row]:
     """Yield what arms of the dial keep, and the times of their steps, by task."""
-    for task in DIAL:
+    for task in TASKS:
         with tempfile.TemporaryDirectory() as folder:
             steps, kept = steps_of(plans()[task], Path(folder))
             for arm, number in kept.items():
@@ -123,21 +104,41 @@ def in_turns(args: argparse.Namespace) -> Iterator[Row]:
             yield from compare(take_turns(steps, args), args.seed, pairs, setting=task)
 
 
+def cost_of_arms() -> list[Row]:
+    """Return the bytes kept and the state of each arm for LLaMA3-8B, by `pacatune estimate`."""
+    rows = []
+    for name, arm in plans()["minilm"].arms.items():  # which has all arms
+        setting = Setting(
+            model="llama3-8b",
+            method=arm.method,
+            rank=arm.rank or 0,
+            channels=arm.options.get("paca", {}).get("channels"),
+            seq_len=2048,
+        )
+        estimate = estimate_memory(setting)
+        # Originals are in the adapter. The gradient is as large as each of the two moments.
+        state = estimate.by_category["adapter"] + estimate.by_category["optimizer"] * 3 // 2
+        for what, number in (("kept for backward", estimate.saved_bytes), ("state", state)):
+            names = {"model": setting.model, "setting": f"{setting.seq_len:,} tokens"}
+            rows.append(
+                Row(what=what, method=name, value=number, unit="bytes", origin="simulated", **names)
+            )
+    return rows
+
+
 def main(options: list[str] | None = None) -> None:
-    """Count and write the result."""
+    """Count, measure and write the result."""
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
-    add("--dial", action="store_true", help="the arms of the dial, with their times")
     add("--seconds", type=float, default=60.0, help="time for each task")
     add("--min-rounds", type=at_least_1, default=7)
     add("--warmup", type=int, default=1, help="rounds before, not counted")
     args = parser.parse_args(options)
-    if args.dial:
-        how = "first batch of seed 0; medians of steps, all arms of a task alternating in one run"
-        record("dial-steps", how, lambda: list(in_turns(args)), args, options)
-        return
-    how = "first batch of seed 0, base in bfloat16, adapters in float32, under autocast; counted"
-    record("cost-kept", how, lambda: list(kept()), args, options)
+    how = (
+        "first batch of seed 0; medians of steps, all arms of a task alternating in one run; of "
+        "LLaMA3-8B adapter, gradient and moments, and what backward needs"
+    )
+    record("cost", how, lambda: [*in_turns(args), *cost_of_arms()], args, options)
 
 
 if __name__ == "__main__":

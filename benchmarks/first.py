@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks import dial, verdict
+from benchmarks import study_runs, verdict
 from benchmarks.results import RESULTS, read
 from experiments.study.statistics import Study, judged, paired
 from pacatune.files.folder import format_bytes
@@ -15,7 +15,7 @@ OURS, LORA = "paca16", "lora16"
 
 def block(results: Path = RESULTS) -> str:
     """Return the table; each cell has at most eight words."""
-    state = _values("dial-cost", results)
+    state = _values("cost", results)
     synced = _values("rl_sync", results, model="SmolLM2-135M")
     cells = [
         [
@@ -35,10 +35,10 @@ def block(results: Path = RESULTS) -> str:
             *(format_bytes(state["state", arm]) for arm in (LORA, OURS)),
             "computed",
         ],
-        ["Test loss, 40 to 120 steps", "-", losses(verdict.studies(results)), "CPU, four tasks"],
+        ["Test loss, 40 to 120 steps", "-", losses(study_runs.studies(results)), "CPU, four tasks"],
     ]
-    long = dial.studies(results)
-    if len(long) == len(dial.plans()):  # one task of four would say too much
+    long = verdict.studies(results)
+    if len(long) == len(verdict.plans()):  # one task of four would say too much
         cells.append(["Test loss, 480 to 600 steps", "-", losses(long), "CPU, four tasks"])
     cells += [
         ["Right answers, tuned in a 4-bit GGUF", *_served(results), "CPU, SmolLM2-135M"],
@@ -78,7 +78,7 @@ def _steps(results: Path, *tokens: str) -> str:
 
 def losses(tasks: Mapping[str, Study]) -> str:
     """Return on how many tasks PaCA is better or worse, by Holm's correction over the tasks."""
-    arms = {task: dial.arms_of(study) for task, study in tasks.items()}
+    arms = {task: verdict.arms_of(study) for task, study in tasks.items()}
     told = judged({(task, OURS): paired(arms[task][OURS], arms[task][LORA]) for task in tasks})
     said = [difference.said for difference in told.values()]
     return ", ".join(f"{word} on {said.count(word)}" for word in dict.fromkeys(sorted(said)))

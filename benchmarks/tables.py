@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from benchmarks import dial, findings, first
+from benchmarks import findings, first, verdict
 from benchmarks.results import RESULTS, ROOT, read
 from examples import finetune_llm
 from experiments.reproduce.catalogue import doc_table
@@ -143,7 +143,7 @@ def block(name: str, results: Path = RESULTS) -> str:
     kind, _, rest = name.partition("-")
     if kind == "reproduce":
         return doc_table(rest)
-    if kind in (studies := {"dial": dial, "found": findings}):
+    if kind in (studies := {"dial": verdict, "found": findings}):
         return studies[kind].block(rest, results)
     if name in (own := {"first": first.block, "demo": _demo, "compat": _compat}):
         return own[name](results)

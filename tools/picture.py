@@ -6,8 +6,7 @@ python -m tools.picture
     method  from PaCA to LoRA: trained columns, what of the input is kept, and what is trained
     step    the time of a step, PaCA's as a share of LoRA's; what a layer keeps for backward
     sync    what a sampler is from its trainer, what a sync sends, and what a token costs
-    cost    what arms of the study at equal cost keep, the time of their steps, and their losses
-    forgetting  test loss, and the rise of the loss on other text, of their runs
+    frontier  test loss of the arms of the dial, and what they cost
     packed  scores in a file of 4 bits against the bytes that were changed in it
 """
 
@@ -23,13 +22,18 @@ from matplotlib.patches import Rectangle
 
 from benchmarks import verdict
 from benchmarks.results import ROOT, read
+from benchmarks.study_runs import TASKS, is_paca
 from pacatune.reports.figures import new_figure
 from pacatune.reports.rows import Row, spread_of_mean
 
 FOLDER = ROOT / "docs" / "pictures"
 _THEMES = {"light": ("#1f2328", "#0969da", "#8c959f"), "dark": ("#e6edf3", "#4493f8", "#6e7681")}
 _LORAS = {"lora": "LoRA, as Trainer runs it", "lora_bf16": "LoRA, bfloat16 adapters"}
-_FAR = 1.5  # of a test loss, times the median
+_COSTS = {
+    "kept": "kept for backward, lora16 = 1",
+    "step": "time of a step, lora16 = 1",
+    "state": "state of LLaMA3-8B, lora16 = 1",
+}
 _SYNCED = {
     "paca": "PaCA's columns",
     "lora": "LoRA, merged",
@@ -85,41 +89,21 @@ def synced() -> dict[str, dict[str, float]]:
     }
 
 
-def cost() -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
-    """Return of each arm its cost, the first's = 1, test loss and half its interval, by task.
+def frontier() -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+    """Return of each arm of the dial its cost, `lora16`'s = 1, test loss and half its interval.
 
-    The cost is that of bytes, or of time: so many panels for each task.
+    By task, and by what the cost is of: so many panels for each task.
     """
     found: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
     for task, study in verdict.studies().items():
-        costs = {
-            "kept for backward": verdict.kept_in(task, study),
-            "time of a step": verdict.steps_of(task),
+        losses = verdict.losses_of(verdict.arms_of(study))
+        reached = {
+            arm: (statistics.mean(some), spread_of_mean(some)) for arm, some in losses.items()
         }
-        for (what, values), (arm, runs) in product(costs.items(), verdict.stage_two(study).items()):
-            if arm in values:
-                losses = [run[verdict.LOSS] for run in runs.values()]
-                loss, half = statistics.mean(losses), spread_of_mean(losses)
-                panels = found.setdefault(verdict.TASKS[task], {})
-                points = panels.setdefault(f"{what}, paca8 = 1", {})
-                points[arm] = values[arm] / values["paca8"], loss, half
-    return found
-
-
-def forgetting() -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return test loss and the rise of another loss of the arms' runs, by task and text.
-
-    Those whose test loss is far from the best one are left out.
-    """
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for name, study in verdict.studies().items():
-        runs = [run for arm in verdict.stage_two(study) for run in study[arm]]
-        far = _FAR * statistics.median(run[verdict.LOSS] for run in runs)
-        for text in verdict.texts(study):
-            for arm in verdict.stage_two(study):
-                points = [point for run in study[arm] for point in verdict.points(run, text)]
-                points = [point for point in points if point[0] < far]
-                found.setdefault(f"{name.removeprefix('cost-')}, {text} text", {})[arm] = points
+        found[TASKS[task]] = {
+            what: {arm: (costs[arm] / costs["lora16"], *reached[arm]) for arm in reached}
+            for what, costs in verdict.costs_of(task).items()
+        }
     return found
 
 
@@ -226,20 +210,22 @@ def _draw_sync(figure: Any, text: str, ours: str, theirs: str) -> None:
             axes.set_xlabel("logarithmic axis", fontsize=7)
 
 
-def _draw_cost(figure: Any, text: str, ours: str, theirs: str) -> None:
-    rows = cost()
-    panels = figure.subplots(len(rows), 2, sharey="row")
+def _draw_frontier(figure: Any, text: str, ours: str, theirs: str) -> None:
+    rows = frontier()
+    panels = figure.subplots(len(rows), 3, sharey="row", squeeze=False)
     figure.supylabel("test loss", fontsize=8)
     for line, (task, costs) in zip(panels, rows.items(), strict=True):
         line[0].set_ylabel(task.replace(", ", "\n"), fontsize=8)
         for axes, (what, arms) in zip(line, costs.items(), strict=True):
             for name, (share, loss, half) in arms.items():
-                colour = ours if verdict.is_paca(name) else theirs
+                colour = ours if is_paca(name) else theirs
                 axes.plot([share] * 2, [loss - half, loss + half], color=colour, linewidth=1)
                 axes.plot(share, loss, "o", color=colour, markersize=4)
+            if what == "state":
+                axes.set_xscale("log")
             axes.margins(x=0.4, y=0.1)
-            axes.set_xlabel(what, fontsize=8)
-            colours = {name: ours if verdict.is_paca(name) else text for name in arms}
+            axes.set_xlabel(_COSTS[what], fontsize=8)
+            colours = {name: ours if is_paca(name) else text for name in arms}
             _name_points(axes, arms, colours)
 
 
@@ -265,24 +251,6 @@ def _name_points(
                 color=colours[name],
                 arrowprops=leader | {"color": colours[name]},
             )
-
-
-def _draw_forgetting(figure: Any, text: str, ours: str, theirs: str) -> None:
-    panels, markers = forgetting(), "o^sDvPX*<>"
-    arms = dict.fromkeys(arm for panel in panels.values() for arm in panel)
-    shapes = dict(zip(arms, markers, strict=False))
-    for number, (title, drawn) in enumerate(panels.items()):
-        axes = figure.add_subplot(-(-len(panels) // 3), min(len(panels), 3), number + 1)
-        for name, points in drawn.items():
-            colour = ours if verdict.is_paca(name) else theirs
-            places = zip(*points, strict=True)
-            axes.plot(*places, shapes[name], color=colour, markersize=3, label=name)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel("test loss", fontsize=8)
-        axes.set_ylabel("rise of the loss", fontsize=8)
-    known = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    place = {"loc": "outside lower right", "ncols": len(arms), "columnspacing": 1}
-    figure.legend(known.values(), known, frameon=False, fontsize=7, labelcolor=text, **place)
 
 
 def _draw_packed(figure: Any, text: str, ours: str, theirs: str) -> None:
@@ -327,8 +295,7 @@ _PICTURES = {
     "method": (_draw_method, 3.0),
     "step": (_draw_step, 3.4),
     "sync": (_draw_sync, 2.8),
-    "cost": (_draw_cost, 7.4),
-    "forgetting": (_draw_forgetting, 4.6),
+    "frontier": (_draw_frontier, 7.4),
     "packed": (_draw_packed, 2.6),
 }
 """Name -> what draws it, and its height in inches."""

@@ -1,17 +1,20 @@
-"""What arms keep, of a small model; and that the committed result has every arm that exists."""
+"""What arms keep, of a small model; and that the committed result has every arm."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import cost
+from benchmarks import cost, verdict
 from benchmarks.results import read
-from benchmarks.verdict import KEPT, stage_two, studies
-from experiments.study.config import read_study
+from benchmarks.study_runs import KEPT
+from experiments.study.config import merged, read_study
+from experiments.study.tasks import StudyTask
+from pacatune.training import train
 from tests.data.conftest import write_lines
 
 
-def test_arms_that_exist_train_one_step(tmp_path, tiny_model_dir, monkeypatch):
+def test_arms_keep_in_turns_what_they_keep_in_training(tmp_path, tiny_model_dir, monkeypatch):
     write_lines(tmp_path / "data.jsonl", [{"prompt": "Why?", "completion": "So."}] * 20)
     data = str(tmp_path / "data.jsonl")
     options = {
@@ -21,30 +24,24 @@ def test_arms_that_exist_train_one_step(tmp_path, tiny_model_dir, monkeypatch):
     }
     shared = {"rank": 2, "learning_rates": [1e-3]}
     arms = {"paca": shared, "lora16": {**shared, "method": "lora"}}
-    plan = {"options": options, "arms": arms}
-    (tmp_path / "tiny.yaml").write_text(json.dumps(plan))
-    runs = [{"seed": 0.0, "learning rate": 1e-3, "validation loss": 1.0}]
-    monkeypatch.setattr(cost, "FOLDER", tmp_path)
+    (tmp_path / "tiny.yaml").write_text(json.dumps({"options": options, "arms": arms}))
+    plan = read_study(tmp_path / "tiny.yaml")
     monkeypatch.setattr(cost, "TASKS", ("tiny",))
-    arms = dict.fromkeys(("paca", "pool", "lora16"), runs)
-    monkeypatch.setattr(cost, "studies", lambda: {"tiny": arms})
-    cost.main(["--output", str(tmp_path)])
-    kept = {row.method: row.value for row in read("cost-kept", tmp_path).rows}
-    assert [*kept] == ["paca", "lora16"]
-    assert 0 < kept["paca"] < kept["lora16"]
-    # Those of the dial take turns.
-    monkeypatch.setattr(cost, "DIAL", ("tiny",))
-    monkeypatch.setattr(cost, "plans", lambda: {"tiny": read_study(tmp_path / "tiny.yaml")})
-    cost.main(["--dial", "--seconds", "0", "--min-rounds", "2", "--output", str(tmp_path)])
-    rows = {(row.what, row.method): row for row in read("dial-steps", tmp_path).rows}
-    # As in training: a step without autocast keeps float32 copies for LoRA.
-    assert {arm: rows[KEPT, arm].value for arm in kept} == pytest.approx(kept, abs=8)
+    monkeypatch.setattr(cost, "plans", lambda: {"tiny": plan, "minilm": verdict.plans()["minilm"]})
+    cost.main(["--seconds", "0", "--min-rounds", "2", "--output", str(tmp_path)])
+    rows = {(row.what, row.method): row for row in read("cost", tmp_path).rows if not row.model}
     assert rows["step", "paca"].n == rows["step", "lora16"].n == 2
+    # As in training: a step without autocast keeps float32 copies for LoRA.
+    changes = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 1}}
+    study = StudyTask(replace(plan, options=merged(options, changes)))
+    for arm in arms:
+        run = study.make_run(plan.arms[arm], 1e-3, seed=0, folder=tmp_path / arm)
+        kept = train(run).saved_activation_bytes
+        assert rows[KEPT, arm].value == pytest.approx(kept, abs=8)
 
 
-def test_the_committed_result_has_every_arm_that_exists():
-    rows = read("cost-kept").rows
-    assert {row.what for row in rows} == {KEPT}
+def test_the_committed_result_has_every_arm_of_each_task_in_turns():
+    rows = read("cost").rows
     for task in cost.TASKS:
-        arms = [arm for arm in stage_two(studies()[task]) if arm not in ("pool16", "spread16")]
-        assert [row.method for row in rows if row.setting == task] == arms
+        there = {row.method for row in rows if row.setting == task and row.what == KEPT}
+        assert there == verdict.plans()[task].arms.keys()
