@@ -159,7 +159,7 @@ def forgetting(tasks: Mapping[str, Study], ours: Sequence[str]) -> str:
     least = min(difference.p for difference in by_pair.values())
     many = sum(difference.said in ("better", "worse") for difference in by_pair.values())
     said = (
-        f"The mean is less in {less} of {len(found)} comparisons; **{many or 'none'} of them "
+        f"The mean is less in {less} of {len(by_pair)} comparisons; **{many or 'none'} of them "
         f"{'is' if many < 2 else 'are'} significant**: the smallest p, corrected by Holm's method "
         f"over all of them, is {least:.2f}."
     )
