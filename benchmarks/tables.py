@@ -31,8 +31,6 @@ class View:
     file: str
     shown: tuple[str, ...] = ("*",)
     """Patterns of rows, each written WHAT; METHOD; SETTING; MODEL."""
-    hidden: tuple[str, ...] = ()
-    """Patterns of rows among them that are left out."""
     index: tuple[str, ...] = ("setting",)
     columns: tuple[str, ...] = ("what",)
     floor: str = ""
@@ -44,12 +42,11 @@ class View:
 
     def rows(self, rows: Iterable[Row]) -> list[Row]:
         """Return the rows that the patterns name."""
+        return [row for row in rows if any(self._is_like(row, each) for each in self.shown)]
 
-        def is_like(row: Row, patterns: Iterable[str]) -> bool:
-            text = "; ".join((row.what, row.method, row.setting, row.model))
-            return any(fnmatchcase(text, pattern) for pattern in patterns)
-
-        return [r for r in rows if is_like(r, self.shown) and not is_like(r, self.hidden)]
+    @staticmethod
+    def _is_like(row: Row, pattern: str) -> bool:
+        return fnmatchcase("; ".join((row.what, row.method, row.setting, row.model)), pattern)
 
     def markdown(self, results: Path) -> str:
         """Return the table, what its words mean, and where it comes from."""
@@ -133,7 +130,6 @@ VIEWS = {
     "packed-devices": View(
         file="packed_memory", shown=("longest; paca*", "longest; q*"), columns=("method",)
     ),
-    "demo-rl": View(file="demo-rl", hidden=("*gap*",), columns=("what", "method")),
 }
 """Name of a block -> what it shows."""
 
