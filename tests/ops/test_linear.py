@@ -214,6 +214,29 @@ def test_a_gemm_that_widens_does_not_round_to_16_bits(gpu_branch) -> None:
     assert (error < 1e-6) == gpu_branch
 
 
+@pytest.mark.parametrize("num_columns", [16, 17], ids=["by their product", "by thin products"])
+@pytest.mark.parametrize(
+    ("dtype", "factors"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.usefixtures("gpu_branch")
+def test_gradients_of_both_factors_by_the_branch_of_gpus(dtype, factors, num_columns) -> None:
+    gy, x = normal(64, 48, dtype=dtype), normal(64, num_columns, dtype=dtype)
+    delta, mix = normal(48, 4, dtype=factors), normal(4, num_columns, dtype=factors)
+    found = products.grad_factors(gy, x, delta, mix, 0.75)
+    exact = 0.75 * gy.double().t().mm(x.double())
+    both = exact.mm(mix.double().t()), delta.double().t().mm(exact)
+    limit = 2**-7 if torch.bfloat16 in (dtype, factors) else 1e-5
+    for one, truth, factor in zip(found, both, (delta, mix), strict=True):
+        assert one.dtype == factors
+        assert one.shape == factor.shape
+        assert (one.double() - truth).abs().max() <= limit * truth.abs().max()
+
+
 @pytest.mark.usefixtures("filled_with_nan")
 def test_what_addmm_adds_to_is_never_read() -> None:
     a, b = torch.randn(6, 4), torch.randn(4, 3)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from pacatune.precision import is_out_of_memory
 
+# GPUs form gradients of so few columns by reading dy once, which takes longer than the products: half
+# the launches. CPUs compute longer than they read.
+_FEW_PER_RANK = 4
 # For operators whose Python must run each time: torch cuts CUDA graphs there, since 2.8.
 NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
@@ -58,12 +61,18 @@ def grad_delta(gy_NO: Tensor, x_NR: Tensor, scaling: float, dtype: torch.dtype) 
 def grad_factors(
     gy_NO: Tensor, x_NC: Tensor, delta: Tensor, mix: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of delta (O, R) and mix (R, C), by four thin products.
+    """Return the gradients of delta (O, R) and mix (R, C).
 
     d(delta) = scaling * dy^T (x mix^T)    d(mix) = scaling * (dy delta)^T x
 
-    The (O, C) gradient of their product is never made.
+    By four thin products, without the (O, C) gradient of delta mix; or by that, where it is cheaper.
     """
+    rank, num_columns = mix.shape
+    if num_columns <= _FEW_PER_RANK * rank and not _is_on_cpu(gy_NO):
+        wide = torch.promote_types(delta.dtype, torch.float32)
+        grad_OC = grad_delta(gy_NO, x_NC, scaling, wide)
+        gdelta, gmix = grad_OC.mm(cast(mix, wide).t()), cast(delta, wide).t().mm(grad_OC)
+        return cast(gdelta, delta.dtype), cast(gmix, mix.dtype)
     h_NR = thin_product(x_NC, cast(mix, x_NC.dtype).t())
     g_NR = thin_product(gy_NO, cast(delta, gy_NO.dtype))
     return (
