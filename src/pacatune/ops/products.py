@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pacatune.precision import is_out_of_memory
 
-# GPUs form gradients of so few columns by reading dy once, which takes longer than the products: half
+# GPUs form gradients of so few columns by reading dy once, which takes longer than products: half
 # the launches. CPUs compute longer than they read.
 _FEW_PER_RANK = 4
 # For operators whose Python must run each time: torch cuts CUDA graphs there, since 2.8.
@@ -65,7 +65,7 @@ def grad_factors(
 
     d(delta) = scaling * dy^T (x mix^T)    d(mix) = scaling * (dy delta)^T x
 
-    By four thin products, without the (O, C) gradient of delta mix; or by that, where it is cheaper.
+    By four thin products, without the (O, C) gradient of their product; or by it, if it is cheaper.
     """
     rank, num_columns = mix.shape
     if num_columns <= _FEW_PER_RANK * rank and not _is_on_cpu(gy_NO):
