@@ -102,7 +102,9 @@ def make_trainer(
         return {"pixel_values": pixels, "labels": rows["label"]}
 
     options = {"output_dir": str(output), "per_device_train_batch_size": 32, "seed": seed}
-    options |= {"bf16": bf16, "save_strategy": "no", "report_to": "none"}
+    # Without a GPU, transformers takes bf16 only where the CPU is asked for.
+    options |= {"bf16": bf16, "use_cpu": not torch.accelerator.is_available()}
+    options |= {"save_strategy": "no", "report_to": "none"}
     options |= {"remove_unused_columns": False, "label_names": ["labels"]}
     # A random head sends random gradients, so the rate rises at first.
     options |= {"max_steps": steps, "warmup_steps": steps // 5, "lr_scheduler_type": "cosine"}

@@ -132,6 +132,17 @@ def test_an_image_adapter_has_the_head_and_computes_what_was_trained(image_model
     torch.testing.assert_close(merged, trained)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_images_are_trained_in_bfloat16_on_any_machine(image_models):
+    """Without a GPU as well, as the study of the dial does: transformers refused that."""
+    images = image_example.load_images(image_models / "images")
+    path, output = str(image_models / "vit"), image_models / "out"
+    trainer = image_example.make_trainer(path, "paca", images, output, 8, 1e-2, 2, bf16=True)
+    assert trainer.args.bf16
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("method", ["lora", "paca"])
 def test_convolutions_with_enough_channels_are_adapted(image_models, method):
     model = transformers.AutoModelForImageClassification.from_pretrained(image_models / "cnn")

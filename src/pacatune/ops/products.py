@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pacatune.precision import is_out_of_memory
 
-# GPUs form gradients of so few columns by reading dy once, which takes longer than products: half
-# the launches. CPUs compute longer than they read.
+# Up to so many columns for each of rank, GPUs read dy once, by half the launches, for up to twice the
+# operations; by counts, not by timing. On CPUs that takes longer.
 _FEW_PER_RANK = 4
 # For operators whose Python must run each time: torch cuts CUDA graphs there, since 2.8.
 NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
