@@ -309,8 +309,8 @@ def collect(folders: Sequence[Path], path: Path) -> None:
             if "error" in job:
                 continue
             training = job["inputs"]["run"]["training"]
-            rate, seed = training["learning_rate"], training["seed"]
-            run = {"learning rate": rate, "seed": float(seed), "seconds": job["provenance"]["seconds"]}
+            rate, seed = training["learning_rate"], float(training["seed"])
+            run = {"learning rate": rate, "seed": seed, "seconds": job["provenance"]["seconds"]}
             run |= {row["what"]: row["value"] for row in job["rows"]}
             runs.setdefault(folder.name, {})[job["rows"][0]["method"], rate, seed] = run
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pacatune.precision import is_out_of_memory
 
-# Up to so many columns for each of rank, GPUs read dy once, by half the launches, for up to twice the
-# operations; by counts, not by timing. On CPUs that takes longer.
+# Up to so many columns for each of rank, GPUs read dy once, by half the launches, for up to twice
+# the operations: counted, not timed. On CPUs that takes longer.
 _FEW_PER_RANK = 4
 # For operators whose Python must run each time: torch cuts CUDA graphs there, since 2.8.
 NOT_IN_CUDA_GRAPHS: dict[str, Any] = (
