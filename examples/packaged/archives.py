@@ -98,8 +98,8 @@ def download(archive: Archive, folder: Path) -> Path:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else result.stderr
         raise OSError(
-            f"pip could not download {archive.requirement} ({reason.strip()}); run this once with "
-            "a network connection."
+            f"pip could not download {archive.requirement} ({reason.strip()}); run this once "
+            "with a network, and an index that has this release."
         )
     (path,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz", ".zip"))
     return path

@@ -5,6 +5,8 @@ throw-away models on it only.
 """
 
 import base64
+import gzip
+import io
 import json
 import random
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CLASSES = ("Date", "Entity", "Humans", "Location", "Organization", "Quantity")
-_NUM_CHATS_HELD_OUT, _NUM_IMAGES_HELD_OUT = 96, 200
+_NUM_CHATS_HELD_OUT, _NUM_IMAGES_HELD_OUT, _NUM_DIGITS_HELD_OUT = 96, 200, 100
 _TYPES_HELD_OUT = 0.3
 _NUM_PROBLEMS, _NUM_PROBLEMS_HELD_OUT = 3000, 300
 _MAX_ANSWER_CHARS = 200
@@ -93,17 +95,37 @@ def make_images(files: list[Path], folder: Path) -> None:
 
     So an accuracy on them is not the one papers report.
     """
-    by_class: dict[str, list[tuple[int, str]]] = {}
+    by_class: dict[str, list[tuple[int, bytes]]] = {}
     for number, example in enumerate(_examples(files[0])):
         name = max(example["target_scores"], key=example["target_scores"].get)
-        by_class.setdefault(name, []).append((number, example["input"]))
+        by_class.setdefault(name, []).append((number, base64.b64decode(example["input"])))
+    _write_images(folder, by_class, _NUM_IMAGES_HELD_OUT)
+
+
+def make_digits(files: list[Path], folder: Path) -> None:
+    """Write 5,000 of MNIST's images as PNG files, 400 of each class to train on and 100 to test."""
+    from PIL import Image
+
+    by_class: dict[str, list[tuple[int, bytes]]] = {}
+    with gzip.open(files[0], "rt") as lines:
+        for number, line in enumerate(lines):
+            *pixels, label = (int(value) for value in line.split(","))
+            content = io.BytesIO()
+            Image.frombytes("L", (28, 28), bytes(pixels)).save(content, "PNG")
+            by_class.setdefault(str(label), []).append((number, content.getvalue()))
+    _write_images(folder, by_class, _NUM_DIGITS_HELD_OUT)
+
+
+def _write_images(
+    folder: Path, by_class: dict[str, list[tuple[int, bytes]]], num_held_out: int
+) -> None:
     for name in sorted(by_class):
         random.Random(name).shuffle(by_class[name])
         for place, (number, content) in enumerate(by_class[name]):
-            part = "test" if place < _NUM_IMAGES_HELD_OUT else "train"
+            part = "test" if place < num_held_out else "train"
             path = folder / part / name / f"{number:05}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(base64.b64decode(content))
+            path.write_bytes(content)
 
 
 def _examples(path: Path) -> list[dict[str, Any]]:

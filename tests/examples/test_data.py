@@ -1,6 +1,7 @@
 """Packaged texts and images: what is kept, and that nothing held out is trained on."""
 
 import base64
+import gzip
 import io
 import json
 
@@ -40,6 +41,20 @@ def test_images_are_split_by_class_and_kept_bit_for_bit(tmp_path, monkeypatch):
     for path in folder.rglob("*.png"):
         assert path.read_bytes() == base64.b64decode(rows[int(path.stem)]["input"])
         assert path.parent.name == ("cat", "dog")[int(path.stem) % 2]
+
+
+def test_digits_are_split_by_class_and_keep_their_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "_NUM_DIGITS_HELD_OUT", 1)
+    rows = [[(index * place) % 256 for place in range(28 * 28)] for index in range(6)]
+    with gzip.open(tmp_path / "digits.csv.gz", "wt") as file:
+        file.writelines(f"{','.join(map(str, row))},{i % 2 + 3}\n" for i, row in enumerate(rows))
+    packaged.make_digits([tmp_path / "digits.csv.gz"], tmp_path / "images")
+    train, test = load_images(tmp_path / "images")
+    assert train.features["label"].names == ["3", "4"]
+    assert (len(train), len(test)) == (4, 2)
+    for path in (tmp_path / "images").rglob("*.png"):
+        assert list(Image.open(path).tobytes()) == rows[int(path.stem)]
+        assert path.parent.name == str(int(path.stem) % 2 + 3)
 
 
 def typed(text, *types):
