@@ -25,8 +25,8 @@ def as_on_a_gpu() -> Iterator[list[int]]:
         for one in puts:
             put.keep([one.kept]) if takes else put.put([one])
 
-    def can_exchange(memory: Tensor, values: Tensor) -> bool:
-        return memory.is_contiguous() and values.is_contiguous()
+    def can_exchange(*tensors: Tensor | None) -> bool:
+        return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
     branches: list[tuple[Any, str, Any]] = [
         (weight, "_is_numpys", lambda memory: False),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pacatune import precision
-from pacatune.ops.columns import Update, adapted_columns, read_columns, with_columns
+from pacatune.ops.columns import Update, read_columns, with_columns
 from pacatune.residency import put
 from pacatune.residency.put import Put, can_exchange, exchange, room_for
 from tests.frames import frames_of_pacatune
@@ -27,27 +27,30 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("delta_dtype", [torch.float32, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | None) -> None:
+def test_bits_are_those_of_torch(dtype, delta_dtype, mixes) -> None:
     pytest.importorskip("triton")
     puts, expected, pretrained = [], [], []
-    for out_features, in_features, rank in SHAPES:
+    for out_features, in_features, count in SHAPES:
+        rank = 5 if mixes else count
         weight = torch.randn(out_features, in_features).to(DEVICE, dtype)
-        columns = torch.randperm(in_features)[:rank].sort().values.to(DEVICE)
+        columns = torch.randperm(in_features)[:count].sort().values.to(DEVICE)
         kept = room_for(weight, columns)
-        originals = read_columns(weight, columns)
         delta = torch.randn(out_features, rank).to(DEVICE, delta_dtype or dtype)
+        mix = torch.randn(rank, count).to(delta) / 3 if mixes else None
+        update = Update(delta, columns, 1.7, mix)
         pretrained.append(weight.clone())
-        adapted = adapted_columns(originals, delta, 1.7)
+        adapted = update.adapted(read_columns(weight, columns))
         expected.append(with_columns(weight, columns, adapted))
-        puts.append(Put(kept, Update(delta, columns, 1.7)))
+        puts.append(Put(kept, update))
     exchange(puts, takes=True)
     exchange(puts)
     # The interpreter truncates where it makes bfloat16.
-    atol = 0.04 if IS_INTERPRETED and dtype is torch.bfloat16 else 0.0
+    rtol = 2**-7 if IS_INTERPRETED and dtype is torch.bfloat16 else 0.0
     for each, want in zip(puts, expected, strict=True):
-        torch.testing.assert_close(each.kept.memory, want, rtol=0, atol=atol)
+        torch.testing.assert_close(each.kept.memory, want, rtol=rtol, atol=0)
     exchange([each._replace(update=None) for each in puts])
     for each, want in zip(puts, pretrained, strict=True):
         assert torch.equal(each.kept.memory, want)
@@ -58,7 +61,7 @@ def test_bits_are_those_of_torch(dtype: torch.dtype, delta_dtype: torch.dtype | 
 def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypatch) -> None:
     """Whoever put them there: the kernel takes them as they are."""
     monkeypatch.setattr(put, "exchange", exchange)
-    monkeypatch.setattr(put, "can_exchange", lambda memory, values: True)
+    monkeypatch.setattr(put, "can_exchange", lambda memory, *values: True)
     base = base.float()
     model, x = adapt(base), torch.randn(2, 10)
     model(x).sum().backward()
@@ -72,14 +75,21 @@ def test_columns_that_no_weight_has_are_not_written(is_negative, base, monkeypat
 
 
 @needs_triton
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # of bfloat16, see above
-def test_it_works(dtype: torch.dtype) -> None:
-    assert put._works(torch.device(DEVICE), dtype, torch.float32)
+def test_it_works(dtype: torch.dtype, mixes: bool) -> None:
+    assert put._works(torch.device(DEVICE), dtype, torch.float32, mixes)
 
 
-def test_where_it_cannot_be_used() -> None:
-    weight, delta = torch.zeros(4, 4), torch.zeros(4, 2)
+def test_where_it_cannot_be_used(monkeypatch) -> None:
+    weight, delta, mix = torch.zeros(4, 4), torch.zeros(4, 2), torch.zeros(2, 3)
     assert not can_exchange(weight, delta)
+    monkeypatch.setattr(put, "is_on_gpu", lambda memory: True)
+    monkeypatch.setattr(put, "_works", lambda *kind: True)
+    assert can_exchange(weight, delta)
+    assert can_exchange(weight, delta, mix)
+    assert not can_exchange(weight, delta, mix.bfloat16())
+    assert not can_exchange(weight, delta, torch.zeros(3, 2).t())
 
 
 @pytest.fixture(name="kernel")

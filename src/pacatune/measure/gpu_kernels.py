@@ -71,7 +71,7 @@ def allocations_of_gpu(launch: Launch = _unnoticed) -> Iterator[None]:
         # Columns are written by one kernel there; of a single weight by `index_copy_`.
         replace(residency, "_is_numpys", lambda memory: False)
         replace(grid_layers, "decode", partial(_decode, launch))
-        replace(residency_put, "can_exchange", lambda memory, delta: True)
+        replace(residency_put, "can_exchange", lambda memory, *values: True)
         replace(residency_put, "exchange", partial(_exchange, launch))
         replace(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
         with suppress(ImportError):  # of older TRL; the loss that needs it says so

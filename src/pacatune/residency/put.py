@@ -93,22 +93,23 @@ def put(puts: Sequence[Put]) -> None:
 
 def _have_kernel(puts: Sequence[Put]) -> bool:
     for kept, update in puts:
-        if update is not None and update.mix is not None:  # all products would be there at once
-            return False
-        if not can_exchange(kept.memory, kept.originals if update is None else update.delta):
+        values, mix = (kept.originals, None) if update is None else (update.delta, update.mix)
+        if not can_exchange(kept.memory, values, mix):
             return False
     return True
 
 
-def can_exchange(memory: Tensor, values: Tensor) -> bool:
+def can_exchange(memory: Tensor, values: Tensor, mix: Tensor | None = None) -> bool:
     """Whether the kernel can put values of such a dtype and form into such a weight."""
+    if mix is not None and not (mix.is_contiguous() and mix.dtype == values.dtype):
+        return False
     return (
         is_on_gpu(memory)
         and memory.dtype in _DTYPES
         and values.dtype in _DTYPES
         and memory.is_contiguous()
         and values.is_contiguous()
-        and _works(memory.device, memory.dtype, values.dtype)
+        and _works(memory.device, memory.dtype, values.dtype, mix is not None)
     )
 
 
@@ -123,12 +124,15 @@ def _works(*kind: Any) -> bool:
     return kernel_works("writes the columns of all layers at once", otherwise, _try, *kind)
 
 
-def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> None:
+def _try(
+    device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype, mixes: bool = False
+) -> None:
     """Take, put and restore the columns of a small weight, and compare with torch's way."""
     weight = torch.linspace(1, 2, 24, device=device).view(4, 6).to(dtype)
     delta = torch.linspace(-1, 1, 8, device=device).view(4, 2).to(delta_dtype)
     columns = torch.tensor([1, 4], device=device)
-    update = Update(delta, columns, 1.7)
+    mix = torch.linspace(-1, 2, 4, device=device).view(2, 2).to(delta_dtype) if mixes else None
+    update = Update(delta, columns, 1.7, mix)
     ours, theirs = (Put(room_for(weight.clone(), columns), update) for _ in range(2))
     exchange([ours], takes=True)
     exchange([ours])
@@ -141,13 +145,13 @@ def _try(device: torch.device, dtype: torch.dtype, delta_dtype: torch.dtype) -> 
 
 
 def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
-    """Put all columns, or take the originals, by one launch for each device and pair of dtypes."""
+    """Put all columns, or take the originals, by one launch for each device, dtypes and form."""
     kinds: dict[Any, list[Put]] = {}
     for one in puts:
         memory, update = one.kept.memory, one.update
-        dtypes = memory.dtype, None if update is None else update.delta.dtype
-        kinds.setdefault((memory.device, *dtypes), []).append(one)
-    for (device, dtype, delta_dtype), group in kinds.items():
+        form = (None, False) if update is None else (update.delta.dtype, update.mix is not None)
+        kinds.setdefault((memory.device, memory.dtype, *form), []).append(one)
+    for (device, dtype, delta_dtype, mixes), group in kinds.items():
         addresses, scalings = _table(device, _rows(group), delta_dtype is not None)
         # One axis, since the others end at 65,535 blocks.
         num_blocks = -(-max([kept.originals.numel() for kept, _ in group]) // _BLOCK)
@@ -159,6 +163,7 @@ def exchange(puts: Sequence[Put], *, takes: bool = False) -> None:
                 _triton_dtype(dtype),
                 _triton_dtype(delta_dtype or dtype),
                 adds=delta_dtype is not None,
+                mixes=mixes,
                 takes=takes,
                 block=_BLOCK,
             )
@@ -168,18 +173,20 @@ def _rows(puts: Sequence[Put]) -> tuple[tuple[int | float, ...], ...]:
     """Return what the kernel is told of each weight; a function for each would cost as much."""
     rows = []
     for (memory, columns, originals), update in puts:
-        values = originals if update is None else update.delta
+        values, mix, scaling = originals, None, 0.0
+        if update is not None:
+            values, _, scaling, mix = update
         pointers = memory.data_ptr(), columns.data_ptr(), originals.data_ptr(), values.data_ptr()
-        sizes = originals.numel(), originals.shape[1], memory.shape[1]
-        rows.append((*pointers, *sizes, 0.0 if update is None else update.scaling))
+        sizes = originals.numel(), originals.shape[1], memory.shape[1], values.shape[1]
+        rows.append((*pointers, 0 if mix is None else mix.data_ptr(), *sizes, scaling))
     return tuple(rows)
 
 
 @functools.lru_cache(maxsize=512)  # FSDP2's buffers come and go, at the same places as a rule
 def _table(device: torch.device, rows: tuple[Any, ...], adds: bool) -> tuple[Tensor, Tensor]:
-    """Return the (L, 7) addresses and sizes, and the (L,) scalings, on the device."""
-    addresses = torch.tensor([row[:7] for row in rows], dtype=torch.int64, device="cpu")
-    scalings = torch.tensor([row[7] for row in rows], dtype=torch.float32, device="cpu")
+    """Return the (L, 9) addresses and sizes, and the (L,) scalings, on the device."""
+    addresses = torch.tensor([row[:9] for row in rows], dtype=torch.int64, device="cpu")
+    scalings = torch.tensor([row[9] for row in rows], dtype=torch.float32, device="cpu")
     if device.type != "cuda":  # Triton's interpreter
         return addresses, scalings
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in (addresses, scalings))  # type: ignore[return-value]
