@@ -1,6 +1,7 @@
 """What arms of the dial cost: bytes that they keep and times of steps, and both costs at 8B.
 
-    python -m benchmarks.cost               writes benchmarks/results/cost.json
+    python -m benchmarks.cost            writes benchmarks/results/cost-TASK.json, and cost-8b.json
+    python -m benchmarks.cost minilm     the first of a single task
 
 The arms take turns, one step each per round on the first batch of seed 0, as `train` would make it:
 models for texts in bfloat16 under autocast, of whose frozen weights it makes no copies for PEFT's
@@ -38,8 +39,9 @@ from pacatune.reports.rows import Row
 from pacatune.training.language import Task
 from pacatune.training.recipe import make_trainer
 
-TASKS = ("minilm", "dinov2", "smollm2-sort")
+TASKS = ("minilm", "dinov2-digits", "smollm2-sort")
 """Those whose steps differ; words to reverse have those of words to sort."""
+_LARGE = "8b"
 _USUAL = {
     "model": {"attn_implementation": None, "dtype": "bfloat16"},
     "lean": "auto",
@@ -93,15 +95,14 @@ def steps_of(plan: StudyConfig, folder: Path) -> tuple[dict[str, TrainerStep], d
     return steps, kept
 
 
-def in_turns(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield what arms of the dial keep, and the times of their steps, by task."""
-    for task in TASKS:
-        with tempfile.TemporaryDirectory() as folder:
-            steps, kept = steps_of(plans()[task], Path(folder))
-            for arm, number in kept.items():
-                yield counted(KEPT, arm, number, "bytes", setting=task)
-            pairs = [(arm, "lora16") for arm in steps if arm != "lora16"]
-            yield from compare(take_turns(steps, args), args.seed, pairs, setting=task)
+def in_turns(task: str, args: argparse.Namespace) -> Iterator[Row]:
+    """Yield what arms of the dial keep on a task, and the times of their steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps, kept = steps_of(plans()[task], Path(folder))
+        for arm, number in kept.items():
+            yield counted(KEPT, arm, number, "bytes", setting=task)
+        pairs = [(arm, "lora16") for arm in steps if arm != "lora16"]
+        yield from compare(take_turns(steps, args), args.seed, pairs, setting=task)
 
 
 def cost_of_arms() -> list[Row]:
@@ -127,18 +128,23 @@ def cost_of_arms() -> list[Row]:
 
 
 def main(options: list[str] | None = None) -> None:
-    """Count, measure and write the result."""
+    """Count, measure and write the results."""
     parser = new_parser(__doc__, is_timed=True)
     add = parser.add_argument
+    add("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)}, 8b; without any, all")
     add("--seconds", type=float, default=60.0, help="time for each task")
     add("--min-rounds", type=at_least_1, default=7)
     add("--warmup", type=int, default=1, help="rounds before, not counted")
     args = parser.parse_args(options)
-    how = (
-        "first batch of seed 0; medians of steps, all arms of a task alternating in one run; of "
-        "LLaMA3-8B adapter, gradient and moments, and what backward needs"
-    )
-    record("cost", how, lambda: [*in_turns(args), *cost_of_arms()], args, options)
+    if unknown := set(args.tasks) - {*TASKS, _LARGE}:
+        parser.error(f"no such task: {', '.join(sorted(unknown))}")
+    how = "first batch of seed 0; medians of steps, all arms alternating in one run"
+    at_8b = "of LLaMA3-8B adapter, gradient and moments, and what backward needs"
+    for task in args.tasks or (*TASKS, _LARGE):
+        if task == _LARGE:
+            record(f"cost-{_LARGE}", at_8b, cost_of_arms, args, options)
+        else:
+            record(f"cost-{task}", how, lambda task=task: [*in_turns(task, args)], args, options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ OURS, LORA = "paca16", "lora16"
 
 def block(results: Path = RESULTS) -> str:
     """Return the table; each cell has at most eight words."""
-    state = _values("cost", results)
+    state = _values("cost-8b", results)
     synced = _values("rl_sync", results, model="SmolLM2-135M")
     cells = [
         [

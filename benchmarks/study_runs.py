@@ -18,6 +18,7 @@ LORAS = ("lora16", "rslora16")
 TASKS = {
     "minilm": "MiniLM-L6, types of questions",
     "dinov2": "DINOv2-S, CIFAR-10",
+    "dinov2-digits": "DINOv2-S, digits",
     "smollm2-words": "SmolLM2-135M, words reversed",
     "smollm2-sort": "SmolLM2-135M, words sorted",
 }

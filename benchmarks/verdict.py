@@ -1,6 +1,6 @@
 """Say what the study of the dial found, by the rules of studies/dial.md.
 
-    python -m benchmarks.verdict                    # reads results/dial.csv and cost.json
+    python -m benchmarks.verdict                    # reads results/dial.csv and cost-*.json
     python -m benchmarks.verdict --power            # what all seeds will tell, from the first three
     python -m benchmarks.verdict --collect DIR...   # adds runs of a study to results/dial.csv
 
@@ -44,6 +44,7 @@ REFERENCES = (_FIRST, "paca64", _RIVAL)
 """With these each arm is compared."""
 JUDGED = ("c64", "c8th")
 """Arms that decide whether `channels` stays."""
+_PLANNED = ("minilm", "dinov2-digits", "smollm2-words", "smollm2-sort")
 _ENOUGH = 2  # tasks on which one of them is better
 _KEPT_AT_8B, _STATE = "kept for backward", "state"
 
@@ -52,7 +53,7 @@ _KEPT_AT_8B, _STATE = "kept for backward", "state"
 def plans() -> dict[str, StudyConfig]:
     """Return the study of each task, as it was planned."""
     folder = ROOT / "experiments" / "study"
-    return {task: read_study(folder / f"dial-{task}.yaml") for task in TASKS}
+    return {task: read_study(folder / f"dial-{task}.yaml") for task in _PLANNED}
 
 
 def studies(results: Path = RESULTS) -> dict[str, Study]:
@@ -160,7 +161,7 @@ def frontier(costs: Mapping[str, float], losses: Mapping[str, float]) -> set[str
 def costs_of(task: str, results: Path = RESULTS) -> dict[str, dict[str, float]]:
     """Return what arms keep of a batch, the seconds of their step, and their state at 8B."""
     setting = task.replace("-words", "-sort")  # whose steps are equal
-    rows = [row for row in read("cost", results).rows if row.setting == setting]
+    rows = read(f"cost-{setting}", results).rows
     kept = {row.method: row.value for row in rows if row.what == KEPT}
     step = {row.method: row.value for row in rows if row.what == "step" and row.unit != "ratio"}
     state = at_8b(results)[_STATE]
@@ -183,7 +184,7 @@ def frontiers(tasks: Mapping[str, Study], results: Path = RESULTS) -> Table:
 
 def costs_table(results: Path = RESULTS) -> Table:
     """Return what arms keep, and their step beside LoRA's, by task; and both costs at 8B."""
-    models = {"minilm": "MiniLM-L6", "dinov2": "DINOv2-S", "smollm2-sort": "SmolLM2-135M"}
+    models = {"minilm": "MiniLM-L6", "dinov2-digits": "DINOv2-S", "smollm2-sort": "SmolLM2-135M"}
     costs, cells = {task: costs_of(task, results) for task in models}, []
     for arm in (large := at_8b(results))[_STATE]:
         line = [f"`{arm}`"]
@@ -290,7 +291,7 @@ def block(name: str, results: Path = RESULTS) -> str:
 def at_8b(results: Path = RESULTS) -> dict[str, dict[str, float]]:
     """Return what arms keep for backward, and their state, of LLaMA3-8B, in bytes."""
     costs: dict[str, dict[str, float]] = {}
-    for row in (row for row in read("cost", results).rows if row.model):
+    for row in read("cost-8b", results).rows:
         costs.setdefault(row.what, {})[row.method] = row.value
     return costs
 

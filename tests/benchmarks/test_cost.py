@@ -28,8 +28,8 @@ def test_arms_keep_in_turns_what_they_keep_in_training(tmp_path, tiny_model_dir,
     plan = read_study(tmp_path / "tiny.yaml")
     monkeypatch.setattr(cost, "TASKS", ("tiny",))
     monkeypatch.setattr(cost, "plans", lambda: {"tiny": plan, "minilm": verdict.plans()["minilm"]})
-    cost.main(["--seconds", "0", "--min-rounds", "2", "--output", str(tmp_path)])
-    rows = {(row.what, row.method): row for row in read("cost", tmp_path).rows if not row.model}
+    cost.main(["tiny", "--seconds", "0", "--min-rounds", "2", "--output", str(tmp_path)])
+    rows = {(row.what, row.method): row for row in read("cost-tiny", tmp_path).rows}
     assert rows["step", "paca"].n == rows["step", "lora16"].n == 2
     # As in training: a step without autocast keeps float32 copies for LoRA.
     changes = {"model": {"dtype": "bfloat16"}, "training": {"max_steps": 1}}
@@ -40,8 +40,18 @@ def test_arms_keep_in_turns_what_they_keep_in_training(tmp_path, tiny_model_dir,
         assert rows[KEPT, arm].value == pytest.approx(kept, abs=8)
 
 
-def test_the_committed_result_has_every_arm_of_each_task_in_turns():
-    rows = read("cost").rows
+def test_the_committed_results_have_every_arm_of_each_task():
     for task in cost.TASKS:
-        there = {row.method for row in rows if row.setting == task and row.what == KEPT}
+        there = {row.method for row in read(f"cost-{task}").rows if row.what == KEPT}
         assert there == verdict.plans()[task].arms.keys()
+
+
+def test_costs_at_8b_are_those_that_are_committed(tmp_path):
+    cost.main(["8b", "--output", str(tmp_path)])
+    assert read("cost-8b", tmp_path).rows == read("cost-8b").rows
+
+
+def test_a_task_without_a_name_is_said(capsys):
+    with pytest.raises(SystemExit):
+        cost.main(["cifar"])
+    assert "no such task: cifar" in capsys.readouterr().err

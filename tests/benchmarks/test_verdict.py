@@ -38,7 +38,7 @@ TASK = {
     "c64": runs(0.1),
     "lora16": runs(0.11, -1, 3.0),
 }
-EVERY = ("minilm", "dinov2", "smollm2-words", "smollm2-sort")
+EVERY = ("minilm", "dinov2-digits", "smollm2-words", "smollm2-sort")
 
 
 def p_of(t):
@@ -71,13 +71,14 @@ def results(tmp_path):
         for what, value in zip(("kept for backward", "state"), values, strict=True)
     ]
     measured = {"paca16": (10.0, 30.0), "c64": (20.0, 20.0), "lora16": (100.0, 10.0)}
-    rows = [row | {"model": "llama3-8b"} for row in rows] + [
-        {"what": what, "method": arm, "value": value, "setting": task}
-        for task in cost.TASKS
+    (tmp_path / "cost-8b.json").write_text(json.dumps({"rows": rows}))
+    rows = [
+        {"what": what, "method": arm, "value": value}
         for arm, values in measured.items()
         for what, value in zip(("kept for backward, bytes", "step"), values, strict=True)
     ]
-    (tmp_path / "cost.json").write_text(json.dumps({"rows": rows}))
+    for task in cost.TASKS:
+        (tmp_path / f"cost-{task}.json").write_text(json.dumps({"rows": rows}))
     verdict.main(["--collect", str(jobs.parent), "--output", str(tmp_path)])
     return tmp_path
 
@@ -87,8 +88,8 @@ def test_runs_are_collected_and_arms_of_two_seeds_count(results):
     assert collected["c64"] == [{**run, "seconds": 5.0} for run in TASK["c64"]]
     assert "c32" not in collected
     # Others come beside them; the machine that made the first need not be there.
-    (results / "dial-dinov2").mkdir()
-    verdict.collect([results / "dial-dinov2"], results / "dial.csv")
+    (results / "dial-dinov2-digits").mkdir()
+    verdict.collect([results / "dial-dinov2-digits"], results / "dial.csv")
     assert read_runs(results / "dial.csv")["dial-minilm"] == collected
     (study,) = studies(results).values()
     assert [*study] == ["paca16", "c64", "lora16", "rslora16"]  # as planned
@@ -126,7 +127,7 @@ def test_what_is_said_of_one_task(results, capsys):
     lines = capsys.readouterr().out.splitlines()
     few = "paca64 0, c32 0, c8th 0, c4th 0, call 0, lora8 0, rslora16 1"
     assert lines[0] == f"Missing: MiniLM-L6, types of questions: fewer than 5 seeds: {few}."
-    assert lines[1] == "Missing: DINOv2-S, CIFAR-10: no arm has two seeds."
+    assert lines[1] == "Missing: DINOv2-S, digits: no arm has two seeds."
     assert "| c64 | paca16 | 5 | -0.100 ± 0.020 | 0.0003 | better | 0.012 |" in lines
     known = "+0.010 ± 0.039 | 0.52 | no significant difference | 0.025 |"
     assert f"| c64 | lora16 | 5 | {known}" in lines
@@ -159,25 +160,25 @@ def test_without_runs_all_is_missing(results, capsys):
 
 def test_the_default_is_the_cheapest_that_is_worse_nowhere():
     equal = {"c64": runs(), "paca64": runs(0, -1), "paca16": PACA16}
-    tasks = {"minilm": equal, "dinov2": {arm: equal[arm] for arm in ("c64", "paca64", "paca16")}}
+    tasks = {"minilm": equal, "dinov2-digits": {arm: equal[arm] for arm in ("c64", "paca64", "paca16")}}
     costs = {"paca16": 3.0, "paca64": 2.0, "c64": 2.0}
     reason = "costs as much or more"
     assert default(tasks, costs) == ("paca64", {"c64": reason, "paca16": reason})  # a tie
     assert default(tasks, costs | {"c64": 1.0})[0] == "c64"
     # Worse on one task, and not run on one; LoRA is no arm of PaCA, and none is compared with it.
-    tasks["dinov2"] = {"paca16": PACA16, "c64": BETTER, "lora16": runs(0.3)}
+    tasks["dinov2-digits"] = {"paca16": PACA16, "c64": BETTER, "lora16": runs(0.3)}
     taken, others = default(tasks, costs)
     assert taken == "c64"
-    assert others["paca16"] == "worse than c64 on DINOv2-S, CIFAR-10"
-    assert others["paca64"] == "not run on DINOv2-S, CIFAR-10"
+    assert others["paca16"] == "worse than c64 on DINOv2-S, digits"
+    assert others["paca64"] == "not run on DINOv2-S, digits"
     tasks["minilm"] = {"paca16": BETTER, "c64": PACA16}
     assert default(tasks, costs)[0] is None
 
 
 def test_channels_leave_unless_one_arm_is_better_on_two_tasks():
     same, better = ({"paca16": PACA16, "c64": runs(), "c8th": some} for some in (runs(), BETTER))
-    tasks = dict.fromkeys(EVERY, same) | {"dinov2": better}
-    assert fate_of_channels(tasks) == ("leaves", {"c64": [], "c8th": ["dinov2"]})
+    tasks = dict.fromkeys(EVERY, same) | {"dinov2-digits": better}
+    assert fate_of_channels(tasks) == ("leaves", {"c64": [], "c8th": ["dinov2-digits"]})
     # One task of each arm is not two of one.
     other = {"paca16": PACA16, "c64": BETTER, "c8th": runs()}
     assert fate_of_channels(tasks | {"minilm": other})[0] == "leaves"
