@@ -160,7 +160,10 @@ def test_without_runs_all_is_missing(results, capsys):
 
 def test_the_default_is_the_cheapest_that_is_worse_nowhere():
     equal = {"c64": runs(), "paca64": runs(0, -1), "paca16": PACA16}
-    tasks = {"minilm": equal, "dinov2-digits": {arm: equal[arm] for arm in ("c64", "paca64", "paca16")}}
+    tasks = {
+        "minilm": equal,
+        "dinov2-digits": {arm: equal[arm] for arm in ("c64", "paca64", "paca16")},
+    }
     costs = {"paca16": 3.0, "paca64": 2.0, "c64": 2.0}
     reason = "costs as much or more"
     assert default(tasks, costs) == ("paca64", {"c64": reason, "paca16": reason})  # a tie
