@@ -267,9 +267,10 @@ def said(results: Path = RESULTS) -> Iterator[str]:
 
 
 def _shown(study: Study) -> dict[tuple[str, str], Difference]:
-    """Return how arms differ from the default and from LoRA."""
+    """Return how the arms that images were planned with differ from the default and LoRA."""
     found = differences(study)
-    return {pair: found[pair] for pair in found if pair[1] in (_FIRST, _RIVAL)}
+    main = plans()["dinov2-digits"].arms
+    return {pair: found[pair] for pair in found if pair[0] in main and pair[1] in (_FIRST, _RIVAL)}
 
 
 _BLOCKS: Mapping[str, Callable[[Mapping[str, Study], Path], Table | str]] = {
