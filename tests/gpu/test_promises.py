@@ -25,7 +25,7 @@ from pacatune.lean import fused
 from pacatune.measure.estimate import estimate_memory
 from pacatune.measure.models import checkpoint_blocks, load_config
 from pacatune.measure.setting import Setting
-from pacatune.ops.columns import adapted_columns, read_columns
+from pacatune.ops.columns import read_columns, with_columns
 from pacatune.ops.products import grad_delta
 from pacatune.pretrained import load_packed, load_weights
 from pacatune.residency.put import can_exchange
@@ -203,18 +203,41 @@ def test_gradients_are_those_of_plain_autograd(device, dtype, error):
         assert (ours - plain).abs().max() <= error * plain.abs().max().clamp_min(1e-12)
 
 
+@pytest.mark.parametrize("channels", [8, 48])
+def test_gradients_of_low_rank_are_those_of_plain_autograd(device, channels):
+    """By the gradient of their product, which is made for few columns, and by thin products."""
+    base = torch.nn.Sequential(torch.nn.Linear(64, 40)).to(device)
+    config = PacaConfig(r=8, paca_alpha=16, channels=channels, target_modules=["0"])
+    model = get_peft_model(base, config)
+    (layer,) = layers(model)
+    x, gy = torch.randn(96, 64, device=device), torch.randn(96, 40, device=device)
+    with torch.no_grad():
+        layer._single_update().delta.normal_()
+    model(x).backward(gy)
+    ours = layer._single_update()
+    delta, mix = (values.detach().clone().requires_grad_() for values in ours.trained())
+    weight, bias = base[0].get_base_layer().weight.detach(), base[0].get_base_layer().bias
+    columns = read_columns(weight, ours.indices) + ours.scaling * delta @ mix
+    y = torch.nn.functional.linear(x, with_columns(weight, ours.indices, columns), bias)
+    y.backward(gy)
+    for found, plain in zip(ours.trained(), (delta, mix), strict=True):
+        assert (found.grad - plain.grad).abs().max() <= 1e-4 * plain.grad.abs().max()
+
+
+@pytest.mark.parametrize("method", [OURS, "channels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_columns_are_in_the_weights_and_the_base_comes_back_bit_for_bit(device, dtype):
-    contender, batch = contender_of(device, dtype), tokens(device)
+def test_columns_are_in_the_weights_and_the_base_comes_back_bit_for_bit(device, dtype, method):
+    contender, batch = contender_of(device, dtype, method), tokens(device)
     before = frozen(contender.model)
     losses(contender, batch)
     loss_of(contender.model, batch).backward()
     for layer in layers(contender.model):
         kept = layer.residency.present
-        delta, indices, scaling, *_ = layer._single_update()
-        there = read_columns(kept.memory, indices)
-        assert torch.equal(there, adapted_columns(kept.originals, delta.detach(), scaling))
-        assert device.type == "cpu" or can_exchange(kept.memory, delta)  # in one launch
+        update = layer._single_update()
+        there = read_columns(kept.memory, update.indices)
+        assert torch.equal(there, update.adapted(kept.originals))
+        is_one_launch = device.type == "cpu" or can_exchange(kept.memory, *update.trained())
+        assert is_one_launch
     assert_same(frozen(contender.model), before)
 
 
