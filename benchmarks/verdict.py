@@ -73,6 +73,15 @@ def arms_of(study: Study) -> Arms:
     return {arm: runs for arm, runs in arms.items() if len(runs) > 1}
 
 
+def has_all_seeds(tasks: Mapping[str, Study], *arms: str) -> bool:
+    """Return whether all runs of these arms that are planned are there."""
+    return all(
+        len(chosen(tasks.get(task, {}).get(arm, []))) >= len(plan.seeds)
+        for task, plan in plans().items()
+        for arm in arms
+    )
+
+
 def missing(tasks: Mapping[str, Study]) -> list[str]:
     """Say which runs of the plan are not there."""
     lines = []

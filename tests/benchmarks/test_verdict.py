@@ -96,6 +96,13 @@ def test_runs_are_collected_and_arms_of_two_seeds_count(results):
     assert [*verdict.arms_of(study)] == ["paca16", "c64", "lora16"]
 
 
+def test_all_seeds_are_there_when_no_task_lacks_one():
+    tasks = dict.fromkeys(EVERY, TASK)
+    assert verdict.has_all_seeds(tasks, "paca16", "lora16")
+    assert not verdict.has_all_seeds(tasks | {"minilm": TASK | {"lora16": runs(seeds=4)}}, "lora16")
+    assert not verdict.has_all_seeds(dict.fromkeys(EVERY[:3], TASK), "paca16")
+
+
 def test_each_arm_is_compared_once_with_each_reference():
     told = differences(TASK)
     assert [*told] == [("paca16", "lora16"), ("c64", "paca16"), ("c64", "lora16")]
